@@ -1,0 +1,108 @@
+"""YAML with line numbers: the JSON-like core of YAML 1.2, and nothing that surprises.
+
+PyYAML alone reads YAML 1.1: `1e-4` is a string, `no` is false, `010` is 8, the last of two equal keys wins, and a
+few aliases can stand for millions of values. Here numbers are numbers, and the rest is refused.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmtrain.errors import UserError, shown
+
+KeyPath = tuple[str | int, ...]
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 32
+
+_INT = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "true": True, "True": True, "false": False, "False": False}
+
+
+class _Loader(yaml.SafeLoader):
+    """Builds the tree of nodes, refusing aliases and deep nesting before they cost anything."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="an alias (*) is not allowed: write the value out", problem_mark=event.start_mark)
+        if self.depth >= MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH}", problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def parse_yaml(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
+    """`text` as plain data, and the line (from 1) on which each key path begins.
+
+    Raises UserError, naming `name` and the line, for anything that is not plain YAML.
+    """
+    try:
+        node = _Loader(text).get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise UserError(f"{name}:{mark.line + 1 if mark else 1}: not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}:1: not YAML: {shown(error)}") from None
+    lines: dict[KeyPath, int] = {}
+    faults: list[str] = []
+    value = None if node is None else _plain(node, (), lines, faults, name)
+    if faults:
+        raise UserError(faults)
+    return value, lines
+
+
+def read_yaml(path: Path) -> tuple[Any, dict[KeyPath, int]]:
+    """`parse_yaml` of a file, with a plain message where it cannot be read."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: larger than {MAX_BYTES:,} bytes: this is not a config")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    return parse_yaml(text, str(path))
+
+
+def _plain(node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], faults: list[str], name: str) -> Any:
+    line = node.start_mark.line + 1
+    lines.setdefault(at, line)
+    if node.tag.startswith("!") or (node.tag == "tag:yaml.org,2002:binary"):
+        faults.append(f"{name}:{line}: the tag {shown(node.tag)} is not allowed")
+        return None
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(node)
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, (*at, i), lines, faults, name) for i, item in enumerate(node.value)]
+    mapping: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key_line = key_node.start_mark.line + 1
+        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+        if key is None or key in mapping:
+            what = "a key must be a word" if key is None else f"the key {shown(key)} stands twice"
+            faults.append(f"{name}:{key_line}: {what}")
+            continue
+        lines[(*at, key)] = key_line
+        mapping[key] = _plain(value_node, (*at, key), lines, faults, name)
+    return mapping
+
+
+def _scalar(node: yaml.ScalarNode) -> Any:
+    text: str = node.value
+    if node.style is not None:  # quoted or a block: always text
+        return text
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    if len(text) <= 40 and _INT.fullmatch(text):
+        return int(text)
+    if len(text) <= 40 and _FLOAT.fullmatch(text):
+        return float(text)
+    return text

@@ -1,0 +1,134 @@
+"""Encoded samples and their pixels, laid into the tensors of one micro-batch."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmtrain.data.chat import SampleError
+from mmtrain.data.encode import Encoded
+from mmtrain.data.images import decode
+from mmtrain.data.processor import ChatProcessor
+from mmtrain.data.samples import SampleSet
+from mmtrain.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Where one sample lies: input_ids[row, start : start + length], and its pictures among the batch's."""
+
+    sample: int
+    row: int
+    start: int
+    length: int
+    first_image: int
+    num_images: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch. Packed: one row without padding; otherwise a row for each sample, padded on the right."""
+
+    input_ids: Tensor
+    """(rows, length) int64"""
+    supervised: Tensor
+    """(rows, length) bool; never true for the first token of a sample, so no sample is predicted from another."""
+    segments: tuple[Segment, ...]
+    packed: bool
+    image_inputs: dict[str, Tensor]
+    """What the model takes for the pictures, as its processor made it."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(segment.length for segment in self.segments)
+
+    def to(self, device: torch.device) -> "Batch":
+        images = {key: value.to(device, non_blocking=True) for key, value in self.image_inputs.items()}
+        input_ids, supervised = (t.to(device, non_blocking=True) for t in (self.input_ids, self.supervised))
+        return Batch(input_ids, supervised, self.segments, self.packed, images)
+
+
+def make_batch(numbers: Sequence[int], encoded: Sequence[Encoded], processor: ChatProcessor, packing: bool) -> Batch:
+    """Lay samples into one batch and decode their pictures.
+
+    Raises SampleError where a picture does not decode or the processor lays it out otherwise than it was measured.
+    """
+    segments = []
+    at = first_image = 0
+    for row, (number, sample) in enumerate(zip(numbers, encoded, strict=True)):
+        place = (0, at) if packing else (row, 0)
+        segments.append(Segment(number, *place, sample.num_tokens, first_image, len(sample.images)))
+        at += sample.num_tokens
+        first_image += len(sample.images)
+    shape = (1, at) if packing else (len(encoded), max(sample.num_tokens for sample in encoded))
+    input_ids = np.full(shape, processor.pad_id, np.int64)
+    supervised = np.zeros(shape, np.bool_)
+    for segment, sample in zip(segments, encoded, strict=True):
+        span = (segment.row, slice(segment.start, segment.start + segment.length))
+        input_ids[span] = sample.ids
+        supervised[span] = sample.supervised
+    images = _image_inputs(encoded, processor)
+    return Batch(torch.from_numpy(input_ids), torch.from_numpy(supervised), tuple(segments), packing, images)
+
+
+def _image_inputs(encoded: Sequence[Encoded], processor: ChatProcessor) -> dict[str, Tensor]:
+    spans = [(sample, span) for sample in encoded for span in sample.images]
+    if not spans:
+        return {}
+    inputs, laid_out = processor.image_inputs([decode(span.picture) for _, span in spans])
+    measured = [int(id_) for sample, span in spans for id_ in sample.ids[span.start : span.start + span.length]]
+    if laid_out != measured:
+        names = ", ".join(span.picture.name for _, span in spans)
+        raise SampleError(f"{len(measured)} tokens were laid out for {names} and the image processor makes {len(laid_out)}")
+    return inputs
+
+
+class Loader:
+    """Makes batches in threads ahead of their use: reading, decoding and resizing leave the interpreter free."""
+
+    def __init__(self, samples: SampleSet, packing: bool, num_threads: int = 2, ahead: int = 4) -> None:
+        self._samples = samples
+        self._packing = packing
+        self._num_threads = num_threads
+        self._ahead = ahead
+
+    def batches(self, cuts: Iterable[Sequence[int]]) -> Iterator[Batch]:
+        """A batch for each list of sample numbers, in order. Raises UserError naming the sample that fails."""
+        pending: deque[Future[Batch]] = deque()
+        with ThreadPoolExecutor(self._num_threads, "mmtrain-loader") as pool:
+            try:
+                for numbers in cuts:
+                    pending.append(pool.submit(self.load, numbers))
+                    if len(pending) > self._ahead:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def load(self, numbers: Sequence[int]) -> Batch:
+        """The batch of these samples. Raises UserError naming the sample that cannot be read or decoded."""
+        processor = self._samples.encoder.processor
+        encoded: list[Encoded] = []
+        for number in numbers:
+            with self._named(number):
+                encoded.append(self._samples.encoded(number))
+        try:
+            return make_batch(numbers, encoded, processor, self._packing)
+        except SampleError:
+            for number, sample in zip(numbers, encoded, strict=True):
+                with self._named(number):
+                    make_batch([number], [sample], processor, self._packing)
+            raise
+
+    @contextmanager
+    def _named(self, number: int) -> Iterator[None]:
+        try:
+            yield
+        except SampleError as error:
+            raise UserError(f"{self._samples.place(number)}: {error}") from None

@@ -1,0 +1,149 @@
+"""Pictures: found without leaving their folder, measured from the header, decoded the same way everywhere.
+
+A picture becomes RGB as inference makes it: turned as its EXIF header says, laid on white where it is transparent.
+16-bit greyscale is scaled to 8 bits; `convert("RGB")` alone turns it white.
+"""
+
+import io
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL.Image
+
+from mmtrain.data.chat import Image, SampleError
+from mmtrain.errors import shown
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_BYTES = 256 * 2**20
+MAX_PIXELS = 100_000_000
+_ORIENTATION = 0x0112
+_TRANSPOSE = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture that was found: where its bytes are, and its size (width, height) as trained on."""
+
+    name: str
+    source: Path | bytes
+    size: tuple[int, int]
+
+
+def find_picture(image: Image, root: Path) -> Picture:
+    """Measure a picture from its header, without decoding it.
+
+    `root` is the folder that a path is relative to and may not leave. Raises SampleError where the picture is
+    missing, outside, of no known kind, too large, or where its end shows that it is cut off.
+    """
+    source = image.data if image.data is not None else _inside(image.name, root)
+    try:
+        with _open(source) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise SampleError(f"the image {shown(image.name)} has {opened.width}x{opened.height} pixels, over {MAX_PIXELS:,}")
+            size = opened.size if _orientation(opened) < 5 else (opened.height, opened.width)
+            picture = Picture(image.name, source, size)
+            complete = _end_is_there(source, opened.format)
+    except SampleError:
+        raise
+    except Exception as error:  # Pillow's plugins raise anything on a broken file, SyntaxError included
+        raise SampleError(f"the image {shown(image.name)} cannot be read: {_cause(error)}") from None
+    if not complete:
+        decode(picture)
+    return picture
+
+
+def decode(picture: Picture) -> PIL.Image.Image:
+    """The picture as 8-bit RGB of the size measured before. Raises SampleError where it does not decode."""
+    try:
+        with _open(picture.source) as opened:
+            turn = _TRANSPOSE.get(_orientation(opened))
+            rgb = _rgb(opened)
+    except SampleError:
+        raise
+    except Exception as error:
+        raise SampleError(f"the image {shown(picture.name)} does not decode: {_cause(error)}") from None
+    rgb = rgb if turn is None else rgb.transpose(turn)
+    if rgb.size != picture.size:
+        raise SampleError(f"the image {shown(picture.name)} changed: it was {picture.size} and is {rgb.size}")
+    return rgb
+
+
+def _inside(name: str, root: Path) -> Path:
+    if "\0" in name:
+        raise SampleError(f"the image path {shown(name)} has a null character")
+    root = root.resolve()
+    try:
+        path = (root / name).resolve()
+        if not path.is_relative_to(root):
+            raise SampleError(f"the image path {shown(name)} leaves {root}; set `root` beside `path` to allow a wider folder")
+        status = path.stat()
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "a loop of links"
+        raise SampleError(f"the image {shown(name)} in {root}: {reason}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise SampleError(f"the image {shown(name)} is not a file")
+    if status.st_size > MAX_BYTES:
+        raise SampleError(f"the image {shown(name)} is larger than {MAX_BYTES:,} bytes")
+    return path
+
+
+def _open(source: Path | bytes) -> PIL.Image.Image:
+    return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+
+
+def _orientation(opened: PIL.Image.Image) -> int:
+    """The EXIF orientation (1 to 8) that the header tells, 1 where it tells none.
+
+    Read from the header alone: Pillow's own `exif_transpose` decodes some PNGs to look for it behind the pixels,
+    and raises on others.
+    """
+    header = opened.info.get("exif")
+    if not header:
+        return 1
+    exif = PIL.Image.Exif()
+    try:
+        exif.load(header)
+        value = exif.get(_ORIENTATION, 1)
+    except Exception:  # a broken EXIF block tells nothing about the pixels
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _rgb(opened: PIL.Image.Image) -> PIL.Image.Image:
+    if opened.mode in ("I", "F"):
+        raise SampleError("32-bit greyscale has no known range: save it with 8 or 16 bits")
+    if opened.mode.startswith("I;16"):
+        return opened.point(lambda value: value * (1 / 257)).convert("L").convert("RGB")
+    if opened.has_transparency_data:
+        transparent = opened.convert("RGBA")
+        white = PIL.Image.new("RGBA", transparent.size, "white")
+        return PIL.Image.alpha_composite(white, transparent).convert("RGB")
+    return opened.convert("RGB")
+
+
+def _end_is_there(source: Path | bytes, format_name: str | None) -> bool:
+    """False where a JPEG or PNG lacks its closing marker: then only decoding tells whether it is whole."""
+    marker = _ENDS.get(format_name or "")
+    if marker is None:
+        return True
+    if isinstance(source, bytes):
+        return marker in source[-4096:]
+    with source.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+        return marker in file.read()
+
+
+def _cause(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    return text if "cannot identify" not in text else f"not a picture of a known kind ({', '.join(FORMATS)})"

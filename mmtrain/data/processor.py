@@ -1,0 +1,217 @@
+"""The model's own tokenizer, chat template and image processor behind one small face.
+
+Nothing here knows a family of models: placeholders, their counts and the structural tokens around them come from
+running the family's own processor.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+from mmtrain.data.chat import SampleError
+from mmtrain.errors import UserError, shown
+
+Messages = list[dict[str, Any]]
+
+_TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+_ORDINARY_TEXT = ("The quick brown fox jumps over the lazy dog.", "What is 12 + 30? It is 42!")
+_ANCHORS = ("", "\n", ":", "a")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTokens:
+    """What stands in the token stream for one picture: placeholders, and any structural tokens among them."""
+
+    ids: tuple[int, ...]
+    num_placeholders: int
+
+
+class ChatProcessor:
+    """Renders conversations, turns text into ids and pictures into tensors, as inference does.
+
+    `image_token` is None for a model that takes no pictures. `prefix_ids` are what the tokenizer puts before any text
+    (such as BOS) and the template does not. `special_tokens` matches every token that text must never become.
+    """
+
+    def __init__(self, tokenizer: Any, processor: Any | None, eos_ids: frozenset[int], image_token_id: int | None) -> None:
+        self.tokenizer = tokenizer
+        self.image_token: str | None = None if processor is None else processor.image_token
+        self.image_token_id = image_token_id
+        self.eos_ids = eos_ids | ({tokenizer.eos_token_id} - {None})
+        self._processor = processor
+        self.template: str = getattr(processor, "chat_template", None) or tokenizer.chat_template
+        specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        if self.image_token is not None:
+            specials.append(self.image_token)
+        self.special_tokens = re.compile("|".join(sorted(map(re.escape, set(specials)), key=len, reverse=True)) or r"(?!)")
+        self.pad_id = int(tokenizer.pad_token_id or 0)
+        self._added = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()}
+        self._parts_wanted = True
+        self._anchor = self._find_anchor()
+        self.prefix_ids = self._find_prefix() if processor is not None else []
+        self.image_tokens = functools.lru_cache(maxsize=65536)(self._image_tokens)
+
+    def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+        """The text that the model's template makes. Raises SampleError where the template refuses."""
+        if not self._parts_wanted:
+            messages = [{**message, "content": "".join(part.get("text", "") for part in message["content"])} for message in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template can raise anything; its message is for the user
+            raise SampleError(f"the model's chat template refuses the conversation: {error}") from None
+        return str(text)
+
+    def encode(self, text: str, after: int | None, literal: bool = False) -> list[int]:
+        """Ids of `text` as they are in the middle of a longer text, behind the token `after` (None: at the start).
+
+        `literal`: special tokens in the text are ordinary characters. Tokenizers that put a space before whatever
+        they are given (SentencePiece) get something to begin with that is taken off again.
+        """
+        if not text:
+            return []
+        anchor = self._anchor if after is not None else ""
+        if anchor and after in self._added and not literal:
+            anchor = self._added[after]
+        ids = self._encode(anchor + text, literal)
+        if not anchor:
+            return ids
+        head = self._encode(anchor, literal)
+        if ids[: len(head)] != head:
+            raise SampleError(f"the tokenizer joins {shown(anchor)} with what follows it: {shown(text)}")
+        return ids[len(head) :]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def image_inputs(self, pictures: Sequence[PIL.Image.Image]) -> tuple[dict[str, Any], list[int]]:
+        """The tensors the model takes for `pictures`, and the ids the processor lays out for all of them in a row."""
+        if self._processor is None or self.image_token is None:
+            raise SampleError("this model takes no pictures")
+        made = self._processor(
+            text=[self.image_token * len(pictures)],
+            images=[list(pictures)],
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        ids: list[int] = made["input_ids"][0].tolist()
+        return {key: value for key, value in made.items() if key not in _TEXT_KEYS}, ids
+
+    def _image_tokens(self, size: tuple[int, int]) -> ImageTokens:
+        """The span of a picture of `size` (width, height), from the family's processor run on a blank one."""
+        try:
+            _, ids = self.image_inputs([PIL.Image.new("RGB", size)])
+        except SampleError:
+            raise
+        except Exception as error:  # such as an aspect ratio that the family refuses
+            raise SampleError(f"the model's image processor refuses a picture of {size[0]}x{size[1]}: {error}") from None
+        return ImageTokens(tuple(ids), ids.count(self.image_token_id or -1))
+
+    def _encode(self, text: str, literal: bool = False) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=literal)
+        return ids
+
+    def _find_anchor(self) -> str:
+        """The shortest text behind which encoding goes on as it would have in one piece."""
+        texts = ("word", " word", "Word 12")
+        for anchor in _ANCHORS:
+            head = self._encode(anchor)
+            if all(self._encode("so:\n" + anchor) + self._encode(anchor + text)[len(head) :] == self._encode("so:\n" + anchor + text) for text in texts):
+                return anchor
+        raise UserError("the tokenizer cannot encode a text in pieces: it is not supported")
+
+    def _find_prefix(self) -> list[int]:
+        bare = self._encode("word")
+        whole: list[int] = self.tokenizer.encode("word", add_special_tokens=True)
+        prefix = whole[: len(whole) - len(bare)] if whole[len(whole) - len(bare) :] == bare else []
+        return prefix or whole[: whole.index(bare[0])]
+
+    def check(self) -> None:
+        """Raise UserError where the directory's tokenizer or template would teach nonsense."""
+        for text in _ORDINARY_TEXT:
+            back = self.tokenizer.decode(self._encode(text), skip_special_tokens=True)
+            if "".join(back.split()) != "".join(text.split()):
+                raise UserError(f"the tokenizer does not give back ordinary text: {shown(text)} came back as {shown(back)}")
+        self._parts_wanted = self._wants_parts()
+        if self.image_token is not None:
+            seen = self.render([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "probe"}]}])
+            if seen.count(self.image_token) != 1:
+                raise UserError(f"the chat template writes no placeholder {shown(self.image_token)} for a picture")
+            if not self.image_tokens((64, 64)).num_placeholders:
+                raise UserError(f"the image processor lays out no placeholder {shown(self.image_token)}")
+
+    def _wants_parts(self) -> bool:
+        """Whether the template takes content as a list of parts; the wrong form is often dropped in silence."""
+        if not self.template:
+            raise UserError("the model directory has no chat template (chat_template.jinja, or in tokenizer_config.json)")
+        failures = []
+        for parts_wanted in (True, False):
+            self._parts_wanted = parts_wanted
+            try:
+                text = self.render([{"role": "user", "content": [{"type": "text", "text": "probe"}]}])
+            except SampleError as error:
+                failures.append(str(error))
+                continue
+            if text.count("probe") == 1 and "'type'" not in text:
+                return parts_wanted
+        raise UserError(f"the chat template does not show a user's words: {'; '.join(failures) or 'they are dropped'}")
+
+
+def load_processor(path: str) -> ChatProcessor:
+    """The processor in a model directory or the local hub cache, checked. Raises UserError, naming `path`."""
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        processor = _family_processor(path, config, tokenizer) if takes_images else None
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{path}: the processor cannot be loaded: {_first_line(error)}") from None
+    try:
+        made = ChatProcessor(tokenizer, processor, _eos_ids(path, config), getattr(config, "image_token_id", None))
+        made.check()
+    except (UserError, SampleError) as error:
+        raise UserError(f"{path}: {error}") from None
+    return made
+
+
+def _family_processor(path: str, config: Any, tokenizer: Any) -> Any:
+    """The family's processor from its tokenizer and image processor alone.
+
+    Loading the whole raises where torchvision is absent (its video part needs it), and pixels must not depend on
+    what is installed: the image processor is always Pillow's.
+    """
+    parts = {"tokenizer": tokenizer, "image_processor": AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)}
+    family = PROCESSOR_MAPPING[type(config)]
+
+    class ImageTextProcessor(family):  # type: ignore[misc, valid-type]
+        @classmethod
+        def _get_arguments_from_pretrained(cls, *args: Any, **kwargs: Any) -> list[Any]:
+            return [parts.get(name) for name in cls.get_attributes()]
+
+        def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
+            return None if argument is None else super().check_argument_for_proper_class(name, argument)
+
+    return ImageTextProcessor.from_pretrained(path, local_files_only=True)
+
+
+def _eos_ids(path: str, config: Any) -> frozenset[int]:
+    """Every id that ends generation, from generation_config.json where there is one."""
+    from transformers import GenerationConfig
+
+    if (Path(path) / "generation_config.json").is_file():
+        config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    ids = getattr(config, "eos_token_id", None)
+    return frozenset(ids if isinstance(ids, list) else [ids]) - {None}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

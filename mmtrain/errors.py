@@ -1,0 +1,23 @@
+"""The one error that is shown to the user without a traceback."""
+
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A fault that the user can mend: in the config, the data, the model directory or the command line.
+
+    Each of `faults` is one line that says where, what is wrong, what was expected and what to do.
+    The command line prints them all and exits with code 2.
+    """
+
+    def __init__(self, faults: str | Iterable[str]) -> None:
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        super().__init__("\n".join(self.faults))
+
+
+def shown(text: object, limit: int = 80) -> str:
+    """`text` from outside (a file name, a value) in quotes: on one line, control characters escaped, shortened."""
+    plain = str(text)
+    if len(plain) > limit:
+        plain = plain[: limit - 1] + "…"
+    return repr(plain)
