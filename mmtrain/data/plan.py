@@ -3,6 +3,7 @@
 A step follows from the seed and the data alone. The cut decides only how it is computed.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -26,17 +27,15 @@ class Plan:
         self._seed = seed
         self.epoch_samples = sum(round(len(ids) * weight) for ids, weight in zip(sources, weights, strict=True))
         self.steps_per_epoch = math.ceil(self.epoch_samples / batch_size)
-        self._epoch: tuple[int, Indices] = (-1, np.array([], np.int64))
+        self._order = functools.lru_cache(maxsize=2)(self._make_order)
 
     def step(self, number: int) -> list[int]:
         """The sample numbers of step `number`, counted from 1."""
         epoch, at = divmod(number - 1, self.steps_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._order(epoch))
-        chosen: list[int] = self._epoch[1][at * self._batch_size : (at + 1) * self._batch_size].tolist()
+        chosen: list[int] = self._order(epoch)[at * self._batch_size : (at + 1) * self._batch_size].tolist()
         return chosen
 
-    def _order(self, epoch: int) -> Indices:
+    def _make_order(self, epoch: int) -> Indices:
         chosen = []
         for number, (ids, weight) in enumerate(zip(self._sources, self._weights, strict=True)):
             whole = int(weight)

@@ -4,6 +4,7 @@ Nothing here knows a family of models: placeholders, their counts and the struct
 running the family's own processor.
 """
 
+import copy
 import functools
 import re
 from collections.abc import Sequence
@@ -46,6 +47,8 @@ class ChatProcessor:
         self.image_token: str | None = None if processor is None else processor.image_token
         self.image_token_id = image_token_id
         self.eos_ids = eos_ids | ({tokenizer.eos_token_id} - {None})
+        # `split_special_tokens` is a state of the tokenizer, which threads share: each of the two keeps one state
+        self._literal_tokenizer = copy.deepcopy(tokenizer)
         self._processor = processor
         self.template: str = getattr(processor, "chat_template", None) or tokenizer.chat_template
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -117,7 +120,8 @@ class ChatProcessor:
         return ImageTokens(tuple(ids), ids.count(self.image_token_id or -1))
 
     def _encode(self, text: str, literal: bool = False) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=literal)
+        tokenizer = self._literal_tokenizer if literal else self.tokenizer
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=literal)
         return ids
 
     def _find_anchor(self) -> str:

@@ -1,0 +1,67 @@
+"""The commands. Each imports what it needs when it runs, so that `--help` is quick."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmtrain.errors import UserError
+
+MAX_FAULTS_SHOWN = 100
+
+app = typer.Typer(
+    name="mmtrain",
+    help="Teach a vision-language model from your own image-text chats.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="About config files.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the config to set, such as train.steps=50.", show_default=False),
+]
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in train.output_dir and start over.")] = False,
+) -> None:
+    """Train what CONFIG says; run again, it continues from its newest checkpoint."""
+    from mmtrain.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from mmtrain.train.loop import train as run
+
+    run(loaded, fresh=fresh)
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config file."""
+    import json
+
+    from mmtrain.config.schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def main() -> None:
+    """The entry point: a user's mistake is told in lines without a traceback."""
+    try:
+        app()
+    except UserError as error:
+        for fault in error.faults[:MAX_FAULTS_SHOWN]:
+            print(f"mmtrain: {fault}", file=sys.stderr)
+        if len(error.faults) > MAX_FAULTS_SHOWN:
+            print(f"mmtrain: and {len(error.faults) - MAX_FAULTS_SHOWN:,} more", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("mmtrain: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""The model: loading, its parts and what learns of them, positions, dropout."""

@@ -1,0 +1,97 @@
+"""Dropout that does not depend on how a step is cut.
+
+torch's own dropout draws from one stream in the order in which micro-batches happen to run. Here the mask of a
+sample in a module is drawn from a generator seeded by (seed, step, sample, module), over the sample's own positions.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from mmtrain.config.schema import Lora, Tune
+from mmtrain.data.batch import Batch
+from mmtrain.model.components import Components, base_name
+
+
+class DropoutClock:
+    """What the masks are seeded by, set before each micro-batch. Off (no dropout) until `set` and after `clear`."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._step = 0
+        self._batch: Batch | None = None
+
+    def set(self, step: int, batch: Batch) -> None:
+        self._step, self._batch = step, batch
+
+    def clear(self) -> None:
+        self._batch = None
+
+    @property
+    def batch(self) -> Batch | None:
+        return self._batch
+
+    def seed(self, sample: int, module: str) -> int:
+        key = f"{self._seed} {self._step} {sample} {module}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
+class SampleDropout(nn.Module):
+    """Inverted dropout of the input of one adapter, masked sample by sample."""
+
+    def __init__(self, p: float, name: str, part: str, clock: DropoutClock) -> None:
+        super().__init__()
+        self._p, self._name, self._part, self._clock = p, name, part, clock
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = self._clock.batch
+        return x if batch is None else x * self._mask(x, batch)
+
+    def _mask(self, x: Tensor, batch: Batch) -> Tensor:
+        """The mask over x, whose leading dimensions run over text positions, or over the batch's pictures in order."""
+        width = x.shape[-1]
+        mask = torch.ones(x.numel() // width, width, dtype=x.dtype, device=x.device)
+        generator = torch.Generator(device=x.device)
+        for sample, start, stop in self._rows(len(mask), batch):
+            generator.manual_seed(self._clock.seed(sample, self._name))
+            mask[start:stop].bernoulli_(1 - self._p, generator=generator)
+        return mask.view_as(x) / (1 - self._p)
+
+    def _rows(self, num_rows: int, batch: Batch) -> list[tuple[int, int, int]]:
+        """(sample, first row, last row + 1) of each sample among the rows that the module sees."""
+        if self._part == "language":
+            length = batch.input_ids.shape[1]
+            return [(s.sample, s.row * length + s.start, s.row * length + s.start + s.length) for s in batch.segments]
+        sizes = _image_sizes(batch)
+        scale = num_rows / sum(sizes)
+        rows, at = [], 0
+        for segment in batch.segments:
+            own = sum(sizes[segment.first_image : segment.first_image + segment.num_images])
+            rows.append((segment.sample, round(at * scale), round((at + own) * scale)))
+            at += own
+        return rows
+
+
+def _image_sizes(batch: Batch) -> list[int]:
+    """A number for each picture in proportion to the rows it takes in the vision tower."""
+    for key, value in batch.image_inputs.items():
+        if key.endswith("_thw"):
+            return [int(n) for n in value.prod(-1).tolist()]
+    return [1] * sum(segment.num_images for segment in batch.segments)
+
+
+def install_dropout(model: Any, components: Components, tune: Tune, clock: DropoutClock) -> None:
+    """Give every adapter of a part with dropout its own `SampleDropout`."""
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        own = base_name(name)
+        part = components.part_of(own)
+        lora = tune.parts[part]
+        if isinstance(lora, Lora) and lora.dropout > 0:
+            for adapter in list(module.lora_dropout):
+                module.lora_dropout[adapter] = SampleDropout(lora.dropout, own, part, clock)
+            module.training = True  # DoRA skips its dropout in eval mode; this layer's flag alone, not the model's

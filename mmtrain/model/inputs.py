@@ -1,0 +1,87 @@
+"""A batch as the keyword arguments of a model's forward: positions, masks and the pictures' tensors."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmtrain.data.batch import Batch, Segment
+from mmtrain.errors import UserError
+
+
+class InputMaker:
+    """Makes the arguments that one model takes. Raises UserError where the model cannot be run packed."""
+
+    def __init__(self, model: Any, packing: bool, image_token_id: int | None) -> None:
+        base = getattr(model, "base_model", model)
+        core = getattr(base, "model", base)
+        core = getattr(core, "model", core)
+        self._get_rope_index = getattr(core, "get_rope_index", None)
+        self._takes = frozenset(inspect.signature(_unwrapped(model).forward).parameters)
+        self._image_token_id = image_token_id
+        obstacle = self._obstacle(_unwrapped(model).config)
+        if packing and obstacle:
+            raise UserError(f"this model cannot be packed: {obstacle}; set train.packing to false")
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        """The arguments for `batch`, on its device.
+
+        Packed rows go without an attention mask: the restarts of the positions part the samples, and only with
+        `use_cache` off (left at its default, the samples of a row see each other without a word).
+        """
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False, **batch.image_inputs}
+        inputs["position_ids"] = self._positions(batch)
+        if not batch.packed:
+            inputs["attention_mask"] = _padding_mask(batch)
+        types = self._token_types(batch.input_ids)
+        inputs |= {key: types for key in ("mm_token_type_ids", "token_type_ids") if key in self._takes}
+        return inputs
+
+    def _obstacle(self, config: Any) -> str | None:
+        if "token_type_ids" in self._takes:
+            return "its pictures are attended to in both directions"
+        kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
+        others = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+        return f"it has layers of the kind {sorted(others)[0]}" if others else None
+
+    def _token_types(self, input_ids: Tensor) -> Tensor:
+        """(rows, length) 1 at a picture's placeholders, 0 elsewhere."""
+        if self._image_token_id is None:
+            return torch.zeros_like(input_ids)
+        return (input_ids == self._image_token_id).long()
+
+    def _positions(self, batch: Batch) -> Tensor:
+        """(rows, length), or (4, rows, length) for a model with M-RoPE: text positions first, then its three."""
+        rows, length = batch.input_ids.shape
+        depth = 1 if self._get_rope_index is None else 4
+        positions = torch.zeros(depth, rows, length, dtype=torch.long, device=batch.input_ids.device)
+        for segment in batch.segments:
+            span = slice(segment.start, segment.start + segment.length)
+            positions[0, segment.row, span] = torch.arange(segment.length, device=positions.device)
+            if self._get_rope_index is not None:
+                positions[1:, segment.row, span] = self._rope_positions(batch, segment, span)
+        return positions[0] if depth == 1 else positions
+
+    def _rope_positions(self, batch: Batch, segment: Segment, span: slice) -> Tensor:
+        """(3, length) the model's own positions of one sample."""
+        assert self._get_rope_index is not None
+        ids = batch.input_ids[segment.row : segment.row + 1, span]
+        images = slice(segment.first_image, segment.first_image + segment.num_images)
+        grids = {key: value[images] for key, value in batch.image_inputs.items() if key.endswith("_thw")}
+        if not segment.num_images:
+            return torch.arange(segment.length, device=ids.device).expand(3, -1)
+        positions: Tensor = self._get_rope_index(input_ids=ids, mm_token_type_ids=self._token_types(ids), **grids)[0]
+        return positions[:, 0]
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _padding_mask(batch: Batch) -> Tensor:
+    """(rows, length) 1 where there is a token of a sample, 0 at padding."""
+    mask = torch.zeros_like(batch.input_ids)
+    for segment in batch.segments:
+        mask[segment.row, segment.start : segment.start + segment.length] = 1
+    return mask

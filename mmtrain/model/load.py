@@ -1,0 +1,42 @@
+"""The base model, from a directory in the transformers format or the local hub cache."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from mmtrain.data.processor import ChatProcessor
+from mmtrain.errors import UserError, shown
+
+
+def load_config(path: str) -> Any:
+    return AutoConfig.from_pretrained(path, local_files_only=True)
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest sequence the model was made for, None where its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:
+    """The model on the CPU in `dtype`, in eval mode: the base model's own dropout is never on.
+
+    Raises UserError where weights are missing or the tokenizer has ids the model has no embedding for.
+    """
+    config = load_config(path)
+    kind = AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+    try:
+        model, info = kind.from_pretrained(
+            path, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"{path}: {len(missing)} weights are missing, such as {shown(missing[0])}")
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    largest = max(processor.tokenizer.get_vocab().values())
+    if largest >= num_embeddings:
+        raise UserError(f"{path}: the tokenizer has ids up to {largest} and the model embeddings for {num_embeddings}")
+    return model.eval()

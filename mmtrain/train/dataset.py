@@ -1,0 +1,112 @@
+"""What a run learns from and is measured on: checked before the first step, and cut into steps."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from mmtrain.config import Config
+from mmtrain.data.encode import Encoder
+from mmtrain.data.plan import Indices, Plan, cut_step
+from mmtrain.data.processor import ChatProcessor
+from mmtrain.data.samples import Checked, SampleSet, check_samples
+from mmtrain.evaluate import EvalSet
+from mmtrain.errors import UserError
+from mmtrain.model.load import load_config, max_positions
+
+
+@dataclass(frozen=True, slots=True)
+class StepCut:
+    """One step: its samples, and the micro-batches that this process computes."""
+
+    samples: tuple[int, ...]
+    own: tuple[tuple[int, ...], ...]
+    num_tokens: int
+    num_supervised: int
+
+
+class Dataset:
+    """The training samples, the evaluation sets and the plan of steps of one config.
+
+    Raises UserError with every sample of every source that cannot be used.
+    """
+
+    def __init__(self, config: Config, processor: ChatProcessor, console: Console) -> None:
+        encoder = Encoder(processor, config.labels.train_on, config.labels.end_of_turn)
+        data, settings = config.data, config.train
+        limit = min(data.max_length, max_positions(load_config(config.model.path)) or data.max_length)
+        self.train = SampleSet(data.train, encoder)
+        eval_sets = {source.name or Path(source.path).name: SampleSet([source], encoder) for source in data.eval}
+        if len(eval_sets) < len(data.eval):
+            raise UserError("data.eval: two sources have the same name: give each its own `name`")
+        found = _check_all({"train": self.train, **eval_sets}, limit, data.too_long, console)
+        self.checked = found.pop("train")
+        self.eval = [EvalSet(name, samples, found[name]) for name, samples in eval_sets.items()]
+        weights = [source.weight for source in data.train]
+        self.plan = Plan(_by_source(self.train, self.checked), weights, settings.batch_size, settings.seed)
+        by_epochs = max(1, math.ceil((settings.epochs or 1.0) * self.plan.steps_per_epoch))
+        self.num_steps = settings.steps if settings.steps is not None else by_epochs
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when training samples are added, removed, reordered or change their length."""
+        lengths = np.stack([self.checked.num_tokens, self.checked.num_supervised])
+        return hashlib.sha256(lengths.tobytes()).hexdigest()
+
+    def cut(self, step: int, max_tokens: int, packing: bool, process: int, num_processes: int) -> StepCut:
+        """Step `step` (from 1) and this process's share of its micro-batches."""
+        samples = self.plan.step(step)
+        lengths = self.checked.num_tokens[samples]
+        cuts = cut_step(lengths.tolist(), max_tokens, packing, num_processes)
+        own = tuple(tuple(samples[i] for i in cut) for cut in cuts[process::num_processes] if cut)
+        return StepCut(tuple(samples), own, int(lengths.sum()), int(self.checked.num_supervised[samples].sum()))
+
+    def summary(self) -> str:
+        """What was read, in one line, and what was dropped."""
+        used = self.checked.used
+        tokens, supervised = self.checked.num_tokens.sum(), self.checked.num_supervised.sum()
+        line = (
+            f"{len(used):,} samples, {self.checked.num_images:,} pictures, {tokens:,} tokens ({supervised / tokens:.1%} learned); "
+            f"{self.num_steps:,} steps, {self.plan.steps_per_epoch:,} an epoch"
+        )
+        dropped = len(self.dropped_rows())
+        return line + (f"; {dropped:,} samples dropped as too long, listed in dropped.jsonl" if dropped else "")
+
+    def dropped_rows(self) -> list[dict[str, Any]]:
+        """A row for each sample that stays out under `data.too_long: drop`."""
+        sets = [(self.train, self.checked), *((e.samples, e.checked) for e in self.eval)]
+        return [
+            {"file": str(samples.place(index).file), "line": samples.place(index).line, "reason": reason}
+            for samples, checked in sets
+            for index, reason in checked.dropped
+        ]
+
+
+def _check_all(sets: dict[str, SampleSet], limit: int, too_long: str, console: Console) -> dict[str, Checked]:
+    """Check every set, with the faults of all of them together."""
+    found, faults = {}, []
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for name, samples in sets.items():
+
+            def shown(numbers: range, what: str = f"checking {name}") -> Iterator[int]:
+                return iter(progress.track(numbers, description=what))
+
+            try:
+                found[name] = check_samples(samples, limit, too_long, shown)
+            except UserError as error:
+                faults += error.faults
+    if faults:
+        raise UserError(faults)
+    return found
+
+
+def _by_source(samples: SampleSet, checked: Checked) -> list[Indices]:
+    """The used sample numbers of each source. Raises UserError where a source has none."""
+    of = np.array([samples.source(int(index)) for index in checked.used])
+    return [checked.used[of == number] for number in range(samples.num_sources)]

@@ -1,0 +1,130 @@
+"""What a run leaves: an adapter in peft's own format, or a whole model, each loadable without mmtrain.
+
+What was saved is loaded back and must give the same logits.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from mmtrain import __version__
+from mmtrain.config import Config, dump_config
+from mmtrain.data.batch import Batch
+from mmtrain.data.processor import ChatProcessor
+from mmtrain.errors import UserError
+from mmtrain.model.load import load_model
+from mmtrain.train.checkpoint import write_folder
+from mmtrain.train.step import Learner
+
+MAX_DIFFERENCE = 1e-3
+"""Saved and trained weights are equal bit for bit; the logits are too wherever the kernels repeat themselves."""
+
+_PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
+
+def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Batch, report: dict[str, Any]) -> str:
+    """Write `adapter/` (or `model/` where nothing is LoRA) and load it back. Gives a line that says what was found.
+
+    `batch` is what the logits are compared on; `report` is what the model card tells of the training.
+    Raises UserError where what was saved does not give the same logits.
+    """
+    model = learner.model
+    is_adapter = isinstance(model, PeftModel)
+    target = Path(config.train.output_dir) / ("adapter" if is_adapter else "model")
+    made = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(made, ignore_errors=True)
+    if not is_adapter:
+        model.to(getattr(torch, config.model.dtype))
+    model.save_pretrained(made)
+    _copy_processor(Path(config.model.path), made, processor)
+    (made / "README.md").write_text(_model_card(config, report, is_adapter), encoding="utf-8")
+    write_folder(target, made=made)
+    difference = _largest_difference(learner, target, config, processor, batch)
+    if not difference <= MAX_DIFFERENCE:
+        raise UserError(f"{target}: loaded back, its logits differ by {difference:.1e} from the trained model's: do not use it")
+    return f"saved {target}; loaded back, its logits differ by at most {difference:.1e}"
+
+
+def _largest_difference(learner: Learner, target: Path, config: Config, processor: ChatProcessor, batch: Batch) -> float:
+    """The largest difference between the logits of the trained model and of what was saved."""
+    model = learner.model
+    before = _logits(model, learner, batch)
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(target), adapter_name="saved", torch_device=str(model.device))
+        model.set_adapter("saved")
+        after = _logits(model, learner, batch)
+        model.set_adapter("default")
+        model.delete_adapter("saved")
+    else:
+        saved = load_model(str(target), config.model.dtype, processor).to(model.device)
+        after = _logits(saved, learner, batch)
+    return float((before - after).abs().max())
+
+
+@torch.no_grad()
+def _logits(model: Any, learner: Learner, batch: Batch) -> Tensor:
+    """(num_supervised, vocabulary) at the batch's supervised tokens."""
+    with learner.runtime.autocast():
+        logits: Tensor = model(**learner.make_inputs(batch), logits_to_keep=batch.supervised).logits
+    return logits.float()
+
+
+def _copy_processor(source: Path, target: Path, processor: ChatProcessor) -> None:
+    """The processor's files as they are; from the hub cache, where there is no directory, they are written anew."""
+    if not source.is_dir():
+        processor.tokenizer.save_pretrained(target)
+        return
+    for name in _PROCESSOR_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _model_card(config: Config, report: dict[str, Any], is_adapter: bool) -> str:
+    kind = "A LoRA adapter" if is_adapter else "A model"
+    load = (
+        f'model = PeftModel.from_pretrained(AutoModel….from_pretrained("{config.model.path}"), "adapter")'
+        if is_adapter
+        else 'model = AutoModel….from_pretrained("model")'
+    )
+    header = {"base_model": config.model.path, "library_name": "peft" if is_adapter else "transformers", "tags": ["mmtrain"]}
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in header.items()),
+        "---",
+        "",
+        f"# {kind} trained by mmtrain {__version__}",
+        "",
+        *(f"- {key}: {value}" for key, value in report.items()),
+        "",
+        "```python",
+        load,
+        "```",
+        "",
+        "## Config",
+        "",
+        "```yaml",
+        dump_config(config).rstrip(),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
