@@ -23,7 +23,9 @@ app.add_typer(config_app, name="config")
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the config to set, such as train.steps=50.", show_default=False),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Keys of the config to set, such as train.steps=50.", show_default=False
+    ),
 ]
 
 
@@ -31,7 +33,9 @@ Overrides = Annotated[
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in train.output_dir and start over.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete an earlier run in train.output_dir and start over.")
+    ] = False,
 ) -> None:
     """Train what CONFIG says; run again, it continues from its newest checkpoint."""
     from mmtrain.config import load_config

@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def _apply(override: str, data: dict[str, Any], where: dict[KeyPath, str]) -> No
     value, _ = parse_yaml(text, name)
     steps: list[str | int] = [int(word) if word.isdecimal() else word for word in key.split(".")]
     target: Any = data
-    for step, following in zip(steps[:-1], steps[1:], strict=True):
+    for step, following in itertools.pairwise(steps):
         if isinstance(target, list) and isinstance(step, int) and step < len(target):
             target = target[step]
         elif isinstance(target, dict):
@@ -82,19 +83,19 @@ def _fault(item: Any, data: dict[str, Any], where: dict[KeyPath, str], name: str
 
 
 def _key_path(loc: tuple[str | int, ...], data: Any) -> KeyPath:
-    """pydantic's location without the names of union members it puts among the keys."""
+    """pydantic's location without the names of union members (`lora`, …) that it puts among the keys.
+
+    Only the last step of a location may name a key that is not in the data: one that is missing.
+    """
     path: list[str | int] = []
     here = data
     for i, step in enumerate(loc):
-        if isinstance(here, dict) and step in here:
+        known = step in here if isinstance(here, dict) else isinstance(here, list) and isinstance(step, int)
+        if known:
             here = here[step]
-        elif isinstance(here, list) and isinstance(step, int) and step < len(here):
-            here = here[step]
-        elif step in _MODES and i < len(loc) - 1:
-            continue
-        elif i < len(loc) - 1 or not isinstance(here, dict):
-            continue
-        path.append(step)
+            path.append(step)
+        elif i == len(loc) - 1 and isinstance(here, dict) and not (step in _MODES and "mode" in here):
+            path.append(step)
     return tuple(path)
 
 
@@ -149,7 +150,11 @@ def _missing_files(config: Config, where: dict[KeyPath, str], name: str) -> list
         for i, source in enumerate(sources):
             at: KeyPath = ("data", section, i)
             for key, path in (("path", source.path), ("root", source.root)):
-                if path is not None and not Path(path).exists() and not (key == "path" and glob.glob(path, recursive=True)):
+                if (
+                    path is not None
+                    and not Path(path).exists()
+                    and not (key == "path" and glob.glob(path, recursive=True))
+                ):
                     place = next((where[p] for p in ((*at, key), at, at[:2]) if p in where), name)
                     faults.append(f"{place}: data.{section}.{i}.{key}: there is no {shown(path)}")
     return faults

@@ -19,7 +19,16 @@ MAX_DEPTH = 32
 
 _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "true": True, "True": True, "false": False, "False": False}
+_CONSTANTS = {
+    "": None,
+    "~": None,
+    "null": None,
+    "Null": None,
+    "true": True,
+    "True": True,
+    "false": False,
+    "False": False,
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -30,13 +39,18 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="an alias (*) is not allowed: write the value out", problem_mark=event.start_mark)
+            raise _Refused("an alias (*) is not allowed: write the value out", event.start_mark.line + 1)
         if self.depth >= MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH}", problem_mark=event.start_mark)
+            raise _Refused(f"nested deeper than {MAX_DEPTH}", event.start_mark.line + 1)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+
+class _Refused(Exception):
+    def __init__(self, reason: str, line: int) -> None:
+        self.reason, self.line = reason, line
 
 
 def parse_yaml(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
@@ -46,6 +60,8 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
     """
     try:
         node = _Loader(text).get_single_node()
+    except _Refused as error:
+        raise UserError(f"{name}:{error.line}: {error.reason}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         raise UserError(f"{name}:{mark.line + 1 if mark else 1}: not YAML: {error.problem}") from None

@@ -84,7 +84,9 @@ def _image_inputs(encoded: Sequence[Encoded], processor: ChatProcessor) -> dict[
     measured = [int(id_) for sample, span in spans for id_ in sample.ids[span.start : span.start + span.length]]
     if laid_out != measured:
         names = ", ".join(span.picture.name for _, span in spans)
-        raise SampleError(f"{len(measured)} tokens were laid out for {names} and the image processor makes {len(laid_out)}")
+        raise SampleError(
+            f"{len(measured)} tokens were laid out for {names} and the image processor makes {len(laid_out)}"
+        )
     return inputs
 
 

@@ -4,6 +4,7 @@ Supervised is what the model must write: from the place where inference's prompt
 words, and the token that ends the turn. A span of a picture is one indivisible run of ids.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,7 @@ class Encoder:
             spans = literal.get(i, [])
             bounds |= {bound for span in spans for bound in span}
             ordered = sorted(bounds)
-            for start, end in zip(ordered, ordered[1:], strict=False):
+            for start, end in itertools.pairwise(ordered):
                 inside = any(span[0] <= start and end <= span[1] for span in spans)
                 yield piece.text[start:end], "literal" if inside else "text", (i, start)
 
@@ -169,7 +170,9 @@ class Encoder:
             if piece.kind == "words":
                 for match in matches:
                     if match.start() < end and match.end() > start:
-                        found.setdefault(i, []).append((max(match.start(), start) - start, min(match.end(), end) - start))
+                        found.setdefault(i, []).append(
+                            (max(match.start(), start) - start, min(match.end(), end) - start)
+                        )
             start = end
         return found
 
@@ -178,6 +181,8 @@ class Encoder:
         if segment.ends_turn:
             eos = self.processor.tokenizer.eos_token_id
             if eos is None:
-                raise SampleError("neither the chat template nor the tokenizer has an end token: set labels.end_of_turn to false")
+                raise SampleError(
+                    "neither the chat template nor the tokenizer has an end token: set labels.end_of_turn to false"
+                )
             ids = [*ids, eos]
         return ids

@@ -50,7 +50,9 @@ def find_picture(image: Image, root: Path) -> Picture:
     try:
         with _open(source) as opened:
             if opened.width * opened.height > MAX_PIXELS:
-                raise SampleError(f"the image {shown(image.name)} has {opened.width}x{opened.height} pixels, over {MAX_PIXELS:,}")
+                raise SampleError(
+                    f"the image {shown(image.name)} has {opened.width}x{opened.height} pixels, over {MAX_PIXELS:,}"
+                )
             size = opened.size if _orientation(opened) < 5 else (opened.height, opened.width)
             picture = Picture(image.name, source, size)
             complete = _end_is_there(source, opened.format)
@@ -86,7 +88,9 @@ def _inside(name: str, root: Path) -> Path:
     try:
         path = (root / name).resolve()
         if not path.is_relative_to(root):
-            raise SampleError(f"the image path {shown(name)} leaves {root}; set `root` beside `path` to allow a wider folder")
+            raise SampleError(
+                f"the image path {shown(name)} leaves {root}; set `root` beside `path` to allow a wider folder"
+            )
         status = path.stat()
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "a loop of links"

@@ -72,7 +72,9 @@ class Layout:
                     following = ""
                 text = _as_rendered(words[int(piece.text)], following, whole, at)
             if not whole.startswith(text, at):
-                raise SampleError(f"the model's chat template rewrites the conversation near {shown(whole[at : at + 40])}")
+                raise SampleError(
+                    f"the model's chat template rewrites the conversation near {shown(whole[at : at + 40])}"
+                )
             pieces.append(Piece(piece.kind, text, piece.turn))
             at += len(text)
         if at != len(whole):
@@ -122,7 +124,9 @@ class Layout:
         if sorted(seen_words) != list(range(len(turn_of))):
             raise SampleError("the model's chat template does not show every text of the conversation exactly once")
         if num_images != len(image_turns):
-            raise SampleError(f"the model's chat template writes {num_images} placeholders for {len(image_turns)} pictures")
+            raise SampleError(
+                f"the model's chat template writes {num_images} placeholders for {len(image_turns)} pictures"
+            )
         return pieces
 
     def _answer(self, pieces: list[Piece], turn: int, prompt_length: int, closing: str) -> Answer:

@@ -73,11 +73,8 @@ def _pack(order: list[int], lengths: Sequence[int], max_tokens: int) -> list[lis
     cuts: list[list[int]] = []
     loads: list[int] = []
     for i in order:
-        for number, load in enumerate(loads):
-            if load + lengths[i] <= max_tokens:
-                break
-        else:
-            number = len(cuts)
+        number = next((n for n, load in enumerate(loads) if load + lengths[i] <= max_tokens), len(cuts))
+        if number == len(cuts):
             cuts.append([])
             loads.append(0)
         cuts[number].append(i)

@@ -42,7 +42,9 @@ class ChatProcessor:
     (such as BOS) and the template does not. `special_tokens` matches every token that text must never become.
     """
 
-    def __init__(self, tokenizer: Any, processor: Any | None, eos_ids: frozenset[int], image_token_id: int | None) -> None:
+    def __init__(
+        self, tokenizer: Any, processor: Any | None, eos_ids: frozenset[int], image_token_id: int | None
+    ) -> None:
         self.tokenizer = tokenizer
         self.image_token: str | None = None if processor is None else processor.image_token
         self.image_token_id = image_token_id
@@ -54,7 +56,9 @@ class ChatProcessor:
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         if self.image_token is not None:
             specials.append(self.image_token)
-        self.special_tokens = re.compile("|".join(sorted(map(re.escape, set(specials)), key=len, reverse=True)) or r"(?!)")
+        self.special_tokens = re.compile(
+            "|".join(sorted(map(re.escape, set(specials)), key=len, reverse=True)) or r"(?!)"
+        )
         self.pad_id = int(tokenizer.pad_token_id or 0)
         self._added = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()}
         self._parts_wanted = True
@@ -65,7 +69,10 @@ class ChatProcessor:
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         """The text that the model's template makes. Raises SampleError where the template refuses."""
         if not self._parts_wanted:
-            messages = [{**message, "content": "".join(part.get("text", "") for part in message["content"])} for message in messages]
+            messages = [
+                {**message, "content": "".join(part.get("text", "") for part in message["content"])}
+                for message in messages
+            ]
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -116,7 +123,9 @@ class ChatProcessor:
         except SampleError:
             raise
         except Exception as error:  # such as an aspect ratio that the family refuses
-            raise SampleError(f"the model's image processor refuses a picture of {size[0]}x{size[1]}: {error}") from None
+            raise SampleError(
+                f"the model's image processor refuses a picture of {size[0]}x{size[1]}: {error}"
+            ) from None
         return ImageTokens(tuple(ids), ids.count(self.image_token_id or -1))
 
     def _encode(self, text: str, literal: bool = False) -> list[int]:
@@ -129,7 +138,11 @@ class ChatProcessor:
         texts = ("word", " word", "Word 12")
         for anchor in _ANCHORS:
             head = self._encode(anchor)
-            if all(self._encode("so:\n" + anchor) + self._encode(anchor + text)[len(head) :] == self._encode("so:\n" + anchor + text) for text in texts):
+            if all(
+                self._encode("so:\n" + anchor) + self._encode(anchor + text)[len(head) :]
+                == self._encode("so:\n" + anchor + text)
+                for text in texts
+            ):
                 return anchor
         raise UserError("the tokenizer cannot encode a text in pieces: it is not supported")
 
@@ -144,7 +157,9 @@ class ChatProcessor:
         for text in _ORDINARY_TEXT:
             back = self.tokenizer.decode(self._encode(text), skip_special_tokens=True)
             if "".join(back.split()) != "".join(text.split()):
-                raise UserError(f"the tokenizer does not give back ordinary text: {shown(text)} came back as {shown(back)}")
+                raise UserError(
+                    f"the tokenizer does not give back ordinary text: {shown(text)} came back as {shown(back)}"
+                )
         self._parts_wanted = self._wants_parts()
         if self.image_token is not None:
             seen = self.render([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "probe"}]}])
@@ -156,7 +171,9 @@ class ChatProcessor:
     def _wants_parts(self) -> bool:
         """Whether the template takes content as a list of parts; the wrong form is often dropped in silence."""
         if not self.template:
-            raise UserError("the model directory has no chat template (chat_template.jinja, or in tokenizer_config.json)")
+            raise UserError(
+                "the model directory has no chat template (chat_template.jinja, or in tokenizer_config.json)"
+            )
         failures = []
         for parts_wanted in (True, False):
             self._parts_wanted = parts_wanted
@@ -193,7 +210,10 @@ def _family_processor(path: str, config: Any, tokenizer: Any) -> Any:
     Loading the whole raises where torchvision is absent (its video part needs it), and pixels must not depend on
     what is installed: the image processor is always Pillow's.
     """
-    parts = {"tokenizer": tokenizer, "image_processor": AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)}
+    parts = {
+        "tokenizer": tokenizer,
+        "image_processor": AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True),
+    }
     family = PROCESSOR_MAPPING[type(config)]
 
     class ImageTextProcessor(family):  # type: ignore[misc, valid-type]

@@ -57,8 +57,13 @@ class Components:
         if name and parts == {part} and not isinstance(module, nn.ModuleList | nn.ModuleDict):
             yield name
             return
-        if any(self.part_of(f"{name}.{inner}".strip(".")) == part for inner, _ in module.named_parameters(recurse=False)):
-            raise UserError(f"{part}: {name or 'the model'} holds weights of its own beside other parts: it cannot be trained in full beside LoRA")
+        if any(
+            self.part_of(f"{name}.{inner}".strip(".")) == part for inner, _ in module.named_parameters(recurse=False)
+        ):
+            raise UserError(
+                f"tune.{part}: {name or 'the model'} holds weights of its own beside other parts: "
+                "it cannot be trained in full beside LoRA"
+            )
         for inner, child in module.named_children():
             yield from self._whole(child, f"{name}.{inner}".strip("."), part)
 
@@ -142,7 +147,10 @@ def prepare_learning(model: Any, tune: Tune) -> tuple[Any, Components, list[Part
     if loras:
         saved = [name for part in fulls for name in components.whole_modules(model, part)]
         if "language" in fulls and model.config.get_text_config().tie_word_embeddings:
-            raise UserError("tune.language: full beside LoRA elsewhere would untie the model's tied embeddings; choose lora or make every part full")
+            raise UserError(
+                "tune.language: full beside LoRA elsewhere would untie the model's tied embeddings; "
+                "choose lora, or make every part that learns full"
+            )
         model = get_peft_model(model, _lora_config(loras, targets, saved))
     else:
         for name, parameter in model.named_parameters():
@@ -165,11 +173,15 @@ def _lora_config(loras: dict[str, Lora], targets: dict[str, list[str]], saved: l
         use_rslora=first.variant == "rslora",
         use_dora=first.variant == "dora",
         rank_pattern={_pattern(targets[part]): lora.rank for part, lora in loras.items() if lora.rank != first.rank},
-        alpha_pattern={_pattern(targets[part]): lora.alpha for part, lora in loras.items() if lora.alpha != first.alpha},
+        alpha_pattern={
+            _pattern(targets[part]): lora.alpha for part, lora in loras.items() if lora.alpha != first.alpha
+        },
     )
 
 
-_WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer|\.original_module|\.modules_to_save\.[^.]+|\.lora_[^.]+\.[^.]+|\.lora_magnitude_vector\.[^.]+")
+_WRAPPERS = re.compile(
+    r"^base_model\.model\.|\.base_layer|\.original_module|\.modules_to_save\.[^.]+|\.lora_[^.]+\.[^.]+|\.lora_magnitude_vector\.[^.]+"
+)
 
 
 def base_name(name: str) -> str:
@@ -185,5 +197,7 @@ def _report(model: Any, components: Components, tune: Tune, targets: dict[str, l
         if own:
             trainable = sum(p.numel() for _, p in own if p.requires_grad)
             modules = targets.get(part) or {base_name(name).rpartition(".")[0] for name, p in own if p.requires_grad}
-            rows.append(PartReport(part, mode.mode, len(modules), trainable, sum(p.numel() for _, p in own) - trainable))
+            rows.append(
+                PartReport(part, mode.mode, len(modules), trainable, sum(p.numel() for _, p in own) - trainable)
+            )
     return rows

@@ -71,7 +71,9 @@ class CheckpointFolder:
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir()
         parameters = trainable_parameters(model)
-        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, made / "trainable.safetensors")
+        save_file(
+            {name: p.detach().cpu().contiguous() for name, p in parameters.items()}, made / "trainable.safetensors"
+        )
         save_file(_moments(parameters, optimizer), made / "optimizer.safetensors")
         (made / "state.json").write_text(json.dumps(state, indent=2))
         sums = {path.name: _sha256(path) for path in sorted(made.iterdir())}
@@ -83,7 +85,7 @@ class CheckpointFolder:
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest sound checkpoint, and a line for each newer one that is broken, saying what is wrong with it."""
-        broken = []
+        broken: list[str] = []
         for path in self._all():
             fault = _fault(path)
             if fault is None:

@@ -16,8 +16,8 @@ from mmtrain.data.encode import Encoder
 from mmtrain.data.plan import Indices, Plan, cut_step
 from mmtrain.data.processor import ChatProcessor
 from mmtrain.data.samples import Checked, SampleSet, check_samples
-from mmtrain.evaluate import EvalSet
 from mmtrain.errors import UserError
+from mmtrain.evaluate import EvalSet
 from mmtrain.model.load import load_config, max_positions
 
 
@@ -72,8 +72,8 @@ class Dataset:
         used = self.checked.used
         tokens, supervised = self.checked.num_tokens.sum(), self.checked.num_supervised.sum()
         line = (
-            f"{len(used):,} samples, {self.checked.num_images:,} pictures, {tokens:,} tokens ({supervised / tokens:.1%} learned); "
-            f"{self.num_steps:,} steps, {self.plan.steps_per_epoch:,} an epoch"
+            f"{len(used):,} samples, {self.checked.num_images:,} pictures, {tokens:,} tokens "
+            f"({supervised / tokens:.1%} learned); {self.num_steps:,} steps, {self.plan.steps_per_epoch:,} an epoch"
         )
         dropped = len(self.dropped_rows())
         return line + (f"; {dropped:,} samples dropped as too long, listed in dropped.jsonl" if dropped else "")

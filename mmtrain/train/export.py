@@ -41,7 +41,6 @@ _PROCESSOR_FILES = (
 )
 
 
-
 def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Batch, report: dict[str, Any]) -> str:
     """Write `adapter/` (or `model/` where nothing is LoRA) and load it back. Gives a line that says what was found.
 
@@ -61,11 +60,15 @@ def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Ba
     write_folder(target, made=made)
     difference = _largest_difference(learner, target, config, processor, batch)
     if not difference <= MAX_DIFFERENCE:
-        raise UserError(f"{target}: loaded back, its logits differ by {difference:.1e} from the trained model's: do not use it")
+        raise UserError(
+            f"{target}: loaded back, its logits differ by {difference:.1e} from the trained model's: do not use it"
+        )
     return f"saved {target}; loaded back, its logits differ by at most {difference:.1e}"
 
 
-def _largest_difference(learner: Learner, target: Path, config: Config, processor: ChatProcessor, batch: Batch) -> float:
+def _largest_difference(
+    learner: Learner, target: Path, config: Config, processor: ChatProcessor, batch: Batch
+) -> float:
     """The largest difference between the logits of the trained model and of what was saved."""
     model = learner.model
     before = _logits(model, learner, batch)
@@ -106,7 +109,11 @@ def _model_card(config: Config, report: dict[str, Any], is_adapter: bool) -> str
         if is_adapter
         else 'model = AutoModel….from_pretrained("model")'
     )
-    header = {"base_model": config.model.path, "library_name": "peft" if is_adapter else "transformers", "tags": ["mmtrain"]}
+    header = {
+        "base_model": config.model.path,
+        "library_name": "peft" if is_adapter else "transformers",
+        "tags": ["mmtrain"],
+    }
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in header.items()),

@@ -59,7 +59,7 @@ def train(config: Config, fresh: bool = False) -> None:
 
 
 def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime) -> tuple[Learner, list[PartReport]]:
-    """The model with what learns of it, on its device, and its optimizer. The first weights depend on the seed alone."""
+    """The model with what learns of it, on its device, and its optimizer; its first weights follow from the seed."""
     torch.manual_seed(config.train.seed)
     base = load_model(config.model.path, config.model.dtype, processor)
     model, components, parts = prepare_learning(base, config.tune)
@@ -73,7 +73,9 @@ def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime) -> 
 class Run:
     """The loop over the steps, and what is written as it goes."""
 
-    def __init__(self, config: Config, dataset: Dataset, learner: Learner, checkpoints: CheckpointFolder, console: Console) -> None:
+    def __init__(
+        self, config: Config, dataset: Dataset, learner: Learner, checkpoints: CheckpointFolder, console: Console
+    ) -> None:
         self._config, self._dataset, self._learner = config, dataset, learner
         self._checkpoints, self._console = checkpoints, console
         self._output_dir = Path(config.train.output_dir)
@@ -130,17 +132,27 @@ class Run:
 
     def _cut_step(self, step: int) -> StepCut:
         runtime, settings = self._learner.runtime, self._config.train
-        return self._dataset.cut(step, settings.microbatch_tokens, settings.packing, runtime.index, runtime.num_processes)
+        return self._dataset.cut(
+            step, settings.microbatch_tokens, settings.packing, runtime.index, runtime.num_processes
+        )
 
     def _evaluate(self, step: int, metrics: MetricsFile, reporter: Reporter) -> None:
         settings = self._config.train
         for eval_set in self._dataset.eval:
             result = evaluate(
-                self._learner.model, self._learner.make_inputs, eval_set, self._learner.runtime, settings.microbatch_tokens, settings.packing
+                self._learner.model,
+                self._learner.make_inputs,
+                eval_set,
+                self._learner.runtime,
+                settings.microbatch_tokens,
+                settings.packing,
             )
             metrics.write({"step": step, **result.row()})
             self._last[f"perplexity on {result.name}"] = result.perplexity
-            reporter.say(f"step {step}  eval {result.name}: perplexity {result.perplexity:.4f}, token accuracy {result.token_accuracy:.1%}")
+            reporter.say(
+                f"step {step}  eval {result.name}: perplexity {result.perplexity:.4f}, "
+                f"token accuracy {result.token_accuracy:.1%}"
+            )
 
     def _save(self, step: int) -> None:
         if self._learner.runtime.is_main:

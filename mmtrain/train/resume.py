@@ -51,7 +51,13 @@ def find_resume(checkpoints: CheckpointFolder, config: Config, fingerprint: str,
     if state["data"] != fingerprint:
         faults.append("data.train: the samples are not those the run began with")
     if faults:
-        raise UserError([*faults, f"{checkpoint}: the run cannot go on from here; undo the change, take another train.output_dir, or start over with --fresh"])
+        raise UserError(
+            [
+                *faults,
+                f"{checkpoint}: the run cannot go on from here; undo the change, take another train.output_dir, "
+                "or start over with --fresh",
+            ]
+        )
     console.print(f"continuing from {checkpoint}", highlight=False, soft_wrap=True)
     return Resume(checkpoint, int(state["step"]))
 

@@ -19,7 +19,9 @@ class Runtime:
 
     def __init__(self, dtype: str) -> None:
         timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30))
-        self._accelerator = Accelerator(mixed_precision="bf16" if dtype == "bfloat16" else "no", kwargs_handlers=[timeout])
+        self._accelerator = Accelerator(
+            mixed_precision="bf16" if dtype == "bfloat16" else "no", kwargs_handlers=[timeout]
+        )
         self.device: torch.device = self._accelerator.device
         self.num_processes: int = self._accelerator.num_processes
         self.index: int = self._accelerator.process_index
@@ -42,7 +44,7 @@ class Runtime:
         ordered = list(parameters)
         parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in ordered]
         total = self.sum(torch.cat(parts))
-        for parameter, part in zip(ordered, total.split([part.numel() for part in parts]), strict=True):
+        for parameter, part in zip(ordered, torch.split(total, [part.numel() for part in parts]), strict=True):
             parameter.grad = part.view_as(parameter)
 
     def wait(self) -> None:

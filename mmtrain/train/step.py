@@ -39,7 +39,7 @@ def accumulate_gradients(learner: Learner, batches: Iterable[Batch], num_supervi
         learner.clock.set(step, on_device)
         with learner.runtime.autocast():
             nll, _ = supervised_nll(learner.model, learner.make_inputs(on_device), on_device)
-        (nll.sum() / num_supervised).backward()
+        torch.autograd.backward(nll.sum() / num_supervised)
         nll_sum += nll.detach().double().sum()
     learner.clock.clear()
     learner.runtime.sum_gradients(trainable_parameters(learner.model).values())
