@@ -1,6 +1,7 @@
 """The commands. Each imports what it needs when it runs, so that `--help` is quick."""
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +59,8 @@ def schema() -> None:
 
 def main() -> None:
     """The entry point: a user's mistake is told in lines without a traceback."""
+    # peft calls transformers by names that are going away: nothing that a user can act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     try:
         app()
     except UserError as error:

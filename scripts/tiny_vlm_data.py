@@ -222,27 +222,36 @@ def write_rows(path: Path, rows: list[Row]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def write_pretraining(folder: Path, pictures: int, seed: int = 0) -> Path:
-    """Pictures with two chats each, one of a single turn and one of four, and some chats about two pictures."""
+def write_pretraining(folder: Path, pictures: int, seed: int = 0) -> tuple[Path, Path]:
+    """Two files of rows: easy ones to learn to see from, and all sorts.
+
+    The easy rows ask for the shape or the colour where there is only one shape. Each picture has two chats among
+    the others, one of a single turn and one of three; some chats are about two pictures.
+    """
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
+    easy: list[Row] = []
     rows: list[Row] = []
     singles: list[tuple[list[Shape], str]] = []
     for i in range(pictures):
-        shapes = random_scene(rng, rng.choices([1, 2, 3], weights=[55, 30, 15])[0])
+        shapes = random_scene(rng, rng.choices([1, 2, 3], weights=[65, 25, 10])[0])
         name = f"images/{i:05d}.png"
         draw(shapes, rng).save(folder / name)
         rows.append(make_row(distinct_turns(shapes, rng, 1), [name]))
-        rows.append(make_row(distinct_turns(shapes, rng, 4), [name]))
+        rows.append(make_row(distinct_turns(shapes, rng, 3), [name]))
         if len(shapes) == 1:
             singles.append((shapes, name))
+            # Shapes are harder to tell than colours, so they are asked for more often.
+            turn = rng.choices([kind_turn, colour_turn], weights=[65, 35])[0](shapes, rng)
+            easy.append(make_row([turn], [name]))
     for _ in range(pictures // 8):
         (scene_a, name_a), (scene_b, name_b) = rng.sample(singles, 2)
         row = first_or_second([scene_a, scene_b], [name_a, name_b], rng)
         rows += [row] if row else []
     rng.shuffle(rows)
-    write_rows(folder / "train.jsonl", rows)
-    return folder / "train.jsonl"
+    write_rows(folder / "easy.jsonl", easy)
+    write_rows(folder / "all.jsonl", rows)
+    return folder / "easy.jsonl", folder / "all.jsonl"
 
 
 def write_held_out(path: Path, pictures: int, seed: int = 1) -> Path:

@@ -39,13 +39,17 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
-            raise _Refused("an alias (*) is not allowed: write the value out", event.start_mark.line + 1)
+            raise _Refused("an alias (*) is not allowed: write the value out", _line(event))
         if self.depth >= MAX_DEPTH:
-            raise _Refused(f"nested deeper than {MAX_DEPTH}", event.start_mark.line + 1)
+            raise _Refused(f"nested deeper than {MAX_DEPTH}", _line(event))
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+
+def _line(event: yaml.Event) -> int:
+    return event.start_mark.line + 1 if event.start_mark is not None else 1
 
 
 class _Refused(Exception):

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils.logging import disable_progress_bar
 
 from mmtrain.data.processor import ChatProcessor
 from mmtrain.errors import UserError, shown
@@ -26,6 +27,7 @@ def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:
     """
     config = load_config(path)
     kind = AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+    disable_progress_bar()  # loading is a second of a run that has a bar of its own
     try:
         model, info = kind.from_pretrained(
             path, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True, output_loading_info=True

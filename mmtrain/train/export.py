@@ -22,8 +22,9 @@ from mmtrain.model.load import load_model
 from mmtrain.train.checkpoint import write_folder
 from mmtrain.train.step import Learner
 
-MAX_DIFFERENCE = 1e-3
-"""Saved and trained weights are equal bit for bit; the logits are too wherever the kernels repeat themselves."""
+MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 3e-2}
+"""Largest relative difference (L2) of the logits once loaded back. In float32 it is 0 wherever kernels repeat
+themselves; in bfloat16 peft rounds parts trained in full to the base model's type as it loads them."""
 
 _PROCESSOR_FILES = (
     "tokenizer.json",
@@ -58,18 +59,16 @@ def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Ba
     _copy_processor(Path(config.model.path), made, processor)
     (made / "README.md").write_text(_model_card(config, report, is_adapter), encoding="utf-8")
     write_folder(target, made=made)
-    difference = _largest_difference(learner, target, config, processor, batch)
-    if not difference <= MAX_DIFFERENCE:
+    difference = _difference(learner, target, config, processor, batch)
+    if not difference <= MAX_DIFFERENCE[config.model.dtype]:
         raise UserError(
             f"{target}: loaded back, its logits differ by {difference:.1e} from the trained model's: do not use it"
         )
-    return f"saved {target}; loaded back, its logits differ by at most {difference:.1e}"
+    return f"saved {target}; loaded back, its logits differ by {difference:.1e} (relative)"
 
 
-def _largest_difference(
-    learner: Learner, target: Path, config: Config, processor: ChatProcessor, batch: Batch
-) -> float:
-    """The largest difference between the logits of the trained model and of what was saved."""
+def _difference(learner: Learner, target: Path, config: Config, processor: ChatProcessor, batch: Batch) -> float:
+    """Relative difference between the logits of the trained model and of what was saved."""
     model = learner.model
     before = _logits(model, learner, batch)
     if isinstance(model, PeftModel):
@@ -81,7 +80,7 @@ def _largest_difference(
     else:
         saved = load_model(str(target), config.model.dtype, processor).to(model.device)
         after = _logits(saved, learner, batch)
-    return float((before - after).abs().max())
+    return float((before - after).norm() / before.norm())
 
 
 @torch.no_grad()

@@ -1,0 +1,52 @@
+"""Models made once a session, on one thread: bits depend on the number of threads."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from builders import MAKERS, mixed_rows, write_jsonl
+
+from mmtrain.config.schema import Config
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_accelerator_a_test() -> Iterator[None]:
+    """accelerate keeps its state for the whole process; every run is to begin with none."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session", params=sorted(MAKERS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: make(folder / name) for name, make in MAKERS.items()}
+
+
+@pytest.fixture
+def make_config(model_dirs: dict[str, Path], tmp_path: Path) -> Callable[..., Config]:
+    """A config for a kind of model over the mixed samples; keywords replace whole sections' keys."""
+
+    def make(kind: str, tune: dict[str, Any] | None = None, **train: Any) -> Config:
+        data = tmp_path / f"data-{kind}" / "mixed.jsonl"
+        if not data.exists():
+            write_jsonl(data, mixed_rows(data.parent, with_images=kind != "text"))
+        return Config.model_validate(
+            {
+                "model": {"path": str(model_dirs[kind]), "dtype": "float32"},
+                "tune": tune or {"language": {"mode": "lora", "rank": 4, "alpha": 8.0}},
+                "data": {"train": [{"path": str(data)}]},
+                "train": {"output_dir": str(tmp_path / "run"), "batch_size": 8, "learning_rate": 1e-2, **train},
+            }
+        )
+
+    return make

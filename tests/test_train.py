@@ -1,0 +1,260 @@
+"""Whole runs: what they leave, that they go on exactly, and that what changes the result is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from learning import LORA, MIXED
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from mmtrain.config import load_config
+from mmtrain.config.schema import Config
+from mmtrain.errors import NonFiniteError, UserError
+from mmtrain.train import loop
+from mmtrain.train.loop import train
+
+MakeConfig = Callable[..., Config]
+SMALL = {"steps": 6, "batch_size": 3, "checkpoint_every": 2, "eval_every": 3}
+
+
+def with_eval(config: Config) -> Config:
+    source = {"path": config.data.train[0].path, "name": "held-out"}
+    return Config.model_validate(config.model_dump() | {"data": config.data.model_dump() | {"eval": [source]}})
+
+
+def rows(config: Config) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(config.train.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(config: Config) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.train.output_dir) / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_run_leaves_metrics_config_checkpoints_and_an_adapter_that_peft_loads(
+    kind: str, make_config: MakeConfig
+) -> None:
+    tune = MIXED if kind != "text" else {"language": LORA}
+    config = with_eval(make_config(kind, tune, **SMALL))
+    train(config)
+    output = Path(config.train.output_dir)
+
+    steps = [row for row in rows(config) if "eval" not in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    keys = {"step", "loss", "num_tokens", "num_supervised", "learning_rate", "grad_norm", "seconds"}
+    assert all(row.keys() == keys for row in steps)
+    assert [row["step"] for row in rows(config) if row.get("eval") == "held-out"] == [3, 6]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert load_config(output / "config.yaml") == config
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+
+    load = AutoModelForCausalLM if kind == "text" else AutoModelForImageTextToText
+    base = load.from_pretrained(config.model.path, dtype=torch.float32)
+    before = base(input_ids=torch.tensor([[5, 6, 7, 8]])).logits
+    tuned = PeftModel.from_pretrained(base, output / "adapter")
+    after = tuned(input_ids=torch.tensor([[5, 6, 7, 8]])).logits
+    assert (after - before).abs().max() > 1e-3
+    last = load_file(output / "checkpoints" / "step-000006" / "trainable.safetensors")
+    loaded = {name: p for name, p in tuned.named_parameters() if "lora_" in name or "modules_to_save" in name}
+    assert last.keys() == loaded.keys()
+    assert all(torch.equal(last[name], loaded[name]) for name in last)
+    assert (output / "adapter" / "tokenizer.json").read_bytes() == (
+        Path(config.model.path) / "tokenizer.json"
+    ).read_bytes()
+    assert "base_model" in (output / "adapter" / "README.md").read_text()
+
+
+def test_without_lora_a_whole_model_is_left(make_config: MakeConfig) -> None:
+    tune = {"projector": {"mode": "full"}, "language": {"mode": "full", "learning_rate": 1e-3}}
+    config = make_config("llava", tune, **SMALL)
+    train(config)
+    output = Path(config.train.output_dir)
+    assert not (output / "adapter").exists()
+    model = AutoModelForImageTextToText.from_pretrained(output / "model")
+    weights = load_file(output / "checkpoints" / "step-000006" / "trainable.safetensors")
+    for name, parameter in model.named_parameters():
+        assert (name in weights) == ("vision_tower" not in name)
+        assert name not in weights or torch.equal(parameter, weights[name])
+    assert (output / "model" / "chat_template.jinja").is_file()
+
+
+class Stop(Exception):
+    """Stands for a process that dies."""
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    stop_at: int, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tune = {"vision": LORA, "language": {**LORA, "dropout": 0.1}}
+    config = with_eval(make_config("qwen2_5_vl", tune, **SMALL, microbatch_tokens=60))
+    train(config)
+    whole, whole_rows = adapter(config), rows(config)
+    shutil.rmtree(config.train.output_dir)
+
+    take = loop.train_step
+
+    def die(learner: Any, batches: Any, num_supervised: int, step: int, norm: float | None) -> tuple[float, float]:
+        result = take(learner, batches, num_supervised, step, norm)
+        if step == stop_at:
+            raise Stop
+        return result
+
+    monkeypatch.setattr(loop, "train_step", die)
+    with pytest.raises(Stop):
+        train(config)
+    monkeypatch.setattr(loop, "train_step", take)
+    train(config)
+    again = adapter(config)
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert [{**row, "seconds": 0} for row in rows(config)] == [{**row, "seconds": 0} for row in whole_rows]
+
+
+def test_a_broken_newest_checkpoint_is_named_and_the_one_before_used(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config("text", **SMALL)
+    train(config)
+    whole = adapter(config)
+    output = Path(config.train.output_dir)
+    shutil.rmtree(output / "adapter")
+    broken = output / "checkpoints" / "step-000006" / "trainable.safetensors"
+    content = bytearray(broken.read_bytes())
+    content[-3] ^= 1
+    broken.write_bytes(content)
+    train(config)
+    said = capsys.readouterr().err
+    assert f"{broken.parent}: trainable.safetensors is not what was written" in said
+    assert "step-000004" in said
+    again = adapter(config)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def changed(config: Config, key: str, value: Any) -> Config:
+    data = config.model_dump(mode="json")
+    section, _, name = key.partition(".")
+    data[section] = {**data[section], name: value}
+    return Config.model_validate(data)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.steps", 7),
+        ("train.batch_size", 4),
+        ("train.learning_rate", 0.02),
+        ("train.schedule", "linear"),
+        ("train.seed", 1),
+        ("train.weight_decay", 0.1),
+        ("train.max_grad_norm", None),
+        ("labels.train_on", "last"),
+        ("labels.end_of_turn", False),
+        ("tune.language", {"mode": "lora", "rank": 8, "alpha": 8.0}),
+    ],
+)
+def test_a_change_of_the_result_is_refused_by_name(
+    key: str, value: Any, make_config: MakeConfig, shared_run: Config
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in Path(shared_run.train.output_dir).rglob("*")}
+    with pytest.raises(UserError) as refused:
+        train(changed(shared_run, key, value))
+    assert any(fault.startswith(key) for fault in refused.value.faults)
+    assert {path: path.stat().st_mtime_ns for path in Path(shared_run.train.output_dir).rglob("*")} == before
+
+
+def test_a_change_of_the_data_is_refused(shared_run: Config) -> None:
+    data = Path(shared_run.data.train[0].path)
+    content = data.read_text()
+    data.write_text("\n".join(content.splitlines()[:-1]))
+    try:
+        with pytest.raises(UserError, match="the samples are not those"):
+            train(shared_run)
+    finally:
+        data.write_text(content)
+
+
+def test_what_only_changes_the_computing_is_taken_and_fresh_starts_over(shared_run: Config) -> None:
+    output = Path(shared_run.train.output_dir)
+    whole = adapter(shared_run)
+    shutil.rmtree(output / "checkpoints" / "step-000006")
+    shutil.rmtree(output / "adapter")
+    train(changed(shared_run, "train.microbatch_tokens", 40))
+    again = adapter(shared_run)
+    difference = sum(float((whole[n] - again[n]).pow(2).sum()) for n in whole) ** 0.5
+    assert 0 < difference <= 1e-4 * sum(float(whole[n].pow(2).sum()) for n in whole) ** 0.5
+    train(changed(shared_run, "train.seed", 5), fresh=True)
+    assert [row["step"] for row in rows(shared_run)] == [1, 2, 3, 4, 5, 6]
+    train(shared_run, fresh=True)
+
+
+@pytest.fixture(scope="module")
+def shared_run(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """One finished run of a text model."""
+    from builders import mixed_rows, write_jsonl
+
+    folder = tmp_path_factory.mktemp("shared-run")
+    data = write_jsonl(folder / "data" / "mixed.jsonl", mixed_rows(folder / "data", with_images=False))
+    config = Config.model_validate(
+        {
+            "model": {"path": str(model_dirs["text"]), "dtype": "float32"},
+            "tune": {"language": LORA},
+            "data": {"train": [{"path": str(data)}]},
+            "train": {"output_dir": str(folder / "run"), "learning_rate": 1e-2, **SMALL},
+        }
+    )
+    train(config)
+    return config
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_samples(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("text", **SMALL)
+    take = loop.train_step
+
+    def poison(learner: Any, batches: Any, num_supervised: int, step: int, norm: float | None) -> tuple[float, float]:
+        if step == 4:
+            name, weight = next((n, p) for n, p in learner.model.named_parameters() if p.requires_grad)
+            weight.data[0, 0] = float("nan")
+        return take(learner, batches, num_supervised, step, norm)
+
+    monkeypatch.setattr(loop, "train_step", poison)
+    with pytest.raises(NonFiniteError, match=r"step 4: the loss is nan.*mixed\.jsonl:\d") as stopped:
+        train(config)
+    assert str(stopped.value).count("mixed.jsonl:") == 3
+    assert NonFiniteError.exit_code == 6
+    assert [row["step"] for row in rows(config)] == [1, 2, 3]
+    assert not (Path(config.train.output_dir) / "checkpoints" / "step-000004").exists()
+
+
+def test_dropped_samples_are_counted_and_listed(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config("text", **SMALL)
+    data = config.model_dump()
+    data["data"] |= {"max_length": 40, "too_long": "drop"}
+    train(Config.model_validate(data))
+    listed = [json.loads(line) for line in (Path(config.train.output_dir) / "dropped.jsonl").read_text().splitlines()]
+    assert listed
+    assert all("over the 40 allowed" in row["reason"] for row in listed)
+    assert f"{len(listed)} samples dropped as too long" in capsys.readouterr().err
+
+
+def test_bfloat16_keeps_what_learns_in_float32(make_config: MakeConfig) -> None:
+    config = make_config("qwen2_5_vl", MIXED, **SMALL)
+    config = changed(config, "model.dtype", "bfloat16")
+    train(config)
+    weights = adapter(config)
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    losses = [row["loss"] for row in rows(config)]
+    assert losses[-1] < losses[0]
+
+
+def test_the_config_of_a_run_is_plain_yaml(shared_run: Config) -> None:
+    text = (Path(shared_run.train.output_dir) / "config.yaml").read_text()
+    assert yaml.safe_load(text) == shared_run.model_dump(mode="json")
