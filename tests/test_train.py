@@ -49,7 +49,7 @@ def test_a_run_leaves_metrics_config_checkpoints_and_an_adapter_that_peft_loads(
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     keys = {"step", "loss", "num_tokens", "num_supervised", "learning_rate", "grad_norm", "seconds"}
     assert all(row.keys() == keys for row in steps)
-    assert [row["step"] for row in rows(config) if row.get("eval") == "held-out"] == [3, 6]
+    assert [row["step"] for row in rows(config) if row.get("eval") == "held-out"] == [0, 3, 6]
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert load_config(output / "config.yaml") == config
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-000004", "step-000006"]

@@ -153,7 +153,7 @@ class Train(Section):
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """How many checkpoints are kept; older ones are deleted."""
     eval_every: PositiveInt = 500
-    """Steps between evaluations on `data.eval`; the last step always has one."""
+    """Steps between evaluations on `data.eval`; there is one before the first step and one behind the last."""
 
     @model_validator(mode="after")
     def steps_or_epochs(self) -> "Train":

@@ -89,12 +89,14 @@ class Run:
         batches = Loader(self._dataset.train, settings.packing).batches(own_cuts)
         metrics = MetricsFile(self._output_dir / "metrics.jsonl", first - 1, self._learner.runtime.is_main)
         with Reporter(last, first - 1, self._console) as reporter, metrics:
+            if first == 1:
+                self._evaluate(0, metrics, reporter)  # what the model knew before
             for step in range(first, last + 1):
                 row = self._take_step(step, batches)
                 metrics.write(row)
                 reporter.step(row)
                 self._last |= row
-                if self._config.data.eval and (step % settings.eval_every == 0 or step == last):
+                if step % settings.eval_every == 0 or step == last:
                     self._evaluate(step, metrics, reporter)
                 if step % settings.checkpoint_every == 0 or step == last:
                     self._save(step)

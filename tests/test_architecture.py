@@ -1,0 +1,109 @@
+"""The rules of the house, read from the syntax tree."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "mmtrain"
+FILES = sorted(PACKAGE.rglob("*.py"))
+HEAVY = {"torch", "transformers", "peft", "accelerate"}
+FAMILY_WORDS = ("qwen", "llava", "idefics", "gemma", "internvl", "merger", "visual")
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+
+def imports(tree: ast.AST, top_level: bool = False) -> set[str]:
+    """Every module imported anywhere in `tree`, or at its top level alone."""
+    nodes = tree.body if top_level and isinstance(tree, ast.Module) else ast.walk(tree)
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own(names: set[str]) -> set[str]:
+    return names & MODULES.keys()
+
+
+def test_the_files_are_found() -> None:
+    assert {"mmtrain.cli", "mmtrain.data.encode", "mmtrain.model.components", "mmtrain.train.loop"} <= MODULES.keys()
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n in ("mmtrain.cli", "mmtrain.errors") or ".config" in n])
+def test_the_light_rooms_import_nothing_heavy(name: str) -> None:
+    assert not {module.split(".")[0] for module in imports(MODULES[name], top_level=name == "mmtrain.cli")} & HEAVY
+
+
+def test_packages_stand_one_on_another() -> None:
+    floors = {"config": set(), "data": {"config", "data"}, "model": {"config", "data", "model"}}
+    for name, tree in MODULES.items():
+        package = name.split(".")[1] if name.count(".") else ""
+        if package in floors:
+            used = {module.split(".")[1] for module in own(imports(tree)) if module.count(".")} - {"errors", "config"}
+            assert used <= floors[package], f"{name} imports {used - floors[package]}"
+    assert not any("mmtrain.cli" in imports(tree) for name, tree in MODULES.items() if name != "mmtrain.__main__")
+
+
+def test_there_is_no_import_circle() -> None:
+    graph = {name: own(imports(tree)) - {name} for name, tree in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path, name])
+        if name not in done:
+            for inner in graph[name]:
+                visit(inner, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_only_the_runtime_asks_the_environment_or_talks_to_other_processes() -> None:
+    for name, tree in MODULES.items():
+        if name in ("mmtrain.train.runtime", "mmtrain.launch"):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                assert ast.unparse(node) not in ("os.environ", "os.getenv", "torch.distributed"), name
+        assert not any(module.startswith(("torch.distributed", "accelerate")) for module in imports(tree)), name
+
+
+def test_family_names_stand_in_one_place() -> None:
+    for path in FILES:
+        if name_of(path) == "mmtrain.model.components":
+            continue
+        for node in ast.walk(MODULES[name_of(path)]):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                words = node.value.lower().split()
+                is_prose = len(words) > 3  # docstrings and comments may name a family as an example
+                assert is_prose or not any(family in node.value.lower() for family in FAMILY_WORDS), path
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nothing_unsafe_is_called(name: str) -> None:
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("torch.load", "torch.save", "yaml.load", "eval", "exec", "os.system"), called
+            for keyword in node.keywords:
+                assert not (keyword.arg in ("shell", "trust_remote_code") and ast.unparse(keyword.value) == "True")
+    assert not imports(MODULES[name]) & {"pickle", "shelve", "marshal", "dill"}
+
+
+def test_files_and_functions_stay_short() -> None:
+    for path in FILES:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 350, path
+        for node in ast.walk(MODULES[name_of(path)]):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno <= 60, f"{path}: {node.name}"
+        assert path.stem not in ("utils", "helpers", "common")

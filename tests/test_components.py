@@ -1,0 +1,133 @@
+"""What learns: the three parts on the module tree, and nothing outside what was named."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from learning import LORA
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from mmtrain.config.schema import Config, Tune
+from mmtrain.errors import UserError
+from mmtrain.model.components import Components, base_name, prepare_learning
+from mmtrain.train.optim import make_optimizer
+
+# Where each part's parameters lie in each architecture, written down from the models' own module trees.
+PARTS = {
+    "qwen2_5_vl": {
+        "vision": r"model\.visual\.(?!merger)",
+        "projector": r"model\.visual\.merger\.",
+        "language": r"model\.language_model\.|lm_head\.",
+    },
+    "llava": {
+        "vision": r"model\.vision_tower\.",
+        "projector": r"model\.multi_modal_projector\.",
+        "language": r"model\.language_model\.|lm_head\.",
+    },
+    "text": {"language": r"model\.|lm_head\."},
+}
+
+
+def load(kind: str, model_dirs: dict[str, Path]) -> Any:
+    auto = AutoModelForCausalLM if kind == "text" else AutoModelForImageTextToText
+    return auto.from_pretrained(model_dirs[kind], dtype=torch.float32)
+
+
+def test_every_parameter_is_of_the_part_it_should_be(kind: str, model_dirs: dict[str, Path]) -> None:
+    model = load(kind, model_dirs)
+    components = Components(model)
+    for name, _ in model.named_parameters():
+        expected = next(part for part, pattern in PARTS[kind].items() if re.match(pattern, name))
+        assert components.part_of(name) == expected, name
+
+
+@pytest.mark.parametrize("part", ["vision", "projector", "language"])
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])
+def test_only_the_named_part_learns(kind: str, part: str, mode: str, model_dirs: dict[str, Path]) -> None:
+    tune = Tune.model_validate({part: LORA if mode == "lora" else {"mode": "full"}})
+    base = load(kind, model_dirs)
+    total = sum(p.numel() for p in base.parameters())
+    model, _, report = prepare_learning(base, tune)
+    own = [(base_name(name), p) for name, p in model.named_parameters() if p.requires_grad]
+    learning = {name for name, _ in own}
+    assert learning
+    assert all(re.match(PARTS[kind][part], name) for name in learning)
+    if mode == "full":
+        fresh = dict(load(kind, model_dirs).named_parameters())
+        wanted = {name for name in fresh if re.match(PARTS[kind][part], name)}
+        assert learning == wanted
+    row = next(row for row in report if row.part == part)
+    assert row.trainable == sum(p.numel() for _, p in own) > 0
+    assert row.num_modules > 0
+    assert sum(row.frozen for row in report) == total - (row.trainable if mode == "full" else 0)
+
+
+def test_a_full_part_beside_lora_is_saved_whole_and_alone(model_dirs: dict[str, Path]) -> None:
+    tune = Tune.model_validate({"vision": {"mode": "full"}, "language": LORA})
+    model, _, _ = prepare_learning(load("qwen2_5_vl", model_dirs), tune)
+    saved = set(model.peft_config["default"].modules_to_save)
+    assert saved == {"model.visual.patch_embed", "model.visual.blocks.0", "model.visual.blocks.1"}
+    assert re.fullmatch(model.peft_config["default"].target_modules, "model.language_model.layers.0.self_attn.q_proj")
+    assert not re.fullmatch(model.peft_config["default"].target_modules, "model.visual.blocks.0.attn.proj")
+
+
+def test_targets_are_literal_names(model_dirs: dict[str, Path]) -> None:
+    tune = Tune.model_validate({"language": {**LORA, "targets": ["q_proj", "mlp.down_proj"]}})
+    model, _, _ = prepare_learning(load("llava", model_dirs), tune)
+    hit = {base_name(name) for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.rsplit(".", 2)[-2] for name in hit} == {"q_proj", "down_proj"}
+    assert all(name.startswith("model.language_model.") for name in hit)
+
+
+@pytest.mark.parametrize(
+    ("tune", "reason"),
+    [
+        ({"language": {**LORA, "targets": ["q_porj"]}}, "no linear layer is called q_porj"),
+        ({"language": {**LORA, "targets": [".*"]}}, "no linear layer is called"),
+        ({"vision": LORA}, "the model has no vision part"),
+        ({"projector": {"mode": "full"}}, "the model has no projector part"),
+    ],
+)
+def test_nothing_hit_is_an_error(tune: dict[str, Any], reason: str, model_dirs: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=re.escape(reason)):
+        prepare_learning(load("text", model_dirs), Tune.model_validate(tune))
+
+
+def test_ranks_of_two_parts_may_differ(model_dirs: dict[str, Path]) -> None:
+    tune = Tune.model_validate({"vision": {**LORA, "rank": 2, "alpha": 6.0}, "language": {**LORA, "rank": 5}})
+    model, _, _ = prepare_learning(load("llava", model_dirs), tune)
+    for name, p in model.named_parameters():
+        if "lora_A" in name:
+            assert p.shape[0] == (2 if "vision_tower" in name else 5)
+    layer = model.get_submodule("base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj")
+    assert layer.scaling["default"] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(("variant", "scaling"), [("lora", 2.0), ("rslora", 4.0), ("dora", 2.0)])
+def test_variants(variant: str, scaling: float, model_dirs: dict[str, Path]) -> None:
+    tune = Tune.model_validate({"language": {**LORA, "variant": variant}})
+    model, _, _ = prepare_learning(load("text", model_dirs), tune)
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert layer.scaling["default"] == pytest.approx(scaling)  # alpha 8 over rank 4, or over its square root
+    assert (variant == "dora") == any("magnitude" in name for name, _ in model.named_parameters())
+
+
+def test_each_part_has_its_rate_and_decay_falls_on_matrices(make_config: Callable[..., Config]) -> None:
+    tune = {"projector": {"mode": "full", "learning_rate": 3e-4}, "language": LORA}
+    config = make_config("llava", tune, weight_decay=0.1)
+    base = AutoModelForImageTextToText.from_pretrained(config.model.path, dtype=torch.float32)
+    model, components, _ = prepare_learning(base, config.tune)
+    optimizer = make_optimizer(model, components, config)
+    names = {id(p): name for name, p in model.named_parameters()}
+    seen = set()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            seen.add(name)
+            assert group["base_rate"] == (3e-4 if "multi_modal_projector" in name else 1e-2)
+            assert group["weight_decay"] == (0.0 if name.endswith("bias") else 0.1)
+    assert seen == {name for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,48 @@
+"""Two processes give the curve and the adapter of one, also where one of them has nothing to do."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from learning import LORA, MIXED
+from safetensors.torch import load_file
+
+from mmtrain.config import dump_config
+from mmtrain.config.schema import Config
+
+
+def run(config: Config, processes: int, output: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Train in a subprocess; the metrics' rows and the adapter."""
+    path = output.with_suffix(".yaml")
+    data = yaml.safe_load(dump_config(config))
+    data["train"]["output_dir"] = str(output)
+    path.write_text(yaml.safe_dump(data))
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    command = [sys.executable, "-m", *(launcher if processes > 1 else []), "mmtrain", "train", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return rows, load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("batch_size", [8, 1], ids=["mixed", "fewer_samples_than_processes"])
+def test_two_processes_equal_one(batch_size: int, make_config: Callable[..., Config], tmp_path: Path) -> None:
+    tune = {**MIXED, "language": {**LORA, "dropout": 0.1}}
+    config = make_config("qwen2_5_vl", tune, steps=10, batch_size=batch_size, microbatch_tokens=100)
+    source = {"path": config.data.train[0].path, "name": "same"}
+    config = Config.model_validate(config.model_dump() | {"data": config.data.model_dump() | {"eval": [source]}})
+    one_rows, one = run(config, 1, tmp_path / "one")
+    two_rows, two = run(config, 2, tmp_path / "two")
+    assert len(one_rows) == len(two_rows) == 12
+    for before, after in zip(one_rows, two_rows, strict=True):
+        for key in before.keys() - {"seconds", "eval"}:
+            assert after[key] == pytest.approx(before[key], rel=1e-5), key
+    difference = sum(float((one[name] - two[name]).double().pow(2).sum()) for name in one) ** 0.5
+    assert difference <= 1e-5 * sum(float(one[name].double().pow(2).sum()) for name in one) ** 0.5

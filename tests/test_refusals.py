@@ -1,0 +1,140 @@
+"""Samples that cannot be used: each named by file and line with the reason, before the first step."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import SHAPES, TINY, make_text, write_jsonl
+
+from mmtrain.config.schema import Config
+from mmtrain.data.batch import Loader
+from mmtrain.data.encode import Encoder
+from mmtrain.data.processor import load_processor
+from mmtrain.data.samples import SampleSet
+from mmtrain.errors import UserError
+from mmtrain.train.loop import train
+
+PICTURE = sorted((SHAPES / "images").iterdir())[0]
+
+
+def chat(question: str, answer: str, images: list[str] | None = None, role: str = "user") -> dict[str, Any]:
+    messages = [{"role": role, "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages} | ({"images": images} if images is not None else {})
+
+
+FAULTY: dict[int, tuple[Any, str]] = {
+    2: (chat("<image><image>What?", "this", ["ok.png"]), "2 <image> marks but 1 image"),
+    3: (chat("<image>What?", "this", ["missing.png"]), "No such file"),
+    4: (chat("<image>What?", "this", ["notes.txt"]), "not a picture of a known kind"),
+    5: (chat("What?", "this", role="narrator"), "unknown role 'narrator'"),
+    6: (chat("What?", ""), "an assistant turn with no words"),
+    7: (chat("What?", "word " * 300), "tokens, over the 200 allowed (data.max_length)"),
+    9: ("{not json", "not JSON"),
+    10: (chat("<image>What?", "this", ["short.jpg"]), "does not decode"),
+    11: (chat("<image>What?", "this", ["short.png"]), "does not decode"),
+    12: (chat("<image>What?", "this", ["../outside.png"]), "leaves"),
+}
+
+
+def write_faulty(folder: Path) -> Path:
+    """Ten faults among good lines; line 8 is blank."""
+    folder.mkdir()
+    picture = PICTURE.read_bytes()
+    (folder / "ok.png").write_bytes(picture)
+    (folder / "notes.txt").write_text("these are notes")
+    (folder / "short.png").write_bytes(picture[: len(picture) // 2])
+    import PIL.Image
+
+    PIL.Image.open(PICTURE).convert("RGB").resize((200, 200)).save(folder / "whole.jpg")
+    jpeg = (folder / "whole.jpg").read_bytes()
+    (folder / "short.jpg").write_bytes(jpeg[: len(jpeg) * 2 // 3])
+    (folder.parent / "outside.png").write_bytes(picture)
+    lines = []
+    for number in range(1, 14):
+        record = FAULTY.get(number, (chat("<image>What?", "this", ["ok.png"]), ""))[0]
+        lines.append("" if number == 8 else record if isinstance(record, str) else json.dumps(record))
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_every_fault_is_named_before_the_first_step(tmp_path: Path) -> None:
+    data = write_faulty(tmp_path / "data")
+    config = Config.model_validate(
+        {
+            "model": {"path": str(TINY), "dtype": "float32"},
+            "data": {"train": [{"path": str(data)}], "max_length": 200},
+            "train": {"output_dir": str(tmp_path / "run"), "steps": 1},
+        }
+    )
+    with pytest.raises(UserError) as refused:
+        train(config)
+    assert len(refused.value.faults) == len(FAULTY)
+    for (number, (_, reason)), fault in zip(FAULTY.items(), refused.value.faults, strict=True):
+        assert fault.startswith(f"{data}:{number}: ")
+        assert reason in fault
+        assert "\n" not in fault
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_picture_that_breaks_later_is_named_at_its_step(make_config: Callable[..., Config]) -> None:
+    config = make_config("qwen2_5_vl")
+    encoder = Encoder(load_processor(config.model.path))
+    samples = SampleSet(config.data.train, encoder)
+    data = Path(config.data.train[0].path)
+    picture = data.parent / "images" / "0.png"
+    whole = bytearray(picture.read_bytes())
+    middle = len(whole) // 2
+    whole[middle : middle + 20] = bytes(20)  # the header and the end are as they were
+    picture.write_bytes(whole)
+    samples.encoded(0)
+    with pytest.raises(UserError, match=r"mixed\.jsonl:1: the image 'images/0.png' does not decode"):
+        list(Loader(samples, True).batches([[1], [4, 0]]))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_picture_that_changed_its_size_is_refused_with_both_sizes(
+    packing: bool, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import PIL.Image
+
+    from mmtrain.data import batch
+
+    config = make_config("qwen2_5_vl")
+    samples = SampleSet(config.data.train, Encoder(load_processor(config.model.path)))
+    monkeypatch.setattr(batch, "decode", lambda picture: PIL.Image.new("RGB", (160, 160)))
+    with pytest.raises(UserError, match=r"mixed\.jsonl:1: .*16 tokens were laid out .* makes 100"):
+        Loader(samples, packing).load([1, 0])
+
+
+def test_pictures_for_a_model_without_them_are_refused(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "ok.png").write_bytes(PICTURE.read_bytes())
+    data = write_jsonl(tmp_path / "data.jsonl", [chat("<image>What?", "this", ["ok.png"])])
+    config = make_config("text")
+    changed = config.model_dump() | {"data": {"train": [{"path": str(data)}]}}
+    with pytest.raises(UserError, match=r"data\.jsonl:1: the sample has pictures and this model takes none"):
+        train(Config.model_validate(changed))
+
+
+def test_a_tokenizer_that_does_not_give_back_text_is_refused(tmp_path: Path) -> None:
+    path = make_text(tmp_path / "model")
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {token: id_ for token, id_ in tokenizer["model"]["vocab"].items() if id_ < 12}
+    tokenizer["model"]["merges"] = []
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=r"model: .*tokenizer"):
+        load_processor(str(path))
+
+
+def test_a_template_without_a_placeholder_is_refused(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    import shutil
+
+    config = make_config("qwen2_5_vl")
+    path = tmp_path / "model"
+    shutil.copytree(config.model.path, path)
+    template = (path / "chat_template.jinja").read_text()
+    (path / "chat_template.jinja").write_text(template.replace("<|image_pad|>", "[picture]"))
+    with pytest.raises(UserError, match="writes no placeholder"):
+        load_processor(str(path))
