@@ -27,7 +27,7 @@ class MetricsFile:
         self._file: TextIO | None = None
         if not active:
             return
-        kept = [line for line in _lines(path) if _step_of(line) <= step]
+        kept = [line for line in _lines(path) if _step_of(line) <= step] if step else []
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}")
         beside.write_text("".join(kept), encoding="utf-8")
