@@ -2,8 +2,8 @@
 
     python scripts/answers.py MODEL_DIR DATA [--adapter DIR] [--swap] [--show N] [--seen TRAIN]
 
-DATA is JSON or JSON Lines of ``messages`` + ``images`` rows or LLaVA ``conversations`` + ``image`` rows. The first
-question is asked and the first answer is the reference; an answer is right when it equals the reference.
+DATA is JSON or JSON Lines of ``messages`` + ``images`` rows or LLaVA ``conversations`` + ``image`` rows. The
+first question is asked and the first answer is the reference; an answer is right when it equals the reference.
 ``--swap`` gives each question another row's picture: a model that looks must then fall to the blind rate.
 """
 
@@ -60,8 +60,8 @@ def swap_pictures(questions: list[Question], seed: int = 0) -> list[Question]:
 def blind_rate(questions: list[Question], seen: list[Question] | None = None) -> float:
     """The share right when each question always gets the answer it most often has among the seen questions.
 
-    This is the best that can be done without looking. Without ``seen`` the answers of ``questions`` themselves are
-    counted, which flatters the blind answer where a question is rare.
+    This is the best that can be done without looking. Without ``seen`` the answers of ``questions`` themselves
+    are counted, which flatters the blind answer where a question is rare.
     """
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     overall = Counter(q.answer for q in seen or questions)
@@ -71,7 +71,7 @@ def blind_rate(questions: list[Question], seen: list[Question] | None = None) ->
 
 
 class Answerer:
-    """A model with its tokenizer and image processor, without the processor class, which needs torchvision."""
+    """A model, its tokenizer and its image processor; the joint processor class would need torchvision."""
 
     def __init__(self, model_dir: Path, adapter: Path | None = None) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
@@ -86,8 +86,9 @@ class Answerer:
     def prompt(self, question: Question, counts: list[int]) -> str:
         """The chat up to the answer, with one placeholder for each token of each picture."""
         content = [{"type": "image"}] * len(counts) + [{"type": "text", "text": question.text}]
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                                  add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
         pieces = text.split(IMAGE)
         return "".join(piece + IMAGE * n for piece, n in zip(pieces, [*counts, 0], strict=True))
 
@@ -100,13 +101,19 @@ class Answerer:
         texts = [self.prompt(q, [next(sizes) for _ in q.images]) for q in questions]
         tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
         kinds = (tokens["input_ids"] == self.tokenizer.convert_tokens_to_ids(IMAGE)).int()
-        made = self.model.generate(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"],
-                                   mm_token_type_ids=kinds, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new = made[:, tokens["input_ids"].shape[1]:]
+        made = self.model.generate(
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            mm_token_type_ids=kinds,
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+        new = made[:, tokens["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def answer_all(self, questions: list[Question], batch: int = 32) -> list[str]:
-        return [text for i in range(0, len(questions), batch) for text in self.answer(questions[i:i + batch])]
+        return [text for i in range(0, len(questions), batch) for text in self.answer(questions[i : i + batch])]
 
 
 def exact_match(questions: list[Question], given: list[str]) -> float:
@@ -126,13 +133,15 @@ def main() -> None:
     questions = read_questions(args.data)
     asked = swap_pictures(questions) if args.swap else questions
     given = Answerer(args.model, args.adapter).answer_all(asked)
-    for q, text in list(zip(asked, given, strict=True))[:args.show]:
+    for q, text in list(zip(asked, given, strict=True))[: args.show]:
         mark = "right" if text == q.answer.strip() else "wrong"
         print(f"{q.images[0].name if q.images else '-'}  {q.text}  ->  {text}  ({mark}; reference: {q.answer})")
     right = exact_match(asked, given)
     blind = blind_rate(questions, read_questions(args.seen) if args.seen else None)
-    print(f"right {right:.3f} of {len(questions)}, best blind answer {blind:.3f}"
-          + (", pictures swapped" if args.swap else ""))
+    print(
+        f"right {right:.3f} of {len(questions)}, best blind answer {blind:.3f}"
+        + (", pictures swapped" if args.swap else "")
+    )
 
 
 if __name__ == "__main__":

@@ -78,8 +78,9 @@ def random_shape(rng: random.Random, kind: str, colour: str, largest: float) -> 
 
 def apart(a: Shape, b: Shape, gap: float = 2) -> bool:
     """Whether two boxes keep a gap between them."""
-    return (a.box[2] + gap < b.box[0] or b.box[2] + gap < a.box[0]
-            or a.box[3] + gap < b.box[1] or b.box[3] + gap < a.box[1])
+    return (
+        a.box[2] + gap < b.box[0] or b.box[2] + gap < a.box[0] or a.box[3] + gap < b.box[1] or b.box[3] + gap < a.box[1]
+    )
 
 
 def random_scene(rng: random.Random, count: int) -> list[Shape]:
@@ -116,8 +117,14 @@ def kind_turn(shapes: list[Shape], rng: random.Random) -> Turn:
     """Asks for a shape: the only one, or the one of a colour."""
     shape = rng.choice(shapes)
     if len(shapes) == 1 and rng.random() < 0.7:
-        question = rng.choice(["What shape is in the image?", "What shape is present?",
-                               "What shape does the image contain?", "Which shape is this?"])
+        question = rng.choice(
+            [
+                "What shape is in the image?",
+                "What shape is present?",
+                "What shape does the image contain?",
+                "Which shape is this?",
+            ]
+        )
     else:
         question = rng.choice(["What is the {} shape?", "What shape is {}?"]).format(shape.colour)
     return question, shape.kind
@@ -142,11 +149,18 @@ def presence_turn(shapes: list[Shape], rng: random.Random) -> Turn:
     there = there or not absent
     name = rng.choice(seen if there else absent)
     if rng.random() < 0.4:
-        question = rng.choice(["Is there not a {}?", "Is no {} present?", "Does the image not contain a {}?",
-                               "Is there not a {} in the image?"])
+        question = rng.choice(
+            [
+                "Is there not a {}?",
+                "Is no {} present?",
+                "Does the image not contain a {}?",
+                "Is there not a {} in the image?",
+            ]
+        )
         return question.format(name), yes_no(not there)
-    question = rng.choice(["Is there a {}?", "Is there a {} in the image?", "Is a {} present?",
-                           "Does the image contain a {}?"])
+    question = rng.choice(
+        ["Is there a {}?", "Is there a {} in the image?", "Is a {} present?", "Does the image contain a {}?"]
+    )
     return question.format(name), yes_no(there)
 
 
@@ -319,12 +333,12 @@ The numbers are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 25, 64, 100, 128, 512, 1000 an
 Water boils at 100 degrees and freezes at 0 degrees. The temperature outside is 18.5 degrees now.
 Thank you very much for your help; I really appreciate it. You're welcome! Don't forget to write.
 We've been working on this problem for weeks, and it's still not clear what's going wrong or how to fix it.
-First, check whether the picture exists. Second, make sure that it can be opened. Finally, show it on the screen.
+First, check whether the picture exists. Second, make sure that it can be opened. Finally, show it on the wall.
 Every word counts. Some people believe that small things make the greatest difference in the long run.
 The doctor looked at the blood sample and counted seven red cells, two white cells and one that was unclear.
 Please translate this sentence into Spanish, French or Chinese, and say how it should be spoken.
 Here is a list of things you could do: go swimming, visit a friend, read a newspaper, or learn to play music.
-def main(): print("hello world"); for i in range(10): total = total + i; return {"name": "value", "list": [1, 2]}
+def main(): print("hello world"); for i in range(10): total += i; return {"name": "value", "list": [1, 2]}
 """
 
 if __name__ == "__main__":
