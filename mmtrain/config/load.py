@@ -4,7 +4,7 @@ import difflib
 import glob
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     where = {at: f"{path}:{line}" for at, line in lines.items()}
     for override in overrides:
         _apply(override, data, where)
+    faults = list(_missing_files(data, where, str(path)))
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        raise UserError(_faults(error, data, where, str(path))) from None
-    faults = _missing_files(config, where, str(path))
+        faults = [_fault(item, data, where, str(path)) for item in error.errors()] + faults
     if faults:
         raise UserError(faults)
     return config
@@ -71,15 +71,14 @@ def _apply(override: str, data: dict[str, Any], where: dict[KeyPath, str]) -> No
     where[tuple(steps)] = "command line"
 
 
-def _faults(error: ValidationError, data: dict[str, Any], where: dict[KeyPath, str], name: str) -> list[str]:
-    return [_fault(item, data, where, name) for item in error.errors()]
-
-
 def _fault(item: Any, data: dict[str, Any], where: dict[KeyPath, str], name: str) -> str:
     at = _key_path(item["loc"], data)
-    place = next((where[at[:n]] for n in range(len(at), 0, -1) if at[:n] in where), f"{name}:1")
-    key = ".".join(map(str, at)) or "config"
-    return f"{place}: {key}: {_reason(item, at, data)}"
+    return f"{_place(at, where, name)}: {'.'.join(map(str, at)) or 'config'}: {_reason(item, at, data)}"
+
+
+def _place(at: KeyPath, where: dict[KeyPath, str], name: str) -> str:
+    """Where the key path `at`, or the nearest section around it, was written."""
+    return next((where[at[:n]] for n in range(len(at), 0, -1) if at[:n] in where), f"{name}:1")
 
 
 def _key_path(loc: tuple[str | int, ...], data: Any) -> KeyPath:
@@ -106,7 +105,8 @@ def _reason(item: Any, at: KeyPath, data: dict[str, Any]) -> str:
     if kind == "missing":
         return "required, and not given"
     if kind.startswith("union_tag"):
-        return f"needs `mode: frozen`, `mode: lora` or `mode: full`, not {shown(value)}"
+        mode = value.get("mode") if isinstance(value, dict) else value
+        return "needs `mode: frozen`, `mode: lora` or `mode: full`" + (f", not {shown(mode)}" if mode else "")
     if kind == "value_error":
         return str(item["ctx"]["error"])
     message = item["msg"][0].lower() + item["msg"][1:]
@@ -140,21 +140,24 @@ def _nearest(key: str, valid: list[str]) -> str:
     return f"; did you mean {shown(near[0])}?" if near else f"; expected one of {', '.join(valid)}"
 
 
-def _missing_files(config: Config, where: dict[KeyPath, str], name: str) -> list[str]:
-    faults = []
-    model = config.model.path
-    if not Path(model).is_dir() and not _HUB_ID.fullmatch(model):
-        place = where.get(("model", "path"), name)
-        faults.append(f"{place}: model.path: expected a model directory or a hub id, and there is no {shown(model)}")
-    for section, sources in (("train", config.data.train), ("eval", config.data.eval)):
-        for i, source in enumerate(sources):
-            at: KeyPath = ("data", section, i)
-            for key, path in (("path", source.path), ("root", source.root)):
-                if (
-                    path is not None
-                    and not Path(path).exists()
-                    and not (key == "path" and glob.glob(path, recursive=True))
-                ):
-                    place = next((where[p] for p in ((*at, key), at, at[:2]) if p in where), name)
-                    faults.append(f"{place}: data.{section}.{i}.{key}: there is no {shown(path)}")
-    return faults
+def _missing_files(data: dict[str, Any], where: dict[KeyPath, str], name: str) -> Iterator[str]:
+    """A fault for each path in the raw config that leads nowhere; what is not a path at all is left to the schema."""
+    for at, path in _paths(data):
+        exists = Path(path).exists() or (at[-1] == "path" and bool(glob.glob(path, recursive=True)))
+        if at == ("model", "path"):
+            exists = Path(path).is_dir() or _HUB_ID.fullmatch(path) is not None
+        if not exists:
+            expected = "expected a model directory or a hub id; " if at == ("model", "path") else ""
+            yield f"{_place(at, where, name)}: {'.'.join(map(str, at))}: {expected}there is no {shown(path)}"
+
+
+def _paths(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    model, sections = data.get("model"), data.get("data")
+    if isinstance(model, dict) and isinstance(model.get("path"), str):
+        yield ("model", "path"), model["path"]
+    for section in ("train", "eval"):
+        sources = sections.get(section) if isinstance(sections, dict) else None
+        for i, source in enumerate(sources if isinstance(sources, list) else []):
+            for key in ("path", "root"):
+                if isinstance(source, dict) and isinstance(source.get(key), str):
+                    yield ("data", section, i, key), source[key]

@@ -195,6 +195,10 @@ def load_processor(path: str) -> ChatProcessor:
         takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         processor = _family_processor(path, config, tokenizer) if takes_images else None
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if not Path(path).is_dir():
+            raise UserError(
+                f"{path}: not in the local hub cache, and nothing is fetched: run `hf download {path}`"
+            ) from None
         raise UserError(f"{path}: the processor cannot be loaded: {_first_line(error)}") from None
     try:
         made = ChatProcessor(tokenizer, processor, _eos_ids(path, config), getattr(config, "image_token_id", None))
