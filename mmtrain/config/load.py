@@ -2,21 +2,21 @@
 
 import difflib
 import glob
-import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from mmtrain.config.schema import Config, Frozen, Full, Lora
-from mmtrain.config.yaml_file import KeyPath, parse_yaml, read_yaml
+from mmtrain.config.yaml_file import KeyPath, dump_yaml, parse_yaml, read_yaml
 from mmtrain.errors import UserError, shown
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MODES: dict[str, type[BaseModel]] = {"frozen": Frozen, "lora": Lora, "full": Full}
+_COMMAND_LINE = "command line"
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -26,13 +26,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(data, dict):
         raise UserError(f"{path}:1: expected sections (model, tune, data, labels, train), not {shown(data)}")
     where = {at: f"{path}:{line}" for at, line in lines.items()}
+    faults = []
     for override in overrides:
-        _apply(override, data, where)
-    faults = list(_missing_files(data, where, str(path)))
+        try:
+            _apply(override, data, where)
+        except UserError as error:
+            faults += error.faults
+    name = f"{path}:1"
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        faults = [_fault(item, data, where, str(path)) for item in error.errors()] + faults
+        faults += [_fault(item, data, where, name) for item in error.errors()]
+    faults += _missing_files(data, where, name)
     if faults:
         raise UserError(faults)
     return config
@@ -40,62 +45,57 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(config: Config) -> str:
     """The merged config as YAML, every key written out; loading it gives an equal `Config`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _apply(override: str, data: dict[str, Any], where: dict[KeyPath, str]) -> None:
-    """Set one `section.key=value` in `data`; a number in the path is a place in a list."""
+    """Set one `section.key=value` in `data`; a number in the path is a place in a list that is there."""
     key, equals, text = override.partition("=")
-    name = f"command line: {shown(override)}"
+    name = f"{_COMMAND_LINE}: {shown(override)}"
     if not equals or not key:
         raise UserError(f"{name}: expected section.key=value")
     value, _ = parse_yaml(text, name)
-    steps: list[str | int] = [int(word) if word.isdecimal() else word for word in key.split(".")]
+    *sections, last = key.split(".")
+    at: list[str | int] = []
     target: Any = data
-    for step, following in itertools.pairwise(steps):
-        if isinstance(target, list) and isinstance(step, int) and step < len(target):
-            target = target[step]
-        elif isinstance(target, dict):
-            if not isinstance(target.get(str(step)), dict | list):
-                target[str(step)] = [] if isinstance(following, int) else {}
-            target = target[str(step)]
-        else:
-            raise UserError(f"{name}: there is no {shown(step)} in the config")
-    last = steps[-1]
-    if isinstance(target, list) and isinstance(last, int) and last < len(target):
-        target[last] = value
-    elif isinstance(target, dict):
-        target[str(last)] = value
-    else:
-        raise UserError(f"{name}: there is no {shown(last)} in the config")
-    where[tuple(steps)] = "command line"
+    for word in sections:
+        at.append(step := _step(word, target, name))
+        if isinstance(target, dict) and not isinstance(target.get(step), dict | list):
+            target[step] = {}
+            where[tuple(at)] = _COMMAND_LINE
+        target = target[step]
+    at.append(step := _step(last, target, name))
+    target[step] = value
+    for inner in [inner for inner in where if inner[: len(at)] == tuple(at)]:
+        del where[inner]  # lines of what the override replaced
+    where[tuple(at)] = _COMMAND_LINE
+
+
+def _step(word: str, target: Any, name: str) -> str | int:
+    """One word of a key path as the key of a section or the place in a list."""
+    if isinstance(target, dict):
+        return word
+    if word.isdecimal() and len(word) < 6 and int(word) < len(target):
+        return int(word)
+    raise UserError(f"{name}: there is no {shown(word)} in a list of {len(target)}")
 
 
 def _fault(item: Any, data: dict[str, Any], where: dict[KeyPath, str], name: str) -> str:
-    at = _key_path(item["loc"], data)
-    return f"{_place(at, where, name)}: {'.'.join(map(str, at)) or 'config'}: {_reason(item, at, data)}"
+    at: KeyPath = item["loc"]
+    if len(at) > 2 and at[0] == "tune":
+        at = (*at[:2], *at[3:])  # pydantic puts the name of the union's member among the keys
+    return f"{_place(at, where, name)}: {_key(at)}: {_reason(item, at, data)}"
+
+
+def _key(at: KeyPath) -> str:
+    """A key path on one printable line."""
+    words = (str(step) if re.fullmatch(r"[\w-]{1,40}", str(step)) else shown(step, 40) for step in at)
+    return ".".join(words) or "config"
 
 
 def _place(at: KeyPath, where: dict[KeyPath, str], name: str) -> str:
     """Where the key path `at`, or the nearest section around it, was written."""
-    return next((where[at[:n]] for n in range(len(at), 0, -1) if at[:n] in where), f"{name}:1")
-
-
-def _key_path(loc: tuple[str | int, ...], data: Any) -> KeyPath:
-    """pydantic's location without the names of union members (`lora`, …) that it puts among the keys.
-
-    Only the last step of a location may name a key that is not in the data: one that is missing.
-    """
-    path: list[str | int] = []
-    here = data
-    for i, step in enumerate(loc):
-        known = step in here if isinstance(here, dict) else isinstance(here, list) and isinstance(step, int)
-        if known:
-            here = here[step]
-            path.append(step)
-        elif i == len(loc) - 1 and isinstance(here, dict) and not (step in _MODES and "mode" in here):
-            path.append(step)
-    return tuple(path)
+    return next((where[at[:n]] for n in range(len(at), 0, -1) if at[:n] in where), name)
 
 
 def _reason(item: Any, at: KeyPath, data: dict[str, Any]) -> str:
@@ -107,6 +107,8 @@ def _reason(item: Any, at: KeyPath, data: dict[str, Any]) -> str:
     if kind.startswith("union_tag"):
         mode = value.get("mode") if isinstance(value, dict) else value
         return "needs `mode: frozen`, `mode: lora` or `mode: full`" + (f", not {shown(mode)}" if mode else "")
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"expected a section of keys, not {shown(value)}"
     if kind == "value_error":
         return str(item["ctx"]["error"])
     message = item["msg"][0].lower() + item["msg"][1:]
@@ -121,34 +123,36 @@ def _valid_keys(at: KeyPath, data: dict[str, Any]) -> list[str]:
         here = here[step]
         if isinstance(step, int):
             continue
-        annotation = model.model_fields[str(step)].annotation
         if step in ("vision", "projector", "language"):
             model = _MODES.get(here.get("mode"), Frozen)
         else:
-            model = next(kind for kind in _models_in(annotation))
+            model = next(_models_in(model.model_fields[step].annotation))
     return list(model.model_fields)
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _models_in(inner)
 
 
 def _nearest(key: str, valid: list[str]) -> str:
-    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key[:80], valid, n=1, cutoff=0.5)
     return f"; did you mean {shown(near[0])}?" if near else f"; expected one of {', '.join(valid)}"
 
 
 def _missing_files(data: dict[str, Any], where: dict[KeyPath, str], name: str) -> Iterator[str]:
     """A fault for each path in the raw config that leads nowhere; what is not a path at all is left to the schema."""
     for at, path in _paths(data):
-        exists = Path(path).exists() or (at[-1] == "path" and bool(glob.glob(path, recursive=True)))
-        if at == ("model", "path"):
-            exists = Path(path).is_dir() or _HUB_ID.fullmatch(path) is not None
+        is_model = at == ("model", "path")
+        if is_model:
+            exists = os.path.isdir(path) or _HUB_ID.fullmatch(path) is not None
+        else:
+            exists = os.path.exists(path) or (at[-1] == "path" and "\0" not in path and bool(glob.glob(path)))
         if not exists:
-            expected = "expected a model directory or a hub id; " if at == ("model", "path") else ""
-            yield f"{_place(at, where, name)}: {'.'.join(map(str, at))}: {expected}there is no {shown(path)}"
+            expected = "expected a model directory or a hub id; " if is_model else ""
+            yield f"{_place(at, where, name)}: {_key(at)}: {expected}there is no {shown(path)}"
 
 
 def _paths(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:

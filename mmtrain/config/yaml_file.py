@@ -32,7 +32,7 @@ _CONSTANTS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds the tree of nodes, refusing aliases and deep nesting before they cost anything."""
+    """Builds the tree of nodes, refusing aliases, tags and deep nesting before they cost anything."""
 
     depth = 0
 
@@ -40,9 +40,13 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             raise _Refused("an alias (*) is not allowed: write the value out", _line(event))
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise _Refused(f"the tag {shown(tag)} is not allowed", _line(event))
         if self.depth >= MAX_DEPTH:
             raise _Refused(f"nested deeper than {MAX_DEPTH}", _line(event))
         self.depth += 1
+        if any("\ud800" <= character <= "\udfff" for character in getattr(event, "value", "")):
+            raise _Refused("text with half of a surrogate pair", _line(event))
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -95,9 +99,6 @@ def read_yaml(path: Path) -> tuple[Any, dict[KeyPath, int]]:
 def _plain(node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], faults: list[str], name: str) -> Any:
     line = node.start_mark.line + 1
     lines.setdefault(at, line)
-    if node.tag.startswith("!") or (node.tag == "tag:yaml.org,2002:binary"):
-        faults.append(f"{name}:{line}: the tag {shown(node.tag)} is not allowed")
-        return None
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node)
     if isinstance(node, yaml.SequenceNode):
@@ -126,3 +127,21 @@ def _scalar(node: yaml.ScalarNode) -> Any:
     if len(text) <= 40 and _FLOAT.fullmatch(text):
         return float(text)
     return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.2 would read as a number, which YAML 1.1 does not (`1e-4`)."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    is_text = isinstance(_scalar(yaml.ScalarNode("", text)), str)
+    style = '"' if not text.isprintable() else None if is_text else "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump_yaml(data: Any) -> str:
+    """Plain data as YAML that `parse_yaml` reads back."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

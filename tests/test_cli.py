@@ -1,0 +1,149 @@
+"""The command line: a user's mistake ends with exit code 2 and one line for each fault, on stderr."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmtrain import cli
+
+HEAVY = ("torch", "transformers", "peft", "accelerate", "pydantic", "numpy", "PIL")
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """The exit code, stdout and stderr of `mmtrain words…`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["mmtrain", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    told = capsys.readouterr()
+    return int(caught.value.code or 0), told.out, told.err
+
+
+def modules_after(words: list[str]) -> tuple[str, set[str]]:
+    """What a new process prints for `mmtrain words…`, and which of the heavy modules it has imported."""
+    code = (
+        "import sys; sys.argv = ['mmtrain', *sys.argv[1:]]\n"
+        "from mmtrain.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        f"print('\\nIMPORTED', *[name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    told, _, imported = done.stdout.rpartition("\nIMPORTED")
+    return told + done.stderr, set(imported.split())
+
+
+def test_help_imports_nothing_heavy() -> None:
+    told, imported = modules_after(["--help"])
+    assert "Usage" in told
+    assert imported == set()
+
+
+@pytest.mark.parametrize("command", ["train", "config"])
+def test_the_help_of_a_command_imports_no_model_code(command: str) -> None:
+    told, imported = modules_after([command, "--help"])
+    assert "Usage" in told
+    assert not imported & {"torch", "transformers", "peft", "accelerate", "numpy", "PIL"}
+
+
+def test_a_faulty_config_is_refused_without_torch(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("modle: 1\n")
+    told, imported = modules_after(["train", str(path)])
+    assert "unknown key; did you mean 'model'?" in told
+    assert not imported & {"torch", "transformers", "peft", "accelerate"}
+
+
+def test_python_m_mmtrain_refuses_with_exit_code_2_on_stderr_alone(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {path: 1}\ntrain: {output_dir: x, stepz: 3}\n")
+    done = subprocess.run([sys.executable, "-m", "mmtrain", "train", str(path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3
+    for place in (f"{path}:1: model.path: ", f"{path}:1: data: required", f"{path}:2: train.stepz: unknown key"):
+        assert [line for line in lines if line.startswith(f"mmtrain: {place}")]
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "lines"),
+    [
+        ("", [], 3),
+        ("modle: 1\n", [], 4),
+        ("a: [\n", [], 1),
+        ("", ["train.steps=x"], 4),
+        ('"a\\nb": 1\n', [], 4),
+    ],
+)
+def test_each_fault_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    overrides: list[str],
+    lines: int,
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    code, out, err = run_main(monkeypatch, capsys, "train", str(path), *overrides)
+    assert (code, out) == (2, "")
+    told = err.splitlines()
+    assert all(line.startswith("mmtrain: ") for line in told)
+    assert len(told) == lines
+
+
+def test_a_missing_config_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run_main(monkeypatch, capsys, "train", str(tmp_path / "nowhere.yaml"))
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [f"mmtrain: {tmp_path}/nowhere.yaml: cannot be read: No such file or directory"]
+
+
+def test_the_first_hundred_faults_are_shown_and_the_others_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("".join(f"k{i}: 1\n" for i in range(1200)))
+    code, _, err = run_main(monkeypatch, capsys, "train", str(path))
+    told = err.splitlines()
+    assert code == 2
+    assert len(told) == 101
+    assert told[-1] == "mmtrain: and 1,103 more"  # 1,200 unknown keys and 3 missing sections
+
+
+@pytest.mark.parametrize(
+    "words", [["trian"], ["train"], ["train", "--frehs", "c.yaml"], ["config", "shema"], ["--nothing"]]
+)
+def test_a_wrong_command_or_option_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    code, out, err = run_main(monkeypatch, capsys, *words)
+    assert (code, out) == (2, "")
+    assert "Usage" in err
+    assert "Traceback" not in err
+
+
+def test_config_schema_prints_the_json_schema(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run_main(monkeypatch, capsys, "config", "schema")
+    schema = json.loads(out)
+    assert (code, err) == (0, "")
+    assert schema["$schema"].startswith("https://json-schema.org/")
+    assert list(schema["properties"]) == ["model", "tune", "data", "labels", "train"]
+
+
+def test_an_interrupt_ends_with_130_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    code, out, err = run_main(monkeypatch, capsys)
+    assert (code, out, err) == (130, "", "mmtrain: interrupted\n")

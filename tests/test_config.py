@@ -1,0 +1,638 @@
+"""A config file and its overrides become a Config, or every fault at once with its place."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+import mmtrain
+from mmtrain.config import Config, dump_config, load_config
+from mmtrain.config.schema import json_schema
+from mmtrain.config.yaml_file import MAX_BYTES, MAX_DEPTH, parse_yaml
+from mmtrain.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+FUZZ = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+TEXT = """\
+model:
+  path: {root}/model
+  dtype: float32
+tune:
+  projector: {{mode: full, learning_rate: 2e-4}}
+  language:
+    mode: lora
+    rank: 16
+    targets: [q_proj, v_proj]
+data:
+  train:
+    - path: {root}/train.jsonl
+      weight: 1.5
+    - path: {root}/more.jsonl
+  eval:
+    - {{path: {root}/train.jsonl, name: seen}}
+  max_length: 1024
+labels:
+  end_of_turn: true
+train:
+  output_dir: runs/try
+  steps: 100
+  warmup_steps: 10
+  learning_rate: 1e-3
+"""
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """A config without a fault; the files it names are there."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "more.jsonl").write_text("{}\n")
+    return TEXT.format(root=tmp_path)
+
+
+def load(folder: Path, text: str | bytes, *overrides: str) -> Config:
+    path = folder / "c.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    return load_config(path, overrides)
+
+
+def faults(folder: Path, text: str | bytes, *overrides: str) -> list[str]:
+    """The faults, with the folder left out of the file's name."""
+    with pytest.raises(UserError) as caught:
+        load(folder, text, *overrides)
+    assert caught.value.exit_code == 2
+    return [fault.replace(f"{folder}/c.yaml", "c.yaml") for fault in caught.value.faults]
+
+
+def test_a_config_without_faults_is_read_whole(tmp_path: Path, text: str) -> None:
+    config = load(tmp_path, text)
+    assert config.model.path == f"{tmp_path}/model"
+    assert config.model.dtype == "float32"
+    assert config.tune.vision.mode == "frozen"
+    assert config.tune.projector.model_dump() == {"mode": "full", "learning_rate": 0.0002}
+    assert config.tune.language.model_dump() == {
+        "mode": "lora",
+        "learning_rate": None,
+        "rank": 16,
+        "alpha": 32.0,
+        "dropout": 0.0,
+        "targets": ("q_proj", "v_proj"),
+        "variant": "lora",
+    }
+    assert [source.weight for source in config.data.train] == [1.5, 1.0]
+    assert [source.name for source in config.data.eval] == ["seen"]
+    assert (config.data.max_length, config.data.too_long) == (1024, "error")
+    assert (config.train.steps, config.train.warmup_steps, config.train.learning_rate) == (100, 10, 0.001)
+
+
+def test_three_keys_are_enough_and_the_language_model_then_gets_lora(tmp_path: Path, text: str) -> None:
+    config = load(
+        tmp_path,
+        f"model: {{path: {tmp_path}/model}}\ndata: {{train: [{{path: {tmp_path}/train.jsonl}}]}}\n"
+        "train: {output_dir: out}\n",
+    )
+    assert {name: part.mode for name, part in config.tune.parts.items()} == {
+        "vision": "frozen",
+        "projector": "frozen",
+        "language": "lora",
+    }
+
+
+def test_a_config_cannot_be_changed_after_it_is_read(tmp_path: Path, text: str) -> None:
+    config = load(tmp_path, text)
+    with pytest.raises(Exception, match="frozen"):
+        config.train.seed = 1  # type: ignore[misc]
+
+
+# What is written wrong, where, and the words that the message must hold.
+ONE_FAULT = [
+    ("  dtype: float32", "  dtype: float16", "c.yaml:3: model.dtype: ", ["float32", "bfloat16", "float16"]),
+    ("  dtype: float32", "  dtipe: float32", "c.yaml:3: model.dtipe: ", ["unknown key", "'dtype'"]),
+    ("model:", "modle:", "c.yaml:1: modle: ", ["unknown key", "'model'"]),
+    ("mode: full,", "mode: ful,", "c.yaml:5: tune.projector", ["frozen", "lora", "full", "'ful'"]),
+    ("mode: full, learning_rate", "mode: full, learningrate", "c.yaml:5: tune.projector.learningrate: ", ["'learning"]),
+    ("mode: full, learning_rate: 2e-4", "mode: full, rank: 4", "c.yaml:5: tune.projector.rank: ", ["unknown key"]),
+    ("  projector:", "  projecter:", "c.yaml:5: tune.projecter: ", ["unknown key", "'projector'"]),
+    ("    rank: 16", "    rnak: 16", "c.yaml:8: tune.language.rnak: ", ["unknown key", "'rank'"]),
+    ("    rank: 16", "    rank: 0", "c.yaml:8: tune.language.rank: ", ["greater than 0", "'0'"]),
+    ("    rank: 16", "    rank: 1.5", "c.yaml:8: tune.language.rank: ", ["integer", "'1.5'"]),
+    ("    rank: 16", "    rank: sixteen", "c.yaml:8: tune.language.rank: ", ["integer", "'sixteen'"]),
+    ("    rank: 16", "    rank: true", "c.yaml:8: tune.language.rank: ", ["integer", "'True'"]),
+    ("    rank: 16", "    rank: ~", "c.yaml:8: tune.language.rank: ", ["integer", "'None'"]),
+    ("    rank: 16", '    rank: "16"', "c.yaml:8: tune.language.rank: ", ["integer", "'16'"]),
+    ("    rank: 16", "    dropout: 1.0", "c.yaml:8: tune.language.dropout: ", ["less than 1"]),
+    ("    rank: 16", "    variant: lore", "c.yaml:8: tune.language.variant: ", ["lora", "rslora", "dora"]),
+    ("[q_proj, v_proj]", "[]", "c.yaml:9: tune.language.targets: ", ["at least 1"]),
+    ("[q_proj, v_proj]", "q_proj", "c.yaml:9: tune.language.targets: ", ["'q_proj'"]),
+    ("[q_proj, v_proj]", "[q_proj, 5]", "c.yaml:9: tune.language.targets.1: ", ["string", "'5'"]),
+    ("      weight: 1.5", "      wieght: 1.5", "c.yaml:13: data.train.0.wieght: ", ["unknown key", "'weight'"]),
+    ("      weight: 1.5", "      weight: 0", "c.yaml:13: data.train.0.weight: ", ["greater than 0"]),
+    ("      weight: 1.5", "      weight: .nan", "c.yaml:13: data.train.0.weight: ", ["number"]),
+    ("      weight: 1.5", "      weight: 1e999", "c.yaml:13: data.train.0.weight: ", ["finite"]),
+    ("      weight: 1.5", "      format: sharegpt", "c.yaml:13: data.train.0.format: ", ["openai", "conversations"]),
+    ("      weight: 1.5", "      name: a", "c.yaml:13: data.train.0.name: ", ["unknown key"]),
+    ("name: seen", "weight: 2", "c.yaml:16: data.eval.0.weight: ", ["unknown key"]),
+    ("  max_length: 1024", "  maxlength: 1024", "c.yaml:17: data.maxlength: ", ["unknown key", "'max_length'"]),
+    ("  max_length: 1024", "  too_long: cut", "c.yaml:17: data.too_long: ", ["error", "drop", "'cut'"]),
+    ("  end_of_turn: true", "  end_of_turn: no", "c.yaml:19: labels.end_of_turn: ", ["boolean", "'no'"]),
+    ("  end_of_turn: true", "  end_of_turn: 1", "c.yaml:19: labels.end_of_turn: ", ["boolean", "'1'"]),
+    ("  steps: 100", "  steps: 1e2", "c.yaml:22: train.steps: ", ["integer"]),
+    ("  steps: 100", "  steps: 100\n  epochs: 2", "c.yaml:20: train: ", ["steps", "epochs", "one"]),
+    ("  warmup_steps: 10", "  warmup_steps: 100", "c.yaml:20: train: ", ["warmup_steps", "100"]),
+    ("  warmup_steps: 10", "  warmup_steps: -1", "c.yaml:23: train.warmup_steps: ", ["0", "'-1'"]),
+    ("  output_dir: runs/try", "  seed: 1", "c.yaml:20: train.output_dir: ", ["required"]),
+    ("  output_dir: runs/try", "  output_dir: ''", "c.yaml:21: train.output_dir: ", ["at least 1"]),
+    ("  learning_rate: 1e-3", "  learning_rate: fast", "c.yaml:24: train.learning_rate: ", ["number", "'fast'"]),
+    ("  learning_rate: 1e-3", "  learning_rate: 0", "c.yaml:24: train.learning_rate: ", ["greater than 0"]),
+    ("  learning_rate: 1e-3", "  seed: 4294967296", "c.yaml:24: train.seed: ", ["4294967296"]),
+    ("  learning_rate: 1e-3", "  keep_checkpoints: 1", "c.yaml:24: train.keep_checkpoints: ", ["2"]),
+    ("  learning_rate: 1e-3", "  steps: 7", "c.yaml:24: ", ["'steps'", "twice"]),
+    ("  learning_rate: 1e-3", "  learning_rate: *rate", "c.yaml:24: ", ["alias"]),
+    ("  learning_rate: 1e-3", "  learning_rate: !rate 1", "c.yaml:24: ", ["tag", "'!rate'"]),
+    ("  learning_rate: 1e-3", "  learning_rate: !!python/name:os.system", "c.yaml:24: ", ["tag"]),
+    ("  learning_rate: 1e-3", "  learning_rate: !!float 1", "c.yaml:24: ", ["tag"]),
+    ("  learning_rate: 1e-3", "  [a, b]: 1", "c.yaml:24: ", ["key must be a word"]),
+    ("  learning_rate: 1e-3", "  learning_rate: {a: 1", "c.yaml:25: ", ["not YAML"]),
+    ("  learning_rate: 1e-3", "\tlearning_rate: 1", "c.yaml:24: ", ["not YAML"]),
+    ("  learning_rate: 1e-3", "  learning_rate: 1\n---\nb: 1", "c.yaml:25: ", ["not YAML"]),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "place", "words"), ONE_FAULT, ids=[case[1].strip() for case in ONE_FAULT])
+def test_a_fault_names_its_line_its_key_and_what_was_expected(
+    tmp_path: Path, text: str, right: str, wrong: str, place: str, words: list[str]
+) -> None:
+    assert text.count(right) == 1
+    changed = text.replace(right, wrong)
+    if wrong == "modle:":  # two faults: the wrong key, and the section that is not there any more
+        assert "c.yaml:1: model: required, and not given" in faults(tmp_path, changed)
+    (fault,) = [fault for fault in faults(tmp_path, changed) if fault.startswith(place)]
+    for word in words:
+        assert word in fault
+    assert len(faults(tmp_path, changed)) == (2 if wrong == "modle:" else 1)
+
+
+def test_all_faults_of_a_file_and_of_its_overrides_come_at_once(tmp_path: Path, text: str) -> None:
+    text = text.replace("dtype: float32", "dtipe: float32").replace("rank: 16", "rank: -1")
+    found = faults(tmp_path, text.replace("max_length", "maks_length"), "train.seed=x", "labels.train_on=all")
+    places = ["c.yaml:3: model.dtipe", "c.yaml:8: tune.language.rank", "c.yaml:17: data.maks_length"]
+    places += ["command line: labels.train_on", "command line: train.seed"]
+    assert sorted(fault.split(": ", 2)[0] + ": " + fault.split(": ", 2)[1] for fault in found) == sorted(places)
+
+
+def test_missing_files_come_with_the_other_faults(tmp_path: Path, text: str) -> None:
+    text = text.replace("/more.jsonl", "/nowhere.jsonl").replace("rank: 16", "rank: -1")
+    found = faults(tmp_path, text)
+    assert any(fault.startswith("c.yaml:8: tune.language.rank: ") for fault in found)
+    assert any(fault.startswith("c.yaml:14: data.train.1.path: ") for fault in found)
+
+
+def test_all_bad_overrides_come_at_once(tmp_path: Path, text: str) -> None:
+    found = faults(tmp_path, text, "nothing", "data.train.9.path=x", "train.seed=x")
+    for word in ("'nothing'", "'9'", "train.seed"):
+        assert any(word in fault and fault.startswith("command line: ") for fault in found), word
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "place"),
+    [
+        ("/model", "/nowhere", "c.yaml:2: model.path: "),
+        ("/more.jsonl", "/nowhere.jsonl", "c.yaml:14: data.train.1.path: "),
+        ("/more.jsonl", "/*.nowhere", "c.yaml:14: data.train.1.path: "),
+        ("      weight: 1.5", "      root: nowhere/at/all", "c.yaml:13: data.train.0.root: "),
+    ],
+)
+def test_a_file_that_is_not_there_is_named(tmp_path: Path, text: str, right: str, wrong: str, place: str) -> None:
+    (fault,) = faults(tmp_path, text.replace(right, wrong))
+    assert fault.startswith(place)
+    assert "no " in fault
+
+
+def test_a_name_too_long_for_a_file_is_one_that_is_not_there(tmp_path: Path, text: str) -> None:
+    long = "a" * 300
+    for override, place in (("model.path", "model.path"), ("data.train.0.path", "data.train.0.path")):
+        (fault,) = faults(tmp_path, text, f"{override}={long}")
+        assert fault.startswith(f"command line: {place}: ")
+
+
+def test_a_null_character_in_a_glob_is_a_fault(tmp_path: Path, text: str) -> None:
+    (fault,) = faults(tmp_path, text, 'data.train.0.path="a\\0/*"')
+    assert fault.startswith("command line: data.train.0.path: ")
+
+
+def test_a_glob_a_folder_and_a_hub_id_are_taken(tmp_path: Path, text: str) -> None:
+    config = load(tmp_path, text, f"data.train.0.path={tmp_path}/*.jsonl", f"data.train.1.path={tmp_path}")
+    assert config.data.train[0].path.endswith("*.jsonl")
+    assert load(tmp_path, text, "model.path=Qwen/Qwen2.5-VL-7B-Instruct").model.path == "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+def test_nothing_to_learn_is_a_fault(tmp_path: Path, text: str) -> None:
+    (fault,) = faults(tmp_path, text, "tune={language: {mode: frozen}}")
+    assert fault.startswith("command line: tune: nothing learns")
+
+
+def test_two_kinds_of_adapter_are_a_fault(tmp_path: Path, text: str) -> None:
+    (fault,) = faults(tmp_path, text, "tune.vision={mode: lora, variant: dora}")
+    assert fault.startswith("c.yaml:4: tune: ") or fault.startswith("command line: tune")
+    assert "dora" in fault
+
+
+@pytest.mark.parametrize("part", ["{mode: lora, lora: {x: 1}, rnak: 3}", "{mode: full, full: [1], rnak: 3}"])
+def test_keys_named_like_modes_are_unknown_keys(tmp_path: Path, text: str, part: str) -> None:
+    found = faults(tmp_path, text + "#", f"tune.vision={part}")
+    assert len(found) == 2
+    assert any("tune.vision.rnak: unknown key" in fault for fault in found)
+
+
+# --- overrides ---
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("train.steps=50", ["train", "steps"], 50),
+        ("train.learning_rate=1e-5", ["train", "learning_rate"], 0.00001),
+        ("train.max_grad_norm=null", ["train", "max_grad_norm"], None),
+        ("train.output_dir=a=b", ["train", "output_dir"], "a=b"),
+        ('train.output_dir="12"', ["train", "output_dir"], "12"),
+        ("tune.language.rank=8", ["tune", "language", "rank"], 8),
+        ("tune.language.targets=[o_proj]", ["tune", "language", "targets"], ["o_proj"]),
+        ("tune.language.targets.1=o_proj", ["tune", "language", "targets"], ["q_proj", "o_proj"]),
+        ("tune.vision={mode: full}", ["tune", "vision"], {"mode": "full", "learning_rate": None}),
+        ("tune.vision.mode=full", ["tune", "vision", "mode"], "full"),
+        ("data.train.1.weight=0.25", ["data", "train", 1, "weight"], 0.25),
+        ("data.eval=[]", ["data", "eval"], []),
+        ("labels={train_on: last}", ["labels", "train_on"], "last"),
+    ],
+)
+def test_an_override_sets_its_key_and_nothing_else(
+    tmp_path: Path, text: str, override: str, key: list[Any], value: Any
+) -> None:
+    expected = load(tmp_path, text).model_dump(mode="json")
+    here: Any = expected
+    for step in key[:-1]:
+        here = here[step]
+    assert here[key[-1]] != value
+    here[key[-1]] = value
+    if key == ["tune", "vision", "mode"]:
+        here["learning_rate"] = None
+    assert load(tmp_path, text, override).model_dump(mode="json") == expected
+
+
+def test_overrides_alone_can_make_a_config_and_the_last_one_wins(tmp_path: Path, text: str) -> None:
+    config = load(
+        tmp_path,
+        "",
+        f"model.path={tmp_path}/model",
+        f"data.train=[{{path: {tmp_path}/train.jsonl}}]",
+        "train.output_dir=a",
+        "train.output_dir=b",
+        "data.train.0.weight=2",
+    )
+    assert (config.train.output_dir, config.data.train[0].weight) == ("b", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.steps", "expected section.key=value"),
+        ("=5", "expected section.key=value"),
+        ("", "expected section.key=value"),
+        ("train.steps=[1", "not YAML"),
+        ("train.steps=*x", "alias"),
+        ("train.stpes=5", "'steps'"),
+        ("data.train.7.weight=2", "'7'"),
+        ("data.train.x.weight=2", "'x'"),
+        ("data.train.7=2", "'7'"),
+        ("5=1", "5: unknown key"),
+        ("train..steps=5", "unknown key"),
+        ("data.train." + "1" * 5000 + "=1", "there is no"),
+        ("train.steps.x=1", "train.steps"),
+    ],
+)
+def test_a_bad_override_is_told_as_the_command_line_s(tmp_path: Path, text: str, override: str, words: str) -> None:
+    (fault,) = faults(tmp_path, text, override)
+    assert fault.startswith("command line: ")
+    assert words in fault
+
+
+def test_a_fault_inside_an_overriding_section_is_not_put_on_a_line_of_the_file(tmp_path: Path, text: str) -> None:
+    (fault,) = faults(tmp_path, text, "tune.language={mode: lora, rank: x}")
+    assert fault.startswith("command line: tune.language.rank: ")
+
+
+# --- YAML ---
+
+
+@pytest.mark.parametrize(
+    ("scalar", "value"),
+    [
+        ("1e-4", 0.0001),
+        ("1E5", 100000.0),
+        ("1.", 1.0),
+        (".5", 0.5),
+        ("-0.25", -0.25),
+        ("010", 10),
+        ("+7", 7),
+        ("-3", -3),
+        ("1_000", "1_000"),
+        ("0x1F", "0x1F"),
+        ("1:30", "1:30"),
+        ("2001-01-01", "2001-01-01"),
+        ("no", "no"),
+        ("off", "off"),
+        ("yes", "yes"),
+        ("Yes", "Yes"),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("'1'", "1"),
+        ('"true"', "true"),
+        (".inf", ".inf"),
+        (".nan", ".nan"),
+        ("1e", "1e"),
+        ("=", "="),
+        ("|\n  12", "12"),
+    ],
+)
+def test_scalars_are_read_as_yaml_1_2_without_surprises(scalar: str, value: Any) -> None:
+    read = parse_yaml(f"a: {scalar}", "x")[0]["a"]
+    assert (read, type(read)) == (value, type(value))
+
+
+def test_every_key_has_the_line_it_stands_on() -> None:
+    text = "a:\n  b: 1\n\n  # words\n  c:\n    - x\n    - d: 2\n      e: {f: 3,\n        g: 4}\n"
+    assert parse_yaml(text, "x")[1] == {
+        (): 1,
+        ("a",): 1,
+        ("a", "b"): 2,
+        ("a", "c"): 5,
+        ("a", "c", 0): 6,
+        ("a", "c", 1): 7,
+        ("a", "c", 1, "d"): 7,
+        ("a", "c", 1, "e"): 8,
+        ("a", "c", 1, "e", "f"): 8,
+        ("a", "c", 1, "e", "g"): 9,
+    }
+
+
+def test_every_doubled_key_is_named_with_the_line_of_the_second() -> None:
+    with pytest.raises(UserError) as caught:
+        parse_yaml("a: 1\nb:\n  c: 1\n  c: 2\na: 3\n", "x")
+    assert [fault.split(": ")[0] for fault in caught.value.faults] == ["x:4", "x:5"]
+    assert all("twice" in fault for fault in caught.value.faults)
+
+
+def test_a_bomb_of_aliases_is_refused_before_it_costs_anything() -> None:
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    with pytest.raises(UserError, match="x:2: an alias"):
+        parse_yaml(bomb, "x")
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000, "{a: " * 5_000, "- " * 5_000, "? " * 5_000])
+def test_deep_nesting_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="nested deeper"):
+        parse_yaml(text, "x")
+
+
+def test_nesting_that_a_config_could_have_is_taken() -> None:
+    depth = MAX_DEPTH - 1
+    assert parse_yaml("[" * depth + "1" + "]" * depth, "x")[0] is not None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"model: \xff\xfe\n", "UTF-8"),
+        ("model: 1\n".encode("utf-16-le"), "c.yaml"),
+        (b"model: 1\x00\n", "not YAML"),
+        (b"a: " + b"x" * MAX_BYTES, "larger than"),
+        (b"- 1\n- 2\n", "expected sections"),
+        (b"just words\n", "expected sections"),
+        (b"5\n", "expected sections"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path: Path, content: bytes, words: str) -> None:
+    (fault,) = faults(tmp_path, content)
+    assert fault.startswith("c.yaml")
+    assert words in fault
+    assert len(fault) < 200
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"# only words\n", b"---\n", b"null\n", b"{}\n"])
+def test_an_empty_file_lacks_the_three_required_sections(tmp_path: Path, content: bytes) -> None:
+    assert [fault.split(": ", 1)[1] for fault in faults(tmp_path, content)] == [
+        f"{section}: required, and not given" for section in ("model", "data", "train")
+    ]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_taken(tmp_path: Path, text: str) -> None:
+    expected = load(tmp_path, text)
+    assert load(tmp_path, b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()) == expected
+
+
+def test_a_config_that_is_missing_or_a_folder_is_a_plain_fault(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere.yaml", tmp_path, tmp_path / "nowhere.yaml" / "x", tmp_path / ("a" * 300)):
+        with pytest.raises(UserError, match="cannot be read"):
+            load_config(path)
+
+
+@pytest.mark.parametrize("key", ["a\\nb", "a\\u2028b", "a\\eb", "a\\ud800", "x" * 500])
+def test_a_strange_key_is_told_in_one_short_printable_line(tmp_path: Path, text: str, key: str) -> None:
+    (fault,) = faults(tmp_path, text + f'"{key}": 1\n')
+    assert fault.isprintable()
+    assert len(fault) < 300
+
+
+def test_a_key_with_half_a_surrogate_pair_is_told_on_its_own_line(tmp_path: Path, text: str) -> None:
+    (fault,) = faults(tmp_path, text + '"a\\ud800": 1\n')
+    assert fault.startswith("c.yaml:25: ")
+
+
+PIECES = ["{", "}", "[", "]", ":", ": ", ", ", "- ", "\n", "  ", "\t", '"', "'", "|", ">", "&a ", "*a", "!!x ", "!y ", "#"]
+PIECES += ["? ", "---\n", "...", "%", "\0", "\x85", "\u2028", "\ufeff", "é", '"\\ud800"', '"\\n"', '"\\0"', "<<: ", "\r"]
+PIECES += ["null", "~", "true", "no", "0", "-1", "1e999", ".nan", "9" * 50, "9" * 5000, "x" * 400, "{}", "[]", "[[[[]]]]"]
+PIECES += ["mode: lora", "lora: {x: 1}", "full", "frozen", "path", "rank", "mode", "vision: ", "weight: 0", "a/*", "\\"]
+MUTATION = st.tuples(st.sampled_from(["insert", "delete", "replace", "line"]), st.floats(0, 1), st.sampled_from(PIECES))
+
+
+def mutated(text: str, mutations: list[tuple[str, float, str]]) -> str:
+    for kind, share, piece in mutations:
+        at = int(share * len(text))
+        if kind == "insert":
+            text = text[:at] + piece + text[at:]
+        elif kind == "delete":
+            text = text[:at] + text[at + len(piece) :]
+        elif kind == "replace":  # the value or the key of a line
+            start = text.find(": ", at) + 2
+            text = text[:start] + piece + text[text.find("\n", start) :]
+        else:
+            lines = text.split("\n")
+            lines.insert(int(share * len(lines)), lines[-1 - int(share * len(lines)) % len(lines)])
+            text = "\n".join(lines)
+    return text
+
+
+def assert_only_plain_faults(folder: Path, text: str, *overrides: str) -> None:
+    try:
+        load(folder, text, *overrides)
+    except UserError as error:
+        assert error.faults
+        for fault in error.faults:
+            assert fault.isprintable()
+            assert fault.startswith((f"{folder}/c.yaml", "command line"))
+
+
+@settings(FUZZ, max_examples=800)
+@given(mutations=st.lists(MUTATION, min_size=1, max_size=4))
+def test_a_mutated_config_is_taken_or_refused_in_plain_lines(
+    tmp_path: Path, mutations: list[tuple[str, float, str]]
+) -> None:
+    (tmp_path / "model").mkdir(exist_ok=True)
+    for name in ("train", "more"):
+        (tmp_path / f"{name}.jsonl").touch()
+    assert_only_plain_faults(tmp_path, mutated(TEXT.format(root=tmp_path), mutations))
+
+
+KEYS = ["model", "path", "tune", "vision", "language", "mode", "lora", "rank", "data", "train", "0", "9", "x", "", "-1"]
+
+
+@settings(FUZZ, max_examples=200)
+@given(
+    keys=st.lists(st.sampled_from(KEYS), max_size=5),
+    value=st.one_of(st.sampled_from(PIECES), st.sampled_from(["{mode: lora}", "{mode: {}}", "[1]", "lora"])),
+)
+def test_a_strange_override_is_taken_or_refused_in_plain_lines(tmp_path: Path, keys: list[str], value: str) -> None:
+    (tmp_path / "model").mkdir(exist_ok=True)
+    for name in ("train", "more"):
+        (tmp_path / f"{name}.jsonl").touch()
+    assert_only_plain_faults(tmp_path, TEXT.format(root=tmp_path), ".".join(keys) + "=" + value)
+
+
+# --- the merged config ---
+
+WORDS = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
+    st.sampled_from(["1e-4", "09", "010", ".5e3", "no", "null", "~", "true", "=", "<<", "1:30", "2001-01-01", "\x85"]),
+    st.sampled_from([" a ", "a: b", "- a", "#a", "'", '"', "a\nb", "\ufeff", "\u2028", "*a", "&a", "!a", "%a", "@a"]),
+)
+
+
+@settings(FUZZ, max_examples=150)
+@given(
+    words=st.lists(WORDS, min_size=3, max_size=3),
+    rate=st.floats(0, 10, exclude_min=True, allow_subnormal=False),
+    weight=st.floats(0, exclude_min=True, allow_infinity=False, allow_subnormal=False),
+    steps=st.one_of(st.none(), st.integers(11, 10**12)),
+)
+def test_a_dumped_config_loads_to_an_equal_one(
+    tmp_path: Path, words: list[str], rate: float, weight: float, steps: int | None
+) -> None:
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "train.jsonl").touch()
+    data = str(tmp_path / "train.jsonl")
+    config = Config.model_validate(
+        {
+            "model": {"path": str(tmp_path / "model")},
+            "tune": {
+                "vision": {"mode": "full", "learning_rate": rate},
+                "language": {"mode": "lora", "targets": [words[0]]},
+            },
+            "data": {"train": [{"path": data, "weight": weight}], "eval": [{"path": data, "name": words[1]}]},
+            "train": {"output_dir": words[2], "steps": steps, "max_grad_norm": None},
+        }
+    )
+    assert load(tmp_path, dump_config(config)) == config
+
+
+def test_a_dumped_config_writes_every_key_out(tmp_path: Path, text: str) -> None:
+    dumped = yaml.safe_load(dump_config(load(tmp_path, text)))
+    assert set(dumped) == {"model", "tune", "data", "labels", "train"}
+    assert set(dumped["train"]) == set(type(load(tmp_path, text).train).model_fields)
+    assert dumped["labels"] == {"train_on": "assistant", "end_of_turn": True}
+
+
+# --- the schema ---
+
+
+def models_under(model: type[BaseModel]) -> set[type[BaseModel]]:
+    found = {model}
+
+    def walk(annotation: Any) -> None:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            found.update(models_under(annotation))
+        for inner in getattr(annotation, "__args__", ()):
+            walk(inner)
+
+    for field in model.model_fields.values():
+        walk(field.annotation)
+    return found
+
+
+def test_the_json_schema_has_every_key_with_its_meaning() -> None:
+    schema = json_schema()
+    objects = {"Config": schema, **schema["$defs"]}
+    models = models_under(Config)
+    assert len(models) == 11
+    for model in models:
+        written = objects[model.__name__]
+        assert set(written["properties"]) == set(model.model_fields)
+        assert written["additionalProperties"] is False
+        for key, field in written["properties"].items():
+            assert len(field.get("description", "")) > 10, f"{model.__name__}.{key}"
+
+
+def test_the_json_schema_states_what_is_required_and_the_ranges() -> None:
+    schema = json_schema()
+    assert schema["required"] == ["model", "data", "train"]
+    assert schema["$defs"]["Train"]["required"] == ["output_dir"]
+    assert schema["$defs"]["TrainSource"]["required"] == ["path"]
+    assert schema["$defs"]["Train"]["properties"]["batch_size"]["exclusiveMinimum"] == 0
+    assert schema["$defs"]["Data"]["properties"]["too_long"]["enum"] == ["error", "drop"]
+    assert schema["$defs"]["Data"]["properties"]["train"]["minItems"] == 1
+
+
+def test_every_key_of_a_config_is_read_somewhere() -> None:
+    package = Path(mmtrain.__file__).parent
+    read: set[str] = set()
+    for file in package.rglob("*.py"):
+        if "config" not in file.relative_to(package).parts:
+            nodes = ast.walk(ast.parse(file.read_text()))
+            read |= {
+                node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+            }
+    leaves = {
+        key
+        for model in models_under(Config)
+        for key, field in model.model_fields.items()
+        if "mmtrain.config.schema" not in f"{field.annotation}" and key != "mode"  # a mode becomes the part's class
+    }
+    assert {"rank", "packing", "too_long", "weight"} <= leaves
+    assert leaves - read == set()
+
+
+@pytest.mark.skipif(not CONFIGS, reason="no configs are there yet")
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_a_shipped_config_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert "yaml-language-server: $schema=" in path.read_text().splitlines()[0]
+    text = path.read_text()
+    data = ROOT / "data_samples" / "quickstart" / "train.jsonl"
+    overrides = [] if path.stem == "quickstart" else [f"data.train=[{{path: {data}}}]", "data.eval=[]"]
+    assert load_config(path, overrides).train.output_dir
+    assert set(yaml.safe_load(text)) <= {"model", "tune", "data", "labels", "train"}
