@@ -74,7 +74,8 @@ class Encoder:
         pieces, skeleton = self._layout.lay_out(conversation)
         trained = self._trained_turns(conversation.messages, skeleton)
         ids: list[int] = list(self._prefix(pieces))
-        supervised = [False] * len(ids)
+        num_prefix = len(ids)
+        supervised = [False] * num_prefix
         images: list[ImageSpan] = []
         for segment in self._segments(pieces, skeleton, trained):
             if segment.text is None:
@@ -83,7 +84,7 @@ class Encoder:
                 images.append(ImageSpan(picture, len(ids), len(tokens.ids), tokens.num_placeholders))
                 new = list(tokens.ids)
             else:
-                new = self._encode(segment, ids[-1] if ids else None)
+                new = self._encode(segment, ids[-1] if len(ids) > num_prefix else None)
             ids += new
             supervised += [segment.supervised] * len(new)
         supervised[0] = False
@@ -98,6 +99,8 @@ class Encoder:
         turns = [turn for turn in turns if messages[turn].train]
         if not turns:
             raise SampleError("there is no assistant turn to learn from")
+        if turns[0] == 0:
+            raise SampleError("the conversation begins with the assistant: there is no prompt to answer")
         for turn in turns:
             if turn not in skeleton.answers:
                 raise SampleError(
@@ -150,6 +153,9 @@ class Encoder:
         for i, piece in enumerate(pieces):
             if piece.kind == "image":
                 yield piece.text, "image", (i, 0)
+                continue
+            if not piece.text:  # words that the template trimmed away: a turn can begin or end here
+                yield "", "text", (i, 0)
                 continue
             bounds = {0, len(piece.text)} | {character for number, character in cuts if number == i}
             spans = literal.get(i, [])

@@ -88,8 +88,8 @@ class Layout:
         pieces = self._split(whole, form)
         answers = {}
         for turn, (role, _) in enumerate(form):
-            if role != "assistant":
-                continue
+            if role != "assistant" or turn == 0:
+                continue  # without a turn before it there is no prompt
             prompt = render(messages[:turn], add_generation_prompt=True)
             closing = render(messages[: turn + 1])
             if not whole.startswith(prompt):
@@ -196,7 +196,7 @@ def _content(message: Message) -> list[dict[str, str]]:
 
 def _as_rendered(words: str, following: str, whole: str, at: int) -> str:
     """The words as they stand in `whole` at `at`: as written, or trimmed as some templates do."""
-    for variant in (words, words.strip(), words.rstrip(), words.lstrip()):
+    for variant in (words, words.lstrip(), words.rstrip(), words.strip()):
         if whole.startswith(variant + following, at):
             return variant
     raise SampleError(f"the model's chat template changes the words {shown(words, 40)}")

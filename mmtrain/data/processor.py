@@ -52,17 +52,20 @@ class ChatProcessor:
         # `split_special_tokens` is a state of the tokenizer, which threads share: each of the two keeps one state
         self._literal_tokenizer = copy.deepcopy(tokenizer)
         self._processor = processor
-        self.template: str = getattr(processor, "chat_template", None) or tokenizer.chat_template
+        template = getattr(processor, "chat_template", None) or tokenizer.chat_template
+        self.template: str | None = template.get("default") if isinstance(template, dict) else template
+        self._added = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()}
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        if self.image_token is not None:
-            specials.append(self.image_token)
+        specials += [self._added[id_] for id_ in self.eos_ids if id_ in self._added]
+        specials += [] if self.image_token is None else [self.image_token]
         self.special_tokens = re.compile(
             "|".join(sorted(map(re.escape, set(specials)), key=len, reverse=True)) or r"(?!)"
         )
         self.pad_id = int(tokenizer.pad_token_id or 0)
-        self._added = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()}
         self._parts_wanted = True
-        self._anchor = self._find_anchor()
+        self._anchors = self._find_anchors()
+        self._special_ids = {id_ for id_, token in self._added.items() if self.special_tokens.fullmatch(token)}
+        self._head = functools.cache(self._encode)
         self.prefix_ids = self._find_prefix() if processor is not None else []
         self.image_tokens = functools.lru_cache(maxsize=65536)(self._image_tokens)
 
@@ -89,16 +92,23 @@ class ChatProcessor:
         """
         if not text:
             return []
-        anchor = self._anchor if after is not None else ""
-        if anchor and after in self._added and not literal:
-            anchor = self._added[after]
-        ids = self._encode(anchor + text, literal)
-        if not anchor:
-            return ids
-        head = self._encode(anchor, literal)
-        if ids[: len(head)] != head:
-            raise SampleError(f"the tokenizer joins {shown(anchor)} with what follows it: {shown(text)}")
-        return ids[len(head) :]
+        if after is None:
+            anchors = [""]
+        elif after in self._added and not literal:
+            anchors = [self._added[after]]  # some special tokens swallow the white space behind them
+        else:
+            anchors = self._anchors
+        for anchor in anchors:
+            head, ids = self._head(anchor, literal), self._encode(anchor + text, literal)
+            if ids[: len(head)] == head:
+                ids = ids[len(head) :]
+                break
+        else:
+            raise SampleError(f"the tokenizer joins {shown(text)} with whatever stands before it")
+        if literal and len(text) > 1 and not self._special_ids.isdisjoint(ids):
+            # an ordinary piece of the vocabulary that is a special token too: take it apart
+            return self.encode(text[0], after, True) + self.encode(text[1:], ids[0], True)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -133,8 +143,9 @@ class ChatProcessor:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=literal)
         return ids
 
-    def _find_anchor(self) -> str:
-        """The shortest text behind which encoding goes on as it would have in one piece."""
+    def _find_anchors(self) -> list[str]:
+        """Texts, shortest first, behind which encoding goes on as it would have in one piece."""
+        found = []
         texts = ("word", " word", "Word 12")
         for anchor in _ANCHORS:
             head = self._encode(anchor)
@@ -143,7 +154,9 @@ class ChatProcessor:
                 == self._encode("so:\n" + anchor + text)
                 for text in texts
             ):
-                return anchor
+                found.append(anchor)
+        if found:
+            return found
         raise UserError("the tokenizer cannot encode a text in pieces: it is not supported")
 
     def _find_prefix(self) -> list[int]:
@@ -194,7 +207,7 @@ def load_processor(path: str) -> ChatProcessor:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         processor = _family_processor(path, config, tokenizer) if takes_images else None
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a broken directory makes transformers raise anything
         if not Path(path).is_dir():
             raise UserError(
                 f"{path}: not in the local hub cache, and nothing is fetched: run `hf download {path}`"
@@ -242,4 +255,4 @@ def _eos_ids(path: str, config: Any) -> frozenset[int]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
