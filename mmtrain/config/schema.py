@@ -93,7 +93,7 @@ class Source(Section):
 
 
 class TrainSource(Source):
-    weight: PositiveFloat = 1.0
+    weight: Annotated[float, Field(gt=0, le=10**6)] = 1.0
     """Passes over the source in one epoch: 2.5 is two whole passes and a random half."""
 
 
@@ -124,9 +124,9 @@ class Labels(Section):
 class Train(Section):
     output_dir: Annotated[str, Field(min_length=1)]
     """Where everything that the run makes is written."""
-    steps: PositiveInt | None = None
+    steps: Annotated[int, Field(gt=0, le=10**9)] | None = None
     """Optimizer steps; or `epochs`."""
-    epochs: PositiveFloat | None = None
+    epochs: Annotated[float, Field(gt=0, le=10**6)] | None = None
     """Passes over the training data, 1 if neither is given; or `steps`."""
     batch_size: PositiveInt = 16
     """Samples in one optimizer step, over all processes."""

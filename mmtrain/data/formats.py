@@ -8,7 +8,6 @@ A mark is `<image>`; one newline that parts it from the words around it belongs 
 """
 
 import base64
-import binascii
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,7 +39,11 @@ def read_record(record: Any, record_format: str) -> Conversation:
             raise SampleError(f"{shown(key)} is not supported: only text and pictures are")
     if record_format == "auto":
         record_format = _recognise(record)
+    if record_format == "openai" and _image_values(record):
+        raise SampleError("images beside messages without marks: format 'messages' reads them")
     messages = tuple(_READERS[record_format](record))
+    if record.get("system") is not None:
+        messages = (Message("system", (Text(_text(record["system"], "system")),)), *messages)
     if not messages:
         raise SampleError("there are no turns")
     return Conversation(messages)
@@ -71,9 +74,7 @@ def _read_messages(record: Record) -> Iterator[Message]:
 
 
 def _read_conversations(record: Record) -> Iterator[Message]:
-    if isinstance(record.get("system"), str) and record["system"]:
-        yield Message("system", (Text(record["system"]),))
-    yield from _read_marked(record, "conversations", "from", "value")
+    return _read_marked(record, "conversations", "from", "value")
 
 
 _READERS: dict[str, Callable[[Record], Iterator[Message]]] = {
@@ -94,7 +95,7 @@ def _read_marked(record: Record, turns_key: str, role_key: str, text_key: str) -
         parts: list[Part] = []
         for piece in content if isinstance(content, list) else [_text(content, text_key)]:
             if isinstance(piece, str):
-                marked = _split_marks(piece)
+                marked = _split_marks(_text(piece, text_key))
                 num_marks += sum(mark is None for mark in marked)
                 parts += [next(left, _NO_IMAGE) if text is None else Text(text) for text in marked]
             else:
@@ -130,7 +131,7 @@ def _split_marks(text: str) -> list[str | None]:
 def _part(part: Any, images: Iterator[Image] | None) -> Part:
     """One entry of a content list; an image part without a path of its own takes the next of `images`."""
     if isinstance(part, str):
-        return Text(part)
+        return Text(_text(part, "text"))
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         return Text(_text(part.get("text", part.get("value")), "text"))
@@ -143,9 +144,12 @@ def _part(part: Any, images: Iterator[Image] | None) -> Part:
 
 
 def _image_values(record: Record) -> list[Any]:
-    value = record.get("images", record.get("image"))
-    if value is None:
+    values = [record[key] for key in ("images", "image") if record.get(key) is not None]
+    if len(values) > 1:
+        raise SampleError("both 'images' and 'image' are given: keep one")
+    if not values:
         return []
+    value = values[0]
     return value if isinstance(value, list) else [value]
 
 
@@ -154,12 +158,18 @@ def _image(value: Any) -> Image:
         value = value.get("url", value.get("path"))
     if not isinstance(value, str) or not value:
         raise SampleError(f"an image must be a path, a file:// address or a data URI, not {shown(value)}")
-    if match := _DATA_URI.match(value):
+    if value.startswith("data:"):
+        match = _DATA_URI.match(value)
+        if match is None:
+            raise SampleError(f"expected data:image/…;base64,…, not {shown(value, 40)}")
         try:
             return Image("data URI", base64.b64decode(value[match.end() :], validate=True))
-        except binascii.Error:
+        except ValueError:
             raise SampleError("a data URI that is not base64") from None
-    address = urlsplit(value) if "://" in value else None
+    try:
+        address = urlsplit(value) if "://" in value else None
+    except ValueError:
+        raise SampleError(f"the image {shown(value)} is not an address") from None
     if address is None:
         return Image(value)
     if address.scheme == "file" and address.netloc in ("", "localhost"):
@@ -181,7 +191,7 @@ def _message(turn: Record, role_key: str, parts: tuple[Part, ...]) -> Message:
         raise SampleError(f"unknown role {shown(name)}: expected one of {', '.join(_ROLES)}")
     if turn.get("tool_calls"):
         raise SampleError("tool calls are not supported")
-    train = turn.get("train", True)
+    train = turn.get("train", turn.get("weight", 1) != 0)  # OpenAI's files say `weight: 0`
     if not isinstance(train, bool):
         raise SampleError(f"'train' must be true or false, not {shown(train)}")
     parts = tuple(part for part in parts if not isinstance(part, Text) or part.text)

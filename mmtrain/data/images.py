@@ -19,6 +19,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 100_000_000
 _ORIENTATION = 0x0112
+_BITS_PER_SAMPLE = 258
 _TRANSPOSE = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Image.Transpose.ROTATE_180,
@@ -50,14 +51,13 @@ def find_picture(image: Image, root: Path) -> Picture:
     try:
         with _open(source) as opened:
             if opened.width * opened.height > MAX_PIXELS:
-                raise SampleError(
-                    f"the image {shown(image.name)} has {opened.width}x{opened.height} pixels, over {MAX_PIXELS:,}"
-                )
+                raise SampleError(f"{opened.width}x{opened.height} pixels, over {MAX_PIXELS:,}")
             size = opened.size if _orientation(opened) < 5 else (opened.height, opened.width)
+            _white(opened)
             picture = Picture(image.name, source, size)
             complete = _end_is_there(source, opened.format)
-    except SampleError:
-        raise
+    except SampleError as error:
+        raise SampleError(f"the image {shown(image.name)}: {error}") from None
     except Exception as error:  # Pillow's plugins raise anything on a broken file, SyntaxError included
         raise SampleError(f"the image {shown(image.name)} cannot be read: {_cause(error)}") from None
     if not complete:
@@ -92,8 +92,8 @@ def _inside(name: str, root: Path) -> Path:
                 f"the image path {shown(name)} leaves {root}; set `root` beside `path` to allow a wider folder"
             )
         status = path.stat()
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "a loop of links"
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise SampleError(f"the image {shown(name)} in {root}: {reason}") from None
     if not stat.S_ISREG(status.st_mode):
         raise SampleError(f"the image {shown(name)} is not a file")
@@ -112,11 +112,11 @@ def _orientation(opened: PIL.Image.Image) -> int:
     Read from the header alone: Pillow's own `exif_transpose` decodes some PNGs to look for it behind the pixels,
     and raises on others.
     """
-    header = opened.info.get("exif")
-    if not header:
-        return 1
     exif = PIL.Image.Exif()
     try:
+        if (header := opened.info.get("exif")) is None:
+            raw = opened.info.get("Raw profile type exif", "")  # as ImageMagick writes it into a PNG
+            header = bytes.fromhex("".join(raw.split("\n")[3:]))
         exif.load(header)
         value = exif.get(_ORIENTATION, 1)
     except Exception:  # a broken EXIF block tells nothing about the pixels
@@ -124,15 +124,26 @@ def _orientation(opened: PIL.Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _rgb(opened: PIL.Image.Image) -> PIL.Image.Image:
+def _white(opened: PIL.Image.Image) -> int | None:
+    """The value that stands for white where it takes more than 8 bits, None where it does not."""
+    if opened.mode == "I" and opened.format in ("PPM", "PNG"):  # these hold 16 bits in a wider mode
+        return 65_535
     if opened.mode in ("I", "F"):
-        raise SampleError("32-bit greyscale has no known range: save it with 8 or 16 bits")
+        raise SampleError("greyscale of 32 bits has no known white: save it with 8 or 16 bits")
     if opened.mode.startswith("I;16"):
-        return opened.point(lambda value: value * (1 / 257)).convert("L").convert("RGB")
+        (bits,) = getattr(opened, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
+        return int(2**bits - 1)
+    return None
+
+
+def _rgb(opened: PIL.Image.Image) -> PIL.Image.Image:
+    white = _white(opened)
+    if white is not None:
+        return opened.point(lambda value: value * (255 / white)).convert("L").convert("RGB")
     if opened.has_transparency_data:
         transparent = opened.convert("RGBA")
-        white = PIL.Image.new("RGBA", transparent.size, "white")
-        return PIL.Image.alpha_composite(white, transparent).convert("RGB")
+        ground = PIL.Image.new("RGBA", transparent.size, "white")
+        return PIL.Image.alpha_composite(ground, transparent).convert("RGB")
     return opened.convert("RGB")
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from mmtrain.errors import UserError
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -18,9 +20,15 @@ class Plan:
 
     `sources`: the sample numbers of each source. `weights`: passes over each source in an epoch; a part of a pass is
     a random choice, another one in every epoch. An epoch's last step may be short; no sample is left out.
+    Raises UserError where a weight is so small that its source would never be drawn.
     """
 
     def __init__(self, sources: Sequence[Indices], weights: Sequence[float], batch_size: int, seed: int) -> None:
+        for number, (ids, weight) in enumerate(zip(sources, weights, strict=True)):
+            if not round(len(ids) * weight):
+                raise UserError(
+                    f"data.train.{number}: {weight} passes over {len(ids)} samples draw none: raise `weight`"
+                )
         self._sources = sources
         self._weights = weights
         self._batch_size = batch_size

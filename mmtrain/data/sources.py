@@ -1,6 +1,6 @@
 """Files, folders and globs of records, with random access and the line of every record.
 
-A JSONL file costs eight bytes a record in memory, whatever its size: only the offsets of its lines are kept.
+A JSONL file costs sixteen bytes a record in memory, whatever its size: only the offsets of its lines are kept.
 """
 
 import glob
@@ -36,6 +36,8 @@ class JsonlFile:
         with path.open("rb") as file:
             offset = 0
             for number, line in enumerate(file, start=1):
+                if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                    offset, line = 3, line[3:]
                 if not line.isspace():
                     self._offsets.append(offset)
                     self._lines.append(number)
@@ -112,10 +114,11 @@ def _open(path: Path) -> RecordFile:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:i]))
-        raise ValueError(f"the key {shown(twice)} stands twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} stands twice")
+        found[key] = value
     return found
 
 
@@ -129,7 +132,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_co
 def parse_json(line: bytes) -> Any:
     """One JSON value; equal keys, NaN and deep nesting, which Python takes, are refused. Raises SampleError."""
     try:
-        return _DECODER.decode(line.decode("utf-8").strip())
+        return _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError:
         raise SampleError("not UTF-8 text") from None
     except json.JSONDecodeError as error:
@@ -165,9 +168,14 @@ def _list_items(path: Path) -> Iterator[tuple[Any, int]]:
         at = _skip(text, at)
         if text.startswith(",", at):
             at = _skip(text, at + 1)
+            if text.startswith("]", at):
+                raise UserError(
+                    f"{path}:{1 + text.count(chr(10), 0, at)}: not JSON: a comma before the end of the list"
+                )
         elif not text.startswith("]", at):
             raise UserError(f"{path}:{1 + text.count(chr(10), 0, at)}: not JSON: expected ',' or ']' between records")
-    if text[at + 1 :].strip():
+    at = _skip(text, at + 1)
+    if at < len(text):
         raise UserError(f"{path}:{1 + text.count(chr(10), 0, at)}: not JSON: there is more behind the list")
 
 

@@ -1,0 +1,184 @@
+"""Which samples make up which step, and how a step is cut."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmtrain.data.plan import Plan, cut_step
+from mmtrain.errors import UserError
+
+FUZZ = settings(derandomize=True, deadline=None, database=None, max_examples=200)
+
+
+def plan(sizes: list[int], weights: list[float], batch_size: int = 4, seed: int = 0) -> Plan:
+    """Sources of the given sizes, numbered through: 0, 1, … in the first, and so on."""
+    ends = np.cumsum([0, *sizes])
+    return Plan([np.arange(a, b) for a, b in itertools.pairwise(ends)], weights, batch_size, seed)
+
+
+def epoch(made: Plan, number: int) -> list[list[int]]:
+    first = number * made.steps_per_epoch + 1
+    return [made.step(step) for step in range(first, first + made.steps_per_epoch)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 10, 100])
+def test_an_epoch_has_every_sample_once_and_keeps_the_last_short_step(batch_size: int) -> None:
+    made = plan([10], [1.0], batch_size)
+    for number in range(3):
+        steps = epoch(made, number)
+        assert sorted(itertools.chain(*steps)) == list(range(10))
+        assert all(len(step) == batch_size for step in steps[:-1])
+        assert 1 <= len(steps[-1]) <= batch_size
+
+
+def test_the_last_step_has_what_is_left() -> None:
+    made = plan([10], [1.0], 4)
+    assert made.steps_per_epoch == 3
+    assert [len(made.step(number)) for number in range(1, 8)] == [4, 4, 2, 4, 4, 2, 4]
+
+
+@settings(FUZZ)
+@given(
+    sources=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=4),
+    batch_size=st.integers(1, 50),
+    seed=st.integers(0, 2**32 - 1),
+    number=st.integers(0, 1000),
+)
+def test_every_sample_comes_weight_times_in_every_epoch(
+    sources: list[tuple[int, int]], batch_size: int, seed: int, number: int
+) -> None:
+    """Weights in quarters: the whole passes, and a quarter, a half or three of four of the samples once more."""
+    sizes = [size * 4 for size, _ in sources]
+    weights = [quarters / 4 for _, quarters in sources]
+    counts = Counter(itertools.chain(*epoch(plan(sizes, weights, batch_size, seed), number)))
+    start = 0
+    for size, (_, quarters) in zip(sizes, sources, strict=True):
+        whole, rest = divmod(quarters, 4)
+        times = [counts[sample] for sample in range(start, start + size)]
+        assert times.count(whole + 1) == size // 4 * rest
+        assert times.count(whole) == size - size // 4 * rest
+        start += size
+    assert sum(counts.values()) == sum(size * quarters for size, (_, quarters) in zip(sizes, sources, strict=True)) // 4
+
+
+def test_the_part_of_a_pass_is_another_choice_in_every_epoch() -> None:
+    made = plan([40], [0.5], 8)
+    chosen = [frozenset(itertools.chain(*epoch(made, number))) for number in range(4)]
+    assert all(len(samples) == 20 for samples in chosen)
+    assert len(set(chosen)) == 4
+
+
+def test_over_many_epochs_a_half_pass_favours_no_sample() -> None:
+    made = plan([20], [0.5], 5)
+    counts = Counter(itertools.chain(*(sample for number in range(200) for sample in epoch(made, number))))
+    # 200 draws at a half: mean 100, deviation 7
+    assert all(65 < counts[sample] < 135 for sample in range(20))
+
+
+def test_sources_are_mixed() -> None:
+    steps = epoch(plan([200, 200], [1.0, 1.0], 20), 0)
+    assert all(0 < sum(sample < 200 for sample in step) < 20 for step in steps)
+
+
+def test_the_numbers_of_the_samples_are_those_given() -> None:
+    made = Plan([np.array([3, 50]), np.array([7])], [1.0, 2.0], 8, 0)
+    assert sorted(made.step(1)) == [3, 7, 7, 50]
+
+
+def test_the_same_seed_gives_the_same_steps_in_whatever_order_they_are_asked_for() -> None:
+    numbers = list(range(1, 40))
+    one = plan([10, 7], [1.0, 1.5], 4, seed=5)
+    forward = {number: one.step(number) for number in numbers}
+    other = plan([10, 7], [1.0, 1.5], 4, seed=5)
+    assert {number: other.step(number) for number in [*numbers[::-3], *numbers[::2], *numbers]} == forward
+
+
+def test_another_seed_and_another_epoch_give_another_order() -> None:
+    orders = {
+        tuple(itertools.chain(*epoch(plan([30], [1.0], 4, seed), number)))
+        for seed in (0, 1, 2, 2**32 - 1)
+        for number in range(4)
+    }
+    assert len(orders) == 16
+
+
+def test_the_batch_size_cuts_the_same_order() -> None:
+    orders = {tuple(itertools.chain(*epoch(plan([30], [1.0], size), 1))) for size in (1, 4, 7, 30)}
+    assert len(orders) == 1
+
+
+def test_changing_a_step_that_was_given_changes_no_later_answer() -> None:
+    made = plan([8], [1.0], 4)
+    first = list(made.step(1))
+    made.step(1).clear()
+    assert made.step(1) == first
+
+
+def test_a_weight_too_small_for_a_single_sample_is_refused() -> None:
+    with pytest.raises(UserError, match="weight"):
+        plan([3], [0.1]).step(1)
+
+
+def test_a_source_that_would_never_be_drawn_is_refused() -> None:
+    with pytest.raises(UserError, match="weight"):
+        plan([10, 3], [1.0, 0.1]).step(1)
+
+
+# --- cutting ---
+
+
+def cost(cut: list[int], lengths: list[int], packing: bool) -> int:
+    held = [lengths[place] for place in cut]
+    return sum(held) if packing else len(held) * max(held, default=0)
+
+
+@settings(FUZZ, max_examples=500)
+@given(
+    lengths=st.lists(st.integers(1, 60), max_size=24),
+    max_tokens=st.integers(1, 120),
+    packing=st.booleans(),
+    multiple=st.integers(1, 9),
+)
+def test_a_cut_holds_every_sample_once_within_its_budget(
+    lengths: list[int], max_tokens: int, packing: bool, multiple: int
+) -> None:
+    cuts = cut_step(lengths, max_tokens, packing, multiple)
+    assert sorted(itertools.chain(*cuts)) == list(range(len(lengths)))
+    assert len(cuts) % multiple == 0
+    assert all(len(cut) <= 1 or cost(cut, lengths, packing) <= max_tokens for cut in cuts)
+    assert all(cut == sorted(cut) for cut in cuts)
+    if len(lengths) >= len(cuts):
+        assert all(cuts)
+    else:
+        assert sum(map(bool, cuts)) == len(lengths)
+
+
+@settings(FUZZ)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=24), max_tokens=st.integers(1, 120))
+def test_no_two_packed_micro_batches_could_be_one(lengths: list[int], max_tokens: int) -> None:
+    loads = [cost(cut, lengths, True) for cut in cut_step(lengths, max_tokens, True)]
+    assert all(a + b > max_tokens for a, b in itertools.combinations(loads, 2))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "packing", "multiple", "expected"),
+    [
+        ([2, 2, 2, 2], 8, True, 1, [{0, 1, 2, 3}]),
+        ([1, 2, 4, 1], 8, True, 1, [{0, 1, 2, 3}]),
+        ([1, 1, 4, 4], 8, False, 1, [{0, 1}, {2, 3}]),  # padded, 4 rows of 4 would cost 16
+        ([9, 1, 1], 8, True, 1, [{0}, {1, 2}]),
+        ([9, 1, 1], 8, False, 1, [{0}, {1, 2}]),
+        ([1, 1, 1, 1], 8, True, 4, [{0}, {1}, {2}, {3}]),
+        ([1, 1], 8, True, 4, [set(), set(), {0}, {1}]),
+        ([], 8, True, 4, []),
+    ],
+)
+def test_small_cuts_worked_out_by_hand(
+    lengths: list[int], max_tokens: int, packing: bool, multiple: int, expected: list[set[int]]
+) -> None:
+    cuts = cut_step(lengths, max_tokens, packing, multiple)
+    assert sorted(map(sorted, cuts)) == sorted(map(sorted, expected))
