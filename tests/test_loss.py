@@ -8,8 +8,8 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoImageProcessor, AutoTokenizer
 from learning import ALL_FULL, MIXED, learner_for, relative_l2, step_of
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from mmtrain.config.schema import Config
 from mmtrain.data.chat import Conversation, Image, Message, Text

@@ -221,7 +221,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_samples(
 
     def poison(learner: Any, batches: Any, num_supervised: int, step: int, norm: float | None) -> tuple[float, float]:
         if step == 4:
-            name, weight = next((n, p) for n, p in learner.model.named_parameters() if p.requires_grad)
+            weight = next(p for p in learner.model.parameters() if p.requires_grad)
             weight.data[0, 0] = float("nan")
         return take(learner, batches, num_supervised, step, norm)
 

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from mmtrain.data.batch import Batch, Segment
@@ -14,13 +15,11 @@ class InputMaker:
     """Makes the arguments that one model takes. Raises UserError where the model cannot be run packed."""
 
     def __init__(self, model: Any, packing: bool, image_token_id: int | None) -> None:
-        base = getattr(model, "base_model", model)
-        core = getattr(base, "model", base)
-        core = getattr(core, "model", core)
-        self._get_rope_index = getattr(core, "get_rope_index", None)
-        self._takes = frozenset(inspect.signature(_unwrapped(model).forward).parameters)
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._get_rope_index = getattr(model.base_model, "get_rope_index", None)
+        self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._image_token_id = image_token_id
-        obstacle = self._obstacle(_unwrapped(model).config)
+        obstacle = self._obstacle(model.config)
         if packing and obstacle:
             raise UserError(f"this model cannot be packed: {obstacle}; set train.packing to false")
 
@@ -73,10 +72,6 @@ class InputMaker:
             return torch.arange(segment.length, device=ids.device).expand(3, -1)
         positions: Tensor = self._get_rope_index(input_ids=ids, mm_token_type_ids=self._token_types(ids), **grids)[0]
         return positions[:, 0]
-
-
-def _unwrapped(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _padding_mask(batch: Batch) -> Tensor:
