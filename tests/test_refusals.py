@@ -128,6 +128,14 @@ def test_a_tokenizer_that_does_not_give_back_text_is_refused(tmp_path: Path) -> 
         load_processor(str(path))
 
 
+def test_a_template_that_prints_the_date_prints_a_fixed_one(tmp_path: Path) -> None:
+    path = make_text(tmp_path / "model")
+    template = (path / "chat_template.jinja").read_text()
+    (path / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + template)
+    said = load_processor(str(path)).render([{"role": "user", "content": [{"type": "text", "text": "hello"}]}])
+    assert said.startswith("01 Jan 2025<|im_start|>")
+
+
 def test_a_template_without_a_placeholder_is_refused(make_config: Callable[..., Config], tmp_path: Path) -> None:
     import shutil
 

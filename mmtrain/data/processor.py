@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
@@ -24,6 +25,8 @@ Messages = list[dict[str, Any]]
 
 _TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 _ORDINARY_TEXT = ("The quick brown fox jumps over the lazy dog.", "What is 12 + 30? It is 42!")
+_FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}"
+"""Put before a template that prints today's date: a run must not depend on the day it was started."""
 _ANCHORS = ("", "\n", ":", "a")
 
 
@@ -53,7 +56,10 @@ class ChatProcessor:
         self._literal_tokenizer = copy.deepcopy(tokenizer)
         self._processor = processor
         template = getattr(processor, "chat_template", None) or tokenizer.chat_template
-        self.template: str | None = template.get("default") if isinstance(template, dict) else template
+        template = template.get("default") if isinstance(template, dict) else template
+        if template and "strftime_now" in template:
+            template = _FIXED_DATE + template
+        self.template: str | None = template
         self._added = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()}
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         specials += [self._added[id_] for id_ in self.eos_ids if id_ in self._added]
@@ -200,21 +206,30 @@ class ChatProcessor:
         raise UserError(f"the chat template does not show a user's words: {'; '.join(failures) or 'they are dropped'}")
 
 
+def model_directory(path: str) -> Path:
+    """The directory that `path` is, or that the hub id `path` has in the local cache. Raises UserError."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except (OSError, ValueError):
+        raise UserError(
+            f"{path}: not in the local hub cache, and nothing is fetched: run `hf download {path}`"
+        ) from None
+
+
 def load_processor(path: str) -> ChatProcessor:
     """The processor in a model directory or the local hub cache, checked. Raises UserError, naming `path`."""
+    directory = model_directory(path)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         processor = _family_processor(path, config, tokenizer) if takes_images else None
     except Exception as error:  # a broken directory makes transformers raise anything
-        if not Path(path).is_dir():
-            raise UserError(
-                f"{path}: not in the local hub cache, and nothing is fetched: run `hf download {path}`"
-            ) from None
         raise UserError(f"{path}: the processor cannot be loaded: {_first_line(error)}") from None
     try:
-        made = ChatProcessor(tokenizer, processor, _eos_ids(path, config), getattr(config, "image_token_id", None))
+        made = ChatProcessor(tokenizer, processor, _eos_ids(directory, config), getattr(config, "image_token_id", None))
         made.check()
     except (UserError, SampleError) as error:
         raise UserError(f"{path}: {error}") from None
@@ -244,12 +259,10 @@ def _family_processor(path: str, config: Any, tokenizer: Any) -> Any:
     return ImageTextProcessor.from_pretrained(path, local_files_only=True)
 
 
-def _eos_ids(path: str, config: Any) -> frozenset[int]:
+def _eos_ids(directory: Path, config: Any) -> frozenset[int]:
     """Every id that ends generation, from generation_config.json where there is one."""
-    from transformers import GenerationConfig
-
-    if (Path(path) / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    if (directory / "generation_config.json").is_file():
+        config = GenerationConfig.from_pretrained(directory)
     ids = getattr(config, "eos_token_id", None)
     return frozenset(ids if isinstance(ids, list) else [ids]) - {None}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mmtrain import __version__
 from mmtrain.config import Config, dump_config
 from mmtrain.data.batch import Batch
-from mmtrain.data.processor import ChatProcessor
+from mmtrain.data.processor import ChatProcessor, model_directory
 from mmtrain.errors import UserError
 from mmtrain.model.load import load_model
 from mmtrain.train.checkpoint import write_folder
@@ -56,7 +56,7 @@ def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Ba
     if not is_adapter:
         model.to(getattr(torch, config.model.dtype))
     model.save_pretrained(made)
-    _copy_processor(Path(config.model.path), made, processor)
+    _copy_processor(model_directory(config.model.path), made)
     (made / "README.md").write_text(_model_card(config, report, is_adapter), encoding="utf-8")
     write_folder(target, made=made)
     difference = _difference(learner, target, config, processor, batch)
@@ -91,11 +91,8 @@ def _logits(model: Any, learner: Learner, batch: Batch) -> Tensor:
     return logits.float()
 
 
-def _copy_processor(source: Path, target: Path, processor: ChatProcessor) -> None:
-    """The processor's files as they are; from the hub cache, where there is no directory, they are written anew."""
-    if not source.is_dir():
-        processor.tokenizer.save_pretrained(target)
-        return
+def _copy_processor(source: Path, target: Path) -> None:
+    """The processor's files, as they are."""
     for name in _PROCESSOR_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
