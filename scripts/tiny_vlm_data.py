@@ -59,14 +59,6 @@ class Shape:
     def y(self) -> float:
         return (self.box[1] + self.box[3]) / 2
 
-    def corner(self) -> str:
-        """The quarter of the picture that holds the shape's middle, such as "top left"."""
-        return f"{'top' if self.y < SIZE / 2 else 'bottom'} {'left' if self.x < SIZE / 2 else 'right'}"
-
-    def clear(self, margin: float = 4) -> bool:
-        """Whether the middle keeps away from both centre lines, so that its corner is plain to see."""
-        return abs(self.x - SIZE / 2) >= margin and abs(self.y - SIZE / 2) >= margin
-
 
 def random_shape(rng: random.Random, kind: str, colour: str, largest: float) -> Shape:
     """A shape of random size and place that lies inside the picture."""
@@ -239,9 +231,8 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 def write_pretraining(folder: Path, pictures: int, seed: int = 0) -> tuple[Path, Path]:
     """Two files of rows: easy ones to learn to see from, and all sorts.
 
-    The easy rows ask for the shape where there is only one. Colours are far easier to learn than shapes, and a
-    model that learns them first is slow to see shapes at all. Among the others each picture has two chats, one of
-    a single turn and one of three; some chats are about two pictures.
+    The easy rows ask for the shape or the colour where there is only one shape. Among the others each picture has
+    two chats, one of a single turn and one of three; some chats are about two pictures.
     """
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -256,7 +247,9 @@ def write_pretraining(folder: Path, pictures: int, seed: int = 0) -> tuple[Path,
         rows.append(make_row(distinct_turns(shapes, rng, 3), [name]))
         if len(shapes) == 1:
             singles.append((shapes, name))
-            easy.append(make_row([kind_turn(shapes, rng)], [name]))
+            # Shapes are much harder to learn than colours, so they are asked for more often.
+            turn = rng.choices([kind_turn, colour_turn], weights=[65, 35])[0](shapes, rng)
+            easy.append(make_row([turn], [name]))
     for _ in range(pictures // 8):
         (scene_a, name_a), (scene_b, name_b) = rng.sample(singles, 2)
         row = first_or_second([scene_a, scene_b], [name_a, name_b], rng)
@@ -281,24 +274,18 @@ def write_held_out(path: Path, pictures: int, seed: int = 1) -> Path:
     return path
 
 
-def description(shape: Shape) -> str:
-    """The sentence the quickstart teaches."""
-    return f"a {shape.colour} {shape.kind} at the {shape.corner()}"
-
-
 def write_quickstart(folder: Path, train: int = 600, held_out: int = 96, seed: int = 2) -> None:
-    """Pictures of one shape to describe; no chat of the pretraining asks for this."""
+    """Pictures of one shape to describe, as in "a teal circle"; no chat of the pretraining asks for this."""
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train), ("eval", held_out)):
         rows = []
-        while len(rows) < count:
+        for i in range(count):
             shapes = random_scene(rng, 1)
-            if not shapes[0].clear():
-                continue
-            name = f"images/{split}_{len(rows):03d}.png"
+            name = f"images/{split}_{i:03d}.png"
             draw(shapes, rng).save(folder / name)
-            rows.append(make_row([(rng.choice(QUICKSTART_QUESTIONS), description(shapes[0]))], [name]))
+            answer = f"a {shapes[0].colour} {shapes[0].kind}"
+            rows.append(make_row([(rng.choice(QUICKSTART_QUESTIONS), answer)], [name]))
         write_rows(folder / f"{split}.jsonl", rows)
 
 
