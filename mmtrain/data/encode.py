@@ -5,6 +5,7 @@ words, and the token that ends the turn. A span of a picture is one indivisible 
 """
 
 import itertools
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +49,54 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class _Segment:
-    """Text that is encoded in one go, or a picture (text is None)."""
+class Atom:
+    """A stretch of one piece of the rendered text, between two cuts. Kind: text, literal or image."""
 
-    text: str | None
+    text: str
+    kind: str
+    piece: int
+    start: int
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.piece, self.start
+
+    @property
+    def end(self) -> tuple[int, int]:
+        return self.piece, self.start + len(self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Atoms that are encoded in one go: text, or one literal special token, or one picture."""
+
+    atoms: tuple[Atom, ...]
     supervised: bool = False
-    literal: bool = False
     ends_turn: bool = False
+    """An end token that the template lacks is put behind it."""
+
+    @property
+    def text(self) -> str:
+        return "".join(atom.text for atom in self.atoms)
+
+    @property
+    def kind(self) -> str:
+        return self.atoms[0].kind if self.atoms else "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """An encoded sample with where each of its ids comes from."""
+
+    encoded: Encoded
+    pieces: tuple[Piece, ...]
+    owners: tuple[int, ...]
+    """(num_tokens,) the piece that each id comes from, -1 for what no text stands for: BOS from the tokenizer, and
+    an end of turn that the template lacks."""
+
+
+Placed = tuple[Segment, int, int]
+"""A segment and the places of its ids: ids[start:end]."""
 
 
 class Encoder:
@@ -68,29 +110,43 @@ class Encoder:
 
     def encode(self, conversation: Conversation, root: Path) -> Encoded:
         """`root` is the folder of the pictures. Raises SampleError with the reason a sample cannot be used."""
+        return self._encode(conversation, root)[0]
+
+    def trace(self, conversation: Conversation, root: Path) -> Traced:
+        """`encode`, with the piece of the rendered text that each id comes from."""
+        encoded, pieces, placed = self._encode(conversation, root)
+        owners: list[int] = []
+        for segment, start, end in placed:
+            owners += [-1] * (start - len(owners))
+            after = int(encoded.ids[start - 1]) if owners and owners[-1] >= 0 else None
+            owners += self._owners(segment, end - start, after)
+        return Traced(encoded, tuple(pieces), tuple(owners))
+
+    def _encode(self, conversation: Conversation, root: Path) -> tuple[Encoded, list[Piece], list[Placed]]:
         pictures = [find_picture(image, root) for image in conversation.images]
         if pictures and self.processor.image_token is None:
             raise SampleError("the sample has pictures and this model takes none")
         pieces, skeleton = self._layout.lay_out(conversation)
         trained = self._trained_turns(conversation.messages, skeleton)
         ids: list[int] = list(self._prefix(pieces))
-        num_prefix = len(ids)
-        supervised = [False] * num_prefix
+        num_prefix, supervised = len(ids), [False] * len(ids)
         images: list[ImageSpan] = []
+        placed: list[Placed] = []
         for segment in self._segments(pieces, skeleton, trained):
-            if segment.text is None:
+            if segment.kind == "image":
                 picture = pictures[len(images)]
                 tokens = self.processor.image_tokens(picture.size)
                 images.append(ImageSpan(picture, len(ids), len(tokens.ids), tokens.num_placeholders))
                 new = list(tokens.ids)
             else:
-                new = self._encode(segment, ids[-1] if len(ids) > num_prefix else None)
+                new = self._segment_ids(segment, ids[-1] if len(ids) > num_prefix else None)
+            placed.append((segment, len(ids), len(ids) + len(new)))
             ids += new
             supervised += [segment.supervised] * len(new)
         supervised[0] = False
         if not any(supervised):
             raise SampleError("no token of it is learned")
-        return Encoded(np.array(ids, np.int32), np.array(supervised, np.bool_), tuple(images))
+        return Encoded(np.array(ids, np.int32), np.array(supervised, np.bool_), tuple(images)), pieces, placed
 
     def _trained_turns(self, messages: tuple[Message, ...], skeleton: Skeleton) -> list[int]:
         turns = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
@@ -113,7 +169,7 @@ class Encoder:
         bos = self.processor.tokenizer.bos_token
         return [] if bos and pieces[0].text.startswith(bos) else self.processor.prefix_ids
 
-    def _segments(self, pieces: list[Piece], skeleton: Skeleton, trained: list[int]) -> Iterator[_Segment]:
+    def _segments(self, pieces: list[Piece], skeleton: Skeleton, trained: list[int]) -> Iterator[Segment]:
         """The pieces joined into the longest runs that are encoded in one go.
 
         A run ends where inference's prompt ends, where a trained answer ends, at a picture, and around a special
@@ -129,41 +185,33 @@ class Encoder:
             else:
                 turns_off[words_end] = self._end_of_turn
         on = False
-        buffer = ""
-        for text, kind, at in self._atoms(pieces, {*turns_on, *turns_off}):
-            if at in turns_on or kind != "text":
-                yield _Segment(buffer, on)
-                buffer = ""
-            on = on or at in turns_on
-            if kind == "image":
-                yield _Segment(None)
-            elif kind == "literal":
-                yield _Segment(text, on, literal=True)
+        run: list[Atom] = []
+        for atom in self._atoms(pieces, {*turns_on, *turns_off}):
+            if atom.place in turns_on or atom.kind != "text":
+                yield Segment(tuple(run), on)
+                run = []
+            on = on or atom.place in turns_on
+            if atom.kind == "text":
+                run.append(atom)
             else:
-                buffer += text
-            behind = (at[0], at[1] + len(text))
-            if behind in turns_off:
-                yield _Segment(buffer, on, ends_turn=turns_off[behind])
-                buffer, on = "", False
-        yield _Segment(buffer, on)
+                yield Segment((atom,), on)
+            if atom.end in turns_off:
+                yield Segment(tuple(run), on, ends_turn=turns_off[atom.end])
+                run, on = [], False
+        yield Segment(tuple(run), on)
 
-    def _atoms(self, pieces: list[Piece], cuts: set[tuple[int, int]]) -> Iterator[tuple[str, str, tuple[int, int]]]:
-        """(text, kind, place) of each stretch between cuts; kind is text, literal or image."""
+    def _atoms(self, pieces: list[Piece], cuts: set[tuple[int, int]]) -> Iterator[Atom]:
         literal = self._literal_specials(pieces)
         for i, piece in enumerate(pieces):
-            if piece.kind == "image":
-                yield piece.text, "image", (i, 0)
+            if piece.kind == "image" or not piece.text:  # a turn can begin or end at words that were trimmed away
+                yield Atom(piece.text, "image" if piece.kind == "image" else "text", i, 0)
                 continue
-            if not piece.text:  # words that the template trimmed away: a turn can begin or end here
-                yield "", "text", (i, 0)
-                continue
-            bounds = {0, len(piece.text)} | {character for number, character in cuts if number == i}
             spans = literal.get(i, [])
+            bounds = {0, len(piece.text)} | {character for number, character in cuts if number == i}
             bounds |= {bound for span in spans for bound in span}
-            ordered = sorted(bounds)
-            for start, end in itertools.pairwise(ordered):
+            for start, end in itertools.pairwise(sorted(bounds)):
                 inside = any(span[0] <= start and end <= span[1] for span in spans)
-                yield piece.text[start:end], "literal" if inside else "text", (i, start)
+                yield Atom(piece.text[start:end], "literal" if inside else "text", i, start)
 
     def _literal_specials(self, pieces: list[Piece]) -> dict[int, list[tuple[int, int]]]:
         """Where special tokens stand in words, or come about where words meet: these stay characters."""
@@ -182,8 +230,8 @@ class Encoder:
             start = end
         return found
 
-    def _encode(self, segment: _Segment, after: int | None) -> list[int]:
-        ids = self.processor.encode(segment.text or "", after, segment.literal)
+    def _segment_ids(self, segment: Segment, after: int | None) -> list[int]:
+        ids = self.processor.encode(segment.text, after, literal=segment.kind == "literal")
         if segment.ends_turn:
             eos = self.processor.tokenizer.eos_token_id
             if eos is None:
@@ -192,3 +240,12 @@ class Encoder:
                 )
             ids = [*ids, eos]
         return ids
+
+    def _owners(self, segment: Segment, num_ids: int, after: int | None) -> list[int]:
+        """The piece of each of a segment's ids."""
+        if segment.kind != "text":
+            return [segment.atoms[0].piece] * num_ids
+        ends = list(itertools.accumulate(len(atom.text) for atom in segment.atoms))
+        starts = self.processor.token_starts(segment.text, after) if segment.text else []
+        owners = [segment.atoms[min(bisect_right(ends, start), len(ends) - 1)].piece for start in starts]
+        return owners + [-1] * (num_ids - len(owners))

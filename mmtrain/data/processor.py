@@ -6,6 +6,7 @@ running the family's own processor.
 
 import copy
 import functools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ class ImageTokens:
 
     ids: tuple[int, ...]
     num_placeholders: int
+    used_size: tuple[int, int]
+    """(width, height) of the pixels that the vision encoder sees; of one tile where the family makes several."""
+    grid: tuple[int, int] | None
+    """(columns, rows) in which the placeholders cover the picture, None where they do not."""
 
 
 class ChatProcessor:
@@ -55,6 +60,7 @@ class ChatProcessor:
         # `split_special_tokens` is a state of the tokenizer, which threads share: each of the two keeps one state
         self._literal_tokenizer = copy.deepcopy(tokenizer)
         self._processor = processor
+        self._image_processor: Any = getattr(processor, "image_processor", None)
         template = getattr(processor, "chat_template", None) or tokenizer.chat_template
         template = template.get("default") if isinstance(template, dict) else template
         if template and "strftime_now" in template:
@@ -98,6 +104,21 @@ class ChatProcessor:
         """
         if not text:
             return []
+        _, ids = self._behind_anchor(text, after, literal)
+        if literal and len(text) > 1 and not self._special_ids.isdisjoint(ids):
+            # an ordinary piece of the vocabulary that is a special token too: take it apart
+            return self.encode(text[0], after, True) + self.encode(text[1:], ids[0], True)
+        return ids
+
+    def token_starts(self, text: str, after: int | None) -> list[int]:
+        """The character of `text` that each of the ids of `encode(text, after)` begins at."""
+        anchor, ids = self._behind_anchor(text, after, False)
+        made = self.tokenizer(anchor + text, add_special_tokens=False, return_offsets_mapping=True)
+        starts = [max(0, start - len(anchor)) for start, _ in made["offset_mapping"]]
+        return starts[len(starts) - len(ids) :]
+
+    def _behind_anchor(self, text: str, after: int | None, literal: bool) -> tuple[str, list[int]]:
+        """An anchor that leaves `text` as it would be in the middle, and the ids of `text` behind it."""
         if after is None:
             anchors = [""]
         elif after in self._added and not literal:
@@ -107,14 +128,11 @@ class ChatProcessor:
         for anchor in anchors:
             head, ids = self._head(anchor, literal), self._encode(anchor + text, literal)
             if ids[: len(head)] == head:
-                ids = ids[len(head) :]
-                break
-        else:
-            raise SampleError(f"the tokenizer joins {shown(text)} with whatever stands before it")
-        if literal and len(text) > 1 and not self._special_ids.isdisjoint(ids):
-            # an ordinary piece of the vocabulary that is a special token too: take it apart
-            return self.encode(text[0], after, True) + self.encode(text[1:], ids[0], True)
-        return ids
+                return anchor, ids[len(head) :]
+        raise SampleError(f"the tokenizer joins {shown(text)} with whatever stands before it")
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._added
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -135,14 +153,27 @@ class ChatProcessor:
     def _image_tokens(self, size: tuple[int, int]) -> ImageTokens:
         """The span of a picture of `size` (width, height), from the family's processor run on a blank one."""
         try:
-            _, ids = self.image_inputs([PIL.Image.new("RGB", size)])
+            inputs, ids = self.image_inputs([PIL.Image.new("RGB", size)])
         except SampleError:
             raise
         except Exception as error:  # such as an aspect ratio that the family refuses
             raise SampleError(
                 f"the model's image processor refuses a picture of {size[0]}x{size[1]}: {error}"
             ) from None
-        return ImageTokens(tuple(ids), ids.count(self.image_token_id or -1))
+        count = ids.count(self.image_token_id or -1)
+        used_size, grid = self._used(inputs, count)
+        return ImageTokens(tuple(ids), count, used_size, grid)
+
+    def _used(self, inputs: dict[str, Any], count: int) -> tuple[tuple[int, int], tuple[int, int] | None]:
+        """The size of the pixels used, and the grid of the placeholders over them."""
+        for key, value in inputs.items():
+            if key.endswith("_thw"):  # patches in time, height and width
+                _, rows, columns = (int(number) for number in value[0])
+                patch, merge = int(self._image_processor.patch_size), math.isqrt(rows * columns // count)
+                return (columns * patch, rows * patch), (columns // merge, rows // merge)
+        height, width = inputs["pixel_values"].shape[-2:]
+        side = math.isqrt(count)
+        return (width, height), (side, side) if side * side == count and width == height else None
 
     def _encode(self, text: str, literal: bool = False) -> list[int]:
         tokenizer = self._literal_tokenizer if literal else self.tokenizer

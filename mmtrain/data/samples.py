@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mmtrain.config.schema import Source
 from mmtrain.data.chat import Conversation, SampleError
-from mmtrain.data.encode import Encoded, Encoder
+from mmtrain.data.encode import Encoded, Encoder, Traced
 from mmtrain.data.formats import read_record
 from mmtrain.data.sources import Place, RecordFile, open_records
 from mmtrain.errors import UserError
@@ -58,6 +58,10 @@ class SampleSet:
     def encoded(self, index: int) -> Encoded:
         """Raises SampleError with the reason the sample cannot be used."""
         return self.encoder.encode(self.conversation(index), self._find(index)[0].root)
+
+    def traced(self, index: int) -> Traced:
+        """`encoded`, with where each id comes from."""
+        return self.encoder.trace(self.conversation(index), self._find(index)[0].root)
 
     def _find(self, index: int) -> tuple[_OpenFile, int]:
         number = bisect_right(self._ends, index)

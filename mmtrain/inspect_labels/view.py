@@ -1,0 +1,145 @@
+"""One sample as a person reads it: every token with its label and role, spans, pictures."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from mmtrain.data.chat import Conversation
+from mmtrain.data.encode import Traced
+from mmtrain.data.images import Picture
+from mmtrain.data.processor import ChatProcessor, ImageTokens
+from mmtrain.data.samples import SampleSet
+from mmtrain.data.sources import Place
+
+IGNORED = -100
+TokenKind = Literal["text", "special", "image"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenView:
+    """One token. `label` is unshifted: its own id where it is learned, -100 where it is not."""
+
+    position: int
+    id: int
+    text: str
+    label: int
+    role: str
+    turn: int | None
+    kind: TokenKind
+
+    @property
+    def supervised(self) -> bool:
+        return self.label != IGNORED
+
+
+@dataclass(frozen=True, slots=True)
+class SpanView:
+    """A run of tokens of one role and turn that are all learned or all not: tokens[start:end]."""
+
+    role: str
+    turn: int | None
+    start: int
+    end: int
+    text: str
+    supervised: bool
+    kind: TokenKind
+
+
+@dataclass(frozen=True, slots=True)
+class ImageView:
+    """A picture and its place among the tokens. Sizes are (width, height): of the file, and of the pixels used."""
+
+    picture: Picture
+    tokens: ImageTokens
+    start: int
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "path": self.picture.name,
+            "size": self.picture.size,
+            "used_size": self.tokens.used_size,
+            "grid": self.tokens.grid,
+            "start": self.start,
+            "num_placeholders": self.tokens.num_placeholders,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SampleView:
+    place: Place
+    index: int
+    conversation: Conversation
+    tokens: tuple[TokenView, ...]
+    spans: tuple[SpanView, ...]
+    images: tuple[ImageView, ...]
+
+    @property
+    def num_supervised(self) -> int:
+        return sum(token.supervised for token in self.tokens)
+
+    def row(self, with_tokens: bool = False) -> dict[str, Any]:
+        """The sample as one JSON object."""
+        row: dict[str, Any] = {
+            "source": str(self.place.file),
+            "line": self.place.line,
+            "index": self.index,
+            "num_tokens": len(self.tokens),
+            "num_supervised": self.num_supervised,
+            "images": [image.row() for image in self.images],
+            "spans": [_fields(span) for span in self.spans],
+        }
+        if with_tokens:
+            row["tokens"] = [{**_fields(token), "supervised": token.supervised} for token in self.tokens]
+        return row
+
+
+def view_sample(samples: SampleSet, index: int) -> SampleView:
+    """Raises SampleError where the sample cannot be used."""
+    traced = samples.traced(index)
+    processor = samples.encoder.processor
+    tokens = tuple(_tokens(traced, processor, samples.conversation(index)))
+    images = tuple(
+        ImageView(span.picture, processor.image_tokens(span.picture.size), span.start) for span in traced.encoded.images
+    )
+    spans = tuple(_spans(tokens, {image.start for image in images}, processor))
+    return SampleView(samples.place(index), index, samples.conversation(index), tokens, spans, images)
+
+
+def _tokens(traced: Traced, processor: ChatProcessor, conversation: Conversation) -> Iterator[TokenView]:
+    in_image = {p for span in traced.encoded.images for p in range(span.start, span.start + span.length)}
+    for position, (token_id, owner) in enumerate(zip(traced.encoded.ids.tolist(), traced.owners, strict=True)):
+        piece = traced.pieces[owner] if owner >= 0 else None
+        written = piece is not None and piece.kind != "template"  # by the conversation, not by the template
+        kind: TokenKind = "text"
+        if position in in_image:
+            kind = "image"
+        elif processor.is_special(token_id):
+            kind = "special"
+        yield TokenView(
+            position,
+            token_id,
+            processor.decode([token_id]),
+            token_id if traced.encoded.supervised[position] else IGNORED,
+            conversation.messages[piece.turn].role if piece is not None and written else "template",
+            piece.turn if piece is not None else None,
+            kind,
+        )
+
+
+def _spans(tokens: tuple[TokenView, ...], images: set[int], processor: ChatProcessor) -> Iterator[SpanView]:
+    """Neighbours of one role, turn and label together; a picture is a span of its own."""
+    starts = [0] + [b.position for a, b in pairwise(tokens) if _differ(a, b) or b.position in images]
+    for start, end in pairwise([*starts, len(tokens)]):
+        first = tokens[start]
+        text = processor.decode([token.id for token in tokens[start:end]])
+        kind: TokenKind = "image" if first.kind == "image" else "text"
+        yield SpanView(first.role, first.turn, start, end, text, first.supervised, kind)
+
+
+def _differ(a: TokenView, b: TokenView) -> bool:
+    return (a.role, a.turn, a.supervised, a.kind == "image") != (b.role, b.turn, b.supervised, b.kind == "image")
+
+
+def _fields(view: Any) -> dict[str, Any]:
+    return {name: getattr(view, name) for name in view.__slots__}
