@@ -246,6 +246,6 @@ class Encoder:
         if segment.kind != "text":
             return [segment.atoms[0].piece] * num_ids
         ends = list(itertools.accumulate(len(atom.text) for atom in segment.atoms))
-        starts = self.processor.token_starts(segment.text, after) if segment.text else []
-        owners = [segment.atoms[min(bisect_right(ends, start), len(ends) - 1)].piece for start in starts]
+        places = self.processor.token_places(segment.text, after) if segment.text else []
+        owners = [segment.atoms[min(bisect_right(ends, place), len(ends) - 1)].piece for place in places]
         return owners + [-1] * (num_ids - len(owners))

@@ -110,12 +110,15 @@ class ChatProcessor:
             return self.encode(text[0], after, True) + self.encode(text[1:], ids[0], True)
         return ids
 
-    def token_starts(self, text: str, after: int | None) -> list[int]:
-        """The character of `text` that each of the ids of `encode(text, after)` begins at."""
+    def token_places(self, text: str, after: int | None) -> list[int]:
+        """The last character of `text` that each of the ids of `encode(text, after)` stands for.
+
+        The last, because a token that takes the space before a word belongs to the word.
+        """
         anchor, ids = self._behind_anchor(text, after, False)
         made = self.tokenizer(anchor + text, add_special_tokens=False, return_offsets_mapping=True)
-        starts = [max(0, start - len(anchor)) for start, _ in made["offset_mapping"]]
-        return starts[len(starts) - len(ids) :]
+        places = [max(0, start, end - 1) - len(anchor) for start, end in made["offset_mapping"]]
+        return places[len(places) - len(ids) :]
 
     def _behind_anchor(self, text: str, after: int | None, literal: bool) -> tuple[str, list[int]]:
         """An anchor that leaves `text` as it would be in the middle, and the ids of `text` behind it."""
