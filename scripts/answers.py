@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.utils.logging import disable_progress_bar
 
 IMAGE = "<|image_pad|>"
 
@@ -74,6 +76,9 @@ class Answerer:
     """A model, its tokenizer and its image processor; the joint processor class would need torchvision."""
 
     def __init__(self, model_dir: Path, adapter: Path | None = None) -> None:
+        disable_progress_bar()
+        # peft calls transformers by a name that is going away: nothing a reader of the answers can act on
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
         self.processor = AutoImageProcessor.from_pretrained(model_dir, backend="pil")
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32)
