@@ -3,7 +3,7 @@
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -45,6 +45,32 @@ def train(
     from mmtrain.train.loop import train as run
 
     run(loaded, fresh=fresh)
+
+
+@app.command()
+def inspect_labels(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    index: Annotated[list[int] | None, typer.Option(help="The number of a sample to show; may be repeated.")] = None,
+    num: Annotated[int, typer.Option(min=1, help="How many samples to show, evenly spread.")] = 3,
+    split: Annotated[Literal["train", "eval"], typer.Option(help="Which sources to look at.")] = "train",
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a sample on standard output.")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="With --json: every token too.")] = False,
+    audit: Annotated[bool, typer.Option("--all", help="Audit every sample; exit 1 if any is at fault.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="With --all: decode every picture.")] = False,
+    losses: Annotated[bool, typer.Option("--losses", help="Load the model: how sure it is of each token.")] = False,
+    adapter: Annotated[Path | None, typer.Option(help="With --losses: an adapter.", show_default=False)] = None,
+) -> None:
+    """Show what the model is taught, token by token; or audit all of it."""
+    from mmtrain.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from mmtrain.inspect_labels.command import Options
+    from mmtrain.inspect_labels.command import inspect_labels as run
+
+    options = Options(split, tuple(index or ()), num, html, audit, json, tokens, decode, losses, adapter)
+    raise typer.Exit(run(loaded, options))
 
 
 @config_app.command()

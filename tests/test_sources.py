@@ -382,3 +382,10 @@ def test_a_strange_image_path_is_refused_plainly(tmp_path: Path, name: str) -> N
         told = str(error)
     assert told.isprintable()
     assert len(told) < 400 + len(str(tmp_path))
+
+
+def test_records_that_share_a_line_are_told_apart_by_their_number(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    path.write_text('[{"a": 1}, {"b": 2},\n {"c": 3}]')
+    (records,) = open_records(str(path))
+    assert [str(records.place(i)) for i in range(3)] == [f"{path}:1 item 1", f"{path}:1 item 2", f"{path}:2"]

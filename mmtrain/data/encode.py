@@ -194,7 +194,7 @@ class Encoder:
             if atom.kind == "text":
                 run.append(atom)
             else:
-                yield Segment((atom,), on)
+                yield Segment((atom,), on and atom.kind != "image")
             if atom.end in turns_off:
                 yield Segment(tuple(run), on, ends_turn=turns_off[atom.end])
                 run, on = [], False

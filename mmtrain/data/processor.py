@@ -153,6 +153,11 @@ class ChatProcessor:
         ids: list[int] = made["input_ids"][0].tolist()
         return {key: value for key, value in made.items() if key not in _TEXT_KEYS}, ids
 
+    @property
+    def normalisation(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the colours (0 to 1) by which pixels are normalised."""
+        return self._image_processor.image_mean, self._image_processor.image_std
+
     def _image_tokens(self, size: tuple[int, int]) -> ImageTokens:
         """The span of a picture of `size` (width, height), from the family's processor run on a blank one."""
         try:

@@ -21,9 +21,11 @@ class Place:
 
     file: Path
     line: int
+    item: int | None = None
+    """Counted from 1, where several records of a list share a line."""
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+        return f"{self.file}:{self.line}" + (f" item {self.item}" if self.item is not None else "")
 
 
 class JsonlFile:
@@ -71,7 +73,9 @@ class JsonFile:
         return len(self._records)
 
     def place(self, index: int) -> Place:
-        return Place(self.path, self._lines[index])
+        line = self._lines[index]
+        shares_line = line in (*self._lines[max(0, index - 1) : index], *self._lines[index + 1 : index + 2])
+        return Place(self.path, line, index + 1 if shares_line else None)
 
     def record(self, index: int) -> Any:
         return self._records[index]

@@ -1,0 +1,44 @@
+"""How sure a model is of each learned token, by the cross-entropy that training uses."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from mmtrain.config import Config
+from mmtrain.data.batch import Loader
+from mmtrain.data.samples import SampleSet
+from mmtrain.errors import UserError
+from mmtrain.model.inputs import InputMaker
+from mmtrain.model.load import load_model
+from mmtrain.train.loss import supervised_nll
+from mmtrain.train.runtime import Runtime
+
+
+@torch.no_grad()
+def token_losses(
+    config: Config, adapter: Path | None, samples: SampleSet, indices: Iterable[int]
+) -> dict[int, dict[int, float]]:
+    """Negative log-likelihood in nats: sample number → position of the learned token → value.
+
+    Raises UserError where the adapter cannot be loaded.
+    """
+    runtime = Runtime(config.model.dtype)
+    processor = samples.encoder.processor
+    model = load_model(config.model.path, config.model.dtype, processor)
+    if adapter is not None:
+        try:
+            model = PeftModel.from_pretrained(model, str(adapter)).eval()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{adapter}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from None
+    model.to(runtime.device)
+    make_inputs = InputMaker(model, config.train.packing, processor.image_token_id)
+    found = {}
+    for batch in Loader(samples, config.train.packing).batches([index] for index in indices):
+        on_device = batch.to(runtime.device)
+        with runtime.autocast():
+            nll, _ = supervised_nll(model, make_inputs(on_device), on_device)
+        positions = batch.supervised[0].nonzero()[:, 0].tolist()
+        found[batch.segments[0].sample] = dict(zip(positions, nll.tolist(), strict=True))
+    return found

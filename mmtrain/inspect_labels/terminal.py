@@ -1,0 +1,110 @@
+"""A sample in the terminal: what is learned is plain at a glance, in 80 columns, with colour or without."""
+
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mmtrain.inspect_labels.view import ImageView, SampleView, SpanView, TokenView
+
+LEARNED = "▌"
+"""Stands before what is learned, so that it shows without colour too."""
+_STYLE = {True: "bold green", False: "dim"}
+_SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
+_ISOLATE, _END_ISOLATE = "\u2068", "\u2069"
+NUM_SURPRISING = 5
+
+
+def visible(text: str) -> str:
+    """`text` on one line with white space and control characters shown; right-to-left words kept to themselves."""
+    shown = "".join(_SIGNS.get(char) or (char if _printable(char) else f"\\u{{{ord(char):x}}}") for char in text)
+    is_rtl = any(unicodedata.bidirectional(char) in ("R", "AL") for char in shown)
+    return f"{_ISOLATE}{shown}{_END_ISOLATE}" if is_rtl else shown
+
+
+def _printable(char: str) -> bool:
+    return char.isprintable() or char == "\u200d"  # the joiner inside emoji
+
+
+def print_sample(view: SampleView, console: Console, losses: Mapping[int, float] | None = None) -> None:
+    """The conversation laid out by turns, then the pairs of input and target that show the shift by one."""
+    share = view.num_supervised / len(view.tokens)
+    console.print(Text(f"{visible(str(view.place))} · sample {view.index}", style="bold", overflow="fold"))
+    pictures = f", {len(view.images)} picture{'s' * (len(view.images) != 1)}" if view.images else ""
+    console.print(f"{len(view.tokens)} tokens, {view.num_supervised} learned ({share:.1%}){pictures}", style="dim")
+    console.print(_layout(view))
+    console.print(_pairs(view.tokens))
+    if losses:
+        console.print(_surprise(view.tokens, losses))
+    console.print()
+
+
+def _grid() -> Table:
+    table = Table.grid(padding=(0, 1), expand=True)
+    table.add_column(width=1)
+    table.add_column(width=9)
+    table.add_column(ratio=1, overflow="fold")
+    return table
+
+
+def _layout(view: SampleView) -> Table:
+    images = {image.start: image for image in view.images}
+    table = _grid()
+    for is_learned, group in groupby(view.spans, key=lambda span: span.supervised):
+        for role, text in _lines(list(group), images, is_learned):
+            table.add_row(LEARNED if is_learned else "", Text(role, style="dim"), text, style=_STYLE[is_learned])
+    return table
+
+
+def _lines(spans: Sequence[SpanView], images: Mapping[int, ImageView], learned: bool) -> Iterable[tuple[str, Text]]:
+    """A line for each span; an answer and the token that ends its turn are one."""
+    if learned:
+        yield spans[0].role, Text("".join(visible(span.text) for span in spans))
+        return
+    for span in spans:
+        yield span.role, _image(images[span.start]) if span.kind == "image" else Text(visible(span.text))
+
+
+def _image(image: ImageView) -> Text:
+    width, height = image.picture.size
+    used_width, used_height = image.tokens.used_size
+    grid = f", {image.tokens.grid[0]}×{image.tokens.grid[1]}" if image.tokens.grid else ""
+    return Text(
+        f"▣ {visible(image.picture.name)}  {width}×{height} → {used_width}×{used_height}  "
+        f"{image.tokens.num_placeholders} placeholders{grid}",
+        style="cyan",
+    )
+
+
+def _pairs(tokens: Sequence[TokenView]) -> Table:
+    """The pairs around the first and the last learned token: the token at one position predicts the next."""
+    learned = [token.position for token in tokens if token.supervised]
+    around = {p + shift for p in (learned[0], learned[-1]) for shift in (-1, 0, 1)}
+    chosen = sorted(p for p in around if 0 < p < len(tokens))
+    table = Table.grid(padding=(0, 1))
+    for justify in ("left", "right", "left", "left", "left"):
+        table.add_column(justify=justify, overflow="fold", max_width=28)
+    table.add_row("", "position", "input", "", "target", style="dim")
+    last = chosen[0]
+    for p in chosen:
+        if p > last + 1:
+            table.add_row("", "…", "", "", "", style="dim")
+        last = p
+        target = tokens[p]
+        sign = LEARNED if target.supervised else ""
+        label = f"{visible(target.text)} ({target.id})" if target.supervised else f"{visible(target.text)} (-100)"
+        table.add_row(sign, str(p - 1), visible(tokens[p - 1].text), "→", label, style=_STYLE[target.supervised])
+    return table
+
+
+def _surprise(tokens: Sequence[TokenView], losses: Mapping[int, float]) -> Table:
+    """The learned tokens the model is least sure of, in nats."""
+    mean = sum(losses.values()) / len(losses)
+    table = _grid()
+    table.add_row("", "nats", f"mean {mean:.3f} over {len(losses)} learned tokens; least sure of:", style="dim")
+    for position in sorted(losses, key=lambda p: -losses[p])[:NUM_SURPRISING]:
+        table.add_row("", f"{losses[position]:.3f}", f"{visible(tokens[position].text)} at {position}")
+    return table
