@@ -18,6 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+eval_app = typer.Typer(help="Measure a model on held-out chats.", no_args_is_help=True)
+app.add_typer(eval_app, name="eval")
 config_app = typer.Typer(help="About config files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
@@ -71,6 +73,32 @@ def inspect_labels(
 
     options = Options(split, tuple(index or ()), num, html, audit, json, tokens, decode, losses, adapter)
     raise typer.Exit(run(loaded, options))
+
+
+@eval_app.command()
+def perplexity(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter; without it the base.", show_default=False)] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(metavar="ADAPTER...", help="Adapters, or `base`, on the same tokens; the first is the reference."),
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="A data file instead of data.eval; may be repeated.")] = None,
+    images: Annotated[
+        Literal["right", "all"], typer.Option(help="all: also with swapped, grey and no pictures.")
+    ] = "right",
+    json: Annotated[bool, typer.Option("--json", help="Every figure as one JSON object.")] = False,
+) -> None:
+    """How likely the right answers are, and whether the model looks at the pictures."""
+    from mmtrain.config import load_config
+
+    words = overrides or []
+    compared = [compare, *(word for word in words if "=" not in word)] if compare is not None else []
+    loaded = load_config(config, [word for word in words if word not in compared])
+    from mmtrain.evaluate.command import Options, eval_perplexity
+
+    eval_perplexity(loaded, Options(adapter, tuple(compared), tuple(data or ()), images == "all", json))
 
 
 @config_app.command()

@@ -17,17 +17,23 @@ from mmtrain.config import dump_config
 from mmtrain.config.schema import Config
 
 
+def start(processes: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """mmtrain in so many processes."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    command = [sys.executable, "-m", *(launcher if processes > 1 else []), "mmtrain", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def run(config: Config, processes: int, output: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train in a subprocess; the metrics' rows and the adapter."""
     path = output.with_suffix(".yaml")
     data = yaml.safe_load(dump_config(config))
     data["train"]["output_dir"] = str(output)
     path.write_text(yaml.safe_dump(data))
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    command = [sys.executable, "-m", *(launcher if processes > 1 else []), "mmtrain", "train", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    start(processes, "train", str(path))
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return rows, load_file(output / "adapter" / "adapter_model.safetensors")
 
@@ -42,7 +48,18 @@ def test_two_processes_equal_one(batch_size: int, make_config: Callable[..., Con
     two_rows, two = run(config, 2, tmp_path / "two")
     assert len(one_rows) == len(two_rows) == 12
     for before, after in zip(one_rows, two_rows, strict=True):
-        for key in before.keys() - {"seconds", "eval"}:
+        for key in before.keys() - {"seconds", "eval", "interval"}:
             assert after[key] == pytest.approx(before[key], rel=1e-5), key
     difference = sum(float((one[name] - two[name]).double().pow(2).sum()) for name in one) ** 0.5
     assert difference <= 1e-5 * sum(float(one[name].double().pow(2).sum()) for name in one) ** 0.5
+
+
+def test_two_processes_score_every_sample_once(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    config = make_config("qwen2_5_vl", microbatch_tokens=100)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    words = ["eval", "perplexity", str(tmp_path / "config.yaml"), "--data", config.data.train[0].path, "--json"]
+    one, two = (json.loads(start(processes, *words).stdout.splitlines()[-1]) for processes in (1, 2))
+    assert one["num_samples"] == two["num_samples"] == 8
+    assert one["num_supervised"] == two["num_supervised"]
+    assert two["nll"] == pytest.approx(one["nll"], rel=1e-5)
+    assert two["interval"]["nll"] == pytest.approx(one["interval"]["nll"], rel=1e-5)

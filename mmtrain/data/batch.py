@@ -5,16 +5,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmtrain.data.chat import SampleError
-from mmtrain.data.encode import Encoded
+from mmtrain.data.encode import Encoded, Encoder
 from mmtrain.data.images import decode
 from mmtrain.data.processor import ChatProcessor
-from mmtrain.data.samples import SampleSet
+from mmtrain.data.sources import Place
 from mmtrain.errors import UserError
 
 
@@ -90,10 +91,20 @@ def _image_inputs(encoded: Sequence[Encoded], processor: ChatProcessor) -> dict[
     return inputs
 
 
+class Samples(Protocol):
+    """What a loader needs of a set of samples."""
+
+    encoder: Encoder
+
+    def encoded(self, index: int) -> Encoded: ...
+
+    def place(self, index: int) -> Place: ...
+
+
 class Loader:
     """Makes batches in threads ahead of their use: reading, decoding and resizing leave the interpreter free."""
 
-    def __init__(self, samples: SampleSet, packing: bool, num_threads: int = 2, ahead: int = 4) -> None:
+    def __init__(self, samples: Samples, packing: bool, num_threads: int = 2, ahead: int = 4) -> None:
         self._samples = samples
         self._packing = packing
         self._num_threads = num_threads

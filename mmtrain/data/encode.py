@@ -6,7 +6,7 @@ words, and the token that ends the turn. A span of a picture is one indivisible 
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,11 +110,15 @@ class Encoder:
 
     def encode(self, conversation: Conversation, root: Path) -> Encoded:
         """`root` is the folder of the pictures. Raises SampleError with the reason a sample cannot be used."""
-        return self._encode(conversation, root)[0]
+        return self.encode_with(conversation, self._find_pictures(conversation, root))
+
+    def encode_with(self, conversation: Conversation, pictures: Sequence[Picture]) -> Encoded:
+        """`encode`, with pictures that were found already (or others in their place)."""
+        return self._encode(conversation, pictures)[0]
 
     def trace(self, conversation: Conversation, root: Path) -> Traced:
         """`encode`, with the piece of the rendered text that each id comes from."""
-        encoded, pieces, placed = self._encode(conversation, root)
+        encoded, pieces, placed = self._encode(conversation, self._find_pictures(conversation, root))
         owners: list[int] = []
         for segment, start, end in placed:
             owners += [-1] * (start - len(owners))
@@ -122,12 +126,34 @@ class Encoder:
             owners += self._owners(segment, end - start, after)
         return Traced(encoded, tuple(pieces), tuple(owners))
 
-    def _encode(self, conversation: Conversation, root: Path) -> tuple[Encoded, list[Piece], list[Placed]]:
+    def trained_turns(self, messages: Sequence[Message]) -> list[int]:
+        """Which turns are learned. Raises SampleError where there is none."""
+        turns = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
+        if self._train_on == "last":
+            turns = turns[-1:]
+        turns = [turn for turn in turns if messages[turn].train]
+        if not turns:
+            raise SampleError("there is no assistant turn to learn from")
+        if turns[0] == 0:
+            raise SampleError("the conversation begins with the assistant: there is no prompt to answer")
+        return turns
+
+    def _find_pictures(self, conversation: Conversation, root: Path) -> list[Picture]:
         pictures = [find_picture(image, root) for image in conversation.images]
         if pictures and self.processor.image_token is None:
             raise SampleError("the sample has pictures and this model takes none")
+        return pictures
+
+    def _encode(
+        self, conversation: Conversation, pictures: Sequence[Picture]
+    ) -> tuple[Encoded, list[Piece], list[Placed]]:
         pieces, skeleton = self._layout.lay_out(conversation)
-        trained = self._trained_turns(conversation.messages, skeleton)
+        trained = self.trained_turns(conversation.messages)
+        if any(turn not in skeleton.answers for turn in trained):
+            raise SampleError(
+                "the model's chat template rewrites earlier turns, so they cannot all be learned in one sample: "
+                "set labels.train_on to last"
+            )
         ids: list[int] = list(self._prefix(pieces))
         num_prefix, supervised = len(ids), [False] * len(ids)
         images: list[ImageSpan] = []
@@ -147,23 +173,6 @@ class Encoder:
         if not any(supervised):
             raise SampleError("no token of it is learned")
         return Encoded(np.array(ids, np.int32), np.array(supervised, np.bool_), tuple(images)), pieces, placed
-
-    def _trained_turns(self, messages: tuple[Message, ...], skeleton: Skeleton) -> list[int]:
-        turns = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
-        if self._train_on == "last":
-            turns = turns[-1:]
-        turns = [turn for turn in turns if messages[turn].train]
-        if not turns:
-            raise SampleError("there is no assistant turn to learn from")
-        if turns[0] == 0:
-            raise SampleError("the conversation begins with the assistant: there is no prompt to answer")
-        for turn in turns:
-            if turn not in skeleton.answers:
-                raise SampleError(
-                    "the model's chat template rewrites earlier turns, so they cannot all be learned in one sample: "
-                    "set labels.train_on to last"
-                )
-        return turns
 
     def _prefix(self, pieces: list[Piece]) -> list[int]:
         bos = self.processor.tokenizer.bos_token

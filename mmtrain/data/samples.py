@@ -13,6 +13,7 @@ from mmtrain.config.schema import Source
 from mmtrain.data.chat import Conversation, SampleError
 from mmtrain.data.encode import Encoded, Encoder, Traced
 from mmtrain.data.formats import read_record
+from mmtrain.data.images import Picture, find_picture
 from mmtrain.data.sources import Place, RecordFile, open_records
 from mmtrain.errors import UserError
 
@@ -58,6 +59,11 @@ class SampleSet:
     def encoded(self, index: int) -> Encoded:
         """Raises SampleError with the reason the sample cannot be used."""
         return self.encoder.encode(self.conversation(index), self._find(index)[0].root)
+
+    def pictures(self, index: int) -> list[Picture]:
+        """The pictures of a sample, found and measured."""
+        root = self._find(index)[0].root
+        return [find_picture(image, root) for image in self.conversation(index).images]
 
     def traced(self, index: int) -> Traced:
         """`encoded`, with where each id comes from."""

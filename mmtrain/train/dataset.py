@@ -17,8 +17,18 @@ from mmtrain.data.plan import Indices, Plan, cut_step
 from mmtrain.data.processor import ChatProcessor
 from mmtrain.data.samples import Checked, SampleSet, check_samples
 from mmtrain.errors import UserError
-from mmtrain.evaluate import EvalSet
+from mmtrain.evaluate.scoring import Scorer
 from mmtrain.model.load import load_config, max_positions
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSet:
+    """One source of `data.eval`, checked and ready to be scored."""
+
+    name: str
+    samples: SampleSet
+    checked: Checked
+    scorer: Scorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +57,7 @@ class Dataset:
             raise UserError("data.eval: two sources have the same name: give each its own `name`")
         found = _check_all({"train": self.train, **eval_sets}, limit, data.too_long, console)
         self.checked = found.pop("train")
-        self.eval = [EvalSet(name, samples, found[name]) for name, samples in eval_sets.items()]
+        self.eval = [_eval_set(name, samples, found[name]) for name, samples in eval_sets.items()]
         weights = [source.weight for source in data.train]
         self.plan = Plan(_by_source(self.train, self.checked), weights, settings.batch_size, settings.seed)
         by_epochs = max(1, math.ceil((settings.epochs or 1.0) * self.plan.steps_per_epoch))
@@ -104,6 +114,11 @@ def _check_all(sets: dict[str, SampleSet], limit: int, too_long: str, console: C
     if faults:
         raise UserError(faults)
     return found
+
+
+def _eval_set(name: str, samples: SampleSet, checked: Checked) -> EvalSet:
+    scorer = Scorer(samples, checked.used, checked.num_tokens[checked.used].tolist())
+    return EvalSet(name, samples, checked, scorer)
 
 
 def _by_source(samples: SampleSet, checked: Checked) -> list[Indices]:

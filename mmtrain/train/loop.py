@@ -15,7 +15,7 @@ from mmtrain.config import Config, dump_config
 from mmtrain.data.batch import Batch, Loader
 from mmtrain.data.processor import ChatProcessor, load_processor
 from mmtrain.errors import NonFiniteError
-from mmtrain.evaluate import evaluate
+from mmtrain.evaluate.statistics import summary
 from mmtrain.model.components import PartReport, prepare_learning
 from mmtrain.model.dropout import DropoutClock, install_dropout
 from mmtrain.model.inputs import InputMaker
@@ -139,21 +139,17 @@ class Run:
         )
 
     def _evaluate(self, step: int, metrics: MetricsFile, reporter: Reporter) -> None:
-        settings = self._config.train
+        settings, learner = self._config.train, self._learner
         for eval_set in self._dataset.eval:
-            result = evaluate(
-                self._learner.model,
-                self._learner.make_inputs,
-                eval_set,
-                self._learner.runtime,
-                settings.microbatch_tokens,
-                settings.packing,
+            scores = eval_set.scorer.score(
+                learner.model, learner.make_inputs, learner.runtime, settings.microbatch_tokens, settings.packing
             )
-            metrics.write({"step": step, **result.row()})
-            self._last[f"perplexity on {result.name}"] = result.perplexity
+            found = summary(scores)
+            metrics.write({"step": step, "eval": eval_set.name, **found})
+            self._last[f"perplexity on {eval_set.name}"] = found["perplexity"]
             reporter.say(
-                f"step {step}  eval {result.name}: perplexity {result.perplexity:.4f}, "
-                f"token accuracy {result.token_accuracy:.1%}"
+                f"step {step}  eval {eval_set.name}: perplexity {found['perplexity']:.4f}, "
+                f"token accuracy {found['token_accuracy']:.1%}"
             )
 
     def _save(self, step: int) -> None:

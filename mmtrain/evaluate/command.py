@@ -1,0 +1,181 @@
+"""`mmtrain eval perplexity`: the number, its parts, what the pictures are worth, and comparisons of adapters."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+
+from mmtrain.config import Config
+from mmtrain.config.schema import EvalSource
+from mmtrain.data.encode import Encoder
+from mmtrain.data.plan import Indices
+from mmtrain.data.processor import load_processor
+from mmtrain.data.samples import SampleSet, check_samples
+from mmtrain.errors import UserError
+from mmtrain.evaluate import statistics
+from mmtrain.evaluate.pictures import CHANGES, ChangedPictures, encodable
+from mmtrain.evaluate.report import image_verdict, print_comparison, print_report
+from mmtrain.evaluate.scores import Scores
+from mmtrain.evaluate.scoring import Scorer
+from mmtrain.model.inputs import InputMaker
+from mmtrain.model.load import load_config, load_model, max_positions
+from mmtrain.train.runtime import Runtime
+
+BASE = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says beside the config."""
+
+    adapter: Path | None = None
+    compare: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    images: bool = False
+    json: bool = False
+
+
+class Evaluation:
+    """The samples of a config's evaluation sources, and scores of models on them."""
+
+    def __init__(self, config: Config, options: Options) -> None:
+        sources: Sequence[EvalSource] = config.data.eval
+        if options.data:
+            sources = [EvalSource(path=path) for path in options.data]
+        if not sources:
+            raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")
+        self._config = config
+        self._runtime = Runtime(config.model.dtype)
+        self._console = Console(stderr=True, quiet=not self._runtime.is_main)
+        self._processor = load_processor(config.model.path)
+        encoder = Encoder(self._processor, config.labels.train_on, config.labels.end_of_turn)
+        positions = max_positions(load_config(config.model.path)) or config.data.max_length
+        self._limit = min(config.data.max_length, positions)
+        self.samples = SampleSet(sources, encoder)
+        self.names = [source.name or Path(source.path).name for source in sources]
+        checked = check_samples(self.samples, self._limit, config.data.too_long)
+        self.numbers = checked.used
+        self._lengths: list[int] = checked.num_tokens[self.numbers].tolist()
+        self._base = load_model(config.model.path, config.model.dtype, self._processor)
+        self._model: Any = self._base
+        self._loaded = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self._runtime.is_main
+
+    def scores(self) -> Scores:
+        return self._score(Scorer(self.samples, self.numbers, self._lengths))
+
+    def changed_scores(self, change: Any) -> tuple[Scores, Indices] | None:
+        """The scores with changed pictures and the samples they are of; None where no sample can be changed so."""
+        with_images = self.numbers[[bool(self.samples.conversation(int(n)).images) for n in self.numbers]]
+        changed = ChangedPictures(self.samples, change, with_images)
+        numbers, lengths = encodable(changed, with_images if changed.numbers is None else changed.numbers, self._limit)
+        if not len(numbers):
+            return None
+        return self._score(Scorer(self.samples, numbers, lengths, changed)), numbers
+
+    @contextmanager
+    def adapter(self, path: str | None) -> Iterator[None]:
+        """Put the adapter at `path` on the base model; None or `base`: the base model alone."""
+        if path is None or path == BASE:
+            if isinstance(self._model, PeftModel):
+                with self._model.disable_adapter():
+                    yield
+            else:
+                yield
+            return
+        name = f"adapter_{self._loaded}"
+        self._loaded += 1
+        try:
+            if isinstance(self._model, PeftModel):
+                self._model.load_adapter(path, adapter_name=name)
+                self._model.set_adapter(name)
+            else:
+                self._model = PeftModel.from_pretrained(self._base, path, adapter_name=name)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: the adapter cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        self._model.eval()
+        yield
+
+    def _score(self, scorer: Scorer) -> Scores:
+        settings = self._config.train
+        self._model.to(self._runtime.device)
+        make_inputs = InputMaker(self._model, settings.packing, self._processor.image_token_id)
+        tokens, packing = settings.microbatch_tokens, settings.packing
+        return scorer.score(self._model, make_inputs, self._runtime, tokens, packing, self._console)
+
+
+def eval_perplexity(config: Config, options: Options) -> None:
+    """Evaluate or compare, and print. Raises UserError for what the user can mend."""
+    evaluation = Evaluation(config, options)
+    row: Any = _compare(evaluation, options.compare) if options.compare else _report(evaluation, options)
+    if not evaluation.is_main:
+        return
+    if options.json:
+        print(json.dumps(row, ensure_ascii=False, allow_nan=False))
+        return
+    console = Console(highlight=False, emoji=False, markup=False)
+    if options.compare:
+        print_comparison(row, console)
+    else:
+        print_report(row, console)
+
+
+def _report(evaluation: Evaluation, options: Options) -> dict[str, Any]:
+    path = str(options.adapter) if options.adapter is not None else None
+    with evaluation.adapter(path):
+        scores = evaluation.scores()
+        least, most = statistics.extremes(scores)
+        return {
+            **statistics.summary(scores),
+            "sources": statistics.by_source(scores, evaluation.names),
+            "turns": statistics.by_answer(scores),
+            "modality": statistics.by_image(scores),
+            "lengths": statistics.by_length(scores),
+            "least_likely": [_placed(evaluation, *entry) for entry in least],
+            "most_likely": [_placed(evaluation, *entry) for entry in most],
+            "images": _images(evaluation, scores) if options.images else None,
+        }
+
+
+def _placed(evaluation: Evaluation, number: int, nll: float) -> dict[str, Any]:
+    return {"place": str(evaluation.samples.place(number)), "nll": nll}
+
+
+def _images(evaluation: Evaluation, right: Scores) -> dict[str, Any]:
+    """What the right pictures are worth against others, grey ones and none, over the samples that can be changed."""
+    found: dict[str, Any] = {}
+    for change in CHANGES:
+        changed = evaluation.changed_scores(change)
+        if changed is not None:
+            scores, numbers = changed
+            found[change] = {
+                **statistics.difference(right.of(numbers), scores),
+                "nll": statistics.summary(scores)["nll"],
+                "num_samples": len(numbers),
+            }
+    if not found:
+        raise UserError("--images: no sample has a picture that could be changed")
+    return {**found, "verdict": image_verdict(found)}
+
+
+def _compare(evaluation: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each adapter (or `base`), with its paired difference from the first."""
+    rows: list[dict[str, Any]] = []
+    first: Scores | None = None
+    for name in names:
+        with evaluation.adapter(name):
+            scores = evaluation.scores()
+        found = statistics.summary(scores)
+        difference = None if first is None else statistics.difference(first, scores)
+        first = scores if first is None else first
+        kept = {key: found[key] for key in ("perplexity", "nll", "token_accuracy", "bits_per_byte", "interval")}
+        rows.append({"name": name, **kept, "difference": difference})
+    return rows

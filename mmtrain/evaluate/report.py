@@ -1,0 +1,156 @@
+"""The figures of `eval perplexity` for a person, in 80 columns, with colour or without."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mmtrain.inspect_labels.terminal import visible
+
+_NAME_WIDTH = 22
+_GROUPS = (("sources", "source"), ("turns", "turn"), ("modality", "samples"), ("lengths", "tokens of an answer"))
+_CHANGES = {"swapped": "swapped", "grey": "grey", "none": "left out"}
+_NOTHING = 5e-5
+"""Nats per token that are shown as 0.0000: less is taken for rounding in the model."""
+_FEW_SAMPLES = 20
+
+
+def print_report(row: Mapping[str, Any], console: Console) -> None:
+    """Prints what `row` holds; its losses are in nats per token."""
+    for line in _head(row):
+        _say(line, console)
+    for key, title in _GROUPS:
+        if row[key]:
+            console.print()
+            console.print(_group_table(title, row[key]))
+    for key, title in (("least_likely", "Least likely samples"), ("most_likely", "Most likely samples")):
+        if row[key]:
+            _say(f"\n{title}, nats per token", console)
+        for entry in row[key]:
+            _say(f"  {entry['nll']:>8.4f}  {visible(entry['place'])}", console)
+    if row["images"] is not None:
+        console.print()
+        console.print(_image_table(row["images"]))
+        _say(f"\n{_sentence(row['images']['verdict'])}", console, wrap=True)
+
+
+def print_comparison(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Prints a row for each model; the differences are from the first model on the same answers."""
+    table = _table("model", "perplexity", "nats/token", "more than first", "share")
+    for row in rows:
+        perplexity = f"{_number(row['perplexity'])}\n{_range(map(_number, row['interval']['perplexity']))}"
+        shown = row["difference"]
+        more = [_nats(shown), _share(shown).split("\n")[0]] if shown else ["–", "–"]
+        table.add_row(Text(visible(row["name"])), perplexity, f"{row['nll']:.4f}", *more)
+    console.print(table)
+    _say("\nThe second lines are 95 % intervals.", console)
+    if any(row["difference"] for row in rows):
+        _say("Below 0 a model is better than the first, surely so where its whole interval is.", console, wrap=True)
+
+
+def image_verdict(images: Mapping[str, Any]) -> str:
+    """In words, what the swapped pictures say: whether the model looks, and what the pictures are worth to it."""
+    swapped = images.get("swapped")
+    if not swapped:
+        return "whether the model looks at the pictures is not known: no picture could be swapped for another"
+    low, high = swapped["interval"]
+    few = swapped["num_samples"]
+    doubt = f"; only {_count(few, 'sample')}: too few to be sure" if few < _FEW_SAMPLES else ""
+    nats = f"{_signless(swapped['nats_per_token'])} nats per token"
+    interval = f"95 % interval {_signless(low)} to {_signless(high)}"
+    if low < _NOTHING:
+        change = "change nothing" if high > -_NOTHING else "serve it no worse"
+        return f"the model does not look at the pictures: other pictures {change} ({nats}, {interval}){doubt}"
+    share = swapped["share"]
+    of_loss = "" if share is None else f", {100 * share:,.1f} % of the loss with the right pictures"
+    return f"the pictures are worth {nats} ({interval}){of_loss}{doubt}"
+
+
+def _head(row: Mapping[str, Any]) -> Iterator[str]:
+    low, high = row["interval"]["nll"]
+    bits = row["bits_per_byte"]
+    yield _line("perplexity", _number(row["perplexity"]), f"95 % {_range(map(_number, row['interval']['perplexity']))}")
+    yield _line("loss", f"{row['nll']:.4f}", f"nats per token, 95 % {low:.4f} to {high:.4f}")
+    yield _line("mean of samples", f"{row['sample_nll']:.4f}", "nats per token, each sample counting the same")
+    yield _line("bits per byte", "–" if bits is None else f"{bits:.4f}", "of the answers in UTF-8")
+    yield _line("token accuracy", f"{row['token_accuracy']:.2%}", "of the learned tokens were the likeliest")
+    yield _line("learned tokens", f"{row['num_supervised']:,}", f"in {_count(row['num_samples'], 'sample')}")
+
+
+def _line(name: str, value: str, more: str) -> str:
+    return f"{name:<16} {value:>11}  {more}"
+
+
+def _group_table(title: str, groups: Mapping[str, Mapping[str, float]]) -> Table:
+    table = _table(title, "perplexity", "nats/token", "accuracy", "tokens", "samples")
+    for name, group in groups.items():
+        figures = [_number(group["perplexity"]), f"{group['nll']:.4f}", f"{group['token_accuracy']:.2%}"]
+        counts = [f"{group['num_supervised']:,}", f"{group['num_samples']:,}"]
+        table.add_row(Text(visible(name)), *figures, *counts)
+    table.columns[0].width = _NAME_WIDTH
+    return table
+
+
+def _image_table(images: Mapping[str, Any]) -> Table:
+    table = _table("pictures", "nats/token", "more by, 95 %", "share, 95 %", "samples")
+    for key, name in _CHANGES.items():
+        if shown := images.get(key):
+            table.add_row(name, f"{shown['nll']:.4f}", _nats(shown), _share(shown), f"{shown['num_samples']:,}")
+    return table
+
+
+def _table(name: str, *numbers: str) -> Table:
+    """A table without lines; numbers that are too wide go on in the next line, so that no digit is lost."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(name, overflow="fold")
+    for number in numbers:
+        table.add_column(number, justify="right", overflow="fold")
+    return table
+
+
+def _nats(shown: Mapping[str, Any]) -> str:
+    low, high = shown["interval"]
+    return f"{_signed(shown['nats_per_token'])}\n{_signed(low)} to {_signed(high)}"
+
+
+def _share(shown: Mapping[str, Any]) -> str:
+    """As a share of the loss that it is compared with; a dash where that is 0."""
+    if shown["share"] is None:
+        return "–"
+    interval = shown["share_interval"]
+    limits = f"\n{_range(f'{100 * value:+z,.1f}' for value in interval)} %" if interval else ""
+    return f"{100 * shown['share']:+z,.1f} %{limits}"
+
+
+def _signed(nats: float) -> str:
+    """With its sign, but for what is shown as 0."""
+    return "0.0000" if abs(nats) < _NOTHING else f"{nats:+.4f}"
+
+
+def _signless(nats: float) -> str:
+    return _signed(nats).removeprefix("+")
+
+
+def _number(value: float) -> str:
+    """A perplexity: three decimals, none from 10,000 on, powers of ten from 10 million on."""
+    if value < 1e4:
+        return f"{value:.3f}"
+    return f"{value:,.0f}" if value < 1e7 else f"{value:.3e}"
+
+
+def _range(limits: Iterable[str]) -> str:
+    return " to ".join(limits)
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}{'s' * (number != 1)}"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _say(line: str, console: Console, wrap: bool = False) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=not wrap)

@@ -1,0 +1,78 @@
+"""Scores of a model on a set of samples, by the encoding, the batches and the cross-entropy of training."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from mmtrain.data.batch import Batch, Loader, Samples
+from mmtrain.data.plan import Indices, cut_step
+from mmtrain.data.samples import SampleSet
+from mmtrain.evaluate.scores import Scores
+from mmtrain.model.inputs import InputMaker
+from mmtrain.train.loss import supervised_nll
+from mmtrain.train.runtime import Runtime
+
+
+class Scorer:
+    """Scores answers of the samples `numbers` (sorted), whose lengths in tokens are known.
+
+    `shown` gives the samples as the model gets them, `samples` what they are: they differ where pictures are changed.
+    """
+
+    def __init__(self, samples: SampleSet, numbers: Indices, lengths: list[int], shown: Samples | None = None) -> None:
+        self._numbers = numbers
+        self._lengths = lengths
+        self._shown: Samples = shown if shown is not None else samples
+        rows: list[tuple[int, int, int, bool, int]] = []
+        self._first: dict[int, int] = {}
+        for number in numbers.tolist():
+            conversation = samples.conversation(number)
+            self._first[number] = len(rows)
+            for answer, turn in enumerate(samples.encoder.trained_turns(conversation.messages), start=1):
+                size = len(conversation.messages[turn].text.encode())
+                rows.append((number, samples.source(number), answer, bool(conversation.images), size))
+        self._rows = np.array(rows, np.int64).reshape(-1, 5)
+
+    @torch.no_grad()
+    def score(
+        self,
+        model: Any,
+        make_inputs: InputMaker,
+        runtime: Runtime,
+        microbatch_tokens: int,
+        packing: bool,
+        console: Console | None = None,
+    ) -> Scores:
+        """Every answer's scores, each computed by one process and known to all. `console` shows the progress."""
+        cuts = cut_step(self._lengths, microbatch_tokens, packing, runtime.num_processes)
+        own = [[int(self._numbers[i]) for i in cut] for cut in cuts[runtime.index :: runtime.num_processes] if cut]
+        sums = np.zeros((len(self._rows), 3))
+        batches = Loader(self._shown, packing).batches(own)
+        quiet = console is None or not console.is_terminal
+        for batch in track(batches, "scoring", len(own), console=console, transient=True, disable=quiet):
+            on_device = batch.to(runtime.device)
+            with runtime.autocast():
+                nll, right = supervised_nll(model, make_inputs(on_device), on_device)
+            rows = self._answers(batch)
+            for column, values in enumerate((nll.double(), torch.ones_like(nll), right)):
+                np.add.at(sums[:, column], rows, values.cpu().numpy())
+        sums = runtime.sum(torch.from_numpy(sums).to(runtime.device)).cpu().numpy()
+        sample, source, answer, has_image, num_bytes = self._rows.T
+        counts = sums.round().astype(np.int64)
+        return Scores(sample, source, answer, has_image > 0, sums[:, 0], counts[:, 1], counts[:, 2], num_bytes)
+
+    def _answers(self, batch: Batch) -> Indices:
+        """(num_supervised,) the row of the answer that each learned token of the batch belongs to.
+
+        An answer is a run of learned tokens: between two of them the template always writes something.
+        """
+        rows = []
+        for segment in batch.segments:
+            span = slice(segment.start, segment.start + segment.length)
+            supervised = batch.supervised[segment.row, span].numpy()
+            begins = supervised & ~np.concatenate([[False], supervised[:-1]])
+            rows.append(self._first[segment.sample] + begins.cumsum()[supervised] - 1)
+        return np.concatenate(rows)
