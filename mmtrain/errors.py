@@ -21,11 +21,3 @@ class NonFiniteError(UserError):
     """The loss or the gradient is not a number any more: the run cannot go on, and nothing of it is saved."""
 
     exit_code = 6
-
-
-def shown(text: object, limit: int = 80) -> str:
-    """`text` from outside (a file name, a value) in quotes: on one line, control characters escaped, shortened."""
-    plain = str(text)
-    if len(plain) > limit:
-        plain = plain[: limit - 1] + "…"
-    return repr(plain)

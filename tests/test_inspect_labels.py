@@ -22,9 +22,10 @@ from mmtrain.data.encode import Encoder
 from mmtrain.data.processor import load_processor
 from mmtrain.data.samples import SampleSet
 from mmtrain.errors import UserError
+from mmtrain.foreign_text import visible
 from mmtrain.inspect_labels.command import Options, inspect_labels
 from mmtrain.inspect_labels.pixels import seen_pixels
-from mmtrain.inspect_labels.terminal import print_sample, visible
+from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.inspect_labels.view import view_sample
 
 MakeConfig = Callable[..., Config]

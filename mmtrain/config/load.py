@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from mmtrain.config.schema import Config, Frozen, Full, Lora
 from mmtrain.config.yaml_file import KeyPath, dump_yaml, parse_yaml, read_yaml
-from mmtrain.errors import UserError, shown
+from mmtrain.errors import UserError
+from mmtrain.foreign_text import shown
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MODES: dict[str, type[BaseModel]] = {"frozen": Frozen, "lora": Lora, "full": Full}

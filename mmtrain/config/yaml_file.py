@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from mmtrain.errors import UserError, shown
+from mmtrain.errors import UserError
+from mmtrain.foreign_text import shown
 
 KeyPath = tuple[str | int, ...]
 

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from mmtrain.data.chat import Conversation, Image, Message, Part, Role, SampleError, Text
-from mmtrain.errors import shown
+from mmtrain.foreign_text import shown
 
 Record = dict[str, Any]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import PIL.Image
 
 from mmtrain.data.chat import Image, SampleError
-from mmtrain.errors import shown
+from mmtrain.foreign_text import shown
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_BYTES = 256 * 2**20

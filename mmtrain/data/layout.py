@@ -13,7 +13,7 @@ from typing import Literal
 
 from mmtrain.data.chat import Conversation, Image, Message, SampleError, Text
 from mmtrain.data.processor import ChatProcessor, Messages
-from mmtrain.errors import shown
+from mmtrain.foreign_text import shown
 
 Kind = Literal["template", "words", "image"]
 Form = tuple[tuple[str, tuple[str, ...]], ...]

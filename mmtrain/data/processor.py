@@ -20,7 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from mmtrain.data.chat import SampleError
-from mmtrain.errors import UserError, shown
+from mmtrain.errors import UserError
+from mmtrain.foreign_text import shown
 
 Messages = list[dict[str, Any]]
 

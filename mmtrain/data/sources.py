@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.data.chat import SampleError
-from mmtrain.errors import UserError, shown
+from mmtrain.errors import UserError
+from mmtrain.foreign_text import shown, visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Place:
     """Counted from 1, where several records of a list share a line."""
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}" + (f" item {self.item}" if self.item is not None else "")
+        return f"{visible(str(self.file))}:{self.line}" + (f" item {self.item}" if self.item is not None else "")
 
 
 class JsonlFile:

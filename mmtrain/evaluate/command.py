@@ -23,7 +23,7 @@ from mmtrain.evaluate.report import image_verdict, print_comparison, print_repor
 from mmtrain.evaluate.scores import Scores
 from mmtrain.evaluate.scoring import Scorer
 from mmtrain.model.inputs import InputMaker
-from mmtrain.model.load import load_config, load_model, max_positions
+from mmtrain.model.load import length_limit, load_model
 from mmtrain.train.runtime import Runtime
 
 BASE = "base"
@@ -54,8 +54,7 @@ class Evaluation:
         self._console = Console(stderr=True, quiet=not self._runtime.is_main)
         self._processor = load_processor(config.model.path)
         encoder = Encoder(self._processor, config.labels.train_on, config.labels.end_of_turn)
-        positions = max_positions(load_config(config.model.path)) or config.data.max_length
-        self._limit = min(config.data.max_length, positions)
+        self._limit = length_limit(config.model.path, config.data.max_length)
         self.samples = SampleSet(sources, encoder)
         self.names = [source.name or Path(source.path).name for source in sources]
         checked = check_samples(self.samples, self._limit, config.data.too_long)

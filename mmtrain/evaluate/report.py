@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmtrain.inspect_labels.terminal import visible
+from mmtrain.foreign_text import visible
 
 _NAME_WIDTH = 22
 _GROUPS = (("sources", "source"), ("turns", "turn"), ("modality", "samples"), ("lengths", "tokens of an answer"))

@@ -31,7 +31,7 @@ from mmtrain.data.samples import SampleSet
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels.checks import IGNORED, Checker, Finding
 from mmtrain.inspect_labels.view import view_sample
-from mmtrain.model.load import load_config, max_positions
+from mmtrain.model.load import length_limit
 
 REFUSED, TOO_LONG, BROKEN, UNCHECKED = "refused", "too long", "does not decode", "cannot be checked"
 _CHUNK = 64
@@ -71,8 +71,7 @@ class _Worker:
         processor = load_processor(config.model.path)
         self.samples = SampleSet(_sources(config, split), Encoder(processor, labels.train_on, labels.end_of_turn))
         self._checker = Checker(processor, labels.train_on, labels.end_of_turn)
-        allowed = config.data.max_length  # and, as in training, what the model was made for
-        self._limit = min(allowed, max_positions(load_config(config.model.path)) or allowed)
+        self._limit = length_limit(config.model.path, config.data.max_length)
         self._too_long = config.data.too_long
         self._decode, self._with_rows, self._with_tokens = decode, with_rows, with_tokens
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from mmtrain.data.chat import Conversation, Image, Message, Part
 from mmtrain.data.processor import ChatProcessor, Messages
-from mmtrain.errors import shown
+from mmtrain.foreign_text import shown
 
 IGNORED = -100
 NO_LABEL = "no supervised token"

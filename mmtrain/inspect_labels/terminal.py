@@ -1,6 +1,5 @@
 """A sample in the terminal: what is learned is plain at a glance, in 80 columns, with colour or without."""
 
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
@@ -8,25 +7,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmtrain.foreign_text import visible
 from mmtrain.inspect_labels.view import ImageView, SampleView, SpanView, TokenView
 
 LEARNED = "▌"
 """Stands before what is learned, so that it shows without colour too."""
 _STYLE = {True: "bold green", False: "dim"}
-_SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
-_ISOLATE, _END_ISOLATE = "\u2068", "\u2069"
 NUM_SURPRISING = 5
-
-
-def visible(text: str) -> str:
-    """`text` on one line with white space and control characters shown; right-to-left words kept to themselves."""
-    shown = "".join(_SIGNS.get(char) or (char if _printable(char) else f"\\u{{{ord(char):x}}}") for char in text)
-    is_rtl = any(unicodedata.bidirectional(char) in ("R", "AL") for char in shown)
-    return f"{_ISOLATE}{shown}{_END_ISOLATE}" if is_rtl else shown
-
-
-def _printable(char: str) -> bool:
-    return char.isprintable() or char == "\u200d"  # the joiner inside emoji
 
 
 def print_sample(view: SampleView, console: Console, losses: Mapping[int, float] | None = None) -> None:

@@ -8,16 +8,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils.logging import disable_progress_bar
 
 from mmtrain.data.processor import ChatProcessor
-from mmtrain.errors import UserError, shown
+from mmtrain.errors import UserError
+from mmtrain.foreign_text import shown
 
 
 def load_config(path: str) -> Any:
     return AutoConfig.from_pretrained(path, local_files_only=True)
 
 
-def max_positions(config: Any) -> int | None:
-    """The longest sequence the model was made for, None where its config does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+def length_limit(path: str, max_length: int) -> int:
+    """The longest sample in tokens: `max_length`, or fewer where the model was made for fewer positions."""
+    positions = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
+    return min(max_length, positions or max_length)
 
 
 def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:

@@ -18,7 +18,7 @@ from mmtrain.data.processor import ChatProcessor
 from mmtrain.data.samples import Checked, SampleSet, check_samples
 from mmtrain.errors import UserError
 from mmtrain.evaluate.scoring import Scorer
-from mmtrain.model.load import load_config, max_positions
+from mmtrain.model.load import length_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Dataset:
     def __init__(self, config: Config, processor: ChatProcessor, console: Console) -> None:
         encoder = Encoder(processor, config.labels.train_on, config.labels.end_of_turn)
         data, settings = config.data, config.train
-        limit = min(data.max_length, max_positions(load_config(config.model.path)) or data.max_length)
+        limit = length_limit(config.model.path, data.max_length)
         self.train = SampleSet(data.train, encoder)
         eval_sets = {source.name or Path(source.path).name: SampleSet([source], encoder) for source in data.eval}
         if len(eval_sets) < len(data.eval):

@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from mmtrain.config import Config
-from mmtrain.errors import UserError, shown
+from mmtrain.errors import UserError
+from mmtrain.foreign_text import shown
 from mmtrain.train.checkpoint import CheckpointFolder, read_state
 
 CHANGEABLE = frozenset(

@@ -1,0 +1,25 @@
+"""Text from outside (file names, values, words of samples) made safe to print on one line."""
+
+import unicodedata
+
+_SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
+_ISOLATE, _END_ISOLATE = "\u2068", "\u2069"
+
+
+def shown(text: object, limit: int = 80) -> str:
+    """`text` from outside (a file name, a value) in quotes: on one line, control characters escaped, shortened."""
+    plain = str(text)
+    if len(plain) > limit:
+        plain = plain[: limit - 1] + "…"
+    return repr(plain)
+
+
+def visible(text: str) -> str:
+    """`text` on one line with white space and control characters shown; right-to-left words kept to themselves."""
+    plain = "".join(_SIGNS.get(char) or (char if _printable(char) else f"\\u{{{ord(char):x}}}") for char in text)
+    is_rtl = any(unicodedata.bidirectional(char) in ("R", "AL") for char in plain)
+    return f"{_ISOLATE}{plain}{_END_ISOLATE}" if is_rtl else plain
+
+
+def _printable(char: str) -> bool:
+    return char.isprintable() or char == "\u200d"  # the joiner inside emoji
