@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from builders import SHAPES, TINY, write_jsonl
 from learning import LORA
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from mmtrain.cli import app
@@ -125,7 +126,8 @@ def test_what_the_pictures_are_worth(make_config: MakeConfig, tmp_path: Path) ->
     seeing = run(Config.model_validate(sections), tmp_path, "--json", "--images", "all")["images"]
     assert seeing["swapped"]["interval"][0] > 0.5
     assert seeing["grey"]["interval"][0] > 0.5
-    assert "do" not in seeing["verdict"].split("pictures are worth")[-1][:3]
+    assert "does not look" not in seeing["verdict"]
+    assert (seeing["swapped"]["num_samples"], seeing["swapped"]["num_left_out"]) == (120, 0)
 
     processor = load_processor(str(TINY))
     model = load_model(str(TINY), "float32", processor)
@@ -186,3 +188,16 @@ def test_nothing_supervised_is_an_error(make_config: MakeConfig, tmp_path: Path)
         run(make_config("text"), tmp_path, "--data", str(data))
     with pytest.raises(UserError, match="there are no sources"):
         run(make_config("text"), tmp_path)
+
+
+def test_what_is_dropped_is_named(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = with_eval(make_config("text"))
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    chats = [json.loads(line)["messages"] for line in Path(config.data.train[0].path).read_text().splitlines()]
+    lengths = [len(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)) for chat in chats]
+    row = run(config, tmp_path, "--json", "data.max_length=60", "data.too_long=drop")
+    too_long = [f"mixed.jsonl:{line}" for line, length in enumerate(lengths, start=1) if length > 60]
+    assert 0 < len(too_long) < 8
+    assert [Path(entry["place"]).name for entry in row["dropped"]] == too_long
+    assert row["num_samples"] == 8 - len(too_long)
+    assert all("over the 60 allowed" in entry["reason"] for entry in row["dropped"])

@@ -59,6 +59,9 @@ class Evaluation:
         self.names = [source.name or Path(source.path).name for source in sources]
         checked = check_samples(self.samples, self._limit, config.data.too_long)
         self.numbers = checked.used
+        self.dropped = [{"place": str(self.samples.place(index)), "reason": why} for index, why in checked.dropped]
+        for entry in self.dropped:
+            self._console.print(f"dropped: {entry['place']}: {entry['reason']}", markup=False, soft_wrap=True)
         self._lengths: list[int] = checked.num_tokens[self.numbers].tolist()
         self._base = load_model(config.model.path, config.model.dtype, self._processor)
         self._model: Any = self._base
@@ -71,14 +74,16 @@ class Evaluation:
     def scores(self) -> Scores:
         return self._score(Scorer(self.samples, self.numbers, self._lengths))
 
-    def changed_scores(self, change: Any) -> tuple[Scores, Indices] | None:
-        """The scores with changed pictures and the samples they are of; None where no sample can be changed so."""
+    def changed_scores(self, change: Any) -> tuple[Scores, Indices, int] | None:
+        """The scores with changed pictures, the samples they are of, and how many with pictures are left out because
+        they cannot be changed so; None where no sample can."""
         with_images = self.numbers[[bool(self.samples.conversation(int(n)).images) for n in self.numbers]]
         changed = ChangedPictures(self.samples, change, with_images)
         numbers, lengths = encodable(changed, with_images if changed.numbers is None else changed.numbers, self._limit)
         if not len(numbers):
             return None
-        return self._score(Scorer(self.samples, numbers, lengths, changed)), numbers
+        scores = self._score(Scorer(self.samples, numbers, lengths, changed))
+        return scores, numbers, len(with_images) - len(numbers)
 
     @contextmanager
     def adapter(self, path: str | None) -> Iterator[None]:
@@ -134,6 +139,7 @@ def _report(evaluation: Evaluation, options: Options) -> dict[str, Any]:
         least, most = statistics.extremes(scores)
         return {
             **statistics.summary(scores),
+            "dropped": evaluation.dropped,
             "sources": statistics.by_source(scores, evaluation.names),
             "turns": statistics.by_answer(scores),
             "modality": statistics.by_image(scores),
@@ -154,11 +160,12 @@ def _images(evaluation: Evaluation, right: Scores) -> dict[str, Any]:
     for change in CHANGES:
         changed = evaluation.changed_scores(change)
         if changed is not None:
-            scores, numbers = changed
+            scores, numbers, num_left_out = changed
             found[change] = {
                 **statistics.difference(right.of(numbers), scores),
                 "nll": statistics.summary(scores)["nll"],
                 "num_samples": len(numbers),
+                "num_left_out": num_left_out,
             }
     if not found:
         raise UserError("--images: no sample has a picture that could be changed")

@@ -63,7 +63,7 @@ def _donors(samples: SampleSet, numbers: Indices, seed: int) -> dict[int, list[i
     for source, circle in by_source.items():
         order = np.random.default_rng([seed, source]).permutation(circle).tolist()
         for place, number in enumerate(order):
-            following = order[place + 1 :] + order[:place]
+            following = (order[(place + step) % len(order)] for step in range(1, len(order)))
             others = (other for other in following if not set(names[other]) & set(names[number]))
             chosen: list[int] = []
             while sum(len(names[other]) for other in chosen) < len(names[number]):

@@ -1,6 +1,5 @@
 """Devices, precision and processes: the only room that asks the environment about them."""
 
-import contextlib
 import datetime
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -52,5 +51,4 @@ class Runtime:
         self._accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):
-            self._accelerator.end_training()
+        self._accelerator.end_training()
