@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,14 +40,42 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete an earlier run in train.output_dir and start over.")
     ] = False,
+    accept_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Go on though KEY changed since the checkpoint; may be repeated."),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this node.", show_default="one a GPU, or one")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the run; start the command on each.")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="Which of the nodes this is.")] = 0,
+    rendezvous: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where the nodes meet: on node 0.", show_default=False)
+    ] = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts when a process dies.")] = 3,
 ) -> None:
     """Train what CONFIG says; run again, it continues from its newest checkpoint."""
+    from mmtrain import launch
     from mmtrain.config import load_config
+    from mmtrain.train.folder import locked, start_over
 
     loaded = load_config(config, overrides or [])
-    from mmtrain.train.loop import train as run
+    output_dir = Path(loaded.train.output_dir)
+    layout = launch.Layout(processes, nodes, node_rank, rendezvous, max_restarts)
+    layout.check()
+    launch.quiet()
+    takes_part = nodes == 1 and processes is None and launch.takes_part()
+    with locked(output_dir) if launch.may_write(node_rank) else nullcontext():
+        if fresh and launch.may_write(node_rank) and not launch.is_restart():
+            start_over(output_dir)
+        if not takes_part:
+            here = processes or launch.num_local_gpus() or 1
+            if here * nodes > 1:
+                words = [str(config), *(overrides or []), *(f"--accept-change={key}" for key in accept_change or [])]
+                raise typer.Exit(launch.launch(layout, here, ["train", *words]))
+        from mmtrain.train.loop import train as run
 
-    run(loaded, fresh=fresh)
+        run(loaded, accept_change or [])
 
 
 @app.command()
@@ -118,9 +147,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        for fault in error.faults[:MAX_FAULTS_SHOWN]:
+        for fault in [] if error.told else error.faults[:MAX_FAULTS_SHOWN]:
             print(f"mmtrain: {fault}", file=sys.stderr)
-        if len(error.faults) > MAX_FAULTS_SHOWN:
+        if len(error.faults) > MAX_FAULTS_SHOWN and not error.told:
             print(f"mmtrain: and {len(error.faults) - MAX_FAULTS_SHOWN:,} more", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ QUIET = Console(quiet=True)
 def learner_for(config: Config) -> tuple[Learner, Dataset]:
     processor = load_processor(config.model.path)
     dataset = Dataset(config, processor, QUIET)
-    learner, _ = make_learner(config, processor, Runtime(config.model.dtype))
+    learner, _, _ = make_learner(config, processor, Runtime(config.model.dtype))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in learner.model.named_parameters():
@@ -40,7 +40,7 @@ def step_of(
     samples = [number for cut in cuts for number in cut]
     count = int(dataset.checked.num_supervised[samples].sum())
     batches = Loader(dataset.train, packing).batches(cuts)
-    loss = accumulate_gradients(learner, batches, count, step=3)
+    loss, _ = accumulate_gradients(learner, batches, count, step=3)
     named: dict[str, Any] = dict(learner.model.named_parameters())
     return loss, {
         n: (p.grad if p.grad is not None else torch.zeros_like(p)).clone() for n, p in named.items() if p.requires_grad

@@ -18,6 +18,7 @@ from mmtrain.config import load_config
 from mmtrain.config.schema import Config
 from mmtrain.errors import NonFiniteError, UserError
 from mmtrain.train import loop
+from mmtrain.train.folder import start_over
 from mmtrain.train.loop import train
 
 MakeConfig = Callable[..., Config]
@@ -174,7 +175,7 @@ def test_a_change_of_the_data_is_refused(shared_run: Config) -> None:
     content = data.read_text()
     data.write_text("\n".join(content.splitlines()[:-1]))
     try:
-        with pytest.raises(UserError, match="the samples are not those"):
+        with pytest.raises(UserError, match=r"data\.train\.0\.records: not the bytes"):
             train(shared_run)
     finally:
         data.write_text(content)
@@ -189,9 +190,11 @@ def test_what_only_changes_the_computing_is_taken_and_fresh_starts_over(shared_r
     again = adapter(shared_run)
     difference = sum(float((whole[n] - again[n]).pow(2).sum()) for n in whole) ** 0.5
     assert 0 < difference <= 1e-4 * sum(float(whole[n].pow(2).sum()) for n in whole) ** 0.5
-    train(changed(shared_run, "train.seed", 5), fresh=True)
+    start_over(output)
+    train(changed(shared_run, "train.seed", 5))
     assert [row["step"] for row in rows(shared_run)] == [1, 2, 3, 4, 5, 6]
-    train(shared_run, fresh=True)
+    start_over(output)
+    train(shared_run)
 
 
 @pytest.fixture(scope="module")

@@ -133,6 +133,18 @@ class Train(Section):
     microbatch_tokens: PositiveInt = 8192
     """Tokens that go through the model at once. Lower it when memory runs out: it changes the speed, never
     the result."""
+    microbatches: Literal["auto"] | PositiveInt = "auto"
+    """Into how many micro-batches a step is cut. `auto`: the fewest that fit into `microbatch_tokens`, a multiple of
+    the number of processes. A number, which the number of processes must divide: the cut is the same however many
+    processes there are, and so is every bit of the result for 1, 2, 4 and so on of them."""
+    weights: Literal["replicate", "shard"] = "replicate"
+    """Every process holds all weights, or they are spread over the processes (FSDP2): for models larger than one
+    device, and for full tuning."""
+    threads: PositiveInt | None = None
+    """CPU threads of a process; without it one where `microbatches` is a number (bits depend on it), else torch's
+    choice, the cores shared among the processes."""
+    hang_timeout: Annotated[float, Field(ge=1, le=10**6)] = 600.0
+    """Seconds without any progress after which the run ends, naming the process that stands still."""
     packing: bool = True
     """Lay the samples of a micro-batch end to end in one row (no padding); false: one row each, padded.
     The result is the same; a model that cannot be packed needs false."""
@@ -154,6 +166,11 @@ class Train(Section):
     """How many checkpoints are kept; older ones are deleted."""
     eval_every: PositiveInt = 500
     """Steps between evaluations on `data.eval`; there is one before the first step and one behind the last."""
+
+    @property
+    def num_threads(self) -> int | None:
+        """CPU threads of a process, None where torch may choose."""
+        return 1 if self.threads is None and self.microbatches != "auto" else self.threads
 
     @model_validator(mode="after")
     def steps_or_epochs(self) -> "Train":

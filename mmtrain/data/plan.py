@@ -1,7 +1,4 @@
-"""Which samples make up which step, and how a step is cut into micro-batches.
-
-A step follows from the seed and the data alone. The cut decides only how it is computed.
-"""
+"""Which samples make up which step: it follows from the seed and the data alone."""
 
 import functools
 import math
@@ -58,44 +55,3 @@ def _permutation(length: int, seed: int, epoch: int, place: int) -> Indices:
     """A random order that no version of numpy changes: Philox's raw stream is fixed, `permutation` is not."""
     key = (seed << 64) | (epoch << 32) | place
     return np.argsort(np.random.Philox(key=key).random_raw(length), kind="stable")
-
-
-def cut_step(lengths: Sequence[int], max_tokens: int, packing: bool, multiple: int = 1) -> list[list[int]]:
-    """Cut a step into micro-batches: lists of places in `lengths`, their number a multiple of `multiple`.
-
-    A micro-batch costs the sum of its lengths when packed and rows times the longest when padded. It costs at most
-    `max_tokens`, or is one longer sample alone. Some may be empty where there are fewer samples than `multiple`.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    cuts = _pack(order, lengths, max_tokens) if packing else _pad(order, lengths, max_tokens)
-    num_wanted = math.ceil(len(cuts) / multiple) * multiple
-    while len(cuts) < min(num_wanted, len(lengths)):
-        widest = max(cuts, key=lambda cut: (len(cut) > 1, sum(lengths[i] for i in cut)))
-        cuts.append([widest.pop() for _ in range(len(widest) // 2)])
-    cuts += [[] for _ in range(num_wanted - len(cuts))]
-    return [sorted(cut) for cut in cuts]
-
-
-def _pack(order: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """First fit, longest first: near the fewest micro-batches there can be."""
-    cuts: list[list[int]] = []
-    loads: list[int] = []
-    for i in order:
-        number = next((n for n, load in enumerate(loads) if load + lengths[i] <= max_tokens), len(cuts))
-        if number == len(cuts):
-            cuts.append([])
-            loads.append(0)
-        cuts[number].append(i)
-        loads[number] += lengths[i]
-    return cuts
-
-
-def _pad(order: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Neighbours in length together, so that little is padded."""
-    cuts: list[list[int]] = []
-    for i in order:
-        if cuts and (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] <= max_tokens:
-            cuts[-1].append(i)
-        else:
-            cuts.append([i])
-    return cuts

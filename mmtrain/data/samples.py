@@ -83,7 +83,12 @@ class Checked:
     """(num_samples,) 0 where the sample is not used."""
     num_supervised: npt.NDArray[np.int32]
     """(num_samples,)"""
+    num_image_tokens: npt.NDArray[np.int32]
+    """(num_samples,) placeholders of its pictures"""
+    image_token_pairs: npt.NDArray[np.float64]
+    """(num_samples,) the sum of the squares of its pictures' placeholders: what attention among them costs"""
     num_images: int = 0
+    picture_files: set[Path] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
     dropped: list[tuple[int, str]] = field(default_factory=list)
 
@@ -100,7 +105,8 @@ def check_samples(
     Raises UserError naming the file, the line and the reason of every sample that cannot be used; one that is too
     long is dropped instead where `too_long` says so.
     """
-    checked = Checked(np.zeros(len(samples), np.int32), np.zeros(len(samples), np.int32))
+    tokens, supervised, image_tokens = (np.zeros(len(samples), np.int32) for _ in range(3))
+    checked = Checked(tokens, supervised, image_tokens, np.zeros(len(samples)))
     for index in track(range(len(samples))):
         try:
             encoded = samples.encoded(index)
@@ -117,6 +123,10 @@ def check_samples(
         checked.num_tokens[index] = encoded.num_tokens
         checked.num_supervised[index] = encoded.num_supervised
         checked.num_images += len(encoded.images)
+        checked.picture_files |= {s.picture.source for s in encoded.images if isinstance(s.picture.source, Path)}
+        placeholders = [span.num_placeholders for span in encoded.images]
+        checked.num_image_tokens[index] = sum(placeholders)
+        checked.image_token_pairs[index] = sum(count**2 for count in placeholders)
     if checked.faults:
         raise UserError(checked.faults)
     if not checked.num_tokens.any():

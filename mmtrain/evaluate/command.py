@@ -24,6 +24,7 @@ from mmtrain.evaluate.scores import Scores
 from mmtrain.evaluate.scoring import Scorer
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import length_limit, load_model
+from mmtrain.model.root import Root
 from mmtrain.train.runtime import Runtime
 
 BASE = "base"
@@ -113,7 +114,9 @@ class Evaluation:
         self._model.to(self._runtime.device)
         make_inputs = InputMaker(self._model, settings.packing, self._processor.image_token_id)
         tokens, packing = settings.microbatch_tokens, settings.packing
-        return scorer.score(self._model, make_inputs, self._runtime, tokens, packing, self._console)
+        scores = scorer.score(Root(self._model), make_inputs, self._runtime, tokens, packing, console=self._console)
+        assert scores is not None  # only a run that is supervised stops on the way
+        return scores
 
 
 def eval_perplexity(config: Config, options: Options) -> None:

@@ -1,19 +1,20 @@
 """Scores of a model on a set of samples, by the encoding, the batches and the cross-entropy of training."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 
 from mmtrain.data.batch import Batch, Loader, Samples
-from mmtrain.data.plan import Indices, cut_step
+from mmtrain.data.cut import cut_step
+from mmtrain.data.plan import Indices
 from mmtrain.data.samples import SampleSet
 from mmtrain.evaluate.scores import Scores
 from mmtrain.model.inputs import InputMaker
+from mmtrain.model.root import Root
 from mmtrain.train.loss import supervised_nll
 from mmtrain.train.runtime import Runtime
+from mmtrain.train.shard import Filled
 
 
 class Scorer:
@@ -39,27 +40,39 @@ class Scorer:
     @torch.no_grad()
     def score(
         self,
-        model: Any,
+        root: Root,
         make_inputs: InputMaker,
         runtime: Runtime,
         microbatch_tokens: int,
         packing: bool,
+        filled: Filled | None = None,
         console: Console | None = None,
-    ) -> Scores:
-        """Every answer's scores, each computed by one process and known to all. `console` shows the progress."""
+    ) -> Scores | None:
+        """Every answer's scores, each computed by one process and known to all; None where a signal asked to stop.
+
+        `filled`: the samples where weights are spread over the processes. `console` shows the progress.
+        """
         cuts = cut_step(self._lengths, microbatch_tokens, packing, runtime.num_processes)
-        own = [[int(self._numbers[i]) for i in cut] for cut in cuts[runtime.index :: runtime.num_processes] if cut]
+        share = len(cuts) // runtime.num_processes
+        own = [self._numbers[cut].tolist() for cut in cuts[runtime.index * share : (runtime.index + 1) * share]]
+        own = [cut for cut in own if cut] if filled is None else [filled.fill(cut) for cut in own]
         sums = np.zeros((len(self._rows), 3))
-        batches = Loader(self._shown, packing).batches(own)
+        batches = Loader(self._shown if filled is None else filled, packing).batches(own)
         quiet = console is None or not console.is_terminal
         for batch in track(batches, "scoring", len(own), console=console, transient=True, disable=quiet):
             on_device = batch.to(runtime.device)
             with runtime.autocast():
-                nll, right = supervised_nll(model, make_inputs(on_device), on_device)
+                nll, right = root(supervised_nll, make_inputs(on_device), on_device)
             rows = self._answers(batch)
             for column, values in enumerate((nll.double(), torch.ones_like(nll), right)):
                 np.add.at(sums[:, column], rows, values.cpu().numpy())
-        sums = runtime.sum(torch.from_numpy(sums).to(runtime.device)).cpu().numpy()
+            runtime.activity.tick()
+            if runtime.should_break(together=filled is not None):
+                break
+        total, asked = runtime.agree(torch.from_numpy(sums).flatten())
+        if asked is not None:
+            return None
+        sums = total.numpy().reshape(sums.shape)
         sample, source, answer, has_image, num_bytes = self._rows.T
         counts = sums.round().astype(np.int64)
         return Scores(sample, source, answer, has_image > 0, sums[:, 0], counts[:, 1], counts[:, 2], num_bytes)
@@ -73,6 +86,8 @@ class Scorer:
         for segment in batch.segments:
             span = slice(segment.start, segment.start + segment.length)
             supervised = batch.supervised[segment.row, span].numpy()
+            if not supervised.any():  # a sample without weight
+                continue
             begins = supervised & ~np.concatenate([[False], supervised[:-1]])
             rows.append(self._first[segment.sample] + begins.cumsum()[supervised] - 1)
-        return np.concatenate(rows)
+        return np.concatenate(rows) if rows else np.zeros(0, np.int64)

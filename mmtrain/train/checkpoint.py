@@ -1,15 +1,16 @@
 """Checkpoints that are there whole or not at all, and the newest one that is sound.
 
-A checkpoint is what learns, the optimizer's moments, the step and the config: safetensors and JSON, never pickle.
-No random state is kept because none is needed: whatever is random is seeded by the step and the sample. It is made
-in a folder beside, flushed to the disk, and renamed; `manifest.json` holds the SHA-256 of every file.
+A checkpoint is what learns, the optimizer's moments, the step, the config and the fingerprints: safetensors and JSON,
+never pickle. No random state is kept because none is needed: whatever is random is seeded by the step and the sample.
+It is made in a folder beside, flushed to the disk, and renamed; `manifest.json` holds the SHA-256 of every file.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmtrain.errors import NoCheckpointError, StorageError, UserError, storage_faults
+from mmtrain.foreign_text import shown
+
 _MANIFEST = "manifest.json"
+_FILES = {"trainable.safetensors", "optimizer.safetensors", "state.json"}
+_NUM_MOMENTS = 2
 
 
 def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -26,25 +32,18 @@ def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def write_folder(target: Path, files: Mapping[str, bytes] | None = None, made: Path | None = None) -> None:
-    """Put a folder at `target` in one rename, its files flushed first, in place of any that is there.
-
-    The folder is `made`, written beside `target`, or is made of `files`.
-    """
-    folder = made if made is not None else target.with_name(f".{target.name}.{os.getpid()}")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (files or {}).items():
-        (folder / name).write_bytes(content)
-    for path in [*folder.rglob("*"), folder]:
+def write_folder(target: Path, made: Path) -> None:
+    """Put the folder `made`, written beside `target`, in its place in one rename, its files flushed first."""
+    for path in [*made.rglob("*"), made]:
         _flush(path)
     if target.exists():
         old = target.with_name(f".{target.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
-        folder.rename(target)
-        shutil.rmtree(old)
+        made.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
     else:
-        folder.rename(target)
+        made.rename(target)
     _flush(target.parent)
 
 
@@ -56,6 +55,39 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What learns and its moments at one step, whole and on the CPU."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
+def snapshot(
+    model: Any, optimizer: torch.optim.Optimizer, whole: Callable[[Tensor], Tensor], tick: Callable[[], None]
+) -> Snapshot:
+    """Every process must ask where weights are spread: `whole` gathers them, one tensor at a time."""
+
+    def held(value: Tensor) -> Tensor:
+        tick()
+        return whole(value.detach()).cpu().contiguous()
+
+    parameters = trainable_parameters(model)
+    return Snapshot(
+        {name: held(parameter) for name, parameter in parameters.items()},
+        {
+            f"{name}|{key}": held(value)
+            for name, parameter in parameters.items()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        },
+    )
+
+
+def checkpoint_bytes(model: Any) -> int:
+    """What a checkpoint takes on the disk: float32 weights and as much again for each moment."""
+    return sum(4 * p.numel() for p in trainable_parameters(model).values()) * (1 + _NUM_MOMENTS)
+
+
 class CheckpointFolder:
     """The checkpoints of one run: `step-000050` and so on under `folder`."""
 
@@ -63,38 +95,78 @@ class CheckpointFolder:
         self._folder = folder
         self._keep = keep
 
-    def save(self, step: int, model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-        """Write a checkpoint behind `step`, then delete all but the newest `keep`."""
+    def check_room(self, size: int) -> None:
+        """Raises StorageError where the checkpoints still to come, of `size` bytes each, will not fit."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        held = sum(file.stat().st_size for path in self._all() for file in path.iterdir())
+        needed = (self._keep + 1) * size - held
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise StorageError(
+                f"{self._folder}: {self._keep} checkpoints and one in the making need {needed / 1e6:,.1f} MB more, "
+                f"{free / 1e6:,.1f} MB are free: make room or take another train.output_dir"
+            )
+
+    def save(self, step: int, held: Snapshot, state: dict[str, Any]) -> Path:
+        """Write a checkpoint behind `step`, read it back, then delete all but the newest `keep`.
+
+        Raises StorageError, with the checkpoints before untouched, where it cannot be written.
+        """
         target = self._folder / f"step-{step:06d}"
-        made = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir()
-        parameters = trainable_parameters(model)
-        save_file(
-            {name: p.detach().cpu().contiguous() for name, p in parameters.items()}, made / "trainable.safetensors"
-        )
-        save_file(_moments(parameters, optimizer), made / "optimizer.safetensors")
-        (made / "state.json").write_text(json.dumps(state, indent=2))
-        sums = {path.name: _sha256(path) for path in sorted(made.iterdir())}
-        (made / _MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=2))
-        write_folder(target, made=made)
+        made = target.with_name(f".{target.name}.new")
+        size = sum(value.nbytes for part in (held.weights, held.moments) for value in part.values())
+        with storage_faults(f"{target}: the checkpoint needs {size / 1e6:,.1f} MB"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            made.mkdir()
+            try:
+                save_file(held.weights, made / "trainable.safetensors")
+                save_file(held.moments, made / "optimizer.safetensors")
+                (made / "state.json").write_text(json.dumps(state, indent=2))
+                sums = {path.name: _sha256(path) for path in sorted(made.iterdir())}
+                (made / _MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=2))
+                write_folder(target, made)
+            except SafetensorError as error:  # what the file system says comes as its text
+                shutil.rmtree(made, ignore_errors=True)
+                raise StorageError(f"{target}: {error}; make room and run the same command again") from None
+            except OSError:
+                shutil.rmtree(made, ignore_errors=True)
+                raise
+        fault = _fault(target)
+        if fault is not None:
+            raise StorageError(f"{target}: read back, {fault}: the disk did not keep what was written")
         for old in self._all()[self._keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+            self._remove(old)
         return target
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest sound checkpoint, and a line for each newer one that is broken, saying what is wrong with it."""
+        """The newest sound checkpoint, and a line for each newer one that is broken, saying what is wrong with it.
+
+        Raises NoCheckpointError where there are checkpoints and none is sound.
+        """
         broken: list[str] = []
         for path in self._all():
             fault = _fault(path)
             if fault is None:
-                return path, broken
-            broken.append(f"{path}: {fault}; an older checkpoint is used")
-        return None, broken
+                return path, [f"{line}; {path.name} is used" for line in broken]
+            broken.append(f"{path}: {fault}")
+        if broken:
+            raise NoCheckpointError([*broken, f"{self._folder}: no checkpoint is sound; --fresh starts the run over"])
+        return None, []
 
     def _all(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"), reverse=True)
+
+    def _remove(self, path: Path) -> None:
+        """Out of sight in one rename first: a half-deleted checkpoint must not look like a broken one."""
+        hidden = path.with_name(f".{path.name}.old")
+        path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Delete what a killed run was writing or deleting."""
+        for path in self._folder.glob(".step-*"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -102,26 +174,35 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def restore(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Put the checkpoint's weights and moments into `model` and `optimizer`."""
+def restore(
+    checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, share: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Put the checkpoint's weights and moments into `model` and `optimizer`; `share` cuts out what a process holds.
+
+    Raises UserError where the checkpoint is of other weights than the model's.
+    """
     weights = load_file(checkpoint / "trainable.safetensors")
     moments = load_file(checkpoint / "optimizer.safetensors")
+    parameters = trainable_parameters(model)
+    _check_same(checkpoint, weights, parameters)
     with torch.no_grad():
-        for name, parameter in trainable_parameters(model).items():
-            parameter.copy_(weights[name])
+        for name, parameter in parameters.items():
+            parameter.copy_(share(weights[name], parameter))
             prefix = f"{name}|"
             state = {key.removeprefix(prefix): value for key, value in moments.items() if key.startswith(prefix)}
             if state:
-                on_device = {key: v.to(parameter.device) if v.ndim else v for key, v in state.items()}
-                optimizer.state[parameter] = on_device
+                optimizer.state[parameter] = {k: share(v, parameter) if v.ndim else v for k, v in state.items()}
 
 
-def _moments(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}|{key}": value.detach().cpu().contiguous()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+def _check_same(checkpoint: Path, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    names = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    if names:
+        raise UserError(
+            f"{checkpoint}: {len(names)} weights are others than the model's, such as {shown(names[0])} "
+            f"({shapes.get(names[0], 'none')} there, {expected.get(names[0], 'none')} now): it cannot be continued"
+        )
 
 
 def _sha256(path: Path) -> str:
@@ -136,8 +217,8 @@ def _fault(checkpoint: Path) -> str | None:
         for name, expected in manifest["sha256"].items():
             if _sha256(checkpoint / name) != expected:
                 return f"{name} is not what was written"
-        if not {"trainable.safetensors", "optimizer.safetensors", "state.json"} <= manifest["sha256"].keys():
-            return f"{_MANIFEST} does not list every file"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if manifest["sha256"].keys() != _FILES or f"step-{manifest['step']:06d}" != checkpoint.name:
+            return f"{_MANIFEST} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"cannot be read ({error})"
     return None

@@ -1,8 +1,7 @@
 """What a run learns from and is measured on: checked before the first step, and cut into steps."""
 
-import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mmtrain.config import Config
+from mmtrain.config.schema import Train
+from mmtrain.data.cut import cut_step
 from mmtrain.data.encode import Encoder
-from mmtrain.data.plan import Indices, Plan, cut_step
+from mmtrain.data.plan import Indices, Plan
 from mmtrain.data.processor import ChatProcessor
 from mmtrain.data.samples import Checked, SampleSet, check_samples
 from mmtrain.errors import UserError
 from mmtrain.evaluate.scoring import Scorer
+from mmtrain.model.cost import CostModel
 from mmtrain.model.load import length_limit
 
 
@@ -33,7 +35,7 @@ class EvalSet:
 
 @dataclass(frozen=True, slots=True)
 class StepCut:
-    """One step: its samples, and the micro-batches that this process computes."""
+    """One step: its samples, and the micro-batches, some perhaps empty, that this process computes."""
 
     samples: tuple[int, ...]
     own: tuple[tuple[int, ...], ...]
@@ -47,7 +49,9 @@ class Dataset:
     Raises UserError with every sample of every source that cannot be used.
     """
 
-    def __init__(self, config: Config, processor: ChatProcessor, console: Console) -> None:
+    def __init__(
+        self, config: Config, processor: ChatProcessor, console: Console, tick: Callable[[], None] = lambda: None
+    ) -> None:
         encoder = Encoder(processor, config.labels.train_on, config.labels.end_of_turn)
         data, settings = config.data, config.train
         limit = length_limit(config.model.path, data.max_length)
@@ -55,7 +59,7 @@ class Dataset:
         eval_sets = {source.name or Path(source.path).name: SampleSet([source], encoder) for source in data.eval}
         if len(eval_sets) < len(data.eval):
             raise UserError("data.eval: two sources have the same name: give each its own `name`")
-        found = _check_all({"train": self.train, **eval_sets}, limit, data.too_long, console)
+        found = _check_all({"train": self.train, **eval_sets}, limit, data.too_long, console, tick)
         self.checked = found.pop("train")
         self.eval = [_eval_set(name, samples, found[name]) for name, samples in eval_sets.items()]
         weights = [source.weight for source in data.train]
@@ -63,19 +67,17 @@ class Dataset:
         by_epochs = max(1, math.ceil((settings.epochs or 1.0) * self.plan.steps_per_epoch))
         self.num_steps = settings.steps if settings.steps is not None else by_epochs
 
-    @property
-    def fingerprint(self) -> str:
-        """Changes when training samples are added, removed, reordered or change their length."""
-        lengths = np.stack([self.checked.num_tokens, self.checked.num_supervised])
-        return hashlib.sha256(lengths.tobytes()).hexdigest()
-
-    def cut(self, step: int, max_tokens: int, packing: bool, process: int, num_processes: int) -> StepCut:
-        """Step `step` (from 1) and this process's share of its micro-batches."""
+    def cut(self, step: int, settings: Train, costs: CostModel, process: int, num_processes: int) -> StepCut:
+        """Step `step` (from 1) and this process's share of its micro-batches, as many as every other process's."""
         samples = self.plan.step(step)
-        lengths = self.checked.num_tokens[samples]
-        cuts = cut_step(lengths.tolist(), max_tokens, packing, num_processes)
-        own = tuple(tuple(samples[i] for i in cut) for cut in cuts[process::num_processes] if cut)
-        return StepCut(tuple(samples), own, int(lengths.sum()), int(self.checked.num_supervised[samples].sum()))
+        checked = self.checked
+        lengths = checked.num_tokens[samples]
+        multiple = num_processes if settings.microbatches == "auto" else settings.microbatches
+        cost = costs.of(lengths, checked.num_image_tokens[samples], checked.image_token_pairs[samples])
+        cuts = cut_step(lengths.tolist(), settings.microbatch_tokens, settings.packing, multiple, cost.tolist())
+        share = len(cuts) // num_processes
+        own = tuple(tuple(samples[i] for i in cut) for cut in cuts[process * share : (process + 1) * share])
+        return StepCut(tuple(samples), own, int(lengths.sum()), int(checked.num_supervised[samples].sum()))
 
     def summary(self) -> str:
         """What was read, in one line, and what was dropped."""
@@ -98,14 +100,18 @@ class Dataset:
         ]
 
 
-def _check_all(sets: dict[str, SampleSet], limit: int, too_long: str, console: Console) -> dict[str, Checked]:
-    """Check every set, with the faults of all of them together."""
+def _check_all(
+    sets: dict[str, SampleSet], limit: int, too_long: str, console: Console, tick: Callable[[], None]
+) -> dict[str, Checked]:
+    """Check every set, with the faults of all of them together. `tick` is called for every sample."""
     found, faults = {}, []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for name, samples in sets.items():
 
             def shown(numbers: range, what: str = f"checking {name}") -> Iterator[int]:
-                return iter(progress.track(numbers, description=what))
+                for number in progress.track(numbers, description=what):
+                    tick()
+                    yield number
 
             try:
                 found[name] = check_samples(samples, limit, too_long, shown)

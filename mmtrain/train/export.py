@@ -4,22 +4,23 @@ What was saved is loaded back and must give the same logits.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mmtrain import __version__
 from mmtrain.config import Config, dump_config
 from mmtrain.data.batch import Batch
 from mmtrain.data.processor import ChatProcessor, model_directory
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, storage_faults
 from mmtrain.model.load import load_model
-from mmtrain.train.checkpoint import write_folder
+from mmtrain.train.checkpoint import trainable_parameters, write_folder
+from mmtrain.train.shard import whole
 from mmtrain.train.step import Learner
 
 MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 3e-2}
@@ -45,26 +46,52 @@ _PROCESSOR_FILES = (
 def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Batch, report: dict[str, Any]) -> str:
     """Write `adapter/` (or `model/` where nothing is LoRA) and load it back. Gives a line that says what was found.
 
-    `batch` is what the logits are compared on; `report` is what the model card tells of the training.
-    Raises UserError where what was saved does not give the same logits.
+    `batch` is what the logits are compared on; `report` is what the model card tells of the training. Where weights
+    are spread over the processes all of them must call this, and the first one writes.
+    Raises UserError where what was saved is not what was trained, and StorageError where it cannot be written.
     """
-    model = learner.model
+    model, runtime = learner.model, learner.runtime
     is_adapter = isinstance(model, PeftModel)
     target = Path(config.train.output_dir) / ("adapter" if is_adapter else "model")
-    made = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(made, ignore_errors=True)
-    if not is_adapter:
-        model.to(getattr(torch, config.model.dtype))
-    model.save_pretrained(made)
-    _copy_processor(model_directory(config.model.path), made)
-    (made / "README.md").write_text(_model_card(config, report, is_adapter), encoding="utf-8")
-    write_folder(target, made=made)
+    dtype = getattr(torch, config.model.dtype)
+    weights = _whole_weights(model, is_adapter, dtype) if learner.sharded else None
+    if not runtime.is_main:
+        return ""
+    if not is_adapter and weights is None:
+        model.to(dtype)
+    made = target.with_name(f".{target.name}.new")
+    with storage_faults(f"{target}: it cannot be written"):
+        shutil.rmtree(made, ignore_errors=True)
+        model.save_pretrained(made, state_dict=weights)
+        _copy_processor(model_directory(config.model.path), made)
+        (made / "README.md").write_text(_model_card(config, report, is_adapter), encoding="utf-8")
+        write_folder(target, made)
+    if weights is not None:
+        _check_equal(target, model, weights)
+        return f"saved {target}; read back, every weight is the one that was trained"
     difference = _difference(learner, target, config, processor, batch)
     if not difference <= MAX_DIFFERENCE[config.model.dtype]:
         raise UserError(
             f"{target}: loaded back, its logits differ by {difference:.1e} from the trained model's: do not use it"
         )
     return f"saved {target}; loaded back, its logits differ by {difference:.1e} (relative)"
+
+
+def _whole_weights(model: Any, is_adapter: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is saved, gathered on the CPU: what learns of an adapter, all of a model."""
+    held = trainable_parameters(model) if is_adapter else model.state_dict()
+    return {
+        name: whole(value.detach()).cpu().to(torch.float32 if is_adapter else dtype) for name, value in held.items()
+    }
+
+
+def _check_equal(target: Path, model: Any, weights: dict[str, Tensor]) -> None:
+    """Raises UserError where the files at `target` do not hold `weights`."""
+    saved = {name: value for path in target.glob("*.safetensors") for name, value in load_file(path).items()}
+    expected = get_peft_model_state_dict(model, state_dict=weights) if isinstance(model, PeftModel) else weights
+    wrong = [name for name, value in saved.items() if name not in expected or not torch.equal(value, expected[name])]
+    if wrong or not saved:
+        raise UserError(f"{target}: read back, {len(wrong)} weights are not the trained ones: do not use it")
 
 
 def _difference(learner: Learner, target: Path, config: Config, processor: ChatProcessor, batch: Batch) -> float:

@@ -1,10 +1,10 @@
 """`mmtrain train`: check everything, load the model, take the steps, leave the adapter."""
 
 import functools
-import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,149 +14,285 @@ from rich.console import Console
 from mmtrain.config import Config, dump_config
 from mmtrain.data.batch import Batch, Loader
 from mmtrain.data.processor import ChatProcessor, load_processor
-from mmtrain.errors import NonFiniteError
+from mmtrain.errors import NonFiniteError, Stopped, UserError, storage_faults
 from mmtrain.evaluate.statistics import summary
 from mmtrain.model.components import PartReport, prepare_learning
+from mmtrain.model.cost import CostModel, cost_model
 from mmtrain.model.dropout import DropoutClock, install_dropout
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
-from mmtrain.train.checkpoint import CheckpointFolder, restore
-from mmtrain.train.dataset import Dataset, StepCut
+from mmtrain.model.root import Root
+from mmtrain.train.checkpoint import CheckpointFolder, checkpoint_bytes, restore, snapshot
+from mmtrain.train.dataset import Dataset, EvalSet, StepCut
 from mmtrain.train.export import export
-from mmtrain.train.metrics import MetricsFile, Reporter, make_console, show_parts
+from mmtrain.train.fingerprint import fingerprints
+from mmtrain.train.gradients import is_exact
+from mmtrain.train.metrics import METRICS, MetricsFile, Reporter, evaluated_at, make_console, show_parts
 from mmtrain.train.optim import make_optimizer, rate_factor, set_rate
-from mmtrain.train.resume import find_resume, start_over
+from mmtrain.train.resume import Resume, find_resume
 from mmtrain.train.runtime import Runtime
+from mmtrain.train.shard import Filled, num_held, shard, share, whole
 from mmtrain.train.step import Learner, train_step
 
 
-def train(config: Config, fresh: bool = False) -> None:
-    """Run or continue the training that `config` describes. Raises UserError for what the user can mend."""
-    runtime = Runtime(config.model.dtype)
+def train(config: Config, accept: Sequence[str] = ()) -> None:
+    """Run or continue the training that `config` describes, `accept`ing changes of these keys.
+
+    Raises UserError for what the user can mend, and Stopped where a signal ended the run.
+    """
+    settings = config.train
+    output_dir = Path(settings.output_dir)
+    runtime = Runtime(config.model.dtype, settings.hang_timeout, settings.num_threads)
     console = make_console(quiet=not runtime.is_main)
-    output_dir = Path(config.train.output_dir)
+    with runtime.supervised(output_dir / "stacks"):
+        _train(config, accept, runtime, output_dir, console)
+    runtime.close()
+
+
+def _train(config: Config, accept: Sequence[str], runtime: Runtime, output_dir: Path, console: Console) -> None:
+    activity, microbatches = runtime.activity, config.train.microbatches
+    if microbatches != "auto" and microbatches % runtime.num_processes:
+        raise UserError(
+            f"train.microbatches: {microbatches} cannot be shared by {runtime.num_processes} processes: "
+            "expected a multiple of their number, or auto"
+        )
+    activity.set("checking the data")
     processor = load_processor(config.model.path)
-    dataset = Dataset(config, processor, console)
-    if fresh and runtime.is_main:
-        start_over(output_dir)
-    runtime.wait()
+    dataset = Dataset(config, processor, console, activity.tick)
     checkpoints = CheckpointFolder(output_dir / "checkpoints", config.train.keep_checkpoints)
-    resume = find_resume(checkpoints, config, dataset.fingerprint, console)
-    if resume is not None and resume.step == dataset.num_steps and is_exported(output_dir):
+    activity.set("comparing with the checkpoint")
+    state = RunState(config, runtime)
+    resume = state.resume(lambda: state.find(dataset, checkpoints, accept, console))
+    if resume.step == dataset.num_steps and is_exported(output_dir):
         console.print(f"the run in {output_dir} is finished; --fresh starts it over")
         return
     if runtime.is_main:
         _write_inputs(output_dir, config, dataset)
-    learner, parts = make_learner(config, processor, runtime)
-    if resume is not None:
-        restore(resume.checkpoint, learner.model, learner.optimizer)
+    activity.set("loading the model")
+    learner, parts, costs = make_learner(config, processor, runtime)
+    if runtime.is_main:
+        checkpoints.check_room(checkpoint_bytes(learner.model))
+    if resume.checkpoint is not None:
+        restore(resume.checkpoint, learner.model, learner.optimizer, share)
     show_parts(parts, console)
-    console.print(dataset.summary(), highlight=False, soft_wrap=True)
-    run = Run(config, dataset, learner, checkpoints, console)
-    run.take_steps(1 if resume is None else resume.step + 1)
+    for line in (dataset.summary(), *layout_lines(config, learner)):
+        console.print(line, highlight=False, soft_wrap=True)
+    run = Run(config, dataset, learner, costs, checkpoints, state, resume.evaluated, console)
+    run.take_steps(resume.step + 1)
     run.finish(processor)
-    runtime.close()
 
 
-def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime) -> tuple[Learner, list[PartReport]]:
+class RunState:
+    """What a checkpoint tells of its run beside weights and moments, and whether a run may go on from one."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self._config, self._runtime = config, runtime
+        self._fingerprints: dict[str, str] = {}
+        self._accepted: tuple[str, ...] = ()
+
+    def find(self, dataset: Dataset, checkpoints: CheckpointFolder, accept: Sequence[str], console: Console) -> Resume:
+        """The first process's part: hash what the result depends on and look for a checkpoint."""
+        self._fingerprints = fingerprints(self._config, dataset, self._runtime.activity.tick)
+        found = find_resume(checkpoints, self._config, self._fingerprints, self._layout, accept, console)
+        self._accepted = found.accepted
+        return replace(found, evaluated=evaluated_at(Path(self._config.train.output_dir) / METRICS, found.step))
+
+    def resume(self, find: Any) -> Resume:
+        """What the first process finds, in all processes."""
+
+        def make() -> str:
+            found = find()
+            return json.dumps(asdict(replace(found, checkpoint=found.checkpoint and str(found.checkpoint))))
+
+        told = json.loads(self._runtime.from_first("resume", make))
+        return Resume(**told | {"checkpoint": told["checkpoint"] and Path(told["checkpoint"])})
+
+    def at(self, step: int) -> dict[str, Any]:
+        """What is written into the checkpoint behind `step`."""
+        return {
+            "step": step,
+            "config": self._config.model_dump(mode="json"),
+            "fingerprints": self._fingerprints,
+            "accepted": self._accepted,
+            "layout": self._layout,
+        }
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        """What decides the bits of the result beside what decides the result."""
+        settings = self._config.train
+        exact = settings.weights == "replicate" and settings.microbatches != "auto"
+        processes = {} if exact else {"processes": self._runtime.num_processes}
+        cut = {"microbatches": settings.microbatches, "microbatch_tokens": settings.microbatch_tokens}
+        rest = {"weights": settings.weights, "packing": settings.packing, "threads": self._runtime.num_threads}
+        return {**cut, **rest, **processes, **self._runtime.kernels}
+
+
+def make_learner(
+    config: Config, processor: ChatProcessor, runtime: Runtime
+) -> tuple[Learner, list[PartReport], CostModel]:
     """The model with what learns of it, on its device, and its optimizer; its first weights follow from the seed."""
-    torch.manual_seed(config.train.seed)
+    settings = config.train
+    torch.manual_seed(settings.seed)
     base = load_model(config.model.path, config.model.dtype, processor)
+    runtime.activity.set("preparing the model")
     model, components, parts = prepare_learning(base, config.tune)
-    clock = DropoutClock(config.train.seed)
+    clock = DropoutClock(settings.seed)
     install_dropout(model, components, config.tune, clock)
+    costs = cost_model(base, components, config.tune)
+    make_inputs = InputMaker(model, settings.packing, processor.image_token_id)
+    root = Root(model)
+    sharded = settings.weights == "shard" and runtime.num_processes > 1
+    if sharded:
+        shard(root, runtime.device)
     model.to(runtime.device)
-    make_inputs = InputMaker(model, config.train.packing, processor.image_token_id)
-    return Learner(model, make_inputs, make_optimizer(model, components, config), clock, runtime), parts
+    exact = settings.microbatches != "auto" and not sharded
+    optimizer = make_optimizer(model, components, config)
+    return Learner(model, root, make_inputs, optimizer, clock, runtime, exact, sharded), parts, costs
+
+
+def layout_lines(config: Config, learner: Learner) -> Iterator[str]:
+    """How the weights are held, and whether another number of processes gives the same bits."""
+    settings, runtime = config.train, learner.runtime
+    held, total = num_held(learner.model)
+    how = "spread over" if learner.sharded else "whole on each of"
+    plural = "es" if runtime.num_processes > 1 else ""
+    yield (
+        f"weights: {how} {runtime.num_processes} process{plural}, {held / 1e6:,.1f} of {total / 1e6:,.1f} MB on each; "
+        f"{runtime.num_threads} CPU thread{'s' if runtime.num_threads > 1 else ''} a process"
+    )
+    if learner.exact and is_exact(int(settings.microbatches), runtime.num_processes):
+        yield "the same bits on 1, 2, 4 and so on processes of this kind of machine (train.microbatches is fixed)"
+    elif runtime.num_processes > 1:
+        why = "the weights are sharded" if learner.sharded else "train.microbatches is auto"
+        if learner.exact:
+            why = f"{runtime.num_processes} is not a power of two"
+        yield f"the same result within rounding on any number of processes, not the same bits: {why}"
 
 
 class Run:
     """The loop over the steps, and what is written as it goes."""
 
     def __init__(
-        self, config: Config, dataset: Dataset, learner: Learner, checkpoints: CheckpointFolder, console: Console
+        self,
+        config: Config,
+        dataset: Dataset,
+        learner: Learner,
+        costs: CostModel,
+        checkpoints: CheckpointFolder,
+        state: RunState,
+        evaluated: Sequence[str],
+        console: Console,
     ) -> None:
-        self._config, self._dataset, self._learner = config, dataset, learner
-        self._checkpoints, self._console = checkpoints, console
+        self._config, self._dataset, self._learner, self._costs = config, dataset, learner, costs
+        self._checkpoints, self._state, self._evaluated = checkpoints, state, evaluated
+        self._console = console
         self._output_dir = Path(config.train.output_dir)
         self._last: dict[str, Any] = {}
         self._cut = functools.lru_cache(maxsize=256)(self._cut_step)
+        self._filled = Filled(dataset.train, dataset.checked) if learner.sharded else None
 
     def take_steps(self, first: int) -> None:
-        """Take the steps from `first` to the last."""
-        settings, last = self._config.train, self._dataset.num_steps
-        own_cuts = (cut for step in range(first, last + 1) for cut in self._cut(step).own)
-        batches = Loader(self._dataset.train, settings.packing).batches(own_cuts)
-        metrics = MetricsFile(self._output_dir / "metrics.jsonl", first - 1, self._learner.runtime.is_main)
+        """Take the steps from `first` to the last. Raises Stopped, a checkpoint behind it, where a signal asked to."""
+        settings, last, activity = self._config.train, self._dataset.num_steps, self._learner.runtime.activity
+        samples = self._dataset.train if self._filled is None else self._filled
+        cuts = (cut for step in range(first, last + 1) for cut in self._cut(step).own if cut)
+        batches = Loader(samples, settings.packing).batches(cuts)
+        metrics = MetricsFile(self._output_dir / METRICS, first - 1, self._learner.runtime.is_main)
         with Reporter(last, first - 1, self._console) as reporter, metrics:
-            if first == 1:
-                self._evaluate(0, metrics, reporter)  # what the model knew before
+            self._evaluate(first - 1, metrics, reporter, self._evaluated)  # at the start what the model knew before
             for step in range(first, last + 1):
-                row = self._take_step(step, batches)
+                activity.set("data", step)
+                row, asked = self._take_step(step, batches)
                 metrics.write(row)
                 reporter.step(row)
                 self._last |= row
-                if step % settings.eval_every == 0 or step == last:
-                    self._evaluate(step, metrics, reporter)
-                if step % settings.checkpoint_every == 0 or step == last:
-                    self._save(step)
+                asked = asked or self._evaluate(step, metrics, reporter)
+                if asked is not None or step % settings.checkpoint_every == 0 or step == last:
+                    asked = self._save(step) or asked
+                if asked is not None and step < last:
+                    raise Stopped(asked, f"stopped behind step {step}, which is saved; the same command goes on")
 
     def finish(self, processor: ChatProcessor) -> None:
         """Write what the run leaves, and check it."""
         runtime = self._learner.runtime
-        if runtime.is_main:
+        runtime.activity.set("exporting" if runtime.is_main else "waiting")
+        if runtime.is_main or self._learner.sharded:
             first = int(self._dataset.checked.used[0])
             batch = Loader(self._dataset.train, self._config.train.packing).load([first]).to(runtime.device)
             line = export(self._learner, self._config, processor, batch, self._last)
             self._console.print(line, highlight=False, soft_wrap=True)
-        runtime.wait()
+        runtime.activity.set("waiting")
 
-    def _take_step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
+    def _take_step(self, step: int, batches: Iterator[Batch]) -> tuple[dict[str, Any], int | None]:
         settings, start = self._config.train, time.perf_counter()
         cut = self._cut(step)
         factor = rate_factor(step, self._dataset.num_steps, settings.warmup_steps, settings.schedule)
         set_rate(self._learner.optimizer, factor)
-        own = itertools.islice(batches, len(cut.own))
+        own = (self._next(batches) if numbers else None for numbers in cut.own)
         try:
-            loss, norm = train_step(self._learner, own, cut.num_supervised, step, settings.max_grad_norm)
+            done = train_step(self._learner, own, cut.num_supervised, step, settings.max_grad_norm)
         except NonFiniteError as error:
             places = ", ".join(str(self._dataset.train.place(number)) for number in cut.samples)
             raise NonFiniteError(f"{error}; its samples: {places}; nothing of it is saved") from None
-        return {
+        row = {
             "step": step,
-            "loss": loss,
+            "loss": done.loss,
             "num_tokens": cut.num_tokens,
             "num_supervised": cut.num_supervised,
             "learning_rate": settings.learning_rate * factor,
-            "grad_norm": norm,
+            "grad_norm": done.grad_norm,
             "seconds": time.perf_counter() - start,
         }
+        return row, done.asked
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        self._learner.runtime.activity.set("data")
+        return next(batches)
 
     def _cut_step(self, step: int) -> StepCut:
-        runtime, settings = self._learner.runtime, self._config.train
-        return self._dataset.cut(
-            step, settings.microbatch_tokens, settings.packing, runtime.index, runtime.num_processes
+        runtime = self._learner.runtime
+        cut = self._dataset.cut(step, self._config.train, self._costs, runtime.index, runtime.num_processes)
+        return cut if self._filled is None else replace(cut, own=tuple(map(self._filled.fill, cut.own)))
+
+    def _evaluate(self, step: int, metrics: MetricsFile, reporter: Reporter, done: Sequence[str] = ()) -> int | None:
+        """Score the evaluation sets behind `step`, but those `done`, where it is due; gives the signal that asked to
+        stop on the way. What a run was stopped in is taken again when the run goes on."""
+        settings, learner = self._config.train, self._learner
+        if step % settings.eval_every and step != self._dataset.num_steps:
+            return None
+        learner.runtime.activity.set("evaluating", step)
+        for eval_set in self._dataset.eval:
+            if eval_set.name in done:
+                continue
+            filled = Filled(eval_set.samples, eval_set.checked) if learner.sharded else None
+            scores = eval_set.scorer.score(
+                learner.root, learner.make_inputs, learner.runtime, settings.microbatch_tokens, settings.packing, filled
+            )
+            if scores is None:
+                return learner.runtime.agree(torch.zeros(0, dtype=torch.float64))[1]
+            self._tell(step, eval_set, summary(scores), metrics, reporter)
+        return None
+
+    def _tell(
+        self, step: int, eval_set: EvalSet, found: dict[str, Any], metrics: MetricsFile, reporter: Reporter
+    ) -> None:
+        metrics.write({"step": step, "eval": eval_set.name, **found})
+        self._last[f"perplexity on {eval_set.name}"] = found["perplexity"]
+        reporter.say(
+            f"step {step}  eval {eval_set.name}: perplexity {found['perplexity']:.4f}, "
+            f"token accuracy {found['token_accuracy']:.1%}"
         )
 
-    def _evaluate(self, step: int, metrics: MetricsFile, reporter: Reporter) -> None:
-        settings, learner = self._config.train, self._learner
-        for eval_set in self._dataset.eval:
-            scores = eval_set.scorer.score(
-                learner.model, learner.make_inputs, learner.runtime, settings.microbatch_tokens, settings.packing
-            )
-            found = summary(scores)
-            metrics.write({"step": step, "eval": eval_set.name, **found})
-            self._last[f"perplexity on {eval_set.name}"] = found["perplexity"]
-            reporter.say(
-                f"step {step}  eval {eval_set.name}: perplexity {found['perplexity']:.4f}, "
-                f"token accuracy {found['token_accuracy']:.1%}"
-            )
-
-    def _save(self, step: int) -> None:
-        if self._learner.runtime.is_main:
-            state = {"step": step, "config": self._config.model_dump(mode="json"), "data": self._dataset.fingerprint}
-            self._checkpoints.save(step, self._learner.model, self._learner.optimizer, state)
-        self._learner.runtime.wait()
+    def _save(self, step: int) -> int | None:
+        """Write a checkpoint; gives the signal that came meanwhile."""
+        runtime, learner = self._learner.runtime, self._learner
+        runtime.activity.set("saving" if runtime.is_main else "awaiting the save")
+        if runtime.is_main or learner.sharded:
+            held = snapshot(learner.model, learner.optimizer, whole, runtime.activity.tick)
+        if runtime.is_main:
+            self._checkpoints.save(step, held, self._state.at(step))
+        return runtime.agree(torch.zeros(0, dtype=torch.float64))[1]
 
 
 def is_exported(output_dir: Path) -> bool:
@@ -165,10 +301,11 @@ def is_exported(output_dir: Path) -> bool:
 
 def _write_inputs(output_dir: Path, config: Config, dataset: Dataset) -> None:
     """The merged config and the samples that stay out, beside what the run makes."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    dropped = output_dir / "dropped.jsonl"
-    rows = dataset.dropped_rows()
-    dropped.unlink(missing_ok=True)
-    if rows:
-        dropped.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with storage_faults(f"{output_dir}: the config cannot be written"):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        dropped = output_dir / "dropped.jsonl"
+        rows = dataset.dropped_rows()
+        dropped.unlink(missing_ok=True)
+        if rows:
+            dropped.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

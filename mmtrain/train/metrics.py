@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mmtrain.errors import storage_faults
 from mmtrain.model.components import PartReport
 
 LOG_SECONDS = 5.0
+METRICS = "metrics.jsonl"
 
 
 class MetricsFile:
@@ -27,17 +29,19 @@ class MetricsFile:
         self._file: TextIO | None = None
         if not active:
             return
-        kept = [line for line in _lines(path) if _step_of(line) <= step] if step else []
+        kept = [line for line in _lines(path) if _step_of(line) <= step]
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}")
-        beside.write_text("".join(kept), encoding="utf-8")
-        beside.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        with storage_faults(f"{path}: it cannot be written"):
+            beside.write_text("".join(kept), encoding="utf-8")
+            beside.replace(path)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
+            with storage_faults(f"{self._file.name}: a row cannot be written"):
+                self._file.write(json.dumps(row, allow_nan=False) + "\n")
+                self._file.flush()
 
     def __enter__(self) -> "MetricsFile":
         return self
@@ -47,6 +51,12 @@ class MetricsFile:
     ) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def evaluated_at(path: Path, step: int) -> tuple[str, ...]:
+    """The evaluation sets that have a row for `step` in the metrics at `path`."""
+    rows = [json.loads(line) for line in _lines(path) if _step_of(line) == step]
+    return tuple(row["eval"] for row in rows if "eval" in row)
 
 
 def _lines(path: Path) -> list[str]:

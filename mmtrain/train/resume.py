@@ -1,6 +1,7 @@
 """Whether a run goes on from a checkpoint, and whether it may."""
 
-import shutil
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ CHANGEABLE = frozenset(
     {
         "train.output_dir",
         "train.microbatch_tokens",
+        "train.microbatches",
+        "train.weights",
+        "train.threads",
+        "train.hang_timeout",
         "train.packing",
         "train.checkpoint_every",
         "train.keep_checkpoints",
@@ -28,50 +33,84 @@ CHANGEABLE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    checkpoint: Path
-    step: int
+    """Where a run goes on: after `step` of `checkpoint`, or from the beginning."""
+
+    checkpoint: Path | None = None
+    step: int = 0
+    accepted: tuple[str, ...] = ()
+    """What was changed since the run began and accepted, in order."""
+    evaluated: tuple[str, ...] = ()
+    """Evaluation sets that were scored behind `step`."""
 
 
-def find_resume(checkpoints: CheckpointFolder, config: Config, fingerprint: str, console: Console) -> Resume | None:
-    """The checkpoint to go on from, None where there is none.
+def find_resume(
+    checkpoints: CheckpointFolder,
+    config: Config,
+    fingerprints: dict[str, str],
+    layout: dict[str, Any],
+    accept: Sequence[str],
+    console: Console,
+) -> Resume:
+    """The checkpoint to go on from. `layout` is what decides the bits beside the config; its changes are told.
 
-    Raises UserError naming every key whose change would change the result.
+    Raises UserError naming every change that would change the result and is not among `accept`, and NoCheckpointError
+    where no checkpoint is sound.
     """
+    now = _flat(config.model_dump(mode="json")) | fingerprints
+    _check_known(accept, now)
     checkpoint, broken = checkpoints.newest()
     for line in broken:
         console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
     if checkpoint is None:
-        return None
+        return Resume()
     state = read_state(checkpoint)
-    before, now = _flat(state["config"]), _flat(config.model_dump(mode="json"))
-    faults = [
-        f"{key}: was {shown(before.get(key))} and is {shown(now.get(key))}, which changes the result"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _changeable(key)
+    before = _flat(state["config"]) | state["fingerprints"]
+    changed = [
+        k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not _among(k, CHANGEABLE)
     ]
-    if state["data"] != fingerprint:
-        faults.append("data.train: the samples are not those the run began with")
+    faults = [
+        f"{key}: {_told(key, before, now)}, which changes the result" for key in changed if not _among(key, accept)
+    ]
     if faults:
         raise UserError(
             [
                 *faults,
-                f"{checkpoint}: the run cannot go on from here; undo the change, take another train.output_dir, "
-                "or start over with --fresh",
+                f"{checkpoint}: the run cannot go on from here: undo the change, take another train.output_dir, start "
+                "over with --fresh, or go on all the same with --accept-change KEY",
             ]
         )
+    accepted = [f"step {state['step']}: {key}: {_told(key, before, now)}" for key in changed]
+    for line in accepted:
+        console.print(f"accepted: {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"continuing from {checkpoint}", highlight=False, soft_wrap=True)
-    return Resume(checkpoint, int(state["step"]))
+    others = [
+        f"{key} {state['layout'].get(key)} → {layout[key]}" for key in layout if state["layout"].get(key) != layout[key]
+    ]
+    if others:
+        console.print(
+            f"the result is the same within rounding, its bits may differ: {', '.join(others)}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    return Resume(checkpoint, int(state["step"]), (*state["accepted"], *accepted))
 
 
-def start_over(output_dir: Path) -> None:
-    """Delete what an earlier run left in `output_dir`, and nothing else."""
-    for name in ("checkpoints", "adapter", "model"):
-        shutil.rmtree(output_dir / name, ignore_errors=True)
-    (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+def _told(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    if key.endswith((".records", ".pictures")) or key in ("model.weights", "model.processor", "model.template"):
+        return "not the bytes that the run began with"
+    return f"was {shown(before.get(key))} and is {shown(now.get(key))}"
 
 
-def _changeable(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in CHANGEABLE)
+def _check_known(accept: Sequence[str], known: dict[str, Any]) -> None:
+    for key in accept:
+        if not any(_among(name, [key]) for name in known):
+            near = difflib.get_close_matches(key, list(known), n=1)
+            raise UserError(f"--accept-change {shown(key)}: no such key{f'; did you mean {near[0]}?' if near else ''}")
+
+
+def _among(key: str, keys: Sequence[str] | frozenset[str]) -> bool:
+    return any(key == one or key.startswith(one + ".") for one in keys)
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,19 +1,23 @@
 """One optimizer step: law 1 in code."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmtrain.data.batch import Batch
 from mmtrain.errors import NonFiniteError
 from mmtrain.model.dropout import DropoutClock
 from mmtrain.model.inputs import InputMaker
+from mmtrain.model.root import Root
 from mmtrain.train.checkpoint import trainable_parameters
+from mmtrain.train.gradients import branch_of, flatten, put_back, sum_running, sum_tree
 from mmtrain.train.loss import supervised_nll
 from mmtrain.train.runtime import Runtime
+from mmtrain.train.shard import whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,43 +25,104 @@ class Learner:
     """A model that is ready to learn, and what a step needs beside it."""
 
     model: Any
+    root: Root
+    """The model, as everything is computed through it."""
     make_inputs: InputMaker
     optimizer: torch.optim.Optimizer
     clock: DropoutClock
     runtime: Runtime
+    exact: bool = False
+    """Micro-batches are summed in a tree that does not depend on the number of processes."""
+    sharded: bool = False
+    """Gradients are summed by the backward pass itself."""
 
 
-def accumulate_gradients(learner: Learner, batches: Iterable[Batch], num_supervised: int, step: int) -> float:
-    """Gradients of the step's loss, and the loss, summed over this process's micro-batches and all processes.
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    loss: float
+    """Before the update."""
+    grad_norm: float
+    """Before clipping."""
+    asked: int | None
+    """The signal by which all processes stop behind this step."""
 
-    The loss is the sum of the negative log-likelihoods of the step's supervised tokens divided by `num_supervised`,
-    their count over all micro-batches and all processes: one division, so no cut changes it.
+
+def accumulate_gradients(
+    learner: Learner, batches: Iterable[Batch | None], num_supervised: int, step: int
+) -> tuple[float, int | None]:
+    """Gradients of the step's loss, summed over this process's micro-batches (None: an empty one) and all processes.
+
+    Gives the loss, the sum of the negative log-likelihoods of the step's supervised tokens divided by
+    `num_supervised`, their count over all micro-batches and all processes: one division, so no cut changes it; and the
+    signal by which all processes stop.
     """
-    nll_sum = torch.zeros((), dtype=torch.float64, device=learner.runtime.device)
-    for batch in batches:
-        on_device = batch.to(learner.runtime.device)
-        learner.clock.set(step, on_device)
-        with learner.runtime.autocast():
-            nll, _ = supervised_nll(learner.model, learner.make_inputs(on_device), on_device)
-        torch.autograd.backward(nll.sum() / num_supervised)
-        nll_sum += nll.detach().double().sum()
+    runtime, parameters = learner.runtime, list(trainable_parameters(learner.model).values())
+    if learner.exact:
+        nlls = _accumulate_tree(learner, list(parameters), batches, num_supervised, step)
+    else:
+        nlls = [_backward(learner, batch, num_supervised, step) for batch in batches]
+        runtime.activity.set("gradients")
+        if not learner.sharded:
+            sum_running(parameters, runtime)
     learner.clock.clear()
-    learner.runtime.sum_gradients(trainable_parameters(learner.model).values())
-    return learner.runtime.sum(nll_sum).item() / num_supervised
+    runtime.activity.set("gradients")
+    own = torch.stack(nlls) if nlls else torch.zeros(1, dtype=torch.float64, device=runtime.device)
+    if learner.exact and runtime.num_processes > 1:
+        total, asked = branch_of(runtime.gather(own).flatten()), runtime.agree(own[:0])[1]
+    else:
+        sums, asked = runtime.agree(branch_of(own)[None])
+        total = sums[0]
+    return total.item() / num_supervised, asked
+
+
+def _accumulate_tree(
+    learner: Learner,
+    parameters: list[torch.nn.Parameter],
+    batches: Iterable[Batch | None],
+    num_supervised: int,
+    step: int,
+) -> list[Tensor]:
+    nlls: list[Tensor] = []
+    every = list(batches)
+    remaining: Iterator[Batch | None] = iter(every)
+
+    def leaf() -> Tensor:
+        for parameter in parameters:
+            parameter.grad = None
+        nlls.append(_backward(learner, next(remaining), num_supervised, step))
+        return flatten(parameters)
+
+    put_back(sum_tree(len(every), leaf, learner.runtime), parameters)
+    return nlls
+
+
+def _backward(learner: Learner, batch: Batch | None, num_supervised: int, step: int) -> Tensor:
+    """() float64: a micro-batch's sum of negative log-likelihoods; its gradients are added to the parameters'."""
+    if batch is None:
+        return torch.zeros((), dtype=torch.float64, device=learner.runtime.device)
+    learner.runtime.activity.set("forward")
+    on_device = batch.to(learner.runtime.device)
+    learner.clock.set(step, on_device)
+    with learner.runtime.autocast():
+        nll, _ = learner.root(supervised_nll, learner.make_inputs(on_device), on_device)
+    torch.autograd.backward(nll.sum() / num_supervised)
+    total: Tensor = nll.detach().double().sum()
+    return total
 
 
 def train_step(
-    learner: Learner, batches: Iterable[Batch], num_supervised: int, step: int, max_grad_norm: float | None
-) -> tuple[float, float]:
-    """Gradients, clipping and the update. Gives the loss before the update and the gradient's norm before clipping.
+    learner: Learner, batches: Iterable[Batch | None], num_supervised: int, step: int, max_grad_norm: float | None
+) -> StepResult:
+    """Gradients, clipping and the update.
 
-    Raises NonFiniteError, with the weights untouched, where either is not finite.
+    Raises NonFiniteError, with the weights untouched, where the loss or the gradient's norm is not finite.
     """
-    loss = accumulate_gradients(learner, batches, num_supervised, step)
-    parameters = [p for p in trainable_parameters(learner.model).values() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf).item()
+    loss, asked = accumulate_gradients(learner, batches, num_supervised, step)
+    learner.runtime.activity.set("update")
+    parameters = trainable_parameters(learner.model).values()
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)).item()
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise NonFiniteError(f"step {step}: the loss is {loss} and the gradient's norm {norm}")
     learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+    return StepResult(loss, norm, asked)

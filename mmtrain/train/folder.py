@@ -1,0 +1,57 @@
+"""The directory of a run: one run at a time may write to it. Knows nothing of torch, so that it is asked at once."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmtrain.errors import UserError, storage_faults
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Hold the directory's lock, which ends with the process however it ends.
+
+    Raises UserError naming the process that holds it.
+    """
+    with storage_faults(f"{output_dir}: the directory of the run cannot be made"):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file = (output_dir / _LOCK).open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{output_dir}: another run is writing there ({_holder(output_dir / _LOCK)}); "
+                "wait for it, stop it, or take another train.output_dir"
+            ) from None
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        file.flush()
+        yield
+
+
+def _holder(path: Path) -> str:
+    """Who holds the lock; its name is written a moment behind the lock itself."""
+    for _ in range(10):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return f"process {int(found['pid'])} on {found['host']}"
+        except (ValueError, KeyError, TypeError, OSError):
+            time.sleep(0.02)
+    return "its name cannot be read"
+
+
+def start_over(output_dir: Path) -> None:
+    """Delete what an earlier run left in `output_dir`, and nothing else."""
+    for name in ("checkpoints", "adapter", "model", "stacks"):
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "dropped.jsonl"):
+        (output_dir / name).unlink(missing_ok=True)

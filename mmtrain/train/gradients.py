@@ -1,0 +1,75 @@
+"""The sum of the micro-batches' gradients, over all of them and all processes.
+
+Floating-point sums depend on their order. `running` adds as it goes: quick, and equal within rounding on every layout.
+`tree` adds in a binary tree over the micro-batches that is the same however many processes share them: the same bits.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**24
+"""Values of a gradient that are exchanged at once: bounds what every process holds of all the others'."""
+
+
+class Processes(Protocol):
+    """What is needed of the runtime."""
+
+    num_processes: int
+
+    def sum(self, values: Tensor) -> Tensor: ...
+
+    def gather(self, values: Tensor) -> Tensor: ...
+
+
+def is_exact(microbatches: int, num_processes: int) -> bool:
+    """Whether the shares of the processes are whole branches of the tree: powers of two that divide the cut."""
+    return num_processes & (num_processes - 1) == 0 and microbatches % num_processes == 0
+
+
+def flatten(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+    """(num_values,) every gradient, a missing one as zeros."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+
+
+def put_back(values: Tensor, parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Make `values` (num_values,) the gradients."""
+    parts = torch.split(values, [p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def sum_running(parameters: Sequence[torch.nn.Parameter], processes: Processes) -> None:
+    """Sum what each process has in its gradients, in one flat reduction.
+
+    A missing gradient is zero, with one process as with many: to AdamW, which skips what has none, they differ.
+    """
+    if processes.num_processes > 1:
+        put_back(processes.sum(flatten(parameters)), parameters)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def sum_tree(leaves: int, leaf: Callable[[], Tensor], processes: Processes) -> Tensor:
+    """(n,) the sum of `leaf()` (n,), called `leaves` times in order by each process, in a binary tree over all.
+
+    A branch over n leaves is the sum of the branches over its first n // 2 and its other leaves; a process's leaves
+    are one branch of the whole tree where `is_exact` says so.
+    """
+
+    def branch(count: int) -> Tensor:
+        return leaf() if count == 1 else branch(count // 2).add_(branch(count - count // 2))
+
+    own = branch(leaves)
+    if processes.num_processes == 1:
+        return own
+    return torch.cat([branch_of(processes.gather(part)) for part in torch.split(own, CHUNK)])
+
+
+def branch_of(parts: Tensor) -> Tensor:
+    """The sum over the first dimension, as the tree adds it."""
+    half = len(parts) // 2
+    return parts[0] if len(parts) == 1 else branch_of(parts[:half]) + branch_of(parts[half:])
