@@ -1,4 +1,4 @@
-"""Which samples make up which step, and how a step is cut."""
+"""Which samples make up which step."""
 
 import itertools
 from collections import Counter
@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtrain.data.cut import cut_step
 from mmtrain.data.plan import Plan
 from mmtrain.errors import UserError
 
@@ -127,59 +126,3 @@ def test_a_weight_too_small_for_a_single_sample_is_refused() -> None:
 def test_a_source_that_would_never_be_drawn_is_refused() -> None:
     with pytest.raises(UserError, match="weight"):
         plan([10, 3], [1.0, 0.1]).step(1)
-
-
-# --- cutting ---
-
-
-def cost(cut: list[int], lengths: list[int], packing: bool) -> int:
-    held = [lengths[place] for place in cut]
-    return sum(held) if packing else len(held) * max(held, default=0)
-
-
-@settings(FUZZ, max_examples=500)
-@given(
-    lengths=st.lists(st.integers(1, 60), max_size=24),
-    max_tokens=st.integers(1, 120),
-    packing=st.booleans(),
-    multiple=st.integers(1, 9),
-)
-def test_a_cut_holds_every_sample_once_within_its_budget(
-    lengths: list[int], max_tokens: int, packing: bool, multiple: int
-) -> None:
-    cuts = cut_step(lengths, max_tokens, packing, multiple)
-    assert sorted(itertools.chain(*cuts)) == list(range(len(lengths)))
-    assert len(cuts) % multiple == 0
-    assert all(len(cut) <= 1 or cost(cut, lengths, packing) <= max_tokens for cut in cuts)
-    assert all(cut == sorted(cut) for cut in cuts)
-    if len(lengths) >= len(cuts):
-        assert all(cuts)
-    else:
-        assert sum(map(bool, cuts)) == len(lengths)
-
-
-@settings(FUZZ)
-@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=24), max_tokens=st.integers(1, 120))
-def test_no_two_packed_micro_batches_could_be_one(lengths: list[int], max_tokens: int) -> None:
-    loads = [cost(cut, lengths, True) for cut in cut_step(lengths, max_tokens, True)]
-    assert all(a + b > max_tokens for a, b in itertools.combinations(loads, 2))
-
-
-@pytest.mark.parametrize(
-    ("lengths", "max_tokens", "packing", "multiple", "expected"),
-    [
-        ([2, 2, 2, 2], 8, True, 1, [{0, 1, 2, 3}]),
-        ([1, 2, 4, 1], 8, True, 1, [{0, 1, 2, 3}]),
-        ([1, 1, 4, 4], 8, False, 1, [{0, 1}, {2, 3}]),  # padded, 4 rows of 4 would cost 16
-        ([9, 1, 1], 8, True, 1, [{0}, {1, 2}]),
-        ([9, 1, 1], 8, False, 1, [{0}, {1, 2}]),
-        ([1, 1, 1, 1], 8, True, 4, [{0}, {1}, {2}, {3}]),
-        ([1, 1], 8, True, 4, [set(), set(), {0}, {1}]),
-        ([], 8, True, 4, []),
-    ],
-)
-def test_small_cuts_worked_out_by_hand(
-    lengths: list[int], max_tokens: int, packing: bool, multiple: int, expected: list[set[int]]
-) -> None:
-    cuts = cut_step(lengths, max_tokens, packing, multiple)
-    assert sorted(map(sorted, cuts)) == sorted(map(sorted, expected))

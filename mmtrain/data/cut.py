@@ -2,11 +2,16 @@
 
 import bisect
 import heapq
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 Cut = list[list[int]]
 """Micro-batches: lists of places in the step."""
+Cost = Callable[[list[int]], float]
+"""What a micro-batch costs."""
 
 
 def cut_step(
@@ -26,41 +31,42 @@ def cut_step(
     if not lengths:
         return []
     costs = lengths if costs is None else costs
-    divide = _pack if packing else _pad
-    fewest = len(divide(lengths, costs, max_tokens, 1))
-    count = math.ceil(fewest / multiple) * multiple
-    cuts = divide(lengths, costs, max_tokens, count)
-    cuts += [[] for _ in range(count - len(cuts))]
-    cost_of = [sum(costs[i] for i in cut) for cut in cuts]
-    order = _deal(sorted(range(count), key=lambda n: (-cost_of[n], n)), cost_of, multiple)
-    return [sorted(cuts[n]) for n in order]
+    cuts, cost = (_pack if packing else _pad)(lengths, costs, max_tokens, multiple)
+    cuts += [[] for _ in range(-len(cuts) % multiple)]
+    cost_of = [cost(cut) for cut in cuts]
+    runs = _deal(range(len(cuts)), cost_of, multiple)
+    order = _nested(range(multiple), [sum(cost_of[n] for n in run) for run in runs])
+    return [sorted(cuts[n]) for run in order for n in runs[run]]
 
 
-def _pack(lengths: Sequence[int], costs: Sequence[float], max_tokens: int, count: int) -> Cut:
-    """At least `count` micro-batches if there are as many samples: the dearest sample first, into the cheapest one
-    with room; by best fit, longest first, which needs near the fewest there can be, where that does not go in."""
-    fitted = _best_fit(lengths, max_tokens)
-    count = max(count, len(fitted))
-    cuts: Cut = [[] for _ in range(count)]
-    heap = [(0.0, n, 0) for n in range(count)]  # cost, micro-batch, tokens
-    for i in sorted(range(len(lengths)), key=lambda i: (-costs[i], i)):
-        full = []
-        while heap and heap[0][2] and heap[0][2] + lengths[i] > max_tokens:
-            full.append(heapq.heappop(heap))
-        if not heap:
-            return _split(fitted, costs, count)
-        cost, n, tokens = heapq.heappop(heap)
-        cuts[n].append(i)
-        for entry in [*full, (cost + costs[i], n, tokens + lengths[i])]:
-            heapq.heappush(heap, entry)
-    return cuts
+def _longest_first(lengths: Sequence[int], costs: Sequence[float]) -> list[int]:
+    order: list[int] = np.lexsort((-np.asarray(costs), -np.asarray(lengths))).tolist()
+    return order
 
 
-def _best_fit(lengths: Sequence[int], max_tokens: int) -> Cut:
-    """Longest first, each into the fullest micro-batch that has room."""
+def _multiple_of(multiple: int, at_least: int) -> int:
+    return math.ceil(at_least / multiple) * multiple
+
+
+def _pack(lengths: Sequence[int], costs: Sequence[float], max_tokens: int, multiple: int) -> tuple[Cut, Cost]:
+    def cost(cut: list[int]) -> float:
+        return sum([costs[i] for i in cut])
+
+    order = _longest_first(lengths, costs)
+    fewest = math.ceil(sum(min(length, max_tokens) for length in lengths) / max_tokens)
+    cuts = _cheapest_fit(order, lengths, costs, max_tokens, _multiple_of(multiple, fewest))
+    if cuts is None:
+        fitted = _best_fit(order, lengths, max_tokens)
+        count = _multiple_of(multiple, len(fitted))
+        cuts = _cheapest_fit(order, lengths, costs, max_tokens, count) or _split(fitted, cost, count)
+    return cuts, cost
+
+
+def _best_fit(order: list[int], lengths: Sequence[int], max_tokens: int) -> Cut:
+    """Each into the fullest micro-batch that has room: longest first, near the fewest that there can be."""
     cuts: Cut = []
     rooms: list[tuple[int, int]] = []  # (tokens left, micro-batch), ascending
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for i in order:
         at = bisect.bisect_left(rooms, (lengths[i], 0))
         room, n = rooms.pop(at) if at < len(rooms) else (max_tokens, len(cuts))
         if n == len(cuts):
@@ -70,62 +76,98 @@ def _best_fit(lengths: Sequence[int], max_tokens: int) -> Cut:
     return cuts
 
 
-def _pad(lengths: Sequence[int], costs: Sequence[float], max_tokens: int, count: int) -> Cut:
-    """Neighbours in length together, so that little is padded; the dearest is as cheap as `count` of them allow."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    cuts = _neighbours(order, lengths, costs, max_tokens, math.inf)
-    low, high = max(costs), sum(costs)
-    for _ in range(40 if len(cuts) < count else 0):  # halving a bound 40 times leaves nothing of it
-        middle = (low + high) / 2
-        tried = _neighbours(order, lengths, costs, max_tokens, middle)
-        low, high = (low, middle) if len(tried) <= count else (middle, high)
-        cuts = tried if len(tried) <= count else cuts
-    return _split(cuts, costs, count)
-
-
-def _neighbours(order: list[int], lengths: Sequence[int], costs: Sequence[float], max_tokens: int, bound: float) -> Cut:
-    cuts: Cut = []
-    cost = 0.0
+def _cheapest_fit(
+    order: list[int], lengths: Sequence[int], costs: Sequence[float], max_tokens: int, count: int
+) -> Cut | None:
+    """Each, longest first, into the cheapest of `count` micro-batches that has room; None where one does not go in."""
+    cuts: Cut = [[] for _ in range(count)]
+    room = [max_tokens] * count
+    cheapest = [(0.0, n) for n in range(count)]
+    full: list[tuple[int, float, int]] = []  # (-tokens left, cost, micro-batch): too full for the last ones
     for i in order:
-        fits = cuts and (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] <= max_tokens and cost + costs[i] <= bound
-        if not fits:
-            cuts.append([])
-            cost = 0.0
-        cuts[-1].append(i)
-        cost += costs[i]
+        length = lengths[i]
+        while full and -full[0][0] >= length:
+            heapq.heappush(cheapest, heapq.heappop(full)[1:])
+        while cheapest and room[n := cheapest[0][1]] < length and cuts[n]:
+            heapq.heappush(full, (-room[n], *heapq.heappop(cheapest)))
+        if not cheapest:
+            return None
+        cost, n = cheapest[0]
+        cuts[n].append(i)
+        room[n] -= length
+        heapq.heapreplace(cheapest, (cost + costs[i], n))
     return cuts
 
 
-def _split(cuts: Cut, costs: Sequence[float], count: int) -> Cut:
+def _pad(lengths: Sequence[int], costs: Sequence[float], max_tokens: int, multiple: int) -> tuple[Cut, Cost]:
+    """Neighbours in length together, so that little is padded; the dearest is as cheap as their number allows."""
+    padding = sum(costs) / sum(lengths)  # what a place costs, on average
+
+    def cost(cut: list[int]) -> float:
+        held = [lengths[i] for i in cut]
+        return sum([costs[i] for i in cut]) + padding * (len(cut) * max(held, default=0) - sum(held))
+
+    order = _longest_first(lengths, costs)
+    widths, unpadded = [lengths[i] for i in order], [costs[i] - padding * lengths[i] for i in order]
+
+    def bounded(bound: float) -> Cut:
+        """Cut where a micro-batch would be too large or cost more than `bound`."""
+        starts = [0]
+        total, start, row = 0.0, 0, padding * widths[0]
+        most = max_tokens // widths[0]
+        for at, own in enumerate(unpadded):
+            total += own + row
+            if (total > bound or at - start >= most) and at > start:
+                starts.append(at)
+                start, row, most = at, padding * widths[at], max_tokens // widths[at]
+                total = own + row
+        return [order[a:b] for a, b in itertools.pairwise([*starts, len(order)])]
+
+    cuts = bounded(math.inf)
+    count = _multiple_of(multiple, len(cuts))
+    low, high = max(max(costs), sum(costs) / count), max(map(cost, cuts))
+    while high > low * 1.005:
+        middle = math.sqrt(low * high)
+        tried = bounded(middle)
+        low, high, cuts = (low, middle, tried) if len(tried) <= count else (middle, high, cuts)
+    return _split(cuts, cost, count), cost
+
+
+def _split(cuts: Cut, cost: Cost, count: int) -> Cut:
     """Halve the dearest that can be halved until there are `count`, or nothing is left to halve."""
-    heap = [(-sum(costs[i] for i in cut), cut) for cut in cuts if len(cut) > 1]
+    if len(cuts) >= count:
+        return cuts
+    heap = [(-cost(cut), cut) for cut in cuts if len(cut) > 1]
     done = [cut for cut in cuts if len(cut) == 1]
     heapq.heapify(heap)
     while heap and len(heap) + len(done) < count:
         _, cut = heapq.heappop(heap)
         for part in (cut[::2], cut[1::2]):
             if len(part) > 1:
-                heapq.heappush(heap, (-sum(costs[i] for i in part), part))
+                heapq.heappush(heap, (-cost(part), part))
             else:
                 done.append(part)
     return [cut for _, cut in heap] + done
 
 
-def _deal(order: list[int], cost_of: Sequence[float], multiple: int) -> list[int]:
-    """Order micro-batches, given dearest first, so that each of `multiple` consecutive runs costs nearly the same.
-
-    Dealt to the smallest prime's groups and again within each, so the halves, quarters and so on are equal as well:
-    the same order serves every number of processes that divides `multiple`.
-    """
-    if multiple == 1:
-        return order
-    ways = next(n for n in range(2, multiple + 1) if multiple % n == 0)
-    size = len(order) // ways
+def _deal(items: Sequence[int], cost_of: Sequence[float], ways: int) -> list[list[int]]:
+    """As many to each of `ways` groups, of nearly the same cost: the dearest first, to the cheapest group."""
     groups: list[list[int]] = [[] for _ in range(ways)]
-    heap = [(0.0, 0, g) for g in range(ways)]  # cost, micro-batches, group
-    for n in order:
+    heap = [(0.0, 0, g) for g in range(ways)]  # cost, items, group
+    for n in sorted(items, key=lambda n: (-cost_of[n], n)):
         cost, held, g = heapq.heappop(heap)
         groups[g].append(n)
-        if held + 1 < size:
+        if held + 1 < len(items) // ways:
             heapq.heappush(heap, (cost + cost_of[n], held + 1, g))
-    return [n for group in groups for n in _deal(group, cost_of, multiple // ways)]
+    return groups
+
+
+def _nested(runs: Sequence[int], cost_of: Sequence[float]) -> list[int]:
+    """Order runs so that halves, quarters and so on cost the same as well: one order for any number of processes.
+
+    Dealt to the smallest prime's groups and again within each.
+    """
+    ways = next((n for n in range(2, len(runs) + 1) if len(runs) % n == 0), 1)
+    if ways == 1:
+        return list(runs)
+    return [run for group in _deal(runs, cost_of, ways) for run in _nested(group, cost_of)]

@@ -2,7 +2,8 @@
 
 A linear layer of n weights takes n multiply-additions a token forward, n backward for its input and n for its weights
 (Kaplan et al. 2020, "Scaling laws for neural language models", section 2.1: 2 C_forward = 2 N operations). Attention
-over n tokens takes 2 n² d a layer for scores and values, half of it where it is causal, and twice that backward.
+over n tokens takes 2 n² d a layer for scores and values, half of it where it is causal, and twice that backward; d is
+the width of all heads. The head is left out: it is computed where there is a label and nowhere else.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from mmtrain.config.schema import Frozen, Full, Tune
 from mmtrain.model.components import Components, base_name
@@ -38,37 +40,62 @@ class CostModel:
 
 def cost_model(model: Any, components: Components, tune: Tune) -> CostModel:
     """The costs in a model whose parts learn as `tune` says."""
+    weights, passes = _weights(model, components), _passes(tune)
+    config = model.config
+    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
+    patches = _patches_per_token(config)
+    whole, windows = (0.0, 0.0) if vision is None else _picture_attention(vision)
+    attention = 1.0 if passes["vision"] == 1 else 3.0
+    vision_token = patches * (weights["vision"] * passes["vision"] + windows * attention)
+    return CostModel(
+        token=weights["language"] * passes["language"],
+        token_pair=3.0 * _depth(text) * _width(text),
+        image_token=vision_token + weights["projector"] * passes["projector"],
+        image_token_pair=whole * patches**2 * attention,
+    )
+
+
+def _weights(model: Any, components: Components) -> dict[str, int]:
+    """Weights of each part's linear layers and convolutions: what is looked up in a table is not computed."""
+    tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     weights = dict.fromkeys(("vision", "projector", "language"), 0)
     for name, parameter in model.named_parameters():
-        own = base_name(name)
-        if parameter.ndim >= 2 and "embed" not in own.rsplit(".", 2)[-2] and not own.startswith(components.head_name):
+        own, module = base_name(name), name.rpartition(".")[0]
+        in_place_of = ".original_module." in name  # what learns stands for it and is counted
+        is_computed = parameter.ndim >= 2 and module not in tables and own.rpartition(".")[0] != components.head_name
+        if is_computed and not in_place_of:
             weights[components.part_of(own)] += parameter.numel()
-    config = model.config
-    vision = getattr(config, "vision_config", None)
+    return weights
+
+
+def _passes(tune: Tune) -> dict[str, float]:
+    """How often each part's weights are multiplied: forward, and backward for inputs and for weights as needed."""
     passes = {
         part: 1.0 if isinstance(mode, Frozen) else 3.0 if isinstance(mode, Full) else 2.0
         for part, mode in tune.parts.items()
     }
+    passes["language"] = max(2.0, passes["language"])  # gradients pass through it
     if passes["vision"] > 1:
-        passes["projector"] = max(2.0, passes["projector"])  # gradients pass through it
-    text = config.get_text_config()
-    language_passes = max(2.0, passes["language"])
-    depth, width = _depth(text), text.hidden_size
-    patches = _patches_per_token(config)
-    pair = 0.0
-    if vision is not None:
-        blocks = getattr(vision, "fullatt_block_indexes", None)
-        pair = 2.0 * (_depth(vision) if blocks is None else len(blocks)) * vision.hidden_size * patches**2
-    return CostModel(
-        token=weights["language"] * language_passes,
-        token_pair=3.0 * depth * width,
-        image_token=weights["vision"] * patches * passes["vision"] + weights["projector"] * passes["projector"],
-        image_token_pair=pair * (1.0 if passes["vision"] == 1 else 3.0),
-    )
+        passes["projector"] = max(2.0, passes["projector"])
+    return passes
+
+
+def _picture_attention(vision: Any) -> tuple[float, float]:
+    """Multiply-additions forward per pair of patches, and per patch where layers attend within windows of patches."""
+    depth, width = _depth(vision), _width(vision)
+    blocks = getattr(vision, "fullatt_block_indexes", None)
+    full = depth if blocks is None else len(blocks)
+    in_window = 0 if blocks is None else (vision.window_size // vision.patch_size) ** 2
+    return 2.0 * full * width, 2.0 * (depth - full) * width * in_window
 
 
 def _depth(config: Any) -> int:
     return int(getattr(config, "num_hidden_layers", None) or config.depth)
+
+
+def _width(config: Any) -> int:
+    head = getattr(config, "head_dim", None)
+    return int(head * config.num_attention_heads if head else config.hidden_size)
 
 
 def _patches_per_token(config: Any) -> float:

@@ -1,0 +1,82 @@
+"""What a sample costs, against the multiply-additions that torch counts while it is computed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import TINY
+from learning import ALL_FULL, LORA, MIXED, QUIET
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from mmtrain.config.schema import Config, Tune
+from mmtrain.data.batch import Batch, Loader
+from mmtrain.data.processor import load_processor
+from mmtrain.model.components import Components, prepare_learning
+from mmtrain.model.cost import cost_model
+from mmtrain.model.inputs import InputMaker
+from mmtrain.model.load import load_model
+from mmtrain.train.dataset import Dataset
+
+FULL = {"mode": "full"}
+TUNES = {
+    "language lora": {"language": LORA},
+    "projector full": {"projector": FULL, "language": LORA},
+    "vision full": {"vision": FULL, "language": LORA},
+    "mixed": MIXED,
+    "vision alone": {"vision": FULL},
+    "all full": ALL_FULL,
+}
+
+
+def measured(model: Any, make_inputs: InputMaker, batch: Batch) -> float:
+    """Multiply-additions of a forward and a backward pass, the head left out."""
+    base = getattr(model, "get_base_model", lambda: model)().base_model
+    with FlopCounterMode(display=False) as counter:
+        base(**make_inputs(batch)).last_hidden_state.pow(2).sum().backward()
+    return counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("name", TUNES)
+def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Callable[..., Config]) -> None:
+    """Within 8 %: the first layer has no input to learn, adapters and windows at the rim are counted roughly."""
+    if kind == "text" and name not in ("language lora", "all full"):
+        pytest.skip("a model of text alone has one part")
+    config = make_config(kind, {"language": TUNES[name]["language"]} if kind == "text" else TUNES[name])
+    processor = load_processor(config.model.path)
+    dataset = Dataset(config, processor, QUIET)
+    base = load_model(config.model.path, "float32", processor)
+    base.set_attn_implementation("eager")  # the one that torch counts on every device
+    model, components, _ = prepare_learning(base, config.tune)
+    costs = cost_model(base, components, config.tune)
+    make_inputs, checked = InputMaker(model, True, processor.image_token_id), dataset.checked
+    for sample in (1, 2, 3, 5):
+        tokens, images = checked.num_tokens[sample], checked.num_image_tokens[sample]
+        if name == "vision alone" and not images:
+            continue  # nothing learns from it
+        found = measured(model, make_inputs, Loader(dataset.train, True).load([sample]))
+        found -= costs.token_pair * float(tokens) ** 2  # what lies behind the causal mask is computed here
+        assert found == pytest.approx(float(costs.of(tokens, images, checked.image_token_pairs[sample])), rel=0.08)
+
+
+def test_a_table_and_the_head_cost_nothing() -> None:
+    """Worked out by hand from the tiny model's config: 4 layers, q and o of 128², k and v of 128 x 64, 3 of 128 x 352;
+    4 layers of pictures, 4 of 96² and 3 of 96 x 256, patches of 3 x 2 x 8², 4 patches a token, 2 layers in windows."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(TINY))
+    tune = Tune.model_validate({"language": {"mode": "full"}})
+    costs = cost_model(model, Components(model), tune)
+    assert costs.token == 3 * 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 352)
+    assert costs.token_pair == 3 * 4 * 128
+    vision = 4 * (4 * (4 * 96 * 96 + 3 * 96 * 256) + 384 * 96 + 2 * 2 * 64 * 96)
+    assert costs.image_token == vision + (4 * 96) ** 2 + 4 * 96 * 128
+    assert costs.image_token_pair == 2 * 2 * 96 * 4**2
+
+
+def test_the_width_of_attention_is_that_of_its_heads(model_dirs: dict[str, Path]) -> None:
+    config = AutoConfig.from_pretrained(model_dirs["text"], head_dim=32)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert cost_model(model, Components(model), Tune.model_validate({"language": LORA})).token_pair == 3 * 2 * 4 * 32

@@ -1,0 +1,182 @@
+"""How a step is cut into micro-batches: whole, within budget, as few as can be, and of equal cost for processes."""
+
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from mmtrain.data.cut import Cut, cut_step
+
+FUZZ = settings(derandomize=True, deadline=None, database=None, max_examples=300)
+SAMPLES = st.lists(st.tuples(st.integers(1, 60), st.floats(0.1, 100)), min_size=1, max_size=40)
+
+
+def size(cut: list[int], lengths: list[int], packing: bool) -> int:
+    held = [lengths[place] for place in cut]
+    return sum(held) if packing else len(held) * max(held, default=0)
+
+
+def fewest(lengths: list[int], max_tokens: int, packing: bool) -> int:
+    """Micro-batches by the plainest way: longest first; packed into the fullest with room, padded into the last."""
+    cuts: Cut = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        with_room = [cut for cut in cuts if size([*cut, place], lengths, packing) <= max_tokens]
+        if not packing:
+            with_room = [cut for cut in cuts[-1:] if cut in with_room]
+        if with_room:
+            max(with_room, key=lambda cut: size(cut, lengths, packing)).append(place)
+        else:
+            cuts.append([place])
+    return len(cuts)
+
+
+def run_costs(cuts: Cut, costs: list[float], runs: int) -> list[float]:
+    share = len(cuts) // runs
+    return [sum(costs[place] for cut in cuts[n : n + share] for place in cut) for n in range(0, len(cuts), share)]
+
+
+def nested(multiple: int) -> list[int]:
+    """1, 2, 4, 8 for 8; 1, 2, 6, 30 for 30: each the last one times the smallest prime left."""
+    numbers = [1]
+    while numbers[-1] < multiple:
+        rest = multiple // numbers[-1]
+        numbers.append(numbers[-1] * next(n for n in range(2, rest + 1) if rest % n == 0))
+    return numbers
+
+
+@settings(FUZZ, max_examples=500)
+@given(
+    samples=st.lists(st.tuples(st.integers(1, 60), st.floats(0.1, 100)), max_size=24),
+    max_tokens=st.integers(1, 120),
+    packing=st.booleans(),
+    multiple=st.integers(1, 9),
+    with_costs=st.booleans(),
+)
+def test_a_cut_holds_every_sample_once_within_its_budget(
+    samples: list[tuple[int, float]], max_tokens: int, packing: bool, multiple: int, with_costs: bool
+) -> None:
+    lengths, costs = [length for length, _ in samples], [cost for _, cost in samples]
+    cuts = cut_step(lengths, max_tokens, packing, multiple, costs if with_costs else None)
+    assert sorted(itertools.chain(*cuts)) == list(range(len(lengths)))
+    assert len(cuts) % multiple == 0
+    assert all(len(cut) <= 1 or size(cut, lengths, packing) <= max_tokens for cut in cuts)
+    assert all(cut == sorted(cut) for cut in cuts)
+    assert sum(map(bool, cuts)) == min(len(lengths), len(cuts))  # empty only where there are too few samples
+    assert cuts == cut_step(lengths, max_tokens, packing, multiple, costs if with_costs else None)
+
+
+@settings(FUZZ, max_examples=500)
+@given(samples=SAMPLES, max_tokens=st.integers(1, 200), packing=st.booleans(), multiple=st.integers(1, 9))
+def test_there_are_no_more_micro_batches_than_fit_asks_for(
+    samples: list[tuple[int, float]], max_tokens: int, packing: bool, multiple: int
+) -> None:
+    lengths = [length for length, _ in samples]
+    cuts = cut_step(lengths, max_tokens, packing, multiple, [cost for _, cost in samples])
+    assert len(cuts) <= math.ceil(fewest(lengths, max_tokens, packing) / multiple) * multiple
+
+
+@settings(FUZZ)
+@given(samples=SAMPLES, multiple=st.sampled_from([1, 2, 3, 4, 6, 7, 8, 12, 16, 30]))
+def test_every_number_of_processes_that_divides_the_runs_has_equal_work(
+    samples: list[tuple[int, float]], multiple: int
+) -> None:
+    """Where there is room, no process has more than the mean and one sample; where its runs are not nested, two."""
+    lengths, costs = [length for length, _ in samples], [cost for _, cost in samples]
+    cuts = cut_step(lengths, sum(lengths), True, multiple, costs)
+    for runs in (n for n in range(1, multiple + 1) if multiple % n == 0):
+        samples_more = 1 if runs in nested(multiple) else 2
+        assert max(run_costs(cuts, costs, runs)) <= sum(costs) / runs + samples_more * max(costs) + 1e-6
+
+
+@settings(FUZZ)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=8, max_size=80),
+    share=st.integers(2, 5),
+    multiple=st.sampled_from([2, 3, 4, 6, 8]),
+)
+def test_work_is_equal_where_several_micro_batches_are_a_run(lengths: list[int], share: int, multiple: int) -> None:
+    max_tokens = max(max(lengths), math.ceil(1.2 * sum(lengths) / (share * multiple)))
+    costs = [float(length) for length in lengths]
+    cuts = cut_step(lengths, max_tokens, True, multiple)
+    for runs in nested(multiple):
+        assert max(run_costs(cuts, costs, runs)) <= sum(costs) / runs + max(lengths)
+
+
+def mixed(number: int, seed: int) -> tuple[list[int], list[float]]:
+    """Words of some length, pictures of some size with few words, a few large pictures; pictures cost more a token."""
+    generator = np.random.Generator(np.random.Philox(seed))
+    kind = generator.random(number)
+    words = np.minimum(generator.lognormal(4.5, 0.8, number), 1200).astype(int) + 20
+    pictures = np.where(kind < 0.3, 0, np.where(kind < 0.9, generator.integers(16, 300, number), 1000))
+    lengths = words + pictures
+    return lengths.tolist(), (lengths + lengths**2 / 40_000 + 0.6 * pictures).tolist()
+
+
+@pytest.mark.parametrize("processes", [8, 64, 256])
+@pytest.mark.parametrize("max_tokens", [2048, 4096, 8192])
+def test_processes_hardly_wait_for_each_other(processes: int, max_tokens: int) -> None:
+    slowest = mean = 0.0
+    for seed in range(4):
+        lengths, costs = mixed(16 * processes, seed)
+        times = run_costs(cut_step(lengths, max_tokens, True, processes, costs), costs, processes)
+        slowest, mean = slowest + max(times), mean + sum(times) / processes
+    assert 1 - mean / slowest < 0.05
+
+
+@pytest.mark.parametrize("processes", [8, 64, 256])
+@pytest.mark.parametrize("max_tokens", [4096, 8192])
+def test_processes_wait_little_where_rows_are_padded(processes: int, max_tokens: int) -> None:
+    lengths, _ = mixed(16 * processes, 0)
+    cuts = cut_step(lengths, max_tokens, False, processes)
+    share = len(cuts) // processes
+    times = [sum(size(cut, lengths, False) for cut in cuts[n : n + share]) for n in range(0, len(cuts), share)]
+    assert 1 - sum(times) / processes / max(times) < 0.12
+    assert sum(times) < 1.25 * sum(lengths)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("max_tokens", [1200, 8192])
+def test_a_step_of_thousands_of_processes_is_cut_at_once(packing: bool, max_tokens: int) -> None:
+    lengths, costs = mixed(16 * 4096, 0)
+    started = time.process_time()
+    cut_step(lengths, max_tokens, packing, 4096, costs)
+    assert time.process_time() - started < 2  # a quarter of a second where nothing else runs
+
+
+@settings(FUZZ)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=24), max_tokens=st.integers(1, 120))
+def test_no_two_packed_micro_batches_could_be_one(lengths: list[int], max_tokens: int) -> None:
+    assume(fewest(lengths, max_tokens, True) > 1)
+    loads = [size(cut, lengths, True) for cut in cut_step(lengths, max_tokens, True)]
+    assert all(a + b > max_tokens for a, b in itertools.combinations(loads, 2))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "packing", "multiple", "expected"),
+    [
+        ([2, 2, 2, 2], 8, True, 1, [{0, 1, 2, 3}]),
+        ([1, 2, 4, 1], 8, True, 1, [{0, 1, 2, 3}]),
+        ([1, 1, 4, 4], 8, False, 1, [{0, 1}, {2, 3}]),  # padded, 4 rows of 4 would cost 16
+        ([9, 1, 1], 8, True, 1, [{0}, {1, 2}]),
+        ([9, 1, 1], 8, False, 1, [{0}, {1, 2}]),
+        ([1, 1, 1, 1], 8, True, 4, [{0}, {1}, {2}, {3}]),
+        ([1, 1], 8, True, 4, [set(), set(), {0}, {1}]),
+        ([4, 3, 2, 1], 8, True, 2, [{0, 3}, {1, 2}]),
+        ([5, 5, 4, 3, 3], 10, True, 2, [{0, 1}, {2, 3, 4}]),  # the cheapest with room leaves no room for the last
+        ([], 8, True, 4, []),
+    ],
+)
+def test_small_cuts_worked_out_by_hand(
+    lengths: list[int], max_tokens: int, packing: bool, multiple: int, expected: list[set[int]]
+) -> None:
+    cuts = cut_step(lengths, max_tokens, packing, multiple)
+    assert sorted(map(sorted, cuts)) == sorted(map(sorted, expected))
+
+
+def test_costs_and_not_lengths_are_made_equal() -> None:
+    cuts = cut_step([4, 4, 4, 4], 16, True, 2, [9.0, 1.0, 5.0, 5.0])
+    assert sorted(map(sorted, cuts)) == [[0, 1], [2, 3]]
