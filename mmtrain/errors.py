@@ -2,7 +2,7 @@
 
 import errno
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -63,11 +63,12 @@ _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 
 
 @contextmanager
-def storage_faults(what: str) -> Iterator[None]:
+def storage_faults(what: str | Callable[[], str]) -> Iterator[None]:
     """Turn what the file system refuses inside into a StorageError that says `what` was to be written."""
     try:
         yield
     except OSError as error:
         if error.errno not in _STORAGE:
             raise
-        raise StorageError(f"{what}: {error.strerror}; make room and run the same command again") from None
+        told = what if isinstance(what, str) else what()
+        raise StorageError(f"{told}: {error.strerror}; make room and run the same command again") from None

@@ -115,7 +115,7 @@ def launch(layout: Layout, processes: int, words: Sequence[str]) -> int:
     logging.disable(logging.CRITICAL)  # what the agent tells of its workers, our lines tell too
     address = _own_address(layout.rendezvous)
     os.environ |= {
-        _OURS: "1",
+        _OURS: str(os.getpid()),
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # shared, it would hold what an earlier start left
     }
@@ -198,3 +198,5 @@ def _end_with_parent() -> None:
     """Have the kernel end this process with the launcher that started it (Linux's PR_SET_PDEATHSIG is 1)."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.environ.get(_OURS, str(os.getppid())) != str(os.getppid()):  # it had ended before this was asked for
+            sys.exit(PeerError.exit_code)

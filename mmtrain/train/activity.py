@@ -15,6 +15,8 @@ class Activity:
     phase: str = "starting"
     step: int = 0
     ticks: int = 0
+    waiting: bool = False
+    """In a collective: what holds it up is another process."""
 
     def set(self, phase: str, step: int | None = None) -> None:
         self.phase = phase

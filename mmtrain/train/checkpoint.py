@@ -8,6 +8,7 @@ It is made in a folder beside, flushed to the disk, and renamed; `manifest.json`
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,10 +42,11 @@ def write_folder(target: Path, made: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         made.rename(target)
+        _flush(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     else:
         made.rename(target)
-    _flush(target.parent)
+        _flush(target.parent)
 
 
 def _flush(path: Path) -> None:
@@ -97,8 +99,10 @@ class CheckpointFolder:
 
     def check_room(self, size: int) -> None:
         """Raises StorageError where the checkpoints still to come, of `size` bytes each, will not fit."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        held = sum(file.stat().st_size for path in self._all() for file in path.iterdir())
+        with storage_faults(f"{self._folder}: it cannot be made"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self.sweep()
+        held = sum(file.stat().st_size for path in self._all() for file in path.rglob("*"))
         needed = (self._keep + 1) * size - held
         free = shutil.disk_usage(self._folder).free
         if free < needed:
@@ -115,29 +119,40 @@ class CheckpointFolder:
         target = self._folder / f"step-{step:06d}"
         made = target.with_name(f".{target.name}.new")
         size = sum(value.nbytes for part in (held.weights, held.moments) for value in part.values())
-        with storage_faults(f"{target}: the checkpoint needs {size / 1e6:,.1f} MB"):
+        with storage_faults(lambda: self._needs(target, size)):
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            made.mkdir()
+            _flush(self._folder.parent)
+            self.sweep()
+            if made.exists():
+                shutil.rmtree(made)  # says why it could not be swept
             try:
-                save_file(held.weights, made / "trainable.safetensors")
-                save_file(held.moments, made / "optimizer.safetensors")
+                made.mkdir()
+                _write_tensors(held.weights, made / "trainable.safetensors")
+                _write_tensors(held.moments, made / "optimizer.safetensors")
                 (made / "state.json").write_text(json.dumps(state, indent=2))
                 sums = {path.name: _sha256(path) for path in sorted(made.iterdir())}
                 (made / _MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=2))
                 write_folder(target, made)
-            except SafetensorError as error:  # what the file system says comes as its text
-                shutil.rmtree(made, ignore_errors=True)
-                raise StorageError(f"{target}: {error}; make room and run the same command again") from None
             except OSError:
                 shutil.rmtree(made, ignore_errors=True)
                 raise
         fault = _fault(target)
         if fault is not None:
             raise StorageError(f"{target}: read back, {fault}: the disk did not keep what was written")
-        for old in self._all()[self._keep :]:
-            self._remove(old)
+        with storage_faults(f"{self._folder}: {target.name} is saved, an older one cannot be deleted"):
+            self._prune(step)
         return target
+
+    def _prune(self, step: int) -> None:
+        """Delete all but the newest `keep` up to `step`, and what is behind it: the run went back over it as broken."""
+        own = [path for path in self._all() if _step_of(path) <= step]
+        for old in [*(path for path in self._all() if _step_of(path) > step), *own[self._keep :]]:
+            self._remove(old)
+
+    def _needs(self, target: Path, size: int) -> str:
+        there = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        return f"{target}: the checkpoint needs {size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest sound checkpoint, and a line for each newer one that is broken, saying what is wrong with it.
@@ -155,7 +170,7 @@ class CheckpointFolder:
         return None, []
 
     def _all(self) -> list[Path]:
-        return sorted(self._folder.glob("step-*"), reverse=True)
+        return sorted(self._folder.glob("step-*"), key=_step_of, reverse=True)
 
     def _remove(self, path: Path) -> None:
         """Out of sight in one rename first: a half-deleted checkpoint must not look like a broken one."""
@@ -163,10 +178,27 @@ class CheckpointFolder:
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
         """Delete what a killed run was writing or deleting."""
         for path in self._folder.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _step_of(path: Path) -> int:
+    """From the name, which has more digits behind step 999,999; -1 where somebody else made the folder."""
+    digits = path.name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """As OSError what the file system refuses: safetensors gives it as text."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -214,11 +246,15 @@ def _fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, None where it is sound."""
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_text())
-        for name, expected in manifest["sha256"].items():
-            if _sha256(checkpoint / name) != expected:
-                return f"{name} is not what was written"
-        if manifest["sha256"].keys() != _FILES or f"step-{manifest['step']:06d}" != checkpoint.name:
+        sums: dict[str, str] = manifest["sha256"]
+        if sums.keys() != _FILES or f"step-{manifest['step']:06d}" != checkpoint.name:
             return f"{_MANIFEST} is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"cannot be read ({error})"
+        return f"{_MANIFEST} cannot be read ({error})"
+    for name, expected in sums.items():
+        try:
+            if _sha256(checkpoint / name) != expected:
+                return f"{name} is not what was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None

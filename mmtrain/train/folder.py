@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmtrain.errors import UserError, storage_faults
@@ -33,8 +33,8 @@ def locked(output_dir: Path) -> Iterator[None]:
                 "wait for it, stop it, or take another train.output_dir"
             ) from None
         file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        file.flush()
+        with suppress(OSError):  # no room for the name: the lock itself needs none
+            os.write(file.fileno(), json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         yield
 
 

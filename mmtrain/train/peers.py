@@ -19,6 +19,9 @@ HANG_CODE = 5
 STOP_SECONDS = 20.0
 """After a signal nothing may stand still for longer: schedulers kill some 30 seconds after they have asked."""
 
+_SPEAKS_SECONDS = 3.0
+"""A process on another machine that was heard of so short ago tells the user."""
+
 
 class Store(Protocol):
     """What is used of torch's store."""
@@ -58,31 +61,33 @@ class Seen:
         return f"process {self.beat['index']} (pid {self.beat['pid']} on {self.beat['host']})"
 
 
-def judge(seen: list[Seen], timeout: float, now: float) -> Verdict | None:
+def judge(seen: list[Seen], timeout: float, now: float, asked: int | None = None) -> Verdict | None:
     """Who holds the run up: silent for `timeout` seconds, or alive and not moving. None while all is well.
 
-    After a signal the time is at most `STOP_SECONDS`, but for writing a checkpoint.
+    After a signal (`asked`; who stands still may not have heard of it) the time is at most `STOP_SECONDS`, but for
+    writing a checkpoint.
     """
 
     def limit(one: Seen) -> float:
-        return timeout if one.beat["asked"] is None or one.beat["phase"] == "saving" else min(timeout, STOP_SECONDS)
+        known = asked if asked is not None else one.beat["asked"]
+        return timeout if known is None or one.beat["phase"] == "saving" else min(timeout, STOP_SECONDS)
 
     for one in seen:
         if now - one.alive_at > limit(one):
-            return _hang([one], f"has not been heard of for {limit(one):.0f} s")
+            return _hang([one], asked, f"has not been heard of for {limit(one):.0f} s")
     stuck = [one for one in seen if now - one.moved_at > limit(one)]
-    busy = [one for one in stuck if one.beat["phase"] not in WAITING]
+    busy = [one for one in stuck if not one.beat["waiting"]]
     if busy:
-        return _hang(busy, f"has not moved for {limit(busy[0]):.0f} s")
+        return _hang(busy, asked, f"has not moved for {limit(busy[0]):.0f} s")
     if stuck and len(stuck) == len(seen):
-        return _hang(stuck, f"has waited for the others for {limit(stuck[0]):.0f} s")
+        return _hang(stuck, asked, f"has waited for the others for {limit(stuck[0]):.0f} s")
     return None
 
 
-def _hang(culprits: list[Seen], what: str) -> Verdict:
+def _hang(culprits: list[Seen], asked: int | None, what: str) -> Verdict:
     words = "; ".join(f"{one.name} {what}: {one.beat['doing']}" for one in culprits[:8])
     more = f"; and {len(culprits) - 8} more" if len(culprits) > 8 else ""
-    asked = culprits[0].beat["asked"]
+    asked = asked if asked is not None else culprits[0].beat["asked"]
     return Verdict(HANG_CODE if asked is None else 128 + asked, words + more)
 
 
@@ -95,6 +100,7 @@ class Peers:
         self._timeout = timeout
         self._seen: dict[int, Seen] = {}
         self._number = 0
+        self._asked: int | None = None
         self._board: dict[str, Any] = {"number": 0, "asked": None, "verdict": None}
         self._board_at = time.monotonic()
 
@@ -115,6 +121,7 @@ class Peers:
         Raises RuntimeError (torch's store errors) where the store is gone.
         """
         self._number += 1
+        self._asked = asked
         beat = {
             "index": self._index,
             "number": self._number,
@@ -123,6 +130,7 @@ class Peers:
             "phase": activity.phase,
             "doing": str(activity),
             "ticks": activity.ticks,
+            "waiting": activity.waiting or activity.phase in WAITING,
             "asked": asked,
             "told": None if told is None else {"code": told.code, "words": told.words},
         }
@@ -146,7 +154,7 @@ class Peers:
     def speaks(self) -> bool:
         """Whether it is for this process to tell the user: the first, or else the lowest one that is left."""
         lower = [number for number in {0, *self._neighbours} if number < self._index]
-        return not any(number in self._seen and _lives(self._seen[number].beat) for number in lower)
+        return not any(number in self._seen and _can_speak(self._seen[number]) for number in lower)
 
     def _lead(self) -> None:
         for number in range(1, self._num_processes):
@@ -154,9 +162,8 @@ class Peers:
         for one in self._seen.values():
             self._board["asked"] = self._board["asked"] or one.beat["asked"]
             self._board["verdict"] = self._board["verdict"] or one.beat["told"]
-        stuck = judge(
-            [one for one in self._seen.values() if one.beat["phase"] != "leaving"], self._timeout, time.monotonic()
-        )
+        present = [one for one in self._seen.values() if one.beat["phase"] != "leaving"]
+        stuck = judge(present, self._timeout, time.monotonic(), self._board["asked"])
         if stuck is not None and self._board["verdict"] is None:
             self._board["verdict"] = {"code": stuck.code, "words": stuck.words}
         self._board["number"] = self._number
@@ -172,12 +179,19 @@ class Peers:
             if board["number"] != self._board["number"]:
                 self._board_at = time.monotonic()
             self._board = board
+        silence, asked = time.monotonic() - self._board_at, self._asked
+        limit = self._timeout if asked is None else min(self._timeout, STOP_SECONDS)
+        if silence > limit and self._board["verdict"] is None:
+            found = self.silent(silence, asked)
+            self._board["verdict"] = {"code": found.code, "words": found.words}
+
+    def silent(self, seconds: float, asked: int | None) -> Verdict:
+        """The first process has not answered for so long."""
         first = self._seen.get(0)
-        if time.monotonic() - self._board_at > self._timeout and self._board["verdict"] is None:
-            name = "process 0" if first is None else first.name
-            doing = "starting" if first is None else first.beat["doing"]
-            words = f"{name} has not been heard of for {self._timeout:.0f} s: {doing}"
-            self._board["verdict"] = {"code": HANG_CODE, "words": words}
+        name = "process 0" if first is None else first.name
+        doing = "starting" if first is None else first.beat["doing"]
+        code = HANG_CODE if asked is None else 128 + asked
+        return Verdict(code, f"{name} has not been heard of for {seconds:.0f} s: {doing}")
 
     def _fetch(self, number: int) -> None:
         assert self._store is not None
@@ -191,9 +205,20 @@ class Peers:
 
 def _lives(beat: dict[str, Any]) -> bool:
     """Whether a process runs, as far as can be seen from this machine; one that waits to be reaped does not."""
+    return _status(beat) not in (None, psutil.STATUS_ZOMBIE)
+
+
+def _can_speak(one: Seen) -> bool:
+    """Whether a process is neither dead nor stopped, as far as can be seen from this machine."""
+    if one.beat["host"] != socket.gethostname():
+        return time.monotonic() - one.alive_at < _SPEAKS_SECONDS
+    return _status(one.beat) not in (None, psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED)
+
+
+def _status(beat: dict[str, Any]) -> str | None:
     if beat["host"] != socket.gethostname():
-        return True
+        return str(psutil.STATUS_RUNNING)
     try:
-        return bool(psutil.Process(beat["pid"]).status() != psutil.STATUS_ZOMBIE)
+        return str(psutil.Process(beat["pid"]).status())
     except psutil.NoSuchProcess:
-        return False
+        return None

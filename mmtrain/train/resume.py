@@ -99,7 +99,8 @@ def find_resume(
 def _told(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     if key.endswith((".records", ".pictures")) or key in ("model.weights", "model.processor", "model.template"):
         return "not the bytes that the run began with"
-    return f"was {shown(before.get(key))} and is {shown(now.get(key))}"
+    was, is_now = ("not set" if found.get(key) is None else shown(found[key]) for found in (before, now))
+    return f"was {was} and is {is_now}"
 
 
 def _check_known(accept: Sequence[str], known: dict[str, Any]) -> None:

@@ -163,10 +163,12 @@ class Runtime:
             return found
         doing = self.activity.phase
         self.activity.set("waiting")
-        while not self._store.check([key]):
-            time.sleep(0.05)
+        with self._together():  # the first process may hold the store: with it, it is gone
+            while not self._store.check([key]):
+                time.sleep(0.05)
+            found = str(self._store.get(key).decode())
         self.activity.set(doing)
-        return str(self._store.get(key).decode())
+        return found
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -174,12 +176,15 @@ class Runtime:
         if self.num_processes == 1:
             yield
             return
+        self.activity.waiting = True
         try:
             yield
         except RuntimeError as error:
             if self._supervisor is None:
                 raise
             raise self._supervisor.lost() from error
+        finally:
+            self.activity.waiting = False
 
     def close(self) -> None:
         self._accelerator.end_training()

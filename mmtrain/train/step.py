@@ -90,6 +90,8 @@ def _accumulate_tree(
         for parameter in parameters:
             parameter.grad = None
         nlls.append(_backward(learner, next(remaining), num_supervised, step))
+        if len(nlls) == len(every):  # what follows the last one is the exchange
+            learner.runtime.activity.set("gradients")
         return flatten(parameters)
 
     put_back(sum_tree(len(every), leaf, learner.runtime), parameters)

@@ -17,7 +17,7 @@ from types import FrameType
 
 from mmtrain.errors import STOP_SIGNALS, PeerError, Stopped, UserError
 from mmtrain.train.activity import IN_STEPS, Activity
-from mmtrain.train.peers import HANG_CODE, Peers, Verdict
+from mmtrain.train.peers import HANG_CODE, STOP_SECONDS, Peers, Verdict
 
 _REPEAT_SECONDS = 1.0
 """The same signal within this time is one: a scheduler sends it to every process and a launcher forwards its own."""
@@ -30,6 +30,7 @@ class Supervisor:
 
     def __init__(self, activity: Activity, peers: Peers, index: int, alone: bool, timeout: float, stacks: Path) -> None:
         self._activity, self._peers, self._index, self._alone = activity, peers, index, alone
+        self._timeout = timeout
         self._interval = min(0.5, timeout / 8)
         self._stacks = stacks
         self._asked: int | None = None
@@ -37,7 +38,10 @@ class Supervisor:
         self._told: Verdict | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="mmtrain-supervisor", daemon=True)
-        self._lock = threading.Lock()
+        self._talker = threading.Thread(target=self._talk, name="mmtrain-talker", daemon=True)
+        self._rounds = threading.Condition()
+        self._num_begun = self._num_wanted = self._num_done = 0
+        self._reached = True
 
     def start(self) -> None:
         """Take the signals and begin to watch. Signals belong to the main thread: in another they are left alone."""
@@ -47,6 +51,7 @@ class Supervisor:
         if threading.current_thread() is threading.main_thread():
             self._handlers = {signum: signal.signal(signum, _only_wake) for signum in STOP_SIGNALS}
             self._old_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        self._talker.start()
         self._thread.start()
 
     def stop(self) -> None:
@@ -54,6 +59,8 @@ class Supervisor:
         self._activity.set("leaving")
         self._exchange()
         self._closing.set()
+        with self._rounds:
+            self._rounds.notify_all()
         self._thread.join(timeout=5)
         if self._handlers:
             signal.set_wakeup_fd(self._old_fd)
@@ -89,9 +96,12 @@ class Supervisor:
     def lost(self) -> UserError:
         """What a broken collective means: which process is gone and where it was, or the signal that ended it."""
         end = time.monotonic() + _SILENCE_SECONDS
-        while time.monotonic() < end and self._exchange():
+        while time.monotonic() < end:
+            self._exchange()  # it may fail: a first process that held the store took it along
             verdict = self._peers.verdict or self._peers.gone()
             if verdict is not None:
+                if verdict.code == HANG_CODE:
+                    self._write_stacks()
                 error = PeerError(verdict.words)
                 error.exit_code = verdict.code
                 return error
@@ -103,18 +113,23 @@ class Supervisor:
     # --- the thread
 
     def _watch(self) -> None:
-        silent_since: float | None = None
+        answered_at = time.monotonic()
         while not self._closing.is_set():
             ready, _, _ = select.select([self._read], [], [], self._interval)
             for signum in self._read.recv(64) if ready else b"":
                 self._on_signal(signum)
             if self._exchange():
-                silent_since = None
+                answered_at = time.monotonic()
                 self._act()
             else:
-                silent_since = silent_since or time.monotonic()
-                if time.monotonic() - silent_since > _SILENCE_SECONDS:
-                    self._leave(Verdict(PeerError.exit_code, "the first process of the run is gone"))
+                self._act_alone()
+                silence = time.monotonic() - answered_at
+                if self._num_begun > self._num_done:  # the store is there and does not answer
+                    if silence > self._limit:
+                        self._leave(self._peers.silent(silence, self._asked))
+                elif silence > _SILENCE_SECONDS:
+                    words = "the first process of the run is gone"
+                    self._leave(self._peers.gone() or Verdict(PeerError.exit_code, words))
 
     def _on_signal(self, signum: int) -> None:
         if signum not in STOP_SIGNALS:
@@ -131,14 +146,36 @@ class Supervisor:
     def _ask(self, signum: int) -> None:
         self._asked, self._asked_at = signum, time.monotonic()
 
+    @property
+    def _limit(self) -> float:
+        """Seconds without an answer after which the process that holds the store counts as hung."""
+        return self._timeout if self._asked is None else min(self._timeout, STOP_SECONDS)
+
     def _exchange(self) -> bool:
-        """Whether the store could be reached."""
-        with self._lock:
+        """Whether the store could be reached, with all that was known when this was called.
+
+        Another thread asks it: torch's store waits without end for one whose process is stopped.
+        """
+        with self._rounds:
+            wanted = self._num_wanted = self._num_begun + 1
+            self._rounds.notify_all()
+            return self._rounds.wait_for(lambda: self._num_done >= wanted, 2 * self._interval) and self._reached
+
+    def _talk(self) -> None:
+        while True:
+            with self._rounds:
+                self._rounds.wait_for(lambda: self._num_wanted > self._num_begun or self._closing.is_set())
+                if self._num_wanted <= self._num_begun:
+                    return
+                self._num_begun += 1
             try:
                 self._peers.exchange(self._activity, self._asked, self._told)
+                reached = True
             except RuntimeError:
-                return False
-        return True
+                reached = False
+            with self._rounds:
+                self._num_done, self._reached = self._num_begun, reached
+                self._rounds.notify_all()
 
     def _act(self) -> None:
         """Do what has been heard."""
@@ -148,23 +185,27 @@ class Supervisor:
             return
         if self._peers.verdict is not None:
             self._leave(self._peers.verdict)
-        if self._asked is not None and self._activity.phase not in IN_STEPS and self._activity.phase != "leaving":
-            name = signal.Signals(self._asked).name
-            self._leave(
-                Verdict(128 + self._asked, f"{name}: stopped while {self._activity}; there was nothing to save")
-            )
+        self._act_alone()
         gone = self._peers.gone()
         if gone is not None:
             time.sleep(1.0)  # a main thread in a collective finds out now, and ends in good order
             if not self._closing.is_set() and self._told is None:
                 self._leave(gone)
 
+    def _act_alone(self) -> None:
+        """Do what asks for no other process: leave where a signal came and there is nothing to save."""
+        if self._closing.is_set() or self._told is not None:
+            return
+        if self._asked is not None and self._activity.phase not in IN_STEPS and self._activity.phase != "leaving":
+            name = signal.Signals(self._asked).name
+            self._leave(
+                Verdict(128 + self._asked, f"{name}: stopped while {self._activity}; there was nothing to save")
+            )
+
     def _leave(self, verdict: Verdict) -> None:
         """End the process from here: the main thread may be where nothing reaches it."""
         if verdict.code == HANG_CODE:
-            self._stacks.mkdir(parents=True, exist_ok=True)
-            with (self._stacks / f"process-{self._index}.txt").open("w") as file:
-                faulthandler.dump_traceback(file)
+            self._write_stacks()
         if self._peers.speaks:
             where = f"; where each process stood is in {self._stacks}" if verdict.code == HANG_CODE else ""
             _say(verdict.words + where)
@@ -174,6 +215,11 @@ class Supervisor:
         while self._exchange() and time.monotonic() < end:  # the first holds the store: let the others read
             time.sleep(self._interval / 4)
         os._exit(verdict.code)
+
+    def _write_stacks(self) -> None:
+        self._stacks.mkdir(parents=True, exist_ok=True)
+        with (self._stacks / f"process-{self._index}.txt").open("w") as file:
+            faulthandler.dump_traceback(file)
 
 
 def _only_wake(signum: int, frame: FrameType | None) -> None:

@@ -1,0 +1,90 @@
+"""Faults in the data of a run and in the threads that load it. A case gives what was wrong, one line each."""
+
+import time
+from pathlib import Path
+
+import PIL.Image
+from builders import make_llava, write_jsonl
+from fault_cases import World, once, saved_step
+from forked import patch, until
+from safetensors.torch import load_file
+
+
+def with_pictures(world: World) -> Path:
+    """A config over eight samples with a JPEG each."""
+    folder = world.folder / f"pictures-{len(list(world.folder.glob('pictures-*')))}"
+    (folder / "images").mkdir(parents=True)
+    model = world.folder / "llava"
+    if not model.exists():
+        make_llava(model)
+    records = []
+    for number in range(8):
+        PIL.Image.effect_noise((64, 64), 50 + number).convert("RGB").save(folder / "images" / f"{number}.jpg")
+        turns = [
+            {"role": "user", "content": "<image>What is it?"},
+            {"role": "assistant", "content": f"It is {number}"},
+        ]
+        records.append({"messages": turns, "images": [f"images/{number}.jpg"]})
+    data = write_jsonl(folder / "pictures.jsonl", records)
+    changed = {"model": {**world.data["model"], "path": str(model)}, "data": {"train": [{"path": str(data)}]}}
+    return world.write({**world.data, **changed}, f"{folder.name}.yaml")
+
+
+def nan_case(world: World, target: str, rank: int, step: int) -> list[str]:
+    """What `target` gives is not finite, in one process and one step."""
+    folder = world.new_folder()
+    more = ("train.checkpoint_every=1", "train.keep_checkpoints=9")
+    group = world.start(folder, 2, {rank: [patch(target, "nan", folder / "done", step)]}, *more)
+    try:
+        codes = group.wait(30)
+        faults = [] if codes == [6, 6] else [f"exit codes {codes}: {group.text[-1500:]}"]
+        faults += once(group, f"mmtrain: step {step}: the loss is") + once(group, "mixed.jsonl:")
+        if saved_step(folder) != step - 1:
+            faults.append(f"step {saved_step(folder)} is saved, not {step - 1}")
+        faults += non_finite(folder / "run" / "checkpoints")
+    finally:
+        group.end()
+    where = f"{target} not finite in {rank}, step {step}: "
+    return [where + fault for fault in faults + world.check_going_on(folder, *more)]
+
+
+def non_finite(folder: Path) -> list[str]:
+    return [
+        f"{path}: {name} is not finite"
+        for path in folder.glob("step-*/*.safetensors")
+        for name, value in load_file(path).items()
+        if not value.isfinite().all()
+    ]
+
+
+def loader_case(world: World, do: str, rank: int) -> tuple[list[str], float]:
+    """What happens in a thread that loads, in one process: a picture breaks behind the check, it raises, it hangs."""
+    folder = world.new_folder()
+    target, nth = ("mmtrain.data.batch.decode", 1) if do == "break" else ("mmtrain.data.batch.Loader.load", 3)
+    flag = folder / "done"
+    words = world.words(folder, "train.hang_timeout=3", config=with_pictures(world))
+    group = world.server.start(folder, words, 2, {rank: [patch(target, do, flag, nth=nth)]})
+    try:
+        until(flag)
+        begun = time.monotonic()
+        codes = group.wait(30)
+        seconds = time.monotonic() - begun
+        code, told = {
+            "break": (2, "pictures.jsonl:"),
+            "raise": (1, f"process {rank} failed: RuntimeError: as the test wants it"),
+            "hang": (5, f"process {rank} (pid {group.pids[rank]} on "),
+        }[do]
+        faults = [] if codes == [code] * 2 else [f"exit codes {codes}: {group.text[-1500:]}"]
+        lines = [line for line in group.text.splitlines() if line.startswith("mmtrain: ")]
+        if sum(told in line for line in lines) != 1 and not (do == "raise" and rank == 0):
+            faults.append(f"not told once: {lines}")
+        if do == "hang":
+            stuck = [line for line in lines if "has not moved" in line]
+            faults += (
+                [] if len(stuck) == 1 and stuck[0].count("process ") == 2 and ", data;" in stuck[0] else [str(lines)]
+            )
+        elif do == "break" and "Traceback" in group.text:
+            faults.append(f"a traceback: {group.text[-3000:]}")
+    finally:
+        group.end()
+    return [f"a loader of {rank} is to {do}: {fault}" for fault in faults], seconds

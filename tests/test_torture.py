@@ -1,0 +1,66 @@
+"""The parts of scripts/torture, each with a few tries: that runs stand what it does to them, and that it would tell."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "torture"
+PARTS = ("kills", "agent", "resume", "worlds", "layouts", "corrupt", "histories", "changes", "quotas", "launches")
+
+
+def torture(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, str]:
+    """What each part printed; all in one process, which imports torch once."""
+    done = torture("--short", *PARTS)
+    assert not done.stderr, done.stderr
+    blocks = re.split(rf"^({'|'.join(PARTS)}): ", done.stdout, flags=re.MULTILINE)
+    return dict(zip(blocks[1::2], blocks[2::2], strict=True))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_runs_stand_it(part: str, said: dict[str, str]) -> None:
+    assert not said[part].startswith("BAD"), said[part]
+    assert not re.match(r"0 ", said[part])  # it did try
+
+
+SABOTAGE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torture_checkpoints, torture_layouts
+import mmtrain.train.checkpoint as checkpoint
+import mmtrain.train.loop as loop
+
+restore, fault = loop.restore, checkpoint._fault
+
+
+def forget_the_moments(path, model, optimizer, share):
+    restore(path, model, optimizer, share)
+    optimizer.state.clear()
+
+
+loop.restore = forget_the_moments
+print(torture_layouts.resume(2)[1])
+loop.restore, checkpoint._fault = restore, lambda path: None
+print(torture_checkpoints.histories(30)[1])
+"""
+
+
+def test_the_script_tells_a_resume_without_moments_and_a_store_that_checks_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SABOTAGE, str(SCRIPT.parent)], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def test_an_unknown_part_is_refused() -> None:
+    done = torture("no-such-part")
+    assert done.returncode == 2
+    assert "no such part: no-such-part" in done.stderr
