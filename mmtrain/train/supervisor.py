@@ -31,7 +31,7 @@ class Supervisor:
     def __init__(self, activity: Activity, peers: Peers, index: int, alone: bool, timeout: float, stacks: Path) -> None:
         self._activity, self._peers, self._index, self._alone = activity, peers, index, alone
         self._timeout = timeout
-        self._interval = min(0.5, timeout / 8)
+        self._interval = min(0.25, timeout / 8)
         self._stacks = stacks
         self._asked: int | None = None
         self._asked_at = 0.0
