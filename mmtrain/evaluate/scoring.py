@@ -69,6 +69,7 @@ class Scorer:
             runtime.activity.tick()
             if runtime.should_break(together=filled is not None):
                 break
+        make_inputs.clear()
         total, asked = runtime.agree(torch.from_numpy(sums).flatten())
         if asked is not None:
             return None

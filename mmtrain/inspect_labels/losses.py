@@ -41,4 +41,5 @@ def token_losses(
             nll, _ = supervised_nll(model, make_inputs(on_device), on_device)
         positions = batch.supervised[0].nonzero()[:, 0].tolist()
         found[batch.segments[0].sample] = dict(zip(positions, nll.tolist(), strict=True))
+    make_inputs.clear()
     return found

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmtrain.data.batch import Batch, Segment
 from mmtrain.errors import UserError
+from mmtrain.model.attention import install_attention
 
 
 class InputMaker:
@@ -17,6 +18,7 @@ class InputMaker:
     def __init__(self, model: Any, packing: bool, image_token_id: int | None) -> None:
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         self._get_rope_index = getattr(model.base_model, "get_rope_index", None)
+        self._layout = install_attention(model)
         self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._image_token_id = image_token_id
         obstacle = self._obstacle(model.config)
@@ -29,6 +31,8 @@ class InputMaker:
         Packed rows go without an attention mask: the restarts of the positions part the samples, and only with
         `use_cache` off (left at its default, the samples of a row see each other without a word).
         """
+        if self._layout is not None:
+            self._layout.set(batch)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False, **batch.image_inputs}
         inputs["position_ids"] = self._positions(batch)
         if not batch.packed:
@@ -36,6 +40,11 @@ class InputMaker:
         types = self._token_types(batch.input_ids)
         inputs |= {key: types for key in ("mm_token_type_ids", "token_type_ids") if key in self._takes}
         return inputs
+
+    def clear(self) -> None:
+        """To be called behind the last batch: until then the model takes whatever goes through it for packed so."""
+        if self._layout is not None:
+            self._layout.clear()
 
     def _obstacle(self, config: Any) -> str | None:
         if "token_type_ids" in self._takes:

@@ -115,6 +115,7 @@ def _logits(model: Any, learner: Learner, batch: Batch) -> Tensor:
     """(num_supervised, vocabulary) at the batch's supervised tokens."""
     with learner.runtime.autocast():
         logits: Tensor = model(**learner.make_inputs(batch), logits_to_keep=batch.supervised).logits
+    learner.make_inputs.clear()
     return logits.float()
 
 

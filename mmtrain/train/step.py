@@ -65,6 +65,7 @@ def accumulate_gradients(
         if not learner.sharded:
             sum_running(parameters, runtime)
     learner.clock.clear()
+    learner.make_inputs.clear()
     runtime.activity.set("gradients")
     own = torch.stack(nlls) if nlls else torch.zeros(1, dtype=torch.float64, device=runtime.device)
     if learner.exact and runtime.num_processes > 1:

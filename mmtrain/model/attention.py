@@ -1,0 +1,115 @@
+"""Attention within the samples of a packed row: no token looks at another sample, and nothing is computed for one.
+
+Registered with transformers as an attention of its own. A packed row goes sample by sample through torch's causal
+kernel on the CPU and through `varlen_attn` on CUDA, so the cost is the sum of the samples' squares and not the square
+of their sum; rows that are padded go through transformers' own `sdpa`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from mmtrain.data.batch import Batch
+
+NAME = "mmtrain_segments"
+_KINDS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(slots=True)
+class RowLayout:
+    """Where the samples of the row that goes through the model lie. Set for each batch, read by every layer."""
+
+    lengths: tuple[int, ...] | None = None
+    """Tokens of each sample of a packed row, in order; None for padded rows."""
+    ends: Tensor | None = None
+    """(num_samples + 1,) int32, on the row's device: 0, and where each sample ends."""
+
+    def set(self, batch: Batch) -> None:
+        self.lengths = tuple(segment.length for segment in batch.segments) if batch.packed else None
+        self.ends = None
+        if self.lengths is not None and batch.input_ids.is_cuda:
+            ends = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            self.ends = ends.to(batch.input_ids.device, non_blocking=True)
+
+    def clear(self) -> None:
+        """What comes next is not a packed row."""
+        self.lengths = self.ends = None
+
+
+def install_attention(model: Any) -> RowLayout | None:
+    """Give the language model attention by samples; None where its attention is of a kind that this cannot replace."""
+    decoder = model.get_decoder()
+    config = decoder.config
+    if config._attn_implementation == NAME:
+        installed: RowLayout = decoder.row_layout
+        return installed
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if config._attn_implementation != "sdpa" or not kinds <= _KINDS:
+        return None
+    decoder.set_attn_implementation(NAME)
+    layout = RowLayout()
+    for module in decoder.modules():
+        module.row_layout = layout
+    return layout
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """(1, length, heads, width) from query (1, heads, length, width) and key, value (1, key heads, length, width)."""
+    layout: RowLayout | None = getattr(module, "row_layout", None)
+    if layout is None or layout.lengths is None:
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return out, None
+    window = kwargs.get("sliding_window")
+    if layout.ends is not None:
+        return _on_cuda(layout.ends, max(layout.lengths), query, key, value, scaling, window), None
+    parts = zip(*(torch.split(tensor, list(layout.lengths), dim=2) for tensor in (query, key, value)), strict=True)
+    out = torch.cat([_causal(q, k, v, scaling, window) for q, k, v in parts], dim=2)
+    return out.transpose(1, 2), None
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """One sample. Within a sliding window a token sees itself and the `window` - 1 tokens before it."""
+    length = query.shape[2]
+    if window is None or length <= window:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    back = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
+    mask = (back >= 0) & (back < window)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+
+
+def _on_cuda(
+    ends: Tensor, longest: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    """All samples in one kernel, which takes (length, heads, width)."""
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    left = -1 if window is None else window - 1
+    out = varlen_attn(
+        q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1]
+    )
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """None for a packed row, which is told by having no mask of its own; sdpa's for padded rows."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
