@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from learning import ALL_FULL, MIXED, learner_for, relative_l2, step_of
+from learning import ALL_FULL, LORA, MIXED, learner_for, relative_l2, step_of
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from mmtrain.config.schema import Config
@@ -84,3 +84,15 @@ def test_loss_and_gradients_equal_the_reference(
     assert sum(bool(value.any()) for value in expected.values()) > 0.7 * len(
         expected
     )  # LLaVA skips its last vision layer
+
+
+def test_activations_computed_again_change_nothing(kind: str, make_config: Callable[..., Config]) -> None:
+    tune = MIXED if kind != "text" else {"language": {**LORA, "dropout": 0.1}}
+    found = []
+    for again in (False, True):
+        learner, dataset = learner_for(make_config(kind, tune, activation_checkpointing=again))
+        layers = [m for m in learner.model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
+        assert bool(layers) == again
+        found.append(step_of(learner, dataset, [list(range(8))], True))
+    assert found[0][0] == found[1][0]
+    assert relative_l2(found[1][1], found[0][1]) == 0

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
@@ -20,6 +21,17 @@ def length_limit(path: str, max_length: int) -> int:
     """The longest sample in tokens: `max_length`, or fewer where the model was made for fewer positions."""
     positions = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
     return min(max_length, positions or max_length)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Have every layer computed again in the backward pass. Raises UserError where the model cannot."""
+    try:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"train.activation_checkpointing: {str(error).splitlines()[0]}; set it to false") from None
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # it asks for this flag; its dropouts keep their own, which is off
 
 
 def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:

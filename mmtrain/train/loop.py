@@ -20,7 +20,7 @@ from mmtrain.model.components import PartReport, prepare_learning
 from mmtrain.model.cost import CostModel, cost_model
 from mmtrain.model.dropout import DropoutClock, install_dropout
 from mmtrain.model.inputs import InputMaker
-from mmtrain.model.load import load_model
+from mmtrain.model.load import checkpoint_activations, load_model
 from mmtrain.model.root import Root
 from mmtrain.train.checkpoint import CheckpointFolder, checkpoint_bytes, restore, snapshot
 from mmtrain.train.dataset import Dataset, EvalSet, StepCut
@@ -137,6 +137,8 @@ def make_learner(
     base = load_model(config.model.path, config.model.dtype, processor)
     runtime.activity.set("preparing the model")
     model, components, parts = prepare_learning(base, config.tune)
+    if settings.activation_checkpointing:
+        checkpoint_activations(base)
     clock = DropoutClock(settings.seed)
     install_dropout(model, components, config.tune, clock)
     costs = cost_model(base, components, config.tune)

@@ -22,6 +22,7 @@ CHANGEABLE = frozenset(
         "train.threads",
         "train.hang_timeout",
         "train.packing",
+        "train.activation_checkpointing",
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.eval_every",

@@ -1,0 +1,100 @@
+"""The head and the cross-entropy in chunks, against full logits; heads that scale or cap what they give are left alone."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from mmtrain.data.batch import Batch, Segment
+from mmtrain.model.head import CHUNK, FrozenHeadNLL, before_head, frozen_head
+from mmtrain.train.loss import supervised_nll
+
+SIZES = {
+    "vocab_size": 211,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, CHUNK, 2 * CHUNK + 7])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_chunks_give_the_loss_and_the_gradient_of_full_logits(num_tokens: int, with_bias: bool) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(num_tokens, 24, requires_grad=True)
+    weight, bias = torch.randn(101, 24), torch.randn(101) if with_bias else None
+    targets = torch.randint(0, 101, (num_tokens,))
+    outer = torch.rand(num_tokens)
+    nll, right = FrozenHeadNLL.apply(hidden, weight, bias, targets)
+    (found,) = torch.autograd.grad((nll * outer).sum(), hidden)
+
+    logits = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    (gradient,) = torch.autograd.grad((expected * outer).sum(), hidden)
+    assert torch.allclose(nll.double(), expected, atol=1e-5)
+    assert torch.equal(right, logits.argmax(-1) == targets)
+    assert torch.allclose(found.double(), gradient.double(), atol=1e-5)
+
+
+def batch_of(length: int) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 211, (1, length), generator=generator)
+    supervised = torch.rand(1, length, generator=generator) < 0.5
+    supervised[0, 0] = False
+    return Batch(ids, supervised, (Segment(0, 0, 0, length, 0, 0),), True, {})
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "is_plain"),
+    [
+        (LlamaForCausalLM, LlamaConfig(**SIZES), True),
+        (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True), True),
+        (Gemma2ForCausalLM, Gemma2Config(**SIZES, final_logit_softcapping=0.5), False),
+        (CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.25), False),
+        (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=4.0), False),
+    ],
+    ids=["plain", "tied", "capped", "scaled", "divided"],
+)
+def test_every_kind_of_head_gives_the_models_own_logits(model_class: Any, config: Any, is_plain: bool) -> None:
+    torch.manual_seed(0)
+    model = model_class(config).eval().requires_grad_(False)
+    batch = batch_of(40)
+    inputs = {"input_ids": batch.input_ids, "use_cache": False}
+    head = frozen_head(model)
+    assert head is not None
+    assert (before_head(model, head, inputs) is not None) == is_plain
+    nll, right = supervised_nll(model, inputs, batch)
+
+    logits = model(input_ids=batch.input_ids).logits[0, :-1].float()
+    chosen = batch.supervised[0, 1:]
+    expected = F.cross_entropy(logits[chosen], batch.input_ids[0, 1:][chosen], reduction="none")
+    assert torch.allclose(nll, expected, atol=1e-5)
+    assert torch.equal(right, logits[chosen].argmax(-1) == batch.input_ids[0, 1:][chosen])
+
+
+def test_a_head_that_learns_gets_its_gradient() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    assert frozen_head(model) is None
+    nll, _ = supervised_nll(model, {"input_ids": (batch := batch_of(30)).input_ids, "use_cache": False}, batch)
+    nll.sum().backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert frozen_head(model) is model.lm_head
