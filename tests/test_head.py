@@ -1,4 +1,4 @@
-"""The head and the cross-entropy in chunks, against full logits; heads that scale or cap what they give are left alone."""
+"""The head and the cross-entropy in chunks, against full logits; heads that scale or cap them are left alone."""
 
 from typing import Any
 
