@@ -8,7 +8,7 @@ import copy
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class ChatProcessor:
         self.eos_ids = eos_ids | ({tokenizer.eos_token_id} - {None})
         # `split_special_tokens` is a state of the tokenizer, which threads share: each of the two keeps one state
         self._literal_tokenizer = copy.deepcopy(tokenizer)
+        self._encoders = [_encoder(tokenizer, literal=False), _encoder(self._literal_tokenizer, literal=True)]
         self._processor = processor
         self._image_processor: Any = getattr(processor, "image_processor", None)
         template = getattr(processor, "chat_template", None) or tokenizer.chat_template
@@ -185,8 +186,7 @@ class ChatProcessor:
         return (width, height), (side, side) if side * side == count and width == height else None
 
     def _encode(self, text: str, literal: bool = False) -> list[int]:
-        tokenizer = self._literal_tokenizer if literal else self.tokenizer
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=literal)
+        ids: list[int] = self._encoders[literal](text)
         return ids
 
     def _find_anchors(self) -> list[str]:
@@ -244,6 +244,16 @@ class ChatProcessor:
             if text.count("probe") == 1 and "'type'" not in text:
                 return parts_wanted
         raise UserError(f"the chat template does not show a user's words: {'; '.join(failures) or 'they are dropped'}")
+
+
+def _encoder(tokenizer: Any, literal: bool) -> Callable[[str], list[int]]:
+    """From text to ids, straight through the native part where there is one: the wrapper takes as long again."""
+    through_wrapper = functools.partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=literal)
+    through_wrapper("word")  # leaves the native part in the state that `literal` asks for
+    native = getattr(tokenizer, "backend_tokenizer", None)
+    if native is None:
+        return through_wrapper
+    return lambda text: native.encode(text, add_special_tokens=False).ids
 
 
 def model_directory(path: str) -> Path:
