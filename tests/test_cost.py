@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from builders import TINY
-from learning import ALL_FULL, LORA, MIXED, QUIET
+from learning import ALL_FULL, LORA, MIXED, QUIET, learner_for
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -19,6 +19,7 @@ from mmtrain.model.cost import cost_model
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
 from mmtrain.train.dataset import Dataset
+from mmtrain.train.loss import supervised_nll
 
 FULL = {"mode": "full"}
 TUNES = {
@@ -61,7 +62,22 @@ def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Cal
         assert found == pytest.approx(float(costs.of(tokens, images, checked.image_token_pairs[sample])), rel=0.08)
 
 
-def test_a_table_and_the_head_cost_nothing() -> None:
+def test_a_learned_token_costs_what_torch_counts_in_the_head(kind: str, make_config: Callable[..., Config]) -> None:
+    """Exactly: forward and backward for the input, which the chunks compute at once."""
+    config = make_config(kind, {"language": LORA})
+    learner, dataset = learner_for(config)
+    base = learner.model.get_base_model()
+    costs = cost_model(base, Components(base), config.tune)
+    batch = Loader(dataset.train, True).load([1])
+    with FlopCounterMode(display=False) as counter:
+        nll, _ = supervised_nll(learner.model, learner.make_inputs(batch), batch)
+        nll.sum().backward()
+    body = measured(learner.model, learner.make_inputs, batch)
+    num_supervised = int(batch.supervised.sum())
+    assert counter.get_total_flops() / 2 - body == costs.supervised * num_supervised
+
+
+def test_what_is_looked_up_costs_nothing() -> None:
     """Worked out by hand from the tiny model's config: 4 layers, q and o of 128², k and v of 128 x 64, 3 of 128 x 352;
     4 layers of pictures, 4 of 96² and 3 of 96 x 256, patches of 3 x 2 x 8², 4 patches a token, 2 layers in windows."""
     with torch.device("meta"):
@@ -73,6 +89,7 @@ def test_a_table_and_the_head_cost_nothing() -> None:
     vision = 4 * (4 * (4 * 96 * 96 + 3 * 96 * 256) + 384 * 96 + 2 * 2 * 64 * 96)
     assert costs.image_token == vision + (4 * 96) ** 2 + 4 * 96 * 128
     assert costs.image_token_pair == 2 * 2 * 96 * 4**2
+    assert costs.supervised == 3 * 128 * model.config.text_config.vocab_size
 
 
 def test_the_width_of_attention_is_that_of_its_heads(model_dirs: dict[str, Path]) -> None:

@@ -3,7 +3,7 @@
 A linear layer of n weights takes n multiply-additions a token forward, n backward for its input and n for its weights
 (Kaplan et al. 2020, "Scaling laws for neural language models", section 2.1: 2 C_forward = 2 N operations). Attention
 over n tokens takes 2 n² d a layer for scores and values, half of it where it is causal, and twice that backward; d is
-the width of all heads. The head is left out: it is computed where there is a label and nowhere else.
+the width of all heads. The head, vocabulary times width weights, is computed where there is a label, nowhere else.
 """
 
 from dataclasses import dataclass
@@ -31,11 +31,14 @@ class CostModel:
     """Per placeholder: the patches behind it in the vision tower."""
     image_token_pair: float
     """Per squared placeholder of each picture."""
+    supervised: float
+    """Per learned token: the head."""
 
-    def of(self, num_tokens: Any, num_image_tokens: Any, image_token_pairs: Any) -> Values:
+    def of(self, num_tokens: Any, num_image_tokens: Any, image_token_pairs: Any, num_supervised: Any = 0) -> Values:
         """(num_samples,) the cost of each."""
         language = self.token * num_tokens + self.token_pair * np.square(num_tokens, dtype=np.float64)
-        return np.asarray(language + self.image_token * num_image_tokens + self.image_token_pair * image_token_pairs)
+        pictures = self.image_token * num_image_tokens + self.image_token_pair * image_token_pairs
+        return np.asarray(language + pictures + self.supervised * num_supervised)
 
 
 def cost_model(model: Any, components: Components, tune: Tune) -> CostModel:
@@ -52,6 +55,7 @@ def cost_model(model: Any, components: Components, tune: Tune) -> CostModel:
         token_pair=3.0 * _depth(text) * _width(text),
         image_token=vision_token + weights["projector"] * passes["projector"],
         image_token_pair=whole * patches**2 * attention,
+        supervised=model.get_output_embeddings().weight.numel() * (3.0 if isinstance(tune.language, Full) else 2.0),
     )
 
 

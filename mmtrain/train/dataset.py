@@ -41,6 +41,8 @@ class StepCut:
     own: tuple[tuple[int, ...], ...]
     num_tokens: int
     num_supervised: int
+    operations: float
+    """What it must compute, over all processes: a multiplication and an addition are two."""
 
 
 class Dataset:
@@ -73,11 +75,12 @@ class Dataset:
         checked = self.checked
         lengths = checked.num_tokens[samples]
         multiple = num_processes if settings.microbatches == "auto" else settings.microbatches
-        cost = costs.of(lengths, checked.num_image_tokens[samples], checked.image_token_pairs[samples])
+        supervised = checked.num_supervised[samples]
+        cost = costs.of(lengths, checked.num_image_tokens[samples], checked.image_token_pairs[samples], supervised)
         cuts = cut_step(lengths.tolist(), settings.microbatch_tokens, settings.packing, multiple, cost.tolist())
         share = len(cuts) // num_processes
         own = tuple(tuple(samples[i] for i in cut) for cut in cuts[process * share : (process + 1) * share])
-        return StepCut(tuple(samples), own, int(lengths.sum()), int(checked.num_supervised[samples].sum()))
+        return StepCut(tuple(samples), own, int(lengths.sum()), int(supervised.sum()), 2.0 * float(cost.sum()))
 
     def summary(self) -> str:
         """What was read, in one line, and what was dropped."""

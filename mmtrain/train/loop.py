@@ -22,6 +22,7 @@ from mmtrain.model.dropout import DropoutClock, install_dropout
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import checkpoint_activations, load_model
 from mmtrain.model.root import Root
+from mmtrain.train.ceiling import matmul_rate
 from mmtrain.train.checkpoint import CheckpointFolder, checkpoint_bytes, restore, snapshot
 from mmtrain.train.dataset import Dataset, EvalSet, StepCut
 from mmtrain.train.export import export
@@ -191,6 +192,8 @@ class Run:
         self._console = console
         self._output_dir = Path(config.train.output_dir)
         self._last: dict[str, Any] = {}
+        runtime, dtype = learner.runtime, getattr(torch, config.model.dtype)
+        self._ceiling = matmul_rate(runtime.device, dtype) * runtime.num_processes
         self._cut = functools.lru_cache(maxsize=256)(self._cut_step)
         self._filled = Filled(dataset.train, dataset.checked) if learner.sharded else None
 
@@ -237,6 +240,7 @@ class Run:
         except NonFiniteError as error:
             places = ", ".join(str(self._dataset.train.place(number)) for number in cut.samples)
             raise NonFiniteError(f"{error}; its samples: {places}; nothing of it is saved") from None
+        seconds = time.perf_counter() - start
         row = {
             "step": step,
             "loss": done.loss,
@@ -244,7 +248,8 @@ class Run:
             "num_supervised": cut.num_supervised,
             "learning_rate": settings.learning_rate * factor,
             "grad_norm": done.grad_norm,
-            "seconds": time.perf_counter() - start,
+            "seconds": seconds,
+            "mfu": cut.operations / seconds / self._ceiling,
         }
         return row, done.asked
 

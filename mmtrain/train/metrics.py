@@ -84,11 +84,11 @@ class Reporter:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=None),
-                TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tok/s"),
+                TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tok/s  {task.fields[mfu]} mfu"),
                 TimeRemainingColumn(compact=True),
                 console=console,
             )
-            self._task = self._progress.add_task("", total=num_steps, completed=done, loss="–", rate="–")
+            self._task = self._progress.add_task("", total=num_steps, completed=done, loss="–", rate="–", mfu="–")
 
     def __enter__(self) -> "Reporter":
         if self._progress is not None:
@@ -105,14 +105,15 @@ class Reporter:
         """`row` is the step's row of metrics.jsonl."""
         speed = f"{row['num_tokens'] / row['seconds']:,.0f}"
         if self._progress is not None:
-            self._progress.update(self._task, completed=row["step"], loss=f"{row['loss']:.4f}", rate=speed)
+            loss, mfu = f"{row['loss']:.4f}", f"{row['mfu']:.0%}"
+            self._progress.update(self._task, completed=row["step"], loss=loss, rate=speed, mfu=mfu)
             return
         now = time.monotonic()
         if now - self._last_line >= LOG_SECONDS or row["step"] in (1, self._num_steps):
             self._last_line = now
             self.say(
                 f"step {row['step']}/{self._num_steps}  loss {row['loss']:.4f}  "
-                f"lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.3f}  {speed} tok/s"
+                f"lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.3f}  {speed} tok/s  {row['mfu']:.0%} mfu"
             )
 
     def say(self, line: str) -> None:

@@ -1,0 +1,31 @@
+"""What the machine can do at best: the rate of a large matrix product, measured on the spot."""
+
+import time
+
+import torch
+
+_SIDE = {"cpu": 1024, "cuda": 8192}
+_REPEATS = 6
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second (2 n³ for n x n matrices) of the quickest of a few products in `dtype`, after a warm-up.
+
+    In a process's own number of threads; on a machine that others use too it is what was left of it.
+    """
+    side = _SIDE.get(device.type, 4096)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = a @ b
+    best = float("inf")
+    for _ in range(_REPEATS):
+        _synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * side**3 / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
