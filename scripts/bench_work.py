@@ -19,49 +19,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small-vocabulary": {"vocab_size": 32_000, "hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1408},
     "large-vocabulary": {"vocab_size": 151_936, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 704},
 }
-WORDS = [
-    "the",
-    "picture",
-    "shows",
-    "a",
-    "small",
-    "figure",
-    "near",
-    "the",
-    "left",
-    "border",
-    "and",
-    "a",
-    "larger",
-    "one",
-    "that",
-    "covers",
-    "part",
-    "of",
-    "it",
-    "while",
-    "the",
-    "ground",
-    "behind",
-    "them",
-    "stays",
-    "even",
-    "so",
-    "that",
-    "every",
-    "outline",
-    "is",
-    "easy",
-    "to",
-    "follow",
-    "from",
-    "here",
-    "to",
-    "there",
-    "and",
-    "back",
-    "again",
-]
+TEXT = """
+the picture shows a small figure near the left border and a larger one that covers part of it while the ground behind
+them stays even so that every outline is easy to follow from here to there and back again
+"""
+WORDS = TEXT.split()
 PATCH = 14
 
 
