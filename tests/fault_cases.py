@@ -115,7 +115,7 @@ class World:
 def losses(run: Path) -> list[Any]:
     """What each step's row says beside its time; of evaluations that they are there, once, in their place."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["eval"]) if "eval" in row else row | {"seconds": 0} for row in rows]
+    return [(row["step"], row["eval"]) if "eval" in row else row | {"seconds": 0, "mfu": 0} for row in rows]
 
 
 def saved_step(folder: Path) -> int:
