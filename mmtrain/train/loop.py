@@ -158,19 +158,17 @@ def layout_lines(config: Config, learner: Learner) -> Iterator[str]:
     """How the weights are held, and whether another number of processes gives the same bits."""
     settings, runtime = config.train, learner.runtime
     held, total = num_held(learner.model)
-    how = "spread over" if learner.sharded else "whole on each of"
-    plural = "es" if runtime.num_processes > 1 else ""
+    count, threads = runtime.num_processes, runtime.num_threads
     yield (
-        f"weights: {how} {runtime.num_processes} process{plural}, {held / 1e6:,.1f} of {total / 1e6:,.1f} MB on each; "
-        f"{runtime.num_threads} CPU thread{'s' if runtime.num_threads > 1 else ''} a process"
+        f"weights {'spread over' if learner.sharded else 'whole on each of'} {count} process{'es' * (count > 1)}: "
+        f"{held / 1e6:,.1f} of {total / 1e6:,.1f} MB, {threads} CPU thread{'s' * (threads > 1)}"
     )
-    if learner.exact and is_exact(int(settings.microbatches), runtime.num_processes):
-        yield "the same bits on 1, 2, 4 and so on processes of this kind of machine (train.microbatches is fixed)"
-    elif runtime.num_processes > 1:
+    if learner.exact and is_exact(int(settings.microbatches), count):
+        yield "bits: the same on 1, 2, 4 … processes of this kind of machine"
+    elif count > 1:
         why = "the weights are sharded" if learner.sharded else "train.microbatches is auto"
-        if learner.exact:
-            why = f"{runtime.num_processes} is not a power of two"
-        yield f"the same result within rounding on any number of processes, not the same bits: {why}"
+        why = f"{count} is no power of two" if learner.exact else why
+        yield f"bits: others than on another number of processes ({why})"
 
 
 class Run:
