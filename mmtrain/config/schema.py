@@ -146,8 +146,8 @@ class Train(Section):
     hang_timeout: Annotated[float, Field(ge=1, le=10**6)] = 600.0
     """Seconds without any progress after which the run ends, naming the process that stands still."""
     activation_checkpointing: bool = False
-    """Compute the layers' activations again in the backward pass in place of keeping them: less memory, about a third
-    more time, the same result."""
+    """Compute the layers' activations again in the backward pass in place of keeping them: less memory for the time of
+    one more forward pass, the same result."""
     packing: bool = True
     """Lay the samples of a micro-batch end to end in one row (no padding); false: one row each, padded.
     The result is the same; a model that cannot be packed needs false."""
