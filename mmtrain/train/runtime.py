@@ -67,6 +67,11 @@ class Runtime:
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if backend == "nccl" else None
             if device is not None:
+                if int(device.index) >= torch.cuda.device_count():
+                    raise UserError(
+                        f"process {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                        "start fewer processes"
+                    )
                 torch.cuda.set_device(device)
             dist.init_process_group(
                 backend, store=self._store, rank=rank, world_size=world_size, timeout=seconds, device_id=device
