@@ -186,10 +186,10 @@ class Supervisor:
         if self._peers.verdict is not None:
             self._leave(self._peers.verdict)
         self._act_alone()
-        gone = self._peers.gone()
-        if gone is not None:
-            time.sleep(1.0)  # a main thread in a collective finds out now, and ends in good order
-            if not self._closing.is_set() and self._told is None:
+        # a main thread in a collective finds out now and ends in good order; and what the dead one said last is read
+        if self._peers.gone() is not None and not self._closing.wait(1.0) and self._exchange():
+            gone = self._peers.gone()
+            if gone is not None and self._told is None:
                 self._leave(gone)
 
     def _act_alone(self) -> None:
