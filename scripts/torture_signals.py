@@ -44,11 +44,11 @@ class Tally:
         if seconds is not None:
             self.longest[kind] = max(seconds, self.longest.get(kind, 0.0))
 
-    def line(self, what: str, limits: dict[str, float]) -> tuple[str, bool]:
+    def line(self, limits: dict[str, float]) -> tuple[str, bool]:
         times = ", ".join(f"{kind} at most {seconds:.1f} s" for kind, seconds in self.longest.items())
         late = [kind for kind, limit in limits.items() if self.longest.get(kind, 0.0) > limit]
         good = not self.faults and not late
-        line = f"{what}: {self.num - len(self.faults)} of {self.num} cases as they should be"
+        line = f"{self.num - len(self.faults)} of {self.num} cases as they should be"
         line += f"; {times}" if times else ""
         line += f"; too late: {', '.join(late)}" if late else ""
         return f"{line}; {time.monotonic() - self._begun:.0f} s", good
@@ -80,7 +80,7 @@ def signals(
             if fc.PHASES[phase].step is not None and phase not in ("saving",):
                 signum = signums[number % len(signums)]
                 tally.add("left behind the second signal", fc.second_signal_case, world, phase, signum, number % 2)
-    return tally.line("signals", {"left behind the second signal": 2.0})
+    return tally.line({"left behind the second signal": 2.0})
 
 
 def faults(
@@ -108,7 +108,7 @@ def faults(
         if launched:
             _launched(tally, world)
     limits = {"a stopped one found": 5.0, "left with the peer stopped": 24.0, "workers of a killed launcher gone": 5.0}
-    return tally.line("faults", limits)
+    return tally.line(limits)
 
 
 def _launched(tally: Tally, world: fc.World) -> None:
@@ -129,9 +129,10 @@ def nodes() -> tuple[str, bool]:
     """Two nodes with a network between them, undisturbed and with a worker killed on the second."""
     why = lc.can_make_nodes()
     if why:
-        return f"nodes: skipped, {why}", True
+        return f"skipped, {why}", True
     tally = Tally()
     with worlds() as world:
         for kill in (False, True):
             tally.add("", lc.nodes_case, world, kill)
-    return tally.line("nodes: bits of one process on one node", {})
+    line, good = tally.line({})
+    return f"bits of one process on one node: {line}", good
