@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from learning import LORA, MIXED
 from safetensors.torch import load_file
 
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config
+from mmtrain.errors import FINAL_CODES, PeerError, UserError
+from mmtrain.train import runtime
+from mmtrain.train.runtime import Runtime
 
 
 def start(processes: int, *words: str) -> subprocess.CompletedProcess[str]:
@@ -64,3 +68,19 @@ def test_two_processes_score_every_sample_once(make_config: Callable[..., Config
     assert one["num_supervised"] == two["num_supervised"]
     assert two["nll"] == pytest.approx(one["nll"], rel=1e-5)
     assert two["interval"]["nll"] == pytest.approx(one["interval"]["nll"], rel=1e-5)
+
+
+def test_who_does_not_meet_is_started_again_and_who_cannot_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise torch.distributed.DistNetworkError("the connection was reset")
+
+    for key, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="MASTER_ADDR") as cannot:
+        Runtime("float32")
+    monkeypatch.setattr(runtime, "rendezvous", broken)
+    with pytest.raises(PeerError, match="did not meet: the connection was reset") as alone:
+        Runtime("float32")
+    assert cannot.value.exit_code in FINAL_CODES
+    assert alone.value.exit_code not in FINAL_CODES

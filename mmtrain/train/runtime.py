@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from mmtrain.errors import STOP_SIGNALS, UserError
+from mmtrain.errors import STOP_SIGNALS, PeerError, UserError
 from mmtrain.train.activity import Activity
 from mmtrain.train.peers import Peers
 from mmtrain.train.supervisor import Supervisor
@@ -56,7 +56,7 @@ class Runtime:
         self._neighbours = range(first, min(first + local, self.num_processes))
 
     def _meet(self) -> None:
-        """Join the other processes. Raises UserError where they do not come."""
+        """Join the other processes. Raises PeerError where they do not come: another start may find them."""
         seconds = datetime.timedelta(seconds=self._timeout + 60)
         try:
             self._store, rank, world_size = next(iter(rendezvous("env://", timeout=seconds)))
@@ -76,8 +76,10 @@ class Runtime:
             dist.init_process_group(
                 backend, store=self._store, rank=rank, world_size=world_size, timeout=seconds, device_id=device
             )
-        except (dist.DistError, ValueError) as error:
-            raise UserError(f"the processes of the run did not meet: {str(error).splitlines()[0]}") from None
+        except dist.DistError as error:
+            raise PeerError(f"the processes of the run did not meet: {str(error).splitlines()[0]}") from None
+        except ValueError as error:  # an address or a port is missing among the variables
+            raise UserError(f"this process cannot join others: {str(error).splitlines()[0]}") from None
 
     @property
     def num_threads(self) -> int:
