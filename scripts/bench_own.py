@@ -13,10 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from mmtrain.host_memory import reuse_host_memory
 
-from mmtrain.config import load_config
-from mmtrain.train import loop
+reuse_host_memory()  # as the command does, before torch is imported
+
+import torch  # noqa: E402
+
+from mmtrain.config import load_config  # noqa: E402
+from mmtrain.train import loop  # noqa: E402
 
 
 def main() -> None:

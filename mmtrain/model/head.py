@@ -1,4 +1,4 @@
-"""The head and the cross-entropy together, in chunks: logits never exist for more than a few hundred tokens.
+"""The head and the cross-entropy together, in chunks: logits never exist for more than 512 tokens.
 
 For a frozen head only the gradient of its input is kept: it is known as soon as the logits are, so nothing is computed
 twice and the logits are gone before the next chunk.
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHUNK = 256
-"""Tokens whose logits exist at once."""
+CHUNK = 512
+"""Tokens whose logits exist at once. With fewer the weights are fetched more often, which the CPU feels."""
 
 
 class FrozenHeadNLL(torch.autograd.Function):
@@ -20,18 +20,21 @@ class FrozenHeadNLL(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(n,) float32 nll and (n,) bool whether the target is the likeliest, from hidden (n, width), weight
-        (vocabulary, width) and targets (n,). The gradient of hidden is softmax(logits) - onehot(target), times weight.
+        """(n,) float32 nll and (n,) bool whether the target is the likeliest, found only where no gradient is wanted,
+        from hidden (n, width), weight (vocabulary, width) and targets (n,). The gradient of hidden is softmax(logits) -
+        onehot(target), times weight.
         """
         wanted = ctx.needs_input_grad[0]
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        right = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        right = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
+        buffer = weight.new_empty(min(CHUNK, len(hidden)), len(weight))
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits = nn.functional.linear(hidden[rows], weight, bias).float()
+            logits = _logits(hidden[rows].to(weight.dtype), weight, bias, buffer)
             own = targets[rows, None]
-            right[rows] = logits.argmax(-1) == targets[rows]
+            if gradient is None:
+                right[rows] = logits.argmax(-1) == targets[rows]
             top = logits.amax(-1, keepdim=True)
             at_target = logits.gather(-1, own) - top
             likely = logits.sub_(top).exp_()
@@ -49,6 +52,12 @@ class FrozenHeadNLL(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * outer[0][:, None].to(gradient.dtype), None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    """(n, vocabulary) float32; written into `buffer`, as the allocator would clear new memory for every chunk."""
+    logits = torch.mm(hidden, weight.t(), out=buffer[: len(hidden)])
+    return (logits if bias is None else logits.add_(bias)).float()
 
 
 def frozen_head(model: Any) -> nn.Linear | None:

@@ -19,6 +19,7 @@ from mmtrain.evaluate.statistics import summary
 from mmtrain.model.components import PartReport, prepare_learning
 from mmtrain.model.cost import CostModel, cost_model
 from mmtrain.model.dropout import DropoutClock, install_dropout
+from mmtrain.model.fused import install_fused
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import checkpoint_activations, load_model
 from mmtrain.model.root import Root
@@ -142,6 +143,7 @@ def make_learner(
         checkpoint_activations(base)
     clock = DropoutClock(settings.seed)
     install_dropout(model, components, config.tune, clock)
+    install_fused(model)
     costs = cost_model(base, components, config.tune)
     make_inputs = InputMaker(model, settings.packing, processor.image_token_id)
     root = Root(model)

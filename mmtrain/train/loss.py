@@ -13,6 +13,8 @@ from mmtrain.model.head import FrozenHeadNLL, before_head, frozen_head
 def supervised_nll(model: Any, inputs: dict[str, Any], batch: Batch) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each supervised token, and whether it was the likeliest: both (num_supervised,).
 
+    The second is meant for evaluation: where gradients are wanted and the head is frozen it is not looked for.
+
     The token at position t is predicted from position t - 1. Logits, (num_supervised, vocabulary), are made at those
     positions alone, a few hundred at a time where the head is frozen, and the cross-entropy is taken in float32:
     -log softmax(logits)[target], in nats. Tokens come row by row, in order.
