@@ -6,7 +6,7 @@ words, and the token that ends the turn. A span of a picture is one indivisible 
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from mmtrain.data.chat import Conversation, Message, SampleError
 from mmtrain.data.images import Picture, find_picture
-from mmtrain.data.layout import Layout, Piece, Skeleton
+from mmtrain.data.layout import Layout, Piece
 from mmtrain.data.processor import ChatProcessor
+from mmtrain.data.segments import Segment, Segmenter
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,42 +50,6 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class Atom:
-    """A stretch of one piece of the rendered text, between two cuts. Kind: text, literal or image."""
-
-    text: str
-    kind: str
-    piece: int
-    start: int
-
-    @property
-    def place(self) -> tuple[int, int]:
-        return self.piece, self.start
-
-    @property
-    def end(self) -> tuple[int, int]:
-        return self.piece, self.start + len(self.text)
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Atoms that are encoded in one go: text, or one literal special token, or one picture."""
-
-    atoms: tuple[Atom, ...]
-    supervised: bool = False
-    ends_turn: bool = False
-    """An end token that the template lacks is put behind it."""
-
-    @property
-    def text(self) -> str:
-        return "".join(atom.text for atom in self.atoms)
-
-    @property
-    def kind(self) -> str:
-        return self.atoms[0].kind if self.atoms else "text"
-
-
-@dataclass(frozen=True, slots=True)
 class Traced:
     """An encoded sample with where each of its ids comes from."""
 
@@ -105,8 +70,8 @@ class Encoder:
     def __init__(self, processor: ChatProcessor, train_on: str = "assistant", end_of_turn: bool = True) -> None:
         self.processor = processor
         self._layout = Layout(processor)
+        self._segmenter = Segmenter(processor.special_tokens, end_of_turn)
         self._train_on = train_on
-        self._end_of_turn = end_of_turn
 
     def encode(self, conversation: Conversation, root: Path) -> Encoded:
         """`root` is the folder of the pictures. Raises SampleError with the reason a sample cannot be used."""
@@ -123,7 +88,7 @@ class Encoder:
         for segment, start, end in placed:
             owners += [-1] * (start - len(owners))
             after = int(encoded.ids[start - 1]) if owners and owners[-1] >= 0 else None
-            owners += self._owners(segment, end - start, after)
+            owners += self._owners(segment, pieces, end - start, after)
         return Traced(encoded, tuple(pieces), tuple(owners))
 
     def trained_turns(self, messages: Sequence[Message]) -> list[int]:
@@ -158,14 +123,14 @@ class Encoder:
         num_prefix, supervised = len(ids), [False] * len(ids)
         images: list[ImageSpan] = []
         placed: list[Placed] = []
-        for segment in self._segments(pieces, skeleton, trained):
+        for segment in self._segmenter.cut(pieces, skeleton, tuple(trained)):
             if segment.kind == "image":
                 picture = pictures[len(images)]
                 tokens = self.processor.image_tokens(picture.size)
                 images.append(ImageSpan(picture, len(ids), len(tokens.ids), tokens.num_placeholders))
-                new = list(tokens.ids)
+                new: Sequence[int] = tokens.ids
             else:
-                new = self._segment_ids(segment, ids[-1] if len(ids) > num_prefix else None)
+                new = self._segment_ids(segment, pieces, ids[-1] if len(ids) > num_prefix else None)
             placed.append((segment, len(ids), len(ids) + len(new)))
             ids += new
             supervised += [segment.supervised] * len(new)
@@ -178,69 +143,8 @@ class Encoder:
         bos = self.processor.tokenizer.bos_token
         return [] if bos and pieces[0].text.startswith(bos) else self.processor.prefix_ids
 
-    def _segments(self, pieces: list[Piece], skeleton: Skeleton, trained: list[int]) -> Iterator[Segment]:
-        """The pieces joined into the longest runs that are encoded in one go.
-
-        A run ends where inference's prompt ends, where a trained answer ends, at a picture, and around a special
-        token that stands literally in the words.
-        """
-        turns_on = {skeleton.answers[turn].border for turn in trained}
-        turns_off: dict[tuple[int, int], bool] = {}
-        for turn in trained:
-            answer = skeleton.answers[turn]
-            words_end = (answer.words_end, len(pieces[answer.words_end].text))
-            if answer.end is not None and self._end_of_turn:
-                turns_off[answer.end] = False
-            else:
-                turns_off[words_end] = self._end_of_turn
-        on = False
-        run: list[Atom] = []
-        for atom in self._atoms(pieces, {*turns_on, *turns_off}):
-            if atom.place in turns_on or atom.kind != "text":
-                yield Segment(tuple(run), on)
-                run = []
-            on = on or atom.place in turns_on
-            if atom.kind == "text":
-                run.append(atom)
-            else:
-                yield Segment((atom,), on and atom.kind != "image")
-            if atom.end in turns_off:
-                yield Segment(tuple(run), on, ends_turn=turns_off[atom.end])
-                run, on = [], False
-        yield Segment(tuple(run), on)
-
-    def _atoms(self, pieces: list[Piece], cuts: set[tuple[int, int]]) -> Iterator[Atom]:
-        literal = self._literal_specials(pieces)
-        for i, piece in enumerate(pieces):
-            if piece.kind == "image" or not piece.text:  # a turn can begin or end at words that were trimmed away
-                yield Atom(piece.text, "image" if piece.kind == "image" else "text", i, 0)
-                continue
-            spans = literal.get(i, [])
-            bounds = {0, len(piece.text)} | {character for number, character in cuts if number == i}
-            bounds |= {bound for span in spans for bound in span}
-            for start, end in itertools.pairwise(sorted(bounds)):
-                inside = any(span[0] <= start and end <= span[1] for span in spans)
-                yield Atom(piece.text[start:end], "literal" if inside else "text", i, start)
-
-    def _literal_specials(self, pieces: list[Piece]) -> dict[int, list[tuple[int, int]]]:
-        """Where special tokens stand in words, or come about where words meet: these stay characters."""
-        whole = "".join(piece.text for piece in pieces)
-        found: dict[int, list[tuple[int, int]]] = {}
-        matches = list(self.processor.special_tokens.finditer(whole))
-        start = 0
-        for i, piece in enumerate(pieces):
-            end = start + len(piece.text)
-            if piece.kind == "words":
-                for match in matches:
-                    if match.start() < end and match.end() > start:
-                        found.setdefault(i, []).append(
-                            (max(match.start(), start) - start, min(match.end(), end) - start)
-                        )
-            start = end
-        return found
-
-    def _segment_ids(self, segment: Segment, after: int | None) -> list[int]:
-        ids = self.processor.encode(segment.text, after, literal=segment.kind == "literal")
+    def _segment_ids(self, segment: Segment, pieces: Sequence[Piece], after: int | None) -> Sequence[int]:
+        ids = self.processor.encode(segment.text(pieces), after, literal=segment.kind == "literal")
         if segment.ends_turn:
             eos = self.processor.tokenizer.eos_token_id
             if eos is None:
@@ -250,11 +154,12 @@ class Encoder:
             ids = [*ids, eos]
         return ids
 
-    def _owners(self, segment: Segment, num_ids: int, after: int | None) -> list[int]:
+    def _owners(self, segment: Segment, pieces: Sequence[Piece], num_ids: int, after: int | None) -> list[int]:
         """The piece of each of a segment's ids."""
         if segment.kind != "text":
-            return [segment.atoms[0].piece] * num_ids
-        ends = list(itertools.accumulate(len(atom.text) for atom in segment.atoms))
-        places = self.processor.token_places(segment.text, after) if segment.text else []
-        owners = [segment.atoms[min(bisect_right(ends, place), len(ends) - 1)].piece for place in places]
+            return [segment.spans[0].piece] * num_ids
+        text = segment.text(pieces)
+        ends = list(itertools.accumulate(len(span.text(pieces)) for span in segment.spans))
+        places = self.processor.token_places(text, after) if text else []
+        owners = [segment.spans[min(bisect_right(ends, place), len(ends) - 1)].piece for place in places]
         return owners + [-1] * (num_ids - len(owners))

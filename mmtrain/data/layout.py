@@ -42,8 +42,10 @@ class Answer:
     end: tuple[int, int] | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Skeleton:
+    """What the template writes for a form of conversation; the text of a words piece is its number, not words."""
+
     pieces: tuple[Piece, ...]
     answers: dict[int, Answer]
 

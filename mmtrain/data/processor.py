@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import chat_template_utils
 
 from mmtrain.data.chat import SampleError
 from mmtrain.errors import UserError
@@ -30,6 +31,8 @@ _ORDINARY_TEXT = ("The quick brown fox jumps over the lazy dog.", "What is 12 + 
 _FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}"
 """Put before a template that prints today's date: a run must not depend on the day it was started."""
 _ANCHORS = ("", "\n", ":", "a")
+_SHORT = 64
+"""Characters of texts whose ids are kept: what a template writes around the words comes again in every sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +79,12 @@ class ChatProcessor:
             "|".join(sorted(map(re.escape, set(specials)), key=len, reverse=True)) or r"(?!)"
         )
         self.pad_id = int(tokenizer.pad_token_id or 0)
+        self._render = _renderer(tokenizer, template)
         self._parts_wanted = True
         self._anchors = self._find_anchors()
         self._special_ids = {id_ for id_, token in self._added.items() if self.special_tokens.fullmatch(token)}
         self._head = functools.cache(self._encode)
+        self._encode_short = functools.lru_cache(maxsize=65536)(self._encode_behind)
         self.prefix_ids = self._find_prefix() if processor is not None else []
         self.image_tokens = functools.lru_cache(maxsize=65536)(self._image_tokens)
 
@@ -91,25 +96,29 @@ class ChatProcessor:
                 for message in messages
             ]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            return self._render(messages, add_generation_prompt)
         except Exception as error:  # a template can raise anything; its message is for the user
             raise SampleError(f"the model's chat template refuses the conversation: {error}") from None
-        return str(text)
 
-    def encode(self, text: str, after: int | None, literal: bool = False) -> list[int]:
+    def encode(self, text: str, after: int | None, literal: bool = False) -> Sequence[int]:
         """Ids of `text` as they are in the middle of a longer text, behind the token `after` (None: at the start).
 
         `literal`: special tokens in the text are ordinary characters. Tokenizers that put a space before whatever
         they are given (SentencePiece) get something to begin with that is taken off again.
         """
+        return (
+            self._encode_short(text, after, literal)
+            if len(text) < _SHORT
+            else self._encode_behind(text, after, literal)
+        )
+
+    def _encode_behind(self, text: str, after: int | None, literal: bool) -> Sequence[int]:
         if not text:
-            return []
+            return ()
         _, ids = self._behind_anchor(text, after, literal)
         if literal and len(text) > 1 and not self._special_ids.isdisjoint(ids):
             # an ordinary piece of the vocabulary that is a special token too: take it apart
-            return self.encode(text[0], after, True) + self.encode(text[1:], ids[0], True)
+            return [*self.encode(text[0], after, True), *self.encode(text[1:], ids[0], True)]
         return ids
 
     def token_places(self, text: str, after: int | None) -> list[int]:
@@ -254,6 +263,48 @@ def _encoder(tokenizer: Any, literal: bool) -> Callable[[str], list[int]]:
     if native is None:
         return through_wrapper
     return lambda text: native.encode(text, add_special_tokens=False).ids
+
+
+def _renderer(tokenizer: Any, template: str | None) -> Callable[[Messages, bool], str]:
+    """From messages to text by `template`: through its compiled form where that gives what the wrapper gives, which
+    copies every message twice on its way."""
+
+    def through_wrapper(messages: Messages, add_generation_prompt: bool) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+    compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
+    if compile_template is None or template is None:
+        return through_wrapper
+    try:
+        compiled, known = compile_template(template), dict(tokenizer.special_tokens_map)
+    except Exception:  # a template that does not compile: the wrapper says why
+        return through_wrapper
+
+    def direct(messages: Messages, add_generation_prompt: bool) -> str:
+        return str(
+            compiled.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **known
+            )
+        )
+
+    return direct if _outcome(direct) == _outcome(through_wrapper) else through_wrapper
+
+
+def _outcome(render: Callable[[Messages, bool], str]) -> list[str]:
+    """What `render` makes of a few conversations, or says against them."""
+    found = []
+    for content in ("probe", [{"type": "text", "text": "probe"}], [{"type": "image"}, {"type": "text", "text": "a"}]):
+        messages: Messages = [{"role": role, "content": content} for role in ("user", "assistant")]
+        for begun in (False, True):
+            try:
+                found.append(render(messages[: 2 - begun], begun))
+            except Exception as error:  # a template can raise anything
+                found.append(str(error))
+    return found
 
 
 def model_directory(path: str) -> Path:
