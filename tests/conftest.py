@@ -14,6 +14,14 @@ from mmtrain.config.schema import Config
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What mmtrain keeps in the user's cache is made anew by every session of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _one_accelerator_a_test() -> Iterator[None]:
     """accelerate keeps its state for the whole process; every run is to begin with none."""

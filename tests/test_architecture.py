@@ -11,6 +11,15 @@ HEAVY = {"torch", "transformers", "peft", "accelerate"}
 FAMILY_WORDS = ("qwen", "llava", "idefics", "gemma", "internvl", "merger", "visual")
 
 
+ENVIRONMENT = {
+    "mmtrain.train.runtime",
+    "mmtrain.train.shard",
+    "mmtrain.launch",
+    "mmtrain.host_memory",
+    "mmtrain.data.pool",
+}
+
+
 def name_of(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
 
@@ -81,7 +90,7 @@ def test_there_is_no_import_circle() -> None:
 
 def test_only_the_runtime_asks_the_environment_or_talks_to_other_processes() -> None:
     for name, tree in MODULES.items():
-        if name in ("mmtrain.train.runtime", "mmtrain.train.shard", "mmtrain.launch", "mmtrain.host_memory"):
+        if name in ENVIRONMENT:
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):

@@ -4,9 +4,10 @@ Supervised is what the model must write: from the place where inference's prompt
 words, and the token that ends the turn. A span of a picture is one indivisible run of ids.
 """
 
+import functools
 import itertools
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,7 @@ class Traced:
 
 Placed = tuple[Segment, int, int]
 """A segment and the places of its ids: ids[start:end]."""
+LaidOut = tuple[list[Piece], Sequence[Segment]]
 
 
 class Encoder:
@@ -71,6 +73,7 @@ class Encoder:
         self.processor = processor
         self._layout = Layout(processor)
         self._segmenter = Segmenter(processor.special_tokens, end_of_turn)
+        self._constant = functools.lru_cache(maxsize=4096)(processor.encode)
         self._train_on = train_on
 
     def encode(self, conversation: Conversation, root: Path) -> Encoded:
@@ -79,11 +82,43 @@ class Encoder:
 
     def encode_with(self, conversation: Conversation, pictures: Sequence[Picture]) -> Encoded:
         """`encode`, with pictures that were found already (or others in their place)."""
-        return self._encode(conversation, pictures)[0]
+        return self._assemble(self._lay_out(conversation), pictures, {})[0]
+
+    def encode_many(self, conversations: Iterable[tuple[Conversation, Path]]) -> list[Encoded | SampleError]:
+        """`encode` of each (conversation, root), or the reason it cannot be used.
+
+        All words go through the tokenizer in one call: that takes half as long as one by one.
+        """
+        laid_out: list[tuple[LaidOut, list[Picture]] | SampleError] = []
+        for conversation, root in conversations:
+            try:
+                laid_out.append((self._lay_out(conversation), self._find_pictures(conversation, root)))
+            except SampleError as error:
+                laid_out.append(error)
+        texts = {
+            segment.text(pieces)
+            for found in laid_out
+            if not isinstance(found, SampleError)
+            for pieces, segments in found[:1]
+            for segment in segments
+            if segment.has_words and segment.kind == "text"
+        }
+        known = self.processor.encode_batch(texts)
+        return [found if isinstance(found, SampleError) else self._try(*found, known) for found in laid_out]
+
+    def _try(
+        self, laid_out: LaidOut, pictures: Sequence[Picture], known: Mapping[str, list[int]]
+    ) -> Encoded | SampleError:
+        try:
+            return self._assemble(laid_out, pictures, known)[0]
+        except SampleError as error:
+            return error
 
     def trace(self, conversation: Conversation, root: Path) -> Traced:
         """`encode`, with the piece of the rendered text that each id comes from."""
-        encoded, pieces, placed = self._encode(conversation, self._find_pictures(conversation, root))
+        pictures = self._find_pictures(conversation, root)
+        pieces, segments = self._lay_out(conversation)
+        encoded, placed = self._assemble((pieces, segments), pictures, {})
         owners: list[int] = []
         for segment, start, end in placed:
             owners += [-1] * (start - len(owners))
@@ -109,9 +144,7 @@ class Encoder:
             raise SampleError("the sample has pictures and this model takes none")
         return pictures
 
-    def _encode(
-        self, conversation: Conversation, pictures: Sequence[Picture]
-    ) -> tuple[Encoded, list[Piece], list[Placed]]:
+    def _lay_out(self, conversation: Conversation) -> tuple[list[Piece], Sequence[Segment]]:
         pieces, skeleton = self._layout.lay_out(conversation)
         trained = self.trained_turns(conversation.messages)
         if any(turn not in skeleton.answers for turn in trained):
@@ -119,32 +152,45 @@ class Encoder:
                 "the model's chat template rewrites earlier turns, so they cannot all be learned in one sample: "
                 "set labels.train_on to last"
             )
+        return pieces, self._segmenter.cut(pieces, skeleton, tuple(trained))
+
+    def _assemble(
+        self, laid_out: LaidOut, pictures: Sequence[Picture], known: Mapping[str, list[int]]
+    ) -> tuple[Encoded, list[Placed]]:
+        """The segments' ids one behind the other. `known`: ids of texts that were encoded before."""
+        pieces, segments = laid_out
         ids: list[int] = list(self._prefix(pieces))
         num_prefix, supervised = len(ids), [False] * len(ids)
         images: list[ImageSpan] = []
         placed: list[Placed] = []
-        for segment in self._segmenter.cut(pieces, skeleton, tuple(trained)):
+        for segment in segments:
             if segment.kind == "image":
                 picture = pictures[len(images)]
                 tokens = self.processor.image_tokens(picture.size)
                 images.append(ImageSpan(picture, len(ids), len(tokens.ids), tokens.num_placeholders))
                 new: Sequence[int] = tokens.ids
             else:
-                new = self._segment_ids(segment, pieces, ids[-1] if len(ids) > num_prefix else None)
+                new = self._segment_ids(segment, pieces, ids[-1] if len(ids) > num_prefix else None, known)
             placed.append((segment, len(ids), len(ids) + len(new)))
             ids += new
             supervised += [segment.supervised] * len(new)
         supervised[0] = False
         if not any(supervised):
             raise SampleError("no token of it is learned")
-        return Encoded(np.array(ids, np.int32), np.array(supervised, np.bool_), tuple(images)), pieces, placed
+        return Encoded(np.array(ids, np.int32), np.array(supervised, np.bool_), tuple(images)), placed
 
     def _prefix(self, pieces: list[Piece]) -> list[int]:
         bos = self.processor.tokenizer.bos_token
         return [] if bos and pieces[0].text.startswith(bos) else self.processor.prefix_ids
 
-    def _segment_ids(self, segment: Segment, pieces: Sequence[Piece], after: int | None) -> Sequence[int]:
-        ids = self.processor.encode(segment.text(pieces), after, literal=segment.kind == "literal")
+    def _segment_ids(
+        self, segment: Segment, pieces: Sequence[Piece], after: int | None, known: Mapping[str, list[int]]
+    ) -> Sequence[int]:
+        if segment.has_words:
+            literal = segment.kind == "literal"
+            ids: Sequence[int] = self.processor.encode(segment.text(pieces), after, literal, {} if literal else known)
+        else:
+            ids = self._constant(segment.text(pieces), after)
         if segment.ends_turn:
             eos = self.processor.tokenizer.eos_token_id
             if eos is None:

@@ -65,6 +65,14 @@ def find_picture(image: Image, root: Path) -> Picture:
     return picture
 
 
+def locate(image: Image, root: Path, size: tuple[int, int]) -> Picture:
+    """A picture that was measured before; `decode` finds out whether it still is of that size.
+
+    Raises SampleError where it is missing or outside `root`.
+    """
+    return Picture(image.name, image.data if image.data is not None else _inside(image.name, root), size)
+
+
 def decode(picture: Picture) -> PIL.Image.Image:
     """The picture as 8-bit RGB of the size measured before. Raises SampleError where it does not decode."""
     try:

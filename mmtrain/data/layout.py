@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mmtrain.data.chat import Conversation, Image, Message, SampleError, Text
-from mmtrain.data.processor import ChatProcessor, Messages
+from mmtrain.data.direct import Messages
+from mmtrain.data.processor import ChatProcessor
 from mmtrain.foreign_text import shown
 
 Kind = Literal["template", "words", "image"]

@@ -1,23 +1,31 @@
-"""All samples of a list of sources, and the check of every one of them before the first step."""
+"""All samples of a list of sources."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from mmtrain.config.schema import Source
 from mmtrain.data.chat import Conversation, SampleError
-from mmtrain.data.encode import Encoded, Encoder, Traced
+from mmtrain.data.encode import Encoded, Encoder, ImageSpan, Traced
 from mmtrain.data.formats import read_record
-from mmtrain.data.images import Picture, find_picture
+from mmtrain.data.images import Picture, find_picture, locate
 from mmtrain.data.sources import Place, RecordFile, open_records
-from mmtrain.errors import UserError
 
 Indices = npt.NDArray[np.int64]
+
+
+class Kept(Protocol):
+    """Samples that were encoded before, by their numbers."""
+
+    def tokens(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]: ...
+
+    def pictures(self, index: int) -> npt.NDArray[np.int32]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +48,27 @@ class SampleSet:
                 root = Path(source.root) if source.root is not None else records.path.parent
                 self._files.append(_OpenFile(records, root, source.format, number))
         self._ends = list(accumulate(len(file.records) for file in self._files))
+        self._kept: Kept | None = None
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    @property
+    def files(self) -> list[tuple[Path, Path, str]]:
+        """Each file of records, the folder of its pictures, and its format, in order."""
+        return [(file.records.path, file.root, file.record_format) for file in self._files]
+
+    def files_of(self, source: int) -> list[Path]:
+        return [file.records.path for file in self._files if file.source == source]
+
+    def sources(self, numbers: Indices) -> Indices:
+        """The number of each sample's source."""
+        of_file = np.array([file.source for file in self._files])
+        return of_file[np.searchsorted(self._ends, numbers, side="right")]
+
+    def use(self, kept: Kept) -> None:
+        """Take what was encoded before from there instead of encoding it again."""
+        self._kept = kept
 
     def place(self, index: int) -> Place:
         file, local = self._find(index)
@@ -58,7 +84,28 @@ class SampleSet:
 
     def encoded(self, index: int) -> Encoded:
         """Raises SampleError with the reason the sample cannot be used."""
-        return self.encoder.encode(self.conversation(index), self._find(index)[0].root)
+        if self._kept is None:
+            return self.encoder.encode(self.conversation(index), self._find(index)[0].root)
+        ids, supervised = self._kept.tokens(index)
+        rows = self._kept.pictures(index).tolist()
+        images = self.conversation(index).images if rows else ()
+        root = self._find(index)[0].root
+        spans = [
+            ImageSpan(locate(image, root, (width, height)), start, length, num_placeholders)
+            for image, (start, length, num_placeholders, width, height) in zip(images, rows, strict=True)
+        ]
+        return Encoded(ids, supervised, tuple(spans))
+
+    def encode_many(self, numbers: Sequence[int]) -> list[Encoded | SampleError]:
+        """Each sample encoded anew, or the reason it cannot be used."""
+        read: list[tuple[Conversation, Path] | SampleError] = []
+        for number in numbers:
+            try:
+                read.append((self.conversation(number), self._find(number)[0].root))
+            except SampleError as error:
+                read.append(error)
+        made = iter(self.encoder.encode_many(one for one in read if not isinstance(one, SampleError)))
+        return [one if isinstance(one, SampleError) else next(made) for one in read]
 
     def pictures(self, index: int) -> list[Picture]:
         """The pictures of a sample, found and measured."""
@@ -73,62 +120,3 @@ class SampleSet:
         number = bisect_right(self._ends, index)
         file = self._files[number]
         return file, index - (self._ends[number] - len(file.records))
-
-
-@dataclass(slots=True)
-class Checked:
-    """What the check of a sample set found: the lengths by which steps are cut, and what stays out."""
-
-    num_tokens: npt.NDArray[np.int32]
-    """(num_samples,) 0 where the sample is not used."""
-    num_supervised: npt.NDArray[np.int32]
-    """(num_samples,)"""
-    num_image_tokens: npt.NDArray[np.int32]
-    """(num_samples,) placeholders of its pictures"""
-    image_token_pairs: npt.NDArray[np.float64]
-    """(num_samples,) the sum of the squares of its pictures' placeholders: what attention among them costs"""
-    num_images: int = 0
-    picture_files: set[Path] = field(default_factory=set)
-    faults: list[str] = field(default_factory=list)
-    dropped: list[tuple[int, str]] = field(default_factory=list)
-
-    @property
-    def used(self) -> Indices:
-        return np.flatnonzero(self.num_tokens)
-
-
-def check_samples(
-    samples: SampleSet, max_length: int, too_long: str = "error", track: Callable[[range], Iterator[int]] = iter
-) -> Checked:
-    """Encode every sample once. `track` may wrap the numbers to show progress.
-
-    Raises UserError naming the file, the line and the reason of every sample that cannot be used; one that is too
-    long is dropped instead where `too_long` says so.
-    """
-    tokens, supervised, image_tokens = (np.zeros(len(samples), np.int32) for _ in range(3))
-    checked = Checked(tokens, supervised, image_tokens, np.zeros(len(samples)))
-    for index in track(range(len(samples))):
-        try:
-            encoded = samples.encoded(index)
-        except SampleError as error:
-            checked.faults.append(f"{samples.place(index)}: {error}")
-            continue
-        if encoded.num_tokens > max_length:
-            reason = f"{encoded.num_tokens:,} tokens, over the {max_length:,} allowed (data.max_length)"
-            if too_long == "drop":
-                checked.dropped.append((index, reason))
-            else:
-                checked.faults.append(f"{samples.place(index)}: {reason}; or set data.too_long to drop")
-            continue
-        checked.num_tokens[index] = encoded.num_tokens
-        checked.num_supervised[index] = encoded.num_supervised
-        checked.num_images += len(encoded.images)
-        checked.picture_files |= {s.picture.source for s in encoded.images if isinstance(s.picture.source, Path)}
-        placeholders = [span.num_placeholders for span in encoded.images]
-        checked.num_image_tokens[index] = sum(placeholders)
-        checked.image_token_pairs[index] = sum(count**2 for count in placeholders)
-    if checked.faults:
-        raise UserError(checked.faults)
-    if not checked.num_tokens.any():
-        raise UserError("every sample was dropped: there is nothing left")
-    return checked

@@ -1,15 +1,15 @@
 """Which runs of a laid out conversation are encoded in one go, and which of them are learned.
 
 A run ends where inference's prompt ends, where a trained answer ends, at a picture, and around a special token that
-stands literally in the words. It also ends behind the template's own special tokens, where every tokenizer parts its
-text anyway: what stands before the words is the same in every sample then, and need not be encoded again.
+stands literally in the words. It also ends around the template's own special tokens, where every tokenizer parts its
+text anyway: what stands between the words is the same in every sample then, and need not be encoded again.
 """
 
 import functools
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mmtrain.data.layout import Piece, Skeleton
@@ -40,6 +40,8 @@ class Segment:
     supervised: bool = False
     ends_turn: bool = False
     """An end token that the template lacks is put behind it."""
+    has_words: bool = True
+    """False: its text is the template's alone, the same in every conversation of the form."""
 
     def text(self, pieces: Sequence[Piece]) -> str:
         return "".join([span.text(pieces) for span in self.spans])
@@ -60,11 +62,20 @@ class Segmenter:
         """
         literal = self._literal_specials(pieces)
         if literal or any(not piece.text for piece in pieces):
-            return list(self._segments(pieces, skeleton, trained, literal))
+            return self._non_empty(pieces, skeleton, trained, literal)
         return self._of_form(skeleton, trained)
 
     def _of_skeleton(self, skeleton: Skeleton, trained: tuple[int, ...]) -> tuple[Segment, ...]:
-        return tuple(self._segments(skeleton.pieces, skeleton, trained, {}))
+        return self._non_empty(skeleton.pieces, skeleton, trained, {})
+
+    def _non_empty(
+        self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...], literal: Bounds
+    ) -> tuple[Segment, ...]:
+        return tuple(
+            replace(segment, has_words=any(pieces[span.piece].kind == "words" for span in segment.spans))
+            for segment in self._segments(pieces, skeleton, trained, literal)
+            if segment.spans or segment.ends_turn
+        )
 
     def _segments(
         self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...], literal: Bounds
@@ -77,12 +88,12 @@ class Segmenter:
                 turns_off[answer.end] = False
             else:
                 turns_off[answer.words_end, len(pieces[answer.words_end].text)] = self._end_of_turn
-        parted = set(self._behind_specials(pieces))
+        parted = set(self._around_specials(pieces))
         on = False
         run: list[Span] = []
         for kind, piece, start, end in _atoms(pieces, {*turns_on, *turns_off, *parted}, literal):
             span = Span(piece, start, end if end < len(pieces[piece].text) else None)
-            if (piece, start) in turns_on or kind != "text":
+            if (piece, start) in turns_on or (piece, start) in parted or kind != "text":
                 yield Segment("text", tuple(run), on)
                 run = []
             on = on or (piece, start) in turns_on
@@ -98,12 +109,13 @@ class Segmenter:
                 run = []
         yield Segment("text", tuple(run), on)
 
-    def _behind_specials(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
-        """(piece, character) behind the last special token of each of the template's pieces."""
+    def _around_specials(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
+        """(piece, character) before the first and behind the last special token of each of the template's pieces."""
         for i, piece in enumerate(pieces):
-            if piece.kind == "template":
-                ends = [match.end() for match in self._special_tokens.finditer(piece.text)]
-                yield from [(i, end) for end in ends[-1:]]
+            matches = list(self._special_tokens.finditer(piece.text)) if piece.kind == "template" else []
+            if matches:
+                yield i, matches[0].start()
+                yield i, matches[-1].end()
 
     def _literal_specials(self, pieces: Sequence[Piece]) -> Bounds:
         """Where special tokens stand in words, or come about where words meet: these stay characters."""

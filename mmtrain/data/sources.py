@@ -3,8 +3,10 @@
 A JSONL file costs sixteen bytes a record in memory, whatever its size: only the offsets of its lines are kept.
 """
 
+import functools
 import glob
 import json
+import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +47,7 @@ class JsonlFile:
                     self._offsets.append(offset)
                     self._lines.append(number)
                 offset += len(line)
+            self._end = offset
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -54,9 +57,26 @@ class JsonlFile:
 
     def record(self, index: int) -> Any:
         """The parsed record. Raises SampleError where the line is not JSON."""
-        with self.path.open("rb") as file:
-            file.seek(self._offsets[index])
-            return parse_json(file.readline())
+        start = self._offsets[index]
+        end = self._offsets[index + 1] if index + 1 < len(self._offsets) else self._end
+        opened = _opened(self)  # held while it is read from: two threads may open at once, and one of them is dropped
+        return parse_json(os.pread(opened.number, end - start, start))
+
+
+class _Descriptor:
+    """A file that is open for reading as long as this lives."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
+@functools.lru_cache(maxsize=64)
+def _opened(file: JsonlFile) -> _Descriptor:
+    """Of a file of records that is read from: opening it for every record takes as long as parsing one."""
+    return _Descriptor(file.path)
 
 
 class JsonFile:

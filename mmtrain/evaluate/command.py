@@ -12,10 +12,10 @@ from rich.console import Console
 
 from mmtrain.config import Config
 from mmtrain.config.schema import EvalSource
-from mmtrain.data.encode import Encoder
+from mmtrain.data.check import check_samples
+from mmtrain.data.parts import Recipe
 from mmtrain.data.plan import Indices
 from mmtrain.data.processor import load_processor
-from mmtrain.data.samples import SampleSet, check_samples
 from mmtrain.errors import UserError
 from mmtrain.evaluate import statistics
 from mmtrain.evaluate.pictures import CHANGES, ChangedPictures, encodable
@@ -54,11 +54,10 @@ class Evaluation:
         self._runtime = Runtime(config.model.dtype)
         self._console = Console(stderr=True, quiet=not self._runtime.is_main)
         self._processor = load_processor(config.model.path)
-        encoder = Encoder(self._processor, config.labels.train_on, config.labels.end_of_turn)
         self._limit = length_limit(config.model.path, config.data.max_length)
-        self.samples = SampleSet(sources, encoder)
         self.names = [source.name or Path(source.path).name for source in sources]
-        checked = check_samples(self.samples, self._limit, config.data.too_long)
+        recipe = Recipe.of(config, sources)
+        self.samples, checked = check_samples(recipe, self._processor, self._limit, config.data.too_long)
         self.numbers = checked.used
         self.dropped = [{"place": str(self.samples.place(index)), "reason": why} for index, why in checked.dropped]
         for entry in self.dropped:

@@ -5,17 +5,13 @@ depend on how many there are.
 """
 
 import hashlib
-import multiprocessing
-import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -26,6 +22,7 @@ from mmtrain.config.schema import Source
 from mmtrain.data.chat import Conversation, SampleError, Text
 from mmtrain.data.encode import Encoded, Encoder
 from mmtrain.data.images import Picture, decode
+from mmtrain.data.pool import map_in_processes, num_cores
 from mmtrain.data.processor import load_processor
 from mmtrain.data.samples import SampleSet
 from mmtrain.errors import UserError
@@ -113,8 +110,7 @@ class _Worker:
 _workers: list[_Worker] = []  # the one of this process, where it is a pool's
 
 
-def _start_worker(task: _Task) -> None:
-    torch.set_num_threads(1)  # more would only get in the way of the other processes
+def _start_worker(*task: Any) -> None:
     _workers[:] = [_Worker(*task)]
 
 
@@ -317,7 +313,7 @@ def audit(
     here = _Worker(*task)
     samples, console = here.samples, Console(stderr=True)
     if workers is None:
-        workers = (os.cpu_count() or 1) if len(samples) >= (_MANY_TO_DECODE if decode else _MANY) else 1
+        workers = num_cores() if len(samples) >= (_MANY_TO_DECODE if decode else _MANY) else 1
     counting = _Counting(samples, config, split)
     chunks = [range(len(samples))[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK)]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -336,14 +332,4 @@ def _look_at_all(here: _Worker, task: _Task, chunks: list[range], workers: int) 
     if workers <= 1:
         yield from (list(map(here.look_at, chunk)) for chunk in chunks)
         return
-    ways = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
-    context.set_forkserver_preload([__name__])  # what is heavy to import is imported once
-    with ProcessPoolExecutor(workers, context, _start_worker, (task,)) as pool:
-        under_way: deque[Future[list[_Sample]]] = deque()
-        for chunk in chunks:
-            under_way.append(pool.submit(_look_in_pool, chunk))
-            if len(under_way) > 4 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+    yield from map_in_processes(_look_in_pool, chunks, workers, _start_worker, task, __name__)

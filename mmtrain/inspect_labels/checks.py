@@ -13,7 +13,8 @@ from difflib import SequenceMatcher
 from itertools import pairwise
 
 from mmtrain.data.chat import Conversation, Image, Message, Part
-from mmtrain.data.processor import ChatProcessor, Messages
+from mmtrain.data.direct import Messages
+from mmtrain.data.processor import ChatProcessor
 from mmtrain.foreign_text import shown
 
 IGNORED = -100

@@ -1,22 +1,23 @@
 """What a run learns from and is measured on: checked before the first step, and cut into steps."""
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from mmtrain.config import Config
-from mmtrain.config.schema import Train
+from mmtrain.config.schema import Source, Train
+from mmtrain.data.check import Checked, check_samples
 from mmtrain.data.cut import cut_step
-from mmtrain.data.encode import Encoder
+from mmtrain.data.parts import Recipe
 from mmtrain.data.plan import Indices, Plan
 from mmtrain.data.processor import ChatProcessor
-from mmtrain.data.samples import Checked, SampleSet, check_samples
+from mmtrain.data.samples import SampleSet
 from mmtrain.errors import UserError
 from mmtrain.evaluate.scoring import Scorer
 from mmtrain.model.cost import CostModel
@@ -54,16 +55,15 @@ class Dataset:
     def __init__(
         self, config: Config, processor: ChatProcessor, console: Console, tick: Callable[[], None] = lambda: None
     ) -> None:
-        encoder = Encoder(processor, config.labels.train_on, config.labels.end_of_turn)
         data, settings = config.data, config.train
         limit = length_limit(config.model.path, data.max_length)
-        self.train = SampleSet(data.train, encoder)
-        eval_sets = {source.name or Path(source.path).name: SampleSet([source], encoder) for source in data.eval}
-        if len(eval_sets) < len(data.eval):
+        sets: dict[str, Sequence[Source]] = {source.name or Path(source.path).name: [source] for source in data.eval}
+        if len(sets) < len(data.eval):
             raise UserError("data.eval: two sources have the same name: give each its own `name`")
-        found = _check_all({"train": self.train, **eval_sets}, limit, data.too_long, console, tick)
-        self.checked = found.pop("train")
-        self.eval = [_eval_set(name, samples, found[name]) for name, samples in eval_sets.items()]
+        recipes = [Recipe.of(config, sources) for sources in (data.train, *sets.values())]
+        check = functools.partial(check_samples, processor=processor, max_length=limit, too_long=data.too_long)
+        (self.train, self.checked), *found = _check_all(["train", *sets], recipes, check, console, tick)
+        self.eval = [_eval_set(name, *one) for name, one in zip(sets, found, strict=True)]
         weights = [source.weight for source in data.train]
         self.plan = Plan(_by_source(self.train, self.checked), weights, settings.batch_size, settings.seed)
         by_epochs = max(1, math.ceil((settings.epochs or 1.0) * self.plan.steps_per_epoch))
@@ -104,20 +104,24 @@ class Dataset:
 
 
 def _check_all(
-    sets: dict[str, SampleSet], limit: int, too_long: str, console: Console, tick: Callable[[], None]
-) -> dict[str, Checked]:
-    """Check every set, with the faults of all of them together. `tick` is called for every sample."""
-    found, faults = {}, []
+    names: list[str],
+    recipes: list[Recipe],
+    check: Callable[..., tuple[SampleSet, Checked]],
+    console: Console,
+    tick: Callable[[], None],
+) -> list[tuple[SampleSet, Checked]]:
+    """Check every set, with the faults of all of them together. `tick` is called again and again meanwhile."""
+    found, faults = [], []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for name, samples in sets.items():
+        for name, recipe in zip(names, recipes, strict=True):
+            bar = progress.add_task(f"checking {name}", total=None)
 
-            def shown(numbers: range, what: str = f"checking {name}") -> Iterator[int]:
-                for number in progress.track(numbers, description=what):
-                    tick()
-                    yield number
+            def advance(number: int, bar: TaskID = bar) -> None:
+                tick()
+                progress.advance(bar, number)
 
             try:
-                found[name] = check_samples(samples, limit, too_long, shown)
+                found.append(check(recipe, advance=advance, tick=tick))
             except UserError as error:
                 faults += error.faults
     if faults:
@@ -132,5 +136,5 @@ def _eval_set(name: str, samples: SampleSet, checked: Checked) -> EvalSet:
 
 def _by_source(samples: SampleSet, checked: Checked) -> list[Indices]:
     """The used sample numbers of each source. Raises UserError where a source has none."""
-    of = np.array([samples.source(int(index)) for index in checked.used])
+    of = samples.sources(checked.used)
     return [checked.used[of == number] for number in range(samples.num_sources)]

@@ -1,35 +1,14 @@
-"""What a run's result depends on beside its config: the bytes of its data, its pictures and its base model.
-
-A file is hashed once: its SHA-256 is kept in the user's cache by path, size and time of change.
-"""
+"""What a run's result depends on beside its config: the bytes of its data, its pictures and its base model."""
 
 import hashlib
-import sqlite3
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
-from pathlib import Path
+from collections.abc import Callable
 
 from mmtrain.config import Config
+from mmtrain.data.hashes import PROCESSOR_FILES, digest, files_in
 from mmtrain.data.processor import model_directory
-from mmtrain.data.sources import open_records
 from mmtrain.train.dataset import Dataset
 
-_PROCESSOR = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*processor_config.json",
-)
 _MODEL = ("config.json", "*.safetensors", "*.safetensors.index.json")
-_THREADS = 4
-_SETTLED_SECONDS = 2.0
-"""A file that changed so short ago may change again within the same tick of its clock: its hash is not kept."""
-
-Key = tuple[str, int, int, int]
 
 
 def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> dict[str, str]:
@@ -37,77 +16,11 @@ def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> 
     folder = model_directory(config.model.path)
     template = str(dataset.train.encoder.processor.template)
     found = {
-        "model.weights": _digest(_files(folder, _MODEL), tick),
-        "model.processor": _digest(_files(folder, _PROCESSOR), tick),
+        "model.weights": digest(files_in(folder, _MODEL), tick),
+        "model.processor": digest(files_in(folder, PROCESSOR_FILES), tick),
         "model.template": hashlib.sha256(template.encode()).hexdigest(),
     }
-    for number, source in enumerate(config.data.train):
-        records = [file.path for file in open_records(source.path)]
-        found[f"data.train.{number}.records"] = _digest(records, tick)
-    found["data.train.pictures"] = _digest(sorted(dataset.checked.picture_files), tick)
+    for number in range(len(config.data.train)):
+        found[f"data.train.{number}.records"] = digest(dataset.train.files_of(number), tick)
+    found["data.train.pictures"] = digest(sorted(dataset.checked.picture_files), tick)
     return found
-
-
-def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-
-
-def _digest(paths: Iterable[Path], tick: Callable[[], None]) -> str:
-    """One hash over the files' hashes, in their order."""
-    together = hashlib.sha256()
-    for digest in _hashes(list(paths)):
-        together.update(bytes.fromhex(digest))
-        tick()
-    return together.hexdigest()
-
-
-def _hashes(paths: list[Path]) -> Iterator[str]:
-    keys = [_key(path) for path in paths]
-    with closing(_open_cache()) as cache, ThreadPoolExecutor(_THREADS) as pool:
-        known = {key: _look_up(cache, key) for key in keys}
-        made = {key: pool.submit(_sha256, key[0]) for key, digest in known.items() if digest is None}
-        for key in keys:
-            yield known[key] or made[key].result()
-        fresh = [(*key, future.result()) for key, future in made.items()]
-        settled = time.time_ns() - _SETTLED_SECONDS * 1e9
-        with suppress(sqlite3.Error), cache:  # a cache that cannot be written costs time, no more
-            cache.executemany(
-                "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", [r for r in fresh if r[2] < settled]
-            )
-
-
-def _key(path: Path) -> Key:
-    status = path.stat()
-    return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _open_cache() -> sqlite3.Connection:
-    try:
-        folder = Path.home() / ".cache" / "mmtrain"
-        folder.mkdir(parents=True, exist_ok=True)
-        cache = sqlite3.connect(folder / "hashes.sqlite3", timeout=5)
-        _make_table(cache)
-    except (OSError, RuntimeError, sqlite3.Error):
-        cache = sqlite3.connect(":memory:")
-        _make_table(cache)
-    return cache
-
-
-def _make_table(cache: sqlite3.Connection) -> None:
-    with cache:
-        cache.execute(
-            "CREATE TABLE IF NOT EXISTS hashes "
-            "(path TEXT PRIMARY KEY, size INTEGER, changed INTEGER, status_changed INTEGER, sha256 TEXT)"
-        )
-
-
-def _look_up(cache: sqlite3.Connection, key: Key) -> str | None:
-    found = cache.execute(
-        "SELECT sha256 FROM hashes WHERE path = ? AND size = ? AND changed = ? AND status_changed = ?", key
-    ).fetchone()
-    return None if found is None else str(found[0])
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mmtrain.data.check import Checked
 from mmtrain.data.encode import Encoded, Encoder
-from mmtrain.data.samples import Checked, SampleSet
+from mmtrain.data.samples import SampleSet
 from mmtrain.data.sources import Place
 
 FILLER = -1

@@ -1,0 +1,92 @@
+"""SHA-256 of files. A file is hashed once: its hash is kept in the user's cache by path, size and time of change."""
+
+import hashlib
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from pathlib import Path
+
+CACHE = Path(".cache") / "mmtrain"
+"""In the user's home: what can be made again."""
+PROCESSOR_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*processor_config.json",
+)
+"""In a model directory: what decides how text and pictures become ids."""
+_THREADS = 4
+_SETTLED_SECONDS = 2.0
+"""A file that changed so short ago may change again within the same tick of its clock: its hash is not kept."""
+
+Key = tuple[str, int, int, int]
+
+
+def files_in(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def digest(paths: Iterable[Path], tick: Callable[[], None] = lambda: None) -> str:
+    """One hash over the files' hashes, in their order. `tick` is called for every file."""
+    together = hashlib.sha256()
+    for own in _hashes(list(paths)):
+        together.update(bytes.fromhex(own))
+        tick()
+    return together.hexdigest()
+
+
+def _hashes(paths: list[Path]) -> Iterator[str]:
+    keys = [file_key(path) for path in paths]
+    with closing(_open_cache()) as cache, ThreadPoolExecutor(_THREADS) as pool:
+        known = {key: _look_up(cache, key) for key in keys}
+        made = {key: pool.submit(_sha256, key[0]) for key, digest in known.items() if digest is None}
+        for key in keys:
+            yield known[key] or made[key].result()
+        fresh = [(*key, future.result()) for key, future in made.items()]
+        settled = time.time_ns() - _SETTLED_SECONDS * 1e9
+        with suppress(sqlite3.Error), cache:  # a cache that cannot be written costs time, no more
+            cache.executemany(
+                "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", [r for r in fresh if r[2] < settled]
+            )
+
+
+def file_key(path: Path) -> Key:
+    """What tells a file from another version of it without reading it."""
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _open_cache() -> sqlite3.Connection:
+    try:
+        folder = Path.home() / CACHE
+        folder.mkdir(parents=True, exist_ok=True)
+        cache = sqlite3.connect(folder / "hashes.sqlite3", timeout=5)
+        _make_table(cache)
+    except (OSError, RuntimeError, sqlite3.Error):
+        cache = sqlite3.connect(":memory:")
+        _make_table(cache)
+    return cache
+
+
+def _make_table(cache: sqlite3.Connection) -> None:
+    with cache:
+        cache.execute(
+            "CREATE TABLE IF NOT EXISTS hashes "
+            "(path TEXT PRIMARY KEY, size INTEGER, changed INTEGER, status_changed INTEGER, sha256 TEXT)"
+        )
+
+
+def _look_up(cache: sqlite3.Connection, key: Key) -> str | None:
+    found = cache.execute(
+        "SELECT sha256 FROM hashes WHERE path = ? AND size = ? AND changed = ? AND status_changed = ?", key
+    ).fetchone()
+    return None if found is None else str(found[0])
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,57 @@
+"""Worker processes for work on samples. They end with the process that asked for them, however it ends."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+_SET_PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of Linux's prctl(2)."""
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_in_processes(
+    call: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    workers: int,
+    start: Callable[..., None],
+    arguments: tuple[Any, ...],
+    module: str,
+) -> Iterator[Result]:
+    """`call` of each task, in their order, a few ahead. Every worker begins with `start(*arguments)`; `module`, in
+    which both stand, is imported once for all of them."""
+    ways = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
+    context.set_forkserver_preload([module])
+    with ProcessPoolExecutor(workers, context, _start, (start, arguments)) as pool:
+        under_way: deque[Future[Result]] = deque()
+        try:
+            for task in tasks:
+                under_way.append(pool.submit(call, task))
+                if len(under_way) > 4 * workers:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    library = ctypes.CDLL(None)
+    if hasattr(library, "prctl"):
+        library.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    torch.set_num_threads(1)  # more would only get in the way of the other processes
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    start(*arguments)
