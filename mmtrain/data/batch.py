@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmtrain.data.chat import SampleError
 from mmtrain.data.encode import Encoded, Encoder
+from mmtrain.data.features import FeatureStore, PictureInputs, picture_inputs
 from mmtrain.data.images import decode
 from mmtrain.data.processor import ChatProcessor
 from mmtrain.data.sources import Place
@@ -42,7 +43,9 @@ class Batch:
     segments: tuple[Segment, ...]
     packed: bool
     image_inputs: dict[str, Tensor]
-    """What the model takes for the pictures, as its processor made it."""
+    """What the model takes for the pictures, as its processor made it; without pixels where features are kept."""
+    pictures: tuple[PictureInputs, ...] = ()
+    """Each picture on its own, on the CPU, where features are kept; otherwise none."""
 
     @property
     def num_tokens(self) -> int:
@@ -51,11 +54,17 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         images = {key: value.to(device, non_blocking=True) for key, value in self.image_inputs.items()}
         input_ids, supervised = (t.to(device, non_blocking=True) for t in (self.input_ids, self.supervised))
-        return Batch(input_ids, supervised, self.segments, self.packed, images)
+        return Batch(input_ids, supervised, self.segments, self.packed, images, self.pictures)
 
 
-def make_batch(numbers: Sequence[int], encoded: Sequence[Encoded], processor: ChatProcessor, packing: bool) -> Batch:
-    """Lay samples into one batch and decode their pictures.
+def make_batch(
+    numbers: Sequence[int],
+    encoded: Sequence[Encoded],
+    processor: ChatProcessor,
+    packing: bool,
+    store: FeatureStore | None = None,
+) -> Batch:
+    """Lay samples into one batch and decode their pictures, but those whose features `store` has.
 
     Raises SampleError where a picture does not decode or the processor lays it out otherwise than it was measured.
     """
@@ -73,8 +82,18 @@ def make_batch(numbers: Sequence[int], encoded: Sequence[Encoded], processor: Ch
         span = (segment.row, slice(segment.start, segment.start + segment.length))
         input_ids[span] = sample.ids
         supervised[span] = sample.supervised
-    images = _image_inputs(encoded, processor)
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(supervised), tuple(segments), packing, images)
+    tensors = torch.from_numpy(input_ids), torch.from_numpy(supervised)
+    if store is None:
+        return Batch(*tensors, tuple(segments), packing, _image_inputs(encoded, processor))
+    spans = [(span, sample.ids[span.start : span.start + span.length]) for sample in encoded for span in sample.images]
+    pictures = tuple(picture_inputs(span, ids.tolist(), processor, store) for span, ids in spans)
+    return Batch(*tensors, tuple(segments), packing, _beside(pictures), pictures)
+
+
+def _beside(pictures: Sequence[PictureInputs]) -> dict[str, Tensor]:
+    """What the model takes beside the features, of all pictures in order."""
+    each = [picture.beside for picture in pictures]
+    return {name: torch.cat([one[name] for one in each]) for name in (each[0] if each else ())}
 
 
 def _image_inputs(encoded: Sequence[Encoded], processor: ChatProcessor) -> dict[str, Tensor]:
@@ -104,9 +123,17 @@ class Samples(Protocol):
 class Loader:
     """Makes batches in threads ahead of their use: reading, decoding and resizing leave the interpreter free."""
 
-    def __init__(self, samples: Samples, packing: bool, num_threads: int = 2, ahead: int = 4) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        packing: bool,
+        store: FeatureStore | None = None,
+        num_threads: int = 2,
+        ahead: int = 4,
+    ) -> None:
         self._samples = samples
         self._packing = packing
+        self._store = store
         self._num_threads = num_threads
         self._ahead = ahead
 
@@ -132,11 +159,11 @@ class Loader:
             with self._named(number):
                 encoded.append(self._samples.encoded(number))
         try:
-            return make_batch(numbers, encoded, processor, self._packing)
+            return make_batch(numbers, encoded, processor, self._packing, self._store)
         except SampleError:
             for number, sample in zip(numbers, encoded, strict=True):
                 with self._named(number):
-                    make_batch([number], [sample], processor, self._packing)
+                    make_batch([number], [sample], processor, self._packing, self._store)
             raise
 
     @contextmanager

@@ -89,6 +89,16 @@ def decode(picture: Picture) -> PIL.Image.Image:
     return rgb
 
 
+def read_bytes(picture: Picture) -> bytes:
+    """The picture's file as it is. Raises SampleError where it cannot be read."""
+    if isinstance(picture.source, bytes):
+        return picture.source
+    try:
+        return picture.source.read_bytes()
+    except OSError as error:
+        raise SampleError(f"the image {shown(picture.name)} cannot be read: {_cause(error)}") from None
+
+
 def _inside(name: str, root: Path) -> Path:
     if "\0" in name:
         raise SampleError(f"the image path {shown(name)} has a null character")
