@@ -4,7 +4,7 @@ The one place that knows how families name their parts.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,6 +187,12 @@ _WRAPPERS = re.compile(
 def base_name(name: str) -> str:
     """A parameter's name in the base model: what peft's wrappers add to it taken off."""
     return _WRAPPERS.sub("", name)
+
+
+def is_as_loaded(model: Any, components: Components, parts: Collection[str]) -> bool:
+    """Whether nothing of peft's was put into `parts` of `model`, a base model or one with adapters."""
+    own = ((name.removeprefix("base_model.model."), base_name(name)) for name, _ in model.named_parameters())
+    return not any(name != base and components.part_of(base) in parts for name, base in own)
 
 
 def _report(model: Any, components: Components, tune: Tune, targets: dict[str, list[str]]) -> list[PartReport]:

@@ -6,7 +6,7 @@ over n tokens takes 2 n² d a layer for scores and values, half of it where it i
 the width of all heads. The head, vocabulary times width weights, is computed where there is a label, nowhere else.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,11 @@ class CostModel:
     """Per squared placeholder of each picture."""
     supervised: float
     """Per learned token: the head."""
+
+    @property
+    def with_kept_features(self) -> "CostModel":
+        """The costs where nothing is computed for pictures."""
+        return replace(self, image_token=0.0, image_token_pair=0.0)
 
     def of(self, num_tokens: Any, num_image_tokens: Any, image_token_pairs: Any, num_supervised: Any = 0) -> Values:
         """(num_samples,) the cost of each."""

@@ -8,14 +8,22 @@ from peft import PeftModel
 from torch import Tensor
 
 from mmtrain.data.batch import Batch, Segment
+from mmtrain.data.features import FeatureStore
 from mmtrain.errors import UserError
 from mmtrain.model.attention import install_attention
+from mmtrain.model.features import PictureFeatures
 
 
 class InputMaker:
-    """Makes the arguments that one model takes. Raises UserError where the model cannot be run packed."""
+    """Makes the arguments that one model takes. Raises UserError where the model cannot be run packed.
 
-    def __init__(self, model: Any, packing: bool, image_token_id: int | None) -> None:
+    `features`: where a batch's pictures come one by one, what is put in the place of their pixels.
+    """
+
+    def __init__(
+        self, model: Any, packing: bool, image_token_id: int | None, features: PictureFeatures | None = None
+    ) -> None:
+        self.features = features
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         self._get_rope_index = getattr(model.base_model, "get_rope_index", None)
         self._layout = install_attention(model)
@@ -34,12 +42,19 @@ class InputMaker:
         if self._layout is not None:
             self._layout.set(batch)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False, **batch.image_inputs}
+        if self.features is not None and batch.pictures:
+            inputs |= self.features.of(batch.pictures)
         inputs["position_ids"] = self._positions(batch)
         if not batch.packed:
             inputs["attention_mask"] = _padding_mask(batch)
         types = self._token_types(batch.input_ids)
         inputs |= {key: types for key in ("mm_token_type_ids", "token_type_ids") if key in self._takes}
         return inputs
+
+    @property
+    def store(self) -> FeatureStore | None:
+        """Where loaders look for features."""
+        return None if self.features is None else self.features.store
 
     def clear(self) -> None:
         """To be called behind the last batch: until then the model takes whatever goes through it for packed so."""
