@@ -121,6 +121,13 @@ class Labels(Section):
     """Learn the token that ends a turn, so that the model stops."""
 
 
+class Features(Section):
+    memory_gib: Annotated[float, Field(ge=0, le=10**6)] = 2.0
+    """GiB of memory in each process for what the frozen vision encoder and projector make of the pictures."""
+    disk_gib: Annotated[float, Field(ge=0, le=10**6)] = 0.0
+    """GiB on disk, in the user's cache, for the same: for later runs and for the other processes."""
+
+
 class Train(Section):
     output_dir: Annotated[str, Field(min_length=1)]
     """Where everything that the run makes is written."""
@@ -148,6 +155,9 @@ class Train(Section):
     activation_checkpointing: bool = False
     """Compute the layers' activations again in the backward pass in place of keeping them: less memory for the time of
     one more forward pass, the same result."""
+    features: Features = Features()
+    """Where vision and projector are frozen, a picture goes through them once: what they make of it is kept in memory,
+    and on disk beyond it. 0 in both: every time anew, the same result."""
     packing: bool = True
     """Lay the samples of a micro-batch end to end in one row (no padding); false: one row each, padded.
     The result is the same; a model that cannot be packed needs false."""

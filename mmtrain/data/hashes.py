@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 
-CACHE = Path(".cache") / "mmtrain"
-"""In the user's home: what can be made again."""
 PROCESSOR_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -24,6 +22,11 @@ _SETTLED_SECONDS = 2.0
 """A file that changed so short ago may change again within the same tick of its clock: its hash is not kept."""
 
 Key = tuple[str, int, int, int]
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again. Raises RuntimeError where there is no home."""
+    return Path.home() / ".cache" / "mmtrain"
 
 
 def files_in(folder: Path, patterns: Iterable[str]) -> list[Path]:
@@ -62,7 +65,7 @@ def file_key(path: Path) -> Key:
 
 def _open_cache() -> sqlite3.Connection:
     try:
-        folder = Path.home() / CACHE
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         cache = sqlite3.connect(folder / "hashes.sqlite3", timeout=5)
         _make_table(cache)

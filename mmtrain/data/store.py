@@ -24,7 +24,7 @@ import tokenizers
 import transformers
 
 import mmtrain
-from mmtrain.data.hashes import CACHE, PROCESSOR_FILES, digest, file_key, files_in
+from mmtrain.data.hashes import PROCESSOR_FILES, cache_folder, digest, file_key, files_in
 from mmtrain.data.parts import Part, Recipe, encode_all
 from mmtrain.data.processor import model_directory
 from mmtrain.data.samples import SampleSet
@@ -99,7 +99,7 @@ def open_store(
     """
     name = _name(recipe, samples, tick)
     try:
-        return _find_or_make(Path.home() / CACHE / "encoded", name, recipe, samples, advance, tick)
+        return _find_or_make(cache_folder() / "encoded", name, recipe, samples, advance, tick)
     except (_CannotWriteError, RuntimeError):  # no home, no room in it, or not ours
         folder = Path(tempfile.mkdtemp(prefix="mmtrain-"))
         try:

@@ -22,9 +22,11 @@ from mmtrain.evaluate.pictures import CHANGES, ChangedPictures, encodable
 from mmtrain.evaluate.report import image_verdict, print_comparison, print_report
 from mmtrain.evaluate.scores import Scores
 from mmtrain.evaluate.scoring import Scorer
+from mmtrain.model.components import Components, is_as_loaded
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import length_limit, load_model
 from mmtrain.model.root import Root
+from mmtrain.train.features import find_features, make_store
 from mmtrain.train.runtime import Runtime
 
 BASE = "base"
@@ -64,6 +66,9 @@ class Evaluation:
             self._console.print(f"dropped: {entry['place']}: {entry['reason']}", markup=False, soft_wrap=True)
         self._lengths: list[int] = checked.num_tokens[self.numbers].tolist()
         self._base = load_model(config.model.path, config.model.dtype, self._processor)
+        self._base.requires_grad_(False)
+        self._components = Components(self._base)
+        self._store = make_store(config, self._runtime, self._console.print)
         self._model: Any = self._base
         self._loaded = 0
 
@@ -111,7 +116,9 @@ class Evaluation:
     def _score(self, scorer: Scorer) -> Scores:
         settings = self._config.train
         self._model.to(self._runtime.device)
-        make_inputs = InputMaker(self._model, settings.packing, self._processor.image_token_id)
+        same = is_as_loaded(self._model, self._components, ("vision", "projector"))  # with any adapter
+        features = find_features(self._model, self._processor, self._runtime, self._store if same else None)
+        make_inputs = InputMaker(self._model, settings.packing, self._processor.image_token_id, features)
         tokens, packing = settings.microbatch_tokens, settings.packing
         scores = scorer.score(Root(self._model), make_inputs, self._runtime, tokens, packing, console=self._console)
         assert scores is not None  # only a run that is supervised stops on the way

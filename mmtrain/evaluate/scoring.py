@@ -57,7 +57,7 @@ class Scorer:
         own = [self._numbers[cut].tolist() for cut in cuts[runtime.index * share : (runtime.index + 1) * share]]
         own = [cut for cut in own if cut] if filled is None else [filled.fill(cut) for cut in own]
         sums = np.zeros((len(self._rows), 3))
-        batches = Loader(self._shown if filled is None else filled, packing).batches(own)
+        batches = Loader(self._shown if filled is None else filled, packing, make_inputs.store).batches(own)
         quiet = console is None or not console.is_terminal
         for batch in track(batches, "scoring", len(own), console=console, transient=True, disable=quiet):
             on_device = batch.to(runtime.device)

@@ -13,14 +13,19 @@ _MODEL = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> dict[str, str]:
     """A SHA-256 for each thing, by the name under which a change of it is refused. `tick` is called for every file."""
-    folder = model_directory(config.model.path)
     template = str(dataset.train.encoder.processor.template)
-    found = {
-        "model.weights": digest(files_in(folder, _MODEL), tick),
-        "model.processor": digest(files_in(folder, PROCESSOR_FILES), tick),
-        "model.template": hashlib.sha256(template.encode()).hexdigest(),
-    }
+    found = model_fingerprints(config.model.path, tick)
+    found["model.template"] = hashlib.sha256(template.encode()).hexdigest()
     for number in range(len(config.data.train)):
         found[f"data.train.{number}.records"] = digest(dataset.train.files_of(number), tick)
     found["data.train.pictures"] = digest(sorted(dataset.checked.picture_files), tick)
     return found
+
+
+def model_fingerprints(path: str, tick: Callable[[], None]) -> dict[str, str]:
+    """A SHA-256 of the weights and one of the processor's files of the model at `path`."""
+    folder = model_directory(path)
+    return {
+        "model.weights": digest(files_in(folder, _MODEL), tick),
+        "model.processor": digest(files_in(folder, PROCESSOR_FILES), tick),
+    }

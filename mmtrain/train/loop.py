@@ -3,7 +3,7 @@
 import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from mmtrain.train.ceiling import matmul_rate
 from mmtrain.train.checkpoint import CheckpointFolder, checkpoint_bytes, restore, snapshot
 from mmtrain.train.dataset import Dataset, EvalSet, StepCut
 from mmtrain.train.export import export
+from mmtrain.train.features import find_features, keeps_features, make_store
 from mmtrain.train.fingerprint import fingerprints
 from mmtrain.train.gradients import is_exact
 from mmtrain.train.metrics import METRICS, MetricsFile, Reporter, evaluated_at, make_console, show_parts
@@ -71,14 +72,15 @@ def _train(config: Config, accept: Sequence[str], runtime: Runtime, output_dir: 
     if runtime.is_main:
         _write_inputs(output_dir, config, dataset)
     activity.set("loading the model")
-    learner, parts, costs = make_learner(config, processor, runtime)
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    learner, parts, costs = make_learner(config, processor, runtime, say)
     if runtime.is_main:
         checkpoints.check_room(checkpoint_bytes(learner.model))
     if resume.checkpoint is not None:
         restore(resume.checkpoint, learner.model, learner.optimizer, share)
     show_parts(parts, console)
     for line in (dataset.summary(), *layout_lines(config, learner)):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line)
     run = Run(config, dataset, learner, costs, checkpoints, state, resume.evaluated, console)
     run.take_steps(resume.step + 1)
     run.finish(processor)
@@ -127,11 +129,12 @@ class RunState:
         processes = {} if exact else {"processes": self._runtime.num_processes}
         cut = {"microbatches": settings.microbatches, "microbatch_tokens": settings.microbatch_tokens}
         rest = {"weights": settings.weights, "packing": settings.packing, "threads": self._runtime.num_threads}
-        return {**cut, **rest, **processes, **self._runtime.kernels}
+        kept = {"features": keeps_features(self._config, self._runtime.num_processes)}
+        return {**cut, **rest, **kept, **processes, **self._runtime.kernels}
 
 
 def make_learner(
-    config: Config, processor: ChatProcessor, runtime: Runtime
+    config: Config, processor: ChatProcessor, runtime: Runtime, say: Callable[[str], None] = lambda line: None
 ) -> tuple[Learner, list[PartReport], CostModel]:
     """The model with what learns of it, on its device, and its optimizer; its first weights follow from the seed."""
     settings = config.train
@@ -145,12 +148,14 @@ def make_learner(
     install_dropout(model, components, config.tune, clock)
     install_fused(model)
     costs = cost_model(base, components, config.tune)
-    make_inputs = InputMaker(model, settings.packing, processor.image_token_id)
     root = Root(model)
     sharded = settings.weights == "shard" and runtime.num_processes > 1
     if sharded:
         shard(root, runtime.device)
     model.to(runtime.device)
+    store = make_store(config, runtime, say) if keeps_features(config, runtime.num_processes) else None
+    features = find_features(model, processor, runtime, store)
+    make_inputs = InputMaker(model, settings.packing, processor.image_token_id, features)
     exact = settings.microbatches != "auto" and not sharded
     optimizer = make_optimizer(model, components, config)
     return Learner(model, root, make_inputs, optimizer, clock, runtime, exact, sharded), parts, costs
@@ -171,6 +176,11 @@ def layout_lines(config: Config, learner: Learner) -> Iterator[str]:
         why = "the weights are sharded" if learner.sharded else "train.microbatches is auto"
         why = f"{count} is no power of two" if learner.exact else why
         yield f"bits: others than on another number of processes ({why})"
+    kept, limits = learner.make_inputs.features is not None, settings.features
+    if kept:
+        yield f"features of pictures: kept, {limits.memory_gib:g} GiB in memory and {limits.disk_gib:g} GiB on disk"
+    elif keeps_features(config, count) and getattr(learner.model.config, "vision_config", None) is not None:
+        yield "features of pictures: not kept, models of this family cannot go on from them"
 
 
 class Run:
@@ -202,7 +212,7 @@ class Run:
         settings, last, activity = self._config.train, self._dataset.num_steps, self._learner.runtime.activity
         samples = self._dataset.train if self._filled is None else self._filled
         cuts = (cut for step in range(first, last + 1) for cut in self._cut(step).own if cut)
-        batches = Loader(samples, settings.packing).batches(cuts)
+        batches = Loader(samples, settings.packing, self._learner.make_inputs.store).batches(cuts)
         metrics = MetricsFile(self._output_dir / METRICS, first - 1, self._learner.runtime.is_main)
         with Reporter(last, first - 1, self._console) as reporter, metrics:
             self._evaluate(first - 1, metrics, reporter, self._evaluated)  # at the start what the model knew before
@@ -259,7 +269,10 @@ class Run:
 
     def _cut_step(self, step: int) -> StepCut:
         runtime = self._learner.runtime
-        cut = self._dataset.cut(step, self._config.train, self._costs, runtime.index, runtime.num_processes)
+        # from the second epoch on every picture was seen; a rule that follows from the step alone, as the cut must
+        kept = self._learner.make_inputs.store is not None and step > self._dataset.plan.steps_per_epoch
+        costs = self._costs.with_kept_features if kept else self._costs
+        cut = self._dataset.cut(step, self._config.train, costs, runtime.index, runtime.num_processes)
         return cut if self._filled is None else replace(cut, own=tuple(map(self._filled.fill, cut.own)))
 
     def _evaluate(self, step: int, metrics: MetricsFile, reporter: Reporter, done: Sequence[str] = ()) -> int | None:
