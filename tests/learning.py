@@ -39,7 +39,7 @@ def step_of(
     learner.optimizer.zero_grad(set_to_none=True)
     samples = [number for cut in cuts for number in cut]
     count = int(dataset.checked.num_supervised[samples].sum())
-    batches = Loader(dataset.train, packing).batches(cuts)
+    batches = Loader(dataset.train, packing, learner.make_inputs.store).batches(cuts)
     loss, _ = accumulate_gradients(learner, batches, count, step=3)
     named: dict[str, Any] = dict(learner.model.named_parameters())
     return loss, {

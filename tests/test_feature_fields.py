@@ -1,0 +1,169 @@
+"""What a forward reads of its picture features is found out; where it cannot be put together, nothing is kept."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+from mmtrain.data.features import FeatureStore, PictureInputs
+from mmtrain.data.processor import ChatProcessor, load_processor
+from mmtrain.model.features import PictureFeatures, find_fields
+from mmtrain.model.load import load_model
+
+IMAGE = 5
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 48}
+
+
+class Processor:
+    """As much of a family's processor as features need: random pixels that follow from the picture's size."""
+
+    image_token = "<image>"
+    image_token_id = IMAGE
+
+    def __init__(self, lay_out: Callable[[Sequence[tuple[int, int]]], tuple[dict[str, Tensor], list[int]]]) -> None:
+        self._lay_out = lay_out
+
+    def image_inputs(self, pictures: Sequence[PIL.Image.Image]) -> tuple[dict[str, Tensor], list[int]]:
+        return self._lay_out([picture.size for picture in pictures])
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_layers_of_features() -> tuple[Any, Any]:
+    """Qwen3-VL: features of several layers go into the language model."""
+
+    def lay_out(sizes: Sequence[tuple[int, int]]) -> tuple[dict[str, Tensor], list[int]]:
+        grids = [(1, height // 28 * 2, width // 28 * 2) for width, height in sizes]
+        pixels = [noise(rows, rows * columns, 3 * 2 * 14 * 14) for _, rows, columns in grids]
+        ids = [i for _, rows, columns in grids for i in [7] + [IMAGE] * (rows * columns // 4) + [8]]
+        return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor(grids)}, ids
+
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    vision = {**VISION, "depth": 3, "num_heads": 2, "patch_size": 14, "out_hidden_size": 32}
+    vision |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+    config = Qwen3VLConfig(
+        text_config={**TEXT, "rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=IMAGE,
+        vision_start_token_id=7,
+        vision_end_token_id=8,
+        video_token_id=9,
+    )
+    return Qwen3VLForConditionalGeneration(config), Processor(lay_out)
+
+
+def with_tiles() -> tuple[Any, Any]:
+    """Idefics3: a picture is several tiles, all in one row of a batch."""
+
+    def lay_out(sizes: Sequence[tuple[int, int]]) -> tuple[dict[str, Tensor], list[int]]:
+        tiles = [noise(width, 2 if width > 100 else 1, 3, 28, 28) for width, _ in sizes]
+        pixels = torch.cat(tiles)[None]
+        mask = torch.ones(*pixels.shape[:2], 28, 28, dtype=torch.long)
+        return {"pixel_values": pixels, "pixel_attention_mask": mask}, ([7] + [IMAGE] * 4) * pixels.shape[1]
+
+    vision = {**VISION, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    text = {**TEXT, "model_type": "llama", "pad_token_id": 0}
+    config = Idefics3Config(image_token_id=IMAGE, text_config=text, vision_config=vision, scale_factor=2)
+    return Idefics3ForConditionalGeneration(config), Processor(lay_out)
+
+
+@torch.no_grad()
+def prepared(model: Any) -> Any:
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.copy_(noise(parameter.numel(), *parameter.shape) * parameter[0].numel() ** -0.5)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [(with_layers_of_features, {"pooler_output", "deepstack_features"}), (with_tiles, {"pooler_output"})],
+)
+def test_logits_from_kept_features_are_those_from_pixels(make: Callable[[], tuple[Any, Any]], names: set[str]) -> None:
+    model, processor = make()
+    prepared(model)
+    fields = find_fields(model, processor)
+    assert fields is not None
+    assert fields.layouts.keys() == names
+    sizes = [(140, 84), (56, 112), (90, 56)]
+    pictures = [PIL.Image.new("RGB", size) for size in sizes]
+    pixels, ids = processor.image_inputs(pictures)
+    alone = [
+        PictureInputs(str(number), own.count(IMAGE), inputs, None)
+        for number, picture in enumerate(pictures)
+        for inputs, own in [processor.image_inputs([picture])]
+    ]
+    common: dict[str, Any] = {"input_ids": torch.tensor([ids]), "position_ids": torch.arange(len(ids))[None]}
+    if "image_grid_thw" in pixels:
+        common["mm_token_type_ids"] = (common["input_ids"] == IMAGE).long()
+    expected = model(**common, **pixels).logits
+    features = PictureFeatures(model, FeatureStore(1e6), fields)
+    for _ in range(2):  # computed, and kept
+        found = model(**common, **features.of(alone)).logits
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+    swapped = model(**common, **features.of(alone[::-1])).logits
+    assert (swapped - expected).norm() > 1e-2 * expected.norm()
+
+
+def qwen(model_dirs: dict[str, Path]) -> tuple[Any, ChatProcessor]:
+    processor = load_processor(str(model_dirs["qwen2_5_vl"]))
+    model = load_model(str(model_dirs["qwen2_5_vl"]), "float32", processor).requires_grad_(False)
+    assert find_fields(model, processor) is not None
+    return model, processor
+
+
+def test_features_that_depend_on_the_other_pictures_are_not_kept(
+    model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = qwen(model_dirs)
+    inner = model.base_model
+    make = inner.get_image_features
+
+    def mixed(*args: Any, **kwargs: Any) -> Any:
+        output = make(*args, **kwargs)
+        mean = torch.cat(tuple(output.pooler_output)).mean(0)
+        output.pooler_output = tuple(one - mean for one in output.pooler_output)
+        return output
+
+    monkeypatch.setattr(inner, "get_image_features", mixed)
+    assert find_fields(model, processor) is None
+
+
+def test_features_that_a_learning_weight_went_into_are_not_kept(model_dirs: dict[str, Path]) -> None:
+    """Such as LLaVA-NeXT's newline between rows, which stands outside tower and projector."""
+    model, processor = qwen(model_dirs)
+    weight = next(p for name, p in model.named_parameters() if "merger" in name)
+    weight.requires_grad_(True)
+    assert find_fields(model, processor) is None
+
+
+def test_a_forward_that_takes_no_features_gets_none(
+    model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = qwen(model_dirs)
+    monkeypatch.setattr(model, "forward", lambda input_ids=None, pixel_values=None: None)
+    assert find_fields(model, processor) is None
+    text = load_processor(str(model_dirs["text"]))
+    assert find_fields(load_model(str(model_dirs["text"]), "float32", text), text) is None
