@@ -155,6 +155,9 @@ class Train(Section):
     activation_checkpointing: bool = False
     """Compute the layers' activations again in the backward pass in place of keeping them: less memory for the time of
     one more forward pass, the same result."""
+    compile: bool = False
+    """Compile the language model's layers with torch.compile: fewer passes over memory, for a minute or more before
+    the first step. Needs a C++ compiler on the CPU."""
     features: Features = Features()
     """Where vision and projector are frozen, a picture goes through them once: what they make of it is kept in memory,
     and on disk beyond it. 0 in both: every time anew, the same result."""

@@ -34,6 +34,14 @@ def checkpoint_activations(model: Any) -> None:
             module.training = True  # it asks for this flag; its dropouts keep their own, which is off
 
 
+def compile_layers(model: Any) -> None:
+    """Compile the language model's repeated layers one by one: they share their code, so the first is the one that
+    takes time. The number of tokens is left open, as every micro-batch has another."""
+    for module in model.get_decoder().modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True)
+
+
 def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:
     """The model on the CPU in `dtype`, in eval mode: the base model's own dropout is never on.
 

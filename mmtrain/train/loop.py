@@ -21,7 +21,7 @@ from mmtrain.model.cost import CostModel, cost_model
 from mmtrain.model.dropout import DropoutClock, install_dropout
 from mmtrain.model.fused import install_fused
 from mmtrain.model.inputs import InputMaker
-from mmtrain.model.load import checkpoint_activations, load_model
+from mmtrain.model.load import checkpoint_activations, compile_layers, load_model
 from mmtrain.model.root import Root
 from mmtrain.train.ceiling import matmul_rate
 from mmtrain.train.checkpoint import CheckpointFolder, checkpoint_bytes, restore, snapshot
@@ -130,7 +130,7 @@ class RunState:
         cut = {"microbatches": settings.microbatches, "microbatch_tokens": settings.microbatch_tokens}
         rest = {"weights": settings.weights, "packing": settings.packing, "threads": self._runtime.num_threads}
         kept = {"features": keeps_features(self._config, self._runtime.num_processes)}
-        return {**cut, **rest, **kept, **processes, **self._runtime.kernels}
+        return {**cut, **rest, **kept, **processes, "compile": settings.compile, **self._runtime.kernels}
 
 
 def make_learner(
@@ -147,6 +147,8 @@ def make_learner(
     clock = DropoutClock(settings.seed)
     install_dropout(model, components, config.tune, clock)
     install_fused(model)
+    if settings.compile:
+        compile_layers(base)
     costs = cost_model(base, components, config.tune)
     root = Root(model)
     sharded = settings.weights == "shard" and runtime.num_processes > 1

@@ -23,6 +23,7 @@ CHANGEABLE = frozenset(
         "train.hang_timeout",
         "train.packing",
         "train.activation_checkpointing",
+        "train.compile",
         "train.features",
         "train.checkpoint_every",
         "train.keep_checkpoints",
