@@ -2,40 +2,44 @@
 
     python scripts/bench_peer.py plain|trl WORK_FOLDER SETTINGS.json RESULT.json
 
-It gets the very ids and labels that mmtrain trains on and opens the pictures itself; it knows nothing of mmtrain.
+It gets the very ids and labels that mmtrain trains on and opens the pictures itself; it knows nothing of mmtrain. Its
+users' own collators would tokenise and look for the labels in every step as well: that work is not counted against it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from bench_shapes import build_model
+from bench_watch import Watch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, TrainerCallback
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Wall and CPU seconds at the end of each step, its loss, and when the first one ended."""
+    """Reads the watch at the end of each step, and its loss off the log."""
 
-    def __init__(self, begun: float) -> None:
-        self.rows: list[dict[str, float]] = []
-        self._begun = begun
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._watch.begin()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.rows.append({"wall": time.time() - self._begun, "cpu": time.process_time()})
+        self._watch.end()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        if "loss" in logs and self.rows:
-            self.rows[-1]["loss"] = logs["loss"]
+        if "loss" in logs and self._watch.rows:
+            self._watch.rows[-1]["loss"] = logs["loss"]
 
 
 def collate(rows: list[dict[str, Any]], image_processor: Any, pad_id: int) -> dict[str, torch.Tensor]:
@@ -56,14 +60,16 @@ def collate(rows: list[dict[str, Any]], image_processor: Any, pad_id: int) -> di
 def main() -> None:
     kind, work, settings_path, result_path = sys.argv[1:]
     settings = json.loads(Path(settings_path).read_text())
-    clock = Clock(settings["begun"])
+    watch = Watch(settings)
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(settings["seed"])
     rows = [json.loads(line) for line in (Path(work) / "samples.jsonl").read_text().splitlines()]
     bf16 = settings["dtype"] == "bfloat16"
-    model = AutoModelForImageTextToText.from_pretrained(
-        settings["model"], dtype=torch.bfloat16 if bf16 else torch.float32
-    )
+    if settings["built"]:
+        model = build_model(settings["model"], settings["dtype"], settings["device"], settings["seed"])
+    else:
+        dtype = getattr(torch, settings["dtype"])
+        model = AutoModelForImageTextToText.from_pretrained(settings["model"], dtype=dtype)
     image_processor = AutoImageProcessor.from_pretrained(settings["model"], backend="pil")
     model.config.use_cache = False
     layers = "|".join(settings["targets"])
@@ -88,8 +94,10 @@ def main() -> None:
         "remove_unused_columns": False,
         "train_sampling_strategy": "sequential",
         "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
+        "gradient_checkpointing": settings["checkpointing"],
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "dataloader_pin_memory": settings["device"] == "cuda",
+        "dataloader_num_workers": settings["workers"],
     }
 
     def batch(found: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -97,11 +105,9 @@ def main() -> None:
 
     make_trainer = plain_trainer if kind == "plain" else trl_trainer
     trainer = make_trainer(model, arguments, batch, len(rows), settings)
-    trainer.add_callback(clock)
+    trainer.add_callback(Clock(watch))
     trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-    Path(result_path).write_text(json.dumps({"rows": clock.rows, "peak_gib": gpu or peak}))
+    Path(result_path).write_text(json.dumps({"rows": watch.rows}))
 
 
 def plain_trainer(model: Any, arguments: dict[str, Any], batch: Any, num_rows: int, settings: dict[str, Any]) -> Any:

@@ -1,82 +1,67 @@
-"""What scripts/bench trains: a Qwen2.5-VL of random weights and chats over drawn pictures, the same every time."""
+"""The chats that scripts/bench trains on, over drawn pictures: the same every time.
+
+Shaped like a mix of real ones: a chat has one to three pictures (80, 14 and 6 %) and one to three turns (65, 25 and
+10 %); first answers have 18 to 210 words, the short ones being more frequent, later ones at most 60. A padded batch of
+eight is then 35 to 40 % padding.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import random
-import shutil
 from pathlib import Path
-from typing import Any
 
 import PIL.Image
 import PIL.ImageDraw
-import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from bench_shapes import Shape
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / "data_samples" / "tiny-vlm"
-SHAPES: dict[str, dict[str, Any]] = {
-    "small-vocabulary": {"vocab_size": 32_000, "hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1408},
-    "large-vocabulary": {"vocab_size": 151_936, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 704},
-}
 TEXT = """
-the picture shows a small figure near the left border and a larger one that covers part of it while the ground behind
-them stays even so that every outline is easy to follow from here to there and back again
+the picture shows a small red circle near the left border and a larger blue triangle that covers part of it while the
+ground behind them stays even so that every outline is easy to follow from here to there and back again
 """
 WORDS = TEXT.split()
-PATCH = 14
 
 
-def make_model(shape: str, folder: Path) -> Path:
-    """The tiny model's tokenizer and template around random weights of a larger shape."""
-    path = folder / f"model-{shape}"
-    if (path / "model.safetensors").exists():
-        return path
-    path.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
-        shutil.copyfile(TINY / name, path / name)
-    processor = json.loads((path / "preprocessor_config.json").read_text())
-    processor |= {"patch_size": PATCH, "min_pixels": 56 * 56, "max_pixels": 1024 * 1024}
-    processor["size"] = {"shortest_edge": 56 * 56, "longest_edge": 1024 * 1024}
-    (path / "preprocessor_config.json").write_text(json.dumps(processor))
-    config = Qwen2_5_VLConfig.from_pretrained(TINY)
-    text, vision = config.text_config, config.vision_config
-    for key, value in SHAPES[shape].items():
-        setattr(text, key, value)
-    text.num_attention_heads, text.num_key_value_heads = text.hidden_size // 64, 2
-    text.layer_types = ["full_attention"] * text.num_hidden_layers
-    text.rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
-    text.max_position_embeddings = 8192
-    vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 4, 128, 344, 4
-    vision.patch_size, vision.out_hidden_size, vision.window_size = PATCH, text.hidden_size, 112
-    vision.fullatt_block_indexes = [1, 3]
-    torch.manual_seed(0)
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(path)
-    return path
-
-
-def make_data(folder: Path, num_samples: int = 128) -> Path:
-    """Chats with no, one or two pictures of 84 to 448 pixels a side, and answers of 5 to 160 words."""
-    path = folder / "chats.jsonl"
+def make_data(folder: Path, shape: Shape, num_samples: int) -> Path:
+    """A file of chats beside the folder of their pictures."""
     rng = random.Random(7)
+    path = folder / "chats.jsonl"
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(num_samples):
-        names = [f"pictures/{number}-{n}.png" for n in range(rng.choice((0, 1, 1, 1, 2)))]
+        (num_pictures,) = rng.choices((1, 2, 3), (80, 14, 6))
+        (num_turns,) = rng.choices((1, 2, 3), (65, 25, 10))
+        names = [f"pictures/{number}-{n}.png" for n in range(num_pictures)]
         for name in names:
-            _draw(rng).save(folder / name)
+            _draw(rng, _size(rng, shape, num_pictures)).save(folder / name)
         messages = []
-        for turn in range(rng.choice((1, 1, 2))):
-            question = " ".join(rng.choices(WORDS, k=rng.randint(4, 16)))
-            messages.append({"role": "user", "content": "<image>" * len(names) * (turn == 0) + question})
-            messages.append({"role": "assistant", "content": " ".join(rng.choices(WORDS, k=rng.randint(5, 160)))})
+        for turn in range(num_turns):
+            asked = "<image>" * len(names) * (turn == 0) + _words(rng, rng.randint(4, 16))
+            most = 60 if turn else 210
+            answered = _words(rng, round(18 * (most / 18) ** rng.random() ** 0.8))
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         rows.append({"messages": messages, "images": names})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def _draw(rng: random.Random) -> PIL.Image.Image:
-    size = (rng.randint(84, 448), rng.randint(84, 448))
+def _words(rng: random.Random, count: int) -> str:
+    return " ".join(rng.choices(WORDS, k=count))
+
+
+def _size(rng: random.Random, shape: Shape, num_pictures: int) -> tuple[int, int]:
+    """Pixels; a chat of several pictures has smaller ones, as large together as one."""
+    least, most = shape.sides
+    most = max(least, round(most / math.sqrt(num_pictures)))
+    if not shape.photos:
+        return rng.randint(least, most), rng.randint(least, most)
+    longer = rng.randint(least, most)
+    size = (longer, longer * 3 // 4)
+    return size if rng.random() < 0.5 else size[::-1]
+
+
+def _draw(rng: random.Random, size: tuple[int, int]) -> PIL.Image.Image:
     picture = PIL.Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3)))
     pen = PIL.ImageDraw.Draw(picture)
     for _ in range(rng.randint(1, 5)):
