@@ -76,19 +76,19 @@ def report_rates(found: Runs, tokens: list[int], supervised: list[int], settings
         )
 
 
-def report_epochs(found: Runs, epoch: int, device: str) -> None:
-    """Seconds a step of the first and of the second epoch, where the steps cover both."""
+def report_epochs(found: Runs, tokens: list[int], epoch: int, device: str) -> None:
+    """Seconds a step of the first and of the second epoch, where the steps cover both. The first lacks the warm-up, so
+    that their steps are of other sizes: the ratio is of the time a token."""
     clock, told = ("wall", "wall") if device == "cuda" else ("cpu", "CPU")
     for name, runs in found.items():
-        halves = []
-        for number in (0, 1):
-            first, last = max(number * epoch, WARM_UP), (number + 1) * epoch
-            rows = [one["rows"][first - 1 : last] for one in runs]
-            halves.append(statistics.median((part[-1][clock] - part[0][clock]) / (len(part) - 1) for part in rows))
-        first_epoch, second_epoch = halves
+        steps, costs = [], []
+        for first, last in ((WARM_UP, epoch), (epoch, 2 * epoch)):
+            times = [one["rows"][last - 1][clock] - one["rows"][first - 1][clock] for one in runs]
+            steps.append(statistics.median(times) / (last - first))
+            costs.append(1e3 * statistics.median(times) / sum(tokens[first:last]))
         print(
-            f"{NAMES[name]:8} {first_epoch:.3f} {told} s a step in epoch 1 (from step {WARM_UP + 1}), "
-            f"{second_epoch:.3f} in epoch 2: {second_epoch / first_epoch:.0%}"
+            f"{NAMES[name]:8} epoch 1 (from step {WARM_UP + 1}) {steps[0]:.3f} {told} s a step, {costs[0]:.3f} ms a "
+            f"token; epoch 2 {steps[1]:.3f} and {costs[1]:.3f}: {costs[1] / costs[0]:.0%} of the time a token"
         )
 
 
