@@ -375,4 +375,4 @@ def test_the_checks_do_not_know_the_encoder() -> None:
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     own = {name for name in names if name.startswith("mmtrain")}
-    assert own == {"mmtrain.data.chat", "mmtrain.data.processor", "mmtrain.foreign_text"}
+    assert own == {"mmtrain.data.chat", "mmtrain.data.direct", "mmtrain.data.processor", "mmtrain.foreign_text"}

@@ -92,7 +92,8 @@ class Encoder:
         laid_out: list[tuple[LaidOut, list[Picture]] | SampleError] = []
         for conversation, root in conversations:
             try:
-                laid_out.append((self._lay_out(conversation), self._find_pictures(conversation, root)))
+                pictures = self._find_pictures(conversation, root)
+                laid_out.append((self._lay_out(conversation), pictures))
             except SampleError as error:
                 laid_out.append(error)
         texts = {

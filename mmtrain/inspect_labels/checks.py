@@ -1,8 +1,7 @@
 """Faults of labels, found without the encoder: from ids, labels, the conversation's words and the model's own parts.
 
-What the encoder builds forwards is read backwards here. Pictures are folded to one placeholder each. Then, for every
-turn that is to be learned, the text before it is rendered and tokenized as inference does and held against the ids,
-and what the labels decode to is held against the assistant's words.
+What the encoder builds forwards is read backwards here: pictures are folded to one placeholder each; for every learned
+turn what inference would write before it is held against the ids, and what the labels decode to against the words.
 """
 
 import functools
