@@ -46,7 +46,7 @@ def run(config: Config, processes: int, output: Path) -> tuple[list[dict[str, An
 @pytest.mark.parametrize("batch_size", [8, 1], ids=["mixed", "fewer_samples_than_processes"])
 def test_two_processes_equal_one(batch_size: int, make_config: Callable[..., Config], tmp_path: Path) -> None:
     tune = {**MIXED, "language": {**LORA, "dropout": 0.1}}
-    # AdamW moves a weight whose gradient is nothing but rounding by the whole rate: a rate of 1e-2 would show that alone
+    # AdamW moves a weight whose gradient is nothing but rounding by the whole rate: 1e-2 would show that alone
     settings = {"steps": 10, "batch_size": batch_size, "microbatch_tokens": 100, "learning_rate": 1e-3}
     config = make_config("qwen2_5_vl", tune, **settings)
     source = {"path": config.data.train[0].path, "name": "same"}
