@@ -42,7 +42,7 @@ def step_of(
     batches = Loader(dataset.train, packing, learner.make_inputs.store).batches(cuts)
     loss, _ = accumulate_gradients(learner, batches, count, step=3)
     named: dict[str, Any] = dict(learner.model.named_parameters())
-    return loss, {
+    return float(loss), {
         n: (p.grad if p.grad is not None else torch.zeros_like(p)).clone() for n, p in named.items() if p.requires_grad
     }
 

@@ -22,7 +22,7 @@ def layout_of(lengths: tuple[int, ...]) -> RowLayout:
         Segment(n, 0, start, length, 0, 0) for n, (start, length) in enumerate(zip(starts, lengths, strict=True))
     )
     ids = torch.zeros(1, sum(lengths), dtype=torch.long)
-    layout.set(Batch(ids, ids.bool(), segments, True, {}))
+    layout.set(Batch(ids, ids.bool(), segments, True, {}), torch.device("cpu"))
     return layout
 
 

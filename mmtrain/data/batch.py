@@ -34,7 +34,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch. Packed: one row without padding; otherwise a row for each sample, padded on the right."""
+    """One micro-batch, on the CPU. Packed: one row without padding; otherwise a row a sample, padded on the right."""
 
     input_ids: Tensor
     """(rows, length) int64"""
@@ -45,16 +45,11 @@ class Batch:
     image_inputs: dict[str, Tensor]
     """What the model takes for the pictures, as its processor made it; without pixels where features are kept."""
     pictures: tuple[PictureInputs, ...] = ()
-    """Each picture on its own, on the CPU, where features are kept; otherwise none."""
+    """Each picture on its own, where features are kept; otherwise none."""
 
     @property
     def num_tokens(self) -> int:
         return sum(segment.length for segment in self.segments)
-
-    def to(self, device: torch.device) -> "Batch":
-        images = {key: value.to(device, non_blocking=True) for key, value in self.image_inputs.items()}
-        input_ids, supervised = (t.to(device, non_blocking=True) for t in (self.input_ids, self.supervised))
-        return Batch(input_ids, supervised, self.segments, self.packed, images, self.pictures)
 
 
 def make_batch(

@@ -60,9 +60,8 @@ class Scorer:
         batches = Loader(self._shown if filled is None else filled, packing, make_inputs.store).batches(own)
         quiet = console is None or not console.is_terminal
         for batch in track(batches, "scoring", len(own), console=console, transient=True, disable=quiet):
-            on_device = batch.to(runtime.device)
             with runtime.autocast():
-                nll, right = root(supervised_nll, make_inputs(on_device), on_device)
+                nll, right = root(supervised_nll, make_inputs(batch), batch)
             rows = self._answers(batch)
             for column, values in enumerate((nll.double(), torch.ones_like(nll), right)):
                 np.add.at(sums[:, column], rows, values.cpu().numpy())

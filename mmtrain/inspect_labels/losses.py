@@ -36,9 +36,8 @@ def token_losses(
     make_inputs = InputMaker(model, config.train.packing, processor.image_token_id)
     found = {}
     for batch in Loader(samples, config.train.packing).batches([index] for index in indices):
-        on_device = batch.to(runtime.device)
         with runtime.autocast():
-            nll, _ = supervised_nll(model, make_inputs(on_device), on_device)
+            nll, _ = supervised_nll(model, make_inputs(batch), batch)
         positions = batch.supervised[0].nonzero()[:, 0].tolist()
         found[batch.segments[0].sample] = dict(zip(positions, nll.tolist(), strict=True))
     make_inputs.clear()

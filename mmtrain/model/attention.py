@@ -31,12 +31,12 @@ class RowLayout:
     ends: Tensor | None = None
     """(num_samples + 1,) int32, on the row's device: 0, and where each sample ends."""
 
-    def set(self, batch: Batch) -> None:
+    def set(self, batch: Batch, device: torch.device) -> None:
         self.lengths = tuple(segment.length for segment in batch.segments) if batch.packed else None
         self.ends = None
-        if self.lengths is not None and batch.input_ids.is_cuda:
+        if self.lengths is not None and device.type == "cuda":
             ends = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            self.ends = ends.to(batch.input_ids.device, non_blocking=True)
+            self.ends = ends.pin_memory().to(device, non_blocking=True)
 
     def clear(self) -> None:
         """What comes next is not a packed row."""

@@ -25,6 +25,7 @@ class InputMaker:
     ) -> None:
         self.features = features
         model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._model = model
         self._get_rope_index = getattr(model.base_model, "get_rope_index", None)
         self._layout = install_attention(model)
         self._takes = frozenset(inspect.signature(model.forward).parameters)
@@ -34,21 +35,24 @@ class InputMaker:
             raise UserError(f"this model cannot be packed: {obstacle}; set train.packing to false")
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
-        """The arguments for `batch`, on its device.
+        """The arguments for `batch`, on the model's device. They are made on the CPU: a look at a value on the device
+        would wait for all that it still has to do.
 
         Packed rows go without an attention mask: the restarts of the positions part the samples, and only with
         `use_cache` off (left at its default, the samples of a row see each other without a word).
         """
+        device = self._model.device
         if self._layout is not None:
-            self._layout.set(batch)
+            self._layout.set(batch, device)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False, **batch.image_inputs}
-        if self.features is not None and batch.pictures:
-            inputs |= self.features.of(batch.pictures)
         inputs["position_ids"] = self._positions(batch)
         if not batch.packed:
             inputs["attention_mask"] = _padding_mask(batch)
         types = self._token_types(batch.input_ids)
         inputs |= {key: types for key in ("mm_token_type_ids", "token_type_ids") if key in self._takes}
+        inputs = {key: on_device(v, device) if isinstance(v, Tensor) else v for key, v in inputs.items()}
+        if self.features is not None and batch.pictures:
+            inputs |= self.features.of(batch.pictures)
         return inputs
 
     @property
@@ -96,6 +100,11 @@ class InputMaker:
             return torch.arange(segment.length, device=ids.device).expand(3, -1)
         positions: Tensor = self._get_rope_index(input_ids=ids, mm_token_type_ids=self._token_types(ids), **grids)[0]
         return positions[:, 0]
+
+
+def on_device(value: Tensor, device: torch.device) -> Tensor:
+    """`value`, of the CPU, there; without waiting for what the device does meanwhile."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def _padding_mask(batch: Batch) -> Tensor:

@@ -114,7 +114,9 @@ def _difference(learner: Learner, target: Path, config: Config, processor: ChatP
 def _logits(model: Any, learner: Learner, batch: Batch) -> Tensor:
     """(num_supervised, vocabulary) at the batch's supervised tokens."""
     with learner.runtime.autocast():
-        logits: Tensor = model(**learner.make_inputs(batch), logits_to_keep=batch.supervised).logits
+        inputs = learner.make_inputs(batch)
+        kept = batch.supervised.to(inputs["input_ids"].device)
+        logits: Tensor = model(**inputs, logits_to_keep=kept).logits
     learner.make_inputs.clear()
     return logits.float()
 

@@ -236,7 +236,7 @@ class Run:
         runtime.activity.set("exporting" if runtime.is_main else "waiting")
         if runtime.is_main or self._learner.sharded:
             first = int(self._dataset.checked.used[0])
-            batch = Loader(self._dataset.train, self._config.train.packing).load([first]).to(runtime.device)
+            batch = Loader(self._dataset.train, self._config.train.packing).load([first])
             line = export(self._learner, self._config, processor, batch, self._last)
             self._console.print(line, highlight=False, soft_wrap=True)
         runtime.activity.set("waiting")

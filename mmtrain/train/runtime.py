@@ -123,7 +123,10 @@ class Runtime:
         return None if self._supervisor is None else self._supervisor.asked
 
     def agree(self, values: Tensor) -> tuple[Tensor, int | None]:
-        """`values` (float64, 1-d) summed over all processes, and the signal, if any, by which all of them stop."""
+        """`values` (float64, 1-d) summed over all processes, on the CPU where there are several, and the signal by
+        which all of them stop, if any."""
+        if self.num_processes == 1:
+            return values, self.asked
         flags = torch.tensor([float(self.asked == signum) for signum in STOP_SIGNALS], dtype=torch.float64)
         total = self.sum(torch.cat([values.to(self.device), flags.to(self.device)])).cpu()
         signum = next(

@@ -49,10 +49,10 @@ class StepResult:
 
 def accumulate_gradients(
     learner: Learner, batches: Iterable[Batch | None], num_supervised: int, step: int
-) -> tuple[float, int | None]:
+) -> tuple[Tensor, int | None]:
     """Gradients of the step's loss, summed over this process's micro-batches (None: an empty one) and all processes.
 
-    Gives the loss, the sum of the negative log-likelihoods of the step's supervised tokens divided by
+    Gives the loss, () float64, the sum of the negative log-likelihoods of the step's supervised tokens divided by
     `num_supervised`, their count over all micro-batches and all processes: one division, so no cut changes it; and the
     signal by which all processes stop.
     """
@@ -73,7 +73,7 @@ def accumulate_gradients(
     else:
         sums, asked = runtime.agree(branch_of(own)[None])
         total = sums[0]
-    return total.item() / num_supervised, asked
+    return total / num_supervised, asked
 
 
 def _accumulate_tree(
@@ -104,10 +104,9 @@ def _backward(learner: Learner, batch: Batch | None, num_supervised: int, step: 
     if batch is None:
         return torch.zeros((), dtype=torch.float64, device=learner.runtime.device)
     learner.runtime.activity.set("forward")
-    on_device = batch.to(learner.runtime.device)
-    learner.clock.set(step, on_device)
+    learner.clock.set(step, batch)
     with learner.runtime.autocast():
-        nll, _ = learner.root(supervised_nll, learner.make_inputs(on_device), on_device)
+        nll, _ = learner.root(supervised_nll, learner.make_inputs(batch), batch)
     torch.autograd.backward(nll.sum() / num_supervised)
     total: Tensor = nll.detach().double().sum()
     return total
@@ -120,10 +119,12 @@ def train_step(
 
     Raises NonFiniteError, with the weights untouched, where the loss or the gradient's norm is not finite.
     """
-    loss, asked = accumulate_gradients(learner, batches, num_supervised, step)
+    total, asked = accumulate_gradients(learner, batches, num_supervised, step)
     learner.runtime.activity.set("update")
     parameters = trainable_parameters(learner.model).values()
-    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)).item()
+    clipped = whole(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+    # the one place of a step that waits for the device: weights are only touched where both are finite
+    loss, norm = torch.stack([total.to(clipped.device), clipped.double()]).tolist()
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise NonFiniteError(f"step {step}: the loss is {loss} and the gradient's norm {norm}")
     learner.optimizer.step()
