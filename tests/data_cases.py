@@ -60,7 +60,7 @@ def non_finite(folder: Path) -> list[str]:
 def loader_case(world: World, do: str, rank: int) -> tuple[list[str], float]:
     """What happens in a thread that loads, in one process: a picture breaks behind the check, it raises, it hangs."""
     folder = world.new_folder()
-    target, nth = ("mmtrain.data.batch.decode", 1) if do == "break" else ("mmtrain.data.batch.Loader.load", 3)
+    target, nth = ("mmtrain.data.features.read_bytes", 1) if do == "break" else ("mmtrain.data.batch.Loader.load", 3)
     flag = folder / "done"
     words = world.words(folder, "train.hang_timeout=3", config=with_pictures(world))
     group = world.server.start(folder, words, 2, {rank: [patch(target, do, flag, nth=nth)]})
