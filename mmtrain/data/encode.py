@@ -7,7 +7,7 @@ words, and the token that ends the turn. A span of a picture is one indivisible 
 import functools
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,14 +96,7 @@ class Encoder:
                 laid_out.append((self._lay_out(conversation), pictures))
             except SampleError as error:
                 laid_out.append(error)
-        texts = {
-            segment.text(pieces)
-            for found in laid_out
-            if not isinstance(found, SampleError)
-            for pieces, segments in found[:1]
-            for segment in segments
-            if segment.has_words and segment.kind == "text"
-        }
+        texts = {text for one in laid_out if not isinstance(one, SampleError) for text in _words(one[0])}
         known = self.processor.encode_batch(texts)
         return [found if isinstance(found, SampleError) else self._try(*found, known) for found in laid_out]
 
@@ -210,3 +203,9 @@ class Encoder:
         places = self.processor.token_places(text, after) if text else []
         owners = [segment.spans[min(bisect_right(ends, place), len(ends) - 1)].piece for place in places]
         return owners + [-1] * (num_ids - len(owners))
+
+
+def _words(laid_out: LaidOut) -> Iterator[str]:
+    """The texts of a conversation that are its own."""
+    pieces, segments = laid_out
+    return (segment.text(pieces) for segment in segments if segment.has_words and segment.kind == "text")
