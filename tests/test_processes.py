@@ -61,6 +61,22 @@ def test_two_processes_equal_one(batch_size: int, make_config: Callable[..., Con
     assert difference <= 1e-5 * sum(float(one[name].double().pow(2).sum()) for name in one) ** 0.5
 
 
+def test_two_processes_keep_features_and_give_the_same_bits(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    """Three epochs; each process keeps the features of the pictures that came to it."""
+    settings = {"steps": 6, "batch_size": 4, "microbatches": 2, "learning_rate": 1e-3}
+    config = make_config("qwen2_5_vl", {"language": {**LORA, "dropout": 0.1}}, **settings)
+    one_rows, one = run(config, 1, tmp_path / "one")
+    two_rows, two = run(config, 2, tmp_path / "two")
+    without = config.model_dump() | {"train": config.train.model_dump() | {"features": {"memory_gib": 0.0}}}
+    plain_rows, plain = run(Config.model_validate(without), 1, tmp_path / "plain")
+    assert [row["loss"] for row in one_rows] == [row["loss"] for row in two_rows]
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    for kept, row in zip(one_rows, plain_rows, strict=True):
+        assert kept["loss"] == pytest.approx(row["loss"], rel=1e-6)
+    difference = sum(float((one[name] - plain[name]).double().pow(2).sum()) for name in one) ** 0.5
+    assert difference <= 1e-5 * sum(float(one[name].double().pow(2).sum()) for name in one) ** 0.5
+
+
 def test_two_processes_score_every_sample_once(make_config: Callable[..., Config], tmp_path: Path) -> None:
     config = make_config("qwen2_5_vl", microbatch_tokens=100)
     (tmp_path / "config.yaml").write_text(dump_config(config))
