@@ -151,6 +151,18 @@ def test_features_that_depend_on_the_other_pictures_are_not_kept(
     assert find_fields(model, processor) is None
 
 
+def test_a_trial_that_fails_says_why(model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = qwen(model_dirs)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no such\nthing")
+
+    monkeypatch.setattr(model.base_model, "get_image_features", broken)
+    said: list[str] = []
+    assert find_fields(model, processor, said.append) is None
+    assert said == ["features of pictures: trying them ended with RuntimeError: no such thing"]
+
+
 def test_features_that_a_learning_weight_went_into_are_not_kept(model_dirs: dict[str, Path]) -> None:
     """Such as LLaVA-NeXT's newline between rows, which stands outside tower and projector."""
     model, processor = qwen(model_dirs)

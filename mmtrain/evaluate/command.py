@@ -117,7 +117,8 @@ class Evaluation:
         settings = self._config.train
         self._model.to(self._runtime.device)
         same = is_as_loaded(self._model, self._components, ("vision", "projector"))  # with any adapter
-        features = find_features(self._model, self._processor, self._runtime, self._store if same else None)
+        store, say = self._store if same else None, self._console.print
+        features = find_features(self._model, self._processor, self._runtime, store, say)
         make_inputs = InputMaker(self._model, settings.packing, self._processor.image_token_id, features)
         tokens, packing = settings.microbatch_tokens, settings.packing
         scores = scorer.score(Root(self._model), make_inputs, self._runtime, tokens, packing, console=self._console)

@@ -6,7 +6,7 @@ are put together, is not known here but found out: the decoder must be given the
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,18 +85,19 @@ class PictureFeatures:
 
 
 @torch.no_grad()
-def find_fields(model: Any, processor: ChatProcessor) -> Fields | None:
+def find_fields(model: Any, processor: ChatProcessor, say: Callable[[str], None] = lambda line: None) -> Fields | None:
     """What the forward of `model` reads of features, by trying with two pictures of noise.
 
     None where the model's features cannot be kept: the forward does not take them, or takes something else beside
-    them, or they depend on weights that learn.
+    them, or they depend on weights that learn. `say` is told where the trial itself failed.
     """
     base = _base(model)
     if processor.image_token is None or _KEYWORD not in inspect.signature(base.forward).parameters:
         return None
     try:
         return _found_fields(base, processor)
-    except Exception:  # a family that does otherwise can raise anything; its pictures then go in as pixels
+    except Exception as error:  # a family that does otherwise can raise anything; its pictures then go in as pixels
+        say(f"features of pictures: trying them ended with {type(error).__name__}: {' '.join(str(error).split())}")
         return None
 
 

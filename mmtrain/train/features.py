@@ -43,14 +43,14 @@ def make_store(config: Config, runtime: Runtime, say: Callable[[str], None]) -> 
 
 
 def find_features(
-    model: Any, processor: ChatProcessor, runtime: Runtime, store: FeatureStore | None
+    model: Any, processor: ChatProcessor, runtime: Runtime, store: FeatureStore | None, say: Callable[[str], None]
 ) -> PictureFeatures | None:
     """What puts kept features into `model`, which is on its device; None where there is no store or the model's cannot
     be kept."""
     if store is None:
         return None
     with runtime.autocast():
-        fields = find_fields(model, processor)
+        fields = find_fields(model, processor, say)
     return None if fields is None else PictureFeatures(model, store, fields)
 
 

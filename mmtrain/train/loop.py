@@ -156,7 +156,7 @@ def make_learner(
         shard(root, runtime.device)
     model.to(runtime.device)
     store = make_store(config, runtime, say) if keeps_features(config, runtime.num_processes) else None
-    features = find_features(model, processor, runtime, store)
+    features = find_features(model, processor, runtime, store, say)
     make_inputs = InputMaker(model, settings.packing, processor.image_token_id, features)
     exact = settings.microbatches != "auto" and not sharded
     optimizer = make_optimizer(model, components, config)
