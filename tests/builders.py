@@ -24,6 +24,20 @@ TINY = ROOT / "data_samples" / "tiny-vlm"
 SHAPES = ROOT / "data_samples" / "shapes"
 SHARED = ROOT.parent / "shared" / "data"
 
+DECODER_SIZES: dict[str, Any] = {
+    "vocab_size": 211,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Of a tiny decoder of any family."""
+
 # Written in the manner of LLaVA-1.5's: pictures first, a space behind every text, no end token, no BOS.
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'] | upper }}: {% endif %}"

@@ -210,17 +210,17 @@ def make_directory(
     vision: bool = False,
     bos_in_front: bool = False,
     image_is_special: bool = True,
-    strips: bool = False,
+    strips: bool | str = False,
 ) -> Path:
     """`bos_in_front`: the tokenizer's post-processor puts `<s>` before every text, as LLaVA-1.5's does.
 
-    `strips`: special tokens swallow the whitespace behind them, as Phi-3's do.
+    `strips`: special tokens swallow the whitespace behind them, as Phi-3's do; "before": that before them.
     """
     path.mkdir(parents=True, exist_ok=True)
     made = TOKENIZERS[tokenizer]()
     for token in SPECIALS:
         special = token != "<image>" or image_is_special
-        added = AddedToken(token, special=special, normalized=False, rstrip=strips)
+        added = AddedToken(token, special=special, normalized=False, rstrip=strips is True, lstrip=strips == "before")
         _ = made.add_special_tokens([added]) if special else made.add_tokens([added])
     if bos_in_front:
         made.post_processor = processors.TemplateProcessing(

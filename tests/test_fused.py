@@ -4,23 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from builders import DECODER_SIZES as SIZES
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mmtrain.model.fused import GatedSiLU, install_fused
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "pad_token_id": 0,
-}
 
 
 @pytest.mark.parametrize("rows", [1, 5, 3000])

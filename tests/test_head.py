@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import DECODER_SIZES as SIZES
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -19,19 +20,6 @@ from transformers import (
 from mmtrain.data.batch import Batch, Segment
 from mmtrain.model.head import CHUNK, FrozenHeadNLL, before_head, frozen_head
 from mmtrain.train.loss import supervised_nll
-
-SIZES = {
-    "vocab_size": 211,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, CHUNK, 2 * CHUNK + 7])

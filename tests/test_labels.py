@@ -479,6 +479,14 @@ def test_special_tokens_that_swallow_whitespace(tokenizer: str, tmp_path: Path, 
     assert learned_texts(path, encoded) == ["one<|im_end|>", "two<|im_end|>", "3<|im_end|>"]
 
 
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_special_tokens_that_swallow_the_whitespace_before_them(tokenizer: str, tmp_path: Path, root: Path) -> None:
+    path = make_directory(tmp_path, tokenizer, TEMPLATES["chatml"].text, strips="before")
+    conversation = talk(("user", "1? \n"), ("assistant", "one  "), ("user", "2?"), ("assistant", "two\n"))
+    encoded = encoder(path).encode(conversation, root)
+    assert encoded.ids.tolist() == own_ids(path, conversation, True, root)
+
+
 def test_a_closing_of_the_last_turn_that_differs(root: Path) -> None:
     path = directory("byte_level", "last_differs")
     encoded = encoder(path).encode(talk(*TURNS[:4]), root)

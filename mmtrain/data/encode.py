@@ -72,7 +72,7 @@ class Encoder:
     def __init__(self, processor: ChatProcessor, train_on: str = "assistant", end_of_turn: bool = True) -> None:
         self.processor = processor
         self._layout = Layout(processor)
-        self._segmenter = Segmenter(processor.special_tokens, end_of_turn)
+        self._segmenter = Segmenter(processor.special_tokens, processor.parting_tokens, end_of_turn)
         self._constant = functools.lru_cache(maxsize=4096)(processor.encode)
         self._train_on = train_on
 

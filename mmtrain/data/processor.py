@@ -47,7 +47,8 @@ class ChatProcessor:
     """Renders conversations, turns text into ids and pictures into tensors, as inference does.
 
     `image_token` is None for a model that takes no pictures. `prefix_ids` are what the tokenizer puts before any text
-    (such as BOS) and the template does not. `special_tokens` matches every token that text must never become.
+    (such as BOS) and the template does not. `special_tokens` matches every token that text must never become,
+    `parting_tokens` those of them that take nothing of the text around them.
     """
 
     def __init__(
@@ -71,9 +72,9 @@ class ChatProcessor:
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         specials += [self._added[id_] for id_ in self.eos_ids if id_ in self._added]
         specials += [] if self.image_token is None else [self.image_token]
-        self.special_tokens = re.compile(
-            "|".join(sorted(map(re.escape, set(specials)), key=len, reverse=True)) or r"(?!)"
-        )
+        self.special_tokens = _any_of(specials)
+        parting = [t for t in tokenizer.added_tokens_decoder.values() if not (t.lstrip or t.rstrip or t.single_word)]
+        self.parting_tokens = _any_of({token.content for token in parting}.intersection(specials))
         self.pad_id = int(tokenizer.pad_token_id or 0)
         self._render = renderer(tokenizer, template)
         self._parts_wanted = True
@@ -257,6 +258,11 @@ class ChatProcessor:
             if text.count("probe") == 1 and "'type'" not in text:
                 return parts_wanted
         raise UserError(f"the chat template does not show a user's words: {'; '.join(failures) or 'they are dropped'}")
+
+
+def _any_of(texts: Collection[str]) -> re.Pattern[str]:
+    """Matches any of `texts`, the longest first; nothing where there is none."""
+    return re.compile("|".join(sorted(map(re.escape, set(texts)), key=len, reverse=True)) or r"(?!)")
 
 
 def model_directory(path: str) -> Path:

@@ -1,8 +1,9 @@
 """Which runs of a laid out conversation are encoded in one go, and which of them are learned.
 
 A run ends where inference's prompt ends, where a trained answer ends, at a picture, and around a special token that
-stands literally in the words. It also ends around the template's own special tokens, where every tokenizer parts its
-text anyway: what stands between the words is the same in every sample then, and need not be encoded again.
+stands literally in the words. It also ends around the template's own special tokens that take nothing of the text
+beside them, where every tokenizer parts its text anyway: what stands between the words is the same in every sample
+then, and need not be encoded again.
 """
 
 import functools
@@ -50,8 +51,8 @@ class Segment:
 class Segmenter:
     """Cuts conversations for one model and one choice of labels."""
 
-    def __init__(self, special_tokens: re.Pattern[str], end_of_turn: bool) -> None:
-        self._special_tokens = special_tokens
+    def __init__(self, special_tokens: re.Pattern[str], parting_tokens: re.Pattern[str], end_of_turn: bool) -> None:
+        self._special_tokens, self._parting_tokens = special_tokens, parting_tokens
         self._end_of_turn = end_of_turn
         self._of_form = functools.lru_cache(maxsize=4096)(self._of_skeleton)
 
@@ -88,7 +89,7 @@ class Segmenter:
                 turns_off[answer.end] = False
             else:
                 turns_off[answer.words_end, len(pieces[answer.words_end].text)] = self._end_of_turn
-        parted = set(self._around_specials(pieces))
+        parted = set(self._around_parting(pieces))
         on = False
         run: list[Span] = []
         for kind, piece, start, end in _atoms(pieces, {*turns_on, *turns_off, *parted}, literal):
@@ -109,10 +110,10 @@ class Segmenter:
                 run = []
         yield Segment("text", tuple(run), on)
 
-    def _around_specials(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
-        """(piece, character) before the first and behind the last special token of each of the template's pieces."""
+    def _around_parting(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
+        """(piece, character) before the first and behind the last parting token of each of the template's pieces."""
         for i, piece in enumerate(pieces):
-            matches = list(self._special_tokens.finditer(piece.text)) if piece.kind == "template" else []
+            matches = list(self._parting_tokens.finditer(piece.text)) if piece.kind == "template" else []
             if matches:
                 yield i, matches[0].start()
                 yield i, matches[-1].end()

@@ -30,7 +30,8 @@ from mmtrain.data.processor import model_directory
 from mmtrain.data.samples import SampleSet
 from mmtrain.errors import storage_faults
 
-_VERSION = 1
+_VERSION = 2
+"""Raised with every change of what the encoder makes, so that no store of before is taken."""
 _UNUSED_SECONDS = 30 * 24 * 3600
 """Stores that nobody opened for so long are removed when another one is made."""
 _META = "meta.json"
@@ -98,15 +99,21 @@ def open_store(
     Raises StorageError where there is no room for it.
     """
     name = _name(recipe, samples, tick)
-    try:
-        return _find_or_make(cache_folder() / "encoded", name, recipe, samples, advance, tick)
-    except (_CannotWriteError, RuntimeError):  # no home, no room in it, or not ours
+    with suppress(_CannotWriteError):
+        return _find_or_make(_home(), name, recipe, samples, advance, tick)
+    with storage_faults("the encoded samples can be written neither to the user's cache nor as temporary files"):
         folder = Path(tempfile.mkdtemp(prefix="mmtrain-"))
         try:
-            with storage_faults(f"{folder}: the encoded samples cannot be written"):
-                return _find_or_make(folder, name, recipe, samples, advance, tick)
+            return _find_or_make(folder, name, recipe, samples, advance, tick)
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # what is mapped stays until the process ends
+
+
+def _home() -> Path:
+    try:
+        return cache_folder() / "encoded"
+    except RuntimeError as error:
+        raise _CannotWriteError(str(error)) from None
 
 
 class _CannotWriteError(OSError):
