@@ -12,8 +12,9 @@ from mmtrain.config.schema import Config
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_layers_give_the_same_gradients(make_config: Callable[..., Config]) -> None:
-    tune = {"language": {**LORA, "dropout": 0.1}}
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_compiled_layers_give_the_same_gradients(dropout: float, make_config: Callable[..., Config]) -> None:
+    tune = {"language": {**LORA, "dropout": dropout}}
     plain, dataset = learner_for(make_config("qwen2_5_vl", tune))
     made, _ = learner_for(make_config("qwen2_5_vl", tune, compile=True))
     torch._dynamo.reset()

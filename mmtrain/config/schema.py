@@ -137,9 +137,9 @@ class Train(Section):
     """Passes over the training data, 1 if neither is given; or `steps`."""
     batch_size: PositiveInt = 16
     """Samples in one optimizer step, over all processes."""
-    microbatch_tokens: PositiveInt = 8192
-    """Tokens that go through the model at once. Lower it when memory runs out: it changes the speed, never
-    the result."""
+    microbatch_tokens: PositiveInt = 2048
+    """Tokens that go through the model at once. Lower it when memory runs out, raise it where a large GPU has memory
+    to spare: it changes the speed, never the result."""
     microbatches: Literal["auto"] | PositiveInt = "auto"
     """Into how many micro-batches a step is cut. `auto`: the fewest that fit into `microbatch_tokens`, a multiple of
     the number of processes. A number, which the number of processes must divide: the cut is the same however many

@@ -1,8 +1,8 @@
 """Attention within the samples of a packed row: no token looks at another sample, and nothing is computed for one.
 
-Registered with transformers as an attention of its own. A packed row goes sample by sample through torch's causal
-kernel on the CPU and through `varlen_attn` on CUDA, so the cost is the sum of the samples' squares and not the square
-of their sum; rows that are padded go through transformers' own `sdpa`.
+Registered with transformers as an attention of its own. A packed row goes through `varlen_attn` on CUDA, in blocks or
+sample by sample on the CPU, so the cost is the sum of the samples' squares and not the square of their sum; rows that
+are padded go through transformers' own `sdpa`.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mmtrain.data.batch import Batch
+from mmtrain.model.block_attention import BlockAttention
 
 NAME = "mmtrain_segments"
 _KINDS = {"full_attention", "sliding_attention"}
@@ -30,17 +31,24 @@ class RowLayout:
     """Tokens of each sample of a packed row, in order; None for padded rows."""
     ends: Tensor | None = None
     """(num_samples + 1,) int32, on the row's device: 0, and where each sample ends."""
+    predicting: Tensor | None = None
+    """(num_supervised,) the only places of the packed row at which the last layer's result is looked at."""
 
     def set(self, batch: Batch, device: torch.device) -> None:
         self.lengths = tuple(segment.length for segment in batch.segments) if batch.packed else None
-        self.ends = None
+        self.ends = self.predicting = None
         if self.lengths is not None and device.type == "cuda":
             ends = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             self.ends = ends.pin_memory().to(device, non_blocking=True)
 
     def clear(self) -> None:
         """What comes next is not a packed row."""
-        self.lengths = self.ends = None
+        self.lengths = self.ends = self.predicting = None
+
+
+def row_layout(model: Any) -> RowLayout | None:
+    """What `install_attention` gave."""
+    return getattr(model.get_decoder(), "row_layout", None)
 
 
 def install_attention(model: Any) -> RowLayout | None:
@@ -76,12 +84,21 @@ def _attention(
     if layout is None or layout.lengths is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return out, None
+    if sum(layout.lengths) != query.shape[2]:
+        raise RuntimeError(f"{query.shape[2]} tokens in a row whose samples have {sum(layout.lengths)}")
     window = kwargs.get("sliding_window")
     if layout.ends is not None:
         return _on_cuda(layout.ends, max(layout.lengths), query, key, value, scaling, window), None
+    if _in_blocks(query, value) and (window is None or max(layout.lengths) <= window):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return BlockAttention.apply(query, key, value, scale, layout.lengths), None  # type: ignore[no-untyped-call]
     parts = zip(*(torch.split(tensor, list(layout.lengths), dim=2) for tensor in (query, key, value)), strict=True)
     out = torch.cat([_causal(q, k, v, scaling, window) for q, k, v in parts], dim=2)
     return out.transpose(1, 2), None
+
+
+def _in_blocks(query: Tensor, value: Tensor) -> bool:
+    return query.device.type == "cpu" and query.dtype == torch.float32 and query.shape[-1] == value.shape[-1]
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from mmtrain.config.schema import Frozen, Full, Tune
+from mmtrain.config.schema import Frozen, Tune
 from mmtrain.model.components import Components, base_name
+from mmtrain.model.fused import last_mlp
 
 Values = npt.NDArray[np.float64]
 
@@ -32,7 +33,7 @@ class CostModel:
     image_token_pair: float
     """Per squared placeholder of each picture."""
     supervised: float
-    """Per learned token: the head."""
+    """Per learned token: the head, and the last layer's MLP where it is left out elsewhere."""
 
     @property
     def with_kept_features(self) -> "CostModel":
@@ -48,44 +49,48 @@ class CostModel:
 
 def cost_model(model: Any, components: Components, tune: Tune) -> CostModel:
     """The costs in a model whose parts learn as `tune` says."""
-    weights, passes = _weights(model, components), _passes(tune)
+    products, passes = _products(model, components, tune), _passes(tune)
     config = model.config
     text, vision = config.get_text_config(), getattr(config, "vision_config", None)
     patches = _patches_per_token(config)
     whole, windows = (0.0, 0.0) if vision is None else _picture_attention(vision)
     attention = 1.0 if passes["vision"] == 1 else 3.0
-    vision_token = patches * (weights["vision"] * passes["vision"] + windows * attention)
+    head, last = model.get_output_embeddings().weight, last_mlp(model)
+    matrices = [] if last is None else [weight for weight in last.parameters() if weight.ndim >= 2]
+    at_labels = sum(passes["language"] * weight.numel() + _own(weight) for weight in matrices)
     return CostModel(
-        token=weights["language"] * passes["language"],
+        token=products["language"] - at_labels,
         token_pair=3.0 * _depth(text) * _width(text),
-        image_token=vision_token + weights["projector"] * passes["projector"],
+        image_token=patches * (products["vision"] + windows * attention) + products["projector"],
         image_token_pair=whole * patches**2 * attention,
-        supervised=model.get_output_embeddings().weight.numel() * (3.0 if isinstance(tune.language, Full) else 2.0),
+        supervised=2.0 * head.numel() + _own(head) + at_labels,
     )
 
 
-def _weights(model: Any, components: Components) -> dict[str, int]:
-    """Weights of each part's linear layers and convolutions: what is looked up in a table is not computed."""
+def _products(model: Any, components: Components, tune: Tune) -> dict[str, float]:
+    """Of each part's linear layers and convolutions, for one row: what is looked up in a table is not computed."""
     tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    weights = dict.fromkeys(("vision", "projector", "language"), 0)
+    products, passes = dict.fromkeys(("vision", "projector", "language"), 0.0), _passes(tune)
     for name, parameter in model.named_parameters():
         own, module = base_name(name), name.rpartition(".")[0]
         in_place_of = ".original_module." in name  # what learns stands for it and is counted
         is_computed = parameter.ndim >= 2 and module not in tables and own.rpartition(".")[0] != components.head_name
         if is_computed and not in_place_of:
-            weights[components.part_of(own)] += parameter.numel()
-    return weights
+            part = components.part_of(own)
+            products[part] += passes[part] * parameter.numel() + _own(parameter)
+    return products
+
+
+def _own(weight: nn.Parameter) -> float:
+    """Multiply-additions of the weight's own gradient."""
+    return float(weight.numel() * weight.requires_grad)
 
 
 def _passes(tune: Tune) -> dict[str, float]:
-    """How often each part's weights are multiplied: forward, and backward for inputs and for weights as needed."""
-    passes = {
-        part: 1.0 if isinstance(mode, Frozen) else 3.0 if isinstance(mode, Full) else 2.0
-        for part, mode in tune.parts.items()
-    }
-    passes["language"] = max(2.0, passes["language"])  # gradients pass through it
-    if passes["vision"] > 1:
-        passes["projector"] = max(2.0, passes["projector"])
+    """How often each part's weights are multiplied: forward, and backward for their inputs where gradients pass."""
+    passes = {part: 1.0 if isinstance(mode, Frozen) else 2.0 for part, mode in tune.parts.items()}
+    passes["language"] = 2.0
+    passes["projector"] = max(passes["projector"], passes["vision"])
     return passes
 
 

@@ -1,29 +1,40 @@
-"""Layers computed in fewer passes over memory than their libraries take; the numbers stay those of the formula.
+"""Modules computed in fewer passes over memory than their libraries take; the numbers stay those of the formula.
 
-Beside the matrix products a step's time goes into elementwise passes over (tokens, width) tensors. Two places make
-most of them: an adapter that scales its output, adds it to the base layer's and does both again backward; and gated
-MLPs. Both are replaced where a module computes exactly that and nothing else, and left alone elsewhere.
+Each is replaced where its source says that it computes exactly that and nothing else, and left alone elsewhere.
 """
 
+import ast
+import functools
 import inspect
 import re
+import textwrap
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-_CACHED_VALUES = 2**16
-"""Values that a few passes in a row go over on the CPU: with their inputs they stay in its second-level cache."""
+from mmtrain.model.attention import RowLayout
+from mmtrain.model.mlp import NormedMLP, Projection
+from mmtrain.model.rowwise import GatedSiLU, RMSNorm
+
 _GATED = re.compile(
-    r"def forward\(self, (\w+)[^)]*\)[^:]*:\s+(?:return|(\w+) =) "
-    r"self\.down_proj\(self\.act_fn\(self\.gate_proj\(\1\)\) \* self\.up_proj\(\1\)\)\s+(?:return \2)?\s*"
+    r"(?:return|(\w+) =) self\.down_proj\(self\.act_fn\(self\.gate_proj\((\w+)\)\) \* self\.up_proj\(\2\)\)"
+    r"(?:\nreturn \1)?"
 )
-"""The whole source of a gated MLP's forward."""
+_NORM = """input_dtype = hidden_states.dtype
+hidden_states = hidden_states.to(torch.float32)
+variance = hidden_states.pow(2).mean(-1, keepdim=True)
+hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+return self.weight * hidden_states.to(input_dtype)"""
+_TAIL = """residual = hidden_states
+hidden_states = self.post_attention_layernorm(hidden_states)
+hidden_states = self.mlp(hidden_states)
+hidden_states = residual + hidden_states
+return hidden_states"""
+"""How a decoder layer ends: what is normalized goes into the MLP and nowhere else."""
 
 
 def install_fused(model: Any) -> None:
@@ -33,6 +44,28 @@ def install_fused(model: Any) -> None:
             module.forward = types.MethodType(_adapted, module)
         elif _is_gated(module):
             module.forward = types.MethodType(_gated, module)
+        elif _is_norm(module):
+            module.forward = types.MethodType(_normed, module)
+    last = [None, *getattr(model.get_decoder(), "layers", ())][-1]
+    layers = [module for module in model.modules() if _ends_in_mlp(module)]
+    for layer in layers:
+        layer.mlp.norm = (layer.post_attention_layernorm,)  # in a tuple it is no child of a second module
+        layer.mlp.predicts = layer is last
+        layer.mlp.forward = types.MethodType(_normed_mlp, layer.mlp)
+        layer.post_attention_layernorm.forward = _passed_on
+
+
+def _body(module: nn.Module) -> str:
+    return _source(type(module).forward)
+
+
+@functools.cache
+def _source(forward: Any) -> str:
+    """Of a forward, as python would print it: no comments, no docstring."""
+    (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+    assert isinstance(function, ast.FunctionDef)
+    rows = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return "\n".join(map(ast.unparse, rows))
 
 
 def _is_plain(module: LoraLinear) -> bool:
@@ -55,47 +88,80 @@ def _adapted(module: Any, x: Tensor) -> Tensor:
 
 
 def _is_gated(module: nn.Module) -> bool:
-    if not isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
-        return False
-    return _GATED.fullmatch(inspect.getsource(type(module).forward).strip()) is not None
+    return isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation) and bool(
+        _GATED.fullmatch(_body(module))
+    )
 
 
 def _gated(module: Any, x: Tensor) -> Tensor:
-    gate, up = module.gate_proj(x), module.up_proj(x)
     if torch.compiler.is_compiling():  # it makes one pass of them by itself
-        return module.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
-    return module.down_proj(GatedSiLU.apply(gate, up))  # type: ignore[no-untyped-call, no-any-return]
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    return module.down_proj(GatedSiLU.apply(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-untyped-call, no-any-return]
 
 
-class GatedSiLU(torch.autograd.Function):
-    """silu(gate) * up, with silu(g) = g sigmoid(g), of two tensors of one shape; taken in float32, rounded once."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        out = torch.empty_like(up, memory_format=torch.contiguous_format)
-        for g, u, o in _blocks(gate, up, out):
-            torch.mul(F.silu(g.float()), u, out=o)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor]:
-        """d silu(g) / dg = s (1 + g (1 - s)) with s = sigmoid(g)."""
-        gate, up = ctx.saved_tensors
-        gate_gradient, up_gradient = torch.empty_like(outer[0]), torch.empty_like(outer[0])
-        for g, u, y, to_gate, to_up in _blocks(gate, up, outer[0], gate_gradient, up_gradient):
-            value = g.float()
-            sigmoid = value.sigmoid()
-            silu = value * sigmoid
-            torch.mul(silu, y, out=to_up)
-            slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
-            torch.mul(slope.mul_(y), u, out=to_gate)
-        return gate_gradient, up_gradient
+def _is_norm(module: nn.Module) -> bool:
+    """A normalization that does not learn. Their names tell them from the many modules that need not be read."""
+    named = type(module).__name__.endswith("RMSNorm")
+    return named and not any(p.requires_grad for p in module.parameters()) and _body(module) == _NORM
 
 
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of tensors of one shape, few enough at a time for the CPU's cache; all at once elsewhere."""
-    width = tensors[0].shape[-1]
-    rows = [tensor.view(-1, width) for tensor in tensors]
-    size = max(1, _CACHED_VALUES // width) if tensors[0].device.type == "cpu" else max(1, len(rows[0]))
-    return zip(*(torch.split(tensor, size) for tensor in rows), strict=True)
+def _normed(module: Any, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    return RMSNorm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _ends_in_mlp(layer: Any) -> bool:
+    """A decoder layer whose end `NormedMLP` computes: nothing in it learns but adapters without dropout."""
+    norm, mlp = getattr(layer, "post_attention_layernorm", None), getattr(layer, "mlp", None)
+    if norm is None or mlp is None or not (_is_norm(norm) and _is_gated(mlp) and _body(layer).endswith(_TAIL)):
+        return False
+    return all(_is_frozen(projection) for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    if isinstance(module, LoraLinear):
+        return _is_plain(module) and all(isinstance(d, nn.Identity) for d in module.lora_dropout.values())
+    return type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters())
+
+
+def _passed_on(x: Tensor) -> Tensor:
+    return x
+
+
+def _normed_mlp(module: Any, x: Tensor) -> Tensor:
+    """The MLP of what `norm` makes of x, (..., width)."""
+    (norm,) = module.norm
+    if torch.compiler.is_compiling():
+        return type(module).forward(module, type(norm).forward(norm, x))  # type: ignore[no-any-return]
+    projections = [_projection(part) for part in (module.gate_proj, module.up_proj, module.down_proj)]
+    tensors = [tensor for projection in projections for tensor in projection.tensors]
+    scalings = [projection.scaling for projection in projections]
+    rows, places = x.flatten(0, -2), _predicting(module) if module.predicts else None
+    own = rows if places is None else rows[places]
+    out = NormedMLP.apply(own, norm.weight, norm.variance_epsilon, scalings, *tensors)  # type: ignore[no-untyped-call]
+    if places is not None:
+        out = torch.zeros_like(rows).index_copy(0, places, out)
+    return out.view_as(x)  # type: ignore[no-any-return]
+
+
+def last_mlp(model: Any) -> nn.Module | None:
+    """The MLP that is computed only where a token is predicted, if there is one."""
+    return next((module for module in model.modules() if getattr(module, "predicts", False)), None)
+
+
+def _predicting(module: Any) -> Tensor | None:
+    """The rows that are looked at behind the last layer; None for all of them."""
+    layout: RowLayout | None = getattr(module, "row_layout", None)
+    return None if layout is None else layout.predicting
+
+
+def _projection(module: Any) -> Projection:
+    if not isinstance(module, LoraLinear):
+        return Projection(module.weight, module.bias)
+    base, (name,) = module.get_base_layer(), module.active_adapters
+    if module.disable_adapters or module.merged:
+        return Projection(base.weight, base.bias)
+    return Projection(
+        base.weight, base.bias, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+    )

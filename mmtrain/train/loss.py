@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.data.batch import Batch
+from mmtrain.model.attention import row_layout
 from mmtrain.model.head import FrozenHeadNLL, before_head, frozen_head
 from mmtrain.model.inputs import on_device
 
@@ -22,7 +23,10 @@ def supervised_nll(model: Any, inputs: dict[str, Any], batch: Batch) -> tuple[Te
     """
     device = inputs["input_ids"].device
     targets = on_device(batch.input_ids[batch.supervised], device)
-    inputs = {**inputs, "logits_to_keep": on_device(_predicting(batch), device)}
+    predicting = on_device(_predicting(batch), device)
+    inputs = {**inputs, "logits_to_keep": predicting}
+    if batch.packed and (layout := row_layout(model)) is not None:
+        layout.predicting = predicting
     head = frozen_head(model)
     hidden = None if head is None else before_head(model, head, inputs)
     if head is not None and hidden is not None:

@@ -1,0 +1,89 @@
+"""Causal attention within the samples of a packed row on the CPU, a block of queries at a time.
+
+torch's own kernel there takes 512 keys at once, so short samples pay for the half that a causal mask throws away, and
+its backward pass takes a sample in one piece. Here every block meets only the keys up to its own end. What is kept is
+what Dao et al. 2022, "FlashAttention", keep: no probabilities, but for each query the logarithm of their sum.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+"""Queries at a time: fewer make the products too small, more compute more of what is masked."""
+_LOG2E = math.log2(math.e)
+
+
+class BlockAttention(torch.autograd.Function):
+    """softmax(scale q k') v over the tokens of the same sample up to a token itself."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: Sequence[int]) -> Tensor:
+        """(1, tokens, heads, width) float32 from query (1, heads, tokens, width), and key and value with a number of
+        heads that divides the query's; `lengths` are those of the samples. Logits are taken to the base of 2."""
+        (_, heads, tokens, width), groups = query.shape, key.shape[1]
+        each = heads // groups
+        queries = query[0].view(groups, each, tokens, width).transpose(1, 2).reshape(groups, tokens * each, width)
+        keys, values = (key[0] * (scale * _LOG2E)).contiguous(), value[0].contiguous()
+        out = query.new_empty(1, tokens, heads, width)
+        places = out.view(tokens, groups, each, width).transpose(0, 1)
+        log_sums = query.new_empty(groups, tokens * each, 1)
+        future = _future(each)
+        for start, first, end in _blocks(lengths):
+            rows, seen, own = slice(first * each, end * each), slice(start, end), end - first
+            logits = torch.bmm(queries[:, rows], keys[:, seen].transpose(1, 2))
+            logits[:, :, first - start :].add_(future[: own * each, :own])
+            top = logits.amax(-1, keepdim=True)
+            likely = logits.sub_(top).exp2_()
+            total = likely.sum(-1, keepdim=True)
+            log_sums[:, rows] = top.add_(total.log2())
+            mixed = torch.bmm(likely, values[:, seen]).div_(total)
+            places[:, first:end] = mixed.view(groups, own, each, width)
+        ctx.save_for_backward(queries, keys, values, out, log_sums)
+        ctx.scale, ctx.lengths = scale, lengths
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *outers: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """With p the probabilities and o their gradients v' y: the logits' are p (o - mean), where mean = sum(p o) is
+        the product of the result and its gradient y."""
+        queries, keys, values, out, log_sums = ctx.saved_tensors
+        (_, tokens, heads, width), groups = out.shape, len(keys)
+        each = heads // groups
+        outer, means = (
+            part.view(tokens, groups, each, -1).transpose(0, 1).reshape(groups, tokens * each, -1)
+            for part in (outers[0], (outers[0] * out).sum(-1))
+        )
+        to_query = outer.new_empty(1, tokens, heads, width)
+        places = to_query.view(tokens, groups, each, width).transpose(0, 1)
+        to_keys, to_values = torch.zeros_like(keys), torch.zeros_like(values)
+        future = _future(each)
+        for start, first, end in _blocks(ctx.lengths):
+            rows, seen, own = slice(first * each, end * each), slice(start, end), end - first
+            logits = torch.bmm(queries[:, rows], keys[:, seen].transpose(1, 2))
+            logits[:, :, first - start :].add_(future[: own * each, :own])
+            likely = logits.sub_(log_sums[:, rows]).exp2_()
+            to_logits = torch.bmm(outer[:, rows], values[:, seen].transpose(1, 2)).sub_(means[:, rows]).mul_(likely)
+            to_values[:, seen].baddbmm_(likely.transpose(1, 2), outer[:, rows])
+            to_keys[:, seen].baddbmm_(to_logits.transpose(1, 2), queries[:, rows], alpha=ctx.scale)
+            to_queries = torch.bmm(to_logits, keys[:, seen]).view(groups, own, each, width)
+            torch.mul(to_queries, 1 / _LOG2E, out=places[:, first:end])
+        return to_query.transpose(1, 2), to_keys[None], to_values[None], None, None
+
+
+def _future(each: int) -> Tensor:
+    """(BLOCK * each, BLOCK) what is added to the logits of a block's queries, `each` heads of one beside each other, at
+    its own keys: -inf at those that come later."""
+    return torch.full((BLOCK, BLOCK), -math.inf).triu(1).repeat_interleave(each, 0)
+
+
+def _blocks(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """The start of a block's sample, its first query and where it ends."""
+    start = 0
+    for length in lengths:
+        for first in range(start, start + length, BLOCK):
+            yield start, first, min(first + BLOCK, start + length)
+        start += length

@@ -1,0 +1,113 @@
+"""What is computed value by value or row by row, in fewer passes over memory than operation by operation.
+
+Beside the matrix products a step's time goes into such passes over (tokens, width) tensors. On the CPU a few rows at a
+time go through all of them while they are in its cache. Everything is taken in float32 and rounded once.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_CACHED_VALUES = 2**16
+"""Values that a few passes in a row go over on the CPU: with their inputs they stay in its second-level cache."""
+
+
+def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / rms(x) times weight (Zhang and Sennrich 2019, "Root mean square layer normalization", equation 4), and
+    1 / rms(x), float32: (..., width) and (rows, 1)."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    inverse = x.new_empty(x.numel() // x.shape[-1], 1, dtype=torch.float32)
+    for value, o, r in _blocks(x, out, inverse):
+        value = value.float()
+        torch.rsqrt(value.square().mean(-1, keepdim=True).add_(eps), out=r)
+        _put(o, (value * r).mul_(weight))
+    return out, inverse
+
+
+def normalized(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """`normalize`'s first result again, from its second."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for value, o, r in _blocks(x, out, inverse):
+        _put(o, (value.float() * r).mul_(weight))
+    return out
+
+
+def normalize_gradient(outer: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """Of x: r w y - x r³ mean(w y x), with r = 1 / rms(x) and y the gradient of the result."""
+    gradient = torch.empty_like(outer, memory_format=torch.contiguous_format)
+    for y, value, r, to in _blocks(outer, x, inverse, gradient):
+        scaled, value = y.float() * weight, value.float()
+        along = (scaled * value).mean(-1, keepdim=True).mul_(r * r * r)
+        _put(to, scaled.mul_(r).addcmul_(value, along, value=-1))
+    return gradient
+
+
+def gate_up(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, with silu(g) = g sigmoid(g), of two tensors of one shape."""
+    out = torch.empty_like(up, memory_format=torch.contiguous_format)
+    for g, u, o in _blocks(gate, up, out):
+        torch.mul(F.silu(g.float()), u, out=o)
+    return out
+
+
+def gate_up_gradients(gate: Tensor, up: Tensor, outer: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Of gate and up; with `out`, what `gate_up` gave is written there again.
+
+    d silu(g) / dg = s (1 + g (1 - s)) with s = sigmoid(g).
+    """
+    to = [torch.empty_like(outer, memory_format=torch.contiguous_format) for _ in range(2)]
+    results = to if out is None else [*to, out]
+    for g, u, y, to_gate, to_up, *again in _blocks(gate, up, outer, *results):
+        value = g.float()
+        sigmoid = value.sigmoid()
+        silu = value * sigmoid
+        torch.mul(silu, y, out=to_up)
+        for o in again:
+            torch.mul(silu, u, out=o)
+        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
+        torch.mul(slope.mul_(y), u, out=to_gate)
+    return to[0], to[1]
+
+
+class RMSNorm(torch.autograd.Function):
+    """`normalize` by a weight that does not learn."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out, inverse = normalize(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        return normalize_gradient(outer[0], x, weight, inverse), None, None
+
+
+class GatedSiLU(torch.autograd.Function):
+    """`gate_up`."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return gate_up(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return gate_up_gradients(gate, up, outer[0])
+
+
+def _put(place: Tensor, value: Tensor) -> None:
+    place.copy_(value)
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of tensors, few enough at a time for the CPU's cache; all at once elsewhere."""
+    width = tensors[0].shape[-1]
+    rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+    size = max(1, _CACHED_VALUES // width) if tensors[0].device.type == "cpu" else max(1, len(rows[0]))
+    return zip(*(torch.split(tensor, size) for tensor in rows), strict=True)
