@@ -5,17 +5,21 @@ gigabytes every time, and the kernel clears every page it gives anew.
 import ctypes
 import os
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt, from its malloc.h."""
-_LARGEST_ON_HEAP = 32 * 2**20
-"""The most that glibc takes for the second of them."""
 
 
-def reuse_host_memory() -> None:
-    """Keep what is freed, and ask for large pages. To be called before torch is imported, which reads the variable
-    once; where the C library is another nothing changes."""
+def ask_for_large_pages() -> None:
+    """To be called before torch is imported, which reads the variable once."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def keep_freed_memory() -> None:
+    """Keep what is freed, large tensors too, which would otherwise have mappings of their own that go with them.
+
+    Not where a model only passes through on its way to a GPU. Where the C library is another nothing changes.
+    """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
-        library.mallopt(_MMAP_THRESHOLD, _LARGEST_ON_HEAP)
+        library.mallopt(_MMAP_MAX, 0)
         library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)

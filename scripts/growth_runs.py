@@ -23,9 +23,10 @@ PASSES = 3
 
 
 def open_data(config_path: Path, result: Path) -> None:
-    from mmtrain.host_memory import reuse_host_memory
+    from mmtrain.host_memory import ask_for_large_pages, keep_freed_memory
 
-    reuse_host_memory()  # as the command does, before torch is imported
+    ask_for_large_pages()  # as the command does, before torch is imported
+    keep_freed_memory()
     from mmtrain.config import load_config
     from mmtrain.data.processor import load_processor
     from mmtrain.train.dataset import Dataset

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from mmtrain.errors import STOP_SIGNALS, PeerError, UserError
+from mmtrain.host_memory import keep_freed_memory
 from mmtrain.train.activity import Activity
 from mmtrain.train.peers import Peers
 from mmtrain.train.supervisor import Supervisor
@@ -49,6 +50,8 @@ class Runtime:
         if threads is not None:
             torch.set_num_threads(threads)
         self.device: torch.device = self._accelerator.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.num_processes: int = self._accelerator.num_processes
         self.index: int = self._accelerator.process_index
         self.is_main: bool = self._accelerator.is_main_process
