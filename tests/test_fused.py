@@ -1,5 +1,6 @@
 """Layers in fewer passes: the outputs and gradients of the plain modules, and only where a module is plain."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,7 +8,18 @@ import torch
 from builders import DECODER_SIZES as SIZES
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    HeliumConfig,
+    HeliumForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mmtrain.model.fused import install_fused
@@ -50,9 +62,15 @@ def test_the_norm_and_its_gradient_are_the_formula(rows: int, dtype: torch.dtype
     assert torch.allclose(gradient.double(), other, rtol=tolerance, atol=tolerance)
 
 
-def adapted(variant: dict[str, Any], fused: bool, dtype: torch.dtype = torch.float32) -> Any:
+def llama() -> Any:
+    return LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True))
+
+
+def adapted(
+    variant: dict[str, Any], fused: bool, dtype: torch.dtype = torch.float32, make: Callable[[], Any] = llama
+) -> Any:
     torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)).to(dtype)
+    base = make().to(dtype)
     settings = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", **variant}
     model = get_peft_model(base, LoraConfig(**settings)).eval()
     for name, parameter in model.named_parameters():
@@ -89,6 +107,23 @@ def test_adapters_learn_what_peft_s_own_learn(variant: dict[str, Any]) -> None:
     for name, value in expected.items():
         assert value.abs().sum() > 0
         assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name  # measured: 2e-7 absolute
+
+
+OTHERS: list[Callable[[], Any]] = [
+    lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    lambda: GraniteForCausalLM(GraniteConfig(**SIZES, residual_multiplier=0.3)),
+    lambda: HeliumForCausalLM(HeliumConfig(**SIZES)),
+]
+
+
+@pytest.mark.parametrize("make", OTHERS, ids=["qwen3", "granite", "helium"])
+def test_other_families_learn_what_they_did(make: Callable[[], Any]) -> None:
+    model = adapted({}, fused=True, make=make)
+    assert all("norm" in vars(layer.mlp) for layer in model.get_base_model().model.layers)
+    found, expected = gradients_of(model), gradients_of(adapted({}, fused=False, make=make))
+    for name, value in expected.items():
+        assert value.abs().sum() > 0
+        assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
 
 
 def kept_by(model: Any) -> int:
@@ -151,6 +186,8 @@ def test_only_what_is_plain_is_replaced() -> None:
     assert replaced(adapted({"lora_bias": True}, fused=False), "q_proj") == 0
     assert replaced(LlamaForCausalLM(LlamaConfig(**SIZES)), "input_layernorm") == 0  # it learns
     assert replaced(adapted({}, fused=False), "input_layernorm") == 2
+    gemma = Gemma2ForCausalLM(Gemma2Config(**SIZES)).requires_grad_(False)
+    assert replaced(gemma, "input_layernorm") == 0  # it multiplies by 1 + weight
 
 
 @pytest.mark.parametrize("variant", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}], ids=str)

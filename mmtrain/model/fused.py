@@ -1,6 +1,6 @@
 """Modules computed in fewer passes over memory than their libraries take; the numbers stay those of the formula.
 
-Each is replaced where its source says that it computes exactly that and nothing else, and left alone elsewhere.
+Each is replaced where its source says, or a trial shows, that it computes exactly that, and left alone elsewhere.
 """
 
 import ast
@@ -18,23 +18,14 @@ from transformers.activations import SiLUActivation
 
 from mmtrain.model.attention import RowLayout
 from mmtrain.model.mlp import NormedMLP, Projection
-from mmtrain.model.rowwise import GatedSiLU, RMSNorm
+from mmtrain.model.rowwise import GatedSiLU, RMSNorm, normalize
 
 _GATED = re.compile(
     r"(?:return|(\w+) =) self\.down_proj\(self\.act_fn\(self\.gate_proj\((\w+)\)\) \* self\.up_proj\(\2\)\)"
     r"(?:\nreturn \1)?"
 )
-_NORM = """input_dtype = hidden_states.dtype
-hidden_states = hidden_states.to(torch.float32)
-variance = hidden_states.pow(2).mean(-1, keepdim=True)
-hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-return self.weight * hidden_states.to(input_dtype)"""
-_TAIL = """residual = hidden_states
-hidden_states = self.post_attention_layernorm(hidden_states)
-hidden_states = self.mlp(hidden_states)
-hidden_states = residual + hidden_states
-return hidden_states"""
-"""How a decoder layer ends: what is normalized goes into the MLP and nowhere else."""
+_NORM_THEN_MLP = re.compile(r"(\w+) = self\.post_attention_layernorm\(\1\)\n\1 = self\.mlp\(\1\)")
+"""Statements of a decoder layer: what is normalized goes into the MLP and nowhere else."""
 
 
 def install_fused(model: Any) -> None:
@@ -100,9 +91,17 @@ def _gated(module: Any, x: Tensor) -> Tensor:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """A normalization that does not learn. Their names tell them from the many modules that need not be read."""
-    named = type(module).__name__.endswith("RMSNorm")
-    return named and not any(p.requires_grad for p in module.parameters()) and _body(module) == _NORM
+    """A normalization that does not learn and is `normalize`: that is tried, with large values and with some so small
+    that it matters where the epsilon is added."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if not isinstance(weight, nn.Parameter) or not isinstance(eps, float) or weight.requires_grad:
+        return False
+    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[3], [1], [1e-3], [1e-4]]
+    )
+    with torch.no_grad():
+        own, found = type(module).forward(module, x := x.to(weight)), normalize(x, weight, eps)[0]
+    return torch.allclose(own, found, rtol=4 * torch.finfo(x.dtype).eps, atol=0)
 
 
 def _normed(module: Any, x: Tensor) -> Tensor:
@@ -114,7 +113,7 @@ def _normed(module: Any, x: Tensor) -> Tensor:
 def _ends_in_mlp(layer: Any) -> bool:
     """A decoder layer whose end `NormedMLP` computes: nothing in it learns but adapters without dropout."""
     norm, mlp = getattr(layer, "post_attention_layernorm", None), getattr(layer, "mlp", None)
-    if norm is None or mlp is None or not (_is_norm(norm) and _is_gated(mlp) and _body(layer).endswith(_TAIL)):
+    if norm is None or mlp is None or not (_is_norm(norm) and _is_gated(mlp) and _NORM_THEN_MLP.search(_body(layer))):
         return False
     return all(_is_frozen(projection) for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
 
