@@ -51,9 +51,16 @@ def measured(model: Any, make_inputs: InputMaker, batch: Batch) -> float:
     return counter.get_total_flops() / 2
 
 
+def first_inputs(base: Any) -> int:
+    """Multiply-additions a token of the gradients that nothing before the first layer asks for."""
+    attention = base.get_decoder().layers[0].self_attn
+    weights = [weight for part in "qkv" for weight in getattr(attention, f"{part}_proj").named_parameters()]
+    return sum(weight.numel() for name, weight in weights if weight.ndim == 2 and "lora_B" not in name)
+
+
 @pytest.mark.parametrize("name", TUNES)
 def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Callable[..., Config]) -> None:
-    """Within 9 % (measured: 8.7): the first of two layers has no input to learn, windows at the rim are rough."""
+    """Within 6 % (measured: 5.6, where pictures' parts learn); the first layer has no input to learn but pictures."""
     if kind == "text" and name not in ("language lora", "all full"):
         pytest.skip("a model of text alone has one part")
     config = make_config(kind, {"language": TUNES[name]["language"]} if kind == "text" else TUNES[name])
@@ -69,8 +76,10 @@ def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Cal
         if name == "vision alone" and not images:
             continue  # nothing learns from it
         found = measured(model, make_inputs, Loader(dataset.train, True).load([sample]))
+        if name == "language lora" or (name != "all full" and not images):
+            found += float(tokens) * first_inputs(base)
         found -= costs.token_pair * float(tokens) ** 2  # what lies behind the causal mask is computed here
-        assert found == pytest.approx(float(costs.of(tokens, images, checked.image_token_pairs[sample])), rel=0.09)
+        assert found == pytest.approx(float(costs.of(tokens, images, checked.image_token_pairs[sample])), rel=0.06)
 
 
 def test_a_learned_token_costs_what_torch_counts_in_the_head(kind: str, make_config: Callable[..., Config]) -> None:

@@ -23,7 +23,7 @@ def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     for value, o, r in _blocks(x, out, inverse):
         value = value.float()
         torch.rsqrt(value.square().mean(-1, keepdim=True).add_(eps), out=r)
-        _put(o, (value * r).mul_(weight))
+        o.copy_((value * r).mul_(weight))
     return out, inverse
 
 
@@ -31,7 +31,7 @@ def normalized(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """`normalize`'s first result again, from its second."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for value, o, r in _blocks(x, out, inverse):
-        _put(o, (value.float() * r).mul_(weight))
+        o.copy_((value.float() * r).mul_(weight))
     return out
 
 
@@ -41,7 +41,7 @@ def normalize_gradient(outer: Tensor, x: Tensor, weight: Tensor, inverse: Tensor
     for y, value, r, to in _blocks(outer, x, inverse, gradient):
         scaled, value = y.float() * weight, value.float()
         along = (scaled * value).mean(-1, keepdim=True).mul_(r * r * r)
-        _put(to, scaled.mul_(r).addcmul_(value, along, value=-1))
+        to.copy_(scaled.mul_(r).addcmul_(value, along, value=-1))
     return gradient
 
 
@@ -99,10 +99,6 @@ class GatedSiLU(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return gate_up_gradients(gate, up, outer[0])
-
-
-def _put(place: Tensor, value: Tensor) -> None:
-    place.copy_(value)
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
