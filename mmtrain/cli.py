@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from mmtrain.errors import UserError
-from mmtrain.host_memory import ask_for_large_pages
+from mmtrain.host_memory import set_environment
 
 MAX_FAULTS_SHOWN = 100
 
@@ -143,7 +143,7 @@ def schema() -> None:
 
 def main() -> None:
     """The entry point: a user's mistake is told in lines without a traceback."""
-    ask_for_large_pages()
+    set_environment()
     # peft calls transformers by names that are going away: nothing that a user can act on
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     try:

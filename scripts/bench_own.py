@@ -17,9 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from mmtrain.host_memory import ask_for_large_pages
+from mmtrain.host_memory import set_environment
 
-ask_for_large_pages()  # as the command does, before torch is imported
+set_environment()  # as the command does, before torch is imported
 
 from bench_shapes import build_model  # noqa: E402
 from bench_watch import Watch  # noqa: E402

@@ -23,9 +23,9 @@ PASSES = 3
 
 
 def open_data(config_path: Path, result: Path) -> None:
-    from mmtrain.host_memory import ask_for_large_pages, keep_freed_memory
+    from mmtrain.host_memory import keep_freed_memory, set_environment
 
-    ask_for_large_pages()  # as the command does, before torch is imported
+    set_environment()  # as the command does, before torch is imported
     keep_freed_memory()
     from mmtrain.config import load_config
     from mmtrain.data.processor import load_processor

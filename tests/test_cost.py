@@ -38,9 +38,19 @@ def in_place(_: Any, a: list[int], b: list[int], **ignored: Any) -> int:
     return 2 * math.prod(a) * b[-1]
 
 
+def by_name(x: list[int], weight: list[int], *ignored: Any, **others: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 def counter_of_products() -> FlopCounterMode:
-    kinds = (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_)
-    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(kinds, in_place))
+    kinds = dict.fromkeys((torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), in_place)
+    return FlopCounterMode(display=False, custom_mapping={**kinds, torch.ops.mkldnn._linear_pointwise: by_name})
+
+
+@pytest.fixture(autouse=True)
+def rows_that_are_not_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fills a row up is computed and not needed."""
+    monkeypatch.setattr("mmtrain.data.batch.ROW_MULTIPLE", 1)
 
 
 def measured(model: Any, make_inputs: InputMaker, batch: Batch) -> float:

@@ -7,6 +7,7 @@ import pytest
 from learning import LORA, MIXED, learner_for, relative_l2, step_of
 
 from mmtrain.config.schema import Config
+from mmtrain.data.batch import Loader
 
 CUTS = {
     "1x8": [[0, 1, 2, 3, 4, 5, 6, 7]],
@@ -73,3 +74,22 @@ def test_samples_of_a_packed_row_do_not_see_each_other(kind: str, make_config: C
         together, _ = step_of(learner, dataset, [[other, 5]], True)
         expected = (alone[other] * counts[other] + alone[5] * counts[5]) / (counts[other] + counts[5])
         assert together == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_fills_a_row_up_belongs_to_no_sample_and_changes_nothing(
+    kind: str, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, dataset = learner_for(make_config(kind, {"language": LORA | {"dropout": 0.2}}))
+    found, fillings = {}, {}
+    for multiple in (1, 32, 500):
+        monkeypatch.setattr("mmtrain.data.batch.ROW_MULTIPLE", multiple)
+        batch = next(Loader(dataset.train, packing=True).batches([[0, 3, 5]]))
+        length = batch.input_ids.shape[1]
+        assert length % multiple == 0
+        fillings[multiple] = length - batch.num_tokens
+        assert not batch.supervised[0, batch.num_tokens :].any()
+        found[multiple] = step_of(learner, dataset, [[0, 3, 5]], packing=True)
+    assert fillings[1] == 0 < fillings[32] < 32 < fillings[500]
+    for loss, gradients in (found[32], found[500]):
+        assert loss == pytest.approx(found[1][0], rel=1e-6)
+        assert relative_l2(gradients, found[1][1]) < 1e-6  # measured: 4e-7

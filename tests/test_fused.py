@@ -8,6 +8,7 @@ import torch
 from builders import DECODER_SIZES as SIZES
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -83,10 +84,29 @@ def adapted(
     return model
 
 
+def install_beside(*modules: nn.Module) -> None:
+    """`install_fused` on a model that has these modules too."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    model.others = nn.ModuleList(modules)
+    install_fused(model)
+
+
 def gradients_of(model: Any) -> dict[str, Tensor]:
     ids = torch.randint(1, 61, (2, 17), generator=torch.Generator().manual_seed(1))
     model(input_ids=ids, labels=ids).loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+class Called(TorchDispatchMode):
+    """Counts the calls of an operator."""
+
+    def __init__(self, operator: Any) -> None:
+        super().__init__()
+        self._operator, self.times = operator, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.times += function.overloadpacket is self._operator
+        return function(*args, **kwargs or {})
 
 
 VARIANTS = [
@@ -209,3 +229,42 @@ def test_an_mlp_that_does_more_is_left_alone() -> None:
     changed = [["forward" in vars(part) for part in (x.mlp, x.post_attention_layernorm)] for x in model.model.layers]
     assert changed == [[False, True], [True, True]]
     assert "norm" not in vars(model.model.layers[0].mlp)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patches_that_come_one_by_one_are_multiplied_at_once(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    convolutions = [nn.Conv3d(3, 12, (2, 4, 5), (2, 4, 5)), nn.Conv2d(3, 12, (4, 5), (4, 5), bias=False)]
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-6
+    for convolution in convolutions:
+        convolution.to(dtype)
+        window = torch.randn(7, 3, *convolution.kernel_size).to(dtype)
+        many = torch.randn(2, 3, *(2 * side for side in convolution.kernel_size)).to(dtype)
+        expected = convolution(window), convolution(many)
+        install_beside(convolution)
+        with Called(torch.ops.aten.convolution) as called:
+            found = convolution(window)
+            assert not called.times
+            assert torch.equal(convolution(many), expected[1])
+            assert called.times == 1
+        assert found.shape == expected[0].shape
+        assert torch.allclose(found, expected[0], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"stride": 2}, {"padding": 1}, {"padding": "same", "stride": 1, "kernel_size": 1, "dilation": 2}, {"groups": 3}],
+    ids=str,
+)
+def test_other_convolutions_are_left_alone(other: dict[str, Any]) -> None:
+    convolution = nn.Conv2d(**{"in_channels": 3, "out_channels": 12, "kernel_size": 4, "stride": 4, **other})
+    install_beside(convolution)
+    assert "forward" not in vars(convolution)
+
+
+def test_linear_layers_that_learn_are_left_alone() -> None:
+    layers = [nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)]
+    install_beside(*layers)
+    assert ["forward" in vars(layer) for layer in layers] == [False, True]
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    assert torch.allclose(layers[1](x), x @ layers[1].weight.t() + layers[1].bias, atol=1e-6)

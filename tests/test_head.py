@@ -18,17 +18,24 @@ from transformers import (
 )
 
 from mmtrain.data.batch import Batch, Segment
-from mmtrain.model.head import CHUNK, FrozenHeadNLL, before_head, frozen_head
+from mmtrain.model.head import TOKENS, WORDS, FrozenHeadNLL, before_head, frozen_head
 from mmtrain.train.loss import supervised_nll
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, CHUNK, 2 * CHUNK + 7])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_chunks_give_the_loss_and_the_gradient_of_full_logits(num_tokens: int, with_bias: bool) -> None:
+def heads(num_tokens: int, num_words: int, with_bias: bool, size: float = 1.0) -> tuple[Any, ...]:
+    """Hidden states, weight, bias and targets. The words are of other sizes block by block, so that the likeliest is in
+    none of them in particular."""
     torch.manual_seed(0)
-    hidden = torch.randn(num_tokens, 24, requires_grad=True)
-    weight, bias = torch.randn(101, 24), torch.randn(101) if with_bias else None
-    targets = torch.randint(0, 101, (num_tokens,))
+    hidden, weight = size * torch.randn(num_tokens, 24), torch.randn(num_words, 24)
+    bias = 3.0 * torch.randn(num_words) if with_bias else None
+    return hidden.requires_grad_(), weight, bias, torch.randint(0, num_words, (num_tokens,))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, TOKENS, 2 * TOKENS + 7])
+@pytest.mark.parametrize("num_words", [101, WORDS, 2 * WORDS + 5])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_blocks_give_the_loss_and_the_gradient_of_full_logits(num_tokens: int, num_words: int, with_bias: bool) -> None:
+    hidden, weight, bias, targets = heads(num_tokens, num_words, with_bias)
     outer = torch.rand(num_tokens)
     nll, _ = FrozenHeadNLL.apply(hidden, weight, bias, targets)
     (found,) = torch.autograd.grad((nll * outer).sum(), hidden)
@@ -40,6 +47,43 @@ def test_chunks_give_the_loss_and_the_gradient_of_full_logits(num_tokens: int, w
     _, right = FrozenHeadNLL.apply(hidden.detach(), weight, bias, targets)
     assert torch.equal(right, logits.argmax(-1) == targets)
     assert torch.allclose(found.double(), gradient.double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("num_words", [101, 2 * WORDS + 5])
+def test_a_word_that_wins_by_hundreds_overflows_nothing(num_words: int) -> None:
+    hidden, weight, _, targets = heads(40, num_words, False, size=50.0)
+    targets[:20] = (hidden @ weight.t())[:20].argmax(-1)
+    nll, _ = FrozenHeadNLL.apply(hidden, weight, None, targets)
+    (found,) = torch.autograd.grad(nll.sum(), hidden)
+    logits = hidden.double() @ weight.double().t()
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), hidden)
+    assert expected.max() > 300
+    assert torch.allclose(nll.double(), expected, rtol=1e-5, atol=1e-3)
+    assert float((found - gradient).norm() / gradient.norm()) < 1e-4
+
+
+def test_the_right_word_is_found_in_any_block_and_the_first_of_equals_counts() -> None:
+    weight = torch.zeros(2 * WORDS + 5, 4)
+    weight[[3, WORDS + 3, 2 * WORDS + 3], 0] = 1.0
+    weight[WORDS + 9, 1] = weight[2 * WORDS + 4, 2] = 1.0
+    hidden = torch.eye(4)[:3]
+    for targets, expected in (([3, WORDS + 9, 2 * WORDS + 4], True), ([WORDS + 3, 9, 4], False)):
+        _, right = FrozenHeadNLL.apply(hidden, weight, None, torch.tensor(targets))
+        assert right.tolist() == [expected] * 3
+
+
+def test_in_bfloat16_only_the_products_are_rounded() -> None:
+    hidden, weight, _, targets = heads(300, 2 * WORDS + 5, False)
+    low, rounded = hidden.detach().bfloat16().requires_grad_(), weight.bfloat16()
+    nll, _ = FrozenHeadNLL.apply(low, rounded, None, targets)
+    (found,) = torch.autograd.grad(nll.sum(), low)
+    exact = low.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact @ rounded.double().t(), targets, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), exact)
+    assert nll.dtype == torch.float32
+    assert float((nll - expected).detach().abs().mean()) < 0.02  # measured: 0.0155, a logit of ten rounded to bfloat16
+    assert float((found.double() - gradient).norm() / gradient.norm()) < 0.01  # measured: 0.0072
 
 
 def batch_of(length: int) -> Batch:

@@ -19,6 +19,10 @@ from mmtrain.data.processor import ChatProcessor
 from mmtrain.data.sources import Place
 from mmtrain.errors import UserError
 
+ROW_MULTIPLE = 32
+"""A packed row is filled up to a multiple of so many tokens: libraries of matrix products prepare code for each number
+of rows that they meet and keep it, and allocators keep memory of each size."""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -34,7 +38,8 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch, on the CPU. Packed: one row without padding; otherwise a row a sample, padded on the right."""
+    """One micro-batch, on the CPU. Packed: one row, the samples one behind the other, and fewer than
+    `ROW_MULTIPLE` tokens of no sample; otherwise a row a sample, padded on the right."""
 
     input_ids: Tensor
     """(rows, length) int64"""
@@ -70,7 +75,7 @@ def make_batch(
         segments.append(Segment(number, *place, sample.num_tokens, first_image, len(sample.images)))
         at += sample.num_tokens
         first_image += len(sample.images)
-    shape = (1, at) if packing else (len(encoded), max(sample.num_tokens for sample in encoded))
+    shape = (1, at + -at % ROW_MULTIPLE) if packing else (len(encoded), max(sample.num_tokens for sample in encoded))
     input_ids = np.full(shape, processor.pad_id, np.int64)
     supervised = np.zeros(shape, np.bool_)
     for segment, sample in zip(segments, encoded, strict=True):

@@ -28,14 +28,14 @@ class RowLayout:
     """Where the samples of the row that goes through the model lie. Set for each batch, read by every layer."""
 
     lengths: tuple[int, ...] | None = None
-    """Tokens of each sample of a packed row, in order; None for padded rows."""
+    """Tokens of each sample of a packed row, in order, and those that fill it up; None for padded rows."""
     ends: Tensor | None = None
     """(num_samples + 1,) int32, on the row's device: 0, and where each sample ends."""
     predicting: Tensor | None = None
     """(num_supervised,) the only places of the packed row at which the last layer's result is looked at."""
 
     def set(self, batch: Batch, device: torch.device) -> None:
-        self.lengths = tuple(segment.length for segment in batch.segments) if batch.packed else None
+        self.lengths = _lengths(batch) if batch.packed else None
         self.ends = self.predicting = None
         if self.lengths is not None and device.type == "cuda":
             ends = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -44,6 +44,11 @@ class RowLayout:
     def clear(self) -> None:
         """What comes next is not a packed row."""
         self.lengths = self.ends = self.predicting = None
+
+
+def _lengths(batch: Batch) -> tuple[int, ...]:
+    filling = batch.input_ids.shape[1] - batch.num_tokens
+    return (*(segment.length for segment in batch.segments), *([filling] if filling else []))
 
 
 def row_layout(model: Any) -> RowLayout | None:
@@ -98,7 +103,8 @@ def _attention(
 
 
 def _in_blocks(query: Tensor, value: Tensor) -> bool:
-    return query.device.type == "cpu" and query.dtype == torch.float32 and query.shape[-1] == value.shape[-1]
+    is_wide_enough = query.dtype in (torch.float32, torch.bfloat16)
+    return query.device.type == "cpu" and is_wide_enough and query.shape[-1] == value.shape[-1]
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:

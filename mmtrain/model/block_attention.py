@@ -22,15 +22,15 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: Sequence[int]) -> Tensor:
-        """(1, tokens, heads, width) float32 from query (1, heads, tokens, width), and key and value with a number of
-        heads that divides the query's; `lengths` are those of the samples. Logits are taken to the base of 2."""
+        """(1, tokens, heads, width) from query (1, heads, tokens, width), and key and value with a number of heads that
+        divides the query's; `lengths` are those of the samples. Logits are taken to the base of 2, in float32."""
         (_, heads, tokens, width), groups = query.shape, key.shape[1]
         each = heads // groups
-        queries = query[0].view(groups, each, tokens, width).transpose(1, 2).reshape(groups, tokens * each, width)
-        keys, values = (key[0] * (scale * _LOG2E)).contiguous(), value[0].contiguous()
+        queries = query[0].view(groups, each, tokens, width).transpose(1, 2).float().reshape(groups, -1, width)
+        keys, values = (key[0].float() * (scale * _LOG2E)).contiguous(), value[0].float().contiguous()
         out = query.new_empty(1, tokens, heads, width)
         places = out.view(tokens, groups, each, width).transpose(0, 1)
-        log_sums = query.new_empty(groups, tokens * each, 1)
+        log_sums = queries.new_empty(groups, tokens * each, 1)
         future = _future(each)
         for start, first, end in _blocks(lengths):
             rows, seen, own = slice(first * each, end * each), slice(start, end), end - first
@@ -53,11 +53,12 @@ class BlockAttention(torch.autograd.Function):
         queries, keys, values, out, log_sums = ctx.saved_tensors
         (_, tokens, heads, width), groups = out.shape, len(keys)
         each = heads // groups
+        given = outers[0].float()
         outer, means = (
             part.view(tokens, groups, each, -1).transpose(0, 1).reshape(groups, tokens * each, -1)
-            for part in (outers[0], (outers[0] * out).sum(-1))
+            for part in (given, (given * out).sum(-1))
         )
-        to_query = outer.new_empty(1, tokens, heads, width)
+        to_query = out.new_empty(1, tokens, heads, width)
         places = to_query.view(tokens, groups, each, width).transpose(0, 1)
         to_keys, to_values = torch.zeros_like(keys), torch.zeros_like(values)
         future = _future(each)
@@ -71,7 +72,7 @@ class BlockAttention(torch.autograd.Function):
             to_keys[:, seen].baddbmm_(to_logits.transpose(1, 2), queries[:, rows], alpha=ctx.scale)
             to_queries = torch.bmm(to_logits, keys[:, seen]).view(groups, own, each, width)
             torch.mul(to_queries, 1 / _LOG2E, out=places[:, first:end])
-        return to_query.transpose(1, 2), to_keys[None], to_values[None], None, None
+        return to_query.transpose(1, 2), to_keys[None].to(out.dtype), to_values[None].to(out.dtype), None, None
 
 
 def _future(each: int) -> Tensor:

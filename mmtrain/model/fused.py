@@ -9,15 +9,18 @@ import inspect
 import re
 import textwrap
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from mmtrain.model.attention import RowLayout
 from mmtrain.model.mlp import NormedMLP, Projection
+from mmtrain.model.products import FrozenLinear
 from mmtrain.model.rowwise import GatedSiLU, RMSNorm, normalize
 
 _GATED = re.compile(
@@ -31,12 +34,8 @@ _NORM_THEN_MLP = re.compile(r"(\w+) = self\.post_attention_layernorm\(\1\)\n\1 =
 def install_fused(model: Any) -> None:
     """Replace what `model` computes in more passes than it needs. To be called once adapters and dropout are in."""
     for module in model.modules():
-        if isinstance(module, LoraLinear) and _is_plain(module):
-            module.forward = types.MethodType(_adapted, module)
-        elif _is_gated(module):
-            module.forward = types.MethodType(_gated, module)
-        elif _is_norm(module):
-            module.forward = types.MethodType(_normed, module)
+        if (forward := _quicker(module)) is not None:
+            module.forward = types.MethodType(forward, module)
     last = [None, *getattr(model.get_decoder(), "layers", ())][-1]
     layers = [module for module in model.modules() if _ends_in_mlp(module)]
     for layer in layers:
@@ -44,6 +43,19 @@ def install_fused(model: Any) -> None:
         layer.mlp.predicts = layer is last
         layer.mlp.forward = types.MethodType(_normed_mlp, layer.mlp)
         layer.post_attention_layernorm.forward = _passed_on
+
+
+def _quicker(module: nn.Module) -> Callable[..., Tensor] | None:
+    """The forward that can stand for the module's own; None where its own is needed."""
+    if isinstance(module, LoraLinear) and _is_plain(module):
+        return _adapted
+    if _is_frozen(module):
+        return _frozen
+    if isinstance(module, nn.Conv2d | nn.Conv3d) and _is_one_window(module):
+        return _one_window
+    if _is_gated(module):
+        return _gated
+    return _normed if _is_norm(module) else None
 
 
 def _body(module: nn.Module) -> str:
@@ -76,6 +88,27 @@ def _adapted(module: Any, x: Tensor) -> Tensor:
     inner = module.lora_A[name](module.lora_dropout[name](x)).flatten(0, -2)
     outer = (module.lora_B[name].weight * module.scaling[name]).to(out.dtype)
     return out.addmm_(inner.to(out.dtype), outer.t()).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+
+
+def _frozen(module: Any, x: Tensor) -> Tensor:
+    if x.device.type != "cpu" or not x.dtype == module.weight.dtype == torch.float32 or torch.compiler.is_compiling():
+        return F.linear(x, module.weight, module.bias)
+    rows = x.reshape(-1, x.shape[-1])
+    return FrozenLinear.apply(rows, module.weight, module.bias).view(*x.shape[:-1], -1)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _is_one_window(module: nn.Conv2d | nn.Conv3d) -> bool:
+    """A convolution whose windows lie side by side, as those that take a picture's patches do."""
+    none = {0, (0,) * len(module.kernel_size)}
+    dense = module.groups == 1 and set(module.dilation) == {1}
+    return dense and module.kernel_size == module.stride and module.padding in none
+
+
+def _one_window(module: Any, x: Tensor) -> Tensor:
+    """Where each picture is one window, (n, channels, *kernel size), this is a linear layer and many times as quick."""
+    if x.shape[2:] != module.kernel_size:
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    return F.linear(x.flatten(1), module.weight.flatten(1), module.bias)[(..., *(None for _ in module.kernel_size))]
 
 
 def _is_gated(module: nn.Module) -> bool:

@@ -1,16 +1,22 @@
-"""The head and the cross-entropy together, in chunks: logits never exist for more than 512 tokens.
+"""The head and the cross-entropy together, in blocks: logits exist for 512 tokens and 2,048 words at a time.
 
-For a frozen head only the gradient of its input is kept: it is known as soon as the logits are, so nothing is computed
-twice and the logits are gone before the next chunk.
+For a frozen head only the gradient of its input is kept: it is the words' mean under the softmax less the target's
+word, and grows with the softmax's sum from block to block, as attention's result does in Milakov and Gimelshein 2018,
+"Online normalizer calculation for softmax". So nothing is computed twice and a block is gone before the next.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-CHUNK = 512
+from mmtrain.model.products import product
+
+TOKENS = 512
 """Tokens whose logits exist at once. With fewer the weights are fetched more often, which the CPU feels."""
+WORDS = 2048
+"""Words whose logits exist at once on the CPU, so that they stay in its cache; elsewhere all of them."""
 
 
 class FrozenHeadNLL(torch.autograd.Function):
@@ -28,21 +34,17 @@ class FrozenHeadNLL(torch.autograd.Function):
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         right = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
-        buffer = weight.new_empty(min(CHUNK, len(hidden)), len(weight))
-        for start in range(0, len(hidden), CHUNK):
-            rows = slice(start, start + CHUNK)
-            logits = _logits(hidden[rows].to(weight.dtype), weight, bias, buffer)
-            own = targets[rows, None]
+        for start in range(0, len(hidden), TOKENS):
+            rows = slice(start, start + TOKENS)
+            softmax = _Softmax(hidden[rows].to(weight.dtype), targets[rows, None], wanted)
+            for first in range(0, len(weight), words := _words(weight)):
+                part = slice(first, first + words)
+                softmax.add(weight[part], None if bias is None else bias[part], first)
+            nll[rows] = softmax.nll
             if gradient is None:
-                right[rows] = logits.argmax(-1) == targets[rows]
-            top = logits.amax(-1, keepdim=True)
-            at_target = logits.gather(-1, own) - top
-            likely = logits.sub_(top).exp_()
-            total = likely.sum(-1, keepdim=True)
-            nll[rows] = (total.log() - at_target)[:, 0]
-            if gradient is not None:
-                likely.div_(total).scatter_add_(-1, own, likely.new_full(own.shape, -1.0))
-                gradient[rows] = likely.to(weight.dtype) @ weight
+                right[rows] = softmax.right
+            else:
+                gradient[rows] = softmax.mean.sub_(weight[targets[rows]])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(right)
@@ -54,10 +56,51 @@ class FrozenHeadNLL(torch.autograd.Function):
         return gradient * outer[0][:, None].to(gradient.dtype), None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    """(n, vocabulary) float32; written into `buffer`, as the allocator would clear new memory for every chunk."""
-    logits = torch.mm(hidden, weight.t(), out=buffer[: len(hidden)])
-    return (logits if bias is None else logits.add_(bias)).float()
+class _Softmax:
+    """The softmax over words that come block by block, of a few tokens; in float32."""
+
+    def __init__(self, hidden: Tensor, targets: Tensor, wanted: bool) -> None:
+        self._hidden, self._targets = hidden, targets
+        self._top = hidden.new_full((len(hidden), 1), -math.inf, dtype=torch.float32)
+        self._total, self._at_target = torch.zeros_like(self._top), torch.zeros_like(self._top)
+        self._best = torch.zeros_like(targets)
+        self._sum = torch.zeros_like(hidden, dtype=torch.float32) if wanted else None
+
+    def add(self, weight: Tensor, bias: Tensor | None, first: int) -> None:
+        """The words from `first` on, by their weight (words, width) and bias (words,)."""
+        logits = product(self._hidden, weight, bias).float()
+        place = self._targets - first
+        at_place = logits.gather(-1, place.clamp(0, len(weight) - 1))
+        self._at_target = torch.where((place >= 0) & (place < len(weight)), at_place, self._at_target)
+        if self._sum is None:
+            highest, word = logits.max(-1, keepdim=True)
+            self._best = torch.where(highest > self._top, word + first, self._best)
+        top = torch.maximum(self._top, logits.amax(-1, keepdim=True))
+        likely, shrunk = logits.sub_(top).exp_(), self._top.sub_(top).exp_()
+        self._total.mul_(shrunk).add_(likely.sum(-1, keepdim=True))
+        if self._sum is not None:
+            self._sum.mul_(shrunk).add_(product(likely.to(weight.dtype), weight.t()))
+        self._top = top
+
+    @property
+    def nll(self) -> Tensor:
+        """(n,)"""
+        return (self._total.log() + self._top - self._at_target)[:, 0]
+
+    @property
+    def right(self) -> Tensor:
+        """(n,) where no gradient is wanted."""
+        return (self._best == self._targets)[:, 0]
+
+    @property
+    def mean(self) -> Tensor:
+        """(n, width) of the words' weights, where a gradient is wanted."""
+        assert self._sum is not None
+        return self._sum / self._total
+
+
+def _words(weight: Tensor) -> int:
+    return WORDS if weight.device.type == "cpu" else len(weight)
 
 
 def frozen_head(model: Any) -> nn.Linear | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtrain.model.products import product
 from mmtrain.model.rowwise import gate_up, gate_up_gradients, normalize, normalize_gradient, normalized
 
 
@@ -44,8 +45,7 @@ class Projection:
 
     def of(self, x: Tensor, inner: Tensor) -> Tensor:
         """(rows, out) from x (rows, in) and A x, `inner` (rows, rank)."""
-        out = torch.mm(x, self.weight.t()) if self.bias is None else torch.addmm(self.bias, x, self.weight.t())
-        return out.addmm_(inner, self.up.t())
+        return product(x, self.weight, self.bias).addmm_(inner, self.up.t())
 
     def gradients(self, outer: Tensor, inner: Tensor, to_inner: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
         """Of `tensors`, from the gradients of the result and of `inner`."""
@@ -65,11 +65,11 @@ class NormedMLP(torch.autograd.Function):
         """`tensors`: those of the projections gate, up and down, one after the other; `scalings`: theirs."""
         gate, up, down = _projections(tensors, scalings)
         normed, inverse = normalize(x, norm_weight, eps)
-        inner = torch.mm(normed, _downs(gate, up).t())
+        inner = product(normed, _downs(gate, up))
         inner_gate, inner_up = torch.split(inner, [len(gate.down), len(up.down)], dim=1)
         gates, ups = gate.of(normed, inner_gate), up.of(normed, inner_up)
         gated = gate_up(gates, ups)
-        inner_down = torch.mm(gated, down.down.t())
+        inner_down = product(gated, down.down)
         ctx.save_for_backward(x, norm_weight, inverse, gates, ups, inner, inner_down, *tensors)
         ctx.scalings = scalings
         return down.of(gated, inner_down)
@@ -78,22 +78,23 @@ class NormedMLP(torch.autograd.Function):
     def backward(ctx: Any, *outers: Tensor) -> tuple[Any, ...]:
         x, norm_weight, inverse, gates, ups, inner, inner_down, *tensors = ctx.saved_tensors
         gate, up, down = _projections(tensors, ctx.scalings)
-        outer = outers[0]
-        to_inner_down = torch.mm(outer, down.up)
-        to_gated = torch.mm(outer, down.weight).addmm_(to_inner_down, down.down)
+        outer = outers[0].contiguous()
+        to_inner_down = product(outer, down.up.t())
+        to_gated = product(outer, down.weight.t()).addmm_(to_inner_down, down.down)
         gated = torch.empty_like(ups)
         to_gates, to_ups = gate_up_gradients(gates, ups, to_gated, gated)
         of_down = down.gradients(outer, inner_down, to_inner_down, gated)
 
         ranks = [len(gate.down), len(up.down)]
-        to_inner = torch.cat([torch.mm(to_gates, gate.up), torch.mm(to_ups, up.up)], dim=1)
+        to_inner = torch.cat([product(to_gates, gate.up.t()), product(to_ups, up.up.t())], dim=1)
         normed = normalized(x, norm_weight, inverse)
         parts = zip(torch.split(inner, ranks, dim=1), torch.split(to_inner, ranks, dim=1), strict=True)
         of_gate, of_up = (
             projection.gradients(to, *part, normed)
             for projection, to, part in zip((gate, up), (to_gates, to_ups), parts, strict=True)
         )
-        to_normed = torch.mm(to_gates, gate.weight).addmm_(to_ups, up.weight).addmm_(to_inner, _downs(gate, up))
+        to_normed = product(to_gates, gate.weight.t()).add_(product(to_ups, up.weight.t()))
+        to_normed.addmm_(to_inner, _downs(gate, up))
         return normalize_gradient(to_normed, x, norm_weight, inverse), None, None, None, *of_gate, *of_up, *of_down
 
 

@@ -1,0 +1,67 @@
+"""Products with weights that do not learn, against float64; which of them go to which library."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmtrain.data.batch import ROW_MULTIPLE
+from mmtrain.model import products
+from mmtrain.model.products import FrozenLinear, product
+
+ROWS = [0, 1, ROW_MULTIPLE - 1, ROW_MULTIPLE, 3 * ROW_MULTIPLE, 3 * ROW_MULTIPLE + 5]
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+def tensors(rows: int, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    weight = torch.randn(24, 40).to(dtype).t() if transposed else torch.randn(40, 24).to(dtype)
+    return torch.randn(rows, 24).to(dtype), weight, torch.randn(40).to(dtype)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_and_its_gradient_are_those_of_float64(
+    rows: int, transposed: bool, with_bias: bool, dtype: torch.dtype
+) -> None:
+    x, weight, bias = tensors(rows, dtype, transposed)
+    x.requires_grad_()
+    found = FrozenLinear.apply(x, weight, bias if with_bias else None)
+    outer = torch.randn(40, rows).to(dtype).t()  # as the gradient of something transposed arrives
+    (gradient,) = torch.autograd.grad(found, x, outer)
+
+    expected = x.detach().double() @ weight.double().t() + (bias.double() if with_bias else 0)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7  # measured: 4e-6, and a unit in bfloat16's last place
+    assert found.dtype == gradient.dtype == dtype
+    assert torch.allclose(found.double(), expected, rtol=tolerance, atol=tolerance)
+    assert torch.allclose(gradient.double(), outer.double() @ weight.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(products._ONEDNN is None, reason="this torch has no such operator")
+@pytest.mark.parametrize("rows", ROWS)
+def test_only_a_few_numbers_of_rows_go_to_the_library_that_keeps_each(rows: int) -> None:
+    x, weight, bias = tensors(rows, torch.float32, transposed=False)
+    with Seen() as seen:
+        product(x, weight, bias)
+    assert ("mkldnn._linear_pointwise.default" in seen.names) == (rows > 0 and rows % ROW_MULTIPLE == 0)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_without_that_library_the_products_are_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = tensors(rows, torch.float32, transposed=False)
+    found = product(x, weight, bias)
+    monkeypatch.setattr(products, "_ONEDNN", None)
+    assert torch.allclose(found, product(x, weight, bias), atol=1e-5)
