@@ -17,6 +17,7 @@ TOKENS = 512
 """Tokens whose logits exist at once. With fewer the weights are fetched more often, which the CPU feels."""
 WORDS = 2048
 """Words whose logits exist at once on the CPU, so that they stay in its cache; elsewhere all of them."""
+_LOG2E = math.log2(math.e)
 
 
 class FrozenHeadNLL(torch.autograd.Function):
@@ -57,7 +58,8 @@ class FrozenHeadNLL(torch.autograd.Function):
 
 
 class _Softmax:
-    """The softmax over words that come block by block, of a few tokens; in float32."""
+    """The softmax over words that come block by block, of a few tokens; in float32, and to the base of 2, whose powers
+    the CPU takes in a third of the time."""
 
     def __init__(self, hidden: Tensor, targets: Tensor, wanted: bool) -> None:
         self._hidden, self._targets = hidden, targets
@@ -68,7 +70,7 @@ class _Softmax:
 
     def add(self, weight: Tensor, bias: Tensor | None, first: int) -> None:
         """The words from `first` on, by their weight (words, width) and bias (words,)."""
-        logits = product(self._hidden, weight, bias).float()
+        logits = product(self._hidden, weight, bias).float().mul_(_LOG2E)
         place = self._targets - first
         at_place = logits.gather(-1, place.clamp(0, len(weight) - 1))
         self._at_target = torch.where((place >= 0) & (place < len(weight)), at_place, self._at_target)
@@ -76,7 +78,7 @@ class _Softmax:
             highest, word = logits.max(-1, keepdim=True)
             self._best = torch.where(highest > self._top, word + first, self._best)
         top = torch.maximum(self._top, logits.amax(-1, keepdim=True))
-        likely, shrunk = logits.sub_(top).exp_(), self._top.sub_(top).exp_()
+        likely, shrunk = logits.sub_(top).exp2_(), self._top.sub_(top).exp2_()
         self._total.mul_(shrunk).add_(likely.sum(-1, keepdim=True))
         if self._sum is not None:
             self._sum.mul_(shrunk).add_(product(likely.to(weight.dtype), weight.t()))
@@ -85,7 +87,7 @@ class _Softmax:
     @property
     def nll(self) -> Tensor:
         """(n,)"""
-        return (self._total.log() + self._top - self._at_target)[:, 0]
+        return (self._total.log2() + self._top - self._at_target)[:, 0] / _LOG2E
 
     @property
     def right(self) -> Tensor:
