@@ -4,6 +4,8 @@ import time
 
 import torch
 
+from mmtrain.model.products import product
+
 _SIDE = {"cpu": 1024, "cuda": 8192}
 _REPEATS = 6
 
@@ -11,16 +13,17 @@ _REPEATS = 6
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second (2 n³ for n x n matrices) of the quickest of a few products in `dtype`, after a warm-up.
 
-    In a process's own number of threads; on a machine that others use too it is what was left of it.
+    By the library that the training takes its products from: the rate of a slower one would flatter its share. In a
+    process's own number of threads; on a machine that others use too it is what was left of it.
     """
     side = _SIDE.get(device.type, 4096)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = a @ b
+    product(a, b)
     best = float("inf")
     for _ in range(_REPEATS):
         _synchronize(device)
         start = time.perf_counter()
-        torch.mm(a, b, out=out)
+        product(a, b)
         _synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2.0 * side**3 / best
