@@ -23,8 +23,9 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from mmtrain.model import rowwise
 from mmtrain.model.fused import install_fused
-from mmtrain.model.rowwise import GatedSiLU, RMSNorm
+from mmtrain.model.rowwise import GatedSiLU, gate_up, gate_up_gradients, rms_norm
 
 
 @pytest.mark.parametrize("rows", [1, 5, 3000])
@@ -47,11 +48,15 @@ def test_the_gate_and_its_gradients_are_the_formulas(rows: int, dtype: torch.dty
 
 @pytest.mark.parametrize("rows", [1, 5, 3000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_norm_and_its_gradient_are_the_formula(rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_norm_and_its_gradient_are_the_formula(
+    rows: int, dtype: torch.dtype, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rowwise, "_is_cached", lambda value: on_cpu)
     torch.manual_seed(0)
     x = torch.randn(2, rows, 48).to(dtype).requires_grad_()
     weight, outer = torch.rand(48).to(dtype), torch.randn(2, rows, 48).to(dtype)
-    found = RMSNorm.apply(x, weight, 1e-5)
+    found = rms_norm(x, weight, 1e-5)
     (gradient,) = torch.autograd.grad(found, x, outer)
 
     exact = x.detach().double().requires_grad_()
@@ -61,6 +66,26 @@ def test_the_norm_and_its_gradient_are_the_formula(rows: int, dtype: torch.dtype
     assert torch.allclose(found.double(), expected, rtol=tolerance, atol=tolerance)
     (other,) = torch.autograd.grad(expected, exact, outer.double())
     assert torch.allclose(gradient.double(), other, rtol=tolerance, atol=tolerance)
+
+
+def test_off_the_cpu_nothing_is_copied_into_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate's formulas as they are there, a device that is none standing for it; each operation rounds by itself."""
+    sizes = [torch.randn(70, 48).bfloat16() for _ in range(3)]
+    with Made() as made:
+        gate_up_gradients(
+            *(tensor.to("meta") for tensor in sizes), torch.empty(70, 48, dtype=torch.bfloat16, device="meta")
+        )
+    assert made.dtypes == {torch.bfloat16}
+
+    gate, up = (value.clone().requires_grad_() for value in sizes[:2])
+    plain = torch.nn.functional.silu(gate) * up
+    monkeypatch.setattr(rowwise, "_is_cached", lambda value: False)
+    again = torch.empty_like(plain)
+    own = gate_up_gradients(gate.detach(), up.detach(), sizes[2], again)
+    assert torch.equal(gate_up(gate.detach(), up.detach()), plain)
+    assert torch.equal(again, plain)
+    for found, other in zip(own, torch.autograd.grad(plain, (gate, up), sizes[2]), strict=True):
+        assert torch.equal(found, other)
 
 
 def llama() -> Any:
@@ -95,6 +120,20 @@ def gradients_of(model: Any) -> dict[str, Tensor]:
     ids = torch.randint(1, 61, (2, 17), generator=torch.Generator().manual_seed(1))
     model(input_ids=ids, labels=ids).loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+class Made(TorchDispatchMode):
+    """Notes the types of all tensors that come out of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = function(*args, **kwargs or {})
+        if isinstance(result, Tensor):
+            self.dtypes.add(result.dtype)
+        return result
 
 
 class Called(TorchDispatchMode):

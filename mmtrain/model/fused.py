@@ -21,7 +21,7 @@ from transformers.activations import SiLUActivation
 from mmtrain.model.attention import RowLayout
 from mmtrain.model.mlp import NormedMLP, Projection
 from mmtrain.model.products import FrozenLinear
-from mmtrain.model.rowwise import GatedSiLU, RMSNorm, normalize
+from mmtrain.model.rowwise import GatedSiLU, normalize, rms_norm
 
 _GATED = re.compile(
     r"(?:return|(\w+) =) self\.down_proj\(self\.act_fn\(self\.gate_proj\((\w+)\)\) \* self\.up_proj\(\2\)\)"
@@ -140,7 +140,7 @@ def _is_norm(module: nn.Module) -> bool:
 def _normed(module: Any, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return type(module).forward(module, x)  # type: ignore[no-any-return]
-    return RMSNorm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call, no-any-return]
+    return rms_norm(x, module.weight, module.variance_epsilon)
 
 
 def _ends_in_mlp(layer: Any) -> bool:

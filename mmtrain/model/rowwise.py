@@ -1,7 +1,8 @@
 """What is computed value by value or row by row, in fewer passes over memory than operation by operation.
 
 Beside the matrix products a step's time goes into such passes over (tokens, width) tensors. On the CPU a few rows at a
-time go through all of them while they are in its cache. Everything is taken in float32 and rounded once.
+time go through all of them while they are in its cache, in float32, and are rounded once. Elsewhere all rows go at
+once, and the gate in its own type: float32 copies of three (tokens, inner width) tensors would be gigabytes.
 """
 
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def gate_up(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, with silu(g) = g sigmoid(g), of two tensors of one shape."""
     out = torch.empty_like(up, memory_format=torch.contiguous_format)
     for g, u, o in _blocks(gate, up, out):
-        torch.mul(F.silu(g.float()), u, out=o)
+        torch.mul(F.silu(_widened(g)), u, out=o)
     return out
 
 
@@ -62,7 +63,7 @@ def gate_up_gradients(gate: Tensor, up: Tensor, outer: Tensor, out: Tensor | Non
     to = [torch.empty_like(outer, memory_format=torch.contiguous_format) for _ in range(2)]
     results = to if out is None else [*to, out]
     for g, u, y, to_gate, to_up, *again in _blocks(gate, up, outer, *results):
-        value, own, upper = g.float(), u.float(), y.float()
+        value, own, upper = _widened(g), _widened(u), _widened(y)
         silu = F.silu(value)
         torch.mul(silu, upper, out=to_up)
         for o in again:
@@ -71,9 +72,14 @@ def gate_up_gradients(gate: Tensor, up: Tensor, outer: Tensor, out: Tensor | Non
     return to[0], to[1]
 
 
-class RMSNorm(torch.autograd.Function):
-    """`normalize` by a weight that does not learn."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`normalize` by a weight that does not learn. Off the CPU torch has a kernel for it."""
+    if not _is_cached(x):  # autocast may widen the result
+        return F.rms_norm(x, weight.shape, weight, eps).to(x.dtype)
+    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call, no-any-return]
 
+
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out, inverse = normalize(x, weight, eps)
@@ -104,5 +110,14 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of tensors, few enough at a time for the CPU's cache; all at once elsewhere."""
     width = tensors[0].shape[-1]
     rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-    size = max(1, _CACHED_VALUES // width) if tensors[0].device.type == "cpu" else max(1, len(rows[0]))
+    size = max(1, _CACHED_VALUES // width) if _is_cached(tensors[0]) else max(1, len(rows[0]))
     return zip(*(torch.split(tensor, size) for tensor in rows), strict=True)
+
+
+def _widened(value: Tensor) -> Tensor:
+    return value.float() if _is_cached(value) else value
+
+
+def _is_cached(value: Tensor) -> bool:
+    """A block of it fits into the cache of what computes with it."""
+    return value.device.type == "cpu"
