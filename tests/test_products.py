@@ -59,6 +59,16 @@ def test_only_a_few_numbers_of_rows_go_to_the_library_that_keeps_each(rows: int)
     assert ("mkldnn._linear_pointwise.default" in seen.names) == (rows > 0 and rows % ROW_MULTIPLE == 0)
 
 
+@pytest.mark.skipif(products._ONEDNN is None, reason="this torch has no such operator")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_weight_with_gaps_between_its_rows_stays_away_from_it(transposed: bool) -> None:
+    x, weight, bias = tensors(ROW_MULTIPLE, torch.float32, transposed)
+    with Seen() as seen:
+        found = product(x, weight.repeat(2, 2)[:40, :24], bias)
+    assert "mkldnn._linear_pointwise.default" not in seen.names
+    assert torch.allclose(found, product(x, weight, bias), atol=1e-5)
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_without_that_library_the_products_are_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = tensors(rows, torch.float32, transposed=False)

@@ -17,16 +17,18 @@ _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W' + b: (rows, out) from x (rows, in), contiguous, and weight (out, in), which may be a transposed view."""
-    if not _is_for_onednn(x):
+    if not _is_for_onednn(x, weight):
         return F.linear(x, weight, bias)
     out: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
     return out
 
 
-def _is_for_onednn(x: Tensor) -> bool:
-    """Not for any number of rows: for each it makes a program, and keeps it between the tensors on the heap."""
+def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Not for any number of rows: for each it makes a program, and keeps it between the tensors on the heap. Nor for a
+    weight with gaps between its rows, which takes it a thousand times as long."""
     is_plain = _ONEDNN is not None and x.device.type == "cpu" and x.dtype == torch.float32
-    return is_plain and len(x) > 0 and len(x) % ROW_MULTIPLE == 0
+    is_dense = weight.is_contiguous() or weight.t().is_contiguous()
+    return is_plain and is_dense and len(x) > 0 and len(x) % ROW_MULTIPLE == 0
 
 
 class FrozenLinear(torch.autograd.Function):
