@@ -1,14 +1,17 @@
 """The head and the cross-entropy together, in blocks: logits exist for 512 tokens and 2,048 words at a time.
 
-For a frozen head only the gradient of its input is kept: it is the words' mean under the softmax less the target's
-word, and grows with the softmax's sum from block to block, as attention's result does in Milakov and Gimelshein 2018,
-"Online normalizer calculation for softmax". So nothing is computed twice and a block is gone before the next.
+For a frozen head only the gradient of its input is kept: the mean of the other words under the softmax less the
+target's word, times the probability of those others. The mean grows with the softmax's sum from block to block, as
+attention's result does in Milakov and Gimelshein 2018, "Online normalizer calculation for softmax". So nothing is
+computed twice and a block is gone before the next. The target stays out of both sums: where it is almost certain, the
+gradient would be the small difference of two words that are nearly one, in bfloat16 no more than their rounding.
 """
 
 import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtrain.model.products import product
@@ -45,7 +48,7 @@ class FrozenHeadNLL(torch.autograd.Function):
             if gradient is None:
                 right[rows] = softmax.right
             else:
-                gradient[rows] = softmax.mean.sub_(weight[targets[rows]])
+                gradient[rows] = softmax.gradient(weight[targets[rows]])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(right)
@@ -58,26 +61,32 @@ class FrozenHeadNLL(torch.autograd.Function):
 
 
 class _Softmax:
-    """The softmax over words that come block by block, of a few tokens; in float32, and to the base of 2, whose powers
-    the CPU takes in a third of the time."""
+    """The softmax over words that come block by block, for hidden states (n, width) and their targets (n, 1); in
+    float32, and to the base of 2, whose powers the CPU takes in a third of the time."""
 
     def __init__(self, hidden: Tensor, targets: Tensor, wanted: bool) -> None:
         self._hidden, self._targets = hidden, targets
+        # of the words that are no target: the highest logit, the first word with it, the sum of the powers under it and
+        # that of the words themselves by their powers
         self._top = hidden.new_full((len(hidden), 1), -math.inf, dtype=torch.float32)
+        self._rival = torch.zeros_like(targets)
         self._total, self._at_target = torch.zeros_like(self._top), torch.zeros_like(self._top)
-        self._best = torch.zeros_like(targets)
         self._sum = torch.zeros_like(hidden, dtype=torch.float32) if wanted else None
 
     def add(self, weight: Tensor, bias: Tensor | None, first: int) -> None:
         """The words from `first` on, by their weight (words, width) and bias (words,)."""
         logits = product(self._hidden, weight, bias).float().mul_(_LOG2E)
         place = self._targets - first
-        at_place = logits.gather(-1, place.clamp(0, len(weight) - 1))
-        self._at_target = torch.where((place >= 0) & (place < len(weight)), at_place, self._at_target)
+        is_here, place = (place >= 0) & (place < len(weight)), place.clamp(0, len(weight) - 1)
+        at_place = logits.gather(-1, place)
+        self._at_target = torch.where(is_here, at_place, self._at_target)
+        logits.scatter_(-1, place, at_place.masked_fill(is_here, -math.inf))
         if self._sum is None:
             highest, word = logits.max(-1, keepdim=True)
-            self._best = torch.where(highest > self._top, word + first, self._best)
-        top = torch.maximum(self._top, logits.amax(-1, keepdim=True))
+            self._rival = torch.where(highest > self._top, word + first, self._rival)
+        else:
+            highest = logits.amax(-1, keepdim=True)
+        top = torch.maximum(self._top, highest)
         likely, shrunk = logits.sub_(top).exp2_(), self._top.sub_(top).exp2_()
         self._total.mul_(shrunk).add_(likely.sum(-1, keepdim=True))
         if self._sum is not None:
@@ -87,18 +96,23 @@ class _Softmax:
     @property
     def nll(self) -> Tensor:
         """(n,)"""
-        return (self._total.log2() + self._top - self._at_target)[:, 0] / _LOG2E
+        return F.softplus(self._odds)[:, 0]
 
     @property
     def right(self) -> Tensor:
-        """(n,) where no gradient is wanted."""
-        return (self._best == self._targets)[:, 0]
+        """(n,) where no gradient is wanted; of equals the first is the likeliest."""
+        is_first = (self._at_target == self._top) & (self._targets < self._rival)
+        return ((self._at_target > self._top) | is_first)[:, 0]
+
+    def gradient(self, words: Tensor) -> Tensor:
+        """(n, width) of the nll, where one is wanted, from the targets' words (n, width)."""
+        assert self._sum is not None
+        return torch.sigmoid(self._odds) * (self._sum / self._total - words)
 
     @property
-    def mean(self) -> Tensor:
-        """(n, width) of the words' weights, where a gradient is wanted."""
-        assert self._sum is not None
-        return self._sum / self._total
+    def _odds(self) -> Tensor:
+        """(n, 1) the logarithm of the odds against the target, p = 1 / (1 + e^odds)."""
+        return (self._total.log2() + self._top - self._at_target) / _LOG2E
 
 
 def _words(weight: Tensor) -> int:
