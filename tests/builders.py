@@ -1,4 +1,4 @@
-"""Small models of three kinds with random weights, and a mixed set of samples, made on the spot."""
+"""Small models of three kinds with random weights, a mixed set of samples, and a record of what is computed."""
 
 import json
 import shutil
@@ -8,6 +8,7 @@ from typing import Any
 import PIL.Image
 import torch
 from tokenizers import Tokenizer, processors
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -174,3 +175,19 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that are called, and the types of the tensors they give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = function(*args, **kwargs or {})
+        self.names.append(str(function))
+        if isinstance(result, torch.Tensor):
+            self.dtypes.add(result.dtype)
+        return result

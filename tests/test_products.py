@@ -2,26 +2,14 @@
 
 import pytest
 import torch
+from builders import Operators
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmtrain.data.batch import ROW_MULTIPLE
 from mmtrain.model import products
 from mmtrain.model.products import FrozenLinear, product
 
 ROWS = [0, 1, ROW_MULTIPLE - 1, ROW_MULTIPLE, 3 * ROW_MULTIPLE, 3 * ROW_MULTIPLE + 5]
-
-
-class Seen(TorchDispatchMode):
-    """The names of the operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.names.append(str(function))
-        return function(*args, **kwargs or {})
 
 
 def tensors(rows: int, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,18 +42,18 @@ def test_a_product_and_its_gradient_are_those_of_float64(
 @pytest.mark.parametrize("rows", ROWS)
 def test_only_a_few_numbers_of_rows_go_to_the_library_that_keeps_each(rows: int) -> None:
     x, weight, bias = tensors(rows, torch.float32, transposed=False)
-    with Seen() as seen:
+    with Operators() as called:
         product(x, weight, bias)
-    assert ("mkldnn._linear_pointwise.default" in seen.names) == (rows > 0 and rows % ROW_MULTIPLE == 0)
+    assert ("mkldnn._linear_pointwise.default" in called.names) == (rows > 0 and rows % ROW_MULTIPLE == 0)
 
 
 @pytest.mark.skipif(products._ONEDNN is None, reason="this torch has no such operator")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_weight_with_gaps_between_its_rows_stays_away_from_it(transposed: bool) -> None:
     x, weight, bias = tensors(ROW_MULTIPLE, torch.float32, transposed)
-    with Seen() as seen:
+    with Operators() as called:
         found = product(x, weight.repeat(2, 2)[:40, :24], bias)
-    assert "mkldnn._linear_pointwise.default" not in seen.names
+    assert "mkldnn._linear_pointwise.default" not in called.names
     assert torch.allclose(found, product(x, weight, bias), atol=1e-5)
 
 

@@ -30,7 +30,7 @@ class RowLayout:
     lengths: tuple[int, ...] | None = None
     """Tokens of each sample of a packed row, in order, and those that fill it up; None for padded rows."""
     ends: Tensor | None = None
-    """(num_samples + 1,) int32, on the row's device: 0, and where each sample ends."""
+    """(len(lengths) + 1,) int32, on the row's device: 0, and where each of them ends."""
     predicting: Tensor | None = None
     """(num_supervised,) the only places of the packed row at which the last layer's result is looked at."""
 

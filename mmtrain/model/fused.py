@@ -99,9 +99,8 @@ def _frozen(module: Any, x: Tensor) -> Tensor:
 
 def _is_one_window(module: nn.Conv2d | nn.Conv3d) -> bool:
     """A convolution whose windows lie side by side, as those that take a picture's patches do."""
-    none = {0, (0,) * len(module.kernel_size)}
-    dense = module.groups == 1 and set(module.dilation) == {1}
-    return dense and module.kernel_size == module.stride and module.padding in none
+    is_dense = module.groups == 1 and set(module.dilation) == {1}
+    return is_dense and module.kernel_size == module.stride and set(module.padding) == {0}
 
 
 def _one_window(module: Any, x: Tensor) -> Tensor:
