@@ -90,7 +90,6 @@ def inspect_labels(
     json: Annotated[bool, typer.Option("--json", help="One JSON object a sample on standard output.")] = False,
     tokens: Annotated[bool, typer.Option("--tokens", help="With --json: every token too.")] = False,
     audit: Annotated[bool, typer.Option("--all", help="Audit every sample; exit 1 if any is at fault.")] = False,
-    decode: Annotated[bool, typer.Option("--decode", help="With --all: decode every picture.")] = False,
     losses: Annotated[bool, typer.Option("--losses", help="Load the model: how sure it is of each token.")] = False,
     adapter: Annotated[Path | None, typer.Option(help="With --losses: an adapter.", show_default=False)] = None,
 ) -> None:
@@ -101,7 +100,7 @@ def inspect_labels(
     from mmtrain.inspect_labels.command import Options
     from mmtrain.inspect_labels.command import inspect_labels as run
 
-    options = Options(split, tuple(index or ()), num, html, audit, json, tokens, decode, losses, adapter)
+    options = Options(split, tuple(index or ()), num, html, audit, json, tokens, losses, adapter)
     raise typer.Exit(run(loaded, options))
 
 

@@ -28,7 +28,7 @@ def open_data(config_path: Path, result: Path) -> None:
     set_environment()  # as the command does, before torch is imported
     keep_freed_memory()
     from mmtrain.config import load_config
-    from mmtrain.data.processor import load_processor
+    from mmtrain.data.load import load_processor
     from mmtrain.train.dataset import Dataset
     from mmtrain.train.metrics import make_console
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmtrain.config.schema import Config
 from mmtrain.data.batch import Loader
-from mmtrain.data.processor import load_processor
+from mmtrain.data.load import load_processor
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.loop import make_learner
 from mmtrain.train.runtime import Runtime

@@ -17,9 +17,9 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from mmtrain.config.schema import Config
+from mmtrain.data import encode, findings, load, parts, store
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels import audit as room
-from mmtrain.inspect_labels import checks
 from mmtrain.inspect_labels.audit import AuditReport, audit
 
 Row = dict[str, Any]
@@ -143,10 +143,10 @@ def places(report: AuditReport) -> dict[str, list[str]]:
 
 
 def test_faults_name_their_place(bad: Path) -> None:
-    report = audit(config_for(bad, max_length=400), decode=True)
+    report = audit(config_for(bad, max_length=400))
     assert places(report) == {
-        room.REFUSED: [f"{bad}:2", f"{bad}:3", f"{bad}:7"],
-        room.BROKEN: [f"{bad}:4"],
+        findings.REFUSED: [f"{bad}:2", f"{bad}:3", f"{bad}:7"],
+        findings.UNDECODABLE: [f"{bad}:4"],
         room.TOO_LONG: [f"{bad}:6"],
     }
     assert report.num_faults == 5
@@ -154,18 +154,13 @@ def test_faults_name_their_place(bad: Path) -> None:
     text = printed(report)
     assert f"{bad}:3: the image 'missing.png'" in text
     assert "5 faults" in text
-    refused = [item["reason"] for item in report.row()["faults"][room.REFUSED]]
+    refused = [item["reason"] for item in report.row()["faults"][findings.REFUSED]]
     assert "not JSON" in refused[0]
     assert "no assistant turn" in refused[2]
 
 
-def test_pictures_are_decoded_only_when_asked(bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-    monkeypatch.setattr(room, "decode", lambda picture: seen.append(picture.name))
-    assert room.BROKEN not in audit(config_for(bad)).faults
-    assert seen == []
-    audit(config_for(bad), decode=True)
-    assert seen == ["broken.png"]
+def test_pictures_are_not_decoded_where_the_config_says_so(bad: Path) -> None:
+    assert findings.UNDECODABLE not in audit(config_for(bad, decode_images=False)).faults
 
 
 def test_too_long_is_a_note_where_the_config_drops_it(bad: Path) -> None:
@@ -186,28 +181,32 @@ def test_a_fault_of_the_encoder_is_found(
     make_config: Callable[..., Config], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An encoder that forgets the last learned token of every sample: eight samples, eight ends."""
-    encode = room.Encoder.encode
+    assemble = encode.Encoder._assemble
 
     def forgetful(self: Any, *args: Any) -> Any:
-        encoded = encode(self, *args)
+        encoded, placed = assemble(self, *args)
         encoded.supervised[encoded.supervised.nonzero()[0][-1]] = False
-        return encoded
+        return encoded, placed
 
     config = make_config(kind)
     assert audit(config).num_faults == 0
-    monkeypatch.setattr(room.Encoder, "encode", forgetful)
+    monkeypatch.setattr(encode.Encoder, "_assemble", forgetful)
+    monkeypatch.setattr(load, "try_family", lambda processor: None)
+    monkeypatch.setattr(store, "_VERSION", "another encoder")
     file = config.data.train[0].path
-    assert places(audit(config)) == {checks.NO_END: [f"{file}:{line}" for line in range(1, 9)]}
+    assert places(audit(config)) == {findings.NO_END: [f"{file}:{line}" for line in range(1, 9)]}
 
 
 def test_the_number_of_workers_changes_nothing(bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = write_jsonl(bad.parent / "mixed.jsonl", mixed_rows(bad.parent, with_images=True) * 3)
     config = config_for(good, bad, max_length=400)
     reports, rows = [], []
-    monkeypatch.setattr(room, "_CHUNK", 2)  # 31 samples: sixteen chunks, more than wait at a time
-    for workers in (1, 2):
+    monkeypatch.setattr(parts, "_CHUNK", 2)  # 31 samples: sixteen chunks, more than wait at a time
+    monkeypatch.setattr(parts, "num_cores", lambda: 2)
+    for many in (10**6, 1):
+        monkeypatch.setattr(parts, "_MANY", many)
         got: list[Row] = []
-        report = audit(config, decode=True, workers=workers, on_row=got.append, with_tokens=True)
+        report = audit(config, on_row=got.append, with_tokens=True)
         reports.append((report.row(), printed(report)))
         rows.append(got)
     assert reports[0] == reports[1]

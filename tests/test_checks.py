@@ -14,12 +14,15 @@ from builders import ROOT, SHAPES, TINY, mixed_rows, write_jsonl
 from label_models import OTHER_TEMPLATES, TEMPLATES, TOKENIZERS, make_directory
 
 from mmtrain.config.schema import TrainSource
+from mmtrain.data import findings, label_checks
 from mmtrain.data.chat import Conversation, Image, Message, Part, Role, Text
 from mmtrain.data.encode import Encoder
-from mmtrain.data.processor import ChatProcessor, load_processor
+from mmtrain.data.findings import IGNORED, Finding
+from mmtrain.data.image_notes import image_notes
+from mmtrain.data.label_checks import Checker
+from mmtrain.data.load import load_processor
+from mmtrain.data.processor import ChatProcessor
 from mmtrain.data.samples import SampleSet
-from mmtrain.inspect_labels import checks
-from mmtrain.inspect_labels.checks import IGNORED, Checker, Finding
 
 KINDS = ("qwen2_5_vl", "llava", "text")
 Turn = tuple[Role, str | list[str | Image]]
@@ -193,21 +196,21 @@ def end_put_into_the_words(sample: Sample) -> None:
 
 
 PLANTED: dict[Callable[[Sample], None], set[str]] = {
-    no_labels: {checks.NO_LABEL},
-    drop_an_end: {checks.NO_END},
-    drop_the_last_end: {checks.NO_END},
-    drop_a_turn: {checks.NO_WORDS},
-    drop_the_words: {checks.NO_WORDS},
-    drop_the_first_word: {checks.WORDS, checks.PROMPT},
-    drop_a_word_within: {checks.WORDS},
-    learn_a_question: {checks.OUTSIDE},
-    learn_a_header: {checks.PROMPT, checks.WORDS},
-    other_question: {checks.PROMPT},
-    other_tokens: {checks.PROMPT},
-    lost_header: {checks.PROMPT},
-    doubled_bos: {checks.PROMPT},
-    other_answer: {checks.WORDS},
-    end_put_into_the_words: {checks.WORDS},
+    no_labels: {findings.NO_LABEL},
+    drop_an_end: {findings.NO_END},
+    drop_the_last_end: {findings.NO_END},
+    drop_a_turn: {findings.NO_WORDS},
+    drop_the_words: {findings.NO_WORDS},
+    drop_the_first_word: {findings.WORDS, findings.PROMPT},
+    drop_a_word_within: {findings.WORDS},
+    learn_a_question: {findings.OUTSIDE},
+    learn_a_header: {findings.PROMPT, findings.WORDS},
+    other_question: {findings.PROMPT},
+    other_tokens: {findings.PROMPT},
+    lost_header: {findings.PROMPT},
+    doubled_bos: {findings.PROMPT},
+    other_answer: {findings.WORDS},
+    end_put_into_the_words: {findings.WORDS},
 }
 
 
@@ -216,7 +219,7 @@ def test_planted_faults(sample: Sample, kind: str, plant: Callable[[Sample], Non
     plant(sample)
     assert PLANTED[plant] <= sample.faults
     # an end token that the template lacks has no business in a text where it is not learned
-    also = {checks.PROMPT} if kind == "llava" and plant in (drop_an_end, drop_a_turn) else set()
+    also = {findings.PROMPT} if kind == "llava" and plant in (drop_an_end, drop_a_turn) else set()
     if plant in (no_labels, drop_an_end, drop_the_last_end, drop_a_turn, learn_a_question, drop_a_word_within):
         assert sample.faults == PLANTED[plant] | also  # and it is called by no other name
 
@@ -224,8 +227,8 @@ def test_planted_faults(sample: Sample, kind: str, plant: Callable[[Sample], Non
 @pytest.mark.parametrize("plant", [shift_labels, learn_everything], ids=lambda plant: plant.__name__)
 def test_labels_of_every_token_or_of_the_next_one(sample: Sample, plant: Callable[[Sample], None]) -> None:
     plant(sample)
-    assert (checks.NOT_ITSELF in sample.faults) == (plant is shift_labels)
-    assert sample.faults & {checks.PROMPT, checks.OUTSIDE}
+    assert (findings.NOT_ITSELF in sample.faults) == (plant is shift_labels)
+    assert sample.faults & {findings.PROMPT, findings.OUTSIDE}
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"], indirect=True)
@@ -233,18 +236,18 @@ def test_planted_faults_of_pictures(sample: Sample) -> None:
     image = sample.processor.image_token_id
     places = [i for i, token in enumerate(sample.ids) if token == image]
     sample.learn(places[:1])
-    assert sample.faults == {checks.PLACEHOLDER}
+    assert sample.faults == {findings.PLACEHOLDER}
     sample.ignore(places[:1])
     del sample.ids[places[-1]], sample.labels[places[-1]]
-    assert checks.PICTURE in sample.faults
-    assert checks.PLACEHOLDER not in sample.faults
+    assert findings.PICTURE in sample.faults
+    assert findings.PLACEHOLDER not in sample.faults
     sample.learn(places[-2:-1])  # of the picture that is not whole any more
-    assert {checks.PICTURE, checks.PLACEHOLDER} <= sample.faults
+    assert {findings.PICTURE, findings.PLACEHOLDER} <= sample.faults
 
 
 def test_reasons_name_the_turn_and_the_words(sample: Sample) -> None:
     other_answer(sample)
-    (fault,) = [finding for finding in sample.check() if finding.kind == checks.WORDS]
+    (fault,) = [finding for finding in sample.check() if finding.kind == findings.WORDS]
     assert fault.reason.startswith("turn 4: the labels say ")
     assert "green" in fault.reason
     assert "a small square" in fault.reason
@@ -256,20 +259,20 @@ def test_turns_that_are_not_to_be_learned(sample: Sample, kind: str) -> None:
     sample.checker = Checker(sample.processor, "last", True)
     reasons = {finding.kind: finding.reason for finding in sample.check() if finding.is_fault}
     # the end token put behind a turn that is not learned is not in inference's text
-    assert reasons.keys() == {checks.OUTSIDE} | ({checks.PROMPT} if kind == "llava" else set())
-    assert reasons[checks.OUTSIDE].startswith("turn 2 (assistant)")
+    assert reasons.keys() == {findings.OUTSIDE} | ({findings.PROMPT} if kind == "llava" else set())
+    assert reasons[findings.OUTSIDE].startswith("turn 2 (assistant)")
     sample.checker = Checker(sample.processor, "assistant", True)
     first, *rest = sample.conversation.messages
     sample.conversation = Conversation((first, rest[0], rest[1], Message("assistant", rest[2].parts, train=False)))
     (fault,) = [finding for finding in sample.check() if finding.is_fault]
-    assert (fault.kind, fault.reason[:18]) == (checks.OUTSIDE, "turn 4 (assistant)")
+    assert (fault.kind, fault.reason[:18]) == (findings.OUTSIDE, "turn 4 (assistant)")
     sample.ignore(sample.runs()[1])
     assert sample.faults == set()
 
 
 def test_ends_are_learned_where_the_config_says_so(sample: Sample) -> None:
     sample.checker = Checker(sample.processor, end_of_turn=False)
-    assert sample.faults == {checks.OUTSIDE}
+    assert sample.faults == {findings.OUTSIDE}
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "last"])
@@ -337,7 +340,7 @@ def test_lost_white_space_is_a_fault(tokenizer: str, template: str, tmp_path: Pa
     newlines = [i for i in run if made.processor.decode([made.ids[i]]).isspace()]
     position = newlines[-1]
     del made.ids[position], made.labels[position]
-    assert checks.WORDS in made.faults
+    assert findings.WORDS in made.faults
 
 
 def notes_of(model: Path, conversation: Conversation) -> list[str]:
@@ -349,9 +352,9 @@ def notes_of(model: Path, conversation: Conversation) -> list[str]:
 def test_the_three_exceptions_are_notes(model_dirs: dict[str, Path]) -> None:
     plain = talk(("user", "what?"), ("assistant", "red"))
     assert notes_of(model_dirs["text"], plain) == []
-    assert notes_of(model_dirs["text"], talk(("user", "a <|im_end|> b"), ("assistant", "red"))) == [checks.LITERAL]
-    assert notes_of(model_dirs["text"], talk(("user", "what?"), ("assistant", "\nred"))) == [checks.WHITE_SPACE]
-    assert notes_of(model_dirs["llava"], plain) == [checks.ADDED_END]
+    assert notes_of(model_dirs["text"], talk(("user", "a <|im_end|> b"), ("assistant", "red"))) == [findings.LITERAL]
+    assert notes_of(model_dirs["text"], talk(("user", "what?"), ("assistant", "\nred"))) == [findings.WHITE_SPACE]
+    assert notes_of(model_dirs["llava"], plain) == [findings.ADDED_END]
 
 
 @pytest.mark.parametrize(
@@ -359,20 +362,26 @@ def test_the_three_exceptions_are_notes(model_dirs: dict[str, Path]) -> None:
     [
         ("llava", (28, 28), []),
         ("llava", (56, 56), []),  # four times the pixels used, and no more
-        ("llava", (57, 57), [checks.LARGE]),
+        ("llava", (57, 57), [findings.LARGE]),
         ("llava", (32, 28), []),  # 14 % wider than what is used
-        ("llava", (33, 28), [checks.CROPPED]),
-        ("llava", (28, 33), [checks.CROPPED]),
+        ("llava", (33, 28), [findings.CROPPED]),
+        ("llava", (28, 33), [findings.CROPPED]),
         ("qwen2_5_vl", (112, 56), []),
     ],
 )
 def test_notes_on_pictures(kind: str, size: tuple[int, int], notes: list[str], model_dirs: dict[str, Path]) -> None:
-    assert [finding.kind for finding in checks.check_pictures([size], _loaded(model_dirs[kind]))] == notes
+    assert [finding.kind for finding in image_notes([size], _loaded(model_dirs[kind]))] == notes
 
 
 def test_the_checks_do_not_know_the_encoder() -> None:
-    tree = ast.parse(Path(checks.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(label_checks.__file__).read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     own = {name for name in names if name.startswith("mmtrain")}
-    assert own == {"mmtrain.data.chat", "mmtrain.data.direct", "mmtrain.data.processor", "mmtrain.foreign_text"}
+    assert own == {
+        "mmtrain.data.chat",
+        "mmtrain.data.findings",
+        "mmtrain.data.image_notes",
+        "mmtrain.data.processor",
+        "mmtrain.foreign_text",
+    }

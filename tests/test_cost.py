@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from mmtrain.config.schema import Config, Tune
 from mmtrain.data.batch import Batch, Loader
-from mmtrain.data.processor import load_processor
+from mmtrain.data.load import load_processor
 from mmtrain.model.components import Components, prepare_learning
 from mmtrain.model.cost import cost_model
 from mmtrain.model.inputs import InputMaker

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from mmtrain.data.features import FeatureStore, PictureInputs
-from mmtrain.data.processor import ChatProcessor, load_processor
+from mmtrain.data.load import load_processor
+from mmtrain.data.processor import ChatProcessor
 from mmtrain.model.features import PictureFeatures, find_fields
 from mmtrain.model.load import load_model
 

@@ -19,7 +19,7 @@ from mmtrain.cli import app
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config
 from mmtrain.data.encode import Encoder
-from mmtrain.data.processor import load_processor
+from mmtrain.data.load import load_processor
 from mmtrain.data.samples import SampleSet
 from mmtrain.errors import UserError
 from mmtrain.foreign_text import visible

@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 from mmtrain.data.chat import Conversation, Image, Message, SampleError, Text
 from mmtrain.data.encode import Encoded, Encoder
 from mmtrain.data.formats import read_record
-from mmtrain.data.processor import load_processor
+from mmtrain.data.load import load_processor
 from mmtrain.errors import UserError
 
 QWEN = SHARED / "models" / "qwen2.5-vl-7b-instruct"

@@ -19,7 +19,7 @@ from builders import TINY, write_jsonl
 
 from mmtrain.config.schema import Source
 from mmtrain.data.encode import Encoder
-from mmtrain.data.processor import load_processor
+from mmtrain.data.load import load_processor
 from mmtrain.data.samples import SampleSet
 from mmtrain.inspect_labels.page import _cells, write_page
 from mmtrain.inspect_labels.page_parts import clusters

@@ -11,7 +11,7 @@ from builders import SHAPES, TINY, make_text, write_jsonl
 from mmtrain.config.schema import Config
 from mmtrain.data.batch import Loader
 from mmtrain.data.encode import Encoder
-from mmtrain.data.processor import load_processor
+from mmtrain.data.load import load_processor
 from mmtrain.data.samples import SampleSet
 from mmtrain.errors import UserError
 from mmtrain.train.loop import train

@@ -16,10 +16,10 @@ from builders import mixed_rows, write_jsonl
 from mmtrain.config.schema import Config, Source
 from mmtrain.data import parts, store
 from mmtrain.data.chat import Conversation, SampleError, Text
-from mmtrain.data.check import check_samples
+from mmtrain.data.check import LengthLimit, check_samples
 from mmtrain.data.encode import Encoded, Encoder
+from mmtrain.data.load import load_processor
 from mmtrain.data.parts import Recipe
-from mmtrain.data.processor import load_processor
 from mmtrain.data.samples import SampleSet
 from mmtrain.errors import StorageError, UserError
 
@@ -41,7 +41,9 @@ def opened(recipe: Recipe, **settings: Any) -> tuple[SampleSet, Any, int]:
     """The samples, what was checked, and how many were encoded for it."""
     counts: list[int] = []
     processor = load_processor(recipe.model_path)
-    samples, checked = check_samples(recipe, processor, 4096, advance=counts.append, **settings)
+    samples, checked = check_samples(
+        recipe, processor, LengthLimit(4096, "data.max_length"), advance=counts.append, **settings
+    )
     return samples, checked, sum(counts)
 
 
@@ -89,10 +91,12 @@ def test_other_processes_make_the_same(
     for one, other in zip(alone, together, strict=True):
         for name in ("num_tokens", "num_supervised", "num_pictures", "ids", "supervised", "spans"):
             assert np.array_equal(getattr(one, name), getattr(other, name)), name
-        assert (one.files, one.refused) == (other.files, other.refused)
+        assert (one.files, one.faults, one.notes) == (other.files, other.faults, other.notes)
 
 
-@pytest.mark.parametrize("name", ["ids.bin", "supervised.bin", "samples.npz", "pictures.json", "meta.json"])
+@pytest.mark.parametrize(
+    "name", ["ids.bin", "supervised.bin", "samples.npz", "pictures.json", "findings.json", "meta.json"]
+)
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 def test_a_damaged_store_is_made_anew(name: str, how: str, make_config: MakeConfig, home: Path) -> None:
     recipe = recipe_of(make_config("qwen2_5_vl"))
@@ -183,11 +187,11 @@ def test_faults_are_named_every_time_and_nothing_is_kept(make_config: MakeConfig
 def test_the_limit_of_length_is_no_part_of_it(make_config: MakeConfig, home: Path) -> None:
     recipe = recipe_of(make_config("text"))
     processor = load_processor(recipe.model_path)
-    _, whole = check_samples(recipe, processor, 4096)
+    _, whole = check_samples(recipe, processor, LengthLimit(4096, "data.max_length"))
     limit = int(whole.num_tokens.max()) - 1
     with pytest.raises(UserError, match="allowed"):
-        check_samples(recipe, processor, limit)
-    _, kept = check_samples(recipe, processor, limit, "drop")
+        check_samples(recipe, processor, LengthLimit(limit, "data.max_length"))
+    _, kept = check_samples(recipe, processor, LengthLimit(limit, "data.max_length"), "drop")
     longest = int(whole.num_tokens.argmax())
     assert longest in [index for index, _ in kept.dropped]
     assert kept.num_tokens[longest] == kept.num_supervised[longest] == 0
@@ -209,7 +213,11 @@ def test_several_at_once_make_it_once(make_config: MakeConfig, home: Path, monke
     checked = []
 
     def run() -> None:
-        checked.append(check_samples(recipe, processor, 4096, tick=lambda: waited.append(1))[1].num_tokens.tolist())
+        checked.append(
+            check_samples(recipe, processor, LengthLimit(4096, "data.max_length"), tick=lambda: waited.append(1))[
+                1
+            ].num_tokens.tolist()
+        )
 
     threads = [threading.Thread(target=run) for _ in range(3)]
     for thread in threads:

@@ -112,6 +112,9 @@ class Data(Section):
     too_long: Literal["error", "drop"] = "error"
     """What becomes of a longer sample: the run stops before its first step, or the sample is left out and
     listed in dropped.jsonl. It is never cut."""
+    decode_images: bool = True
+    """Decode every image once before the first step, and remember those that are sound. Without it an image that is
+    broken in the middle ends the run at its step."""
 
 
 class Labels(Section):

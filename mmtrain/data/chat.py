@@ -1,9 +1,11 @@
 """A conversation as plain data: what every record format becomes, and all that the encoder sees."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
+Messages = list[dict[str, Any]]
+"""Turns as chat templates take them."""
 
 
 class SampleError(Exception):

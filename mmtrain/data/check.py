@@ -7,11 +7,24 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mmtrain.data.findings import REFUSED
 from mmtrain.data.parts import Recipe
 from mmtrain.data.processor import ChatProcessor
 from mmtrain.data.samples import Indices, SampleSet
 from mmtrain.data.store import Store, open_store
 from mmtrain.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class LengthLimit:
+    """How long a sample may be, and what says so."""
+
+    num_tokens: int
+    source: str
+
+    def reason(self, num_tokens: int) -> str:
+        """Why a sample of `num_tokens` is too long."""
+        return f"{num_tokens:,} tokens, over the {self.num_tokens:,} allowed ({self.source})"
 
 
 @dataclass(slots=True)
@@ -38,7 +51,7 @@ class Checked:
 def check_samples(
     recipe: Recipe,
     processor: ChatProcessor,
-    max_length: int,
+    limit: LengthLimit,
     too_long: str = "error",
     advance: Callable[[int], None] = lambda number: None,
     tick: Callable[[], None] = lambda: None,
@@ -49,20 +62,20 @@ def check_samples(
     long is dropped instead where `too_long` says so.
     """
     samples = recipe.samples(processor)
-    store, refused = open_store(recipe, samples, advance, tick)
-    faults = dict(refused)
+    store = open_store(recipe, samples, advance, tick)
+    faults = [(index, reason if kind == REFUSED else f"{kind}: {reason}") for index, kind, reason in store.faults]
     dropped: list[tuple[int, str]] = []
-    for index in np.flatnonzero(store.num_tokens > max_length).tolist():
-        reason = f"{store.num_tokens[index]:,} tokens, over the {max_length:,} allowed (data.max_length)"
+    for index in np.flatnonzero(store.num_tokens > limit.num_tokens).tolist():
+        reason = limit.reason(store.num_tokens[index])
         if too_long == "drop":
             dropped.append((index, reason))
         else:
-            faults[index] = f"{reason}; or set data.too_long to drop"
+            faults.append((index, f"{reason}; or set data.too_long to drop"))
     if faults:
-        raise UserError([f"{samples.place(index)}: {faults[index]}" for index in sorted(faults)])
+        raise UserError([f"{samples.place(index)}: {reason}" for index, reason in sorted(faults)])
     checked = _checked(store, dropped)
     if not checked.num_tokens.any():
-        raise UserError("every sample was dropped: there is nothing left")
+        raise UserError([f"{samples.place(index)}: dropped, no sample is left: {reason}" for index, reason in dropped])
     samples.use(store)
     return samples, checked
 

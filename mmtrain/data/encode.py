@@ -77,12 +77,15 @@ class Encoder:
         self._train_on = train_on
 
     def encode(self, conversation: Conversation, root: Path) -> Encoded:
-        """`root` is the folder of the pictures. Raises SampleError with the reason a sample cannot be used."""
-        return self.encode_with(conversation, self._find_pictures(conversation, root))
+        """`root` is the folder of the images. Raises SampleError with the reason a sample cannot be used."""
+        (found,) = self.encode_many([(conversation, root)])
+        if isinstance(found, SampleError):
+            raise found
+        return found
 
     def encode_with(self, conversation: Conversation, pictures: Sequence[Picture]) -> Encoded:
-        """`encode`, with pictures that were found already (or others in their place)."""
-        return self._assemble(self._lay_out(conversation), pictures, {})[0]
+        """`encode`, with images that were found already (or others in their place)."""
+        return self._assemble_one(self._lay_out(conversation), pictures)[0]
 
     def encode_many(self, conversations: Iterable[tuple[Conversation, Path]]) -> list[Encoded | SampleError]:
         """`encode` of each (conversation, root), or the reason it cannot be used.
@@ -96,8 +99,7 @@ class Encoder:
                 laid_out.append((self._lay_out(conversation), pictures))
             except SampleError as error:
                 laid_out.append(error)
-        texts = {text for one in laid_out if not isinstance(one, SampleError) for text in _words(one[0])}
-        known = self.processor.encode_batch(texts)
+        known = self._encode_words(one[0] for one in laid_out if not isinstance(one, SampleError))
         return [found if isinstance(found, SampleError) else self._try(*found, known) for found in laid_out]
 
     def _try(
@@ -108,15 +110,24 @@ class Encoder:
         except SampleError as error:
             return error
 
-    def trace(self, conversation: Conversation, root: Path) -> Traced:
-        """`encode`, with the piece of the rendered text that each id comes from."""
-        pictures = self._find_pictures(conversation, root)
+    def _assemble_one(self, laid_out: LaidOut, pictures: Sequence[Picture]) -> tuple[Encoded, list[Placed]]:
+        return self._assemble(laid_out, pictures, self._encode_words([laid_out]))
+
+    def _encode_words(self, laid_out: Iterable[LaidOut]) -> dict[str, list[int]]:
+        """The ids of every text that is a conversation's own, in one call of the tokenizer."""
+        return self.processor.encode_batch({text for one in laid_out for text in _words(one)})
+
+    def trace(self, conversation: Conversation, encoded: Encoded) -> Traced:
+        """Where each id of `encoded` comes from. Raises SampleError where the conversation is not encoded so now."""
         pieces, segments = self._lay_out(conversation)
-        encoded, placed = self._assemble((pieces, segments), pictures, {})
+        made, placed = self._assemble_one((pieces, segments), [span.picture for span in encoded.images])
+        if not (np.array_equal(made.ids, encoded.ids) and np.array_equal(made.supervised, encoded.supervised)):
+            raise SampleError("what is stored for training is not what the encoder makes of the sample now")
         owners: list[int] = []
         for segment, start, end in placed:
             owners += [-1] * (start - len(owners))
-            after = int(encoded.ids[start - 1]) if owners and owners[-1] >= 0 else None
+            last = next((i for i in reversed(range(start)) if owners[i] >= 0), None)
+            after = None if last is None else int(encoded.ids[last])
             owners += self._owners(segment, pieces, end - start, after)
         return Traced(encoded, tuple(pieces), tuple(owners))
 
@@ -154,7 +165,8 @@ class Encoder:
         """The segments' ids one behind the other. `known`: ids of texts that were encoded before."""
         pieces, segments = laid_out
         ids: list[int] = list(self._prefix(pieces))
-        num_prefix, supervised = len(ids), [False] * len(ids)
+        supervised = [False] * len(ids)
+        after: int | None = None
         images: list[ImageSpan] = []
         placed: list[Placed] = []
         for segment in segments:
@@ -164,9 +176,11 @@ class Encoder:
                 images.append(ImageSpan(picture, len(ids), len(tokens.ids), tokens.num_placeholders))
                 new: Sequence[int] = tokens.ids
             else:
-                new = self._segment_ids(segment, pieces, ids[-1] if len(ids) > num_prefix else None, known)
+                new = self._segment_ids(segment, pieces, after, known)
             placed.append((segment, len(ids), len(ids) + len(new)))
             ids += new
+            text = new[:-1] if segment.ends_turn else new
+            after = text[-1] if text else after  # an end that the template lacks does not change what follows
             supervised += [segment.supervised] * len(new)
         supervised[0] = False
         if not any(supervised):

@@ -21,6 +21,8 @@ _THREADS = 4
 _SETTLED_SECONDS = 2.0
 """A file that changed so short ago may change again within the same tick of its clock: its hash is not kept."""
 
+_TABLE = "hashes (path TEXT PRIMARY KEY, size INTEGER, changed INTEGER, status_changed INTEGER, sha256 TEXT)"
+
 Key = tuple[str, int, int, int]
 
 
@@ -36,15 +38,16 @@ def files_in(folder: Path, patterns: Iterable[str]) -> list[Path]:
 def digest(paths: Iterable[Path], tick: Callable[[], None] = lambda: None) -> str:
     """One hash over the files' hashes, in their order. `tick` is called for every file."""
     together = hashlib.sha256()
-    for own in _hashes(list(paths)):
+    for own in file_hashes(list(paths)):
         together.update(bytes.fromhex(own))
         tick()
     return together.hexdigest()
 
 
-def _hashes(paths: list[Path]) -> Iterator[str]:
+def file_hashes(paths: list[Path]) -> Iterator[str]:
+    """The SHA-256 of each file, in order. Raises OSError where one cannot be read."""
     keys = [file_key(path) for path in paths]
-    with closing(_open_cache()) as cache, ThreadPoolExecutor(_THREADS) as pool:
+    with closing(open_cache(_TABLE)) as cache, ThreadPoolExecutor(_THREADS) as pool:
         known = {key: _look_up(cache, key) for key in keys}
         made = {key: pool.submit(_sha256, key[0]) for key, digest in known.items() if digest is None}
         for key in keys:
@@ -63,24 +66,22 @@ def file_key(path: Path) -> Key:
     return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _open_cache() -> sqlite3.Connection:
+def open_cache(table: str) -> sqlite3.Connection:
+    """The user's cache of what files were found to be, with `table`; in memory where it cannot be written."""
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         cache = sqlite3.connect(folder / "hashes.sqlite3", timeout=5)
-        _make_table(cache)
+        _make_table(cache, table)
     except (OSError, RuntimeError, sqlite3.Error):
         cache = sqlite3.connect(":memory:")
-        _make_table(cache)
+        _make_table(cache, table)
     return cache
 
 
-def _make_table(cache: sqlite3.Connection) -> None:
+def _make_table(cache: sqlite3.Connection, table: str) -> None:
     with cache:
-        cache.execute(
-            "CREATE TABLE IF NOT EXISTS hashes "
-            "(path TEXT PRIMARY KEY, size INTEGER, changed INTEGER, status_changed INTEGER, sha256 TEXT)"
-        )
+        cache.execute(f"CREATE TABLE IF NOT EXISTS {table}")
 
 
 def _look_up(cache: sqlite3.Connection, key: Key) -> str | None:

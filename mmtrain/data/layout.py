@@ -8,11 +8,11 @@ The first rendering depends only on the form of the conversation (roles and kind
 
 import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from mmtrain.data.chat import Conversation, Image, Message, SampleError, Text
-from mmtrain.data.direct import Messages
+from mmtrain.data.chat import Conversation, Image, Message, Messages, SampleError, Text
 from mmtrain.data.processor import ChatProcessor
 from mmtrain.foreign_text import shown
 
@@ -64,7 +64,7 @@ class Layout:
         Raises SampleError where the template refuses the conversation or rewrites its words.
         """
         skeleton = self.skeleton(_form(conversation))
-        whole = self._processor.render(_messages(conversation))
+        whole = self._processor.render(as_messages(conversation))
         words = [part.text for message in conversation.messages for part in message.parts if isinstance(part, Text)]
         pieces, at = [], 0
         for i, piece in enumerate(skeleton.pieces):
@@ -150,15 +150,22 @@ class Layout:
         return Answer((border, prompt_length - starts[border]), last, end)
 
     def _end_length(self, following: str, closing: str) -> int:
-        """Characters of the template's text behind an answer that its end token takes; 0 where there is none."""
-        lead = len(closing) - len(closing.lstrip())
-        match = self._processor.special_tokens.match(closing, lead)
-        if match and following.startswith(closing[: match.end()]):
-            return match.end()
-        match = self._processor.special_tokens.match(following)
-        if match and self._processor.tokenizer.convert_tokens_to_ids(match.group()) in self._processor.eos_ids:
-            return match.end()
-        return 0
+        """Characters of the template's text after a reply that its end takes; 0 where there is none.
+
+        Several special tokens may close a reply: its end is the one that stops generation, or else the first.
+        """
+        ends = list(self._closing_tokens(closing, len(closing) - len(closing.lstrip())))
+        end = next((end for end, stops in ends if stops), ends[0][0] if ends else 0)
+        if end and following.startswith(closing[:end]):
+            return end
+        return next((end for end, stops in self._closing_tokens(following, 0) if stops), 0)
+
+    def _closing_tokens(self, text: str, at: int) -> Iterator[tuple[int, bool]]:
+        """Where each of the special tokens one after the other from `at` ends, and whether it stops generation."""
+        processor = self._processor
+        while match := processor.special_tokens.match(text, at):
+            at = match.end()
+            yield at, processor.tokenizer.convert_tokens_to_ids(match.group()) in processor.eos_ids
 
 
 _STAND_IN = re.compile(r"Zq(\d+)qZ")
@@ -187,7 +194,8 @@ def _stand_ins(form: Form) -> Messages:
     return messages
 
 
-def _messages(conversation: Conversation) -> Messages:
+def as_messages(conversation: Conversation) -> Messages:
+    """The conversation as chat templates take it, content in parts."""
     return [{"role": message.role, "content": _content(message)} for message in conversation.messages]
 
 

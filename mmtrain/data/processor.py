@@ -6,28 +6,24 @@ running the family's own processor.
 
 import copy
 import functools
+import itertools
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import PIL.Image
-from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from mmtrain.data.chat import SampleError
-from mmtrain.data.direct import Messages, renderer, text_encoder
+from mmtrain.data.chat import Messages, SampleError
+from mmtrain.data.direct import chat_template, renderer, text_encoder, without_padding
+from mmtrain.data.directory import DirectoryParts
 from mmtrain.errors import UserError
-from mmtrain.foreign_text import shown
+from mmtrain.foreign_text import one_line, shown
 
-_TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+_PROBE_SIZE = (64, 64)
+TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 _ORDINARY_TEXT = ("The quick brown fox jumps over the lazy dog.", "What is 12 + 30? It is 42!")
-_FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}"
-"""Put before a template that prints today's date: a run must not depend on the day it was started."""
 _ANCHORS = ("", "\n", ":", "a")
 
 
@@ -51,23 +47,18 @@ class ChatProcessor:
     `parting_tokens` those of them that take nothing of the text around them.
     """
 
-    def __init__(
-        self, tokenizer: Any, processor: Any | None, eos_ids: frozenset[int], image_token_id: int | None
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.image_token: str | None = None if processor is None else processor.image_token
-        self.image_token_id = image_token_id
-        self.eos_ids = eos_ids | ({tokenizer.eos_token_id} - {None})
+    def __init__(self, parts: DirectoryParts) -> None:
+        tokenizer = self.tokenizer = without_padding(parts.tokenizer)
+        self.family: Any | None = parts.processor
+        """The family's own processor, None for a model that takes no images."""
+        self.image_token: str | None = None if self.family is None else self.family.image_token
+        self.image_token_id = parts.image_token_id
+        self.eos_ids = parts.eos_ids | ({tokenizer.eos_token_id} - {None})
         # `split_special_tokens` is a state of the tokenizer, which threads share: each of the two keeps one state
         self._literal_tokenizer = copy.deepcopy(tokenizer)
         self._encoders = [text_encoder(tokenizer, literal=False), text_encoder(self._literal_tokenizer, literal=True)]
-        self._processor = processor
-        self._image_processor: Any = getattr(processor, "image_processor", None)
-        template = getattr(processor, "chat_template", None) or tokenizer.chat_template
-        template = template.get("default") if isinstance(template, dict) else template
-        if template and "strftime_now" in template:
-            template = _FIXED_DATE + template
-        self.template: str | None = template
+        self._image_processor: Any = getattr(self.family, "image_processor", None)
+        self.template: str | None = chat_template(tokenizer, self.family)
         self._added = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()}
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         specials += [self._added[id_] for id_ in self.eos_ids if id_ in self._added]
@@ -76,27 +67,41 @@ class ChatProcessor:
         parting = [t for t in tokenizer.added_tokens_decoder.values() if not (t.lstrip or t.rstrip or t.single_word)]
         self.parting_tokens = _any_of({token.content for token in parting}.intersection(specials))
         self.pad_id = int(tokenizer.pad_token_id or 0)
-        self._render = renderer(tokenizer, template)
-        self._parts_wanted = True
+        self._render = renderer(tokenizer, self.template)
+        self.parts_wanted = True
+        """Whether the template takes content as a list of parts; a string otherwise."""
         self._anchors = self._find_anchors()
         # some special tokens swallow the white space behind them
         self._swallowing = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.rstrip}
         self._special_ids = {id_ for id_, token in self._added.items() if self.special_tokens.fullmatch(token)}
         self._head = functools.cache(self._encode)
-        self.prefix_ids = self._find_prefix() if processor is not None else []
+        self.prefix_ids = self._find_prefix() if self.family is not None else []
+        self._separator = self._find_separator()
+        self._image_text = ("", "")
+        """What the processor writes before and after an image's span that is ordinary text, such as newlines."""
         self.image_tokens = functools.lru_cache(maxsize=65536)(self._image_tokens)
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        """The text that the model's template makes. Raises SampleError where the template refuses."""
-        if not self._parts_wanted:
-            messages = [
-                {**message, "content": "".join(part.get("text", "") for part in message["content"])}
-                for message in messages
-            ]
+        """The text that the model's template makes, with what the processor writes around an image's span.
+
+        Raises SampleError where the template refuses.
+        """
         try:
-            return self._render(messages, add_generation_prompt)
+            text = self._render(self.as_wanted(messages), add_generation_prompt)
         except Exception as error:  # a template can raise anything; its message is for the user
-            raise SampleError(f"the model's chat template refuses the conversation: {error}") from None
+            raise SampleError(f"the model's chat template refuses the conversation: {one_line(error)}") from None
+        before, after = self._image_text
+        if self.image_token is None or not (before or after):
+            return text
+        return text.replace(self.image_token, before + self.image_token + after)
+
+    def as_wanted(self, messages: Messages) -> Messages:
+        """`messages`, whose content is a list of parts, in the form that the template takes."""
+        if self.parts_wanted:
+            return messages
+        return [
+            {**message, "content": "".join(part.get("text", "") for part in message["content"])} for message in messages
+        ]
 
     def encode(
         self, text: str, after: int | None, literal: bool = False, known: Mapping[str, list[int]] | None = None
@@ -157,17 +162,35 @@ class ChatProcessor:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def image_inputs(self, pictures: Sequence[PIL.Image.Image]) -> tuple[dict[str, Any], list[int]]:
-        """The tensors the model takes for `pictures`, and the ids the processor lays out for all of them in a row."""
-        if self._processor is None or self.image_token is None:
-            raise SampleError("this model takes no pictures")
-        made = self._processor(
-            text=[self.image_token * len(pictures)],
+        """The tensors the model takes for `pictures`, and the ids of their spans, one after the other."""
+        inputs, spans = self._image_inputs(pictures)
+        return inputs, [id_ for span in spans for id_ in span[self._span_of(span)]]
+
+    def _image_inputs(self, pictures: Sequence[PIL.Image.Image]) -> tuple[dict[str, Any], list[list[int]]]:
+        """The tensors, and all the ids that the processor writes for each image, ordinary text included."""
+        if self.family is None or self.image_token is None:
+            raise SampleError("this model takes no images")
+        separator = self._added.get(self._separator, "") if self._separator is not None else ""
+        made = self.family(
+            text=[separator + (self.image_token + separator) * len(pictures)],
             images=[list(pictures)],
             add_special_tokens=False,
             return_tensors="pt",
         )
         ids: list[int] = made["input_ids"][0].tolist()
-        return {key: value for key, value in made.items() if key not in _TEXT_KEYS}, ids
+        inputs = {key: value for key, value in made.items() if key not in TEXT_KEYS}
+        if self._separator is None:
+            return inputs, [ids]
+        cuts = [i for i, id_ in enumerate(ids) if id_ == self._separator]
+        if len(cuts) != len(pictures) + 1:
+            raise SampleError("the model's processor changes the special tokens around an image")
+        return inputs, [ids[start + 1 : end] for start, end in itertools.pairwise(cuts)]
+
+    def _span_of(self, ids: Sequence[int]) -> slice:
+        """Where an image's span lies in what the processor writes for it: from the first to the last placeholder or
+        structural token. The rest is ordinary text, which the tokenizer may join with its neighbours."""
+        own = [i for i, id_ in enumerate(ids) if id_ == self.image_token_id or self._added.get(id_, "").strip()]
+        return slice(own[0], own[-1] + 1) if own else slice(0, len(ids))
 
     @property
     def normalisation(self) -> tuple[list[float], list[float]]:
@@ -175,27 +198,45 @@ class ChatProcessor:
         return self._image_processor.image_mean, self._image_processor.image_std
 
     def _image_tokens(self, size: tuple[int, int]) -> ImageTokens:
-        """The span of a picture of `size` (width, height), from the family's processor run on a blank one."""
+        """The span of an image of `size` (width, height), from the family's processor run on a blank one."""
+        inputs, ids = self._blank(size)
+        span = self._span_of(ids)
+        if self._text_around(ids) != self._image_text:
+            raise SampleError(f"the model's processor writes other text around an image of {size[0]}x{size[1]}")
+        count = ids.count(self.image_token_id or -1)
+        used_size, grid = self._used(inputs, count, size)
+        return ImageTokens(tuple(ids[span]), count, used_size, grid)
+
+    def _blank(self, size: tuple[int, int]) -> tuple[dict[str, Any], list[int]]:
+        """What the processor makes of a blank image: the tensors and all the ids that it writes for it."""
         try:
-            inputs, ids = self.image_inputs([PIL.Image.new("RGB", size)])
+            inputs, (ids,) = self._image_inputs([PIL.Image.new("RGB", size)])
         except SampleError:
             raise
         except Exception as error:  # such as an aspect ratio that the family refuses
             raise SampleError(
-                f"the model's image processor refuses a picture of {size[0]}x{size[1]}: {error}"
+                f"the model's image processor refuses an image of {size[0]}x{size[1]}: {one_line(error)}"
             ) from None
-        count = ids.count(self.image_token_id or -1)
-        used_size, grid = self._used(inputs, count)
-        return ImageTokens(tuple(ids), count, used_size, grid)
+        return inputs, ids
 
-    def _used(self, inputs: dict[str, Any], count: int) -> tuple[tuple[int, int], tuple[int, int] | None]:
-        """The size of the pixels used, and the grid of the placeholders over them."""
+    def _text_around(self, ids: Sequence[int]) -> tuple[str, str]:
+        """The ordinary text before and after the span in `ids`."""
+        span = self._span_of(ids)
+        return self.decode(ids[: span.start]), self.decode(ids[span.stop :])
+
+    def _used(
+        self, inputs: dict[str, Any], count: int, size: tuple[int, int]
+    ) -> tuple[tuple[int, int], tuple[int, int] | None]:
+        """The size of the pixels used, and the grid of the placeholders over them; `size` where no tensor shows it."""
         for key, value in inputs.items():
             if key.endswith("_thw"):  # patches in time, height and width
                 _, rows, columns = (int(number) for number in value[0])
                 patch, merge = int(self._image_processor.patch_size), math.isqrt(rows * columns // count)
                 return (columns * patch, rows * patch), (columns // merge, rows // merge)
-        height, width = inputs["pixel_values"].shape[-2:]
+        shapes = [tuple(value.shape) for key, value in inputs.items() if key.startswith("pixel_values")]
+        if not shapes or len(shapes[0]) < 4:  # patches without a place
+            return size, None
+        height, width = shapes[0][-2:]
         side = math.isqrt(count)
         return (width, height), (side, side) if side * side == count and width == height else None
 
@@ -225,106 +266,78 @@ class ChatProcessor:
         prefix = whole[: len(whole) - len(bare)] if whole[len(whole) - len(bare) :] == bare else []
         return prefix or whole[: whole.index(bare[0])]
 
+    def _find_separator(self) -> int | None:
+        """A special token that takes nothing of the text around it, to tell images apart in the processor's output."""
+        tokens = self.tokenizer.added_tokens_decoder
+        parting = [id_ for id_, t in tokens.items() if t.special and self.parting_tokens.fullmatch(t.content)]
+        candidates = [id_ for id_ in parting if tokens[id_].content != self.image_token and id_ != self.image_token_id]
+        preferred = [id_ for id_ in candidates if id_ in self.eos_ids] or candidates
+        return preferred[0] if preferred else None
+
     def check(self) -> None:
         """Raise UserError where the directory's tokenizer or template would teach nonsense."""
         for text in _ORDINARY_TEXT:
-            back = self.tokenizer.decode(self._encode(text), skip_special_tokens=True)
-            if "".join(back.split()) != "".join(text.split()):
+            back = self.tokenizer.decode(
+                self._encode(text), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            if back.strip() != text:
                 raise UserError(
                     f"the tokenizer does not give back ordinary text: {shown(text)} came back as {shown(back)}"
                 )
-        self._parts_wanted = self._wants_parts()
-        if self.image_token is not None:
-            seen = self.render([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "probe"}]}])
-            if seen.count(self.image_token) != 1:
-                raise UserError(f"the chat template writes no placeholder {shown(self.image_token)} for a picture")
-            if not self.image_tokens((64, 64)).num_placeholders:
-                raise UserError(f"the image processor lays out no placeholder {shown(self.image_token)}")
+        self.parts_wanted = self._wants_parts()
+        if self.image_token is None:
+            return
+        seen = self.render([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "probe"}]}])
+        if seen.count(self.image_token) != 1:
+            raise UserError(f"the chat template writes no placeholder {shown(self.image_token)} for an image")
+        self._image_text = self._text_around(self._blank(_PROBE_SIZE)[1])
+        if not self.image_tokens(_PROBE_SIZE).num_placeholders:
+            raise UserError(f"the image processor lays out no placeholder {shown(self.image_token)}")
 
     def _wants_parts(self) -> bool:
-        """Whether the template takes content as a list of parts; the wrong form is often dropped in silence."""
+        """Whether the template takes content as a list of parts; the wrong form is often dropped, or printed as data.
+
+        The parts carry a key that no template knows: where its value is in the text, the template prints the part.
+        """
         if not self.template:
             raise UserError(
                 "the model directory has no chat template (chat_template.jinja, or in tokenizer_config.json)"
             )
         failures = []
-        for parts_wanted in (True, False):
-            self._parts_wanted = parts_wanted
+        for wanted in (True, False):
+            self.parts_wanted = wanted
             try:
-                text = self.render([{"role": "user", "content": [{"type": "text", "text": "probe"}]}])
+                text = self.render([_probe_turn("user"), _probe_turn("assistant")])
             except SampleError as error:
                 failures.append(str(error))
                 continue
-            if text.count("probe") == 1 and "'type'" not in text:
-                return parts_wanted
+            if self._shows(text, "user") and self._shows(text, "assistant") and self._takes_system():
+                return wanted
         raise UserError(f"the chat template does not show a user's words: {'; '.join(failures) or 'they are dropped'}")
+
+    def _takes_system(self) -> bool:
+        """False where the template takes a system turn and does not show its words as they are."""
+        try:
+            text = self.render([_probe_turn("system"), _probe_turn("user")])
+        except SampleError:
+            return True
+        return _UNKNOWN not in text
+
+    def _shows(self, text: str, role: str) -> bool:
+        return text.count(_probe_words(role)) == 1 and _UNKNOWN not in text
+
+
+_UNKNOWN = "Zq-unknown-qZ"
+
+
+def _probe_words(role: str) -> str:
+    return f"Zq-{role}-qZ"
+
+
+def _probe_turn(role: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": _probe_words(role), "unknown_key": _UNKNOWN}]}
 
 
 def _any_of(texts: Collection[str]) -> re.Pattern[str]:
     """Matches any of `texts`, the longest first; nothing where there is none."""
     return re.compile("|".join(sorted(map(re.escape, set(texts)), key=len, reverse=True)) or r"(?!)")
-
-
-def model_directory(path: str) -> Path:
-    """The directory that `path` is, or that the hub id `path` has in the local cache. Raises UserError."""
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        return Path(snapshot_download(path, local_files_only=True))
-    except (OSError, ValueError):
-        raise UserError(
-            f"{path}: not in the local hub cache, and nothing is fetched: run `hf download {path}`"
-        ) from None
-
-
-def load_processor(path: str) -> ChatProcessor:
-    """The processor in a model directory or the local hub cache, checked. Raises UserError, naming `path`."""
-    directory = model_directory(path)
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        processor = _family_processor(path, config, tokenizer) if takes_images else None
-    except Exception as error:  # a broken directory makes transformers raise anything
-        raise UserError(f"{path}: the processor cannot be loaded: {_first_line(error)}") from None
-    try:
-        made = ChatProcessor(tokenizer, processor, _eos_ids(directory, config), getattr(config, "image_token_id", None))
-        made.check()
-    except (UserError, SampleError) as error:
-        raise UserError(f"{path}: {error}") from None
-    return made
-
-
-def _family_processor(path: str, config: Any, tokenizer: Any) -> Any:
-    """The family's processor from its tokenizer and image processor alone.
-
-    Loading the whole raises where torchvision is absent (its video part needs it), and pixels must not depend on
-    what is installed: the image processor is always Pillow's.
-    """
-    parts = {
-        "tokenizer": tokenizer,
-        "image_processor": AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True),
-    }
-    family = PROCESSOR_MAPPING[type(config)]
-
-    class ImageTextProcessor(family):  # type: ignore[misc, valid-type]
-        @classmethod
-        def _get_arguments_from_pretrained(cls, *args: Any, **kwargs: Any) -> list[Any]:
-            return [parts.get(name) for name in cls.get_attributes()]
-
-        def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
-            return None if argument is None else super().check_argument_for_proper_class(name, argument)
-
-    return ImageTextProcessor.from_pretrained(path, local_files_only=True)
-
-
-def _eos_ids(directory: Path, config: Any) -> frozenset[int]:
-    """Every id that ends generation, from generation_config.json where there is one."""
-    if (directory / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(directory)
-    ids = getattr(config, "eos_token_id", None)
-    return frozenset(ids if isinstance(ids, list) else [ids]) - {None}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]

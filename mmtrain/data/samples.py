@@ -96,8 +96,9 @@ class SampleSet:
         ]
         return Encoded(ids, supervised, tuple(spans))
 
-    def encode_many(self, numbers: Sequence[int]) -> list[Encoded | SampleError]:
-        """Each sample encoded anew, or the reason it cannot be used."""
+    def encode_many(self, numbers: Sequence[int]) -> list[tuple[Conversation | None, Encoded | SampleError]]:
+        """Each sample's conversation, None where the record is none, and what it is encoded to now or the reason it
+        cannot be used."""
         read: list[tuple[Conversation, Path] | SampleError] = []
         for number in numbers:
             try:
@@ -105,7 +106,7 @@ class SampleSet:
             except SampleError as error:
                 read.append(error)
         made = iter(self.encoder.encode_many(one for one in read if not isinstance(one, SampleError)))
-        return [one if isinstance(one, SampleError) else next(made) for one in read]
+        return [(None, one) if isinstance(one, SampleError) else (one[0], next(made)) for one in read]
 
     def pictures(self, index: int) -> list[Picture]:
         """The pictures of a sample, found and measured."""
@@ -113,8 +114,8 @@ class SampleSet:
         return [find_picture(image, root) for image in self.conversation(index).images]
 
     def traced(self, index: int) -> Traced:
-        """`encoded`, with where each id comes from."""
-        return self.encoder.trace(self.conversation(index), self._find(index)[0].root)
+        """`encoded`, the very ids and labels that training reads, with where each id comes from."""
+        return self.encoder.trace(self.conversation(index), self.encoded(index))
 
     def _find(self, index: int) -> tuple[_OpenFile, int]:
         number = bisect_right(self._ends, index)

@@ -15,29 +15,28 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 import tokenizers
 import transformers
 
 import mmtrain
+from mmtrain.data.directory import model_directory
 from mmtrain.data.hashes import PROCESSOR_FILES, cache_folder, digest, file_key, files_in
-from mmtrain.data.parts import Part, Recipe, encode_all
-from mmtrain.data.processor import model_directory
+from mmtrain.data.parts import Note, Part, Recipe, encode_all, merge_notes
 from mmtrain.data.samples import SampleSet
 from mmtrain.errors import storage_faults
 
-_VERSION = 2
+_VERSION = 3
 """Raised with every change of what the encoder makes, so that no store of before is taken."""
 _UNUSED_SECONDS = 30 * 24 * 3600
 """Stores that nobody opened for so long are removed when another one is made."""
 _META = "meta.json"
-
-Refused = list[tuple[int, str]]
-"""(number of the sample, reason)"""
 
 
 class Store:
@@ -62,6 +61,11 @@ class Store:
         self._ids = _mapped(folder / "ids.bin", np.dtype(np.int32))
         self._supervised = _mapped(folder / "supervised.bin", np.dtype(np.bool_))
         self._pictures: list[list[Any]] = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
+        self.faults: list[tuple[int, str, str]] = [(index, kind, reason) for index, kind, reason in found["faults"]]
+        """(number of the sample, kind, reason): training refuses these samples."""
+        self.notes = {kind: Note(*note) for kind, note in found["notes"].items()}
+        """By kind."""
 
     def tokens(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         """Ids and supervised flags of a sample."""
@@ -90,11 +94,9 @@ class Store:
         return True
 
 
-def open_store(
-    recipe: Recipe, samples: SampleSet, advance: Callable[[int], None], tick: Callable[[], None]
-) -> tuple[Store, Refused]:
-    """The store of the set that `recipe` gives, made if there is none; and what the encoder refuses, with which it
-    is not kept. `advance` is told how many samples were encoded, `tick` that something happened.
+def open_store(recipe: Recipe, samples: SampleSet, advance: Callable[[int], None], tick: Callable[[], None]) -> Store:
+    """The store of the set that `recipe` gives, made if there is none; one with faults is not kept.
+    `advance` is told how many samples were encoded, `tick` that something happened.
 
     Raises StorageError where there is no room for it.
     """
@@ -138,6 +140,7 @@ def _name(recipe: Recipe, samples: SampleSet, tick: Callable[[], None]) -> str:
         "end": sorted(processor.eos_ids),
         "template": processor.template,
         "labels": [recipe.train_on, recipe.end_of_turn],
+        "decoded": [recipe.decode_images, PIL.__version__],
         "records": digest([path for path, _, _ in samples.files], tick),
         "files": [[str(path.resolve()), str(root.resolve()), kind] for path, root, kind in samples.files],
     }
@@ -151,34 +154,50 @@ def _find_or_make(
     samples: SampleSet,
     advance: Callable[[int], None],
     tick: Callable[[], None],
-) -> tuple[Store, Refused]:
+) -> Store:
     folder = root / name
     with _locked(root, name, tick):
-        with suppress(OSError, ValueError, KeyError):
-            store = Store(folder)
-            if store.holds(tick):
-                with suppress(OSError):
-                    os.utime(folder)
-                return store, []
+        store = _found(folder, tick)
+        if store is not None:
+            return store
         _remove_unused(root)
         with _writing():
             made = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=root))
         try:
-            refused = _write(made, encode_all(recipe, samples), advance)
-            if refused:
-                return Store(made), refused
+            _write(made, encode_all(recipe, samples), advance)
+            if (store := Store(made)).faults:
+                return store
             with _writing():
                 shutil.rmtree(folder, ignore_errors=True)
                 made.rename(folder)
-            return Store(folder), []
+            return Store(folder)
         finally:
             shutil.rmtree(made, ignore_errors=True)
 
 
-def _write(folder: Path, parts: Iterator[Part], advance: Callable[[int], None]) -> Refused:
+def find_store(recipe: Recipe, samples: SampleSet) -> Store | None:
+    """The store of the set that `recipe` gives, None where there is none that holds."""
+    try:
+        return _found(_home() / _name(recipe, samples, lambda: None), lambda: None)
+    except OSError:
+        return None
+
+
+def _found(folder: Path, tick: Callable[[], None]) -> Store | None:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        store = Store(folder)
+        if store.holds(tick):
+            with suppress(OSError):
+                os.utime(folder)
+            return store
+    return None
+
+
+def _write(folder: Path, parts: Iterator[Part], advance: Callable[[int], None]) -> None:
     arrays: dict[str, list[Any]] = {"num_tokens": [], "num_supervised": [], "num_pictures": [], "spans": []}
     files: set[str] = set()
-    refused: Refused = []
+    faults: list[tuple[int, str, str]] = []
+    notes: list[dict[str, Note]] = []
     with _writing():
         ids, supervised = (folder / "ids.bin").open("wb"), (folder / "supervised.bin").open("wb")
     with ids, supervised:
@@ -186,7 +205,8 @@ def _write(folder: Path, parts: Iterator[Part], advance: Callable[[int], None]) 
             for name, found in arrays.items():
                 found.append(getattr(part, name))
             files |= set(part.files)
-            refused += part.refused
+            faults += part.faults
+            notes.append(part.notes)
             with _writing():
                 ids.write(part.ids.tobytes())
                 supervised.write(part.supervised.tobytes())
@@ -196,9 +216,10 @@ def _write(folder: Path, parts: Iterator[Part], advance: Callable[[int], None]) 
         np.savez(folder / "samples.npz", **joined)
         keys = [file_key(Path(file)) for file in sorted(files)]
         (folder / "pictures.json").write_text(json.dumps(keys), encoding="utf-8")
+        findings = {"faults": faults, "notes": {kind: astuple(note) for kind, note in merge_notes(notes).items()}}
+        (folder / "findings.json").write_text(json.dumps(findings), encoding="utf-8")
         checksums = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
         (folder / _META).write_text(json.dumps({"checksums": checksums}), encoding="utf-8")
-    return refused
 
 
 def _checksum(path: Path) -> list[int]:

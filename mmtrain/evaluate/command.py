@@ -13,9 +13,9 @@ from rich.console import Console
 from mmtrain.config import Config
 from mmtrain.config.schema import EvalSource
 from mmtrain.data.check import check_samples
+from mmtrain.data.load import load_processor
 from mmtrain.data.parts import Recipe
 from mmtrain.data.plan import Indices
-from mmtrain.data.processor import load_processor
 from mmtrain.errors import UserError
 from mmtrain.evaluate import statistics
 from mmtrain.evaluate.pictures import CHANGES, ChangedPictures, encodable
@@ -84,7 +84,9 @@ class Evaluation:
         they cannot be changed so; None where no sample can."""
         with_images = self.numbers[[bool(self.samples.conversation(int(n)).images) for n in self.numbers]]
         changed = ChangedPictures(self.samples, change, with_images)
-        numbers, lengths = encodable(changed, with_images if changed.numbers is None else changed.numbers, self._limit)
+        numbers, lengths = encodable(
+            changed, with_images if changed.numbers is None else changed.numbers, self._limit.num_tokens
+        )
         if not len(numbers):
             return None
         scores = self._score(Scorer(self.samples, numbers, lengths, changed))

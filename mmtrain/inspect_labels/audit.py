@@ -1,7 +1,6 @@
-"""The audit of a whole data set: every sample encoded as in training, its labels checked, and what was found counted.
+"""The audit of a whole data set: what training reads and what the checks of its labels found, counted.
 
-Samples are looked at in chunks by several processes and added up in their own order, so that the report does not
-depend on how many there are.
+Samples are encoded and checked once, when they are stored for training; the audit reads that store.
 """
 
 import hashlib
@@ -11,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -19,38 +17,19 @@ from rich.text import Text as Plain
 
 from mmtrain.config import Config
 from mmtrain.config.schema import Source
-from mmtrain.data.chat import Conversation, SampleError, Text
-from mmtrain.data.encode import Encoded, Encoder
-from mmtrain.data.images import Picture, decode
-from mmtrain.data.pool import map_in_processes, num_cores
-from mmtrain.data.processor import load_processor
+from mmtrain.data.chat import Conversation, Text
+from mmtrain.data.findings import REFUSED, Finding
+from mmtrain.data.images import Picture
+from mmtrain.data.load import load_processor
+from mmtrain.data.parts import Recipe
 from mmtrain.data.samples import SampleSet
+from mmtrain.data.store import Store, open_store
 from mmtrain.errors import UserError
-from mmtrain.inspect_labels.checks import IGNORED, Checker, Finding
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.model.load import length_limit
 
-REFUSED, TOO_LONG, BROKEN, UNCHECKED = "refused", "too long", "does not decode", "cannot be checked"
-_CHUNK = 64
+TOO_LONG = "too long"
 _NUM_LONGEST, _NUM_DUPLICATES, _NUM_SHOWN = 10, 10, 20
-_MANY, _MANY_TO_DECODE = 16_000, 1_000
-"""Samples from which on a second process is worth the seconds that it takes to start."""
-
-
-_Task = tuple[Config, str, bool, bool, bool]  # what a worker is made from
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """What the audit keeps of one sample. `num_tokens` is 0 where it is refused."""
-
-    index: int
-    num_tokens: int = 0
-    num_supervised: int = 0
-    sizes: tuple[tuple[int, int], ...] = ()
-    digest: bytes = b""
-    findings: tuple[Finding, ...] = ()
-    row: dict[str, Any] | None = None
 
 
 def _sources(config: Config, split: str) -> Sequence[Source]:
@@ -58,64 +37,6 @@ def _sources(config: Config, split: str) -> Sequence[Source]:
     if not sources:
         raise UserError(f"data.{split}: there is no source to audit")
     return sources
-
-
-class _Worker:
-    """Looks at samples: the processor is loaded and the files are opened once a process."""
-
-    def __init__(self, config: Config, split: str, decode: bool, with_rows: bool, with_tokens: bool) -> None:
-        labels = config.labels
-        processor = load_processor(config.model.path)
-        self.samples = SampleSet(_sources(config, split), Encoder(processor, labels.train_on, labels.end_of_turn))
-        self._checker = Checker(processor, labels.train_on, labels.end_of_turn)
-        self._limit = length_limit(config.model.path, config.data.max_length)
-        self._too_long = config.data.too_long
-        self._decode, self._with_rows, self._with_tokens = decode, with_rows, with_tokens
-
-    def look_at(self, index: int) -> _Sample:
-        samples, place = self.samples, self.samples.place(index)
-        try:
-            encoded = samples.encoded(index)
-        except SampleError as error:
-            row = {"source": str(place.file), "line": place.line, "index": index, "refused": str(error)}
-            return _Sample(index, findings=(Finding(REFUSED, True, str(error)),), row=row if self._with_rows else None)
-        conversation = samples.conversation(index)
-        return _Sample(
-            index,
-            encoded.num_tokens,
-            encoded.num_supervised,
-            tuple(span.picture.size for span in encoded.images),
-            _digest(conversation, [span.picture for span in encoded.images]),
-            tuple(self._findings(encoded, conversation)),
-            view_sample(samples, index).row(self._with_tokens) if self._with_rows else None,
-        )
-
-    def _findings(self, encoded: Encoded, conversation: Conversation) -> Iterator[Finding]:
-        if encoded.num_tokens > self._limit:
-            reason = f"{encoded.num_tokens:,} tokens, over the {self._limit:,} allowed (data.max_length)"
-            yield Finding(TOO_LONG, self._too_long == "error", reason)
-        labels = np.where(encoded.supervised, encoded.ids, IGNORED).tolist()
-        sizes = [span.picture.size for span in encoded.images]
-        try:
-            yield from self._checker.check(encoded.ids.tolist(), labels, conversation, sizes)
-        except SampleError as error:
-            yield Finding(UNCHECKED, True, str(error))
-        for span in encoded.images if self._decode else ():
-            try:
-                decode(span.picture)
-            except SampleError as error:
-                yield Finding(BROKEN, True, str(error))
-
-
-_workers: list[_Worker] = []  # the one of this process, where it is a pool's
-
-
-def _start_worker(*task: Any) -> None:
-    _workers[:] = [_Worker(*task)]
-
-
-def _look_in_pool(indices: range) -> list[_Sample]:
-    return list(map(_workers[0].look_at, indices))
 
 
 def _digest(conversation: Conversation, pictures: list[Picture], with_bytes: bool = False) -> bytes:
@@ -250,36 +171,44 @@ def _bars(title: str, bins: list[dict[str, int]]) -> Iterator[str]:
 class _Counting:
     """Adds samples up, one after the other."""
 
-    def __init__(self, samples: SampleSet, config: Config, split: str) -> None:
+    def __init__(self, samples: SampleSet, store: Store, config: Config, split: str) -> None:
         self.report = AuditReport(split, [SourceReport(source.path) for source in _sources(config, split)])
-        self._samples = samples
+        self._samples, self._store = samples, store
         self._same: dict[bytes, list[int]] = {}
+        for kind, note in store.notes.items():
+            self.report.notes[kind] = note.count
+            self.report.first_notes[kind] = (str(samples.place(note.first)), note.reason)
+        self._faults: dict[int, list[Finding]] = {}
+        for index, kind, reason in store.faults:
+            self._faults.setdefault(index, []).append(Finding(kind, True, reason))
 
-    def add(self, sample: _Sample) -> None:
-        report, place = self.report, self._samples.place(sample.index)
-        source = report.sources[self._samples.source(sample.index)]
+    def add(self, index: int, too_long: Finding | None) -> None:
+        """Count sample `index`, with what is said of its length."""
+        report, store, place = self.report, self._store, str(self._samples.place(index))
+        source, num_tokens = report.sources[self._samples.source(index)], int(store.num_tokens[index])
         source.num_samples += 1
-        source.num_refused += not sample.num_tokens
-        source.num_tokens += sample.num_tokens
-        source.num_supervised += sample.num_supervised
-        source.num_images += len(sample.sizes)
-        for finding in sample.findings:
+        source.num_refused += not num_tokens
+        source.num_tokens += num_tokens
+        source.num_supervised += int(store.num_supervised[index])
+        source.num_images += int(store.num_pictures[index])
+        found = self._faults.get(index, []) + ([] if too_long is None else [too_long])
+        for finding in found:
             if finding.is_fault:
                 source.num_faults += 1
-                report.faults.setdefault(finding.kind, []).append((str(place), finding.reason))
+                report.faults.setdefault(finding.kind, []).append((place, finding.reason))
             else:
                 report.notes[finding.kind] += 1
-                report.first_notes.setdefault(finding.kind, (str(place), finding.reason))
-        report.image_sides.update(map(max, sample.sizes))
-        if sample.num_tokens:
-            report.lengths[sample.num_tokens] += 1
-            report.longest.append((sample.num_tokens, str(place)))
+                report.first_notes.setdefault(finding.kind, (place, finding.reason))
+        report.image_sides.update(store.pictures(index)[:, 3:].max(axis=1).tolist())
+        if num_tokens:
+            report.lengths[num_tokens] += 1
+            report.longest.append((num_tokens, place))
             report.longest.sort(key=lambda one: -one[0])  # stable: of equals the first comes first
             del report.longest[_NUM_LONGEST:]
-            self._same.setdefault(sample.digest, []).append(sample.index)
+            self._same.setdefault(self._digest(index), []).append(index)
 
     def finish(self) -> AuditReport:
-        """The report, with the samples that are the same: the bytes of pictures are read only where all else is."""
+        """The report, with the samples that are the same: the bytes of images are read only where all else is."""
         report = self.report
         for indices in self._same.values():
             for group in self._really_same(indices) if len(indices) > 1 else ():
@@ -291,45 +220,47 @@ class _Counting:
     def _really_same(self, indices: list[int]) -> list[list[int]]:
         groups: dict[bytes, list[int]] = {}
         for index in indices:
-            pictures = [span.picture for span in self._samples.encoded(index).images]
-            groups.setdefault(_digest(self._samples.conversation(index), pictures, True), []).append(index)
+            groups.setdefault(self._digest(index, with_bytes=True), []).append(index)
         return [group for group in groups.values() if len(group) > 1]
+
+    def _digest(self, index: int, with_bytes: bool = False) -> bytes:
+        pictures = [span.picture for span in self._samples.encoded(index).images]
+        return _digest(self._samples.conversation(index), pictures, with_bytes)
 
 
 def audit(
     config: Config,
     split: str = "train",
-    decode: bool = False,
-    workers: int | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
     with_tokens: bool = False,
 ) -> AuditReport:
-    """Look at every sample of `split` ("train" or "eval").
+    """Look at every sample of `split` ("train" or "eval"), as it is stored for training.
 
-    `decode`: decode every picture too. `workers`: processes, by itself as many as the set is worth. `on_row` gets
-    each sample's JSON object, in order, `with_tokens` or without. Raises UserError where a source cannot be read.
+    `on_row` gets each sample's JSON object, in order, `with_tokens` or without. Raises UserError where a source cannot
+    be read.
     """
-    task = (config, split, decode, on_row is not None, with_tokens)
-    here = _Worker(*task)
-    samples, console = here.samples, Console(stderr=True)
-    if workers is None:
-        workers = num_cores() if len(samples) >= (_MANY_TO_DECODE if decode else _MANY) else 1
-    counting = _Counting(samples, config, split)
-    chunks = [range(len(samples))[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK)]
+    recipe = Recipe.of(config, _sources(config, split))
+    samples, console = recipe.samples(load_processor(config.model.path)), Console(stderr=True)
+    limit = length_limit(config.model.path, config.data.max_length)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(f"checking {split}", total=len(samples))
+        store = open_store(recipe, samples, lambda number: progress.advance(bar, number), lambda: None)
+        samples.use(store)
+        counting = _Counting(samples, store, config, split)
+        refused = {index: reason for index, kind, reason in store.faults if kind == REFUSED}
         bar = progress.add_task(f"auditing {split}", total=len(samples))
-        for chunk in _look_at_all(here, task, chunks, min(workers, len(chunks))):
-            for sample in chunk:
-                counting.add(sample)
-                if on_row is not None and sample.row is not None:
-                    on_row(sample.row)
-            progress.advance(bar, len(chunk))
+        for index in range(len(samples)):
+            num_tokens = int(store.num_tokens[index])
+            is_too_long, is_fault = num_tokens > limit.num_tokens, config.data.too_long == "error"
+            counting.add(index, Finding(TOO_LONG, is_fault, limit.reason(num_tokens)) if is_too_long else None)
+            if on_row is not None:
+                on_row(_row(samples, index, refused.get(index), with_tokens))
+            progress.advance(bar)
     return counting.finish()
 
 
-def _look_at_all(here: _Worker, task: _Task, chunks: list[range], workers: int) -> Iterator[list[_Sample]]:
-    """Every chunk in order; a few are under way at a time, so that memory does not grow with the set."""
-    if workers <= 1:
-        yield from (list(map(here.look_at, chunk)) for chunk in chunks)
-        return
-    yield from map_in_processes(_look_in_pool, chunks, workers, _start_worker, task, __name__)
+def _row(samples: SampleSet, index: int, refused: str | None, with_tokens: bool) -> dict[str, Any]:
+    if refused is None:
+        return view_sample(samples, index).row(with_tokens)
+    place = samples.place(index)
+    return {"source": str(place.file), "line": place.line, "index": index, "refused": refused}

@@ -9,9 +9,12 @@ from rich.console import Console
 
 from mmtrain.config import Config
 from mmtrain.data.chat import SampleError
-from mmtrain.data.encode import Encoder
-from mmtrain.data.processor import load_processor
+from mmtrain.data.findings import REFUSED
+from mmtrain.data.load import load_processor
+from mmtrain.data.parts import PartEncoder, Recipe
+from mmtrain.data.pool import num_cores
 from mmtrain.data.samples import SampleSet
+from mmtrain.data.store import find_store
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.inspect_labels.view import SampleView, view_sample
@@ -28,7 +31,6 @@ class Options:
     all: bool = False
     json: bool = False
     tokens: bool = False
-    decode: bool = False
     losses: bool = False
     adapter: Path | None = None
 
@@ -40,15 +42,21 @@ def inspect_labels(config: Config, options: Options) -> int:
     sources = config.data.train if options.split == "train" else config.data.eval
     if not sources:
         raise UserError(f"data.{options.split}: there are no sources in the config")
-    encoder = Encoder(load_processor(config.model.path), config.labels.train_on, config.labels.end_of_turn)
-    samples = SampleSet(sources, encoder)
-    views, faults = _views(samples, _chosen(len(samples), options))
+    recipe, processor = Recipe.of(config, sources), load_processor(config.model.path)
+    part_encoder = PartEncoder(recipe, processor, num_cores())
+    samples = part_encoder.samples
+    if (store := find_store(recipe, samples)) is not None:
+        samples.use(store)  # the very encoding that training reads
+    chosen = _chosen(len(samples), options)
+    found = part_encoder.encode(chosen).faults
+    faults = [f"{samples.place(index)}: {kind}: {reason}" for index, kind, reason in found]
+    views = _views(samples, chosen, {index for index, kind, _ in found if kind == REFUSED})
     losses = _losses(config, options, samples, views)
     if options.html is not None:
         from mmtrain.inspect_labels.page import write_page
         from mmtrain.inspect_labels.pixels import seen_pixels
 
-        write_page(options.html, views, losses, pixels=seen_pixels(encoder.processor))
+        write_page(options.html, views, losses, pixels=seen_pixels(processor))
         print(f"wrote {options.html}: {len(views)} samples")
     elif options.json:
         for view in views:
@@ -71,14 +79,12 @@ def _chosen(num_samples: int, options: Options) -> list[int]:
     return list(options.indices) or [i * num_samples // num for i in range(num)]
 
 
-def _views(samples: SampleSet, indices: Sequence[int]) -> tuple[list[SampleView], list[str]]:
-    views, faults = [], []
-    for index in indices:
-        try:
-            views.append(view_sample(samples, index))
-        except SampleError as error:
-            faults.append(f"{samples.place(index)}: refused: {error}")
-    return views, faults
+def _views(samples: SampleSet, indices: Sequence[int], refused: set[int]) -> list[SampleView]:
+    """Of the samples that can be encoded. Raises UserError where one is no longer what is stored for training."""
+    try:
+        return [view_sample(samples, index) for index in indices if index not in refused]
+    except SampleError as error:
+        raise UserError(f"data: {error}; run the command again once the data has stopped changing") from None
 
 
 def _losses(
@@ -97,8 +103,6 @@ def _audit(config: Config, options: Options) -> int:
     def write(row: object) -> None:
         print(json.dumps(row, ensure_ascii=False))
 
-    report = audit(
-        config, options.split, options.decode, on_row=write if options.json else None, with_tokens=options.tokens
-    )
+    report = audit(config, options.split, on_row=write if options.json else None, with_tokens=options.tokens)
     report.print(Console(stderr=options.json, highlight=False, emoji=False, markup=False))
     return 1 if report.num_faults else 0

@@ -17,8 +17,8 @@ def seen_pixels(processor: ChatProcessor) -> Pixels:
 
     def seen(image: ImageView) -> PIL.Image.Image:
         inputs, _ = processor.image_inputs([decode(image.picture)])
-        values = inputs["pixel_values"]
-        if values.ndim != 4 or len(values) != 1:
+        values = inputs.get("pixel_values")
+        if values is None or values.ndim != 4 or len(values) != 1:
             return resized(image)
         mean, std = (np.array(of)[:, None, None] for of in processor.normalisation)
         colours = np.clip((values[0].numpy() * std + mean) * 255, 0, 255)

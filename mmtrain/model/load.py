@@ -8,6 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
+from mmtrain.data.check import LengthLimit
 from mmtrain.data.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.foreign_text import shown
@@ -17,10 +18,12 @@ def load_config(path: str) -> Any:
     return AutoConfig.from_pretrained(path, local_files_only=True)
 
 
-def length_limit(path: str, max_length: int) -> int:
-    """The longest sample in tokens: `max_length`, or fewer where the model was made for fewer positions."""
+def length_limit(path: str, max_length: int) -> LengthLimit:
+    """The longest sample: `max_length` tokens, or fewer where the model was made for fewer positions."""
     positions = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
-    return min(max_length, positions or max_length)
+    if positions and positions < max_length:
+        return LengthLimit(positions, "the model's positions, max_position_embeddings in its config.json")
+    return LengthLimit(max_length, "data.max_length")
 
 
 def checkpoint_activations(model: Any) -> None:

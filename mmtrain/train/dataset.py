@@ -61,7 +61,7 @@ class Dataset:
         if len(sets) < len(data.eval):
             raise UserError("data.eval: two sources have the same name: give each its own `name`")
         recipes = [Recipe.of(config, sources) for sources in (data.train, *sets.values())]
-        check = functools.partial(check_samples, processor=processor, max_length=limit, too_long=data.too_long)
+        check = functools.partial(check_samples, processor=processor, limit=limit, too_long=data.too_long)
         (self.train, self.checked), *found = _check_all(["train", *sets], recipes, check, console, tick)
         self.eval = [_eval_set(name, *one) for name, one in zip(sets, found, strict=True)]
         weights = [source.weight for source in data.train]

@@ -16,7 +16,8 @@ from torch import Tensor
 from mmtrain import __version__
 from mmtrain.config import Config, dump_config
 from mmtrain.data.batch import Batch
-from mmtrain.data.processor import ChatProcessor, model_directory
+from mmtrain.data.directory import model_directory
+from mmtrain.data.processor import ChatProcessor
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.model.load import load_model
 from mmtrain.train.checkpoint import trainable_parameters, write_folder

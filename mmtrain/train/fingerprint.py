@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Callable
 
 from mmtrain.config import Config
+from mmtrain.data.directory import model_directory
 from mmtrain.data.hashes import PROCESSOR_FILES, digest, files_in
-from mmtrain.data.processor import model_directory
 from mmtrain.train.dataset import Dataset
 
 _MODEL = ("config.json", "*.safetensors", "*.safetensors.index.json")

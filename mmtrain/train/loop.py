@@ -13,7 +13,8 @@ from rich.console import Console
 
 from mmtrain.config import Config, dump_config
 from mmtrain.data.batch import Batch, Loader
-from mmtrain.data.processor import ChatProcessor, load_processor
+from mmtrain.data.load import load_processor
+from mmtrain.data.processor import ChatProcessor
 from mmtrain.errors import NonFiniteError, Stopped, UserError, storage_faults
 from mmtrain.evaluate.statistics import summary
 from mmtrain.model.components import PartReport, prepare_learning

@@ -11,39 +11,29 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import pairwise
 
-from mmtrain.data.chat import Conversation, Image, Message, Part
-from mmtrain.data.direct import Messages
+from mmtrain.data.chat import Conversation, Image, Message, Messages, Part
+from mmtrain.data.findings import (
+    ADDED_END,
+    IGNORED,
+    LITERAL,
+    NO_END,
+    NO_LABEL,
+    NO_WORDS,
+    NOT_ITSELF,
+    OUTSIDE,
+    PICTURE,
+    PLACEHOLDER,
+    PROMPT,
+    WHITE_SPACE,
+    WORDS,
+    Finding,
+)
+from mmtrain.data.image_notes import image_notes
 from mmtrain.data.processor import ChatProcessor
 from mmtrain.foreign_text import shown
 
-IGNORED = -100
-NO_LABEL = "no supervised token"
-NOT_ITSELF = "label is not its token"
-PLACEHOLDER = "supervised placeholder"
-PICTURE = "picture without its placeholders"
-PROMPT = "text before the answer is not inference's"
-WORDS = "labels are not the assistant's words"
-NO_WORDS = "trained turn without supervised words"
-NO_END = "trained turn without its end"
-OUTSIDE = "supervised outside the trained turns"
-LITERAL = "literal special token"
-WHITE_SPACE = "white space where an answer begins"
-ADDED_END = "end token that the template lacks"
-LARGE = "picture far larger than used"
-CROPPED = "picture cropped or stretched"
-
-_LARGER, _OTHER_SHAPE = 4.0, 0.15
 _WINDOW = 8
 """Tokens before a span that are decoded with it: some tokenizers drop the space that a text begins with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A fault, or a note about what is right and yet worth knowing."""
-
-    kind: str
-    is_fault: bool
-    reason: str
 
 
 _Span = tuple[int, int]
@@ -54,11 +44,12 @@ _Span = tuple[int, int]
 class _Frame:
     """What the template writes around the words of one answer: before, between its parts, behind.
 
-    `own_ends`: the special tokens that it writes right behind the words; none where it lacks an end token.
+    `end`: the special tokens that it writes right after the words, to the one that stops generation or else the first
+    alone; none where it lacks an end token.
     """
 
     around: tuple[str, ...]
-    own_ends: frozenset[int]
+    end: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +88,7 @@ class Checker:
         folded_ids, folded, faults = self._fold(list(ids), list(labels), sizes)
         found += faults + self._turns(_Sample(conversation.messages, folded_ids, folded, _spans(folded)))
         found += self._literals(conversation.messages)
-        found += check_pictures(sizes, self._processor)
+        found += image_notes(sizes, self._processor)
         return list(dict.fromkeys(found))
 
     def _fold(
@@ -212,7 +203,7 @@ class Checker:
 
     def _without_added_ends(self, sample: _Sample, end: int, trained: list[int]) -> list[int]:
         """ids[:end] without the end tokens behind learned answers, where the template writes none itself."""
-        if all(self._frame(_form(sample.messages), turn).own_ends for turn in trained):
+        if all(self._frame(_form(sample.messages), turn).end for turn in trained):
             return sample.ids[:end]
         eos = self._processor.tokenizer.eos_token_id
         ends = {last - 1 for _, last in sample.spans if sample.ids[last - 1] == eos}
@@ -226,14 +217,15 @@ class Checker:
             return
         frame = self._frame(_form(sample.messages), turn)
         labels = [label for span in spans for label in sample.labels[slice(*span)]]
-        has_end = labels[-1] in frame.own_ends | self._processor.eos_ids
+        num_end = self._num_end(labels, frame)
+        has_end = num_end > 0
         if self._end_of_turn and not has_end:
             yield Finding(NO_END, True, f"{name}: the token that ends it is not learned")
         if has_end and not self._end_of_turn:
             yield Finding(OUTSIDE, True, f"{name}: its end is learned, and labels.end_of_turn is false")
-        if self._end_of_turn and not frame.own_ends:
+        if self._end_of_turn and not frame.end:
             yield Finding(ADDED_END, False, f"{name}: the template has no end token, the tokenizer's is put there")
-        labels = labels[:-1] if has_end else labels
+        labels = labels[: len(labels) - num_end]
         start = spans[0][0]
         before = sample.ids[max(0, start - _WINDOW) : start]
         text = self._processor.decode(before + labels)[len(self._processor.decode(before)) :]
@@ -245,6 +237,12 @@ class Checker:
             yield Finding(WORDS, True, f"{name}: the labels say {shown(text)}, the assistant wrote {shown(written)}")
         elif message.text[:1].isspace() and text[len(frame.around[0]) :][:1].isspace():
             yield Finding(WHITE_SPACE, False, f"{name} begins with white space")
+
+    def _num_end(self, labels: list[int], frame: _Frame) -> int:
+        """How many of the labels are the reply's end: the template's, or one that was added where it has none."""
+        if frame.end:
+            return len(frame.end) if tuple(labels[-len(frame.end) :]) == frame.end else 0
+        return int(labels[-1] in self._processor.eos_ids)
 
     def _as_written(self, sample: _Sample, turn: int, frame: _Frame, text: str) -> str | None:
         """None where `text` is what the template makes of the turn's words, otherwise what it should be."""
@@ -277,13 +275,20 @@ class Checker:
             before, _, rest = rest.partition(part["text"])
             _, _, alone = alone.partition(part["text"])
             around.append(before)
-        match, specials = processor.special_tokens.match, processor.tokenizer.convert_tokens_to_ids
-        ends: set[int] = set()
-        if (own := match(alone.lstrip())) and rest.lstrip().startswith(own.group()):
-            ends.add(specials(own.group()))
-        if (own := match(rest)) and specials(own.group()) in processor.eos_ids:
-            ends.add(specials(own.group()))
-        return _Frame((*around, rest), frozenset(ends))
+        end = self._special_run(alone.lstrip())
+        if not rest.lstrip().startswith("".join(end)):
+            end = self._special_run(rest)
+            end = end if end and processor.tokenizer.convert_tokens_to_ids(end[-1]) in processor.eos_ids else []
+        return _Frame((*around, rest), tuple(map(processor.tokenizer.convert_tokens_to_ids, end)))
+
+    def _special_run(self, text: str) -> list[str]:
+        """The special tokens that `text` begins with, to the one that stops generation; the first alone without one."""
+        processor, run = self._processor, list[str]()
+        while match := processor.special_tokens.match(text, sum(map(len, run))):
+            run.append(match.group())
+            if processor.tokenizer.convert_tokens_to_ids(run[-1]) in processor.eos_ids:
+                return run
+        return run[:1]
 
     def _inference_ids(self, text: str) -> list[int]:
         """Ids as inference makes them: a processor's tokenizer puts its prefix there, unless `text` has the BOS."""
@@ -297,21 +302,6 @@ class Checker:
         for turn, message in enumerate(messages, start=1):
             if match := self._processor.special_tokens.search(message.text):
                 yield Finding(LITERAL, False, f"turn {turn} holds {shown(match.group())}, which stays characters")
-
-
-def check_pictures(sizes: Sequence[tuple[int, int]], processor: ChatProcessor) -> Iterator[Finding]:
-    """Notes on pictures of which the model sees much less than the file holds."""
-    for number, (width, height) in enumerate(sizes, start=1):
-        tokens = processor.image_tokens((width, height))
-        if len(tokens.ids) != tokens.num_placeholders:
-            continue  # cut into tiles: the size of one tells nothing about the picture
-        used_width, used_height = tokens.used_size
-        reason = f"picture {number}: {width}x{height}, used as {used_width}x{used_height}"
-        if width * height > _LARGER * used_width * used_height:
-            yield Finding(LARGE, False, reason)
-        shape = (width / height) / (used_width / used_height)
-        if max(shape, 1 / shape) > 1 + _OTHER_SHAPE:
-            yield Finding(CROPPED, False, reason)
 
 
 def _wrong_labels(ids: Sequence[int], labels: Sequence[int]) -> Iterator[Finding]:
