@@ -3,17 +3,15 @@
 In a config `id:<token>` stands for the id of a token, `vocabulary` for the number of tokens.
 """
 
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import family_templates as templates
 from builders import _random
-from label_models import byte_level, byte_level_split, legacy, metaspace_first
-from tokenizers import AddedToken, Tokenizer, processors
+from label_models import _CORPUS, _byte_fallback, _trained, byte_level, byte_level_split
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 SIDE, PATCH = 28, 7
@@ -47,6 +45,18 @@ QWEN_VISION = {
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 TILES = {"size": {"height": SIDE, "width": SIDE}, "crop_to_patches": True, "min_patches": 1, "max_patches": 4}
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+CHATML = "<|endoftext|> <|im_start|> <|im_end|>"
+SPLIT = {"tokenizer": byte_level_split}
+COHERE: dict[str, Any] = SPLIT | {
+    "tokens": "<PAD> <BOS_TOKEN> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> "
+    "<|SYSTEM_TOKEN|> <|START_RESPONSE|> <|END_RESPONSE|> <image> <|START_OF_IMG|> <|END_OF_IMG|> <|IMG_PATCH|> "
+    "<|IMG_LINE_BREAK|> TILE_GLOBAL TILE_1 TILE_2 TILE_3 TILE_4",
+    "bos": "<BOS_TOKEN>",
+    "eos": "<|END_OF_TURN_TOKEN|>",
+    "pad": "<PAD>",
+    "bos_in_front": True,
+}
+LFM2 = TEXT | {"layer_types": ["conv", "full_attention"]}
 
 
 @dataclass(frozen=True)
@@ -72,250 +82,24 @@ class Family:
     images: dict[str, Any] = field(default_factory=dict)
     strings: str = ""
     """Roles whose content the template takes as a string only."""
-    own_end: bool = True
-    """The template writes a token that ends each reply."""
+    unended: str = ""
+    """The replies after which the template writes no token that ends a turn: "each" or "last"."""
     needs: str | None = None
 
 
-_CHATML = "<|endoftext|> <|im_start|> <|im_end|>"
-_QWEN = f"{_CHATML} <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"
-_QWEN_IDS = {
-    "image_token_id": "id:<|image_pad|>",
-    "video_token_id": "id:<|video_pad|>",
-    "vision_start_token_id": "id:<|vision_start|>",
-    "vision_end_token_id": "id:<|vision_end|>",
-}
-_QWEN_IMAGES = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 8, "merge_size": 2} | {
-    "size": {"shortest_edge": 1024, "longest_edge": 65536}
-}
-_SPLIT = {"tokenizer": byte_level_split}
-_COHERE: dict[str, Any] = _SPLIT | {
-    "tokens": "<PAD> <BOS_TOKEN> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> "
-    "<|SYSTEM_TOKEN|> <|START_RESPONSE|> <|END_RESPONSE|> <image> <|START_OF_IMG|> <|END_OF_IMG|> <|IMG_PATCH|> "
-    "<|IMG_LINE_BREAK|>",
-    "bos": "<BOS_TOKEN>",
-    "eos": "<|END_OF_TURN_TOKEN|>",
-    "pad": "<PAD>",
-    "bos_in_front": True,
-}
-_MISTRAL: dict[str, Any] = _SPLIT | {
-    "tokens": "<unk> <s> </s> [INST] [/INST] [IMG] <pad> [IMG_BREAK] [IMG_END] [SYSTEM_PROMPT] [/SYSTEM_PROMPT]",
-    "bos": "<s>",
-    "eos": "</s>",
-    "pad": "<pad>",
-    "bos_in_front": True,
-}
-_LLAMA2: dict[str, Any] = {
-    "tokens": "<unk> <s> </s> <image> <pad>",
-    "bos": "<s>",
-    "eos": "</s>",
-    "pad": "<pad>",
-    "bos_in_front": True,
-    "names": {"image_token": "<image>"},
-}
-_IDEFICS = "<|begin_of_text|> <|end_of_text|> <|im_start|> <|im_end|> <fake_token_around_image> <image> <end_of_utterance> <global-img> " + " ".join(
-    f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)
-)
-_PIXTRAL_VISION = VISION | {"model_type": "pixtral", "image_size": 64, "patch_size": 8}
-
-FAMILIES = {
-    "qwen2_vl": Family(
-        templates.QWEN2_VL,
-        _QWEN,
-        _QWEN_IDS
-        | {
-            "model_type": "qwen2_vl",
-            "text_config": TEXT | {"rope_parameters": MROPE},
-            "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 8},
-        },
-        images=_QWEN_IMAGES,
-        processor={"processor_class": "Qwen2VLProcessor"},
-    ),
-    "qwen2_5_vl": Family(
-        templates.QWEN2_VL,
-        _QWEN,
-        _QWEN_IDS
-        | {
-            "model_type": "qwen2_5_vl",
-            "text_config": TEXT | {"rope_parameters": MROPE},
-            "vision_config": QWEN_VISION | {"fullatt_block_indexes": [1], "window_size": 32},
-        },
-        images=_QWEN_IMAGES,
-        processor={"processor_class": "Qwen2_5_VLProcessor"},
-    ),
-    "qwen3_vl": Family(
-        templates.QWEN3_VL,
-        _QWEN,
-        _QWEN_IDS
-        | {
-            "model_type": "qwen3_vl",
-            "text_config": TEXT | {"rope_parameters": MROPE},
-            "vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 64},
-        },
-        images=_QWEN_IMAGES,
-        processor={"processor_class": "Qwen3VLProcessor"},
-    ),
-    "gemma3": Family(
-        templates.GEMMA3,
-        "<pad> <eos> <bos> <unk> <start_of_turn> <end_of_turn> <start_of_image> <end_of_image> <image_soft_token>",
-        {
-            "model_type": "gemma3",
-            "text_config": TEXT | {"layer_types": ["sliding_attention", "full_attention"]},
-            "vision_config": VISION,
-            "mm_tokens_per_image": 4,
-            "boi_token_index": "id:<start_of_image>",
-            "eoi_token_index": "id:<end_of_image>",
-            "image_token_index": "id:<image_soft_token>",
-        },
-        tokenizer=metaspace_first,
-        bos="<bos>",
-        eos="<eos>",
-        pad="<pad>",
-        stops=("<end_of_turn>",),
-        bos_in_front=True,
-        names={
-            "boi_token": "<start_of_image>",
-            "eoi_token": "<end_of_image>",
-            "image_token": "<image_soft_token>",
-        },
-        images={"image_processor_type": "Gemma3ImageProcessor", "size": {"height": SIDE, "width": SIDE}},
-        processor={"processor_class": "Gemma3Processor", "image_seq_length": 4},
-    ),
-    "gemma4": Family(
-        templates.GEMMA4,
-        "<pad> <eos> <bos> <unk> <|turn> <turn|> <|image> <|image|> <image|> <|audio> <|audio|> <audio|> <|video|>",
-        {
-            "model_type": "gemma4",
-            "text_config": TEXT
-            | {
-                "layer_types": ["sliding_attention", "full_attention"],
-                "hidden_size_per_layer_input": 8,
-                "vocab_size_per_layer_input": "vocabulary",
-                "global_head_dim": 16,
-            },
-            "vision_config": VISION
-            | {
-                "num_key_value_heads": 2,
-                "head_dim": 16,
-                "patch_size": 8,
-                "pooling_kernel_size": 2,
-                "position_embedding_size": 128,
-            },
-            "boi_token_id": "id:<|image>",
-            "eoi_token_id": "id:<image|>",
-            "image_token_id": "id:<|image|>",
-            "video_token_id": "id:<|video|>",
-            "audio_token_id": "id:<|audio|>",
-            "boa_token_id": "id:<|audio>",
-            "eoa_token_index": "id:<audio|>",
-        },
-        tokenizer=metaspace_first,
-        bos="<bos>",
-        eos="<eos>",
-        pad="<pad>",
-        stops=("<turn|>",),
-        bos_in_front=True,
-        names={
-            "boi_token": "<|image>",
-            "eoi_token": "<image|>",
-            "image_token": "<|image|>",
-            "audio_token": "<|audio|>",
-            "boa_token": "<|audio>",
-            "eoa_token": "<audio|>",
-        },
-        images={
-            "image_processor_type": "Gemma4ImageProcessor",
-            "patch_size": 8,
-            "max_soft_tokens": 70,
-            "pooling_kernel_size": 2,
-        },
-        processor={"processor_class": "Gemma4Processor", "image_seq_length": 70},
-    ),
-    "aya_vision": Family(
-        templates.AYA_VISION,
-        config={
-            "model_type": "aya_vision",
-            "text_config": TEXT | {"model_type": "cohere2"},
-            "vision_config": VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
-            "downsample_factor": 2,
-            "image_token_index": "id:<|IMG_PATCH|>",
-        },
-        images={"image_processor_type": "GotOcr2ImageProcessor"} | TILES,
-        processor={"processor_class": "AyaVisionProcessor"}
-        | {"patch_size": PATCH, "img_size": SIDE, "downsample_factor": 2},
-        **_COHERE,
-    ),
-    "cohere2": Family(templates.COHERE2, config=TEXT | {"model_type": "cohere2"}, strings="all", **_COHERE),
-    "cohere2_vision": Family(
-        templates.COHERE2_VISION,
-        config={
-            "model_type": "cohere2_vision",
-            "text_config": TEXT | {"model_type": "cohere2"},
-            "vision_config": VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
-            "downsample_factor": 2,
-            "alignment_intermediate_size": 64,
-            "image_token_id": "id:<|IMG_PATCH|>",
-        },
-        names={
-            "boi_token": "<|START_OF_IMG|>",
-            "eoi_token": "<|END_OF_IMG|>",
-            "image_token": "<|IMG_PATCH|>",
-            "img_line_break_token": "<|IMG_LINE_BREAK|>",
-        },
-        images={"image_processor_type": "Cohere2VisionImageProcessor", "patch_size": 2} | TILES,
-        processor={"processor_class": "Cohere2VisionProcessor"},
-        needs="torchvision",
-        **_COHERE,
-    ),
-    "idefics3": Family(
-        templates.IDEFICS3,
-        _IDEFICS,
-        {
-            "model_type": "idefics3",
-            "text_config": TEXT | {"model_type": "llama"},
-            "vision_config": VISION,
-            "scale_factor": 2,
-            "image_token_id": "id:<image>",
-        },
-        bos="<|begin_of_text|>",
-        eos="<end_of_utterance>",
-        pad="<|end_of_text|>",
-        bos_in_front=True,
-        images={
-            "image_processor_type": "Idefics3ImageProcessor",
-            "size": {"longest_edge": 2 * SIDE},
-            "max_image_size": {"longest_edge": SIDE},
-        },
-        processor={"processor_class": "Idefics3Processor", "image_seq_len": 4},
-        **_SPLIT,
-    ),
-    "smolvlm": Family(
-        templates.SMOLVLM,
-        _IDEFICS,
-        {
-            "model_type": "smolvlm",
-            "text_config": TEXT | {"model_type": "llama"},
-            "vision_config": VISION,
-            "scale_factor": 2,
-            "image_token_id": "id:<image>",
-        },
-        bos="<|im_start|>",
-        eos="<end_of_utterance>",
-        pad="<|im_end|>",
-        images={
-            "image_processor_type": "SmolVLMImageProcessor",
-            "size": {"longest_edge": 2 * SIDE},
-            "max_image_size": {"longest_edge": SIDE},
-        },
-        processor={"processor_class": "SmolVLMProcessor", "image_seq_len": 4},
-        needs="num2words",
-    ),
-}
+def gemma_tokenizer() -> Tokenizer:
+    """SentencePiece as Gemma has it: no space before a text, runs of newlines are one token."""
+    newlines = ["\n" * count for count in range(2, 5)] * 9
+    split = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer = _byte_fallback(*_trained(split, [text.replace(" ", "▁") for text in _CORPUS] + newlines))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
 
 
-def make_family(name: str, path: Path) -> Path:
+def make_family(family: Family, path: Path) -> Path:
     """A directory of the family in `path`: tokenizer, template, processor, and the model's weights."""
-    family = FAMILIES[name]
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = _write_processor(family, path)
     config = _filled(family.config, tokenizer)

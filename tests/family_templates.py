@@ -50,7 +50,8 @@ QWEN3_5 = (
 # Every text is trimmed; the system's goes before the first question.
 GEMMA3 = (
     "{{ bos_token }}{% set prefix = '' %}{% set turns = messages %}{% if messages[0].role == 'system' %}"
-    "{% set prefix = (messages[0].content if messages[0].content is string else messages[0].content[0].text) + '\n\n' %}"
+    "{% set system = messages[0].content %}"
+    "{% set prefix = (system if system is string else system[0].text) + '\n\n' %}"
     "{% set turns = messages[1:] %}{% endif %}{% for m in turns %}" + _ALTERNATE + "<start_of_turn>"
     "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ prefix if loop.first else '' }}"
     "{% if m.content is string %}{{ m.content | trim }}{% else %}{% for p in m.content %}"
@@ -161,8 +162,9 @@ MLLAMA = (
     "{% set ns = namespace(images=false) %}{% for m in turns %}{% for p in m.content %}{% if p.type == 'image' %}"
     "{% set ns.images = true %}{% endif %}{% endfor %}{% endfor %}{% if ns.images and system %}"
     "{{ raise_exception('Prompting with images is incompatible with system messages.') }}{% endif %}"
-    "{% if not ns.images %}<|start_header_id|>system<|end_header_id|>\n\n{{ 'Cutting Knowledge Date: December 2023\n' }}"
-    "{{ 'Today Date: ' + strftime_now('%d %b %Y') + '\n\n' + system }}<|eot_id|>{% endif %}{% for m in turns %}"
+    "{% if not ns.images %}<|start_header_id|>system<|end_header_id|>\n\n"
+    "{{ 'Cutting Knowledge Date: December 2023\nToday Date: ' + strftime_now('%d %b %Y') + '\n\n' + system }}"
+    "<|eot_id|>{% endif %}{% for m in turns %}"
     "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n" + _parts("<|image|>") + "<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
