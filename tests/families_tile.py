@@ -47,6 +47,7 @@ TILE = {
             "image_token_index": "id:<image_soft_token>",
         },
         tokenizer=gemma_tokenizer,
+        tokenizer_class="GemmaTokenizer",
         bos="<bos>",
         eos="<eos>",
         pad="<pad>",
@@ -154,6 +155,7 @@ TILE = {
             "context_image_token": "<IMG_CONTEXT>",
             "video_token": "<video>",
         },
+        tokenizer_class="Qwen2Tokenizer",
         images={"image_processor_type": "GotOcr2ImageProcessor"} | TILES,
         processor={"processor_class": "InternVLProcessor", "image_seq_length": 4},
     ),
@@ -187,6 +189,7 @@ TILE = {
             "image_token_index": "id:<image>",
             "video_token_index": "id:<video>",
         },
+        tokenizer_class="Qwen2Tokenizer",
         images={"image_processor_type": "LlavaOnevisionImageProcessor", "image_grid_pinpoints": PINPOINTS}
         | {"size": {"height": SIDE, "width": SIDE}},
         processor={"processor_class": "LlavaOnevisionProcessor"}

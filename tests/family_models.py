@@ -48,6 +48,7 @@ PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 CHATML = "<|endoftext|> <|im_start|> <|im_end|>"
 SPLIT = {"tokenizer": byte_level_split}
 COHERE: dict[str, Any] = SPLIT | {
+    "tokenizer_class": "CohereTokenizer",
     "tokens": "<PAD> <BOS_TOKEN> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> "
     "<|SYSTEM_TOKEN|> <|START_RESPONSE|> <|END_RESPONSE|> <image> <|START_OF_IMG|> <|END_OF_IMG|> <|IMG_PATCH|> "
     "<|IMG_LINE_BREAK|> TILE_GLOBAL TILE_1 TILE_2 TILE_3 TILE_4",
