@@ -32,11 +32,11 @@ _CORPUS = [
 _GPT_SPLIT = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def _trained(pre: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _trained(pre: Any, corpus: list[str] = _CORPUS) -> tuple[dict[str, int], list[tuple[str, str]]]:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre
     tokenizer.train_from_iterator(
-        _CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=sorted({c for text in _CORPUS for c in text}))
+        corpus, trainers.BpeTrainer(vocab_size=400, initial_alphabet=sorted({c for text in corpus for c in text}))
     )
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [tuple(pair) for pair in model["merges"]]

@@ -1,0 +1,283 @@
+"""The ids of many families are those of their own processor; the reference is transformers alone."""
+
+import importlib.util
+import itertools
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+import torch
+from families_grid import GRID
+from families_text import TEXT_ONLY
+from families_tile import TILE
+from family_models import make_family
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
+from transformers.models.auto.processing_auto import processor_class_from_name
+
+from mmtrain.data.chat import Conversation, Image, Message, SampleError, Text
+from mmtrain.data.encode import Encoded, Encoder
+from mmtrain.data.processor import load_processor
+from mmtrain.errors import UserError
+
+# GLM-4V's processor hands a tensor to `np.array`
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+FAMILIES = {**GRID, **TILE, **TEXT_ONLY}
+USED = [name for name, family in FAMILIES.items() if family.needs is None]
+
+IMAGES = {"square.png": (64, 64), "wide.png": (120, 50)}
+_SQUARE, _WIDE = (Image(name) for name in IMAGES)
+CASES: dict[str, list[tuple[Any, list[Any]]]] = {
+    "text": [("user", ["what is it?"]), ("assistant", ["a circle"])],
+    "one_image": [("user", [_WIDE, "what is it?"]), ("assistant", ["a square"])],
+    "two_images": [("user", [_SQUARE, _WIDE, "which is red?"]), ("assistant", ["the second is"])],
+    "between": [("user", ["is ", _SQUARE, " like this?"]), ("assistant", ["blue"])],
+    "system": [("system", ["be brief"]), ("user", ["what?"]), ("assistant", ["red"])],
+    "system_and_image": [("system", ["be brief"]), ("user", [_SQUARE, "what?"]), ("assistant", ["red"])],
+    "two_answers": [("user", ["1?"]), ("assistant", ["one and"]), ("user", ["2?"]), ("assistant", ["two"])],
+}
+FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}"
+"""A run does not depend on the day it is started."""
+
+
+def conversations(name: str) -> dict[str, Conversation]:
+    """What a family is tried with, by the name of the case."""
+    made = {}
+    for case, turns in CASES.items():
+        messages = [
+            Message(role, tuple(part if isinstance(part, Image) else Text(part) for part in parts))
+            for role, parts in turns
+        ]
+        made[case] = Conversation(tuple(messages))
+    return {case: one for case, one in made.items() if FAMILIES[name].images or not one.images}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for i, (name, size) in enumerate(IMAGES.items()):
+        PIL.Image.new("RGB", size, (200, 90 * i, 40)).save(folder / name)
+    return folder
+
+
+_homes: list[Path] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    _homes.append(tmp_path_factory.mktemp("families"))
+
+
+@cache
+def directory(name: str) -> Path:
+    return make_family(FAMILIES[name], _homes[0] / name)
+
+
+@cache
+def encoder(name: str) -> Encoder:
+    return Encoder(load_processor(str(directory(name))))
+
+
+@cache
+def reference(name: str) -> Any:
+    """The family's own processor, or the tokenizer of a text model; its parts for video and sound are left out."""
+    path = directory(name)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if "strftime_now" in tokenizer.chat_template:
+        tokenizer.chat_template = FIXED_DATE + tokenizer.chat_template
+    if not FAMILIES[name].images:
+        return tokenizer
+    settings = json.loads((path / "processor_config.json").read_text())
+    family = processor_class_from_name(settings.pop("processor_class"))
+    parts = {"tokenizer": tokenizer, "image_processor": AutoImageProcessor.from_pretrained(path, backend="pil")}
+
+    class WithoutVideo(family):  # type: ignore[misc, valid-type]
+        def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
+            return None if argument is None else super().check_argument_for_proper_class(name, argument)
+
+    made = {part: parts.get(part) for part in family.get_attributes()}
+    return WithoutVideo(**made, chat_template=tokenizer.chat_template, **settings)
+
+
+def tokenizer_of(name: str) -> Any:
+    return reference(name).tokenizer if FAMILIES[name].images else reference(name)
+
+
+def as_messages(name: str, conversation: Conversation, root: Path) -> list[dict[str, Any]]:
+    """A conversation as transformers takes it, with an end token written into replies that the template leaves open."""
+    family, messages = FAMILIES[name], []
+    for message in conversation.messages:
+        content: Any = [
+            {"type": "text", "text": part.text}
+            if isinstance(part, Text)
+            else {"type": "image", "image": PIL.Image.open(root / part.name).convert("RGB")}
+            for part in message.parts
+        ]
+        last = message is conversation.messages[-1]
+        if message.role == "assistant" and (family.unended == "each" or (family.unended == "last" and last)):
+            content[-1]["text"] += family.eos
+        if family.strings == "all" or message.role in family.strings.split():
+            content = "".join(part["text"] for part in content)
+        messages.append({"role": message.role, "content": content})
+    return messages
+
+
+def own_inputs(name: str, messages: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
+    return dict(reference(name).apply_chat_template(messages, tokenize=True, return_dict=True, **options))
+
+
+def own_ids(name: str, messages: list[dict[str, Any]], prompt: bool = False) -> list[int]:
+    """The family's own ids; with `prompt` those that a reply to `messages` follows."""
+    ids = own_inputs(name, messages, add_generation_prompt=prompt)["input_ids"]
+    ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+    return list(ids[0] if isinstance(ids[0], list) else ids)
+
+
+def runs(encoded: Encoded) -> list[tuple[int, int]]:
+    """(start, end) of each stretch that is trained on."""
+    flags = [False, *encoded.supervised.tolist(), False]
+    borders = [i for i, (one, two) in enumerate(itertools.pairwise(flags)) if one != two]
+    return list(zip(borders[::2], borders[1::2], strict=True))
+
+
+def loss(name: str, case: str, root: Path) -> torch.Tensor:
+    """Of the tiny model, on what the family's own processor gives."""
+    inputs = own_inputs(name, as_messages(name, conversations(name)[case], root), return_tensors="pt")
+    auto = AutoModelForImageTextToText if FAMILIES[name].images else AutoModelForCausalLM
+    model = auto.from_pretrained(directory(name))
+    labels = inputs["input_ids"].clone()
+    labels[labels >= AutoConfig.from_pretrained(directory(name)).get_text_config().vocab_size] = -100
+    with torch.no_grad():
+        found: torch.Tensor = model(**inputs, labels=labels).loss
+    return found
+
+
+REFUSED = {
+    ("mllama", "system_and_image"): "Prompting with images is incompatible with system messages",
+    ("qwen3_5", "two_answers"): "rewrites earlier turns",
+}
+"""What the family's template allows no training on, and what the refusal says."""
+
+_AS_PYTHON = "the content that the template takes as a string only is given as parts, which it prints"
+_NO_PROMPT = "every sample is refused: the header of a reply differs from the prompt's by a space"
+_WRAPPED = "the start is refused: the processor takes a placeholder only between its start and end tokens"
+WRONG: dict[str, tuple[str, str]] = {
+    "gemma3": ("one_image two_images system_and_image", "newlines before an image join those of its span"),
+    "mllama": ("one_image two_images between", "the span of an image holds a BOS"),
+    "glm4v": (" ".join(CASES), _AS_PYTHON),
+    "lfm2": (" ".join(CASES), _AS_PYTHON),
+    "llava_onevision": (" ".join(CASES), _NO_PROMPT),
+    "hunyuan_vl": (" ".join(CASES), _WRAPPED),
+    "gpt_oss": ("two_answers", "an end of generation is put before the end token of an earlier turn"),
+}
+"""By family, the cases whose ids are not the family's own, and why."""
+WRONG_MORE = {("mllama", "system"): _AS_PYTHON}
+
+
+def _marked(values: Any, reason: str | None) -> Any:
+    return pytest.param(*values, marks=[pytest.mark.xfail(reason=reason, strict=True)] if reason else [])
+
+
+def _cases() -> list[Any]:
+    found = []
+    for name in USED:
+        wrong, reason = WRONG.get(name, ("", ""))
+        for case in conversations(name):
+            if (name, case) not in REFUSED:
+                why = reason if case in wrong.split() else WRONG_MORE.get((name, case))
+                found.append(_marked((name, case), why))
+    return found
+
+
+def _families(wrong: dict[str, str]) -> list[Any]:
+    return [_marked((name,), wrong.get(name)) for name in USED]
+
+
+@pytest.mark.parametrize(("name", "case"), _cases())
+def test_ids_are_the_familys_own(name: str, case: str, root: Path) -> None:
+    conversation = conversations(name)[case]
+    messages = as_messages(name, conversation, root)
+    encoded = encoder(name).encode(conversation, root)
+    assert encoded.ids.tolist() == own_ids(name, messages)
+    replies = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    prompts = [own_ids(name, messages[:turn], prompt=True) for turn in replies]
+    assert [encoded.ids[:start].tolist() for start, _ in runs(encoded)] == prompts
+
+
+@pytest.mark.parametrize(("name", "case"), REFUSED)
+def test_what_a_template_rules_out_is_refused(name: str, case: str, root: Path) -> None:
+    with pytest.raises(SampleError, match=REFUSED[name, case]):
+        encoder(name).encode(conversations(name)[case], root)
+
+
+_PADS = "the processor switched padding on in the tokenizer that it shares"
+
+
+@pytest.mark.parametrize("name", _families({"aya_vision": _PADS, "gemma4": _PADS, "hunyuan_vl": _WRAPPED}))
+def test_encoding_many_gives_what_encoding_one_gives(name: str, root: Path) -> None:
+    def plain(found: Encoded | SampleError) -> Any:
+        return str(found) if isinstance(found, SampleError) else (found.ids.tolist(), found.supervised.tolist())
+
+    def one(conversation: Conversation) -> Encoded | SampleError:
+        try:
+            return encoder(name).encode(conversation, root)
+        except SampleError as error:
+            return error
+
+    tried = conversations(name).values()
+    many = encoder(name).encode_many([(conversation, root) for conversation in tried])
+    assert [plain(found) for found in many] == [plain(one(conversation)) for conversation in tried]
+
+
+@pytest.mark.parametrize("name", _families({"hunyuan_vl": _WRAPPED, "llava_onevision": _NO_PROMPT}))
+def test_a_trace_is_of_the_same_ids(name: str, root: Path) -> None:
+    for case, conversation in conversations(name).items():
+        if (name, case) not in REFUSED:
+            traced, encoded = encoder(name).trace(conversation, root), encoder(name).encode(conversation, root)
+            assert traced.encoded.ids.tolist() == encoded.ids.tolist()
+            assert len(traced.owners) == encoded.num_tokens
+
+
+_TWO_ENDS = "two special tokens close a turn: the first is trained on, the second stops generation"
+
+
+@pytest.mark.parametrize(
+    "name",
+    _families({"aya_vision": _TWO_ENDS, "cohere2": _TWO_ENDS, "hunyuan_vl": _WRAPPED, "llava_onevision": _NO_PROMPT}),
+)
+def test_what_stops_generation_is_trained_on(name: str, root: Path) -> None:
+    encoded = encoder(name).encode(conversations(name)["text"], root)
+    last = tokenizer_of(name).convert_ids_to_tokens(int(encoded.ids[encoded.supervised][-1]))
+    assert last in (FAMILIES[name].eos, *FAMILIES[name].stops)
+
+
+_UNNAMED = "the refusal names something else than what is missing"
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        _marked((name, family.needs), _UNNAMED if name in ("pixtral", "minicpmv4_6") else None)
+        for name, family in FAMILIES.items()
+        if family.needs
+    ],
+)
+def test_a_processor_that_needs_another_package_is_refused_by_its_name(name: str, needs: str) -> None:
+    if importlib.util.find_spec(needs):
+        pytest.skip(f"{needs} is installed")
+    with pytest.raises(UserError, match=f"(?si){name}.*{needs}"):
+        load_processor(str(directory(name)))
+
+
+@pytest.mark.parametrize("name", USED)
+def test_the_tiny_model_runs(name: str, root: Path) -> None:
+    assert torch.isfinite(loss(name, "one_image" if FAMILIES[name].images else "text", root))
