@@ -193,7 +193,3 @@ GRANITE = (
     "{% for m in messages %}{{ '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content + '<|end_of_text|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
 )
-PHI4 = (
-    "{% for m in messages %}{{ '<|' + m.role + '|>' }}" + _parts("<|image|>") + "<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
-)

@@ -16,9 +16,9 @@ from label_models import OTHER_TEMPLATES, TEMPLATES, TOKENIZERS, make_directory
 from mmtrain.config.schema import TrainSource
 from mmtrain.data import findings, label_checks
 from mmtrain.data.chat import Conversation, Image, Message, Part, Role, Text
+from mmtrain.data.content_checks import image_notes
 from mmtrain.data.encode import Encoder
 from mmtrain.data.findings import IGNORED, Finding
-from mmtrain.data.image_notes import image_notes
 from mmtrain.data.label_checks import Checker
 from mmtrain.data.load import load_processor
 from mmtrain.data.processor import ChatProcessor
@@ -381,7 +381,7 @@ def test_the_checks_do_not_know_the_encoder() -> None:
     assert own == {
         "mmtrain.data.chat",
         "mmtrain.data.findings",
-        "mmtrain.data.image_notes",
+        "mmtrain.data.content_checks",
         "mmtrain.data.processor",
         "mmtrain.foreign_text",
     }

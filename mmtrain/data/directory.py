@@ -59,7 +59,8 @@ def load_parts(directory: Path) -> DirectoryParts:
     except UserError:
         raise
     except Exception as error:  # a broken directory makes transformers raise anything
-        raise UserError(f"the processor cannot be loaded: {one_line(error)}") from None
+        kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
+        raise UserError(f"the processor cannot be loaded: {kind}{one_line(error)}") from None
     # the constructor of a processor may add tokens, so the copy is made after it
     return DirectoryParts(copy.deepcopy(tokenizer), processor, eos_ids, getattr(config, "image_token_id", None))
 

@@ -152,11 +152,8 @@ class Encoder:
     def _lay_out(self, conversation: Conversation) -> tuple[list[Piece], Sequence[Segment]]:
         pieces, skeleton = self._layout.lay_out(conversation)
         trained = self.trained_turns(conversation.messages)
-        if any(turn not in skeleton.answers for turn in trained):
-            raise SampleError(
-                "the model's chat template rewrites earlier turns, so they cannot all be learned in one sample: "
-                "set labels.train_on to last"
-            )
+        if missing := [turn for turn in trained if turn not in skeleton.answers]:
+            raise SampleError(_why_untrainable(missing[-1], len(conversation.messages)))
         return pieces, self._segmenter.cut(pieces, skeleton, tuple(trained))
 
     def _assemble(
@@ -217,6 +214,18 @@ class Encoder:
         places = self.processor.token_places(text, after) if text else []
         owners = [segment.spans[min(bisect_right(ends, place), len(ends) - 1)].piece for place in places]
         return owners + [-1] * (num_ids - len(owners))
+
+
+def _why_untrainable(turn: int, num_turns: int) -> str:
+    if turn < num_turns - 1:
+        return (
+            f"the model's chat template rewrites turn {turn + 1} once others follow, so it cannot be trained on in one "
+            "sample with them: set labels.train_on to last"
+        )
+    return (
+        f"the model's chat template does not begin turn {turn + 1} as its generation prompt does, so what inference "
+        "feeds the model is not what the conversation holds: such a template cannot be trained on"
+    )
 
 
 def _words(laid_out: LaidOut) -> Iterator[str]:

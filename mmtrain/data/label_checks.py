@@ -6,20 +6,21 @@ turn what inference would write before it is held against the ids, and what the 
 
 import functools
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import pairwise
 
 from mmtrain.data.chat import Conversation, Image, Message, Messages, Part
+from mmtrain.data.content_checks import MARKS, image_notes, literal_specials, unmatched_marks
 from mmtrain.data.findings import (
     ADDED_END,
     IGNORED,
-    LITERAL,
     NO_END,
     NO_LABEL,
     NO_WORDS,
     NOT_ITSELF,
+    OTHER_END,
     OUTSIDE,
     PICTURE,
     PLACEHOLDER,
@@ -28,7 +29,6 @@ from mmtrain.data.findings import (
     WORDS,
     Finding,
 )
-from mmtrain.data.image_notes import image_notes
 from mmtrain.data.processor import ChatProcessor
 from mmtrain.foreign_text import shown
 
@@ -45,11 +45,12 @@ class _Frame:
     """What the template writes around the words of one answer: before, between its parts, behind.
 
     `end`: the special tokens that it writes right after the words, to the one that stops generation or else the first
-    alone; none where it lacks an end token.
+    alone; none where it lacks an end token. `other_end`: where others follow, it writes another special token there.
     """
 
     around: tuple[str, ...]
     end: tuple[int, ...]
+    other_end: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,15 @@ Form = tuple[tuple[str, tuple[str, ...]], ...]
 class Checker:
     """Checks the samples of one model and one choice of labels."""
 
-    def __init__(self, processor: ChatProcessor, train_on: str = "assistant", end_of_turn: bool = True) -> None:
+    def __init__(
+        self,
+        processor: ChatProcessor,
+        train_on: str = "assistant",
+        end_of_turn: bool = True,
+        ignored: Collection[str] = (),
+    ) -> None:
+        """`ignored`: marks that may stand in text as they are, from `data.ignore_fields`."""
+        self._marks = [] if processor.image_token is None else [mark for mark in MARKS if mark not in ignored]
         self._processor = processor
         self._train_on = train_on
         self._end_of_turn = end_of_turn
@@ -87,7 +96,8 @@ class Checker:
         found = list(_wrong_labels(ids, labels))
         folded_ids, folded, faults = self._fold(list(ids), list(labels), sizes)
         found += faults + self._turns(_Sample(conversation.messages, folded_ids, folded, _spans(folded)))
-        found += self._literals(conversation.messages)
+        found += unmatched_marks(conversation.messages, self._marks)
+        found += literal_specials(conversation.messages, self._processor)
         found += image_notes(sizes, self._processor)
         return list(dict.fromkeys(found))
 
@@ -176,7 +186,7 @@ class Checker:
             yield Finding(ADDED_END, False, f"turn {turn + 1} follows an end token that inference's text lacks")
         if actual == expected:
             return
-        literal = any(self._literals(sample.messages[:turn]))
+        literal = any(literal_specials(sample.messages[:turn], self._processor))
         decode = self._processor.decode
         one, two = _normal(decode(actual)), _normal(decode(expected))
         loose = literal or added  # a special token, or its absence, can move a space of SentencePiece
@@ -203,11 +213,14 @@ class Checker:
 
     def _without_added_ends(self, sample: _Sample, end: int, trained: list[int]) -> list[int]:
         """ids[:end] without the end tokens behind learned answers, where the template writes none itself."""
-        if all(self._frame(_form(sample.messages), turn).end for turn in trained):
+        if all(frame.end or frame.other_end for frame in self._frames(sample, trained)):
             return sample.ids[:end]
         eos = self._processor.tokenizer.eos_token_id
         ends = {last - 1 for _, last in sample.spans if sample.ids[last - 1] == eos}
         return [token for i, token in enumerate(sample.ids[:end]) if i not in ends]
+
+    def _frames(self, sample: _Sample, turns: list[int]) -> Iterator[_Frame]:
+        return (self._frame(_form(sample.messages), turn) for turn in turns)
 
     def _answer(self, sample: _Sample, turn: int, spans: list[_Span]) -> Iterator[Finding]:
         """Whether the labels of a turn are its words and its end."""
@@ -219,11 +232,13 @@ class Checker:
         labels = [label for span in spans for label in sample.labels[slice(*span)]]
         num_end = self._num_end(labels, frame)
         has_end = num_end > 0
-        if self._end_of_turn and not has_end:
+        if self._end_of_turn and frame.other_end and not has_end:
+            yield Finding(OTHER_END, False, f"{name}: the template writes another token there, which is not trained on")
+        elif self._end_of_turn and not has_end:
             yield Finding(NO_END, True, f"{name}: the token that ends it is not learned")
         if has_end and not self._end_of_turn:
             yield Finding(OUTSIDE, True, f"{name}: its end is learned, and labels.end_of_turn is false")
-        if self._end_of_turn and not frame.end:
+        if self._end_of_turn and not frame.end and not frame.other_end:
             yield Finding(ADDED_END, False, f"{name}: the template has no end token, the tokenizer's is put there")
         labels = labels[: len(labels) - num_end]
         start = spans[0][0]
@@ -276,10 +291,12 @@ class Checker:
             _, _, alone = alone.partition(part["text"])
             around.append(before)
         end = self._special_run(alone.lstrip())
+        other_end = False
         if not rest.lstrip().startswith("".join(end)):
-            end = self._special_run(rest)
-            end = end if end and processor.tokenizer.convert_tokens_to_ids(end[-1]) in processor.eos_ids else []
-        return _Frame((*around, rest), tuple(map(processor.tokenizer.convert_tokens_to_ids, end)))
+            own = self._special_run(rest)
+            stops = bool(own) and processor.tokenizer.convert_tokens_to_ids(own[-1]) in processor.eos_ids
+            end, other_end = own if stops else [], bool(own) and not stops
+        return _Frame((*around, rest), tuple(map(processor.tokenizer.convert_tokens_to_ids, end)), other_end)
 
     def _special_run(self, text: str) -> list[str]:
         """The special tokens that `text` begins with, to the one that stops generation; the first alone without one."""
@@ -297,11 +314,6 @@ class Checker:
         add = self._processor.image_token is not None and not has_bos
         ids: list[int] = tokenizer(text, add_special_tokens=add)["input_ids"]
         return ids
-
-    def _literals(self, messages: tuple[Message, ...]) -> Iterator[Finding]:
-        for turn, message in enumerate(messages, start=1):
-            if match := self._processor.special_tokens.search(message.text):
-                yield Finding(LITERAL, False, f"turn {turn} holds {shown(match.group())}, which stays characters")
 
 
 def _wrong_labels(ids: Sequence[int], labels: Sequence[int]) -> Iterator[Finding]:

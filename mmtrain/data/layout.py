@@ -35,12 +35,15 @@ class Answer:
     """Where an assistant's turn lies in the pieces of a skeleton.
 
     `border`: (piece, character) at which inference's prompt ends; what follows is the model's to write.
-    `end`: (piece, character) behind the token that ends the turn; None where the template writes none.
+    `end`: (piece, character) after the token that ends the turn; None where the template writes none.
+    `other_end`: the template ends a reply that others follow by another token, which does not stop generation: nothing
+    of its end is trained on there, and nothing is put in its place.
     """
 
     border: tuple[int, int]
     words_end: int
     end: tuple[int, int] | None
+    other_end: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,22 +146,25 @@ class Layout:
             raise SampleError("the model's chat template writes words of the answer into its prompt")
         border = max(i for i in range(first + 1) if starts[i] <= prompt_length)
         after = last + 1
-        end = None
+        end, other_end = None, False
         if after < len(pieces) and pieces[after].kind == "template":
-            length = self._end_length(pieces[after].text, closing.rpartition(_stand_in(int(pieces[last].text)))[2])
+            length, other_end = self._end(pieces[after].text, closing.rpartition(_stand_in(int(pieces[last].text)))[2])
             end = (after, length) if length else None
-        return Answer((border, prompt_length - starts[border]), last, end)
+        return Answer((border, prompt_length - starts[border]), last, end, other_end)
 
-    def _end_length(self, following: str, closing: str) -> int:
-        """Characters of the template's text after a reply that its end takes; 0 where there is none.
+    def _end(self, following: str, closing: str) -> tuple[int, bool]:
+        """Characters of `following`, the template's text after a reply, that its end takes, 0 where there is none; and
+        whether another token ends it there. `closing` is the text after the reply where it is the last.
 
         Several special tokens may close a reply: its end is the one that stops generation, or else the first.
         """
         ends = list(self._closing_tokens(closing, len(closing) - len(closing.lstrip())))
         end = next((end for end, stops in ends if stops), ends[0][0] if ends else 0)
         if end and following.startswith(closing[:end]):
-            return end
-        return next((end for end, stops in self._closing_tokens(following, 0) if stops), 0)
+            return end, False
+        others = list(self._closing_tokens(following, 0))
+        length = next((end for end, stops in others if stops), 0)
+        return length, not length and bool(ends) and bool(others)
 
     def _closing_tokens(self, text: str, at: int) -> Iterator[tuple[int, bool]]:
         """Where each of the special tokens one after the other from `at` ends, and whether it stops generation."""

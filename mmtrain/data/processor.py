@@ -68,8 +68,7 @@ class ChatProcessor:
         self.parting_tokens = _any_of({token.content for token in parting}.intersection(specials))
         self.pad_id = int(tokenizer.pad_token_id or 0)
         self._render = renderer(tokenizer, self.template)
-        self.parts_wanted = True
-        """Whether the template takes content as a list of parts; a string otherwise."""
+        self._text_roles = frozenset[str]()
         self._anchors = self._find_anchors()
         # some special tokens swallow the white space behind them
         self._swallowing = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.rstrip}
@@ -97,10 +96,11 @@ class ChatProcessor:
 
     def as_wanted(self, messages: Messages) -> Messages:
         """`messages`, whose content is a list of parts, in the form that the template takes."""
-        if self.parts_wanted:
-            return messages
         return [
-            {**message, "content": "".join(part.get("text", "") for part in message["content"])} for message in messages
+            {**message, "content": "".join(part.get("text", "") for part in message["content"])}
+            if message["role"] in self._text_roles
+            else message
+            for message in messages
         ]
 
     def encode(
@@ -284,7 +284,7 @@ class ChatProcessor:
                 raise UserError(
                     f"the tokenizer does not give back ordinary text: {shown(text)} came back as {shown(back)}"
                 )
-        self.parts_wanted = self._wants_parts()
+        self._text_roles = self._find_text_roles()
         if self.image_token is None:
             return
         seen = self.render([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "probe"}]}])
@@ -294,37 +294,39 @@ class ChatProcessor:
         if not self.image_tokens(_PROBE_SIZE).num_placeholders:
             raise UserError(f"the image processor lays out no placeholder {shown(self.image_token)}")
 
-    def _wants_parts(self) -> bool:
-        """Whether the template takes content as a list of parts; the wrong form is often dropped, or printed as data.
+    def _find_text_roles(self) -> frozenset[str]:
+        """The roles whose content the template takes as a string: a list of parts is dropped there, or printed as data.
 
-        The parts carry a key that no template knows: where its value is in the text, the template prints the part.
+        The probe's parts carry a key that no template knows: where its value is in the text, the part was printed.
         """
         if not self.template:
             raise UserError(
                 "the model directory has no chat template (chat_template.jinja, or in tokenizer_config.json)"
             )
         failures = []
-        for wanted in (True, False):
-            self.parts_wanted = wanted
+        for roles in ((), ("assistant",), ("user",), ("user", "assistant")):
+            self._text_roles = frozenset(roles)
             try:
                 text = self.render([_probe_turn("user"), _probe_turn("assistant")])
             except SampleError as error:
                 failures.append(str(error))
                 continue
-            if self._shows(text, "user") and self._shows(text, "assistant") and self._takes_system():
-                return wanted
+            if _shows(text, "user") and _shows(text, "assistant"):
+                return self._with_system()
         raise UserError(f"the chat template does not show a user's words: {'; '.join(failures) or 'they are dropped'}")
 
-    def _takes_system(self) -> bool:
-        """False where the template takes a system turn and does not show its words as they are."""
-        try:
-            text = self.render([_probe_turn("system"), _probe_turn("user")])
-        except SampleError:
-            return True
-        return _UNKNOWN not in text
-
-    def _shows(self, text: str, role: str) -> bool:
-        return text.count(_probe_words(role)) == 1 and _UNKNOWN not in text
+    def _with_system(self) -> frozenset[str]:
+        """The roles found, and the system's where it is one of them. A template may refuse or drop it altogether."""
+        others = self._text_roles
+        for roles in (others, others | {"system"}):
+            self._text_roles = roles
+            try:
+                text = self.render([_probe_turn("system"), _probe_turn("user")])
+            except SampleError:
+                continue
+            if _shows(text, "system"):
+                return roles
+        return others
 
 
 _UNKNOWN = "Zq-unknown-qZ"
@@ -332,6 +334,10 @@ _UNKNOWN = "Zq-unknown-qZ"
 
 def _probe_words(role: str) -> str:
     return f"Zq-{role}-qZ"
+
+
+def _shows(text: str, role: str) -> bool:
+    return text.count(_probe_words(role)) == 1 and _UNKNOWN not in text
 
 
 def _probe_turn(role: str) -> dict[str, Any]:

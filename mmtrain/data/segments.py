@@ -88,7 +88,8 @@ class Segmenter:
             if answer.end is not None and self._end_of_turn:
                 turns_off[answer.end] = False
             else:
-                turns_off[answer.words_end, len(pieces[answer.words_end].text)] = self._end_of_turn
+                is_added = self._end_of_turn and not answer.other_end
+                turns_off[answer.words_end, len(pieces[answer.words_end].text)] = is_added
         parted = set(self._around_parting(pieces))
         on = False
         run: list[Span] = []
