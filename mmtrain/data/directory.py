@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 
@@ -94,7 +94,7 @@ def _processor_class(directory: Path, config: Any) -> Any:
     """The class that the directory names, as AutoProcessor looks for it, or else the one of the model's family."""
     for name in _NAMES_PROCESSOR:
         if (directory / name).is_file():
-            named = json.loads((directory / name).read_text(encoding="utf-8")).get("processor_class")
+            named = _json_object(directory / name).get("processor_class")
             found = processor_class_from_name(named) if isinstance(named, str) else None
             if found is not None:
                 return found
@@ -103,7 +103,19 @@ def _processor_class(directory: Path, config: Any) -> Any:
 
 def _eos_ids(directory: Path, config: Any) -> frozenset[int]:
     """Every id that ends generation, from generation_config.json where there is one."""
-    if (directory / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(directory, local_files_only=True)
-    ids = getattr(config, "eos_token_id", None)
-    return frozenset(ids if isinstance(ids, list) else [ids]) - {None}
+    path = directory / "generation_config.json"
+    ids = _json_object(path).get("eos_token_id") if path.is_file() else getattr(config, "eos_token_id", None)
+    found = ids if isinstance(ids, list) else [ids]
+    if any(id_ is not None and type(id_) is not int for id_ in found):
+        raise UserError(f"eos_token_id is {shown(ids)}: expected a token id or a list of them")
+    return frozenset(found) - {None}
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path.name} is not JSON: {one_line(error)}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path.name}: expected an object, not {shown(found)}")
+    return found

@@ -213,14 +213,12 @@ class Checker:
 
     def _without_added_ends(self, sample: _Sample, end: int, trained: list[int]) -> list[int]:
         """ids[:end] without the end tokens behind learned answers, where the template writes none itself."""
-        if all(frame.end or frame.other_end for frame in self._frames(sample, trained)):
+        frames = [self._frame(_form(sample.messages), turn) for turn in trained]
+        if all(frame.end or frame.other_end for frame in frames):
             return sample.ids[:end]
         eos = self._processor.tokenizer.eos_token_id
         ends = {last - 1 for _, last in sample.spans if sample.ids[last - 1] == eos}
         return [token for i, token in enumerate(sample.ids[:end]) if i not in ends]
-
-    def _frames(self, sample: _Sample, turns: list[int]) -> Iterator[_Frame]:
-        return (self._frame(_form(sample.messages), turn) for turn in turns)
 
     def _answer(self, sample: _Sample, turn: int, spans: list[_Span]) -> Iterator[Finding]:
         """Whether the labels of a turn are its words and its end."""

@@ -23,7 +23,6 @@ from mmtrain.foreign_text import one_line, shown
 
 _PROBE_SIZE = (64, 64)
 TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
-_ORDINARY_TEXT = ("The quick brown fox jumps over the lazy dog.", "What is 12 + 30? It is 42!")
 _ANCHORS = ("", "\n", ":", "a")
 
 
@@ -275,15 +274,7 @@ class ChatProcessor:
         return preferred[0] if preferred else None
 
     def check(self) -> None:
-        """Raise UserError where the directory's tokenizer or template would teach nonsense."""
-        for text in _ORDINARY_TEXT:
-            back = self.tokenizer.decode(
-                self._encode(text), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            if back.strip() != text:
-                raise UserError(
-                    f"the tokenizer does not give back ordinary text: {shown(text)} came back as {shown(back)}"
-                )
+        """Raise UserError where the directory's template or processor would teach nonsense."""
         self._text_roles = self._find_text_roles()
         if self.image_token is None:
             return

@@ -15,7 +15,7 @@ from mmtrain.foreign_text import shown
 
 
 def load_config(path: str) -> Any:
-    return AutoConfig.from_pretrained(path, local_files_only=True)
+    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def length_limit(path: str, max_length: int) -> LengthLimit:

@@ -1,0 +1,134 @@
+"""Model directories that are broken or hostile: one line each, in time, and nothing of them runs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from builders import TINY, write_jsonl
+from label_models import TEMPLATES, make_directory
+
+from mmtrain.data.load import load_processor
+from mmtrain.errors import UserError
+
+CHATML = TEMPLATES["chatml"].text
+BOMBS = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
+    "{% endfor %}" + CHATML,
+    "a product": "{% set x = 'a' * 3000000000 %}" + CHATML,
+    "a doubling": "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+    + CHATML,
+    "a long text": CHATML + "{% for m in messages %}{{ 'a' * 2000000 }}{% endfor %}",
+    "a wide field": "{% set x = '%3000000000d' % 1 %}" + CHATML,
+    "a bomb for replies": CHATML
+    + "{% if messages[-1].role == 'assistant' %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
+    "{% endfor %}{% endif %}",
+    "a large file": CHATML + "{#" + "a" * 1_100_000 + "#}",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_template_that_takes_too_much_is_refused(name: str, tmp_path: Path) -> None:
+    path = make_directory(tmp_path / "model", "byte_level", BOMBS[name])
+    with pytest.raises(UserError, match=r"model: the chat template (is refused: .* takes|is refused: .* makes|has 1,)"):
+        load_processor(str(path))
+
+
+def test_what_a_template_says_is_printed_on_one_line(tmp_path: Path) -> None:
+    template = "{{ raise_exception('no\x1b[31m\nway') }}"
+    path = make_directory(tmp_path / "model", "byte_level", template)
+    with pytest.raises(UserError, match="no") as caught:
+        load_processor(str(path))
+    assert all(fault.isprintable() for fault in caught.value.faults)
+
+
+def _without(name: str) -> Callable[[Path], object]:
+    return lambda path: (path / name).unlink()
+
+
+def _with(name: str, text: str) -> Callable[[Path], object]:
+    return lambda path: (path / name).write_text(text)
+
+
+def _changed(name: str, **values: object) -> Callable[[Path], object]:
+    return lambda path: (path / name).write_text(json.dumps(json.loads((path / name).read_text()) | values))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no tokenizer": (_without("tokenizer.json"), r"tokenizer"),
+    "a tokenizer that is cut": (_with("tokenizer.json", '{"version": "1.0", "model": {'), r"cannot be loaded"),
+    "a tokenizer of another class": (_changed("tokenizer_config.json", tokenizer_class="T5Tokenizer"), r"."),
+    "a class that nobody knows": (_changed("tokenizer_config.json", tokenizer_class="NoSuchTokenizer"), r"."),
+    "no config": (_without("config.json"), r"cannot be loaded"),
+    "a config that is a list": (_with("config.json", "[]"), r"."),
+    "a model that nobody knows": (_changed("config.json", model_type="no_such_model"), r"no_such_model"),
+    "no template": (_without("chat_template.jinja"), r"no chat template"),
+    "a template that is cut": (_with("chat_template.jinja", "{% for m in messages %}"), r"chat template"),
+    "generation settings that are no JSON": (
+        _with("generation_config.json", "{"),
+        r"generation_config\.json is not JSON",
+    ),
+    "generation settings that are a list": (_with("generation_config.json", "[]"), r"expected an object"),
+    "an end that is no id": (_with("generation_config.json", '{"eos_token_id": "</s>"}'), r"eos_token_id is '</s>'"),
+    "no image processor": (_without("preprocessor_config.json"), r"cannot be loaded"),
+    "an image processor that is no JSON": (_with("preprocessor_config.json", "{"), r"cannot be loaded|not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_directory_is_named_in_one_line(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(TINY, path)
+    do, reason = BROKEN[name]
+    do(path)
+    try:
+        load_processor(str(path))
+    except UserError as error:
+        (fault,) = error.faults
+        assert fault.startswith(f"{path}: ")
+        assert fault.isprintable()
+        import re
+
+        assert re.search(reason, fault.removeprefix(f"{path}: ")), fault
+    else:
+        assert name == "a class that nobody knows"  # transformers takes the tokenizer's file for what it is
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["a known model", "an unknown model"])
+def test_no_code_of_a_directory_runs_even_where_the_user_says_yes(known: bool, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    canary = tmp_path / "canary"
+    (model / "code.py").write_text(f"open({str(canary)!r}, 'w').close()\nclass Anything:\n    pass\n")
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        content = json.loads((model / name).read_text())
+        autos = ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor", "AutoImageProcessor")
+        content["auto_map"] = dict.fromkeys(autos, "code.Anything")
+        content |= (
+            {} if known else {"model_type": "no_such_model", "tokenizer_class": "NoSuch", "processor_class": "No"}
+        )
+        (model / name).write_text(json.dumps(content))
+    turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}]
+    data = write_jsonl(tmp_path / "data.jsonl", [{"messages": turns}])
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {{path: {model}, dtype: float32}}\ndata: {{train: [{{path: {data}}}]}}\n"
+        f"train: {{output_dir: {tmp_path / 'run'}, steps: 1}}\n"
+    )
+    for command in (["inspect-labels"], ["train"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "mmtrain", *command, str(config)],
+            input="y\n" * 50,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == (0 if known else 2), done.stderr
+        assert "Traceback" not in done.stderr
+        assert not canary.exists()
