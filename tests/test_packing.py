@@ -94,6 +94,16 @@ def test_rows_that_change_each_other_even_when_padded_are_refused(load: Load) ->
             packing_fault(model, processor, torch.float32, packing=wanted)
 
 
+def test_logits_that_are_not_finite_are_refused_and_equal_ones_are_no_fault(load: Load) -> None:
+    model, processor = load("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        assert packing_fault(model, processor, torch.float32) is None
+        model.lm_head.weight[7] = float("inf")
+        with pytest.raises(UserError, match="not finite"):
+            packing_fault(model, processor, torch.float32)
+
+
 def test_a_model_that_fails_in_packed_rows_alone_falls_back(load: Load) -> None:
     def fail(module: Any, args: Any, kwargs: Any) -> None:
         if kwargs.get("attention_mask") is None:

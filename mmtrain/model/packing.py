@@ -59,6 +59,8 @@ def packing_fault(model: Any, processor: ChatProcessor, dtype: torch.dtype, pack
         padded = _difference(trial.logits([0, 1], packing=False), first + second)
     except Exception as error:  # a family that is not supported can raise anything
         raise UserError(f"the model cannot be run on a trial batch: {_named(error)}") from error
+    if not all(torch.isfinite(logits).all() for logits in first + second):
+        raise UserError("the logits of the model are not finite on a trial batch: its weights or its dtype are wrong")
     if padded > _REFUSED * trial.tolerance:
         raise UserError(
             f"the model cannot be trained on several samples at once: in padded rows its logits differ by {padded:.0%} "
@@ -123,8 +125,8 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest relative difference (L2) over the stretches, each token's mean taken off as softmax does; infinite
     where a value is not finite."""
     pairs = (tuple(x - x.mean(-1, keepdim=True) for x in pair) for pair in zip(found, expected, strict=True))
-    values = [float((own - other).norm() / other.norm()) for own, other in pairs]
-    return max(value if np.isfinite(value) else float("inf") for value in values)
+    values = [float((own - other).norm() / other.norm()) for own, other in pairs if not torch.equal(own, other)]
+    return max((value if np.isfinite(value) else float("inf") for value in values), default=0.0)
 
 
 def _reach(model: Any) -> int:
