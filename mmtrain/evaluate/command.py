@@ -23,6 +23,7 @@ from mmtrain.evaluate.pictures import CHANGES, ChangedPictures, encodable
 from mmtrain.evaluate.report import image_verdict, print_comparison, print_report
 from mmtrain.evaluate.scores import Scores
 from mmtrain.evaluate.scoring import Scorer
+from mmtrain.foreign_text import one_line
 from mmtrain.model.components import Components, is_as_loaded
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import length_limit, load_model
@@ -114,7 +115,7 @@ class Evaluation:
             else:
                 self._model = PeftModel.from_pretrained(self._base, path, adapter_name=name)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: the adapter cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+            raise UserError(f"{path}: the adapter cannot be loaded: {one_line(error)}") from None
         self._model.eval()
         yield
 

@@ -12,6 +12,7 @@ from mmtrain.config import Config
 from mmtrain.data.batch import Loader
 from mmtrain.data.samples import SampleSet
 from mmtrain.errors import UserError
+from mmtrain.foreign_text import one_line
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
 from mmtrain.train.loss import supervised_nll
@@ -35,7 +36,7 @@ def token_losses(
         try:
             model = PeftModel.from_pretrained(model, str(adapter)).eval()
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{adapter}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{adapter}: the adapter cannot be loaded: {one_line(error)}") from None
     model.to(runtime.device)
     packing = choose_packing(model, processor, config, runtime, say)
     make_inputs = InputMaker(model, processor.image_token_id)
