@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,8 +13,12 @@ from family_models import TEXT_MODELS, WINDOW, make_gemma3, make_text_family
 from learning import LORA, learner_for, relative_l2, step_of
 
 from mmtrain.config.schema import Config
+from mmtrain.data.encode import Encoder
 from mmtrain.data.processor import ChatProcessor, load_processor
+from mmtrain.data.samples import SampleSet
 from mmtrain.errors import UserError
+from mmtrain.evaluate.command import Evaluation, Options
+from mmtrain.inspect_labels.losses import token_losses
 from mmtrain.model import attention, packing
 from mmtrain.model.load import load_model
 from mmtrain.model.packing import packing_fault
@@ -182,6 +187,27 @@ def test_a_model_that_leaks_is_trained_in_padded_rows(
     assert relative_l2(together[1], alone[1]) < 1e-5
     leaking = step_of(learner, dataset, [[0, 1, 2, 3, 4, 5, 6, 7]], True)
     assert abs(leaking[0] - alone[0]) > 1e-3  # what it is all about
+
+
+def test_the_other_commands_decide_alike(
+    families: dict[str, Path], make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nll(**settings: Any) -> Any:
+        config = config_for(families["gpt_oss"], make_config, **settings)
+        return Evaluation(config, Options(data=(config.data.train[0].path,))).scores().nll
+
+    def losses(**settings: Any) -> Any:
+        config = config_for(families["gpt_oss"], make_config, **settings)
+        samples = SampleSet(config.data.train, Encoder(load_processor(config.model.path)))
+        return token_losses(config, None, samples, [0, 1])
+
+    for command in (nll, losses):
+        found, line = command(), capsys.readouterr().err
+        assert line.count("packing: off, ") == 1
+        assert np.array_equal(found, command(packing=False)) if command is nll else found == command(packing=False)
+        assert "packing" not in capsys.readouterr().err
+        with pytest.raises(UserError, match=r"train\.packing"):
+            command(packing=True)
 
 
 def test_a_run_records_what_was_asked_and_resumes(

@@ -53,8 +53,8 @@ def packing_fault(model: Any, processor: ChatProcessor, dtype: torch.dtype, pack
     `model` is in eval mode, on the device where it is computed; `dtype` is that of its matrix products. Neither the
     model nor the random state changes. Raises UserError where padded rows already fail or give other logits.
     """
-    trial = _Trial(model, processor, dtype)
     try:
+        trial = _Trial(model, processor, dtype)
         first, second = trial.logits([0], packing=False), trial.logits([1], packing=False)
         padded = _difference(trial.logits([0, 1], packing=False), first + second)
     except Exception as error:  # a family that is not supported can raise anything
