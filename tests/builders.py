@@ -48,7 +48,7 @@ LLAVA_TEMPLATE = (
 )
 
 
-def _random(model: Any, path: Path) -> Path:
+def randomized(model: Any, path: Path) -> Path:
     """Weights large enough for the pictures and the context to matter, so that a leak or a mix-up shows."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -66,6 +66,14 @@ def _copy_tokenizer(path: Path, names: tuple[str, ...]) -> None:
         shutil.copyfile(TINY / name, path / name)
 
 
+def copy_text_tokenizer(path: Path) -> None:
+    """A tokenizer with a chat template, for a model without images."""
+    _copy_tokenizer(path, ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings.pop("processor_class", None)
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
 def make_qwen(path: Path) -> Path:
     """Qwen2.5-VL, two layers of each part."""
     _copy_tokenizer(
@@ -76,15 +84,12 @@ def make_qwen(path: Path) -> Path:
     config.vision_config.fullatt_block_indexes = [1]
     config.text_config.num_hidden_layers = 2
     config.text_config.layer_types = ["full_attention"] * 2
-    return _random(Qwen2_5_VLForConditionalGeneration(config), path)
+    return randomized(Qwen2_5_VLForConditionalGeneration(config), path)
 
 
 def make_text(path: Path) -> Path:
     """A causal language model without pictures (Qwen3's architecture)."""
-    _copy_tokenizer(path, ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
-    settings = json.loads((path / "tokenizer_config.json").read_text())
-    settings.pop("processor_class", None)
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    copy_text_tokenizer(path)
     vocabulary = Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab_size()
     config = Qwen3Config(
         vocab_size=vocabulary,
@@ -97,7 +102,7 @@ def make_text(path: Path) -> Path:
         max_position_embeddings=2048,
         tie_word_embeddings=False,
     )
-    return _random(Qwen3ForCausalLM(config), path)
+    return randomized(Qwen3ForCausalLM(config), path)
 
 
 def make_llava(path: Path) -> Path:
@@ -137,7 +142,7 @@ def make_llava(path: Path) -> Path:
         image_seq_length=16,
         tie_word_embeddings=False,
     )
-    return _random(LlavaForConditionalGeneration(config), path)
+    return randomized(LlavaForConditionalGeneration(config), path)
 
 
 MAKERS = {"qwen2_5_vl": make_qwen, "llava": make_llava, "text": make_text}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from builders import _random
+from builders import randomized
 from label_models import _CORPUS, _byte_fallback, _trained, byte_level, byte_level_split
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -108,7 +108,7 @@ def make_family(family: Family, path: Path) -> Path:
     text = config.get("text_config", config)
     text |= {key: None if token is None else tokenizer.token_to_id(token) for key, token in named.items()}
     model_class = AutoModelForImageTextToText if family.images else AutoModelForCausalLM
-    _random(model_class.from_config(AutoConfig.for_model(**config)), path)
+    randomized(model_class.from_config(AutoConfig.for_model(**config)), path)
     stops = [tokenizer.token_to_id(token) for token in (family.eos, *family.stops)]
     _write(path / "generation_config.json", {"eos_token_id": stops})
     return path

@@ -1,16 +1,19 @@
 """A packed row is attended to sample by sample: against a dense mask, with and without a sliding window."""
 
+import itertools
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from builders import MAKERS
+from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from mmtrain.data.batch import Batch, Segment
 from mmtrain.model import attention
-from mmtrain.model.attention import NAME, RowLayout, install_attention
+from mmtrain.model.attention import NAME, RowLayout, fits_varlen, install_attention
 
 LENGTHS = (5, 1, 9, 3)
 
@@ -45,6 +48,120 @@ def test_attention_within_samples_is_that_of_a_dense_mask(window: int | None, ke
     weights = torch.randn_like(expected)
     gradients = [torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (found, expected)]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_kernel_for_rows_of_samples_gets_only_what_it_takes() -> None:
+    """The rules of torch.nn.attention.varlen: half precision, one type, one width up to 256 that is a multiple of 8."""
+
+    def fits(types: str = "bbb", widths: tuple[int, int] = (64, 64)) -> bool:
+        dtypes = [{"b": torch.bfloat16, "h": torch.float16, "f": torch.float32}[letter] for letter in types]
+        sizes = (widths[0], widths[0], widths[1])
+        query, key, value = (torch.zeros(1, 2, 5, n, dtype=d) for n, d in zip(sizes, dtypes, strict=True))
+        return fits_varlen(query, key, value)
+
+    assert fits("bbb")
+    assert fits("hhh")
+    assert fits(widths=(8, 8))
+    assert fits(widths=(256, 256))
+    assert not any(fits(types) for types in ("fff", "ffb", "bbf", "bfb", "fbb", "bbh"))
+    assert not any(fits(widths=(width, width)) for width in (257, 264, 4, 12, 60))
+    assert not fits(widths=(192, 128))
+    assert not fits(widths=(128, 192))
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_older_gpus_have_no_such_kernel(
+    capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention._has_varlen(torch.device("cuda", 0)) is expected
+    assert not attention._has_varlen(torch.device("cpu"))
+
+
+class Varlen:
+    """Stands for torch's kernel: sees a token and so many before it as the window's first number says, -1 for all."""
+
+    def __init__(self) -> None:
+        self.dtypes: list[torch.dtype] = []
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_ends: Tensor,
+        key_ends: Tensor,
+        longest_query: int,
+        longest_key: int,
+        *,
+        scale: float | None,
+        window_size: tuple[int, int],
+        enable_gqa: bool,
+    ) -> Tensor:
+        self.dtypes += [query.dtype, key.dtype, value.dtype]
+        assert enable_gqa == (query.shape[1] != key.shape[1])
+        ends = query_ends.tolist()
+        assert key_ends.tolist() == ends
+        assert query_ends.dtype == torch.int32
+        assert longest_query == longest_key == max(b - a for a, b in itertools.pairwise(ends))
+        each, at = query.shape[1] // key.shape[1], torch.arange(ends[-1])
+        sample = torch.bucketize(at, torch.tensor(ends[1:]), right=True)
+        back = at[:, None] - at
+        left, right = window_size
+        seen = (sample[:, None] == sample) & (back >= -right) & ((back <= left) | (left < 0))
+        q, k, v = (
+            t.float().transpose(0, 1) for t in (query, key.repeat_interleave(each, 1), value.repeat_interleave(each, 1))
+        )
+        logits = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, float("-inf"))
+        return (logits.softmax(-1) @ v).transpose(0, 1).to(query.dtype)
+
+
+def with_ends() -> Any:
+    layout = layout_of(LENGTHS)
+    layout.ends = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return SimpleNamespace(row_layout=layout, is_causal=True)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_the_kernel_is_told_samples_and_window(
+    window: int | None, key_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(1, 4, sum(LENGTHS), 8).bfloat16()
+    key, value = (torch.randn(1, key_heads, sum(LENGTHS), 8).bfloat16() for _ in range(2))
+    monkeypatch.setattr(attention, "varlen_attn", kernel := Varlen())
+    found, _ = attention._attention(with_ends(), query, key, value, None, scaling=0.3, sliding_window=window)
+    assert kernel.dtypes
+    plain = SimpleNamespace(row_layout=layout_of(LENGTHS), is_causal=True)
+    wide = (tensor.float() for tensor in (query, key, value))
+    expected, _ = attention._attention(plain, *wide, None, scaling=0.3, sliding_window=window)
+    assert found.shape == expected.shape
+    assert torch.allclose(found.float(), expected, atol=0.02)  # a token more or less in the window: 0.3 and more
+
+
+def test_what_the_kernel_does_not_take_goes_sample_by_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("called")
+
+    monkeypatch.setattr(attention, "varlen_attn", refuse)
+    monkeypatch.setattr(attention, "_in_blocks", lambda query, value: False)  # as on a GPU
+    query, key, value = (torch.randn(1, 2, sum(LENGTHS), 8) for _ in range(3))
+    found, _ = attention._attention(with_ends(), query, key, value, None)
+    expected, _ = attention._attention(
+        SimpleNamespace(row_layout=layout_of(LENGTHS), is_causal=True), query, key, value, None
+    )
+    assert torch.equal(found, expected)
+
+
+def test_under_autocast_the_kernel_gets_one_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 embeddings make queries and keys float32 and leave the values bfloat16."""
+    monkeypatch.setattr(attention, "varlen_attn", kernel := Varlen())
+    query, key, value = (torch.randn(1, 2, sum(LENGTHS), 8) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = attention._attention(with_ends(), query, key, value.bfloat16(), None, scaling=0.3)
+    assert set(kernel.dtypes) == {torch.bfloat16}
+    assert found.dtype == torch.bfloat16
 
 
 def test_what_is_no_packed_row_goes_through_the_models_own_attention() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_models import TEXT_MODELS
 from learning import LORA
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -131,3 +132,15 @@ def test_each_part_has_its_rate_and_decay_falls_on_matrices(make_config: Callabl
             assert group["base_rate"] == (3e-4 if "multi_modal_projector" in name else 1e-2)
             assert group["weight_decay"] == (0.0 if name.endswith("bias") else 0.1)
     assert seen == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_layers_that_peft_refuses_are_named_in_one_line() -> None:
+    tune = Tune.model_validate({"language": LORA})
+    with pytest.raises(
+        UserError, match=r"tune\.language: peft refuses: .*out_proj.*; name other layers in `targets`"
+    ) as refused:
+        prepare_learning(TEXT_MODELS["mamba"](), tune)
+    assert "\n" not in str(refused.value)
+    others = Tune.model_validate({"language": LORA | {"targets": ["x_proj", "in_proj"]}})
+    _, _, (report,) = prepare_learning(TEXT_MODELS["mamba"](), others)
+    assert report.num_modules == 4

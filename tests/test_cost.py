@@ -80,7 +80,7 @@ def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Cal
     base.set_attn_implementation("eager")  # the one that torch counts on every device
     model, components, _ = prepare_learning(base, config.tune)
     costs = cost_model(base, components, config.tune)
-    make_inputs, checked = InputMaker(model, True, processor.image_token_id), dataset.checked
+    make_inputs, checked = InputMaker(model, processor.image_token_id), dataset.checked
     for sample in (1, 2, 3, 5):
         tokens, images = checked.num_tokens[sample], checked.num_image_tokens[sample]
         if name == "vision alone" and not images:

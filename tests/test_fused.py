@@ -1,10 +1,13 @@
 """Layers in fewer passes: the outputs and gradients of the plain modules, and only where a module is plain."""
 
+import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from attention_models import TEXT_MODELS
 from builders import DECODER_SIZES as SIZES
 from builders import Operators
 from peft import LoraConfig, get_peft_model
@@ -21,7 +24,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from mmtrain.model import rowwise
 from mmtrain.model.fused import install_fused
@@ -221,6 +224,53 @@ def test_only_what_is_plain_is_replaced() -> None:
     assert replaced(adapted({}, fused=False), "input_layernorm") == 2
     gemma = Gemma2ForCausalLM(Gemma2Config(**SIZES)).requires_grad_(False)
     assert replaced(gemma, "input_layernorm") == 0  # it multiplies by 1 + weight
+
+
+class GatedNorm(LlamaRMSNorm):  # type: ignore[misc]
+    """Takes a gate, and is plain without one."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        normed: Tensor = super().forward(x)
+        return normed if gate is None else normed * F.silu(gate)
+
+
+class FailingNorm(LlamaRMSNorm):  # type: ignore[misc]
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("only three dimensions")
+
+
+class OtherNorm(LlamaRMSNorm):  # type: ignore[misc]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize("kind", [GatedNorm, FailingNorm, OtherNorm])
+def test_a_norm_that_takes_fails_or_gives_something_else_is_left_alone(kind: type[nn.Module]) -> None:
+    plain, other = LlamaRMSNorm(8).requires_grad_(False), kind(8).requires_grad_(False)
+    install_beside(plain, other)
+    assert ["forward" in vars(norm) for norm in (plain, other)] == [True, False]
+
+
+def test_a_family_with_gated_norms_computes_what_it_did() -> None:
+    model = TEXT_MODELS["qwen3_next"]().eval().requires_grad_(False)
+    ids = torch.arange(1, 20)[None]
+    expected = model(input_ids=ids, use_cache=False).logits
+    install_fused(model)
+    assert torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_forward_without_source_is_left_alone() -> None:
+    """Such as one that is made at run time."""
+    made: dict[str, Any] = {}
+    code = compile(
+        "def forward(self, x):\n    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))",
+        "none",
+        "exec",
+    )
+    types.FunctionType(code, made)()
+    mlp = type("Made", (LlamaMLP,), {"forward": made["forward"]})(LlamaConfig(**SIZES)).requires_grad_(False)
+    install_beside(mlp)
+    assert "forward" not in vars(mlp)
 
 
 @pytest.mark.parametrize("variant", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}], ids=str)

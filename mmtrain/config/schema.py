@@ -164,9 +164,10 @@ class Train(Section):
     features: Features = Features()
     """Where vision and projector are frozen, a picture goes through them once: what they make of it is kept in memory,
     and on disk beyond it. 0 in both: every time anew, the same result."""
-    packing: bool = True
-    """Lay the samples of a micro-batch end to end in one row (no padding); false: one row each, padded.
-    The result is the same; a model that cannot be packed needs false."""
+    packing: Literal["auto"] | bool = "auto"
+    """Lay the samples of a micro-batch end to end in one row, without padding (true), or one row each, padded (false).
+    The result is the same. `auto`: packed, except where a trial at the start shows that the samples of a row change
+    each other's logits in this model; with true such a model is refused."""
     learning_rate: Rate = 1e-4
     """The highest rate, for every part without its own."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -1,5 +1,6 @@
 """`mmtrain eval perplexity`: the number, its parts, what the pictures are worth, and comparisons of adapters."""
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,13 @@ from mmtrain.evaluate.pictures import CHANGES, ChangedPictures, encodable
 from mmtrain.evaluate.report import image_verdict, print_comparison, print_report
 from mmtrain.evaluate.scores import Scores
 from mmtrain.evaluate.scoring import Scorer
+from mmtrain.foreign_text import one_line
 from mmtrain.model.components import Components, is_as_loaded
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import length_limit, load_model
 from mmtrain.model.root import Root
 from mmtrain.train.features import find_features, make_store
+from mmtrain.train.packing import choose_packing
 from mmtrain.train.runtime import Runtime
 
 BASE = "base"
@@ -55,6 +58,7 @@ class Evaluation:
         self._config = config
         self._runtime = Runtime(config.model.dtype)
         self._console = Console(stderr=True, quiet=not self._runtime.is_main)
+        self._say = functools.partial(self._console.print, markup=False, highlight=False, soft_wrap=True)
         self._processor = load_processor(config.model.path)
         self._limit = length_limit(config.model.path, config.data.max_length)
         self.names = [source.name or Path(source.path).name for source in sources]
@@ -63,12 +67,14 @@ class Evaluation:
         self.numbers = checked.used
         self.dropped = [{"place": str(self.samples.place(index)), "reason": why} for index, why in checked.dropped]
         for entry in self.dropped:
-            self._console.print(f"dropped: {entry['place']}: {entry['reason']}", markup=False, soft_wrap=True)
+            self._say(f"dropped: {entry['place']}: {entry['reason']}")
         self._lengths: list[int] = checked.num_tokens[self.numbers].tolist()
         self._base = load_model(config.model.path, config.model.dtype, self._processor)
         self._base.requires_grad_(False)
         self._components = Components(self._base)
-        self._store = make_store(config, self._runtime, self._console.print)
+        self._base.to(self._runtime.device)
+        self._packing = choose_packing(self._base, self._processor, config, self._runtime, self._say)
+        self._store = make_store(config, self._runtime, self._say)
         self._model: Any = self._base
         self._loaded = 0
 
@@ -111,7 +117,7 @@ class Evaluation:
             else:
                 self._model = PeftModel.from_pretrained(self._base, path, adapter_name=name)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: the adapter cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+            raise UserError(f"{path}: the adapter cannot be loaded: {one_line(error)}") from None
         self._model.eval()
         yield
 
@@ -119,10 +125,10 @@ class Evaluation:
         settings = self._config.train
         self._model.to(self._runtime.device)
         same = is_as_loaded(self._model, self._components, ("vision", "projector"))  # with any adapter
-        store, say = self._store if same else None, self._console.print
-        features = find_features(self._model, self._processor, self._runtime, store, say)
-        make_inputs = InputMaker(self._model, settings.packing, self._processor.image_token_id, features)
-        tokens, packing = settings.microbatch_tokens, settings.packing
+        store = self._store if same else None
+        features = find_features(self._model, self._processor, self._runtime, store, self._say)
+        make_inputs = InputMaker(self._model, self._processor.image_token_id, features)
+        tokens, packing = settings.microbatch_tokens, self._packing
         scores = scorer.score(Root(self._model), make_inputs, self._runtime, tokens, packing, console=self._console)
         assert scores is not None  # only a run that is supervised stops on the way
         return scores

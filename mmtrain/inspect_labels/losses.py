@@ -1,18 +1,22 @@
 """How sure a model is of each learned token, by the cross-entropy that training uses."""
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from rich.console import Console
 
 from mmtrain.config import Config
 from mmtrain.data.batch import Loader
 from mmtrain.data.samples import SampleSet
 from mmtrain.errors import UserError
+from mmtrain.foreign_text import one_line
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
 from mmtrain.train.loss import supervised_nll
+from mmtrain.train.packing import choose_packing
 from mmtrain.train.runtime import Runtime
 
 
@@ -25,17 +29,19 @@ def token_losses(
     Raises UserError where the adapter cannot be loaded.
     """
     runtime = Runtime(config.model.dtype)
+    say = functools.partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
     processor = samples.encoder.processor
     model = load_model(config.model.path, config.model.dtype, processor)
     if adapter is not None:
         try:
             model = PeftModel.from_pretrained(model, str(adapter)).eval()
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{adapter}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{adapter}: the adapter cannot be loaded: {one_line(error)}") from None
     model.to(runtime.device)
-    make_inputs = InputMaker(model, config.train.packing, processor.image_token_id)
+    packing = choose_packing(model, processor, config, runtime, say)
+    make_inputs = InputMaker(model, processor.image_token_id)
     found = {}
-    for batch in Loader(samples, config.train.packing).batches([index] for index in indices):
+    for batch in Loader(samples, packing).batches([index] for index in indices):
         with runtime.autocast():
             nll, _ = supervised_nll(model, make_inputs(batch), batch)
         positions = batch.supervised[0].nonzero()[:, 0].tolist()

@@ -1,8 +1,8 @@
 """Attention within the samples of a packed row: no token looks at another sample, and nothing is computed for one.
 
-Registered with transformers as an attention of its own. A packed row goes through `varlen_attn` on CUDA, in blocks or
-sample by sample on the CPU, so the cost is the sum of the samples' squares and not the square of their sum; rows that
-are padded go through transformers' own `sdpa`.
+Registered with transformers as an attention of its own. A packed row goes through `varlen_attn` on CUDA where that
+kernel takes it, in blocks on the CPU, and sample by sample elsewhere, so the cost is the sum of the samples' squares
+and not the square of their sum; rows that are padded go through transformers' own `sdpa`.
 """
 
 from dataclasses import dataclass
@@ -30,14 +30,15 @@ class RowLayout:
     lengths: tuple[int, ...] | None = None
     """Tokens of each sample of a packed row, in order, and those that fill it up; None for padded rows."""
     ends: Tensor | None = None
-    """(len(lengths) + 1,) int32, on the row's device: 0, and where each of them ends."""
+    """(len(lengths) + 1,) int32, on the row's device: 0, and where each of them ends. None where the device has no
+    variable-length kernel."""
     predicting: Tensor | None = None
     """(num_supervised,) the only places of the packed row at which the last layer's result is looked at."""
 
     def set(self, batch: Batch, device: torch.device) -> None:
         self.lengths = _lengths(batch) if batch.packed else None
         self.ends = self.predicting = None
-        if self.lengths is not None and device.type == "cuda":
+        if self.lengths is not None and _has_varlen(device):
             ends = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             self.ends = ends.pin_memory().to(device, non_blocking=True)
 
@@ -49,6 +50,10 @@ class RowLayout:
 def _lengths(batch: Batch) -> tuple[int, ...]:
     filling = batch.input_ids.shape[1] - batch.num_tokens
     return (*(segment.length for segment in batch.segments), *([filling] if filling else []))
+
+
+def _has_varlen(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def row_layout(model: Any) -> RowLayout | None:
@@ -93,13 +98,31 @@ def _attention(
         raise RuntimeError(f"{query.shape[2]} tokens in a row whose samples have {sum(layout.lengths)}")
     window = kwargs.get("sliding_window")
     if layout.ends is not None:
-        return _on_cuda(layout.ends, max(layout.lengths), query, key, value, scaling, window), None
+        query, key, value = _autocast(query, key, value)
+        if fits_varlen(query, key, value):
+            return _varlen(layout.ends, max(layout.lengths), query, key, value, scaling, window), None
     if _in_blocks(query, value) and (window is None or max(layout.lengths) <= window):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return BlockAttention.apply(query, key, value, scale, layout.lengths), None  # type: ignore[no-untyped-call]
     parts = zip(*(torch.split(tensor, list(layout.lengths), dim=2) for tensor in (query, key, value)), strict=True)
     out = torch.cat([_causal(q, k, v, scaling, window) for q, k, v in parts], dim=2)
     return out.transpose(1, 2), None
+
+
+def fits_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `varlen_attn` takes these tensors: one type of 16 bits, and one width of head, at most 256 and a multiple
+    of 8."""
+    width, dtype = query.shape[-1], query.dtype
+    is_narrow = dtype in (torch.float16, torch.bfloat16) and width <= 256 and width % 8 == 0
+    return is_narrow and key.dtype == value.dtype == dtype and value.shape[-1] == width
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast makes of the inputs of torch's own attention; it does not know `varlen_attn`."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
 
 
 def _in_blocks(query: Tensor, value: Tensor) -> bool:
@@ -117,7 +140,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
 
 
-def _on_cuda(
+def _varlen(
     ends: Tensor, longest: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
     """All samples in one kernel, which takes (length, heads, width)."""

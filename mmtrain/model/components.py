@@ -13,6 +13,7 @@ from torch import nn
 
 from mmtrain.config.schema import Full, Lora, Tune
 from mmtrain.errors import UserError
+from mmtrain.foreign_text import one_line
 
 PARTS = ("vision", "projector", "language")
 _INNER_PROJECTORS = ("merger", "merger_list", "deepstack_merger_list")
@@ -151,7 +152,11 @@ def prepare_learning(model: Any, tune: Tune) -> tuple[Any, Components, list[Part
                 "tune.language: full beside LoRA elsewhere would untie the model's tied embeddings; "
                 "choose lora, or make every part that learns full"
             )
-        model = get_peft_model(model, _lora_config(loras, targets, saved))
+        try:
+            model = get_peft_model(model, _lora_config(loras, targets, saved))
+        except (ValueError, NotImplementedError) as error:  # such as a layer that a family computes in its own kernel
+            parts = ", ".join(f"tune.{part}" for part in loras)
+            raise UserError(f"{parts}: peft refuses: {one_line(error)}; name other layers in `targets`") from None
     else:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(components.part_of(name) in fulls)

@@ -20,6 +20,7 @@ from mmtrain.data.feature_files import Features
 from mmtrain.data.features import FeatureStore, PictureInputs
 from mmtrain.data.processor import ChatProcessor
 from mmtrain.errors import UserError
+from mmtrain.foreign_text import one_line
 
 _KEYWORD = "mm_encoder_outputs"
 _SIZES = ((112, 84), (84, 168))
@@ -97,7 +98,7 @@ def find_fields(model: Any, processor: ChatProcessor, say: Callable[[str], None]
     try:
         return _found_fields(base, processor)
     except Exception as error:  # a family that does otherwise can raise anything; its pictures then go in as pixels
-        say(f"features of pictures: trying them ended with {type(error).__name__}: {' '.join(str(error).split())}")
+        say(f"features of pictures: trying them ended with {type(error).__name__}: {one_line(error)}")
         return None
 
 

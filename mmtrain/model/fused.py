@@ -64,9 +64,13 @@ def _body(module: nn.Module) -> str:
 
 @functools.cache
 def _source(forward: Any) -> str:
-    """Of a forward, as python would print it: no comments, no docstring."""
-    (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
-    assert isinstance(function, ast.FunctionDef)
+    """Of a forward, as python would print it: no comments, no docstring. Empty where there is none to read."""
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+    except (OSError, TypeError, SyntaxError):  # made at run time, or compiled
+        return ""
+    if not isinstance(function, ast.FunctionDef):
+        return ""
     rows = function.body[1:] if ast.get_docstring(function) is not None else function.body
     return "\n".join(map(ast.unparse, rows))
 
@@ -126,14 +130,21 @@ def _is_norm(module: nn.Module) -> bool:
     """A normalization that does not learn and is `normalize`: that is tried, with large values and with some so small
     that it matters where the epsilon is added."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if not isinstance(weight, nn.Parameter) or not isinstance(eps, float) or weight.requires_grad:
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not isinstance(eps, float) or weight.requires_grad:
+        return False
+    if len(inspect.signature(module.forward).parameters) != 1:  # such as a gate beside x
         return False
     x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [[3], [1], [1e-3], [1e-4]]
     )
-    with torch.no_grad():
-        own, found = type(module).forward(module, x := x.to(weight)), normalize(x, weight, eps)[0]
-    return torch.allclose(own, found, rtol=4 * torch.finfo(x.dtype).eps, atol=0)
+    try:
+        with torch.no_grad():
+            own = type(module).forward(module, x := x.to(weight))
+    except Exception:  # it is no normalization, and may raise anything
+        return False
+    if not isinstance(own, Tensor) or own.dtype != x.dtype or own.shape != x.shape:
+        return False
+    return torch.allclose(own, normalize(x, weight, eps)[0], rtol=4 * torch.finfo(x.dtype).eps, atol=0)
 
 
 def _normed(module: Any, x: Tensor) -> Tensor:

@@ -9,20 +9,17 @@ from torch import Tensor
 
 from mmtrain.data.batch import Batch, Segment
 from mmtrain.data.features import FeatureStore
-from mmtrain.errors import UserError
 from mmtrain.model.attention import install_attention
 from mmtrain.model.features import PictureFeatures
 
 
 class InputMaker:
-    """Makes the arguments that one model takes. Raises UserError where the model cannot be run packed.
+    """Makes the arguments that one model takes.
 
     `features`: where a batch's pictures come one by one, what is put in the place of their pixels.
     """
 
-    def __init__(
-        self, model: Any, packing: bool, image_token_id: int | None, features: PictureFeatures | None = None
-    ) -> None:
+    def __init__(self, model: Any, image_token_id: int | None, features: PictureFeatures | None = None) -> None:
         self.features = features
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         self._model = model
@@ -30,9 +27,6 @@ class InputMaker:
         self._layout = install_attention(model)
         self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._image_token_id = image_token_id
-        obstacle = self._obstacle(model.config)
-        if packing and obstacle:
-            raise UserError(f"this model cannot be packed: {obstacle}; set train.packing to false")
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
         """The arguments for `batch`, on the model's device. They are made on the CPU: a look at a value on the device
@@ -56,6 +50,11 @@ class InputMaker:
         return inputs
 
     @property
+    def attends_by_sample(self) -> bool:
+        """Whether the attention is ours, which looks at one sample of a packed row at a time."""
+        return self._layout is not None
+
+    @property
     def store(self) -> FeatureStore | None:
         """Where loaders look for features."""
         return None if self.features is None else self.features.store
@@ -64,13 +63,6 @@ class InputMaker:
         """To be called behind the last batch: until then the model takes whatever goes through it for packed so."""
         if self._layout is not None:
             self._layout.clear()
-
-    def _obstacle(self, config: Any) -> str | None:
-        if "token_type_ids" in self._takes:
-            return "its pictures are attended to in both directions"
-        kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
-        others = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-        return f"it has layers of the kind {sorted(others)[0]}" if others else None
 
     def _token_types(self, input_ids: Tensor) -> Tensor:
         """(rows, length) 1 at a picture's placeholders, 0 elsewhere."""

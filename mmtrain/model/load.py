@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -11,11 +12,15 @@ from transformers.utils.logging import disable_progress_bar
 from mmtrain.data.check import LengthLimit
 from mmtrain.data.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.foreign_text import shown
+from mmtrain.foreign_text import one_line, shown
 
 
 def load_config(path: str) -> Any:
-    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    """The config of a model directory, no code of which is run. Raises UserError where it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise UserError(f"{path}: the model's config cannot be loaded: {one_line(error)}") from None
 
 
 def length_limit(path: str, max_length: int) -> LengthLimit:
@@ -27,11 +32,16 @@ def length_limit(path: str, max_length: int) -> LengthLimit:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Have every layer computed again in the backward pass. Raises UserError where the model cannot."""
+    """Have every layer computed again in the backward pass. Raises UserError where the model cannot.
+
+    Where peft has added adapters, transformers makes the embeddings of tokens and of images require gradients, which
+    only reentrant checkpointing needs: a frozen vision tower would be computed twice and passed through backward.
+    """
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
-        raise UserError(f"train.activation_checkpointing: {str(error).splitlines()[0]}; set it to false") from None
+        raise UserError(f"train.activation_checkpointing: {one_line(error)}; set it to false") from None
+    model.disable_input_require_grads()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # it asks for this flag; its dropouts keep their own, which is off
@@ -48,22 +58,39 @@ def compile_layers(model: Any) -> None:
 def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:
     """The model on the CPU in `dtype`, in eval mode: the base model's own dropout is never on.
 
-    Raises UserError where weights are missing or the tokenizer has ids the model has no embedding for.
+    Raises UserError where weights are missing or not finite, or the tokenizer has ids the model has no embedding for.
     """
     config = load_config(path)
     kind = AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
     disable_progress_bar()  # loading is a second of a run that has a bar of its own
     try:
         model, info = kind.from_pretrained(
-            path, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True, output_loading_info=True
+            path,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{path}: the model cannot be loaded: {one_line(error)}") from None
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"{path}: {len(missing)} weights are missing, such as {shown(missing[0])}")
+    _check_finite(model, path)
     num_embeddings = model.get_input_embeddings().num_embeddings
     largest = max(processor.tokenizer.get_vocab().values())
     if largest >= num_embeddings:
         raise UserError(f"{path}: the tokenizer has ids up to {largest} and the model embeddings for {num_embeddings}")
     return model.eval()
+
+
+def _check_finite(model: Any, path: str) -> None:
+    """Raise UserError naming a weight that has a value which is NaN or infinite."""
+    weights = (item for item in model.state_dict().items() if item[1].is_floating_point() and item[1].numel())
+    broken = [name for name, weight in weights if not all(torch.isfinite(end) for end in torch.aminmax(weight))]
+    if broken:
+        raise UserError(
+            f"{path}: {len(broken)} weights have values that are NaN or infinite, such as {shown(broken[0])}: "
+            "expected finite numbers; copy or convert the model again"
+        )

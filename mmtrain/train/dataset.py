@@ -69,7 +69,9 @@ class Dataset:
         by_epochs = max(1, math.ceil((settings.epochs or 1.0) * self.plan.steps_per_epoch))
         self.num_steps = settings.steps if settings.steps is not None else by_epochs
 
-    def cut(self, step: int, settings: Train, costs: CostModel, process: int, num_processes: int) -> StepCut:
+    def cut(
+        self, step: int, settings: Train, packing: bool, costs: CostModel, process: int, num_processes: int
+    ) -> StepCut:
         """Step `step` (from 1) and this process's share of its micro-batches, as many as every other process's."""
         samples = self.plan.step(step)
         checked = self.checked
@@ -77,7 +79,7 @@ class Dataset:
         multiple = num_processes if settings.microbatches == "auto" else settings.microbatches
         supervised = checked.num_supervised[samples]
         cost = costs.of(lengths, checked.num_image_tokens[samples], checked.image_token_pairs[samples], supervised)
-        cuts = cut_step(lengths.tolist(), settings.microbatch_tokens, settings.packing, multiple, cost.tolist())
+        cuts = cut_step(lengths.tolist(), settings.microbatch_tokens, packing, multiple, cost.tolist())
         share = len(cuts) // num_processes
         own = tuple(tuple(samples[i] for i in cut) for cut in cuts[process * share : (process + 1) * share])
         return StepCut(tuple(samples), own, int(lengths.sum()), int(supervised.sum()), 2.0 * float(cost.sum()))

@@ -33,6 +33,7 @@ from mmtrain.train.fingerprint import fingerprints
 from mmtrain.train.gradients import is_exact
 from mmtrain.train.metrics import METRICS, MetricsFile, Reporter, evaluated_at, make_console, show_parts
 from mmtrain.train.optim import make_optimizer, rate_factor, set_rate
+from mmtrain.train.packing import choose_packing
 from mmtrain.train.resume import Resume, find_resume
 from mmtrain.train.runtime import Runtime
 from mmtrain.train.shard import Filled, num_held, shard, share, whole
@@ -148,20 +149,23 @@ def make_learner(
     clock = DropoutClock(settings.seed)
     install_dropout(model, components, config.tune, clock)
     install_fused(model)
-    if settings.compile:
-        compile_layers(base)
     costs = cost_model(base, components, config.tune)
     root = Root(model)
     sharded = settings.weights == "shard" and runtime.num_processes > 1
+    if not sharded:
+        model.to(runtime.device)
+    packing = choose_packing(model, processor, config, runtime, say)  # on the CPU where weights are sharded later
+    if settings.compile:
+        compile_layers(base)
     if sharded:
         shard(root, runtime.device)
-    model.to(runtime.device)
+        model.to(runtime.device)
     store = make_store(config, runtime, say) if keeps_features(config, runtime.num_processes) else None
     features = find_features(model, processor, runtime, store, say)
-    make_inputs = InputMaker(model, settings.packing, processor.image_token_id, features)
+    make_inputs = InputMaker(model, processor.image_token_id, features)
     exact = settings.microbatches != "auto" and not sharded
     optimizer = make_optimizer(model, components, config)
-    return Learner(model, root, make_inputs, optimizer, clock, runtime, exact, sharded), parts, costs
+    return Learner(model, root, make_inputs, optimizer, clock, runtime, exact, sharded, packing), parts, costs
 
 
 def layout_lines(config: Config, learner: Learner) -> Iterator[str]:
@@ -215,7 +219,7 @@ class Run:
         settings, last, activity = self._config.train, self._dataset.num_steps, self._learner.runtime.activity
         samples = self._dataset.train if self._filled is None else self._filled
         cuts = (cut for step in range(first, last + 1) for cut in self._cut(step).own if cut)
-        batches = Loader(samples, settings.packing, self._learner.make_inputs.store).batches(cuts)
+        batches = Loader(samples, self._learner.packing, self._learner.make_inputs.store).batches(cuts)
         metrics = MetricsFile(self._output_dir / METRICS, first - 1, self._learner.runtime.is_main)
         with Reporter(last, first - 1, self._console) as reporter, metrics:
             self._evaluate(first - 1, metrics, reporter, self._evaluated)  # at the start what the model knew before
@@ -237,7 +241,7 @@ class Run:
         runtime.activity.set("exporting" if runtime.is_main else "waiting")
         if runtime.is_main or self._learner.sharded:
             first = int(self._dataset.checked.used[0])
-            batch = Loader(self._dataset.train, self._config.train.packing).load([first])
+            batch = Loader(self._dataset.train, self._learner.packing).load([first])
             line = export(self._learner, self._config, processor, batch, self._last)
             self._console.print(line, highlight=False, soft_wrap=True)
         runtime.activity.set("waiting")
@@ -275,7 +279,8 @@ class Run:
         # from the second epoch on every picture was seen; a rule that follows from the step alone, as the cut must
         kept = self._learner.make_inputs.store is not None and step > self._dataset.plan.steps_per_epoch
         costs = self._costs.with_kept_features if kept else self._costs
-        cut = self._dataset.cut(step, self._config.train, costs, runtime.index, runtime.num_processes)
+        settings, packing = self._config.train, self._learner.packing
+        cut = self._dataset.cut(step, settings, packing, costs, runtime.index, runtime.num_processes)
         return cut if self._filled is None else replace(cut, own=tuple(map(self._filled.fill, cut.own)))
 
     def _evaluate(self, step: int, metrics: MetricsFile, reporter: Reporter, done: Sequence[str] = ()) -> int | None:
@@ -290,7 +295,7 @@ class Run:
                 continue
             filled = Filled(eval_set.samples, eval_set.checked) if learner.sharded else None
             scores = eval_set.scorer.score(
-                learner.root, learner.make_inputs, learner.runtime, settings.microbatch_tokens, settings.packing, filled
+                learner.root, learner.make_inputs, learner.runtime, settings.microbatch_tokens, learner.packing, filled
             )
             if scores is None:
                 return learner.runtime.agree(torch.zeros(0, dtype=torch.float64))[1]

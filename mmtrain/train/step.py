@@ -35,6 +35,8 @@ class Learner:
     """Micro-batches are summed in a tree that does not depend on the number of processes."""
     sharded: bool = False
     """Gradients are summed by the backward pass itself."""
+    packing: bool = True
+    """The samples of a micro-batch share one row."""
 
 
 @dataclass(frozen=True, slots=True)

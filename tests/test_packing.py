@@ -1,0 +1,239 @@
+"""Whether samples can share a row is found out by a trial on the loaded model, not read from its config."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from attention_models import TEXT_MODELS, WINDOW, make_gemma3, make_text_family
+from builders import MAKERS
+from learning import LORA, learner_for, relative_l2, step_of
+
+from mmtrain.config.schema import Config
+from mmtrain.data.encode import Encoder
+from mmtrain.data.load import load_processor
+from mmtrain.data.processor import ChatProcessor
+from mmtrain.data.samples import SampleSet
+from mmtrain.errors import UserError
+from mmtrain.evaluate.command import Evaluation, Options
+from mmtrain.inspect_labels.losses import token_losses
+from mmtrain.model import attention, packing
+from mmtrain.model.load import load_model
+from mmtrain.model.packing import packing_fault
+from mmtrain.train.loop import make_learner, train
+from mmtrain.train.packing import choose_packing
+from mmtrain.train.runtime import Runtime
+
+PACKS = {*MAKERS, "llama", "mixture", "windows"}
+LEAKS = {"gpt_oss", "mamba", "lfm2", "qwen3_next", "gemma3"}
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("families")
+    made = {name: make_text_family(name, folder / name) for name in TEXT_MODELS}
+    return made | {name: make(folder / name) for name, make in {**MAKERS, "gemma3": make_gemma3}.items()}
+
+
+Load = Callable[..., tuple[Any, ChatProcessor]]
+
+
+@pytest.fixture
+def load(families: dict[str, Path]) -> Load:
+    def loaded(name: str, dtype: str = "float32") -> tuple[Any, ChatProcessor]:
+        processor = load_processor(str(families[name]))
+        return load_model(str(families[name]), dtype, processor), processor
+
+    return loaded
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", sorted(PACKS | LEAKS))
+def test_the_trial_tells_which_models_can_share_a_row(name: str, dtype: str, load: Load) -> None:
+    model, processor = load(name, dtype)
+    fault = packing_fault(model, processor, getattr(torch, dtype))
+    assert (fault is None) == (name in PACKS), fault
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_5_vl", "mixture"])
+def test_one_token_of_another_sample_is_noticed(
+    name: str, dtype: str, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second sample's attention starts at the last token of the first; nothing else is changed."""
+
+    def shifted(batch: Any) -> tuple[int, ...]:
+        first, second, *others = (segment.length for segment in batch.segments)
+        filling = batch.input_ids.shape[1] - batch.num_tokens
+        return (first - 1, second + 1, *others, *([filling] if filling else []))
+
+    monkeypatch.setattr(attention, "_lengths", shifted)
+    model, processor = load(name, dtype)
+    assert "packed row" in (packing_fault(model, processor, getattr(torch, dtype)) or "")
+
+
+def test_a_window_that_is_not_kept_to_in_packed_rows_is_noticed(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The samples of the trial must be longer than the window for that."""
+    causal = attention._causal
+    monkeypatch.setattr(attention, "_causal", lambda q, k, v, scaling, window: causal(q, k, v, scaling, None))
+    model, processor = load("windows")
+    assert model.config.sliding_window == WINDOW
+    assert packing_fault(model, processor, torch.float32) is not None
+
+
+def test_a_window_too_long_to_try_is_not_taken_on_trust(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But where the attention is ours: it looks at one sample at a time."""
+    monkeypatch.setattr(packing, "_CPU_MULTIPLICATIONS", 1.0)
+    assert "too long to try" in (packing_fault(*load("gpt_oss"), torch.float32) or "")
+    assert packing_fault(*load("windows"), torch.float32) is None
+
+
+def test_rows_that_change_each_other_even_when_padded_are_refused(load: Load) -> None:
+    model, processor = load("llama")
+    layer = model.get_decoder().layers[0]
+    layer.register_forward_hook(lambda module, args, out: out + 0.1 * out.roll(1, dims=0))
+    for wanted in (True, False):
+        with pytest.raises(UserError, match="in padded rows"):
+            packing_fault(model, processor, torch.float32, packing=wanted)
+
+
+def test_logits_that_are_not_finite_are_refused_and_equal_ones_are_no_fault(load: Load) -> None:
+    model, processor = load("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        assert packing_fault(model, processor, torch.float32) is None
+        model.lm_head.weight[7] = float("inf")
+        with pytest.raises(UserError, match="not finite"):
+            packing_fault(model, processor, torch.float32)
+
+
+def test_a_model_that_fails_in_packed_rows_alone_falls_back(load: Load) -> None:
+    def fail(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs.get("attention_mask") is None:
+            raise TypeError("first line:\nsecond line")
+
+    model, processor = load("llama")
+    hook = model.register_forward_pre_hook(fail, with_kwargs=True)
+    found = packing_fault(model, processor, torch.float32)
+    assert found == "this model cannot run packed rows: TypeError: first line: second line"
+    hook.remove()
+    model.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(UserError, match="trial batch: ZeroDivisionError"):
+        packing_fault(model, processor, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gpt_oss"])
+def test_the_trial_leaves_model_and_random_state_as_they_were(name: str, load: Load) -> None:
+    model, processor = load(name)
+    model.register_forward_pre_hook(lambda module, args: torch.rand(1) and None)  # a model that draws
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    packing_fault(model, processor, torch.float32)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert modes == [module.training for module in model.modules()]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    layout = attention.row_layout(model)
+    assert layout is None or (layout.lengths, layout.ends, layout.predicting) == (None, None, None)
+
+
+def config_for(path: Path, make_config: Callable[..., Config], **train: Any) -> Config:
+    config = make_config("text", {"language": LORA}, **train)
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(path)})})
+
+
+def test_auto_says_that_it_pads_and_true_is_refused(
+    families: dict[str, Path], load: Load, make_config: Callable[..., Config]
+) -> None:
+    model, processor = load("gpt_oss")
+    runtime, lines = Runtime("float32"), list[str]()
+
+    def choose(**train: Any) -> bool:
+        config = config_for(families["gpt_oss"], make_config, **train)
+        return choose_packing(model, processor, config, runtime, lines.append)
+
+    assert choose() is False
+    assert [line.startswith("packing: off, in a packed row the logits of this model differ by") for line in lines] == [
+        True
+    ]
+    assert choose(packing="auto") is False
+    assert choose(packing=False) is False
+    assert len(lines) == 2
+    with pytest.raises(UserError, match=r"train\.packing: in a packed row"):
+        choose(packing=True)
+
+
+def test_auto_and_true_pack_where_it_is_proven(load: Load, make_config: Callable[..., Config]) -> None:
+    model, processor = load("text")
+    runtime, lines = Runtime("float32"), list[str]()
+    for wanted, expected in (("auto", True), (True, True), (False, False)):
+        config = make_config("text", packing=wanted)
+        assert choose_packing(model, processor, config, runtime, lines.append) is expected
+    assert not lines
+
+
+def test_a_model_that_leaks_is_trained_in_padded_rows(
+    families: dict[str, Path], make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Law 1 for such a model: the step of `auto` is that of samples one by one."""
+    learner, dataset = learner_for(config_for(families["gpt_oss"], make_config))
+    assert learner.packing is False
+    together = step_of(learner, dataset, [[0, 1, 2, 3, 4, 5, 6, 7]], learner.packing)
+    alone = step_of(learner, dataset, [[n] for n in range(8)], False)
+    assert together[0] == pytest.approx(alone[0], rel=1e-5)
+    assert relative_l2(together[1], alone[1]) < 1e-5
+    leaking = step_of(learner, dataset, [[0, 1, 2, 3, 4, 5, 6, 7]], True)
+    assert abs(leaking[0] - alone[0]) > 1e-3  # what it is all about
+
+
+def test_the_other_commands_decide_alike(
+    families: dict[str, Path], make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nll(**settings: Any) -> Any:
+        config = config_for(families["gpt_oss"], make_config, **settings)
+        return Evaluation(config, Options(data=(config.data.train[0].path,))).scores().nll
+
+    def losses(**settings: Any) -> Any:
+        config = config_for(families["gpt_oss"], make_config, **settings)
+        samples = SampleSet(config.data.train, Encoder(load_processor(config.model.path)))
+        return token_losses(config, None, samples, [0, 1])
+
+    for command in (nll, losses):
+        found, line = command(), capsys.readouterr().err
+        assert line.count("packing: off, ") == 1
+        assert np.array_equal(found, command(packing=False)) if command is nll else found == command(packing=False)
+        assert "packing" not in capsys.readouterr().err
+        with pytest.raises(UserError, match=r"train\.packing"):
+            command(packing=True)
+
+
+def test_a_run_records_what_was_asked_and_resumes(
+    families: dict[str, Path], make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(families["gpt_oss"], make_config, steps=1)
+    output = Path(config.train.output_dir)
+    train(config)
+    assert capsys.readouterr().err.count("packing: off, ") == 1
+    assert yaml.safe_load((output / "config.yaml").read_text())["train"]["packing"] == "auto"
+    train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 2})}), accept=["train.steps"])
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_trial_changes_no_first_weight_and_nothing_drawn_later(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("qwen2_5_vl")
+    weights = []
+    for skipped in (False, True):
+        with monkeypatch.context() as patch:
+            if skipped:
+                patch.setattr("mmtrain.train.loop.choose_packing", lambda *args: True)
+            learner, _, _ = make_learner(config, load_processor(config.model.path), Runtime("float32"))
+        weights.append({name: p.detach().clone() for name, p in learner.model.named_parameters()})
+        weights[-1]["next"] = torch.rand(4)
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
