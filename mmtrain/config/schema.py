@@ -112,6 +112,9 @@ class Data(Section):
     too_long: Literal["error", "drop"] = "error"
     """What becomes of a longer sample: the run stops before its first step, or the sample is left out and
     listed in dropped.jsonl. It is never cut."""
+    ignore_fields: Annotated[tuple[str, ...], Strict(False)] = ()
+    """Keys of records, turns and parts of content that may be ignored. Without it a key that is neither understood
+    nor plainly metadata (`id`, `source`, `timestamp` and the like) is refused by line and name."""
 
 
 class Labels(Section):
