@@ -75,7 +75,7 @@ def storage_faults(what: str | Callable[[], str]) -> Iterator[None]:
         elif error.errno in _FORBIDDEN:
             remedy = "allow writing there, or name another folder"
         elif error.errno == errno.EIO:
-            remedy = "look after the disk and run the same command again"
+            remedy = "check the disk and run the same command again"
         else:
             raise
         reported = what if isinstance(what, str) else what()
