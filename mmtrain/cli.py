@@ -1,5 +1,6 @@
 """The commands. Each imports what it needs when it runs, so that `--help` is quick."""
 
+import io
 import sys
 import warnings
 from contextlib import nullcontext
@@ -8,10 +9,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, grouped
 from mmtrain.host_memory import set_environment
 
-MAX_FAULTS_SHOWN = 100
+MAX_LINES_SHOWN = 100
 
 app = typer.Typer(
     name="mmtrain",
@@ -46,7 +47,7 @@ def train(
         typer.Option(metavar="KEY", help="Go on though KEY changed since the checkpoint; may be repeated."),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes on this node.", show_default="one a GPU, or one")
+        int | None, typer.Option(min=1, max=1024, help="Processes on this node.", show_default="one a GPU, or one")
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the run; start the command on each.")] = 1,
     node_rank: Annotated[int, typer.Option(min=0, help="Which of the nodes this is.")] = 0,
@@ -143,15 +144,18 @@ def schema() -> None:
 def main() -> None:
     """The entry point: a user's mistake is told in lines without a traceback."""
     set_environment()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as standard error already does: a name must not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     # peft calls transformers by names that are going away: nothing that a user can act on
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     try:
         app()
     except UserError as error:
-        for fault in [] if error.told else error.faults[:MAX_FAULTS_SHOWN]:
-            print(f"mmtrain: {fault}", file=sys.stderr)
-        if len(error.faults) > MAX_FAULTS_SHOWN and not error.told:
-            print(f"mmtrain: and {len(error.faults) - MAX_FAULTS_SHOWN:,} more", file=sys.stderr)
+        lines = [] if error.told else grouped(error.faults)
+        for line in lines[:MAX_LINES_SHOWN]:
+            print(f"mmtrain: {line}", file=sys.stderr)
+        if len(lines) > MAX_LINES_SHOWN:
+            print(f"mmtrain: and {len(lines) - MAX_LINES_SHOWN:,} more", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("mmtrain: interrupted", file=sys.stderr)

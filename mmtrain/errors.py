@@ -1,8 +1,9 @@
 """The errors that are shown to the user without a traceback, each with the exit code of its kind."""
 
 import errno
+import re
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -59,7 +60,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 FINAL_CODES = frozenset({2, 3, 4, 6, *(128 + signum for signum in STOP_SIGNALS)})
 """Exit codes of runs that another start would not help: what the user must mend, and what was asked to end."""
 
-_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
@@ -68,7 +70,60 @@ def storage_faults(what: str | Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _STORAGE:
+        if error.errno in _NO_ROOM:
+            remedy = "make room and run the same command again"
+        elif error.errno in _FORBIDDEN:
+            remedy = "allow writing there, or name another folder"
+        elif error.errno == errno.EIO:
+            remedy = "check the disk and run the same command again"
+        else:
             raise
-        told = what if isinstance(what, str) else what()
-        raise StorageError(f"{told}: {error.strerror}; make room and run the same command again") from None
+        reported = what if isinstance(what, str) else what()
+        raise StorageError(f"{reported}: {error.strerror}; {remedy}") from None
+
+
+MAX_ALIKE = 3
+"""So many faults that are alike are printed one by one; more become one line."""
+_PLACE = re.compile(r"(?P<file>(?:(?!: ).)+?):(?P<line>\d+)(?: item \d+)?: (?P<reason>.*)", re.DOTALL)
+_QUOTED_PATH = re.compile(r"'[^']*[/.][^']*'|\"[^\"]*[/.][^\"]*\"")
+_NUMBER = re.compile(r"\d[\d,]*")
+
+
+def grouped(faults: Sequence[str]) -> list[str]:
+    """The lines to print: faults that differ only in their place, numbers and quoted paths are one line.
+
+    That line is the one with the largest first number in its reason (the worst), and says how many others there are
+    and where the first of them are.
+    """
+    groups: dict[str, list[str]] = {}
+    for fault in faults:
+        reason = _NUMBER.sub("#", _QUOTED_PATH.sub("''", _split(fault)[1]))
+        groups.setdefault(reason, []).append(fault)
+    return [line for group in groups.values() for line in (_as_one(group) if len(group) > MAX_ALIKE else group)]
+
+
+def _split(fault: str) -> tuple[re.Match[str] | None, str]:
+    """The place that a fault begins with, if any, and its reason."""
+    match = _PLACE.fullmatch(fault)
+    return match, fault if match is None else match["reason"]
+
+
+def _as_one(group: Sequence[str]) -> list[str]:
+    worst = max(group, key=_first_number)
+    place, reason = _split(worst)
+    if place is None:
+        return [f"{group[0]} (and {len(group) - 1:,} more like it)"]
+    others = [other for fault in group if fault != worst and (other := _split(fault)[0]) is not None]
+    if all(other["file"] == place["file"] for other in others):
+        lines = ", ".join(other["line"] for other in others[:MAX_ALIKE])
+        more = f"lines: {lines}"
+    else:
+        more = f"places: {', '.join(other['file'] + ':' + other['line'] for other in others[:MAX_ALIKE])}"
+    at = worst.removesuffix(f": {reason}")
+    return [f"{at} (and {len(group) - 1:,} more {more}{' …' if len(others) > MAX_ALIKE else ''}): {reason}"]
+
+
+def _first_number(fault: str) -> int:
+    place, reason = _split(fault)
+    found = _NUMBER.search(_QUOTED_PATH.sub("''", reason)) if place is not None else None
+    return int(found[0].replace(",", "")[:300]) if found is not None else 0

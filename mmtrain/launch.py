@@ -40,8 +40,11 @@ class Layout:
         """Raises UserError where the options do not go together."""
         if not 0 <= self.node_rank < self.nodes:
             raise UserError(f"--node-rank {self.node_rank}: expected 0 to {self.nodes - 1} with --nodes {self.nodes}")
-        if self.nodes > 1 and not re.fullmatch(r"\S+:\d{1,5}", self.rendezvous or ""):
+        match = re.fullmatch(r"[!-~]+:([0-9]{1,5})", self.rendezvous or "")
+        if self.nodes > 1 and match is None:
             raise UserError("--nodes: give --rendezvous HOST:PORT too, the same on every node, HOST being node 0's")
+        if match is not None and not 0 < int(match[1]) < 2**16:
+            raise UserError(f"--rendezvous: expected a port from 1 to 65,535, not {match[1]}")
 
 
 def takes_part() -> bool:

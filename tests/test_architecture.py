@@ -52,7 +52,9 @@ def test_the_files_are_found() -> None:
     [
         n
         for n in MODULES
-        if n in ("mmtrain.cli", "mmtrain.errors", "mmtrain.foreign_text", "mmtrain.host_memory") or ".config" in n
+        if n
+        in ("mmtrain.cli", "mmtrain.errors", "mmtrain.foreign_text", "mmtrain.regular_files", "mmtrain.host_memory")
+        or ".config" in n
     ],
 )
 def test_the_light_rooms_import_nothing_heavy(name: str) -> None:
@@ -68,6 +70,7 @@ def test_packages_stand_one_on_another() -> None:
                 "errors",
                 "config",
                 "foreign_text",
+                "regular_files",
             }
             assert used <= floors[package], f"{name} imports {used - floors[package]}"
     assert not any("mmtrain.cli" in imports(tree) for name, tree in MODULES.items() if name != "mmtrain.__main__")

@@ -108,12 +108,26 @@ def test_the_first_hundred_faults_are_shown_and_the_others_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("".join(f"k{i}: 1\n" for i in range(1200)))
+    letters = "abcdefghij"
+    path.write_text("".join(f"{a}{b}{c}zzz: 1\n" for a in letters for b in letters for c in letters))
     code, _, err = run_main(monkeypatch, capsys, "train", str(path))
     told = err.splitlines()
     assert code == 2
     assert len(told) == 101
-    assert told[-1] == "mmtrain: and 1,103 more"  # 1,200 unknown keys and 3 missing sections
+    assert told[-1] == "mmtrain: and 903 more"  # 1,000 unknown keys and 3 missing sections
+
+
+def test_faults_that_are_alike_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("".join(f"k{i}: 1\n" for i in range(1200)))
+    code, _, err = run_main(monkeypatch, capsys, "train", str(path))
+    told = err.splitlines()
+    assert code == 2
+    assert len(told) == 4
+    (line,) = [line for line in told if "unknown key" in line]
+    assert line.startswith(f"mmtrain: {path}:1200 (and 1,199 more lines: 1, 2, 3 …): k1199: unknown key")
 
 
 @pytest.mark.parametrize(

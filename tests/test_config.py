@@ -1,12 +1,14 @@
 """A config file and its overrides become a Config, or every fault at once with its place."""
 
 import ast
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -124,7 +126,12 @@ ONE_FAULT = [
     ("model:", "modle:", "c.yaml:1: modle: ", ["unknown key", "'model'"]),
     ("mode: full,", "mode: ful,", "c.yaml:5: tune.projector", ["frozen", "lora", "full", "'ful'"]),
     ("mode: full, learning_rate", "mode: full, learningrate", "c.yaml:5: tune.projector.learningrate: ", ["'learning"]),
-    ("mode: full, learning_rate: 2e-4", "mode: full, rank: 4", "c.yaml:5: tune.projector.rank: ", ["unknown key"]),
+    (
+        "mode: full, learning_rate: 2e-4",
+        "mode: full, rank: 4",
+        "c.yaml:5: tune.projector.rank: ",
+        ["only for mode: lora", "tune.projector.mode is full"],
+    ),
     ("  projector:", "  projecter:", "c.yaml:5: tune.projecter: ", ["unknown key", "'projector'"]),
     ("    rank: 16", "    rnak: 16", "c.yaml:8: tune.language.rnak: ", ["unknown key", "'rank'"]),
     ("    rank: 16", "    rank: 0", "c.yaml:8: tune.language.rank: ", ["greater than 0", "'0'"]),
@@ -133,9 +140,10 @@ ONE_FAULT = [
     ("    rank: 16", "    rank: true", "c.yaml:8: tune.language.rank: ", ["integer", "'True'"]),
     ("    rank: 16", "    rank: ~", "c.yaml:8: tune.language.rank: ", ["integer", "'None'"]),
     ("    rank: 16", '    rank: "16"', "c.yaml:8: tune.language.rank: ", ["integer", "'16'"]),
+    ("    rank: 16", "    rank: 100000000", "c.yaml:8: tune.language.rank: ", ["at most 16,384", "'100000000'"]),
     ("    rank: 16", "    dropout: 1.0", "c.yaml:8: tune.language.dropout: ", ["less than 1"]),
     ("    rank: 16", "    variant: lore", "c.yaml:8: tune.language.variant: ", ["lora", "rslora", "dora"]),
-    ("[q_proj, v_proj]", "[]", "c.yaml:9: tune.language.targets: ", ["at least 1"]),
+    ("[q_proj, v_proj]", "[]", "c.yaml:9: tune.language.targets: ", ["expected a list of at least 1"]),
     ("[q_proj, v_proj]", "q_proj", "c.yaml:9: tune.language.targets: ", ["'q_proj'"]),
     ("[q_proj, v_proj]", "[q_proj, 5]", "c.yaml:9: tune.language.targets.1: ", ["string", "'5'"]),
     ("      weight: 1.5", "      wieght: 1.5", "c.yaml:13: data.train.0.wieght: ", ["unknown key", "'weight'"]),
@@ -156,6 +164,20 @@ ONE_FAULT = [
     ("  output_dir: runs/try", "  seed: 1", "c.yaml:20: train.output_dir: ", ["required"]),
     ("  output_dir: runs/try", "  output_dir: ''", "c.yaml:21: train.output_dir: ", ["at least 1"]),
     ("  learning_rate: 1e-3", "  learning_rate: fast", "c.yaml:24: train.learning_rate: ", ["number", "'fast'"]),
+    ("  learning_rate: 1e-3", "  threads: 1000000", "c.yaml:24: train.threads: ", ["at most 1,024"]),
+    ("  learning_rate: 1e-3", "  microbatches: 10000000", "c.yaml:24: train.microbatches: ", ["'auto' or", "65,536"]),
+    (
+        "  learning_rate: 1e-3",
+        "  microbatches: x",
+        "c.yaml:24: train.microbatches: ",
+        ["'auto' or an integer, not 'x'"],
+    ),
+    ("  learning_rate: 1e-3", "  microbatches: {a: 1}", "c.yaml:24: train.microbatches: ", ["'auto' or an integer"]),
+    ("  learning_rate: 1e-3", "  microbatches: [1]", "c.yaml:24: train.microbatches: ", ["'auto' or an integer"]),
+    ("  learning_rate: 1e-3", "  batch_size: 1" + "0" * 30, "c.yaml:24: train.batch_size: ", ["at most 1,000,000"]),
+    ("  output_dir: runs/try", '  output_dir: "a\\0b"', "c.yaml:21: train.output_dir: ", ["without a null character"]),
+    ("      weight: 1.5", "      weight: 1e7", "c.yaml:13: data.train.0.weight: ", ["at most 1,000,000,"]),
+    ("  eval:", "  ignore_fields: bbox\n  eval:", "c.yaml:15: data.ignore_fields: ", ["expected a list, not 'bbox'"]),
     ("  learning_rate: 1e-3", "  learning_rate: 0", "c.yaml:24: train.learning_rate: ", ["greater than 0"]),
     ("  learning_rate: 1e-3", "  seed: 4294967296", "c.yaml:24: train.seed: ", ["4294967296"]),
     ("  learning_rate: 1e-3", "  keep_checkpoints: 1", "c.yaml:24: train.keep_checkpoints: ", ["2"]),
@@ -191,6 +213,45 @@ def test_all_faults_of_a_file_and_of_its_overrides_come_at_once(tmp_path: Path, 
     places = ["c.yaml:3: model.dtipe", "c.yaml:8: tune.language.rank", "c.yaml:17: data.maks_length"]
     places += ["command line: labels.train_on", "command line: train.seed"]
     assert sorted(fault.split(": ", 2)[0] + ": " + fault.split(": ", 2)[1] for fault in found) == sorted(places)
+
+
+def test_one_faulty_item_of_a_list_is_one_fault(tmp_path: Path, text: str) -> None:
+    (fault,) = faults(tmp_path, text, "data.train=[5]")
+    assert fault == "command line: data.train.0: expected a section of keys, not '5'"
+
+
+def test_an_override_of_an_item_and_of_a_key_in_it(tmp_path: Path, text: str) -> None:
+    config = load(tmp_path, text, "data.train.0=5", f"data.train.0.path={tmp_path}/more.jsonl")
+    assert [source.path for source in config.data.train] == [f"{tmp_path}/more.jsonl"] * 2
+    assert config.data.train[0].weight == 1.0
+
+
+def test_keys_of_lora_where_the_mode_was_overridden_say_what_is_the_matter(tmp_path: Path, text: str) -> None:
+    found = faults(tmp_path, text, "tune.language.mode=full")
+    assert [fault.split(": ")[1] for fault in found] == ["tune.language.rank", "tune.language.targets"]
+    for fault in found:
+        assert "only for mode: lora, and tune.language.mode is full" in fault
+        assert "tune.language='{mode: full}'" in fault
+    assert load(tmp_path, text, "tune.language={mode: full}").tune.language.mode == "full"
+    assert "only for mode: lora and full" in faults(tmp_path, text, "tune.projector.mode=frozen")[0].replace(
+        "full and lora", "lora and full"
+    )
+
+
+def test_a_missing_relative_path_names_the_folder_that_was_looked_in(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a\nb").mkdir()
+    for folder, told in ((tmp_path, str(tmp_path)), (tmp_path / "a\nb", f"{tmp_path}/a⏎b")):
+        monkeypatch.chdir(folder)
+        (fault,) = faults(tmp_path, text, "data.train.0.path=train-2.jsonl")
+        assert fault.endswith(f"there is no 'train-2.jsonl' in {told}")
+
+
+@pytest.mark.parametrize("name", ["a/b--c", "a/..", "../a", "a/b.", "-a/b", "a/b/c", "a/" + "b" * 95, "a/b-", "é/b"])
+def test_what_the_hub_would_not_take_is_not_a_hub_id(tmp_path: Path, text: str, name: str) -> None:
+    (fault,) = faults(tmp_path, text, f"model.path={name}")
+    assert "expected a model directory or a hub id" in fault
 
 
 def test_missing_files_come_with_the_other_faults(tmp_path: Path, text: str) -> None:
@@ -446,6 +507,31 @@ def test_a_byte_order_mark_and_windows_line_ends_are_taken(tmp_path: Path, text:
     assert load(tmp_path, b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()) == expected
 
 
+def test_a_config_that_is_a_pipe_or_a_device_is_a_plain_fault(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    signal.alarm(60)
+    for name in ("fifo.yaml", "zero.yaml"):
+        with pytest.raises(UserError, match=rf"{name}: cannot be read: not a regular file"):
+            load_config(tmp_path / name)
+    signal.alarm(0)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"a: [", b"1", b"\xff", b"a: *b", b"x" * (MAX_BYTES + 1)])
+@pytest.mark.parametrize("name", [b"a\nb.yaml", b"\x1b[31m.yaml", b"\xff.yaml"])
+def test_a_config_with_a_strange_name_is_told_in_printable_lines(
+    tmp_path: Path, name: bytes, content: bytes | None
+) -> None:
+    path = tmp_path / os.fsdecode(name)
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_config(path, ["train.steps=x"])
+    for fault in caught.value.faults:
+        assert fault.isprintable()
+        fault.encode()
+
+
 def test_a_config_that_is_missing_or_a_folder_is_a_plain_fault(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere.yaml", tmp_path, tmp_path / "nowhere.yaml" / "x", tmp_path / ("a" * 300)):
         with pytest.raises(UserError, match="cannot be read"):
@@ -515,16 +601,23 @@ def test_a_mutated_config_is_taken_or_refused_in_plain_lines(
 KEYS = ["model", "path", "tune", "vision", "language", "mode", "lora", "rank", "data", "train", "0", "9", "x", "", "-1"]
 
 
-@settings(FUZZ, max_examples=200)
-@given(
-    keys=st.lists(st.sampled_from(KEYS), max_size=5),
-    value=st.one_of(st.sampled_from(PIECES), st.sampled_from(["{mode: lora}", "{mode: {}}", "[1]", "lora"])),
+OVERRIDE = st.tuples(
+    st.lists(st.sampled_from(KEYS), max_size=5),
+    st.one_of(st.sampled_from(PIECES), st.sampled_from(["{mode: lora}", "{mode: {}}", "[1]", "lora", "5", "[[{}]]"])),
 )
-def test_a_strange_override_is_taken_or_refused_in_plain_lines(tmp_path: Path, keys: list[str], value: str) -> None:
+
+
+@settings(FUZZ, max_examples=300)
+@given(overrides=st.lists(OVERRIDE, min_size=1, max_size=4))
+@example(overrides=[(["data", "train", "0"], "5"), (["data", "train", "0", "path"], "x")])
+def test_strange_overrides_are_taken_or_refused_in_plain_lines(
+    tmp_path: Path, overrides: list[tuple[list[str], str]]
+) -> None:
     (tmp_path / "model").mkdir(exist_ok=True)
     for name in ("train", "more"):
         (tmp_path / f"{name}.jsonl").touch()
-    assert_only_plain_faults(tmp_path, TEXT.format(root=tmp_path), ".".join(keys) + "=" + value)
+    words = [f"{'.'.join(keys)}={value}" for keys, value in overrides]
+    assert_only_plain_faults(tmp_path, TEXT.format(root=tmp_path), *words)
 
 
 # --- the merged config ---

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mmtrain.data.chat import Conversation, Image, Message, SampleError, Text
-from mmtrain.data.formats import read_record
+from mmtrain.data.formats import MAX_TEXT, read_record
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not there")
@@ -197,12 +197,15 @@ FAULTS = {
     ),
     "no role": ({"messages": [{"content": "Q"}]}, ["unknown role 'None'"]),
     "a role that is a list": ({"messages": [{"role": ["user"], "content": "Q"}]}, ["unknown role"]),
-    "an empty answer": ({"messages": [ASKED, {"role": "assistant", "content": ""}]}, ["no words"]),
-    "a blank answer": ({"messages": [ASKED, {"role": "assistant", "content": " \n"}]}, ["no words"]),
-    "an answer without parts": ({"messages": [ASKED, {"role": "assistant", "content": []}]}, ["no words"]),
+    "an empty answer": ({"messages": [ASKED, {"role": "assistant", "content": ""}]}, ["without text"]),
+    "a blank answer": ({"messages": [ASKED, {"role": "assistant", "content": " \n"}]}, ["without text"]),
+    "an answer without parts": ({"messages": [ASKED, {"role": "assistant", "content": []}]}, ["without text"]),
     "an answer of null": ({"messages": [ASKED, {"role": "assistant", "content": None}]}, ["'content' must be text"]),
     "an answer that is a number": ({"messages": [ASKED, {"role": "assistant", "content": 5}]}, ["'5'"]),
-    "tool calls": ({"messages": [ASKED, {**SAID, "tool_calls": [{"id": 1}]}]}, ["tool calls"]),
+    "tool calls": (
+        {"messages": [ASKED, {**SAID, "tool_calls": [{"id": 1}]}]},
+        ["'tool_calls' of turn 2 is not understood"],
+    ),
     "tools": ({"messages": [ASKED, SAID], "tools": [{"name": "f"}]}, ["'tools'"]),
     "an http image": (openai({"type": "image_url", "image_url": {"url": "http://x/a.png"}}), ["nothing is fetched"]),
     "an https image": (marked("<image>Q", "https://x/a.png"), ["nothing is fetched", "'https://x/a.png'"]),
@@ -212,9 +215,9 @@ FAULTS = {
     "a data URI that is not base64": (marked("<image>Q", "data:image/png;base64,???"), ["not base64"]),
     "a data URI cut short": (marked("<image>Q", "data:image/png;base64,AAA"), ["not base64"]),
     "a data URI outside ASCII": (marked("<image>Q", "data:image/png;base64,AAé="), ["not base64"]),
-    "a video": (llava("<video>Q", video="a.mp4"), ["'video' is not supported"]),
-    "videos": ({**marked("Q"), "videos": ["a.mp4"]}, ["'videos' is not supported"]),
-    "audio": ({**marked("Q"), "audios": ["a.wav"]}, ["'audios' is not supported"]),
+    "a video": (llava("<video>Q", video="a.mp4"), ["'video' is not understood: only text, and images"]),
+    "videos": ({**marked("Q"), "videos": ["a.mp4"]}, ["'videos' is not understood: only text, and images"]),
+    "audio": ({**marked("Q"), "audios": ["a.wav"]}, ["'audios' is not understood: only text, and images"]),
     "a video part": (openai({"type": "video_url", "video_url": {"url": "a.mp4"}}), ["'video_url'", "expected"]),
     "a part without a type": (openai({"text": "Q"}), ["type 'None'"]),
     "a part whose type is a list": (openai({"type": ["text"], "text": "Q"}), ["expected 'text'"]),
@@ -227,7 +230,7 @@ FAULTS = {
     ),
     "an empty path": (marked("<image>Q", ""), ["an image must be a path"]),
     "a path that is a number": (marked("<image>Q", 5), ["an image must be a path", "'5'"]),
-    "an image of bytes": (marked("<image>Q", {"bytes": "x"}), ["an image must be a path"]),
+    "an image of bytes": (marked("<image>Q", {"bytes": "x"}), ["'bytes' is not understood"]),
     "an image in an answer": (
         {"messages": [ASKED, {"role": "assistant", "content": "<image>A"}], "images": ["a"]},
         ["assistant", "only the user's"],
@@ -236,7 +239,10 @@ FAULTS = {
         {"messages": [{"role": "system", "content": [{"type": "image", "image": "a"}]}, ASKED, SAID]},
         ["system", "only the user's"],
     ),
-    "train that is no truth value": ({"messages": [ASKED, {**SAID, "train": "no"}]}, ["'train' must be true or false"]),
+    "train that is no truth value": (
+        {"messages": [ASKED, {**SAID, "train": "no"}]},
+        ["'train' must be true, false, 1 or 0", "'no'"],
+    ),
     "no turns": ({"messages": []}, ["no turns"]),
     "turns that are an object": ({"messages": {"role": "user"}}, ["'messages' must be a list"]),
     "a turn that is a string": ({"messages": ["Q"]}, ["list of objects"]),
@@ -302,6 +308,183 @@ def test_a_weight_of_zero_on_an_answer_is_not_learned_from_in_silence() -> None:
         assert [message.train for message in conversation.messages if message.role == "assistant"] == [False, True]
 
 
+def trained(*answers: dict[str, Any]) -> list[bool]:
+    messages = [turn for answer in answers for turn in (ASKED, {**SAID, **answer})]
+    return [m.train for m in read_record({"messages": messages}, "auto").messages if m.role == "assistant"]
+
+
+@pytest.mark.parametrize("key", ["train", "trainable", "loss", "weight"])
+def test_a_turn_says_in_four_ways_whether_it_is_trained_on(key: str) -> None:
+    assert trained({key: False}, {key: True}, {key: 0}, {key: 1}, {key: 0.0}, {key: None}, {}) == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+        True,
+    ]
+    for value in (0.5, 2, -1, "false", "0", [0], {"a": 1}):
+        assert f"'{key}' must be true, false, 1 or 0" in refusal({"messages": [ASKED, {**SAID, key: value}]})
+    assert f"'{key}' is on in a turn of the user" in refusal({"messages": [{**ASKED, key: True}, SAID]})
+    assert read_record({"messages": [{**ASKED, key: False}, SAID]}, "auto").messages[1].train
+
+
+def test_two_switches_of_a_turn_must_agree() -> None:
+    assert trained({"loss": False, "weight": 0}, {"train": True, "weight": 1.0}) == [False, True]
+    assert "'train' and 'loss' of a turn contradict" in refusal(
+        {"messages": [ASKED, {**SAID, "train": True, "loss": 0}]}
+    )
+
+
+# --- keys ---
+
+# Keys that people's data have and that would change what is trained on: by the place where they are.
+MEANT = {
+    "system_prompt": "S",
+    "tools": [{"name": "f"}],
+    "objects": {"bbox": [[1, 2, 3, 4]]},
+    "bbox": [1, 2, 3, 4],
+    "label": False,
+    "rejected": "B",
+    "rejected_images": ["a.png"],
+    "video": "a.mp4",
+    "audios": ["a.wav"],
+    "picture": "a.png",
+    "image_path": "a.png",
+    "img": ["a.png"],
+    "loss": False,
+    "weight": 2.0,
+    "mask": [1],
+    "conversation2": [1],
+    "reward": 0.0,
+}
+MEANT_OF_TURN = {
+    "mask": True,
+    "reasoning_content": "hm",
+    "thinking": "hm",
+    "function_call": {"name": "f"},
+    "tool_calls": [1],
+    "images": ["a.png"],
+    "loss_scale": 0.5,
+    "prefix": False,
+    "name": "Bob",
+}
+MEANT_OF_PART = {"max_pixels": 100, "resized_height": 28, "bbox": [1], "video": "a.mp4", "cache_control": "x"}
+
+
+@pytest.mark.parametrize("key", MEANT)
+@pytest.mark.parametrize(
+    "record", [{"messages": [ASKED, SAID]}, llava("<image>Q", image="a.png")], ids=["openai", "llava"]
+)
+def test_a_key_of_a_record_that_could_matter_is_refused_by_name(record: dict[str, Any], key: str) -> None:
+    told = refusal({**record, key: MEANT[key]})
+    assert f"the key '{key}' is not understood" in told
+    assert "data.ignore_fields" in told
+    assert read_record({**record, key: MEANT[key]}, "auto", frozenset({key})) == read_record(record, "auto")
+
+
+@pytest.mark.parametrize("key", MEANT_OF_TURN)
+def test_a_key_of_a_turn_that_could_matter_is_refused_by_name(key: str) -> None:
+    for turns_key, turns in (
+        ("messages", [ASKED, {**SAID, key: MEANT_OF_TURN[key]}]),
+        ("conversations", [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A", key: MEANT_OF_TURN[key]}]),
+    ):
+        assert f"'{key}' of turn 2 is not understood" in refusal({turns_key: turns})
+        assert read_record({turns_key: turns}, "auto", frozenset({key})) == chat(Text("Q"))
+
+
+@pytest.mark.parametrize("key", MEANT_OF_PART)
+@pytest.mark.parametrize("part", [TEXT_PART, {"type": "image", "image": "a.png"}], ids=["text", "image"])
+def test_a_key_of_a_part_that_could_matter_is_refused_by_name(part: dict[str, Any], key: str) -> None:
+    record = openai(TEXT_PART, {**part, key: MEANT_OF_PART[key]})
+    assert f"'{key}' of a part of turn 1 is not understood" in refusal(record)
+    assert read_record(record, "auto", frozenset({key})) == read_record(openai(TEXT_PART, part), "auto")
+
+
+def test_every_key_that_is_not_understood_is_named_at_once() -> None:
+    told = refusal({"messages": [{**ASKED, "x": 1}, {**SAID, "y": 1}], "bbox": [1], "id": 1})
+    assert "the keys 'bbox', 'x' of turn 1, 'y' of turn 2 are not understood" in told
+    assert "and 6 more" in refusal({"messages": [ASKED], **{f"k{i}": 1 for i in range(10)}})
+
+
+@pytest.mark.parametrize("value", [None, "", [], {}])
+def test_an_empty_value_says_nothing_and_passes(value: Any) -> None:
+    extra = {"tools": value, "videos": value, "bbox": value}
+    turn = {**SAID, "tool_calls": value, "function_call": value, "refusal": value, "loss": None}
+    part = {**TEXT_PART, "annotations": value}
+    assert read_record({"messages": [{"role": "user", "content": [part]}, turn], **extra}, "auto") == chat(Text("Q"))
+
+
+def test_metadata_pass_wherever_they_are() -> None:
+    """As in LLaVA, ShareGPT4V, InternVL, OpenHermes, OpenAI's exports and the like."""
+    more = {"id": "7", "source": "s", "dataset": "d", "timestamp": 1, "tags": ["t"], "meta": {"a": 1}, "license": "MIT"}
+    more |= {"uid": "u", "language": "en", "width": 3, "height": 4, "question_id": 5, "model": "m", "created_at": "x"}
+    turn = {"id": 1, "timestamp": 2, "message_id": "a"}
+    part = {**TEXT_PART, "id": 3, "index": None}
+    record = {"messages": [{"role": "user", "content": [part], **turn}, {**SAID, **turn}], **more}
+    assert read_record(record, "auto") == chat(Text("Q"))
+    assert read_record(llava("<image>Q", image="a.png", **more), "auto") == chat(Image("a.png"), Text("Q"))
+
+
+def test_metadata_that_name_an_image_are_refused_where_the_record_has_none() -> None:
+    for key in ("id", "file_name", "url", "image_id"):
+        told = refusal({"messages": [ASKED, SAID], key: "images/a.JPG"})
+        assert f"'{key}'" in told
+        assert "no image" in told
+        assert read_record({"messages": [ASKED, SAID], key: "a.JPG"}, "auto", frozenset({key})) == chat(Text("Q"))
+        assert read_record(llava("<image>Q", image="a.png", **{key: "a.png"}), "auto").images == (Image("a.png"),)
+
+
+def test_turns_under_two_keys_are_refused() -> None:
+    assert "'messages' is not understood" in refusal({**llava("Q"), "messages": [ASKED, SAID]})
+
+
+def test_ignored_keys_are_as_if_they_were_not_there() -> None:
+    record = {"messages": [ASKED, {**SAID, "loss": False, "x": 1}], "x": {"y": [1]}, "images": ["a.png"]}
+    before = json.dumps(record)
+    found = read_record(record, "auto", frozenset({"x", "images"}))
+    assert [message.train for message in found.messages] == [True, False]
+    assert found.images == ()
+    assert json.dumps(record) == before
+    with pytest.raises(SampleError, match="expected the key 'messages'"):
+        read_record(record, "auto", frozenset({"messages"}))
+
+
+def test_the_index_of_an_image_part_must_be_its_place_in_the_list() -> None:
+    """As in HuggingFaceH4/llava-instruct-mix-vsft; taking them in order would swap two images in silence."""
+    parts = [{"type": "image", "text": None, "index": i} for i in (0, 1)]
+    text = {"type": "text", "text": "Q", "index": None}
+    assert read_record(marked([*parts, text], "a", "b"), "auto") == chat(Image("a"), Image("b"), Text("Q"))
+    assert "index '1'" in refusal(marked([*parts[::-1], text], "a", "b"))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "a.png", "url": "b.png"},
+        {"type": "text", "text": "Q", "value": "R"},
+        {"type": "image_url", "image_url": {"url": "a.png", "path": "b.png"}},
+    ],
+)
+def test_one_of_two_values_of_a_part_never_vanishes(part: dict[str, Any]) -> None:
+    assert "keep one" in refusal(openai(part, TEXT_PART))
+
+
+def test_image_parts_with_paths_next_to_an_empty_list_are_read() -> None:
+    assert read_record(marked([{"type": "image", "image": "a.png"}, TEXT_PART]), "auto") == chat(
+        Image("a.png"), Text("Q")
+    )
+    assert "0 <image> marks but 1 image" in refusal(marked([{"type": "image", "image": "a.png"}, TEXT_PART], "b.png"))
+
+
+def test_text_that_would_take_gigabytes_to_tokenize_is_refused() -> None:
+    assert read_record(openai("x" * (MAX_TEXT - 1)), "auto").messages[0].text
+    told = refusal(openai("x" * MAX_TEXT))
+    assert f"{MAX_TEXT + 1:,} characters" in told
+    assert f"{MAX_TEXT:,} allowed" in told
+
+
 # --- real files ---
 
 
@@ -329,8 +512,8 @@ SUPPORTED = {
 }
 
 NOT_SUPPORTED = {
-    "chat_demos/llama_factory/data/mllm_video_demo.json": "'videos' is not supported",
-    "chat_demos/qwen_vl_finetune/demo/video.json": "'video' is not supported",
+    "chat_demos/llama_factory/data/mllm_video_demo.json": "'videos' is not understood: only text, and images",
+    "chat_demos/qwen_vl_finetune/demo/video.json": "'video' is not understood: only text, and images",
     "chat_demos/llava/llava/eval/table/caps_boxes_coco2014_val_80.jsonl": "no known format",
     "chat_demos/llava/playground/data/coco2014_val_gpt4_qa_30x3.jsonl": "no known format",
     "chat_demos/llava/playground/data/coco2014_val_qa_eval/qa90_questions.jsonl": "no known format",

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 
+from mmtrain.data import images
 from mmtrain.data.chat import Image, SampleError
 from mmtrain.data.images import MAX_PIXELS, decode, find_picture
 
@@ -128,6 +131,15 @@ def test_transparent_parts_are_laid_on_white(tmp_path: Path) -> None:
     share = pixels[..., 3:] / 255
     expected = pixels[..., :3] * share + 255 * (1 - share)
     assert np.abs(read(save(pixels, tmp_path / "a.png")).astype(float) - expected).max() <= 1
+
+
+def test_laying_on_white_some_rows_at_a_time_changes_no_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for height, width in ((7, 5), (1, 40), (40, 1)):
+        path = save(noise(height, width, 4), tmp_path / "a.png")
+        whole = read(path)
+        monkeypatch.setattr(images, "_STRIP_PIXELS", 2 * width)
+        assert (read(path) == whole).all()
+        monkeypatch.undo()
 
 
 def test_transparent_grey_is_laid_on_white(tmp_path: Path) -> None:
@@ -288,12 +300,97 @@ def test_other_kinds_are_not_even_opened(tmp_path: Path, kind: str) -> None:
     assert "not a picture of a known kind" in refusal("a.png", tmp_path)
 
 
-@pytest.mark.parametrize("size", [(10_001, 10_000), (13_000, 13_000), (50_000, 50_000), (2**31 - 1, 1)])
+@pytest.mark.parametrize("size", [(7_072, 7_072), (10_001, 10_000), (13_000, 13_000), (50_000, 50_000), (2**31 - 1, 1)])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_refused_by_its_header(tmp_path: Path, size: tuple[int, int]) -> None:
     assert size[0] * size[1] > MAX_PIXELS
     (tmp_path / "a.png").write_bytes(png(header(*size), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")))
     assert "pixels" in refusal("a.png", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "header_of", "row_bytes"),
+    [
+        ("a.ppm", b"P6 %d %d 255\n", 3),
+        ("a.pgm", b"P5 %d %d 255\n", 1),
+        ("a.pbm", b"P4 %d %d\n", 1 / 8),
+        ("b.pgm", b"P5 %d %d 65535\n", 1),
+        ("b.ppm", b"P3 %d %d 255\n", 3),
+    ],
+)
+def test_a_file_far_too_short_for_its_header_is_refused_when_it_is_found(
+    tmp_path: Path, name: str, header_of: bytes, row_bytes: float
+) -> None:
+    (tmp_path / name).write_bytes(header_of % (6_000, 7_000) + bytes(100))
+    told = refusal(name, tmp_path)
+    assert "cut off" in told
+    assert "6000x7000" in told
+    assert int(told.split()[-1].replace(",", "")) - 42_000_000 * row_bytes < 100
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [(s, m) for s in ("bmp", "tiff", "ppm") for m in ("RGB", "L", "1", "P") if (s, m) != ("ppm", "P")],
+)
+def test_an_uncompressed_file_is_long_enough_to_the_byte(tmp_path: Path, suffix: str, mode: str) -> None:
+    for width, height in ((7, 5), (1, 1), (33, 2)):
+        save(noise(height, width), tmp_path / f"a.{suffix}", mode)
+        assert read(tmp_path / f"a.{suffix}").shape == (height, width, 3)
+    save(noise(300, 300), tmp_path / f"a.{suffix}", mode)
+    (tmp_path / f"a.{suffix}").write_bytes((tmp_path / f"a.{suffix}").read_bytes()[:600])
+    assert f"'a.{suffix}'" in refusal(f"a.{suffix}", tmp_path)
+
+
+def test_plain_text_pixels_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.pbm").write_bytes(b"P1 3 2\n010101")
+    (tmp_path / "a.pgm").write_bytes(b"P2 2 1 1\n0 1")
+    assert read(tmp_path / "a.pbm")[..., 0].tolist() == [[255, 0, 255], [0, 255, 0]]
+    assert read(tmp_path / "a.pgm")[..., 0].tolist() == [[0, 255]]
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from mmtrain.data.chat import Image
+from mmtrain.data.images import decode, find_picture
+peak = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+before = peak()
+decode(find_picture(Image(sys.argv[2]), Path(sys.argv[1])))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
+@pytest.mark.parametrize(("kind", "limit"), [("png", 12), ("webp", 22), ("gif", 12), ("tiff", 12)])
+def test_a_transparent_image_is_decoded_without_whole_copies(tmp_path: Path, kind: str, limit: int) -> None:
+    """The documented bound of `MAX_PIXELS`, in bytes a pixel; whole copies took 17 to 28."""
+    image = PIL.Image.new("RGBA", (3_000, 2_000), (1, 2, 3, 4))
+    image.save(tmp_path / f"a.{kind}", **({"lossless": True, "method": 0} if kind == "webp" else {}))
+    words = [sys.executable, "-c", PEAK, str(tmp_path), f"a.{kind}"]
+    peak = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    assert peak < limit * 6_000_000 + 4_000_000
+
+
+def test_pillow_prints_nothing_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "bomb.png").write_bytes(png(header(10_000, 9_500), (b"IDAT", b""), (b"IEND", b"")))
+    (tmp_path / "exif.tif").write_bytes(b"II*\0\x08\0\0\0\xff\xff" + bytes(100))
+    palette = PIL.Image.new("P", (3, 1))
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    palette.save(tmp_path / "palette.png", transparency=bytes([255, 0, 51]))
+    code = (
+        "import sys, warnings\nfrom pathlib import Path\nfrom mmtrain.data.chat import Image, SampleError\n"
+        "from mmtrain.data.images import decode, find_picture\n"
+        "import PIL.Image\n"
+        "for name in sys.argv[2:]:\n"
+        "    try: decode(find_picture(Image(name), Path(sys.argv[1])))\n"
+        "    except SampleError as error: print(error)\n"
+    )
+    odd = [row["file"] for row in ROWS if "DecompressionBomb" in str(row) or row["file"].endswith((".tif", ".tiff"))]
+    for root, names in ((tmp_path, ["bomb.png", "exif.tif", "palette.png"]), (BAD, odd)):
+        done = subprocess.run([sys.executable, "-c", code, str(root), *names], capture_output=True, text=True)
+        assert done.returncode == 0
+        assert "Warning" not in done.stderr
+        assert "More samples" not in done.stderr
 
 
 def test_a_text_that_unpacks_to_megabytes_is_refused(tmp_path: Path) -> None:

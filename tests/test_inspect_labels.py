@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from mmtrain.config.schema import Config
 from mmtrain.data.encode import Encoder
 from mmtrain.data.load import load_processor
 from mmtrain.data.samples import SampleSet
-from mmtrain.errors import UserError
+from mmtrain.errors import StorageError, UserError
 from mmtrain.foreign_text import visible
 from mmtrain.inspect_labels.command import Options, inspect_labels
 from mmtrain.inspect_labels.pixels import seen_pixels
@@ -145,6 +148,38 @@ def test_a_sample_that_is_refused_is_named_and_the_exit_code_is_1(make_config: M
 def test_an_index_out_of_range_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--index 8: there are 8 samples, 0 to 7"):
         inspect_labels(make_config("text"), Options(indices=(8,)))
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_any_work(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("text")
+    broken = Config.model_validate(config.model_dump() | {"model": {"path": "no/model"}})
+    for path, words in ((tmp_path / "no" / "a.html", "there is no folder"), (tmp_path, "that is a folder")):
+        with pytest.raises(UserError, match=words) as caught:
+            inspect_labels(broken, Options(html=path))
+        assert caught.value.exit_code == 2
+    with pytest.raises(StorageError, match=r"--html '/proc/a\.html': cannot be written: "):
+        inspect_labels(config, Options(html=Path("/proc/a.html")))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("words", [["--json"], ["--all", "--json"], ["--html"], []])
+def test_a_file_name_that_is_not_utf_8_is_shown_everywhere(
+    make_config: MakeConfig, tmp_path: Path, words: list[str], encoding: str
+) -> None:
+    config = make_config("text")
+    data = tmp_path / os.fsdecode(b"\xff\n.jsonl")
+    data.write_bytes(Path(config.data.train[0].path).read_bytes())
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    words = [*words, str(tmp_path / os.fsdecode(b"\xfe\n.html"))] if words == ["--html"] else words
+    command = [sys.executable, "-m", "mmtrain", "inspect-labels", str(tmp_path / "c.yaml")]
+    command += [f"data.train.0.path={tmp_path}/*.jsonl", *words]
+    environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+    if "--json" in words:
+        rows = [json.loads(line) for line in done.stdout.decode(encoding).splitlines()]
+        assert {row["source"] for row in rows} == {str(data)}
 
 
 def test_losses_equal_a_plain_forward(make_config: MakeConfig, tmp_path: Path) -> None:

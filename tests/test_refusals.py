@@ -29,7 +29,7 @@ FAULTY: dict[int, tuple[Any, str]] = {
     3: (chat("<image>What?", "this", ["missing.png"]), "No such file"),
     4: (chat("<image>What?", "this", ["notes.txt"]), "not a picture of a known kind"),
     5: (chat("What?", "this", role="narrator"), "unknown role 'narrator'"),
-    6: (chat("What?", ""), "an assistant turn with no words"),
+    6: (chat("What?", ""), "an assistant turn without text"),
     7: (chat("What?", "word " * 300), "tokens, over the 200 allowed (data.max_length)"),
     9: ("{not json", "not JSON"),
     10: (chat("<image>What?", "this", ["short.jpg"]), "does not decode"),

@@ -166,10 +166,20 @@ def test_the_own_address() -> None:
         _own_address("no-such-host.invalid:29500")
 
 
-@pytest.mark.parametrize("layout", [Layout(1, 2, 2, "h:1"), Layout(1, 2, 0), Layout(1, 2, 0, "h"), Layout(1, 1, 1)])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(1, 2, 2, "h:1"), Layout(1, 2, 0), Layout(1, 2, 0, "h"), Layout(1, 1, 1), Layout(1, 2, 0, "é:80")],
+)
 def test_options_that_do_not_go_together(layout: Layout) -> None:
     with pytest.raises(UserError, match="--node"):
         layout.check()
+
+
+@pytest.mark.parametrize("port", [0, 65_536, 99_999])
+def test_a_port_that_cannot_be_is_refused(port: int) -> None:
+    with pytest.raises(UserError, match=f"--rendezvous: expected a port from 1 to 65,535, not {port}"):
+        Layout(1, 2, 0, f"h:{port}").check()
+    Layout(1, 2, 0, "h:65535").check()
 
 
 def test_srun_is_taking_part_and_a_batch_script_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def test_the_lines_of_the_items_of_a_json_file_are_exact(
         (b'[{"a": 1},\n{"a": }]', 2, "not JSON"),
         (b'[{"a":\n1},\n{"a":\n\nx}]', 5, "not JSON"),
         (b"[1,\n2\n3]", 3, "','"),
-        (b"[1,\n2]\n]", 3, "more behind"),
+        (b"[1,\n2]\n]", 3, "more after"),
         (b"[1,\n2", 2, "not JSON"),
         (b"[1,\n2,", 2, "not JSON"),
         (b"[1,\n2,\n]", 3, "not JSON"),
@@ -176,7 +176,7 @@ def test_a_place_is_the_file_and_the_line(tmp_path: Path) -> None:
 
 
 def test_a_folder_gives_its_record_files_in_the_order_of_their_names(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.json", "c.txt", "d.png", "deeper/e.jsonl"):
+    for name in ("b.jsonl", "a.json", "c.txt", "d.png", "deeper/e.png"):
         write(tmp_path, name, b"[1]")
     assert [file.path.name for file in open_records(str(tmp_path))] == ["a.json", "b.jsonl"]
 

@@ -1,6 +1,5 @@
 """From a YAML file and `key=value` overrides to a `Config`, or to all faults at once, each with its line."""
 
-import difflib
 import glob
 import os
 import re
@@ -8,15 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from mmtrain.config.schema import Config, Frozen, Full, Lora
+from mmtrain.config.faults import schema_faults
+from mmtrain.config.schema import Config
 from mmtrain.config.yaml_file import KeyPath, dump_yaml, parse_yaml, read_yaml
 from mmtrain.errors import UserError
-from mmtrain.foreign_text import shown
+from mmtrain.foreign_text import shown, visible
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_MODES: dict[str, type[BaseModel]] = {"frozen": Frozen, "lora": Lora, "full": Full}
+_HUB_ID = re.compile(r"(?!.*(--|\.\.))(?=.{3,96}$)[A-Za-z0-9](?:[\w.-]*\w)?/(?:[\w.-]*\w)", re.ASCII)
+"""What the hub takes as an id: `owner/name`."""
 _COMMAND_LINE = "command line"
 
 
@@ -24,20 +24,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read, merge and check a config. Raises UserError with every fault found, one line each."""
     data, lines = read_yaml(path)
     data = {} if data is None else data
+    file = visible(str(path))
     if not isinstance(data, dict):
-        raise UserError(f"{path}:1: expected sections (model, tune, data, labels, train), not {shown(data)}")
-    where = {at: f"{path}:{line}" for at, line in lines.items()}
+        raise UserError(f"{file}:1: expected sections (model, tune, data, labels, train), not {shown(data)}")
+    where = {at: f"{file}:{line}" for at, line in lines.items()}
     faults = []
     for override in overrides:
         try:
             _apply(override, data, where)
         except UserError as error:
             faults += error.faults
-    name = f"{path}:1"
+    name = f"{file}:1"
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        faults += [_fault(item, data, where, name) for item in error.errors()]
+        faults += [f"{_place(at, where, name)}: {_key(at)}: {why}" for at, why in schema_faults(error.errors(), data)]
     faults += _missing_files(data, where, name)
     if faults:
         raise UserError(faults)
@@ -61,7 +62,7 @@ def _apply(override: str, data: dict[str, Any], where: dict[KeyPath, str]) -> No
     target: Any = data
     for word in sections:
         at.append(step := _step(word, target, name))
-        if isinstance(target, dict) and not isinstance(target.get(step), dict | list):
+        if not isinstance(target.get(step) if isinstance(target, dict) else target[step], dict | list):
             target[step] = {}
             where[tuple(at)] = _COMMAND_LINE
         target = target[step]
@@ -81,13 +82,6 @@ def _step(word: str, target: Any, name: str) -> str | int:
     raise UserError(f"{name}: there is no {shown(word)} in a list of {len(target)}")
 
 
-def _fault(item: Any, data: dict[str, Any], where: dict[KeyPath, str], name: str) -> str:
-    at: KeyPath = item["loc"]
-    if len(at) > 2 and at[0] == "tune":
-        at = (*at[:2], *at[3:])  # pydantic puts the name of the union's member among the keys
-    return f"{_place(at, where, name)}: {_key(at)}: {_reason(item, at, data)}"
-
-
 def _key(at: KeyPath) -> str:
     """A key path on one printable line."""
     words = (str(step) if re.fullmatch(r"[\w-]{1,40}", str(step)) else shown(step, 40) for step in at)
@@ -97,50 +91,6 @@ def _key(at: KeyPath) -> str:
 def _place(at: KeyPath, where: dict[KeyPath, str], name: str) -> str:
     """Where the key path `at`, or the nearest section around it, was written."""
     return next((where[at[:n]] for n in range(len(at), 0, -1) if at[:n] in where), name)
-
-
-def _reason(item: Any, at: KeyPath, data: dict[str, Any]) -> str:
-    kind, value = item["type"], item["input"]
-    if kind == "extra_forbidden":
-        return f"unknown key{_nearest(str(at[-1]), _valid_keys(at, data))}"
-    if kind == "missing":
-        return "required, and not given"
-    if kind.startswith("union_tag"):
-        mode = value.get("mode") if isinstance(value, dict) else value
-        return "needs `mode: frozen`, `mode: lora` or `mode: full`" + (f", not {shown(mode)}" if mode else "")
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"expected a section of keys, not {shown(value)}"
-    if kind == "value_error":
-        return str(item["ctx"]["error"])
-    message = item["msg"][0].lower() + item["msg"][1:]
-    return f"{message.replace('input should be', 'expected')}, not {shown(value)}"
-
-
-def _valid_keys(at: KeyPath, data: dict[str, Any]) -> list[str]:
-    """The keys that the section around the key path `at` may have."""
-    model: type[BaseModel] = Config
-    here: Any = data
-    for step in at[:-1]:
-        here = here[step]
-        if isinstance(step, int):
-            continue
-        if step in ("vision", "projector", "language"):
-            model = _MODES.get(here.get("mode"), Frozen)
-        else:
-            model = next(_models_in(model.model_fields[step].annotation))
-    return list(model.model_fields)
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in getattr(annotation, "__args__", ()):
-        yield from _models_in(inner)
-
-
-def _nearest(key: str, valid: list[str]) -> str:
-    near = difflib.get_close_matches(key[:80], valid, n=1, cutoff=0.5)
-    return f"; did you mean {shown(near[0])}?" if near else f"; expected one of {', '.join(valid)}"
 
 
 def _missing_files(data: dict[str, Any], where: dict[KeyPath, str], name: str) -> Iterator[str]:
@@ -153,7 +103,8 @@ def _missing_files(data: dict[str, Any], where: dict[KeyPath, str], name: str) -
             exists = os.path.exists(path) or (at[-1] == "path" and "\0" not in path and bool(glob.glob(path)))
         if not exists:
             expected = "expected a model directory or a hub id; " if is_model else ""
-            yield f"{_place(at, where, name)}: {_key(at)}: {expected}there is no {shown(path)}"
+            looked_in = "" if os.path.isabs(path) else f" in {visible(os.getcwd())}"
+            yield f"{_place(at, where, name)}: {_key(at)}: {expected}there is no {shown(path)}{looked_in}"
 
 
 def _paths(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, Strict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, Strict, model_validator
 
 Rate = Annotated[float, Field(gt=0, le=10)]
+Count = Annotated[int, Field(gt=0, le=10**9)]
 
 
 class Section(BaseModel):
@@ -37,7 +38,7 @@ class Lora(Section):
     """Low-rank adapters learn beside the part's frozen weights."""
     learning_rate: Rate | None = None
     """The part's own rate; without it `train.learning_rate`."""
-    rank: PositiveInt = 16
+    rank: Annotated[int, Field(gt=0, le=16_384)] = 16
     """The adapters' rank."""
     alpha: PositiveFloat = 32.0
     """The adapters' output is scaled by alpha / rank (rslora: alpha / sqrt(rank))."""
@@ -107,7 +108,7 @@ class Data(Section):
     """What is trained on."""
     eval: Annotated[tuple[EvalSource, ...], Strict(False)] = ()
     """What is measured during training and never trained on."""
-    max_length: PositiveInt = 4096
+    max_length: Count = 4096
     """The longest sample, in tokens, placeholders of pictures counted."""
     too_long: Literal["error", "drop"] = "error"
     """What becomes of a longer sample: the run stops before its first step, or the sample is left out and
@@ -115,6 +116,9 @@ class Data(Section):
     decode_images: bool = True
     """Decode every image once before the first step, and remember those that are sound. Without it an image that is
     broken in the middle ends the run at its step."""
+    ignore_fields: Annotated[tuple[str, ...], Strict(False)] = ()
+    """Keys of records, turns and parts of content that may be ignored. Without it a key that is neither understood
+    nor plainly metadata (`id`, `source`, `timestamp` and the like) is refused by line and name."""
 
 
 class Labels(Section):
@@ -132,25 +136,25 @@ class Features(Section):
 
 
 class Train(Section):
-    output_dir: Annotated[str, Field(min_length=1)]
+    output_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
     """Where everything that the run makes is written."""
-    steps: Annotated[int, Field(gt=0, le=10**9)] | None = None
+    steps: Count | None = None
     """Optimizer steps; or `epochs`."""
     epochs: Annotated[float, Field(gt=0, le=10**6)] | None = None
     """Passes over the training data, 1 if neither is given; or `steps`."""
-    batch_size: PositiveInt = 16
+    batch_size: Annotated[int, Field(gt=0, le=10**6)] = 16
     """Samples in one optimizer step, over all processes."""
-    microbatch_tokens: PositiveInt = 2048
+    microbatch_tokens: Count = 2048
     """Tokens that go through the model at once. Lower it when memory runs out, raise it where a large GPU has memory
     to spare: it changes the speed, never the result."""
-    microbatches: Literal["auto"] | PositiveInt = "auto"
+    microbatches: Literal["auto"] | Annotated[int, Field(gt=0, le=65_536)] = "auto"
     """Into how many micro-batches a step is cut. `auto`: the fewest that fit into `microbatch_tokens`, a multiple of
     the number of processes. A number, which the number of processes must divide: the cut is the same however many
     processes there are, and so is every bit of the result for 1, 2, 4 and so on of them."""
     weights: Literal["replicate", "shard"] = "replicate"
     """Every process holds all weights, or they are spread over the processes (FSDP2): for models larger than one
     device, and for full tuning."""
-    threads: PositiveInt | None = None
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
     """CPU threads of a process; without it one where `microbatches` is a number (bits depend on it), else torch's
     choice, the cores shared among the processes."""
     hang_timeout: Annotated[float, Field(ge=1, le=10**6)] = 600.0
@@ -172,7 +176,7 @@ class Train(Section):
     """The highest rate, for every part without its own."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the rate falls after the warm-up: to zero along a cosine or a line, or not at all."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 0
     """Steps in which the rate rises from zero."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay, on matrices only."""
@@ -180,11 +184,11 @@ class Train(Section):
     """The gradient is scaled down to this norm; null: never."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides the order of the samples, the adapters' first weights and dropout."""
-    checkpoint_every: PositiveInt = 500
+    checkpoint_every: Count = 500
     """Steps between checkpoints; the last step always has one."""
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    keep_checkpoints: Annotated[int, Field(ge=2, le=10**6)] = 2
     """How many checkpoints are kept; older ones are deleted."""
-    eval_every: PositiveInt = 500
+    eval_every: Count = 500
     """Steps between evaluations on `data.eval`; there is one before the first step and one behind the last."""
 
     @property

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from mmtrain.errors import UserError
-from mmtrain.foreign_text import shown
+from mmtrain.foreign_text import shown, visible
+from mmtrain.regular_files import open_regular
 
 KeyPath = tuple[str | int, ...]
 
@@ -86,15 +87,18 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
 
 def read_yaml(path: Path) -> tuple[Any, dict[KeyPath, int]]:
     """`parse_yaml` of a file, with a plain message where it cannot be read."""
+    name = visible(str(path))
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: larger than {MAX_BYTES:,} bytes: this is not a config")
-        text = path.read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
-    return parse_yaml(text, str(path))
+        raise UserError(f"{name}: not UTF-8 text") from None
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{name}: larger than {MAX_BYTES:,} bytes: this is not a config")
+    return parse_yaml(text, name)
 
 
 def _plain(node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], faults: list[str], name: str) -> Any:

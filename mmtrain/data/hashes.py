@@ -1,6 +1,7 @@
 """SHA-256 of files. A file is hashed once: its hash is kept in the user's cache by path, size and time of change."""
 
 import hashlib
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,7 @@ _THREADS = 4
 _SETTLED_SECONDS = 2.0
 """A file that changed so short ago may change again within the same tick of its clock: its hash is not kept."""
 
-_TABLE = "hashes (path TEXT PRIMARY KEY, size INTEGER, changed INTEGER, status_changed INTEGER, sha256 TEXT)"
+_TABLE = "file_hashes (path BLOB PRIMARY KEY, size INTEGER, changed INTEGER, status_changed INTEGER, sha256 TEXT)"
 
 Key = tuple[str, int, int, int]
 
@@ -52,11 +53,11 @@ def file_hashes(paths: list[Path]) -> Iterator[str]:
         made = {key: pool.submit(_sha256, key[0]) for key, digest in known.items() if digest is None}
         for key in keys:
             yield known[key] or made[key].result()
-        fresh = [(*key, future.result()) for key, future in made.items()]
+        fresh = [(*_row(key), future.result()) for key, future in made.items()]
         settled = time.time_ns() - _SETTLED_SECONDS * 1e9
         with suppress(sqlite3.Error), cache:  # a cache that cannot be written costs time, no more
             cache.executemany(
-                "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", [r for r in fresh if r[2] < settled]
+                "INSERT OR REPLACE INTO file_hashes VALUES (?, ?, ?, ?, ?)", [r for r in fresh if r[2] < settled]
             )
 
 
@@ -86,9 +87,15 @@ def _make_table(cache: sqlite3.Connection, table: str) -> None:
 
 def _look_up(cache: sqlite3.Connection, key: Key) -> str | None:
     found = cache.execute(
-        "SELECT sha256 FROM hashes WHERE path = ? AND size = ? AND changed = ? AND status_changed = ?", key
+        "SELECT sha256 FROM file_hashes WHERE path = ? AND size = ? AND changed = ? AND status_changed = ?", _row(key)
     ).fetchone()
     return None if found is None else str(found[0])
+
+
+def _row(key: Key) -> tuple[bytes, int, int, int]:
+    """The key as the cache has it: a file name need not be text."""
+    path, size, changed, status_changed = key
+    return os.fsencode(path), size, changed, status_changed
 
 
 def _sha256(path: str) -> str:

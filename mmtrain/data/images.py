@@ -5,19 +5,28 @@ A picture becomes RGB as inference makes it: turned as its EXIF header says, lai
 """
 
 import io
+import logging
 import os
 import stat
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import PIL.Image
 
 from mmtrain.data.chat import Image, SampleError
-from mmtrain.foreign_text import shown
+from mmtrain.foreign_text import shown, visible
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_BYTES = 256 * 2**20
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 50_000_000
+"""Decoding takes up to 20 bytes of memory a pixel (WebP; other kinds 6 to 12): less than a GiB."""
+# What Pillow warns of and logs is refused or mended here. For good: threads share the filters, and one that sets and
+# restores them would change those of the others.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+_STRIP_PIXELS = 2**20
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 258
 _TRANSPOSE = {
@@ -29,6 +38,7 @@ _TRANSPOSE = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
+_TOO_MANY_PIXELS = f"over the {MAX_PIXELS:,} pixels allowed: scale it down"
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 
@@ -51,9 +61,10 @@ def find_picture(image: Image, root: Path) -> Picture:
     try:
         with _open(source) as opened:
             if opened.width * opened.height > MAX_PIXELS:
-                raise SampleError(f"{opened.width}x{opened.height} pixels, over {MAX_PIXELS:,}")
+                raise SampleError(f"{opened.width}x{opened.height}: {_TOO_MANY_PIXELS}")
             size = opened.size if _orientation(opened) < 5 else (opened.height, opened.width)
             _white(opened)
+            _check_length(opened, _num_bytes(source))
             picture = Picture(image.name, source, size)
             complete = _end_is_there(source, opened.format)
     except SampleError as error:
@@ -76,9 +87,7 @@ def locate(image: Image, root: Path, size: tuple[int, int]) -> Picture:
 def decode(picture: Picture) -> PIL.Image.Image:
     """The picture as 8-bit RGB of the size measured before. Raises SampleError where it does not decode."""
     try:
-        with _open(picture.source) as opened:
-            turn = _TRANSPOSE.get(_orientation(opened))
-            rgb = _rgb(opened)
+        rgb, turn = _opened_rgb(picture.source)
     except SampleError:
         raise
     except Exception as error:
@@ -106,13 +115,11 @@ def _inside(name: str, root: Path) -> Path:
     try:
         path = (root / name).resolve()
         if not path.is_relative_to(root):
-            raise SampleError(
-                f"the image path {shown(name)} leaves {root}; set `root` beside `path` to allow a wider folder"
-            )
+            raise SampleError(f"the image path {shown(name)} leaves {visible(str(root))}; set a wider `root`")
         status = path.stat()
     except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise SampleError(f"the image {shown(name)} in {root}: {reason}") from None
+        raise SampleError(f"the image {shown(name)} in {visible(str(root))}: {reason}") from None
     if not stat.S_ISREG(status.st_mode):
         raise SampleError(f"the image {shown(name)} is not a file")
     if status.st_size > MAX_BYTES:
@@ -122,6 +129,13 @@ def _inside(name: str, root: Path) -> Path:
 
 def _open(source: Path | bytes) -> PIL.Image.Image:
     return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+
+
+def _opened_rgb(source: Path | bytes) -> tuple[PIL.Image.Image, PIL.Image.Transpose | None]:
+    """The pixels in RGB, and how they are to be turned; what the file was opened as is not kept in memory."""
+    with _open(source) as opened:
+        turn = _TRANSPOSE.get(_orientation(opened))  # before the pixels are loaded: see `_orientation`
+        return _rgb(opened), turn
 
 
 def _orientation(opened: PIL.Image.Image) -> int:
@@ -158,11 +172,40 @@ def _rgb(opened: PIL.Image.Image) -> PIL.Image.Image:
     white = _white(opened)
     if white is not None:
         return opened.point(lambda value: value * (255 / white)).convert("L").convert("RGB")
-    if opened.has_transparency_data:
-        transparent = opened.convert("RGBA")
-        ground = PIL.Image.new("RGBA", transparent.size, "white")
-        return PIL.Image.alpha_composite(ground, transparent).convert("RGB")
-    return opened.convert("RGB")
+    return _on_white(opened) if opened.has_transparency_data else opened.convert("RGB")
+
+
+def _on_white(opened: PIL.Image.Image) -> PIL.Image.Image:
+    """A transparent image on white, some rows at a time: whole copies would take three times as much memory."""
+    width, height = opened.size
+    rgb = PIL.Image.new("RGB", opened.size)
+    num_rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, num_rows):
+        strip = opened.crop((0, top, width, min(height, top + num_rows))).convert("RGBA")
+        white = PIL.Image.new("RGBA", strip.size, "white")
+        rgb.paste(PIL.Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return rgb
+
+
+def _check_length(opened: PIL.Image.Image, length: int) -> None:
+    """Raises SampleError where a file that is not compressed is too short for what its header says.
+
+    `length` in bytes. A lower bound where the kind of file leaves the bits of a pixel open.
+    """
+    bits = 8 * len(opened.getbands()) if opened.format == "PPM" and opened.mode != "1" else 1
+    for codec, extents, offset, parameters in getattr(opened, "tile", ()):
+        if codec not in ("raw", "ppm", "ppm_plain") or extents is None:
+            continue
+        left, top, right, bottom = extents
+        last_row = (right - left) * bits // 8
+        row = parameters[1] if codec == "raw" and isinstance(parameters, tuple) and len(parameters) > 1 else 0
+        needed = offset + (bottom - top - 1) * max(row, last_row) + last_row
+        if length < needed:
+            raise SampleError(f"cut off: {length:,} bytes, and {opened.width}x{opened.height} need {needed:,}")
+
+
+def _num_bytes(source: Path | bytes) -> int:
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
 
 
 def _end_is_there(source: Path | bytes, format_name: str | None) -> bool:
@@ -178,5 +221,7 @@ def _end_is_there(source: Path | bytes, format_name: str | None) -> bool:
 
 
 def _cause(error: Exception) -> str:
+    if isinstance(error, PIL.Image.DecompressionBombError):
+        return _TOO_MANY_PIXELS
     text = str(error) or type(error).__name__
     return text if "cannot identify" not in text else f"not a picture of a known kind ({', '.join(FORMATS)})"

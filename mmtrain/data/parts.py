@@ -33,17 +33,26 @@ class Recipe:
     train_on: str
     end_of_turn: bool
     decode_images: bool = True
+    ignored: tuple[str, ...] = ()
+    """Keys of records, and marks in their text, that need not be understood."""
 
     @classmethod
     def of(cls, config: Config, sources: Sequence[Source]) -> "Recipe":
         labels, data = config.labels, config.data
-        return cls(config.model.path, tuple(sources), labels.train_on, labels.end_of_turn, data.decode_images)
+        return cls(
+            config.model.path,
+            tuple(sources),
+            labels.train_on,
+            labels.end_of_turn,
+            data.decode_images,
+            tuple(sorted(data.ignore_fields)),
+        )
 
     def samples(self, processor: ChatProcessor) -> SampleSet:
-        return SampleSet(self.sources, Encoder(processor, self.train_on, self.end_of_turn))
+        return SampleSet(self.sources, Encoder(processor, self.train_on, self.end_of_turn), frozenset(self.ignored))
 
     def checker(self, processor: ChatProcessor) -> Checker:
-        return Checker(processor, self.train_on, self.end_of_turn)
+        return Checker(processor, self.train_on, self.end_of_turn, self.ignored)
 
 
 @dataclass(frozen=True, slots=True)

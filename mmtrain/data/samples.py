@@ -1,7 +1,7 @@
 """All samples of a list of sources."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -39,8 +39,10 @@ class _OpenFile:
 class SampleSet:
     """Random access to every record of several sources, numbered through in the order of the config."""
 
-    def __init__(self, sources: Sequence[Source], encoder: Encoder) -> None:
+    def __init__(self, sources: Sequence[Source], encoder: Encoder, ignored: Set[str] = frozenset()) -> None:
+        """`ignored`: keys of records that need not be understood."""
         self.encoder = encoder
+        self._ignored = ignored
         self.num_sources = len(sources)
         self._files: list[_OpenFile] = []
         for number, source in enumerate(sources):
@@ -80,7 +82,7 @@ class SampleSet:
     def conversation(self, index: int) -> Conversation:
         """Raises SampleError where the record is not a conversation."""
         file, local = self._find(index)
-        return read_record(file.records.record(local), file.record_format)
+        return read_record(file.records.record(local), file.record_format, self._ignored)
 
     def encoded(self, index: int) -> Encoded:
         """Raises SampleError with the reason the sample cannot be used."""

@@ -1,21 +1,26 @@
-"""Files, folders and globs of records, with random access and the line of every record.
+"""Files of records with random access, and the line of every record.
 
 A JSONL file costs sixteen bytes a record in memory, whatever its size: only the offsets of its lines are kept.
 """
 
 import functools
-import glob
+import itertools
 import json
 import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mmtrain.data.chat import SampleError
+from mmtrain.data.data_files import find_data_files
 from mmtrain.errors import UserError
 from mmtrain.foreign_text import shown, visible
+from mmtrain.regular_files import open_regular
+
+MAX_RECORD = 32 * 2**20
+"""Bytes of one record: parsing takes up to 30 times as much memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +43,21 @@ class JsonlFile:
         self.path = path
         self._offsets = array("Q")
         self._lines = array("L")
-        with path.open("rb") as file:
-            offset = 0
-            for number, line in enumerate(file, start=1):
-                if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                    offset, line = 3, line[3:]
-                if not line.isspace():
-                    self._offsets.append(offset)
+        with open_regular(path) as file:
+            offset = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
+            file.seek(offset)
+            for number in itertools.count(1):
+                start, is_blank = offset, True
+                while chunk := file.readline(MAX_RECORD):  # the whole line, but where it is too long to be read
+                    offset += len(chunk)
+                    is_blank = is_blank and chunk.isspace()
+                    if chunk.endswith(b"\n"):
+                        break
+                if offset == start:
+                    break
+                if not is_blank:
+                    self._offsets.append(start)
                     self._lines.append(number)
-                offset += len(line)
             self._end = offset
 
     def __len__(self) -> int:
@@ -56,27 +67,33 @@ class JsonlFile:
         return Place(self.path, self._lines[index])
 
     def record(self, index: int) -> Any:
-        """The parsed record. Raises SampleError where the line is not JSON."""
+        """The parsed record. Raises SampleError where the line is too long or not JSON."""
         start = self._offsets[index]
         end = self._offsets[index + 1] if index + 1 < len(self._offsets) else self._end
-        opened = _opened(self)  # held while it is read from: two threads may open at once, and one of them is dropped
-        return parse_json(os.pread(opened.number, end - start, start))
+        try:
+            opened = _opened(self)  # kept while it is read: two threads may open at once, and one of them is dropped
+            line = os.pread(opened.file.fileno(), min(end - start, MAX_RECORD + 1), start)
+        except OSError as error:
+            raise SampleError(f"cannot be read: {error.strerror}") from None
+        if len(line) > MAX_RECORD and b"\n" not in line:
+            raise _too_long(end - start, "bytes")
+        return parse_json(line)
 
 
 class _Descriptor:
     """A file that is open for reading as long as this lives."""
 
-    def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
 
     def __del__(self) -> None:
-        os.close(self.number)
+        self.file.close()
 
 
 @functools.lru_cache(maxsize=64)
 def _opened(file: JsonlFile) -> _Descriptor:
     """Of a file of records that is read from: opening it for every record takes as long as parsing one."""
-    return _Descriptor(file.path)
+    return _Descriptor(open_regular(file.path))
 
 
 class JsonFile:
@@ -108,34 +125,25 @@ RecordFile = JsonlFile | JsonFile
 def open_records(path: str) -> list[RecordFile]:
     """The record files that `path` names: a file, a folder or a glob, in the order of their names.
 
-    Raises UserError where there is none, or where one is neither .json nor .jsonl.
+    Raises UserError where there is none, where one cannot be read, and where a file of the folder would be left out.
     """
-    files = [_open(file) for file in _expand(path)]
+    files = [_open(file) for file in find_data_files(path)]
     if not any(len(file) for file in files):
-        raise UserError(f"{path}: there are no records in it")
+        raise UserError(f"{visible(path)}: there are no records in it")
     return files
 
 
-def _expand(path: str) -> list[Path]:
-    here = Path(path)
-    if here.is_dir():
-        found = sorted(file for file in here.iterdir() if file.suffix in (".json", ".jsonl"))
-    elif here.exists():
-        found = [here]
-    else:
-        found = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
-    if not found:
-        raise UserError(f"{path}: there is no .json or .jsonl file")
-    return found
-
-
 def _open(path: Path) -> RecordFile:
-    if path.suffix not in (".json", ".jsonl"):
-        raise UserError(f"{path}: expected a .json or .jsonl file")
     try:
-        return JsonlFile(path) if path.suffix == ".jsonl" else JsonFile(path)
+        return JsonlFile(path) if path.suffix.lower() == ".jsonl" else JsonFile(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{visible(str(path))}: cannot be read: {error.strerror}") from None
+
+
+def _too_long(length: int, unit: str) -> SampleError:
+    return SampleError(
+        f"a record of {length:,} {unit}, over the {MAX_RECORD:,} allowed: split it, or give its images by path"
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -169,39 +177,47 @@ def parse_json(line: bytes) -> Any:
 
 
 def _list_items(path: Path) -> Iterator[tuple[Any, int]]:
-    """Each item of the JSON list in `path`, with the line (from 1) it begins on. Raises UserError."""
+    """Each item of the JSON list in `path`, with the line (from 1) it begins on. Raises UserError and OSError."""
+    name = visible(str(path))
+    with open_regular(path) as file:
+        content = file.read()
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:
-        raise UserError(f"{path}:1: not UTF-8 text") from None
+        raise UserError(f"{name}:1: not UTF-8 text") from None
+    del content
     at, line, counted = _skip(text, 0), 1, 0
     if not text.startswith("[", at):
-        raise UserError(f"{path}:1: expected a JSON list of records; a file with one record on each line is .jsonl")
+        raise UserError(f"{name}:1: expected a JSON list of records; a file with one record on each line is .jsonl")
     at = _skip(text, at + 1)
     while not text.startswith("]", at):
         line += text.count("\n", counted, at)
-        counted = at
+        counted = start = at
         try:
             record, at = _DECODER.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+            raise UserError(f"{name}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
         except ValueError as error:
-            raise UserError(f"{path}:{line}: not JSON: {error}") from None
+            raise UserError(f"{name}:{line}: not JSON: {error}") from None
         except RecursionError:
-            raise UserError(f"{path}:{line}: not JSON that can be read: nested too deeply") from None
+            raise UserError(f"{name}:{line}: not JSON that can be read: nested too deeply") from None
+        if at - start > MAX_RECORD:
+            raise UserError(f"{name}:{line}: {_too_long(at - start, 'characters')}")
         yield record, line
         at = _skip(text, at)
         if text.startswith(",", at):
             at = _skip(text, at + 1)
             if text.startswith("]", at):
-                raise UserError(
-                    f"{path}:{1 + text.count(chr(10), 0, at)}: not JSON: a comma before the end of the list"
-                )
+                raise UserError(f"{name}:{_line_of(text, at)}: not JSON: a comma before the end of the list")
         elif not text.startswith("]", at):
-            raise UserError(f"{path}:{1 + text.count(chr(10), 0, at)}: not JSON: expected ',' or ']' between records")
+            raise UserError(f"{name}:{_line_of(text, at)}: not JSON: expected ',' or ']' between records")
     at = _skip(text, at + 1)
     if at < len(text):
-        raise UserError(f"{path}:{1 + text.count(chr(10), 0, at)}: not JSON: there is more behind the list")
+        raise UserError(f"{name}:{_line_of(text, at)}: not JSON: there is more after the list")
+
+
+def _line_of(text: str, at: int) -> int:
+    return 1 + text.count("\n", 0, at)
 
 
 def _skip(text: str, at: int) -> int:

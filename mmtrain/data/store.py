@@ -140,6 +140,7 @@ def _name(recipe: Recipe, samples: SampleSet, tick: Callable[[], None]) -> str:
         "end": sorted(processor.eos_ids),
         "template": processor.template,
         "labels": [recipe.train_on, recipe.end_of_turn],
+        "ignored": recipe.ignored,
         "decoded": [recipe.decode_images, PIL.__version__],
         "records": digest([path for path, _, _ in samples.files], tick),
         "files": [[str(path.resolve()), str(root.resolve()), kind] for path, root, kind in samples.files],

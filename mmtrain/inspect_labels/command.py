@@ -1,6 +1,7 @@
 """`mmtrain inspect-labels`: a few samples in the terminal or on a page, or all of them audited."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from mmtrain.data.parts import PartEncoder, Recipe
 from mmtrain.data.pool import num_cores
 from mmtrain.data.samples import SampleSet
 from mmtrain.data.store import find_store
-from mmtrain.errors import UserError
+from mmtrain.errors import StorageError, UserError, grouped
+from mmtrain.foreign_text import shown, visible
 from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.inspect_labels.view import SampleView, view_sample
 
@@ -37,6 +39,8 @@ class Options:
 
 def inspect_labels(config: Config, options: Options) -> int:
     """Show or audit; gives the exit code: 1 where a sample is at fault, 0 otherwise."""
+    if options.html is not None:
+        _check_page(options.html)
     if options.all:
         return _audit(config, options)
     sources = config.data.train if options.split == "train" else config.data.eval
@@ -56,18 +60,39 @@ def inspect_labels(config: Config, options: Options) -> int:
         from mmtrain.inspect_labels.page import write_page
         from mmtrain.inspect_labels.pixels import seen_pixels
 
-        write_page(options.html, views, losses, pixels=seen_pixels(processor))
-        print(f"wrote {options.html}: {len(views)} samples")
+        try:
+            write_page(options.html, views, losses, pixels=seen_pixels(processor))
+        except OSError as error:
+            raise StorageError(f"--html {shown(options.html)}: cannot be written: {error.strerror}") from None
+        print(f"wrote {visible(str(options.html))}: {len(views)} samples")
     elif options.json:
         for view in views:
-            print(json.dumps(view.row(options.tokens), ensure_ascii=False))
+            _print_json(view.row(options.tokens))
     else:
         console = Console(highlight=False, emoji=False, markup=False)
         for view in views:
             print_sample(view, console, losses.get(view.index) if losses else None)
-    for fault in faults:
+    for fault in grouped(faults):
         Console(stderr=True, soft_wrap=True).print(fault, markup=False, highlight=False)
     return 1 if faults else 0
+
+
+def _check_page(path: Path) -> None:
+    """Raises UserError, before any work, where no file can be made."""
+    if path.is_dir():
+        raise UserError(f"--html {shown(path)}: that is a folder: name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--html {shown(path)}: there is no folder {shown(path.absolute().parent)}: make it first")
+
+
+def _print_json(row: object) -> None:
+    """One JSON object on a line; escaped where standard output cannot say it (a file name that is not UTF-8)."""
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(row)
+    print(line)
 
 
 def _chosen(num_samples: int, options: Options) -> list[int]:
@@ -100,9 +125,6 @@ def _losses(
 def _audit(config: Config, options: Options) -> int:
     from mmtrain.inspect_labels.audit import audit
 
-    def write(row: object) -> None:
-        print(json.dumps(row, ensure_ascii=False))
-
-    report = audit(config, options.split, on_row=write if options.json else None, with_tokens=options.tokens)
+    report = audit(config, options.split, on_row=_print_json if options.json else None, with_tokens=options.tokens)
     report.print(Console(stderr=options.json, highlight=False, emoji=False, markup=False))
     return 1 if report.num_faults else 0

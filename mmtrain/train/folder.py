@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmtrain.errors import UserError, storage_faults
+from mmtrain.foreign_text import visible
 
 _LOCK = ".lock"
 
@@ -19,19 +20,28 @@ _LOCK = ".lock"
 def locked(output_dir: Path) -> Iterator[None]:
     """Hold the directory's lock, which ends with the process however it ends.
 
-    Raises UserError naming the process that holds it.
+    Raises UserError naming the process that holds it, or why there can be no such directory, and StorageError.
     """
-    with storage_faults(f"{output_dir}: the directory of the run cannot be made"):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        file = (output_dir / _LOCK).open("a+", encoding="utf-8")
+    name = visible(str(output_dir))
+    try:
+        with storage_faults(f"{name}: the directory of the run cannot be made"):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            file = (output_dir / _LOCK).open("a+", encoding="utf-8")
+    except FileExistsError:
+        raise UserError(f"train.output_dir: {name} is not a directory: name another one") from None
+    except OSError as error:
+        why = f"{error.strerror}; name another one"
+        raise UserError(f"train.output_dir: the directory {name} cannot be made: {why}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(
-                f"{output_dir}: another run is writing there ({_holder(output_dir / _LOCK)}); "
+                f"{name}: another run is writing there ({_holder(output_dir / _LOCK)}); "
                 "wait for it, stop it, or take another train.output_dir"
             ) from None
+        except OSError as error:
+            raise UserError(f"{name}: the file system does not lock files ({error.strerror}): use another") from None
         file.truncate(0)
         with suppress(OSError):  # no room for the name: the lock itself needs none
             os.write(file.fileno(), json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
@@ -53,5 +63,6 @@ def start_over(output_dir: Path) -> None:
     """Delete what an earlier run left in `output_dir`, and nothing else."""
     for name in ("checkpoints", "adapter", "model", "stacks"):
         shutil.rmtree(output_dir / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "dropped.jsonl"):
-        (output_dir / name).unlink(missing_ok=True)
+    with storage_faults(f"{visible(str(output_dir))}: an earlier run cannot be deleted"):
+        for name in ("metrics.jsonl", "dropped.jsonl"):
+            (output_dir / name).unlink(missing_ok=True)

@@ -71,15 +71,13 @@ def find_resume(
     changed = [
         k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not _among(k, CHANGEABLE)
     ]
-    faults = [
-        f"{key}: {_told(key, before, now)}, which changes the result" for key in changed if not _among(key, accept)
-    ]
-    if faults:
+    refused = [key for key in changed if not _among(key, accept)]
+    if refused:
         raise UserError(
             [
-                *faults,
+                *(f"{key}: {_told(key, before, now)}, which changes the result" for key in refused),
                 f"{checkpoint}: the run cannot go on from here: undo the change, take another train.output_dir, start "
-                "over with --fresh, or go on all the same with --accept-change KEY",
+                f"over with --fresh, or go on all the same with {_accepting(refused)}",
             ]
         )
     accepted = [f"step {state['step']}: {key}: {_told(key, before, now)}" for key in changed]
@@ -97,6 +95,12 @@ def find_resume(
             soft_wrap=True,
         )
     return Resume(checkpoint, int(state["step"]), (*state["accepted"], *accepted))
+
+
+def _accepting(keys: Sequence[str]) -> str:
+    """The options that accept these keys; a section for many of its keys."""
+    names = list(keys) if len(keys) <= 3 else dict.fromkeys(".".join(key.split(".")[:2]) for key in keys)
+    return " ".join(f"--accept-change {name}" for name in names)
 
 
 def _told(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from mmtrain.errors import STOP_SIGNALS, PeerError, Stopped, UserError
+from mmtrain.errors import STOP_SIGNALS, PeerError, Stopped, UserError, grouped
 from mmtrain.train.activity import IN_STEPS, Activity
 from mmtrain.train.peers import HANG_CODE, STOP_SECONDS, Peers, Verdict
 
@@ -81,7 +81,7 @@ class Supervisor:
         """
         if self._alone:
             return False
-        self._told = Verdict(error.exit_code, "\n".join(error.faults[:20]))
+        self._told = Verdict(error.exit_code, "\n".join(grouped(error.faults)[:20]))
         end = time.monotonic() + _SILENCE_SECONDS
         while time.monotonic() < end:
             if not self._exchange():

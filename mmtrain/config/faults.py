@@ -1,0 +1,127 @@
+"""What pydantic finds wrong in a config, in our words: one fault for each key path."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from mmtrain.config.schema import Config, Frozen, Full, Lora
+from mmtrain.config.yaml_file import KeyPath
+from mmtrain.foreign_text import shown
+
+_MODES: dict[str, type[BaseModel]] = {"frozen": Frozen, "lora": Lora, "full": Full}
+_SECTIONS = ("model_type", "model_attributes_type", "dict_type")
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "a boolean (true or false)",
+    "string_type": "a string",
+    "string_too_short": "at least {min_length} character",
+    "string_pattern_mismatch": "a path without a null character",
+    "tuple_type": "a list",
+    "too_short": "a list of at least {min_length}",
+    "literal_error": "{expected}",
+    "greater_than": "a number greater than {gt}",
+    "greater_than_equal": "a number of at least {ge}",
+    "less_than": "a number less than {lt}",
+    "less_than_equal": "a number of at most {le:,}",
+}
+"""What a value should have been, for the kinds of errors that have nothing else to say."""
+
+
+def schema_faults(errors: Sequence[ErrorDetails], data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """The key path and the reason of each fault. Where a value may be of several types, their errors are one fault."""
+    found: dict[KeyPath, list[ErrorDetails]] = {}
+    for error in errors:
+        if not _follows_from_another(error):
+            found.setdefault(_written(error, data), []).append(error)
+    for at, of_key in found.items():
+        expected = [_expected(error) for error in of_key]
+        if all(expected):
+            words = " or ".join(dict.fromkeys(word for word in expected if word))
+            yield at, f"expected {words}, not {shown(of_key[0]['input'])}"
+        else:
+            yield at, _reason(of_key[0], at, data)
+
+
+def _follows_from_another(error: ErrorDetails) -> bool:
+    """A list whose only item is at fault counts as too short for pydantic."""
+    return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
+
+
+def _written(error: ErrorDetails, data: dict[str, Any]) -> KeyPath:
+    """The key path as a user writes it: pydantic adds the names of a union's members."""
+    at: KeyPath = error["loc"]
+    if len(at) > 2 and at[0] == "tune":
+        at = (*at[:2], *at[3:])
+    here: Any = data
+    for n, step in enumerate(at):
+        inside = (isinstance(here, dict) and step in here) or (isinstance(here, list) and isinstance(step, int))
+        if not inside:
+            return at if error["type"] == "missing" else at[:n]
+        here = here[step]
+    return at
+
+
+def _expected(error: ErrorDetails) -> str | None:
+    words = _EXPECTED.get(error["type"])
+    limits = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in error.get("ctx", {}).items()}
+    return None if words is None else words.format(**limits)
+
+
+def _reason(error: ErrorDetails, at: KeyPath, data: dict[str, Any]) -> str:
+    kind, value = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return _unknown_key(at, data)
+    if kind == "missing":
+        return "required, and not given"
+    if kind.startswith("union_tag"):
+        mode = value.get("mode") if isinstance(value, dict) else value
+        return "needs `mode: frozen`, `mode: lora` or `mode: full`" + (f", not {shown(mode)}" if mode else "")
+    if kind in _SECTIONS:
+        return f"expected a section of keys, not {shown(value)}"
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{error['msg']}, not {shown(value)}"
+
+
+def _unknown_key(at: KeyPath, data: dict[str, Any]) -> str:
+    key = str(at[-1])
+    if len(at) == 3 and at[0] == "tune":
+        component = f"{at[0]}.{at[1]}"
+        mode = data["tune"][at[1]]["mode"]
+        others = [name for name, model in _MODES.items() if key in model.model_fields]
+        if others:
+            return (
+                f"only for mode: {' and '.join(others)}, and {component}.mode is {mode}: remove it, or set the whole "
+                f"section, such as {component}='{{mode: {mode}}}'"
+            )
+    valid = _valid_keys(at, data)
+    near = difflib.get_close_matches(key[:80], valid, n=1, cutoff=0.5)
+    return "unknown key" + (f"; did you mean {shown(near[0])}?" if near else f"; expected one of {', '.join(valid)}")
+
+
+def _valid_keys(at: KeyPath, data: dict[str, Any]) -> list[str]:
+    """The keys that the section around the key path `at` may have."""
+    model: type[BaseModel] = Config
+    here: Any = data
+    for step in at[:-1]:
+        here = here[step]
+        if isinstance(step, int):
+            continue
+        if step in ("vision", "projector", "language"):
+            model = _MODES.get(here.get("mode"), Frozen)
+        else:
+            model = next(_models_in(model.model_fields[step].annotation))
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _models_in(inner)

@@ -1,0 +1,18 @@
+"""Opening files that others name: only regular ones, so that a pipe cannot hang and a device cannot fill the memory."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """`path` opened for reading. Raises OSError, also where it is a folder, a pipe, a device or a socket."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without O_NONBLOCK a pipe waits for a writer
+    mode = os.fstat(number).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(number)
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, os.strerror(code) if code == errno.EISDIR else "not a regular file", str(path))
+    return os.fdopen(number, "rb")

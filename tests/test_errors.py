@@ -1,0 +1,115 @@
+"""Faults that are alike are one line; what the file system refuses is reported with a remedy."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from mmtrain.errors import MAX_ALIKE, StorageError, UserError, grouped, storage_faults
+from mmtrain.train.folder import locked, start_over
+from mmtrain.train.resume import _accepting
+
+
+def test_faults_that_differ_are_printed_as_they_are() -> None:
+    faults = ["a.jsonl:1: no turns", "a.jsonl:2: unknown role 'bot'", "c.yaml:3: train.steps: required", "no place"]
+    assert grouped(faults) == faults
+    assert grouped([]) == []
+
+
+def test_faults_with_another_word_are_not_alike() -> None:
+    faults = [
+        f"a.jsonl:{n}: unknown role '{role}'" for n, role in enumerate(("bot", "tool", "me", "you", "it"), start=1)
+    ]
+    assert grouped(faults) == faults
+
+
+def test_a_few_that_are_alike_are_printed_one_by_one() -> None:
+    faults = [f"a.jsonl:{n}: no turns" for n in range(MAX_ALIKE)]
+    assert grouped(faults) == faults
+    assert len(grouped([*faults, "a.jsonl:9: no turns"])) == 1
+
+
+def test_many_that_are_alike_become_the_worst_of_them() -> None:
+    lengths = {3: "900", 5: "4,312", 7: "4,311", 12: "1,000", 15: "999"}
+    faults = [f"d/a.jsonl:{n}: {length} tokens, over the 512 allowed" for n, length in lengths.items()]
+    assert grouped(["x", *faults, "y"]) == [
+        "x",
+        "d/a.jsonl:5 (and 4 more lines: 3, 7, 12 …): 4,312 tokens, over the 512 allowed",
+        "y",
+    ]
+
+
+def test_many_with_equal_numbers_become_the_first() -> None:
+    faults = [f"a.json:1 item {n}: the image 'images/{n}.png' in /data: No such file" for n in (4, 5, 6, 70)]
+    assert grouped(faults) == [
+        "a.json:1 item 4 (and 3 more lines: 1, 1, 1): the image 'images/4.png' in /data: No such file"
+    ]
+
+
+def test_many_in_several_files_name_the_files() -> None:
+    faults = [f"{name}.jsonl:{n}: no turns" for name in "ab" for n in (1, 2, 3)]
+    assert grouped(faults) == [
+        "a.jsonl:1 (and 5 more places: a.jsonl:2, a.jsonl:3, b.jsonl:1 …): no turns",
+    ]
+
+
+def test_many_without_a_place_are_counted() -> None:
+    faults = [f"d/part-{n}.csv: only .json and .jsonl files are read" for n in range(5)]
+    assert grouped(faults) == ["d/part-0.csv: only .json and .jsonl files are read (and 4 more like it)"]
+
+
+def test_a_million_digits_are_no_trouble() -> None:
+    faults = [f"a:{n}: {'9' * 10_000} {n}" for n in range(5)]
+    assert len(grouped(faults)) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [(errno.ENOSPC, "make room"), (errno.EACCES, "allow writing there"), (errno.EROFS, "allow writing there")],
+)
+def test_what_the_file_system_refuses_has_its_own_remedy(code: int, remedy: str) -> None:
+    with pytest.raises(StorageError, match=f"it cannot be written: .*{remedy}"), storage_faults("it cannot be written"):
+        raise OSError(code, os.strerror(code))
+    with pytest.raises(FileNotFoundError), storage_faults("it cannot be written"):
+        raise FileNotFoundError(errno.ENOENT, "a bug of ours")
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", "x" * 300, "link", "loop/run", "/proc/run", "/dev/null"])
+def test_an_output_dir_that_can_be_none_is_a_fault_of_the_config(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match=r"^train\.output_dir: ") as caught, locked(tmp_path / name):
+        pytest.fail("it was made")
+    assert caught.value.exit_code == 2
+    assert len(caught.value.faults) == 1
+
+
+def test_the_lock_of_a_file_system_without_locks_is_not_taken_for_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(UserError, match="does not lock files"), locked(tmp_path / "run"):
+        pytest.fail("it was locked")
+
+
+def test_starting_over_where_nothing_can_be_deleted_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(StorageError, match="an earlier run cannot be deleted"):
+        start_over(tmp_path)
+
+
+def test_the_keys_to_accept_are_named() -> None:
+    assert _accepting(["train.seed"]) == "--accept-change train.seed"
+    assert _accepting(["a.b.c", "a.b.d"]) == "--accept-change a.b.c --accept-change a.b.d"
+    many = [f"data.train.{n}.path" for n in range(9)] + ["train.seed"]
+    assert _accepting(many) == "--accept-change data.train --accept-change train.seed"
