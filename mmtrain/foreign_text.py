@@ -14,6 +14,17 @@ def shown(text: object, limit: int = 80) -> str:
     return repr(plain)
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of an exception on one line: its lines joined, control characters escaped, shortened to `limit`
+    characters. The name of its class where it has no message.
+
+    A message may come in several lines and end its first with a colon, so the first line alone can be cut off.
+    """
+    words = " ".join(str(error).split()) or type(error).__name__
+    plain = "".join(char if _printable(char) else f"\\u{{{ord(char):x}}}" for char in words)
+    return plain if len(plain) <= limit else plain[: limit - 1] + "…"
+
+
 def visible(text: str) -> str:
     """`text` on one line with white space and control characters shown; right-to-left words kept to themselves."""
     plain = "".join(_SIGNS.get(char) or (char if _printable(char) else f"\\u{{{ord(char):x}}}") for char in text)
