@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from mmtrain.environment import set_environment
 from mmtrain.errors import UserError
-from mmtrain.host_memory import set_environment
 
 MAX_FAULTS_SHOWN = 100
 

@@ -15,7 +15,7 @@ ENVIRONMENT = {
     "mmtrain.train.runtime",
     "mmtrain.train.shard",
     "mmtrain.launch",
-    "mmtrain.host_memory",
+    "mmtrain.environment",
     "mmtrain.data.pool",
 }
 
@@ -52,7 +52,8 @@ def test_the_files_are_found() -> None:
     [
         n
         for n in MODULES
-        if n in ("mmtrain.cli", "mmtrain.errors", "mmtrain.foreign_text", "mmtrain.host_memory") or ".config" in n
+        if n in ("mmtrain.cli", "mmtrain.errors", "mmtrain.foreign_text", "mmtrain.environment", "mmtrain.host_memory")
+        or ".config" in n
     ],
 )
 def test_the_light_rooms_import_nothing_heavy(name: str) -> None:

@@ -4,12 +4,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 
 from mmtrain.config import Config
 from mmtrain.data.batch import Loader
 from mmtrain.data.samples import SampleSet
-from mmtrain.errors import UserError
+from mmtrain.model.adapter import load_adapter, read_adapter
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
 from mmtrain.train.loss import supervised_nll
@@ -24,14 +23,12 @@ def token_losses(
 
     Raises UserError where the adapter cannot be loaded.
     """
+    found_adapter = None if adapter is None else read_adapter(adapter)
     runtime = Runtime(config.model.dtype)
     processor = samples.encoder.processor
     model = load_model(config.model.path, config.model.dtype, processor)
-    if adapter is not None:
-        try:
-            model = PeftModel.from_pretrained(model, str(adapter)).eval()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{adapter}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from None
+    if found_adapter is not None:
+        model = load_adapter(model, found_adapter)
     model.to(runtime.device)
     make_inputs = InputMaker(model, config.train.packing, processor.image_token_id)
     found = {}

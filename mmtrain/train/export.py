@@ -62,7 +62,9 @@ def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Ba
     made = target.with_name(f".{target.name}.new")
     with storage_faults(f"{target}: it cannot be written"):
         shutil.rmtree(made, ignore_errors=True)
-        model.save_pretrained(made, state_dict=weights)
+        # peft would ask the hub whether the vocabulary has grown, and save the base model's head where it has LoRA
+        settings = {"save_embedding_layers": False} if is_adapter else {}
+        model.save_pretrained(made, state_dict=weights, **settings)
         _copy_processor(model_directory(config.model.path), made)
         (made / "README.md").write_text(_model_card(config, report, is_adapter), encoding="utf-8")
         write_folder(target, made)
@@ -88,7 +90,11 @@ def _whole_weights(model: Any, is_adapter: bool, dtype: torch.dtype) -> dict[str
 def _check_equal(target: Path, model: Any, weights: dict[str, Tensor]) -> None:
     """Raises UserError where the files at `target` do not hold `weights`."""
     saved = {name: value for path in target.glob("*.safetensors") for name, value in load_file(path).items()}
-    expected = get_peft_model_state_dict(model, state_dict=weights) if isinstance(model, PeftModel) else weights
+    expected = (
+        get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+        if isinstance(model, PeftModel)
+        else weights
+    )
     wrong = [name for name, value in saved.items() if name not in expected or not torch.equal(value, expected[name])]
     if wrong or not saved:
         raise UserError(f"{target}: read back, {len(wrong)} weights are not the trained ones: do not use it")
