@@ -25,6 +25,12 @@ def load_config(path: str) -> Any:
         raise UserError(f"{path}: config.json cannot be used: {one_line(error)}") from None
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a model with this configuration."""
+    takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
+
+
 def length_limit(path: str, max_length: int) -> int:
     """The longest sample in tokens: `max_length`, or fewer where the model was made for fewer positions."""
     positions = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
@@ -52,12 +58,11 @@ def compile_layers(model: Any) -> None:
 
 def _from_pretrained(path: str, config: Any, dtype: str) -> tuple[Any, dict[str, Any]]:
     """The model, and what transformers found wrong with its weights: its own report is a table, in other words."""
-    kind = AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
     disable_progress_bar()  # loading is a second of a run that has a bar of its own
     verbosity = get_verbosity()
     set_verbosity(ERROR)
     try:
-        model, info = kind.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             path,
             dtype=getattr(torch, dtype),
             local_files_only=True,

@@ -203,7 +203,6 @@ class Run:
         self._checkpoints, self._state, self._evaluated = checkpoints, state, evaluated
         self._console = console
         self._output_dir = Path(config.train.output_dir)
-        self._last: dict[str, Any] = {}
         runtime, dtype = learner.runtime, getattr(torch, config.model.dtype)
         self._ceiling = matmul_rate(runtime.device, dtype) * runtime.num_processes
         self._cut = functools.lru_cache(maxsize=256)(self._cut_step)
@@ -223,7 +222,6 @@ class Run:
                 row, asked = self._take_step(step, batches)
                 metrics.write(row)
                 reporter.step(row)
-                self._last |= row
                 asked = asked or self._evaluate(step, metrics, reporter)
                 if asked is not None or step % settings.checkpoint_every == 0 or step == last:
                     asked = self._save(step) or asked
@@ -235,9 +233,9 @@ class Run:
         runtime = self._learner.runtime
         runtime.activity.set("exporting" if runtime.is_main else "waiting")
         if runtime.is_main or self._learner.sharded:
-            first = int(self._dataset.checked.used[0])
-            batch = Loader(self._dataset.train, self._config.train.packing).load([first])
-            line = export(self._learner, self._config, processor, batch, self._last)
+            used = self._dataset.checked.used
+            batch = Loader(self._dataset.train, self._config.train.packing).load([int(used[0])])
+            line = export(self._learner, self._config, processor, batch, len(used))
             self._console.print(line, highlight=False, soft_wrap=True)
         runtime.activity.set("waiting")
 
@@ -300,7 +298,6 @@ class Run:
         self, step: int, eval_set: EvalSet, found: dict[str, Any], metrics: MetricsFile, reporter: Reporter
     ) -> None:
         metrics.write({"step": step, "eval": eval_set.name, **found})
-        self._last[f"perplexity on {eval_set.name}"] = found["perplexity"]
         reporter.say(
             f"step {step}  eval {eval_set.name}: perplexity {found['perplexity']:.4f}, "
             f"token accuracy {found['token_accuracy']:.1%}"
