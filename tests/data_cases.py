@@ -1,5 +1,6 @@
 """Faults in the data of a run and in the threads that load it. A case gives what was wrong, one line each."""
 
+import re
 import time
 from pathlib import Path
 
@@ -88,3 +89,33 @@ def loader_case(world: World, do: str, rank: int) -> tuple[list[str], float]:
     finally:
         group.end()
     return [f"a loader of {rank} is to {do}: {fault}" for fault in faults], seconds
+
+
+def mended_case(world: World, rank: int) -> list[str]:
+    """A picture breaks in the middle of a run, in the reading of one process: the last complete step is saved, and once
+    the picture is mended the run ends as one without the fault."""
+    folder, config = world.new_folder(), with_pictures(world)
+    pictures = config.with_suffix("") / "images"
+    whole = {path: path.read_bytes() for path in pictures.iterdir()}
+    more = ("train.steps=8", "train.checkpoint_every=100")
+    broken = patch("mmtrain.data.features.read_bytes", "break", folder / "done", nth=9)
+    group = world.server.start(folder, world.words(folder, *more, config=config), 2, {rank: [broken]})
+    try:
+        codes, text = group.wait(60), group.text
+    finally:
+        group.end()
+    faults = [] if codes == [2, 2] else [f"exit codes {codes}: {text[-1500:]}"]
+    faults += once(group, "pictures.jsonl:")
+    said = re.search(r"^mmtrain: .*pictures\.jsonl:\d+: .*; step (\d+) is saved: mend it", text, re.MULTILINE)
+    if said is None or int(said[1]) != saved_step(folder):
+        faults.append(f"step {saved_step(folder)} is saved, and it says: {text[-1500:]}")
+    for path, content in whole.items():
+        path.write_bytes(content)
+    expected = world.new_folder()
+    for where in (folder, expected):
+        again = world.server.start(where / "again", world.words(where, *more, config=config))
+        faults += [] if again.wait() == [0] else [f"mended it does not run: {again.text[-1500:]}"]
+    found, other = (where / "run" / "adapter" / "adapter_model.safetensors" for where in (folder, expected))
+    if found.read_bytes() != other.read_bytes():
+        faults.append("another adapter than that of a run without the fault")
+    return [f"a picture breaks in {rank}: {fault}" for fault in faults]
