@@ -91,31 +91,45 @@ def loader_case(world: World, do: str, rank: int) -> tuple[list[str], float]:
     return [f"a loader of {rank} is to {do}: {fault}" for fault in faults], seconds
 
 
-def mended_case(world: World, rank: int) -> list[str]:
-    """A picture breaks in the middle of a run, in the reading of one process: the last complete step is saved, and once
-    the picture is mended the run ends as one without the fault."""
+def refused_case(world: World, rank: int) -> list[str]:
+    """A batch in the middle of a run cannot be made, in one process: the last complete step is saved, and the same
+    command goes on to what a run without the fault leaves."""
     folder, config = world.new_folder(), with_pictures(world)
-    pictures = config.with_suffix("") / "images"
-    whole = {path: path.read_bytes() for path in pictures.iterdir()}
     more = ("train.steps=8", "train.checkpoint_every=100")
-    broken = patch("mmtrain.data.features.read_bytes", "break", folder / "done", nth=9)
-    group = world.server.start(folder, world.words(folder, *more, config=config), 2, {rank: [broken]})
+    refused = patch("mmtrain.data.batch.picture_inputs", "refuse", folder / "done", nth=9)
+    group = world.server.start(folder, world.words(folder, *more, config=config), 2, {rank: [refused]})
     try:
         codes, text = group.wait(60), group.text
     finally:
         group.end()
     faults = [] if codes == [2, 2] else [f"exit codes {codes}: {text[-1500:]}"]
     faults += once(group, "pictures.jsonl:")
-    said = re.search(r"^mmtrain: .*pictures\.jsonl:\d+: .*; step (\d+) is saved: mend it", text, re.MULTILINE)
+    line = r"^mmtrain: .*pictures\.jsonl:\d+: the samples .*: as the test wants it; step (\d+) is saved: mend it"
+    said = re.search(line, text, re.MULTILINE)
     if said is None or int(said[1]) != saved_step(folder):
         faults.append(f"step {saved_step(folder)} is saved, and it says: {text[-1500:]}")
-    for path, content in whole.items():
-        path.write_bytes(content)
     expected = world.new_folder()
     for where in (folder, expected):
         again = world.server.start(where / "again", world.words(where, *more, config=config))
-        faults += [] if again.wait() == [0] else [f"mended it does not run: {again.text[-1500:]}"]
+        faults += [] if again.wait() == [0] else [f"it does not go on: {again.text[-1500:]}"]
     found, other = (where / "run" / "adapter" / "adapter_model.safetensors" for where in (folder, expected))
     if found.read_bytes() != other.read_bytes():
         faults.append("another adapter than that of a run without the fault")
-    return [f"a picture breaks in {rank}: {fault}" for fault in faults]
+    return [f"a batch is refused in {rank}: {fault}" for fault in faults]
+
+
+def refused_sharded_case(world: World, rank: int) -> list[str]:
+    """The same where the weights are sharded: nothing can be saved, and that is said where a step is lost."""
+    folder, config = world.new_folder(), with_pictures(world)
+    more = ("train.steps=8", "train.checkpoint_every=100", "train.weights=shard")
+    refused = patch("mmtrain.data.batch.decode", "refuse", folder / "done", nth=9)
+    group = world.server.start(folder, world.words(folder, *more, config=config), 2, {rank: [refused]})
+    try:
+        codes = group.wait(60)
+        faults = [] if codes == [2, 2] else [f"exit codes {codes}: {group.text[-1500:]}"]
+        faults += once(group, "pictures.jsonl:")
+        if rank == 0 and "cannot be saved, because the weights are sharded" not in group.text:
+            faults.append(f"not said: {group.text[-1500:]}")
+    finally:
+        group.end()
+    return [f"a batch is refused in {rank}, sharded: {fault}" for fault in faults]

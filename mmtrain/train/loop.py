@@ -166,6 +166,8 @@ class Run:
         """Take the steps from `first` to the last. Raises Stopped, with a checkpoint, where a signal asked to; where a
         fault of the data ends the run, the last complete step is saved before the error leaves."""
         self._complete = self._saved = first - 1
+        runtime = self._learner.runtime
+        runtime.activity.saves_alone = runtime.is_main and not self._learner.sharded
         try:
             self._take_steps(first)
         except UserError as error:

@@ -197,9 +197,10 @@ class Supervisor:
                 self._leave(gone)
 
     def _has_time_to_save(self, verdict: Verdict) -> bool:
-        """Whether the main thread of the first process may still save the last complete step: another process met a
-        fault in its data. It finds out when the collective in which it waits breaks, as that process is gone."""
-        if self._index or verdict.code != UserError.exit_code or self._activity.phase not in IN_STEPS:
+        """Whether the main thread may still save the last complete step: another process met a fault in its data. It
+        finds out when the collective in which it waits breaks, as that process is gone."""
+        is_of_data, in_steps = verdict.code == UserError.exit_code, self._activity.phase in IN_STEPS
+        if not (is_of_data and in_steps and self._activity.saves_alone):
             return False
         self._verdict_at = self._verdict_at or time.monotonic()
         limit = self._timeout if self._activity.phase == "saving" else _BREAK_SECONDS
