@@ -186,5 +186,5 @@ def test_a_broken_config_is_refused(content: str, directory: Path, model_dirs: d
         with pytest.raises(UserError) as refused:
             load()
         (fault,) = refused.value.faults
-        assert fault.startswith(f"{directory}: config.json cannot be used: ")
+        assert fault.startswith(f"{directory}: the model's config cannot be loaded: ")
         assert fault.isprintable()

@@ -124,8 +124,10 @@ def load_adapter(model: Any, adapter: Adapter, name: str = "default") -> PeftMod
         ValueError,
         RuntimeError,
     ) as error:  # modules that are not there or take none, shapes that differ
-        where = visible(str(adapter.folder))
-        raise UserError(f"{where}: the adapter does not fit the model: {one_line(error)}") from None
+        first = shown(next(iter(adapter.weights)), 120)
+        raise UserError(
+            f"{_file(adapter)}: the adapter does not fit the model, its first weight is {first}: {one_line(error, 200)}"
+        ) from None
     _check_loaded(model, adapter, name, loaded.missing_keys, loaded.unexpected_keys)
     model.set_adapter(name, inference_mode=True)
     return model.eval()

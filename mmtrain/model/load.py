@@ -20,9 +20,9 @@ _log = logging.getLogger(__name__)
 def load_config(path: str) -> Any:
     """The model's configuration. Raises UserError where config.json is broken or of an unknown model."""
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a broken file makes transformers raise anything
-        raise UserError(f"{path}: config.json cannot be used: {one_line(error)}") from None
+        raise UserError(f"{path}: the model's config cannot be loaded: {one_line(error)}") from None
 
 
 def auto_class(config: Any) -> Any:
@@ -66,6 +66,7 @@ def _from_pretrained(path: str, config: Any, dtype: str) -> tuple[Any, dict[str,
             path,
             dtype=getattr(torch, dtype),
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
