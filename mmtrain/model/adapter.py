@@ -119,11 +119,7 @@ def load_adapter(model: Any, adapter: Adapter, name: str = "default") -> PeftMod
         loaded = set_peft_model_state_dict(model, adapter.weights, adapter_name=name)
     except KeyError as error:  # a module that was trained in full has no weights in the file
         raise UserError(f"{_file(adapter)}: {shown(error.args[0])} is missing") from None
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # modules that are not there or take none, shapes that differ
+    except (TypeError, ValueError, RuntimeError) as error:  # no such modules, of no use for LoRA, or of other shapes
         first = shown(next(iter(adapter.weights)), 120)
         raise UserError(
             f"{_file(adapter)}: the adapter does not fit the model, its first weight is {first}: {one_line(error, 200)}"
