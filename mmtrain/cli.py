@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from mmtrain.environment import set_environment
 from mmtrain.errors import UserError, grouped
-from mmtrain.host_memory import set_environment
 
 MAX_LINES_SHOWN = 100
 

@@ -3,18 +3,9 @@ gigabytes every time, and the kernel clears every page it gives anew.
 """
 
 import ctypes
-import os
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt, from its malloc.h."""
-
-
-def set_environment() -> None:
-    """To be called before torch is imported: it and oneDNN read these variables once."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors
-    # oneDNN keeps what it made for each shape of a product, 1,024 of them by default. They lie between the tensors, so
-    # that these could not be put where others had been: a bfloat16 run of 40 steps grew by half
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def keep_freed_memory() -> None:

@@ -22,6 +22,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
+from mmtrain.errors import UserError
+from mmtrain.model.adapter import load_adapter, read_adapter
+
 IMAGE = "<|image_pad|>"
 
 
@@ -79,13 +82,13 @@ class Answerer:
         disable_progress_bar()
         # peft calls transformers by a name that is going away: nothing a reader of the answers can act on
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        self.tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
-        self.processor = AutoImageProcessor.from_pretrained(model_dir, backend="pil")
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left", local_files_only=True)
+        self.processor = AutoImageProcessor.from_pretrained(model_dir, backend="pil", local_files_only=True)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            model_dir, dtype=torch.float32, local_files_only=True
+        )
         if adapter is not None:
-            from peft import PeftModel  # only needed with an adapter
-
-            model = PeftModel.from_pretrained(model, adapter)
+            model = load_adapter(model, read_adapter(adapter))
         self.model = model.eval()
 
     def prompt(self, question: Question, counts: list[int]) -> str:
@@ -137,7 +140,11 @@ def main() -> None:
     args = parser.parse_args()
     questions = read_questions(args.data)
     asked = swap_pictures(questions) if args.swap else questions
-    given = Answerer(args.model, args.adapter).answer_all(asked)
+    try:
+        answerer = Answerer(args.model, args.adapter)
+    except UserError as error:
+        parser.error(str(error))
+    given = answerer.answer_all(asked)
     for q, text in list(zip(asked, given, strict=True))[: args.show]:
         mark = "right" if text == q.answer.strip() else "wrong"
         print(f"{q.images[0].name if q.images else '-'}  {q.text}  ->  {text}  ({mark}; reference: {q.answer})")

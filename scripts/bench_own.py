@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from mmtrain.host_memory import set_environment
+from mmtrain.environment import set_environment
 
 set_environment()  # as the command does, before torch is imported
 

@@ -23,7 +23,8 @@ PASSES = 3
 
 
 def open_data(config_path: Path, result: Path) -> None:
-    from mmtrain.host_memory import keep_freed_memory, set_environment
+    from mmtrain.environment import set_environment
+    from mmtrain.host_memory import keep_freed_memory
 
     set_environment()  # as the command does, before torch is imported
     keep_freed_memory()

@@ -1,5 +1,6 @@
 """Faults in the data of a run and in the threads that load it. A case gives what was wrong, one line each."""
 
+import re
 import time
 from pathlib import Path
 
@@ -88,3 +89,47 @@ def loader_case(world: World, do: str, rank: int) -> tuple[list[str], float]:
     finally:
         group.end()
     return [f"a loader of {rank} is to {do}: {fault}" for fault in faults], seconds
+
+
+def refused_case(world: World, rank: int) -> list[str]:
+    """A batch in the middle of a run cannot be made, in one process: the last complete step is saved, and the same
+    command goes on to what a run without the fault leaves."""
+    folder, config = world.new_folder(), with_pictures(world)
+    more = ("train.steps=8", "train.checkpoint_every=100")
+    refused = patch("mmtrain.data.batch.picture_inputs", "refuse", folder / "done", nth=9)
+    group = world.server.start(folder, world.words(folder, *more, config=config), 2, {rank: [refused]})
+    try:
+        codes, text = group.wait(60), group.text
+    finally:
+        group.end()
+    faults = [] if codes == [2, 2] else [f"exit codes {codes}: {text[-1500:]}"]
+    faults += once(group, "pictures.jsonl:")
+    line = r"^mmtrain: .*pictures\.jsonl:\d+: the samples .*: as the test wants it; step (\d+) is saved: mend it"
+    said = re.search(line, text, re.MULTILINE)
+    if said is None or int(said[1]) != saved_step(folder):
+        faults.append(f"step {saved_step(folder)} is saved, and it says: {text[-1500:]}")
+    expected = world.new_folder()
+    for where in (folder, expected):
+        again = world.server.start(where / "again", world.words(where, *more, config=config))
+        faults += [] if again.wait() == [0] else [f"it does not go on: {again.text[-1500:]}"]
+    found, other = (where / "run" / "adapter" / "adapter_model.safetensors" for where in (folder, expected))
+    if found.read_bytes() != other.read_bytes():
+        faults.append("another adapter than that of a run without the fault")
+    return [f"a batch is refused in {rank}: {fault}" for fault in faults]
+
+
+def refused_sharded_case(world: World, rank: int) -> list[str]:
+    """The same where the weights are sharded: nothing can be saved, and that is said where a step is lost."""
+    folder, config = world.new_folder(), with_pictures(world)
+    more = ("train.steps=8", "train.checkpoint_every=100", "train.weights=shard")
+    refused = patch("mmtrain.data.batch.decode", "refuse", folder / "done", nth=9)
+    group = world.server.start(folder, world.words(folder, *more, config=config), 2, {rank: [refused]})
+    try:
+        codes = group.wait(60)
+        faults = [] if codes == [2, 2] else [f"exit codes {codes}: {group.text[-1500:]}"]
+        faults += once(group, "pictures.jsonl:")
+        if rank == 0 and "cannot be saved, because the weights are sharded" not in group.text:
+            faults.append(f"not said: {group.text[-1500:]}")
+    finally:
+        group.end()
+    return [f"a batch is refused in {rank}, sharded: {fault}" for fault in faults]

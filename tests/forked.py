@@ -34,8 +34,8 @@ Patch = dict[str, Any]
 def patch(target: str, do: str, flag: Path, step: int | None = None, nth: int = 1) -> Patch:
     """At the `nth` call of `target` (in step `step`): touch `flag` and then `do` one of
 
-    mark: nothing; hold: wait for `flag` + ".go"; hang: wait for ever; raise: a RuntimeError; nan: spoil what it gives;
-    break: cut the file of the picture it is called with in its middle.
+    mark: nothing; hold: wait for `flag` + ".go"; hang: wait for ever; raise: a RuntimeError; refuse: a SampleError;
+    nan: spoil what it gives; break: cut the file of the picture it is called with in its middle.
     """
     return {"target": target, "do": do, "flag": str(flag), "step": step, "nth": nth}
 
@@ -219,6 +219,8 @@ def _find(target: str) -> tuple[Any, str]:
 
 
 def _fault(do: str, flag: Path, real: Callable[[], Any]) -> Any:
+    from mmtrain.data.chat import SampleError
+
     flag.touch()
     if do in ("hold", "hang"):
         end = time.monotonic() + (HOLD_SECONDS if do == "hold" else 1e6)
@@ -227,6 +229,8 @@ def _fault(do: str, flag: Path, real: Callable[[], Any]) -> Any:
             time.sleep(0.02)
     if do == "raise":
         raise RuntimeError("as the test wants it")
+    if do == "refuse":
+        raise SampleError("as the test wants it")
     found = real()
     if do == "nan":
         return tuple(part * float("nan") for part in found) if isinstance(found, tuple) else found * float("nan")

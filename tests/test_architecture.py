@@ -15,7 +15,7 @@ ENVIRONMENT = {
     "mmtrain.train.runtime",
     "mmtrain.train.shard",
     "mmtrain.launch",
-    "mmtrain.host_memory",
+    "mmtrain.environment",
     "mmtrain.data.pool",
 }
 
@@ -53,7 +53,14 @@ def test_the_files_are_found() -> None:
         n
         for n in MODULES
         if n
-        in ("mmtrain.cli", "mmtrain.errors", "mmtrain.foreign_text", "mmtrain.regular_files", "mmtrain.host_memory")
+        in (
+            "mmtrain.cli",
+            "mmtrain.errors",
+            "mmtrain.foreign_text",
+            "mmtrain.regular_files",
+            "mmtrain.environment",
+            "mmtrain.host_memory",
+        )
         or ".config" in n
     ],
 )

@@ -109,6 +109,26 @@ def test_a_picture_that_changed_its_size_is_refused_with_both_sizes(
         Loader(samples, packing).load([1, 0])
 
 
+def test_samples_that_only_together_cannot_be_laid_out_are_all_named(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("qwen2_5_vl")
+    processor = load_processor(config.model.path)
+    samples = SampleSet(config.data.train, Encoder(processor))
+    lay_out = processor.image_inputs
+
+    def of_one_alone(images: list[Any]) -> Any:
+        inputs, ids = lay_out(images)
+        return inputs, ids if len(images) == 1 else ids[1:]
+
+    monkeypatch.setattr(processor, "image_inputs", of_one_alone)
+    assert Loader(samples, True).load([0]).segments
+    with pytest.raises(
+        UserError, match=r"mixed\.jsonl:1, .*mixed\.jsonl:2, .*mixed\.jsonl:6: the samples cannot be laid"
+    ):
+        Loader(samples, True).load([0, 1, 5])
+
+
 def test_pictures_for_a_model_without_them_are_refused(make_config: Callable[..., Config], tmp_path: Path) -> None:
     (tmp_path / "ok.png").write_bytes(PICTURE.read_bytes())
     data = write_jsonl(tmp_path / "data.jsonl", [chat("<image>What?", "this", ["ok.png"])])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_cases import loader_case, nan_case
+from data_cases import loader_case, nan_case, refused_case, refused_sharded_case
 from fault_cases import NLL, World, kill_case, second_signal_case, signal_case, stop_case, stop_then_signal_case
 from forked import Server
 from launch_cases import launched_signal_case
@@ -68,6 +68,16 @@ def test_a_loss_that_is_not_finite_stops_all(world: World) -> None:
 @pytest.mark.parametrize("do", ["break", "hang"])
 def test_a_loader_that_fails_is_named(do: str, world: World) -> None:
     assert loader_case(world, do, 1)[0] == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_fault_of_the_data_in_the_middle_loses_no_complete_step(rank: int, world: World) -> None:
+    assert refused_case(world, rank) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_fault_of_the_data_ends_a_sharded_run_in_one_line(rank: int, world: World) -> None:
+    assert refused_sharded_case(world, rank) == []
 
 
 def test_a_signal_to_the_launcher(world: World) -> None:

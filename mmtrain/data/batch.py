@@ -152,7 +152,8 @@ class Loader:
                 pool.shutdown(cancel_futures=True)
 
     def load(self, numbers: Sequence[int]) -> Batch:
-        """The batch of these samples. Raises UserError naming the sample that cannot be read or decoded."""
+        """The batch of these samples. Raises UserError naming the sample that cannot be read or decoded, or all of them
+        where only the batch as a whole cannot be made."""
         processor = self._samples.encoder.processor
         encoded: list[Encoded] = []
         for number in numbers:
@@ -160,11 +161,13 @@ class Loader:
                 encoded.append(self._samples.encoded(number))
         try:
             return make_batch(numbers, encoded, processor, self._packing, self._store)
-        except SampleError:
+        except SampleError as error:
             for number, sample in zip(numbers, encoded, strict=True):
                 with self._named(number):
                     make_batch([number], [sample], processor, self._packing, self._store)
-            raise
+            # each alone is well: an image changed meanwhile, or the processor lays several out in another way
+            places = ", ".join(str(self._samples.place(number)) for number in numbers)
+            raise UserError(f"{places}: the samples cannot be laid out together: {error}") from None
 
     @contextmanager
     def _named(self, number: int) -> Iterator[None]:

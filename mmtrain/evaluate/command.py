@@ -23,7 +23,7 @@ from mmtrain.evaluate.pictures import CHANGES, ChangedPictures, encodable
 from mmtrain.evaluate.report import image_verdict, print_comparison, print_report
 from mmtrain.evaluate.scores import Scores
 from mmtrain.evaluate.scoring import Scorer
-from mmtrain.foreign_text import one_line
+from mmtrain.model.adapter import load_adapter, read_adapter
 from mmtrain.model.components import Components, is_as_loaded
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import length_limit, load_model
@@ -45,6 +45,12 @@ class Options:
     images: bool = False
     json: bool = False
 
+    @property
+    def adapters(self) -> list[str]:
+        """The directories of all adapters that are asked for, each once."""
+        alone = () if self.adapter is None else (str(self.adapter),)
+        return [path for path in dict.fromkeys((*alone, *self.compare)) if path != BASE]
+
 
 class Evaluation:
     """The samples of a config's evaluation sources, and scores of models on them."""
@@ -55,6 +61,7 @@ class Evaluation:
             sources = [EvalSource(path=path) for path in options.data]
         if not sources:
             raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")
+        self._adapters = {path: read_adapter(path) for path in options.adapters}
         self._config = config
         self._runtime = Runtime(config.model.dtype)
         self._console = Console(stderr=True, quiet=not self._runtime.is_main)
@@ -76,7 +83,7 @@ class Evaluation:
         self._packing = choose_packing(self._base, self._processor, config, self._runtime, self._say)
         self._store = make_store(config, self._runtime, self._say)
         self._model: Any = self._base
-        self._loaded = 0
+        self._num_loaded = 0
 
     @property
     def is_main(self) -> bool:
@@ -108,17 +115,8 @@ class Evaluation:
             else:
                 yield
             return
-        name = f"adapter_{self._loaded}"
-        self._loaded += 1
-        try:
-            if isinstance(self._model, PeftModel):
-                self._model.load_adapter(path, adapter_name=name)
-                self._model.set_adapter(name)
-            else:
-                self._model = PeftModel.from_pretrained(self._base, path, adapter_name=name)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: the adapter cannot be loaded: {one_line(error)}") from None
-        self._model.eval()
+        self._model = load_adapter(self._model, self._adapters[path], f"adapter_{self._num_loaded}")
+        self._num_loaded += 1
         yield
 
     def _score(self, scorer: Scorer) -> Scores:

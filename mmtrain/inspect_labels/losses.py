@@ -5,14 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from rich.console import Console
 
 from mmtrain.config import Config
 from mmtrain.data.batch import Loader
 from mmtrain.data.samples import SampleSet
-from mmtrain.errors import UserError
-from mmtrain.foreign_text import one_line
+from mmtrain.model.adapter import load_adapter, read_adapter
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
 from mmtrain.train.loss import supervised_nll
@@ -28,15 +26,13 @@ def token_losses(
 
     Raises UserError where the adapter cannot be loaded.
     """
+    found_adapter = None if adapter is None else read_adapter(adapter)
     runtime = Runtime(config.model.dtype)
     say = functools.partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
     processor = samples.encoder.processor
     model = load_model(config.model.path, config.model.dtype, processor)
-    if adapter is not None:
-        try:
-            model = PeftModel.from_pretrained(model, str(adapter)).eval()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{adapter}: the adapter cannot be loaded: {one_line(error)}") from None
+    if found_adapter is not None:
+        model = load_adapter(model, found_adapter)
     model.to(runtime.device)
     packing = choose_packing(model, processor, config, runtime, say)
     make_inputs = InputMaker(model, processor.image_token_id)

@@ -1,26 +1,36 @@
 """The base model, from a directory in the transformers format or the local hub cache."""
 
+import logging
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import ERROR, disable_progress_bar, get_verbosity, set_verbosity
 
 from mmtrain.data.check import LengthLimit
+from mmtrain.data.directory import model_directory
 from mmtrain.data.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.foreign_text import one_line, shown
+from mmtrain.model.weight_files import check_weight_files
+
+_log = logging.getLogger(__name__)
 
 
 def load_config(path: str) -> Any:
-    """The config of a model directory, no code of which is run. Raises UserError where it cannot be read."""
+    """The model's configuration. Raises UserError where config.json is broken or of an unknown model."""
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except Exception as error:  # a broken file makes transformers raise anything
         raise UserError(f"{path}: the model's config cannot be loaded: {one_line(error)}") from None
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a model with this configuration."""
+    takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
 
 
 def length_limit(path: str, max_length: int) -> LengthLimit:
@@ -55,29 +65,55 @@ def compile_layers(model: Any) -> None:
             module.compile(dynamic=True)
 
 
-def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:
-    """The model on the CPU in `dtype`, in eval mode: the base model's own dropout is never on.
-
-    Raises UserError where weights are missing or not finite, or the tokenizer has ids the model has no embedding for.
-    """
-    config = load_config(path)
-    kind = AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+def _from_pretrained(path: str, config: Any, dtype: str) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers found wrong with its weights: its own report is a table, in other words."""
     disable_progress_bar()  # loading is a second of a run that has a bar of its own
+    verbosity = get_verbosity()
+    set_verbosity(ERROR)
     try:
-        model, info = kind.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             path,
             dtype=getattr(torch, dtype),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: the model cannot be loaded: {one_line(error)}") from None
+    except Exception as error:  # a broken directory makes transformers raise anything
+        raise UserError(f"{path}: the model cannot be loaded: {type(error).__name__}: {one_line(error)}") from None
+    finally:
+        set_verbosity(verbosity)
+    return model, info
+
+
+def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:
+    """The model on the CPU in `dtype`, in eval mode: the base model's own dropout is never on.
+
+    Raises UserError where files are broken, weights are missing, not finite or of other shapes, or the tokenizer has
+    ids the model has no embedding for.
+    """
+    config = load_config(path)
+    check_weight_files(model_directory(path))
+    if getattr(config, "transformers_weights", None) is not None:  # it may name a pickle
+        raise UserError(f"{path}: config.json: transformers_weights is not supported: remove the key")
+    model, info = _from_pretrained(path, config, dtype)
+    shapes = sorted(info["mismatched_keys"])
+    if shapes:
+        name, in_file, expected = shapes[0]
+        raise UserError(
+            f"{path}: {len(shapes)} weights have other shapes than config.json asks for, such as {shown(name)}: "
+            f"{tuple(in_file)} in the file, {tuple(expected)} expected"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"{path}: {len(missing)} weights are missing, such as {shown(missing[0])}")
     _check_finite(model, path)
+    unused = sorted(info["unexpected_keys"])
+    if unused:
+        _log.warning(
+            "warning: %s: %d weights are not used by the model, such as %s", path, len(unused), shown(unused[0])
+        )
     num_embeddings = model.get_input_embeddings().num_embeddings
     largest = max(processor.tokenizer.get_vocab().values())
     if largest >= num_embeddings:

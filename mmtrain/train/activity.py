@@ -17,6 +17,8 @@ class Activity:
     ticks: int = 0
     waiting: bool = False
     """In a collective: what holds it up is another process."""
+    saves_alone: bool = False
+    """This process can save the last complete step without the others, also when one of them has failed."""
 
     def set(self, phase: str, step: int | None = None) -> None:
         self.phase = phase

@@ -3,7 +3,6 @@
 What was saved is loaded back and must give the same logits.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmtrain import __version__
-from mmtrain.config import Config, dump_config
+from mmtrain.config import Config
 from mmtrain.data.batch import Batch
 from mmtrain.data.directory import model_directory
 from mmtrain.data.processor import ChatProcessor
 from mmtrain.errors import UserError, storage_faults
-from mmtrain.model.load import load_model
+from mmtrain.model.load import auto_class, load_model
 from mmtrain.train.checkpoint import trainable_parameters, write_folder
+from mmtrain.train.model_card import model_card
 from mmtrain.train.shard import whole
 from mmtrain.train.step import Learner
 
@@ -44,10 +43,10 @@ _PROCESSOR_FILES = (
 )
 
 
-def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Batch, report: dict[str, Any]) -> str:
+def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Batch, num_samples: int) -> str:
     """Write `adapter/` (or `model/` where nothing is LoRA) and load it back. Gives a line that says what was found.
 
-    `batch` is what the logits are compared on; `report` is what the model card tells of the training. Where weights
+    `batch` is what the logits are compared on; `num_samples` were trained on, as the model card says. Where weights
     are spread over the processes all of them must call this, and the first one writes.
     Raises UserError where what was saved is not what was trained, and StorageError where it cannot be written.
     """
@@ -63,9 +62,14 @@ def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Ba
     made = target.with_name(f".{target.name}.new")
     with storage_faults(f"{target}: it cannot be written"):
         shutil.rmtree(made, ignore_errors=True)
-        model.save_pretrained(made, state_dict=weights)
+        if is_adapter and Path(config.model.path).is_dir():  # to be found from any directory
+            model.peft_config["default"].base_model_name_or_path = str(Path(config.model.path).resolve())
+        # peft would ask the hub whether the vocabulary has grown, and save the base model's head where it has LoRA
+        settings = {"save_embedding_layers": False} if is_adapter else {}
+        model.save_pretrained(made, state_dict=weights, **settings)
         _copy_processor(model_directory(config.model.path), made)
-        (made / "README.md").write_text(_model_card(config, report, is_adapter), encoding="utf-8")
+        card = model_card(config, auto_class(model.config).__name__, is_adapter, num_samples)
+        (made / "README.md").write_text(card, encoding="utf-8")
         write_folder(target, made)
     if weights is not None:
         _check_equal(target, model, weights)
@@ -89,7 +93,11 @@ def _whole_weights(model: Any, is_adapter: bool, dtype: torch.dtype) -> dict[str
 def _check_equal(target: Path, model: Any, weights: dict[str, Tensor]) -> None:
     """Raises UserError where the files at `target` do not hold `weights`."""
     saved = {name: value for path in target.glob("*.safetensors") for name, value in load_file(path).items()}
-    expected = get_peft_model_state_dict(model, state_dict=weights) if isinstance(model, PeftModel) else weights
+    expected = (
+        get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+        if isinstance(model, PeftModel)
+        else weights
+    )
     wrong = [name for name, value in saved.items() if name not in expected or not torch.equal(value, expected[name])]
     if wrong or not saved:
         raise UserError(f"{target}: read back, {len(wrong)} weights are not the trained ones: do not use it")
@@ -127,38 +135,3 @@ def _copy_processor(source: Path, target: Path) -> None:
     for name in _PROCESSOR_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-
-
-def _model_card(config: Config, report: dict[str, Any], is_adapter: bool) -> str:
-    kind = "A LoRA adapter" if is_adapter else "A model"
-    load = (
-        f'model = PeftModel.from_pretrained(AutoModel….from_pretrained("{config.model.path}"), "adapter")'
-        if is_adapter
-        else 'model = AutoModel….from_pretrained("model")'
-    )
-    header = {
-        "base_model": config.model.path,
-        "library_name": "peft" if is_adapter else "transformers",
-        "tags": ["mmtrain"],
-    }
-    lines = [
-        "---",
-        *(f"{key}: {json.dumps(value)}" for key, value in header.items()),
-        "---",
-        "",
-        f"# {kind} trained by mmtrain {__version__}",
-        "",
-        *(f"- {key}: {value}" for key, value in report.items()),
-        "",
-        "```python",
-        load,
-        "```",
-        "",
-        "## Config",
-        "",
-        "```yaml",
-        dump_config(config).rstrip(),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)

@@ -4,7 +4,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from mmtrain.config import Config, dump_config
 from mmtrain.data.batch import Batch, Loader
 from mmtrain.data.load import load_processor
 from mmtrain.data.processor import ChatProcessor
-from mmtrain.errors import NonFiniteError, Stopped, UserError, storage_faults
+from mmtrain.errors import NonFiniteError, Stopped, StorageError, UserError, storage_faults
 from mmtrain.evaluate.statistics import summary
 from mmtrain.model.components import PartReport, prepare_learning
 from mmtrain.model.cost import CostModel, cost_model
@@ -29,12 +29,11 @@ from mmtrain.train.checkpoint import CheckpointFolder, checkpoint_bytes, restore
 from mmtrain.train.dataset import Dataset, EvalSet, StepCut
 from mmtrain.train.export import export
 from mmtrain.train.features import find_features, keeps_features, make_store
-from mmtrain.train.fingerprint import fingerprints
 from mmtrain.train.gradients import is_exact
-from mmtrain.train.metrics import METRICS, MetricsFile, Reporter, evaluated_at, make_console, show_parts
+from mmtrain.train.metrics import METRICS, MetricsFile, Reporter, make_console, show_parts
 from mmtrain.train.optim import make_optimizer, rate_factor, set_rate
 from mmtrain.train.packing import choose_packing
-from mmtrain.train.resume import Resume, find_resume
+from mmtrain.train.run_state import RunState
 from mmtrain.train.runtime import Runtime
 from mmtrain.train.shard import Filled, num_held, shard, share, whole
 from mmtrain.train.step import Learner, train_step
@@ -86,53 +85,6 @@ def _train(config: Config, accept: Sequence[str], runtime: Runtime, output_dir: 
     run = Run(config, dataset, learner, costs, checkpoints, state, resume.evaluated, console)
     run.take_steps(resume.step + 1)
     run.finish(processor)
-
-
-class RunState:
-    """What a checkpoint tells of its run beside weights and moments, and whether a run may go on from one."""
-
-    def __init__(self, config: Config, runtime: Runtime) -> None:
-        self._config, self._runtime = config, runtime
-        self._fingerprints: dict[str, str] = {}
-        self._accepted: tuple[str, ...] = ()
-
-    def find(self, dataset: Dataset, checkpoints: CheckpointFolder, accept: Sequence[str], console: Console) -> Resume:
-        """The first process's part: hash what the result depends on and look for a checkpoint."""
-        self._fingerprints = fingerprints(self._config, dataset, self._runtime.activity.tick)
-        found = find_resume(checkpoints, self._config, self._fingerprints, self._layout, accept, console)
-        self._accepted = found.accepted
-        return replace(found, evaluated=evaluated_at(Path(self._config.train.output_dir) / METRICS, found.step))
-
-    def resume(self, find: Any) -> Resume:
-        """What the first process finds, in all processes."""
-
-        def make() -> str:
-            found = find()
-            return json.dumps(asdict(replace(found, checkpoint=found.checkpoint and str(found.checkpoint))))
-
-        told = json.loads(self._runtime.from_first("resume", make))
-        return Resume(**told | {"checkpoint": told["checkpoint"] and Path(told["checkpoint"])})
-
-    def at(self, step: int) -> dict[str, Any]:
-        """What is written into the checkpoint behind `step`."""
-        return {
-            "step": step,
-            "config": self._config.model_dump(mode="json"),
-            "fingerprints": self._fingerprints,
-            "accepted": self._accepted,
-            "layout": self._layout,
-        }
-
-    @property
-    def _layout(self) -> dict[str, Any]:
-        """What decides the bits of the result beside what decides the result."""
-        settings = self._config.train
-        exact = settings.weights == "replicate" and settings.microbatches != "auto"
-        processes = {} if exact else {"processes": self._runtime.num_processes}
-        cut = {"microbatches": settings.microbatches, "microbatch_tokens": settings.microbatch_tokens}
-        rest = {"weights": settings.weights, "packing": settings.packing, "threads": self._runtime.num_threads}
-        kept = {"features": keeps_features(self._config, self._runtime.num_processes)}
-        return {**cut, **rest, **kept, **processes, "compile": settings.compile, **self._runtime.kernels}
 
 
 def make_learner(
@@ -208,14 +160,26 @@ class Run:
         self._checkpoints, self._state, self._evaluated = checkpoints, state, evaluated
         self._console = console
         self._output_dir = Path(config.train.output_dir)
-        self._last: dict[str, Any] = {}
         runtime, dtype = learner.runtime, getattr(torch, config.model.dtype)
         self._ceiling = matmul_rate(runtime.device, dtype) * runtime.num_processes
         self._cut = functools.lru_cache(maxsize=256)(self._cut_step)
         self._filled = Filled(dataset.train, dataset.checked) if learner.sharded else None
+        self._complete = self._saved = 0
+        """The last step that is complete, and the last one that a checkpoint holds."""
 
     def take_steps(self, first: int) -> None:
-        """Take the steps from `first` to the last. Raises Stopped, a checkpoint behind it, where a signal asked to."""
+        """Take the steps from `first` to the last. Raises Stopped, with a checkpoint, where a signal asked to; where a
+        fault of the data ends the run, the last complete step is saved before the error leaves."""
+        self._complete = self._saved = first - 1
+        runtime = self._learner.runtime
+        runtime.activity.saves_alone = runtime.is_main and not self._learner.sharded
+        try:
+            self._take_steps(first)
+        except UserError as error:
+            self._save_complete(error)
+            raise
+
+    def _take_steps(self, first: int) -> None:
         settings, last, activity = self._config.train, self._dataset.num_steps, self._learner.runtime.activity
         samples = self._dataset.train if self._filled is None else self._filled
         cuts = (cut for step in range(first, last + 1) for cut in self._cut(step).own if cut)
@@ -226,9 +190,9 @@ class Run:
             for step in range(first, last + 1):
                 activity.set("data", step)
                 row, asked = self._take_step(step, batches)
+                self._complete = step
                 metrics.write(row)
                 reporter.step(row)
-                self._last |= row
                 asked = asked or self._evaluate(step, metrics, reporter)
                 if asked is not None or step % settings.checkpoint_every == 0 or step == last:
                     asked = self._save(step) or asked
@@ -240,9 +204,9 @@ class Run:
         runtime = self._learner.runtime
         runtime.activity.set("exporting" if runtime.is_main else "waiting")
         if runtime.is_main or self._learner.sharded:
-            first = int(self._dataset.checked.used[0])
-            batch = Loader(self._dataset.train, self._learner.packing).load([first])
-            line = export(self._learner, self._config, processor, batch, self._last)
+            used = self._dataset.checked.used
+            batch = Loader(self._dataset.train, self._learner.packing).load([int(used[0])])
+            line = export(self._learner, self._config, processor, batch, len(used))
             self._console.print(line, highlight=False, soft_wrap=True)
         runtime.activity.set("waiting")
 
@@ -306,7 +270,6 @@ class Run:
         self, step: int, eval_set: EvalSet, found: dict[str, Any], metrics: MetricsFile, reporter: Reporter
     ) -> None:
         metrics.write({"step": step, "eval": eval_set.name, **found})
-        self._last[f"perplexity on {eval_set.name}"] = found["perplexity"]
         reporter.say(
             f"step {step}  eval {eval_set.name}: perplexity {found['perplexity']:.4f}, "
             f"token accuracy {found['token_accuracy']:.1%}"
@@ -314,13 +277,39 @@ class Run:
 
     def _save(self, step: int) -> int | None:
         """Write a checkpoint; gives the signal that came meanwhile."""
-        runtime, learner = self._learner.runtime, self._learner
+        runtime = self._learner.runtime
         runtime.activity.set("saving" if runtime.is_main else "awaiting the save")
+        self._write(step)
+        return runtime.agree(torch.zeros(0, dtype=torch.float64))[1]
+
+    def _write(self, step: int) -> None:
+        """The main process's part of saving; where weights are sharded, all processes gather them for it."""
+        runtime, learner = self._learner.runtime, self._learner
         if runtime.is_main or learner.sharded:
             held = snapshot(learner.model, learner.optimizer, whole, runtime.activity.tick)
         if runtime.is_main:
             self._checkpoints.save(step, held, self._state.at(step))
-        return runtime.agree(torch.zeros(0, dtype=torch.float64))[1]
+        self._saved = step
+
+    def _save_complete(self, error: UserError) -> None:
+        """Save the last complete step before `error`, a fault of the data in any process, ends the run, and say so.
+
+        The weights are those behind that step until the next one is complete. Only the main process can save: the
+        others are on their way out, so sharded weights cannot be gathered any more.
+        """
+        step, runtime = self._complete, self._learner.runtime
+        if error.exit_code != UserError.exit_code or step == self._saved or not runtime.is_main:
+            return
+        if self._learner.sharded:
+            error.faults[-1] += f"; step {step} cannot be saved, because the weights are sharded"
+            return
+        runtime.activity.set("saving")
+        try:
+            self._write(step)
+        except StorageError as failed:
+            error.faults += failed.faults
+        else:
+            error.faults[-1] += f"; step {step} is saved: mend it and run the same command again"
 
 
 def is_exported(output_dir: Path) -> bool:

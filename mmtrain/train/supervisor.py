@@ -23,6 +23,8 @@ _REPEAT_SECONDS = 1.0
 """The same signal within this time is one: a scheduler sends it to every process and a launcher forwards its own."""
 _SILENCE_SECONDS = 3.0
 """The store may be out of reach for this long before the process that holds it counts as gone."""
+_BREAK_SECONDS = 10.0
+"""A collective with a process that has ended breaks within this time, or hangs."""
 
 
 class Supervisor:
@@ -36,6 +38,8 @@ class Supervisor:
         self._asked: int | None = None
         self._asked_at = 0.0
         self._told: Verdict | None = None
+        self._verdict_at: float | None = None
+        """When another process's reason to end the run was first heard here."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="mmtrain-supervisor", daemon=True)
         self._talker = threading.Thread(target=self._talk, name="mmtrain-talker", daemon=True)
@@ -140,7 +144,7 @@ class Supervisor:
                 self._leave(Verdict(128 + signum, f"{name} again: left at once"))
             return
         self._ask(signum)
-        if self._activity.phase in IN_STEPS and self._index == 0:
+        if self._activity.phase in IN_STEPS and self._index == 0 and self._peers.verdict is None:
             _say(f"{name}: finishing step {self._activity.step}, then saving; once more to leave at once")
 
     def _ask(self, signum: int) -> None:
@@ -183,7 +187,7 @@ class Supervisor:
             self._ask(self._peers.asked)
         if self._closing.is_set() or self._told is not None:
             return
-        if self._peers.verdict is not None:
+        if self._peers.verdict is not None and not self._has_time_to_save(self._peers.verdict):
             self._leave(self._peers.verdict)
         self._act_alone()
         # a main thread in a collective finds out now and ends in good order; and what the dead one said last is read
@@ -191,6 +195,16 @@ class Supervisor:
             gone = self._peers.gone()
             if gone is not None and self._told is None:
                 self._leave(gone)
+
+    def _has_time_to_save(self, verdict: Verdict) -> bool:
+        """Whether the main thread may still save the last complete step: another process met a fault in its data. It
+        finds out when the collective in which it waits breaks, as that process is gone."""
+        is_of_data, in_steps = verdict.code == UserError.exit_code, self._activity.phase in IN_STEPS
+        if not (is_of_data and in_steps and self._activity.saves_alone):
+            return False
+        self._verdict_at = self._verdict_at or time.monotonic()
+        limit = self._timeout if self._activity.phase == "saving" else _BREAK_SECONDS
+        return time.monotonic() - self._verdict_at < limit
 
     def _act_alone(self) -> None:
         """Do what asks for no other process: leave where a signal came and there is nothing to save."""

@@ -1,0 +1,61 @@
+"""The files of a model directory, checked before transformers reads them: whole, safetensors alone, all inside."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from mmtrain.errors import UserError
+from mmtrain.foreign_text import one_line, shown, visible
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def check_weight_files(directory: Path) -> None:
+    """Raises UserError, naming the file, where weights are missing, cut off, outside of `directory` or no safetensors.
+
+    Only headers are read.
+    """
+    where = visible(str(directory))
+    if (directory / "adapter_config.json").is_file():  # transformers would load it into the model without a word
+        raise UserError(f"{where}: adapter_config.json is there: give the directory of a base model, not of an adapter")
+    if (directory / _SINGLE).is_file():
+        names = [_SINGLE]
+    elif (directory / _INDEX).is_file():
+        names = _indexed(directory / _INDEX)
+    else:
+        raise UserError(f"{where}: {_missing(directory)}")
+    for name in names:
+        try:
+            with safe_open(directory / name, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            file = visible(str(directory / name))
+            raise UserError(f"{file}: not a whole safetensors file: {one_line(error)}; copy it again") from None
+
+
+def _missing(directory: Path) -> str:
+    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    if pickles:
+        return f"no {_SINGLE}, only {shown(pickles[0])}, a pickle, which may run code: save the model as safetensors"
+    return f"no weights: expected {_SINGLE} or {_INDEX}"
+
+
+def _indexed(index: Path) -> list[str]:
+    """The names of the files that an index lists. Raises UserError where it is broken or one of them is not there."""
+    where = visible(str(index))
+    try:
+        found = json.loads(index.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON: {one_line(error)}") from None
+    weights = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
+        raise UserError(f"{where}: expected weight_map, an object from names of weights to names of files")
+    names = sorted(set(weights.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{where}: {shown(name)} is not the name of a safetensors file in the same directory")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{where}: {shown(name)} is not there: copy the whole model directory")
+    return names

@@ -1,0 +1,65 @@
+"""What a checkpoint tells of its run besides weights and moments, found by one process and known to all."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mmtrain.config import Config
+from mmtrain.train.checkpoint import CheckpointFolder
+from mmtrain.train.dataset import Dataset
+from mmtrain.train.features import keeps_features
+from mmtrain.train.fingerprint import fingerprints
+from mmtrain.train.metrics import METRICS, evaluated_at
+from mmtrain.train.resume import Resume, find_resume
+from mmtrain.train.runtime import Runtime
+
+
+class RunState:
+    """What a checkpoint tells of its run beside weights and moments, and whether a run may go on from one."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self._config, self._runtime = config, runtime
+        self._fingerprints: dict[str, str] = {}
+        self._accepted: tuple[str, ...] = ()
+
+    def find(self, dataset: Dataset, checkpoints: CheckpointFolder, accept: Sequence[str], console: Console) -> Resume:
+        """The first process's part: hash what the result depends on and look for a checkpoint."""
+        self._fingerprints = fingerprints(self._config, dataset, self._runtime.activity.tick)
+        found = find_resume(checkpoints, self._config, self._fingerprints, self._layout, accept, console)
+        self._accepted = found.accepted
+        return replace(found, evaluated=evaluated_at(Path(self._config.train.output_dir) / METRICS, found.step))
+
+    def resume(self, find: Any) -> Resume:
+        """What the first process finds, in all processes."""
+
+        def make() -> str:
+            found = find()
+            return json.dumps(asdict(replace(found, checkpoint=found.checkpoint and str(found.checkpoint))))
+
+        told = json.loads(self._runtime.from_first("resume", make))
+        return Resume(**told | {"checkpoint": told["checkpoint"] and Path(told["checkpoint"])})
+
+    def at(self, step: int) -> dict[str, Any]:
+        """What is written into the checkpoint behind `step`."""
+        return {
+            "step": step,
+            "config": self._config.model_dump(mode="json"),
+            "fingerprints": self._fingerprints,
+            "accepted": self._accepted,
+            "layout": self._layout,
+        }
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        """What decides the bits of the result beside what decides the result."""
+        settings = self._config.train
+        exact = settings.weights == "replicate" and settings.microbatches != "auto"
+        processes = {} if exact else {"processes": self._runtime.num_processes}
+        cut = {"microbatches": settings.microbatches, "microbatch_tokens": settings.microbatch_tokens}
+        rest = {"weights": settings.weights, "packing": settings.packing, "threads": self._runtime.num_threads}
+        kept = {"features": keeps_features(self._config, self._runtime.num_processes)}
+        return {**cut, **rest, **kept, **processes, "compile": settings.compile, **self._runtime.kernels}
