@@ -122,7 +122,7 @@ def refused_sharded_case(world: World, rank: int) -> list[str]:
     """The same where the weights are sharded: nothing can be saved, and that is said where a step is lost."""
     folder, config = world.new_folder(), with_pictures(world)
     more = ("train.steps=8", "train.checkpoint_every=100", "train.weights=shard")
-    refused = patch("mmtrain.data.batch.decode", "refuse", folder / "done", nth=9)
+    refused = patch("mmtrain.data.batch.decode", "refuse", folder / "done", nth=17)
     group = world.server.start(folder, world.words(folder, *more, config=config), 2, {rank: [refused]})
     try:
         codes = group.wait(60)

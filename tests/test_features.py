@@ -274,7 +274,7 @@ def test_evaluation_is_that_of_pixels_and_sees_an_adapter_of_the_vision_tower(
         if name == "kept":
             train(config)
         path = str(Path(config.train.output_dir) / "adapter")
-        evaluation = Evaluation(config, Options(data=(config.data.train[0].path,)))
+        evaluation = Evaluation(config, Options(compare=("base", path), data=(config.data.train[0].path,)))
         found[name] = []
         for model in ("base", "base", path):
             with evaluation.adapter(model):

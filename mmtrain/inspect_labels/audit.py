@@ -182,8 +182,8 @@ class _Counting:
         for index, kind, reason in store.faults:
             self._faults.setdefault(index, []).append(Finding(kind, True, reason))
 
-    def add(self, index: int, too_long: Finding | None) -> None:
-        """Count sample `index`, with what is said of its length."""
+    def add(self, index: int, too_long: Finding | None) -> list[Finding]:
+        """Count sample `index`, with what is said of its length. Gives all that is said of it."""
         report, store, place = self.report, self._store, str(self._samples.place(index))
         source, num_tokens = report.sources[self._samples.source(index)], int(store.num_tokens[index])
         source.num_samples += 1
@@ -206,6 +206,7 @@ class _Counting:
             report.longest.sort(key=lambda one: -one[0])  # stable: of equals the first comes first
             del report.longest[_NUM_LONGEST:]
             self._same.setdefault(self._digest(index), []).append(index)
+        return found
 
     def finish(self) -> AuditReport:
         """The report, with the samples that are the same: the bytes of images are read only where all else is."""
@@ -247,20 +248,22 @@ def audit(
         store = open_store(recipe, samples, lambda number: progress.advance(bar, number), lambda: None)
         samples.use(store)
         counting = _Counting(samples, store, config, split)
-        refused = {index: reason for index, kind, reason in store.faults if kind == REFUSED}
         bar = progress.add_task(f"auditing {split}", total=len(samples))
         for index in range(len(samples)):
             num_tokens = int(store.num_tokens[index])
             is_too_long, is_fault = num_tokens > limit.num_tokens, config.data.too_long == "error"
-            counting.add(index, Finding(TOO_LONG, is_fault, limit.reason(num_tokens)) if is_too_long else None)
+            found = counting.add(index, Finding(TOO_LONG, is_fault, limit.reason(num_tokens)) if is_too_long else None)
             if on_row is not None:
-                on_row(_row(samples, index, refused.get(index), with_tokens))
+                on_row(_row(samples, index, found, with_tokens))
             progress.advance(bar)
     return counting.finish()
 
 
-def _row(samples: SampleSet, index: int, refused: str | None, with_tokens: bool) -> dict[str, Any]:
-    if refused is None:
-        return view_sample(samples, index).row(with_tokens)
+def _row(samples: SampleSet, index: int, found: Sequence[Finding], with_tokens: bool) -> dict[str, Any]:
+    """The sample as one JSON object, with its faults where it has any."""
     place = samples.place(index)
-    return {"source": str(place.file), "line": place.line, "index": index, "refused": refused}
+    for finding in found:
+        if finding.kind == REFUSED:
+            return {"source": str(place.file), "line": place.line, "index": index, "refused": finding.reason}
+    faults = [{"kind": finding.kind, "reason": finding.reason} for finding in found if finding.is_fault]
+    return view_sample(samples, index).row(with_tokens) | ({"faults": faults} if faults else {})

@@ -1,0 +1,56 @@
+"""Runs commands of mmtrain one after the other in this process, and reports how each ended.
+
+Reads a JSON list of {"name", "words"} from standard input and writes a JSON object to standard output: for each name
+the exit code and what was printed, and the peak memory of the process and of its children in bytes.
+"""
+
+import contextlib
+import io
+import json
+import resource
+import signal
+import sys
+from typing import Any
+
+SECONDS = 30
+"""A command that takes longer hangs."""
+
+
+class Hang(BaseException):
+    """Not an Exception, so that nothing on the way takes it for its own."""
+
+
+def _stop(*_: Any) -> None:
+    raise Hang
+
+
+def run(words: list[str]) -> dict[str, Any]:
+    """The exit code, None for a hang, and the output of `mmtrain words`."""
+    from accelerate.state import AcceleratorState
+
+    from mmtrain.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = ["mmtrain", *words]
+    code: Any = 0
+    signal.alarm(SECONDS)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        except Hang:
+            code = None
+        except BaseException as error:  # what python would print as a traceback
+            code, _ = 1, err.write(f"Traceback: {type(error).__name__}: {error}")
+    signal.alarm(0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGALRM, _stop)
+    found = {case["name"]: run(case["words"]) for case in json.load(sys.stdin)}
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds) * 1024
+    json.dump({"cases": found, "peak_bytes": peak}, sys.stdout)
