@@ -142,7 +142,7 @@ def _filled(value: Any, tokenizer: Tokenizer) -> Any:
     if isinstance(value, dict):
         return {key: _filled(one, tokenizer) for key, one in value.items()}
     if value == "vocabulary":
-        return tokenizer.get_vocab_size()
+        return tokenizer.get_vocab_size() + 16  # classes of tokenizers and processors add tokens
     if isinstance(value, str) and value.startswith("id:"):
         return tokenizer.token_to_id(value.removeprefix("id:"))
     return value

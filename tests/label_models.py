@@ -149,6 +149,10 @@ _NO_END = (
     "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant:{% endif %}"
 )
+_HEADER_ENDS = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n{% endif %}"
+)
 _LAST_DIFFERS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% else %}<|im_end|>\n{% endif %}{% endfor %}"
@@ -193,6 +197,7 @@ TEMPLATES = {
     "gemma": Template(_GEMMA, "<end_of_turn>", parts=True, trims=True, system=False, images=True),
     "mistral": Template(_MISTRAL, "</s>", before=" ", system=False),
     "no_end": Template(_NO_END, "</s>", before="\n", own_end=False),
+    "header_ends": Template(_HEADER_ENDS, "</s>", own_end=False),
 }
 OTHER_TEMPLATES = {
     "last_differs": Template(_LAST_DIFFERS, ""),

@@ -383,5 +383,6 @@ def test_the_checks_do_not_know_the_encoder() -> None:
         "mmtrain.data.findings",
         "mmtrain.data.content_checks",
         "mmtrain.data.processor",
+        "mmtrain.data.reply_frame",
         "mmtrain.foreign_text",
     }

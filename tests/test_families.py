@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
+from builders import write_jsonl
 from families_grid import GRID
 from families_text import TEXT_ONLY
 from families_tile import TILE
@@ -23,10 +25,17 @@ from transformers import (
 )
 from transformers.models.auto.processing_auto import processor_class_from_name
 
+from mmtrain.config.schema import Config
 from mmtrain.data.chat import Conversation, Image, Message, SampleError, Text
+from mmtrain.data.check import LengthLimit, check_samples
 from mmtrain.data.encode import Encoded, Encoder
 from mmtrain.data.load import load_processor
+from mmtrain.data.parts import Recipe
+from mmtrain.data.store import open_store
 from mmtrain.errors import UserError
+from mmtrain.inspect_labels.view import view_sample
+from mmtrain.model.load import load_model
+from mmtrain.model.packing import packing_fault
 
 # GLM-4V's processor hands a tensor to `np.array`
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -256,3 +265,69 @@ def test_a_processor_that_needs_another_package_is_refused_by_its_name(name: str
 @pytest.mark.parametrize("name", USABLE)
 def test_the_tiny_model_runs(name: str, root: Path) -> None:
     assert torch.isfinite(loss(name, "one_image" if FAMILIES[name].images else "text", root))
+
+
+def written(name: str, root: Path, folder: Path) -> tuple[Config, list[Conversation]]:
+    """A config over a file of the family's cases, and the cases."""
+    tried = [found for case, found in conversations(name).items() if (name, case) not in REFUSED]
+    rows = []
+    for conversation in tried:
+        messages = [
+            {
+                "role": message.role,
+                "content": [
+                    {"type": "image", "image": part.name}
+                    if isinstance(part, Image)
+                    else {"type": "text", "text": part.text}
+                    for part in message.parts
+                ],
+            }
+            for message in conversation.messages
+        ]
+        rows.append({"messages": messages})
+    data = write_jsonl(folder / "cases.jsonl", rows)
+    return Config.model_validate(
+        {
+            "model": {"path": str(directory(name)), "dtype": "float32"},
+            "data": {"train": [{"path": str(data), "root": str(root)}]},
+            "train": {"output_dir": str(folder / "run"), "steps": 1},
+        }
+    ), tried
+
+
+@pytest.mark.parametrize("name", USED)
+def test_training_reads_what_is_shown_and_what_the_family_makes(name: str, root: Path, tmp_path: Path) -> None:
+    """The check before the first step finds no fault, and its ids are the family's own, sample by sample."""
+    config, tried = written(name, root, tmp_path)
+    recipe, processor = Recipe.of(config, config.data.train), encoder(name).processor
+    trained, _ = check_samples(recipe, processor, LengthLimit(10_000, "data.max_length"))
+    shown = recipe.samples(processor)
+    shown.use(open_store(recipe, shown, lambda number: None, lambda: None))
+    for index, conversation in enumerate(tried):
+        encoded, view = trained.encoded(index), view_sample(shown, index)
+        assert [token.id for token in view.tokens] == encoded.ids.tolist()
+        assert [token.supervised for token in view.tokens] == encoded.supervised.tolist()
+        assert without_added_ends(name, encoded)[0] == own_ids(name, as_messages(name, conversation, root))
+
+
+CANNOT_PACK = {"gemma3", "gemma4 both ways", "qwen3_5", "gpt_oss", "lfm2", "falcon_mamba"}
+"""Images attended to in both directions, recurrent layers, convolutions, and attention that gets no positions."""
+
+
+@cache
+def both_ways() -> Path:
+    """Gemma 4 as the larger models are: its images are attended to in both directions."""
+    path = _homes[0] / "gemma4-both-ways"
+    shutil.copytree(directory("gemma4"), path)
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"]["use_bidirectional_attention"] = "vision"
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("name", [*USED, "gemma4 both ways"])
+def test_packing_is_found_out(name: str) -> None:
+    path = both_ways() if name == "gemma4 both ways" else directory(name)
+    processor = load_processor(str(path))
+    fault = packing_fault(load_model(str(path), "float32", processor), processor, torch.float32)
+    assert (fault is not None) == (name in CANNOT_PACK), fault

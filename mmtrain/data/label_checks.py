@@ -30,6 +30,7 @@ from mmtrain.data.findings import (
     Finding,
 )
 from mmtrain.data.processor import ChatProcessor
+from mmtrain.data.reply_frame import ReplyFrame, form_of, reply_frame
 from mmtrain.foreign_text import shown
 
 _WINDOW = 8
@@ -41,19 +42,6 @@ _Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
-    """What the template writes around the words of one answer: before, between its parts, behind.
-
-    `end`: the special tokens that it writes right after the words, to the one that stops generation or else the first
-    alone; none where it lacks an end token. `other_end`: where others follow, it writes another special token there.
-    """
-
-    around: tuple[str, ...]
-    end: tuple[int, ...]
-    other_end: bool
-
-
-@dataclass(frozen=True, slots=True)
 class _Sample:
     """One sample with each picture folded to one placeholder."""
 
@@ -61,9 +49,6 @@ class _Sample:
     ids: list[int]
     labels: list[int]
     spans: list[_Span]
-
-
-Form = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 class Checker:
@@ -81,7 +66,7 @@ class Checker:
         self._processor = processor
         self._train_on = train_on
         self._end_of_turn = end_of_turn
-        self._frame = functools.lru_cache(maxsize=4096)(self._make_frame)
+        self._frame = functools.lru_cache(maxsize=4096)(functools.partial(reply_frame, processor))
 
     def check(
         self, ids: Sequence[int], labels: Sequence[int], conversation: Conversation, sizes: Sequence[tuple[int, int]]
@@ -213,7 +198,7 @@ class Checker:
 
     def _without_added_ends(self, sample: _Sample, end: int, trained: list[int]) -> list[int]:
         """ids[:end] without the end tokens behind learned answers, where the template writes none itself."""
-        frames = [self._frame(_form(sample.messages), turn) for turn in trained]
+        frames = [self._frame(form_of(sample.messages), turn) for turn in trained]
         if all(frame.end or frame.other_end for frame in frames):
             return sample.ids[:end]
         eos = self._processor.tokenizer.eos_token_id
@@ -226,7 +211,7 @@ class Checker:
         if not spans:
             yield Finding(NO_WORDS, True, f"{name}: nothing of {shown(message.text)} is learned")
             return
-        frame = self._frame(_form(sample.messages), turn)
+        frame = self._frame(form_of(sample.messages), turn)
         labels = [label for span in spans for label in sample.labels[slice(*span)]]
         num_end = self._num_end(labels, frame)
         has_end = num_end > 0
@@ -251,13 +236,13 @@ class Checker:
         elif message.text[:1].isspace() and text[len(frame.around[0]) :][:1].isspace():
             yield Finding(WHITE_SPACE, False, f"{name} begins with white space")
 
-    def _num_end(self, labels: list[int], frame: _Frame) -> int:
+    def _num_end(self, labels: list[int], frame: ReplyFrame) -> int:
         """How many of the labels are the reply's end: the template's, or one that was added where it has none."""
         if frame.end:
             return len(frame.end) if tuple(labels[-len(frame.end) :]) == frame.end else 0
         return int(labels[-1] in self._processor.eos_ids)
 
-    def _as_written(self, sample: _Sample, turn: int, frame: _Frame, text: str) -> str | None:
+    def _as_written(self, sample: _Sample, turn: int, frame: ReplyFrame, text: str) -> str | None:
         """None where `text` is what the template makes of the turn's words, otherwise what it should be."""
         parts = [part.text for part in sample.messages[turn].parts if not isinstance(part, Image)]
         pieces = [piece for pair in zip(frame.around, [*parts, ""], strict=True) for piece in pair][:-2]
@@ -272,44 +257,13 @@ class Checker:
         closed = len(behind) - len(behind.lstrip()) == len(closing) - len(closing.lstrip())
         return None if rest.startswith(text) and closed and _squeezed(text) == _squeezed(whole) else whole
 
-    def _make_frame(self, form: Form, turn: int) -> _Frame:
-        """The template's own text around an answer, seen with stand-ins for the words."""
-        processor = self._processor
-        messages: Messages = []
-        for number, (role, kinds) in enumerate(form):
-            texts = (f"Yv{number}v{i}vY" for i in range(len(kinds)))
-            content = [{"type": kind, "text": text} for kind, text in zip(kinds, texts, strict=True)]
-            messages.append({"role": role, "content": content})
-        prompt = processor.render(messages[:turn], add_generation_prompt=True)
-        rest = processor.render(messages)[len(prompt) :]
-        alone = processor.render(messages[: turn + 1])[len(prompt) :]
-        around = []
-        for part in messages[turn]["content"]:
-            before, _, rest = rest.partition(part["text"])
-            _, _, alone = alone.partition(part["text"])
-            around.append(before)
-        end = self._special_run(alone.lstrip())
-        other_end = False
-        if not rest.lstrip().startswith("".join(end)):
-            own = self._special_run(rest)
-            stops = bool(own) and processor.tokenizer.convert_tokens_to_ids(own[-1]) in processor.eos_ids
-            end, other_end = own if stops else [], bool(own) and not stops
-        return _Frame((*around, rest), tuple(map(processor.tokenizer.convert_tokens_to_ids, end)), other_end)
-
-    def _special_run(self, text: str) -> list[str]:
-        """The special tokens that `text` begins with, to the one that stops generation; the first alone without one."""
-        processor, run = self._processor, list[str]()
-        while match := processor.special_tokens.match(text, sum(map(len, run))):
-            run.append(match.group())
-            if processor.tokenizer.convert_tokens_to_ids(run[-1]) in processor.eos_ids:
-                return run
-        return run[:1]
-
     def _inference_ids(self, text: str) -> list[int]:
         """Ids as inference makes them: a processor's tokenizer puts its prefix there, unless `text` has the BOS."""
-        tokenizer = self._processor.tokenizer
+        processor, tokenizer = self._processor, self._processor.tokenizer
+        if processor.image_token is not None:  # some families write another for the placeholder
+            text = text.replace(processor.image_token, processor.placeholder or processor.image_token)
         has_bos = tokenizer.bos_token and text.startswith(tokenizer.bos_token)
-        add = self._processor.image_token is not None and not has_bos
+        add = processor.image_token is not None and not has_bos
         ids: list[int] = tokenizer(text, add_special_tokens=add)["input_ids"]
         return ids
 
@@ -336,10 +290,6 @@ def _messages(messages: tuple[Message, ...]) -> Messages:
 
 def _part(part: Part) -> dict[str, str]:
     return {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part.text}
-
-
-def _form(messages: tuple[Message, ...]) -> Form:
-    return tuple((message.role, tuple(_part(part)["type"] for part in message.parts)) for message in messages)
 
 
 def _normal(text: str) -> str:

@@ -59,6 +59,8 @@ class ChatProcessor:
         self._image_processor: Any = getattr(self.family, "image_processor", None)
         self.template: str | None = chat_template(tokenizer, self.family)
         self._added = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()}
+        self.placeholder = self._added.get(self.image_token_id if self.image_token_id is not None else -1)
+        """The token that an image's features take the place of; its mark in a template's text can be another."""
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         specials += [self._added[id_] for id_ in self.eos_ids if id_ in self._added]
         specials += [] if self.image_token is None else [self.image_token]
