@@ -137,3 +137,24 @@ def test_files_and_functions_stay_short() -> None:
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno <= 60, f"{path}: {node.name}"
         assert path.stem not in ("utils", "helpers", "common")
+
+
+def test_nothing_of_a_model_directory_runs_and_nothing_is_fetched() -> None:
+    """Without `trust_remote_code=False` transformers asks the user, who may say yes without knowing to what."""
+    calls = [
+        (name, {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords})
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained"
+    ]
+    assert len(calls) >= 6
+    for name, keywords in calls:
+        assert keywords.get("trust_remote_code") == "False", name
+        assert keywords.get("local_files_only") == "True", name
+
+
+def test_nothing_reads_pickle() -> None:
+    for name, tree in MODULES.items():
+        assert not imports(tree) & {"pickle", "dill", "cloudpickle", "joblib"}, name
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not calls & {"torch.load", "yaml.load", "eval", "exec"}, name

@@ -175,6 +175,8 @@ def test_the_model_limits_the_length_too(model_dirs: dict[str, Path], tmp_path: 
     path = write_jsonl(tmp_path / "long.jsonl", [ask("why?", "because " * 2100), ask("what?", "red")])
     report = audit(config_for(path, model=model_dirs["text"], max_length=10**6))
     assert places(report) == {room.TOO_LONG: [f"{path}:1"]}
+    ((_, reason),) = report.faults[room.TOO_LONG]
+    assert "over the 2,048 allowed (the model's positions, max_position_embeddings in its config.json)" in reason
 
 
 def test_a_fault_of_the_encoder_is_found(

@@ -139,3 +139,16 @@ def test_an_image_is_decoded_once_whatever_its_name(broken: Path, monkeypatch: p
         checked(config_for(TINY, write_jsonl(folder / "more.jsonl", rows)))
     assert decoded == ["one.png"]
     assert json.loads((folder / "more.jsonl").read_text().splitlines()[1])["images"] == ["two.png"]
+
+
+def test_where_every_sample_is_dropped_each_is_named_with_the_reason(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", [chat("what?", "red"), chat("what is it?", "blue")])
+    config = config_for(TINY, data)
+    with pytest.raises(UserError) as caught:
+        check_samples(
+            Recipe.of(config, config.data.train), load_processor(str(TINY)), LengthLimit(5, "data.max_length"), "drop"
+        )
+    assert len(caught.value.faults) == 2
+    for line, fault in enumerate(caught.value.faults, start=1):
+        assert fault.startswith(f"{data}:{line}: dropped, no sample is left: ")
+        assert fault.endswith("over the 5 allowed (data.max_length)")

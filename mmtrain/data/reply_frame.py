@@ -44,13 +44,13 @@ def reply_frame(processor: ChatProcessor, form: Form, turn: int) -> ReplyFrame:
         before, _, rest = rest.partition(part["text"])
         _, _, alone = alone.partition(part["text"])
         around.append(before)
-    end = _special_run(processor, alone.lstrip())
-    other_end = False
-    if not rest.lstrip().startswith("".join(end)):
+    to_id = processor.tokenizer.convert_tokens_to_ids
+    end, other_end = _special_run(processor, alone.lstrip()), False
+    if not end or not rest.lstrip().startswith("".join(end)):
         own = _special_run(processor, rest)
-        stops = bool(own) and processor.tokenizer.convert_tokens_to_ids(own[-1]) in processor.eos_ids
-        end, other_end = own if stops else [], bool(end) and bool(own) and not stops
-    return ReplyFrame((*around, rest), tuple(map(processor.tokenizer.convert_tokens_to_ids, end)), other_end)
+        stops = bool(own) and to_id(own[-1]) in processor.eos_ids
+        end, other_end = own if stops else [], bool(end and own) and not stops
+    return ReplyFrame((*around, rest), tuple(map(to_id, end)), other_end)
 
 
 def _special_run(processor: ChatProcessor, text: str) -> list[str]:
