@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from mmtrain.environment import set_environment
 from mmtrain.errors import UserError, grouped
+from mmtrain.runtime.environment import set_environment
 
 MAX_LINES_SHOWN = 100
 
@@ -57,8 +57,8 @@ def train(
     max_restarts: Annotated[int, typer.Option(min=0, help="Restarts when a process dies.")] = 3,
 ) -> None:
     """Train what CONFIG says; run again, it continues from its newest checkpoint."""
-    from mmtrain import launch
     from mmtrain.config import load_config
+    from mmtrain.runtime import launch
     from mmtrain.train.folder import locked, start_over
 
     loaded = load_config(config, overrides or [])
@@ -75,7 +75,7 @@ def train(
             if here * nodes > 1:
                 words = [str(config), *(overrides or []), *(f"--accept-change={key}" for key in accept_change or [])]
                 raise typer.Exit(launch.launch(layout, here, ["train", *words]))
-        from mmtrain.train.loop import train as run
+        from mmtrain.train.run import train as run
 
         run(loaded, accept_change or [])
 

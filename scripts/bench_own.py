@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from mmtrain.environment import set_environment
+from mmtrain.runtime.environment import set_environment
 
 set_environment()  # as the command does, before torch is imported
 
@@ -25,7 +25,7 @@ from bench_shapes import build_model  # noqa: E402
 from bench_watch import Watch  # noqa: E402
 
 from mmtrain.config import load_config  # noqa: E402
-from mmtrain.train import loop  # noqa: E402
+from mmtrain.train import run as loop  # noqa: E402
 
 
 class Enough(BaseException):

@@ -23,13 +23,13 @@ PASSES = 3
 
 
 def open_data(config_path: Path, result: Path) -> None:
-    from mmtrain.environment import set_environment
-    from mmtrain.host_memory import keep_freed_memory
+    from mmtrain.runtime.environment import set_environment
+    from mmtrain.runtime.host_memory import keep_freed_memory
 
     set_environment()  # as the command does, before torch is imported
     keep_freed_memory()
     from mmtrain.config import load_config
-    from mmtrain.data.load import load_processor
+    from mmtrain.encoding.load import load_processor
     from mmtrain.train.dataset import Dataset
     from mmtrain.train.metrics import make_console
 

@@ -42,7 +42,7 @@ import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: E402
 import transformers.models.qwen2_5_vl.processing_qwen2_5_vl  # noqa: E402, F401
 from safetensors.numpy import load_file  # noqa: E402
 
-import mmtrain.train.loop  # noqa: E402, F401
+import mmtrain.train.run  # noqa: E402, F401
 from mmtrain import cli  # noqa: E402
 
 LORA = {"mode": "lora", "rank": 4, "alpha": 8.0}

@@ -61,7 +61,9 @@ def non_finite(folder: Path) -> list[str]:
 def loader_case(world: World, do: str, rank: int) -> tuple[list[str], float]:
     """What happens in a thread that loads, in one process: a picture breaks behind the check, it raises, it hangs."""
     folder = world.new_folder()
-    target, nth = ("mmtrain.data.features.read_bytes", 1) if do == "break" else ("mmtrain.data.batch.Loader.load", 3)
+    target, nth = (
+        ("mmtrain.dataset.image_inputs.read_bytes", 1) if do == "break" else ("mmtrain.dataset.batch.Loader.load", 3)
+    )
     flag = folder / "done"
     words = world.words(folder, "train.hang_timeout=3", config=with_pictures(world))
     group = world.server.start(folder, words, 2, {rank: [patch(target, do, flag, nth=nth)]})
@@ -96,7 +98,7 @@ def refused_case(world: World, rank: int) -> list[str]:
     command goes on to what a run without the fault leaves."""
     folder, config = world.new_folder(), with_pictures(world)
     more = ("train.steps=8", "train.checkpoint_every=100")
-    refused = patch("mmtrain.data.batch.picture_inputs", "refuse", folder / "done", nth=9)
+    refused = patch("mmtrain.dataset.batch.picture_inputs", "refuse", folder / "done", nth=9)
     group = world.server.start(folder, world.words(folder, *more, config=config), 2, {rank: [refused]})
     try:
         codes, text = group.wait(60), group.text
@@ -122,7 +124,7 @@ def refused_sharded_case(world: World, rank: int) -> list[str]:
     """The same where the weights are sharded: nothing can be saved, and that is said where a step is lost."""
     folder, config = world.new_folder(), with_pictures(world)
     more = ("train.steps=8", "train.checkpoint_every=100", "train.weights=shard")
-    refused = patch("mmtrain.data.batch.decode", "refuse", folder / "done", nth=17)
+    refused = patch("mmtrain.dataset.batch.decode", "refuse", folder / "done", nth=17)
     group = world.server.start(folder, world.words(folder, *more, config=config), 2, {rank: [refused]})
     try:
         codes = group.wait(60)

@@ -36,15 +36,15 @@ class Phase:
 
 PHASES = {
     "checking": Phase("mmtrain.train.dataset.check_samples", "checking the data", 0),
-    "loading": Phase("mmtrain.train.loop.load_model", "loading the model", 0),
-    "data": Phase("mmtrain.data.batch.Future.result", "step 3, data", 3, step=3),
+    "loading": Phase("mmtrain.train.run.load_model", "loading the model", 0),
+    "data": Phase("mmtrain.dataset.batch.Future.result", "step 3, data", 3, step=3),
     "forward": Phase(NLL, "step 3, forward", 3, step=3),
     "gradients": Phase(NLL, "step 3, gradients", 3, step=3, holder="other"),
-    "evaluating": Phase("mmtrain.evaluate.scoring.supervised_nll", "step 2, evaluating", 2, step=2),
+    "evaluating": Phase("mmtrain.scoring.scorer.supervised_nll", "step 2, evaluating", 2, step=2),
     "saving": Phase(
         "mmtrain.train.checkpoint.save_file", "step 2, saving", 2, 2, "first", waiting="step 2, awaiting the save"
     ),
-    "exporting": Phase("mmtrain.train.loop.export", "step 4, exporting", 4, holder="first", waiting="step 4, waiting"),
+    "exporting": Phase("mmtrain.train.run.export", "step 4, exporting", 4, holder="first", waiting="step 4, waiting"),
 }
 
 
@@ -132,7 +132,7 @@ def hold(folder: Path, phase: Phase, rank: int, processes: int) -> tuple[dict[in
     patches = {holder: [patch(phase.target, "hold", flags[0], phase.step)]}
     if phase.holder == "other":  # the one that is meant is to be inside the collective
         flags.append(folder / f"reached-{rank}")
-        patches[rank] = [patch("mmtrain.train.runtime.Runtime.gather", "mark", flags[1], phase.step)]
+        patches[rank] = [patch("mmtrain.runtime.processes.Runtime.gather", "mark", flags[1], phase.step)]
     return patches, flags
 
 

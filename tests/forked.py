@@ -20,7 +20,7 @@ from typing import Any
 HOLD_SECONDS = 90.0
 PRELOADED = (
     "mmtrain.cli",
-    "mmtrain.train.loop",
+    "mmtrain.train.run",
     "peft.utils.transformers_weight_conversion",
     "transformers.models.qwen2.tokenization_qwen2",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
@@ -180,7 +180,7 @@ _now: dict[str, int] = {"step": 0}
 
 
 def _install(target: str, do: str, flag: str, step: int | None, nth: int) -> None:
-    from mmtrain.train.activity import Activity
+    from mmtrain.runtime.activity import Activity
 
     def watch_step(self: Activity, phase: str, step: int | None = None, _set: Any = Activity.set) -> None:
         _set(self, phase, step)
@@ -219,7 +219,7 @@ def _find(target: str) -> tuple[Any, str]:
 
 
 def _fault(do: str, flag: Path, real: Callable[[], Any]) -> Any:
-    from mmtrain.data.chat import SampleError
+    from mmtrain.records.chat import SampleError
 
     flag.touch()
     if do in ("hold", "hang"):
@@ -238,7 +238,7 @@ def _fault(do: str, flag: Path, real: Callable[[], Any]) -> Any:
 
 
 if __name__ == "__main__":
-    from mmtrain import launch
+    from mmtrain.runtime import launch
 
     launch.quiet()
     sys.modules["forked"] = sys.modules["__main__"]

@@ -7,11 +7,11 @@ from rich.console import Console
 from torch import Tensor
 
 from mmtrain.config.schema import Config
-from mmtrain.data.batch import Loader
-from mmtrain.data.load import load_processor
+from mmtrain.dataset.batch import Loader
+from mmtrain.encoding.load import load_processor
+from mmtrain.runtime.processes import Runtime
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.loop import make_learner
-from mmtrain.train.runtime import Runtime
+from mmtrain.train.run import make_learner
 from mmtrain.train.step import Learner, accumulate_gradients
 
 LORA = {"mode": "lora", "rank": 4, "alpha": 8.0}

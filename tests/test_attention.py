@@ -11,7 +11,7 @@ from builders import MAKERS
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from mmtrain.data.batch import Batch, Segment
+from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.model import attention
 from mmtrain.model.attention import NAME, RowLayout, fits_varlen, install_attention
 

@@ -16,8 +16,10 @@ from builders import TINY, mixed_rows, write_jsonl
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from mmtrain.checks import findings
 from mmtrain.config.schema import Config
-from mmtrain.data import encode, findings, load, parts, store
+from mmtrain.dataset import encode_all, store
+from mmtrain.encoding import encode, load
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels import audit as room
 from mmtrain.inspect_labels.audit import AuditReport, audit
@@ -203,10 +205,10 @@ def test_the_number_of_workers_changes_nothing(bad: Path, monkeypatch: pytest.Mo
     good = write_jsonl(bad.parent / "mixed.jsonl", mixed_rows(bad.parent, with_images=True) * 3)
     config = config_for(good, bad, max_length=400)
     reports, rows = [], []
-    monkeypatch.setattr(parts, "_CHUNK", 2)  # 31 samples: sixteen chunks, more than wait at a time
-    monkeypatch.setattr(parts, "num_cores", lambda: 2)
+    monkeypatch.setattr(encode_all, "_CHUNK", 2)  # 31 samples: sixteen chunks, more than wait at a time
+    monkeypatch.setattr(encode_all, "num_cores", lambda: 2)
     for many in (10**6, 1):
-        monkeypatch.setattr(parts, "_MANY", many)
+        monkeypatch.setattr(encode_all, "_MANY", many)
         got: list[Row] = []
         report = audit(config, on_row=got.append, with_tokens=True)
         reports.append((report.row(), printed(report)))

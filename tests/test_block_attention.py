@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtrain.model.block_attention import BLOCK, BlockAttention
+from mmtrain.model.kernels.block_attention import BLOCK, BlockAttention
 
 LENGTHS = (1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 22)
 

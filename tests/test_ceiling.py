@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mmtrain.config.schema import Config
-from mmtrain.train import ceiling, loop
-from mmtrain.train.loop import train
+from mmtrain.train import ceiling
+from mmtrain.train import run as loop
+from mmtrain.train.run import train
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

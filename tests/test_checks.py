@@ -13,16 +13,17 @@ import pytest
 from builders import ROOT, SHAPES, TINY, mixed_rows, write_jsonl
 from label_models import OTHER_TEMPLATES, TEMPLATES, TOKENIZERS, make_directory
 
+from mmtrain.checks import findings
+from mmtrain.checks import labels as label_checks
+from mmtrain.checks.content import image_notes
+from mmtrain.checks.findings import IGNORED, Finding
+from mmtrain.checks.labels import Checker
 from mmtrain.config.schema import TrainSource
-from mmtrain.data import findings, label_checks
-from mmtrain.data.chat import Conversation, Image, Message, Part, Role, Text
-from mmtrain.data.content_checks import image_notes
-from mmtrain.data.encode import Encoder
-from mmtrain.data.findings import IGNORED, Finding
-from mmtrain.data.label_checks import Checker
-from mmtrain.data.load import load_processor
-from mmtrain.data.processor import ChatProcessor
-from mmtrain.data.samples import SampleSet
+from mmtrain.dataset.samples import SampleSet
+from mmtrain.encoding.encode import Encoder
+from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.records.chat import Conversation, Image, Message, Part, Role, Text
 
 KINDS = ("qwen2_5_vl", "llava", "text")
 Turn = tuple[Role, str | list[str | Image]]
@@ -379,10 +380,10 @@ def test_the_checks_do_not_know_the_encoder() -> None:
     names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     own = {name for name in names if name.startswith("mmtrain")}
     assert own == {
-        "mmtrain.data.chat",
-        "mmtrain.data.findings",
-        "mmtrain.data.content_checks",
-        "mmtrain.data.processor",
-        "mmtrain.data.reply_frame",
-        "mmtrain.foreign_text",
+        "mmtrain.records.chat",
+        "mmtrain.checks.findings",
+        "mmtrain.checks.content",
+        "mmtrain.encoding.processor",
+        "mmtrain.checks.reply_frame",
+        "mmtrain.safe_text",
     }

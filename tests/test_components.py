@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from mmtrain.config.schema import Config, Tune
 from mmtrain.errors import UserError
 from mmtrain.model.components import Components, base_name, prepare_learning
-from mmtrain.train.optim import make_optimizer
+from mmtrain.train.optimizer import make_optimizer
 
 # Where each part's parameters lie in each architecture, written down from the models' own module trees.
 PARTS = {

@@ -13,14 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mmtrain.config.schema import Config, Tune
-from mmtrain.data.batch import Batch, Loader
-from mmtrain.data.load import load_processor
+from mmtrain.dataset.batch import Batch, Loader
+from mmtrain.encoding.load import load_processor
 from mmtrain.model.components import Components, prepare_learning
 from mmtrain.model.cost import cost_model
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
+from mmtrain.model.loss import supervised_nll
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.loss import supervised_nll
 
 FULL = {"mode": "full"}
 TUNES = {
@@ -50,7 +50,7 @@ def counter_of_products() -> FlopCounterMode:
 @pytest.fixture(autouse=True)
 def rows_that_are_not_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """What fills a row up is computed and not needed."""
-    monkeypatch.setattr("mmtrain.data.batch.ROW_MULTIPLE", 1)
+    monkeypatch.setattr("mmtrain.dataset.batch.ROW_MULTIPLE", 1)
 
 
 def measured(model: Any, make_inputs: InputMaker, batch: Batch) -> float:

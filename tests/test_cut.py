@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mmtrain.data.cut import Cut, cut_step
+from mmtrain.dataset.microbatches import Cut, cut_step
 
 FUZZ = settings(derandomize=True, deadline=None, database=None, max_examples=300)
 SAMPLES = st.lists(st.tuples(st.integers(1, 60), st.floats(0.1, 100)), min_size=1, max_size=40)

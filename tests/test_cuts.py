@@ -7,7 +7,7 @@ import pytest
 from learning import LORA, MIXED, learner_for, relative_l2, step_of
 
 from mmtrain.config.schema import Config
-from mmtrain.data.batch import Loader
+from mmtrain.dataset.batch import Loader
 
 CUTS = {
     "1x8": [[0, 1, 2, 3, 4, 5, 6, 7]],
@@ -50,7 +50,7 @@ def test_dropout_changes_the_gradient_and_follows_the_seed_and_the_step(make_con
 def test_dropout_drops_the_share_it_should_and_keeps_the_mean(make_config: Callable[..., Config]) -> None:
     import torch
 
-    from mmtrain.data.batch import Loader
+    from mmtrain.dataset.batch import Loader
     from mmtrain.model.dropout import DropoutClock, SampleDropout
 
     _, dataset = learner_for(make_config("text", {"language": LORA}))
@@ -82,7 +82,7 @@ def test_what_fills_a_row_up_belongs_to_no_sample_and_changes_nothing(
     learner, dataset = learner_for(make_config(kind, {"language": LORA | {"dropout": 0.2}}))
     found, fillings = {}, {}
     for multiple in (1, 32, 500):
-        monkeypatch.setattr("mmtrain.data.batch.ROW_MULTIPLE", multiple)
+        monkeypatch.setattr("mmtrain.dataset.batch.ROW_MULTIPLE", multiple)
         batch = next(Loader(dataset.train, packing=True).batches([[0, 3, 5]]))
         length = batch.input_ids.shape[1]
         assert length % multiple == 0

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mmtrain.data.chat import SampleError
-from mmtrain.data.data_files import find_data_files
-from mmtrain.data.sources import MAX_RECORD, open_records
 from mmtrain.errors import UserError
+from mmtrain.records.chat import SampleError
+from mmtrain.records.data_files import find_data_files
+from mmtrain.records.sources import MAX_RECORD, open_records
 from mmtrain.regular_files import open_regular
 
 

@@ -17,15 +17,15 @@ from typer.testing import CliRunner
 from mmtrain.cli import app
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config
-from mmtrain.data.encode import Encoder
-from mmtrain.data.images import decode
-from mmtrain.data.load import load_processor
-from mmtrain.data.samples import SampleSet
+from mmtrain.dataset.samples import SampleSet
+from mmtrain.encoding.encode import Encoder
+from mmtrain.encoding.images import decode
+from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
+from mmtrain.evaluate.changed_images import ChangedPictures
 from mmtrain.evaluate.command import Evaluation, Options
-from mmtrain.evaluate.pictures import ChangedPictures
 from mmtrain.model.load import load_model
-from mmtrain.train.loop import train
+from mmtrain.train.run import train
 
 MakeConfig = Callable[..., Config]
 

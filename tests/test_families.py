@@ -26,16 +26,16 @@ from transformers import (
 from transformers.models.auto.processing_auto import processor_class_from_name
 
 from mmtrain.config.schema import Config
-from mmtrain.data.chat import Conversation, Image, Message, SampleError, Text
-from mmtrain.data.check import LengthLimit, check_samples
-from mmtrain.data.encode import Encoded, Encoder
-from mmtrain.data.load import load_processor
-from mmtrain.data.parts import Recipe
-from mmtrain.data.store import open_store
+from mmtrain.dataset.encode_all import Recipe
+from mmtrain.dataset.store import open_store
+from mmtrain.dataset.validate import LengthLimit, check_samples
+from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.model.load import load_model
-from mmtrain.model.packing import packing_fault
+from mmtrain.model.packing_trial import packing_fault
+from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
 
 # GLM-4V's processor hands a tensor to `np.array`
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

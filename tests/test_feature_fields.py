@@ -15,10 +15,11 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from mmtrain.data.features import FeatureStore, PictureInputs
-from mmtrain.data.load import load_processor
-from mmtrain.data.processor import ChatProcessor
-from mmtrain.model.features import PictureFeatures, find_fields
+from mmtrain.dataset.image_inputs import PictureInputs
+from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.model.image_cache.features import PictureFeatures, find_fields
+from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.load import load_model
 
 IMAGE = 5

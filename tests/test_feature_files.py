@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmtrain.data.feature_files import FeatureFolder, Features
-from mmtrain.data.features import FeatureStore
+from mmtrain.dataset.image_inputs import Features
+from mmtrain.model.image_cache.files import FeatureFolder
+from mmtrain.model.image_cache.store import FeatureStore
 
 KEY = "a" * 64
 

@@ -15,12 +15,12 @@ from learning import LORA, MIXED, learner_for, relative_l2, step_of
 from safetensors.torch import load_file, save_file
 
 from mmtrain.config.schema import Config
-from mmtrain.data import features as data_features
+from mmtrain.dataset import image_inputs as data_features
 from mmtrain.evaluate.command import Evaluation, Options
 from mmtrain.model.components import Components, is_as_loaded
-from mmtrain.train import loop
-from mmtrain.train.features import keeps_features
-from mmtrain.train.loop import train
+from mmtrain.scoring.image_cache import keeps_features
+from mmtrain.train import run as loop
+from mmtrain.train.run import train
 from mmtrain.train.step import Learner
 
 MakeConfig = Callable[..., Config]

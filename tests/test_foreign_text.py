@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmtrain.foreign_text import one_line
+from mmtrain.safe_text import one_line
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mmtrain.data.chat import Conversation, Image, Message, SampleError, Text
-from mmtrain.data.formats import MAX_TEXT, read_record
+from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
+from mmtrain.records.formats import MAX_TEXT, read_record
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not there")

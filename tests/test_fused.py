@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from mmtrain.model import rowwise
-from mmtrain.model.fused import install_fused
-from mmtrain.model.rowwise import GatedSiLU, gate_up, gate_up_gradients, rms_norm
+from mmtrain.model.kernels import rowwise
+from mmtrain.model.kernels.fused import install_fused
+from mmtrain.model.kernels.rowwise import GatedSiLU, gate_up, gate_up_gradients, rms_norm
 
 
 @pytest.mark.parametrize("rows", [1, 5, 3000])

@@ -17,9 +17,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from mmtrain.data.batch import Batch, Segment
+from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.model.head import TOKENS, WORDS, FrozenHeadNLL, before_head, frozen_head
-from mmtrain.train.loss import supervised_nll
+from mmtrain.model.loss import supervised_nll
 
 
 def heads(num_tokens: int, num_words: int, with_bias: bool, size: float = 1.0) -> tuple[Any, ...]:

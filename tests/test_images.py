@@ -17,9 +17,9 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 
-from mmtrain.data import images
-from mmtrain.data.chat import Image, SampleError
-from mmtrain.data.images import MAX_PIXELS, decode, find_picture
+from mmtrain.encoding import images
+from mmtrain.encoding.images import MAX_PIXELS, decode, find_picture
+from mmtrain.records.chat import Image, SampleError
 
 BAD = Path(__file__).parents[2] / "shared" / "data" / "bad_inputs"
 ROWS: list[dict[str, Any]] = json.loads((BAD / "expected_pillow.json").read_text())["rows"] if BAD.is_dir() else []
@@ -351,8 +351,8 @@ def test_plain_text_pixels_are_read(tmp_path: Path) -> None:
 PEAK = """
 import sys
 from pathlib import Path
-from mmtrain.data.chat import Image
-from mmtrain.data.images import decode, find_picture
+from mmtrain.records.chat import Image
+from mmtrain.encoding.images import decode, find_picture
 peak = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 before = peak()
 decode(find_picture(Image(sys.argv[2]), Path(sys.argv[1])))
@@ -378,8 +378,8 @@ def test_pillow_prints_nothing_of_its_own(tmp_path: Path) -> None:
     palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     palette.save(tmp_path / "palette.png", transparency=bytes([255, 0, 51]))
     code = (
-        "import sys, warnings\nfrom pathlib import Path\nfrom mmtrain.data.chat import Image, SampleError\n"
-        "from mmtrain.data.images import decode, find_picture\n"
+        "import sys, warnings\nfrom pathlib import Path\nfrom mmtrain.records.chat import Image, SampleError\n"
+        "from mmtrain.encoding.images import decode, find_picture\n"
         "import PIL.Image\n"
         "for name in sys.argv[2:]:\n"
         "    try: decode(find_picture(Image(name), Path(sys.argv[1])))\n"

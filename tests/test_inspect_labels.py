@@ -21,15 +21,15 @@ from typer.testing import CliRunner
 from mmtrain.cli import app
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config
-from mmtrain.data.encode import Encoder
-from mmtrain.data.load import load_processor
-from mmtrain.data.samples import SampleSet
+from mmtrain.dataset.samples import SampleSet
+from mmtrain.encoding.encode import Encoder
+from mmtrain.encoding.load import load_processor
 from mmtrain.errors import StorageError, UserError
-from mmtrain.foreign_text import visible
 from mmtrain.inspect_labels.command import Options, inspect_labels
 from mmtrain.inspect_labels.pixels import seen_pixels
 from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.inspect_labels.view import view_sample
+from mmtrain.safe_text import visible
 
 MakeConfig = Callable[..., Config]
 

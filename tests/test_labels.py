@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from label_models import NUM_PLACEHOLDERS, OTHER_TEMPLATES, SPECIALS, TEMPLATES, TOKENIZERS, Template, make_directory
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-from mmtrain.data.chat import Conversation, Image, Message, SampleError, Text
-from mmtrain.data.encode import Encoded, Encoder
-from mmtrain.data.formats import read_record
-from mmtrain.data.load import load_processor
+from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
+from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
+from mmtrain.records.formats import read_record
 
 QWEN = SHARED / "models" / "qwen2.5-vl-7b-instruct"
 IDEFICS = SHARED / "models" / "granite-docling-258m_idefics3"

@@ -10,9 +10,9 @@ from learning import LORA, MIXED, learner_for, relative_l2, step_of
 from torch import Tensor, nn
 
 from mmtrain.config.schema import Config
-from mmtrain.data.batch import ROW_MULTIPLE
-from mmtrain.model.fused import last_mlp
-from mmtrain.model.rowwise import normalize
+from mmtrain.dataset.batch import ROW_MULTIPLE
+from mmtrain.model.kernels.fused import last_mlp
+from mmtrain.model.kernels.rowwise import normalize
 
 CUTS = [[0, 1, 2], [3], [4, 5, 6, 7]]
 
@@ -25,7 +25,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows.append(len(x))
         return normalize(x, *rest)
 
-    monkeypatch.setattr("mmtrain.model.mlp.normalize", seen)
+    monkeypatch.setattr("mmtrain.model.kernels.mlp.normalize", seen)
     return rows
 
 
@@ -42,7 +42,7 @@ def test_what_nobody_looks_at_is_left_out(
     assert set(rows) == {*tokens, *supervised}
     assert all(few < many for few, many in zip(supervised, tokens, strict=True))
 
-    monkeypatch.setattr("mmtrain.train.loss.row_layout", lambda model: None)
+    monkeypatch.setattr("mmtrain.model.loss.row_layout", lambda model: None)
     rows.clear()
     expected = step_of(learner, dataset, CUTS, packing=True)
     assert set(rows) == set(tokens)

@@ -12,7 +12,7 @@ from learning import LORA, learner_for, step_of
 from safetensors.torch import load_file, save_file
 
 from mmtrain.config.schema import Config
-from mmtrain.data.load import load_processor
+from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.model.load import checkpoint_activations, load_config, load_model
 

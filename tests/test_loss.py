@@ -12,7 +12,7 @@ from learning import ALL_FULL, LORA, MIXED, learner_for, relative_l2, step_of
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from mmtrain.config.schema import Config
-from mmtrain.data.chat import Conversation, Image, Message, Text
+from mmtrain.records.chat import Conversation, Image, Message, Text
 
 
 def user_turn(message: Message, placeholders: list[str], llava: bool) -> str:

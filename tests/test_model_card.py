@@ -16,9 +16,9 @@ from learning import ALL_FULL, LORA, MIXED
 from torch import Tensor
 
 from mmtrain.config.schema import Config
-from mmtrain.train import loop
-from mmtrain.train.loop import train
+from mmtrain.train import run as loop
 from mmtrain.train.model_card import hub_id
+from mmtrain.train.run import train
 
 IDS = [[5, 6, 7, 8, 9, 10]]
 CHECK = f"""

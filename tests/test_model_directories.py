@@ -12,7 +12,7 @@ import pytest
 from builders import TINY, write_jsonl
 from label_models import TEMPLATES, make_directory
 
-from mmtrain.data.load import load_processor
+from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 
 CHATML = TEMPLATES["chatml"].text

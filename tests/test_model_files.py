@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmtrain.data.load import load_processor
+from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.model.load import length_limit, load_model
 

@@ -10,14 +10,14 @@ from builders import TINY, mixed_rows, write_jsonl
 from label_models import TEMPLATES, make_directory
 from tokenizers import Tokenizer, decoders
 
+from mmtrain.checks.findings import MARK, WORDS
 from mmtrain.config.schema import Config
-from mmtrain.data import image_check
-from mmtrain.data.check import LengthLimit, check_samples
-from mmtrain.data.findings import MARK, WORDS
-from mmtrain.data.load import load_processor
-from mmtrain.data.parts import Recipe
-from mmtrain.data.samples import SampleSet
-from mmtrain.data.store import find_store
+from mmtrain.dataset import decoded_images as image_check
+from mmtrain.dataset.encode_all import Recipe
+from mmtrain.dataset.samples import SampleSet
+from mmtrain.dataset.store import find_store
+from mmtrain.dataset.validate import LengthLimit, check_samples
+from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels.audit import audit
 from mmtrain.inspect_labels.view import view_sample

@@ -13,19 +13,20 @@ from builders import MAKERS
 from learning import LORA, learner_for, relative_l2, step_of
 
 from mmtrain.config.schema import Config
-from mmtrain.data.encode import Encoder
-from mmtrain.data.load import load_processor
-from mmtrain.data.processor import ChatProcessor
-from mmtrain.data.samples import SampleSet
+from mmtrain.dataset.samples import SampleSet
+from mmtrain.encoding.encode import Encoder
+from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.evaluate.command import Evaluation, Options
 from mmtrain.inspect_labels.losses import token_losses
-from mmtrain.model import attention, packing
+from mmtrain.model import attention
+from mmtrain.model import packing_trial as packing
 from mmtrain.model.load import load_model
-from mmtrain.model.packing import packing_fault
-from mmtrain.train.loop import make_learner, train
-from mmtrain.train.packing import choose_packing
-from mmtrain.train.runtime import Runtime
+from mmtrain.model.packing_trial import packing_fault
+from mmtrain.runtime.processes import Runtime
+from mmtrain.scoring.packing import choose_packing
+from mmtrain.train.run import make_learner, train
 
 PACKS = {*MAKERS, "llama", "mixture", "windows"}
 LEAKS = {"gpt_oss", "mamba", "lfm2", "qwen3_next", "gemma3"}
@@ -231,7 +232,7 @@ def test_the_trial_changes_no_first_weight_and_nothing_drawn_later(
     for skipped in (False, True):
         with monkeypatch.context() as patch:
             if skipped:
-                patch.setattr("mmtrain.train.loop.choose_packing", lambda *args: True)
+                patch.setattr("mmtrain.train.run.choose_packing", lambda *args: True)
             learner, _, _ = make_learner(config, load_processor(config.model.path), Runtime("float32"))
         weights.append({name: p.detach().clone() for name, p in learner.model.named_parameters()})
         weights[-1]["next"] = torch.rand(4)

@@ -18,9 +18,9 @@ import pytest
 from builders import TINY, write_jsonl
 
 from mmtrain.config.schema import Source
-from mmtrain.data.encode import Encoder
-from mmtrain.data.load import load_processor
-from mmtrain.data.samples import SampleSet
+from mmtrain.dataset.samples import SampleSet
+from mmtrain.encoding.encode import Encoder
+from mmtrain.encoding.load import load_processor
 from mmtrain.inspect_labels.page import _cells, write_page
 from mmtrain.inspect_labels.page_parts import clusters
 from mmtrain.inspect_labels.view import SampleView, TokenView, view_sample

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtrain.data.plan import Plan
+from mmtrain.dataset.plan import Plan
 from mmtrain.errors import UserError
 
 FUZZ = settings(derandomize=True, deadline=None, database=None, max_examples=200)

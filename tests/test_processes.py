@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config
 from mmtrain.errors import FINAL_CODES, PeerError, UserError
-from mmtrain.train import runtime
-from mmtrain.train.runtime import Runtime
+from mmtrain.runtime import processes as runtime
+from mmtrain.runtime.processes import Runtime
 
 
 def start(processes: int, *words: str) -> subprocess.CompletedProcess[str]:

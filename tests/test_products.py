@@ -5,9 +5,9 @@ import torch
 from builders import Operators
 from torch import Tensor
 
-from mmtrain.data.batch import ROW_MULTIPLE
-from mmtrain.model import products
-from mmtrain.model.products import FrozenLinear, product
+from mmtrain.dataset.batch import ROW_MULTIPLE
+from mmtrain.model.kernels import products
+from mmtrain.model.kernels.products import FrozenLinear, product
 
 ROWS = [0, 1, ROW_MULTIPLE - 1, ROW_MULTIPLE, 3 * ROW_MULTIPLE, 3 * ROW_MULTIPLE + 5]
 

@@ -1,5 +1,6 @@
 """What the README and the shipped files promise is there and true."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ from mmtrain.config import load_config
 from mmtrain.config.schema import json_schema
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -41,13 +43,21 @@ def test_the_config_explained_in_the_readme_is_the_quickstart(tmp_path: Path) ->
     assert [source.path for source in found.data.train] == [source.path for source in shipped.data.train]
 
 
-def test_every_file_in_the_map_of_the_readme_is_there() -> None:
-    named = re.findall(r"`(mmtrain/[\w/]+(?:\.py)?)`?", README)
-    assert len(named) > 20
-    assert all((ROOT / name).exists() for name in named), [n for n in named if not (ROOT / n).exists()]
-    for path in (ROOT / "mmtrain").rglob("*.py"):
-        if not path.name.startswith("__"):
-            assert path.name in README or str(path.parent.relative_to(ROOT)) + "/`" in README, path
+def test_the_map_of_files_is_complete() -> None:
+    named = re.findall(r"^\| `(mmtrain/[\w/]+\.py)` \|", ARCHITECTURE, re.MULTILINE)
+    there = [str(path.relative_to(ROOT)) for path in (ROOT / "mmtrain").rglob("*.py") if not path.name.startswith("__")]
+    assert sorted(named) == sorted(there)
+
+
+def test_the_way_of_a_sample_names_what_is_there() -> None:
+    rows = re.findall(r"^\| \d+ \| `([\w.]+)`", ARCHITECTURE, re.MULTILINE)
+    assert 20 <= len(rows) <= 30
+    for row in rows:
+        package, module, *names = row.split(".")
+        found = importlib.import_module(f"mmtrain.{package}.{module}")
+        for name in names:
+            found = getattr(found, name)
+        assert callable(found)
 
 
 def test_the_commands_of_the_readme_are_commands() -> None:

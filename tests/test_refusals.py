@@ -9,12 +9,12 @@ import pytest
 from builders import SHAPES, TINY, make_text, write_jsonl
 
 from mmtrain.config.schema import Config
-from mmtrain.data.batch import Loader
-from mmtrain.data.encode import Encoder
-from mmtrain.data.load import load_processor
-from mmtrain.data.samples import SampleSet
+from mmtrain.dataset.batch import Loader
+from mmtrain.dataset.samples import SampleSet
+from mmtrain.encoding.encode import Encoder
+from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.train.loop import train
+from mmtrain.train.run import train
 
 PICTURE = sorted((SHAPES / "images").iterdir())[0]
 
@@ -100,7 +100,7 @@ def test_a_picture_that_changed_its_size_is_refused_with_both_sizes(
 ) -> None:
     import PIL.Image
 
-    from mmtrain.data import batch
+    from mmtrain.dataset import batch
 
     config = make_config("qwen2_5_vl")
     samples = SampleSet(config.data.train, Encoder(load_processor(config.model.path)))

@@ -16,10 +16,10 @@ from launch_cases import launched_signal_case
 from torch import Tensor
 
 from mmtrain.errors import UserError
-from mmtrain.launch import Layout, _cause, _first_host, _own_address, takes_part
-from mmtrain.train.activity import WAITING
+from mmtrain.runtime.activity import WAITING
+from mmtrain.runtime.launch import Layout, _cause, _first_host, _own_address, takes_part
+from mmtrain.runtime.peers import STOP_SECONDS, Seen, judge
 from mmtrain.train.gradients import is_exact, sum_tree
-from mmtrain.train.peers import STOP_SECONDS, Seen, judge
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from mmtrain.data.chat import SampleError
-from mmtrain.data.formats import read_record
-from mmtrain.data.images import find_picture
-from mmtrain.data.sources import JsonFile, JsonlFile, open_records, parse_json
+from mmtrain.encoding.images import find_picture
 from mmtrain.errors import UserError
+from mmtrain.records.chat import SampleError
+from mmtrain.records.formats import read_record
+from mmtrain.records.sources import JsonFile, JsonlFile, open_records, parse_json
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 BAD_JSON = sorted((SHARED / "bad_inputs" / "json").glob("*.json"))

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from mmtrain.errors import NonFiniteError, UserError
 from mmtrain.evaluate.report import image_verdict, print_comparison, print_report
-from mmtrain.evaluate.scores import Scores
-from mmtrain.evaluate.statistics import by_answer, by_image, by_length, by_source, difference, extremes, summary
+from mmtrain.scoring.scores import Scores
+from mmtrain.scoring.statistics import by_answer, by_image, by_length, by_source, difference, extremes, summary
 
 Row = tuple[int, int, int, bool, float, int, int, int]
 """sample, source, answer, has_image, nll, num_supervised, num_right, num_bytes"""

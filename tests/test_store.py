@@ -14,14 +14,14 @@ import pytest
 from builders import mixed_rows, write_jsonl
 
 from mmtrain.config.schema import Config, Source
-from mmtrain.data import parts, store
-from mmtrain.data.chat import Conversation, SampleError, Text
-from mmtrain.data.check import LengthLimit, check_samples
-from mmtrain.data.encode import Encoded, Encoder
-from mmtrain.data.load import load_processor
-from mmtrain.data.parts import Recipe
-from mmtrain.data.samples import SampleSet
+from mmtrain.dataset import encode_all, store
+from mmtrain.dataset.encode_all import Recipe
+from mmtrain.dataset.samples import SampleSet
+from mmtrain.dataset.validate import LengthLimit, check_samples
+from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.load import load_processor
 from mmtrain.errors import StorageError, UserError
+from mmtrain.records.chat import Conversation, SampleError, Text
 
 MakeConfig = Callable[..., Config]
 
@@ -83,10 +83,10 @@ def test_other_processes_make_the_same(
     data = write_jsonl(tmp_path / "many.jsonl", rows * 40)
     config = make_config("qwen2_5_vl")
     recipe = Recipe.of(config, [Source(path=str(data))])
-    alone = list(parts.encode_all(recipe, recipe.samples(load_processor(recipe.model_path))))
-    monkeypatch.setattr(parts, "_MANY", 1)
-    monkeypatch.setattr(parts, "num_cores", lambda: 2)
-    together = list(parts.encode_all(recipe, recipe.samples(load_processor(recipe.model_path))))
+    alone = list(encode_all.encode_all(recipe, recipe.samples(load_processor(recipe.model_path))))
+    monkeypatch.setattr(encode_all, "_MANY", 1)
+    monkeypatch.setattr(encode_all, "num_cores", lambda: 2)
+    together = list(encode_all.encode_all(recipe, recipe.samples(load_processor(recipe.model_path))))
     assert len(alone) == len(together) == 2
     for one, other in zip(alone, together, strict=True):
         for name in ("num_tokens", "num_supervised", "num_pictures", "ids", "supervised", "spans"):

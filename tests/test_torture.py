@@ -36,7 +36,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torture_checkpoints, torture_layouts
 import mmtrain.train.checkpoint as checkpoint
-import mmtrain.train.loop as loop
+import mmtrain.train.run as loop
 
 restore, fault = loop.restore, checkpoint._fault
 

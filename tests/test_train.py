@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from mmtrain.config import load_config
 from mmtrain.config.schema import Config
 from mmtrain.errors import NonFiniteError, UserError
-from mmtrain.train import loop
+from mmtrain.train import run as loop
 from mmtrain.train.folder import start_over
-from mmtrain.train.loop import train
+from mmtrain.train.run import train
 
 MakeConfig = Callable[..., Config]
 SMALL = {"steps": 6, "batch_size": 3, "checkpoint_every": 2, "eval_every": 3}

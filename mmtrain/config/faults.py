@@ -9,7 +9,7 @@ from pydantic_core import ErrorDetails
 
 from mmtrain.config.schema import Config, Frozen, Full, Lora
 from mmtrain.config.yaml_file import KeyPath
-from mmtrain.foreign_text import shown
+from mmtrain.safe_text import shown
 
 _MODES: dict[str, type[BaseModel]] = {"frozen": Frozen, "lora": Lora, "full": Full}
 _SECTIONS = ("model_type", "model_attributes_type", "dict_type")

@@ -13,7 +13,7 @@ from mmtrain.config.faults import schema_faults
 from mmtrain.config.schema import Config
 from mmtrain.config.yaml_file import KeyPath, dump_yaml, parse_yaml, read_yaml
 from mmtrain.errors import UserError
-from mmtrain.foreign_text import shown, visible
+from mmtrain.safe_text import shown, visible
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))(?=.{3,96}$)[A-Za-z0-9](?:[\w.-]*\w)?/(?:[\w.-]*\w)", re.ASCII)
 """What the hub takes as an id: `owner/name`."""

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from mmtrain.errors import UserError
-from mmtrain.foreign_text import shown, visible
 from mmtrain.regular_files import open_regular
+from mmtrain.safe_text import shown, visible
 
 KeyPath = tuple[str | int, ...]
 

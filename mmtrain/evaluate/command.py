@@ -13,24 +13,24 @@ from rich.console import Console
 
 from mmtrain.config import Config
 from mmtrain.config.schema import EvalSource
-from mmtrain.data.check import check_samples
-from mmtrain.data.load import load_processor
-from mmtrain.data.parts import Recipe
-from mmtrain.data.plan import Indices
+from mmtrain.dataset.encode_all import Recipe
+from mmtrain.dataset.plan import Indices
+from mmtrain.dataset.validate import check_samples
+from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.evaluate import statistics
-from mmtrain.evaluate.pictures import CHANGES, ChangedPictures, encodable
+from mmtrain.evaluate.changed_images import CHANGES, ChangedPictures, encodable
 from mmtrain.evaluate.report import image_verdict, print_comparison, print_report
-from mmtrain.evaluate.scores import Scores
-from mmtrain.evaluate.scoring import Scorer
 from mmtrain.model.adapter import load_adapter, read_adapter
 from mmtrain.model.components import Components, is_as_loaded
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import length_limit, load_model
 from mmtrain.model.root import Root
-from mmtrain.train.features import find_features, make_store
-from mmtrain.train.packing import choose_packing
-from mmtrain.train.runtime import Runtime
+from mmtrain.runtime.processes import Runtime
+from mmtrain.scoring import statistics
+from mmtrain.scoring.image_cache import find_features, make_store
+from mmtrain.scoring.packing import choose_packing
+from mmtrain.scoring.scorer import Scorer
+from mmtrain.scoring.scores import Scores
 
 BASE = "base"
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmtrain.foreign_text import visible
+from mmtrain.safe_text import visible
 
 _NAME_WIDTH = 22
 _GROUPS = (("sources", "source"), ("turns", "turn"), ("modality", "samples"), ("lengths", "tokens of an answer"))

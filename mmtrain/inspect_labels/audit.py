@@ -15,18 +15,18 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text as Plain
 
+from mmtrain.checks.findings import REFUSED, Finding
 from mmtrain.config import Config
 from mmtrain.config.schema import Source
-from mmtrain.data.chat import Conversation, Text
-from mmtrain.data.findings import REFUSED, Finding
-from mmtrain.data.images import Picture
-from mmtrain.data.load import load_processor
-from mmtrain.data.parts import Recipe
-from mmtrain.data.samples import SampleSet
-from mmtrain.data.store import Store, open_store
+from mmtrain.dataset.encode_all import Recipe
+from mmtrain.dataset.samples import SampleSet
+from mmtrain.dataset.store import Store, open_store
+from mmtrain.encoding.images import Picture
+from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.model.load import length_limit
+from mmtrain.records.chat import Conversation, Text
 
 TOO_LONG = "too long"
 _NUM_LONGEST, _NUM_DUPLICATES, _NUM_SHOWN = 10, 10, 20

@@ -8,18 +8,17 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mmtrain.checks.findings import REFUSED
 from mmtrain.config import Config
-from mmtrain.data.chat import SampleError
-from mmtrain.data.findings import REFUSED
-from mmtrain.data.load import load_processor
-from mmtrain.data.parts import PartEncoder, Recipe
-from mmtrain.data.pool import num_cores
-from mmtrain.data.samples import SampleSet
-from mmtrain.data.store import find_store
+from mmtrain.dataset.encode_all import PartEncoder, Recipe
+from mmtrain.dataset.samples import SampleSet
+from mmtrain.dataset.store import find_store
+from mmtrain.encoding.load import load_processor
 from mmtrain.errors import StorageError, UserError, grouped
-from mmtrain.foreign_text import shown, visible
 from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.inspect_labels.view import SampleView, view_sample
+from mmtrain.records.chat import SampleError
+from mmtrain.safe_text import shown, visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ def inspect_labels(config: Config, options: Options) -> int:
     if not sources:
         raise UserError(f"data.{options.split}: there are no sources in the config")
     recipe, processor = Recipe.of(config, sources), load_processor(config.model.path)
-    part_encoder = PartEncoder(recipe, processor, num_cores())
+    part_encoder = PartEncoder(recipe, processor)
     samples = part_encoder.samples
     if (store := find_store(recipe, samples)) is not None:
         samples.use(store)  # the very encoding that training reads

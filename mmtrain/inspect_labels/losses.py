@@ -8,14 +8,14 @@ import torch
 from rich.console import Console
 
 from mmtrain.config import Config
-from mmtrain.data.batch import Loader
-from mmtrain.data.samples import SampleSet
+from mmtrain.dataset.batch import Loader
+from mmtrain.dataset.samples import SampleSet
 from mmtrain.model.adapter import load_adapter, read_adapter
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
-from mmtrain.train.loss import supervised_nll
-from mmtrain.train.packing import choose_packing
-from mmtrain.train.runtime import Runtime
+from mmtrain.model.loss import supervised_nll
+from mmtrain.runtime.processes import Runtime
+from mmtrain.scoring.packing import choose_packing
 
 
 @torch.no_grad()

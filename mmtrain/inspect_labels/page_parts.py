@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import PIL.Image
 
-from mmtrain.data.chat import SampleError
-from mmtrain.data.images import decode
+from mmtrain.encoding.images import decode
 from mmtrain.inspect_labels.view import ImageView, SpanView
+from mmtrain.records.chat import SampleError
 
 Pixels = Callable[[ImageView], PIL.Image.Image]
 

@@ -3,8 +3,8 @@
 import numpy as np
 import PIL.Image
 
-from mmtrain.data.images import decode
-from mmtrain.data.processor import ChatProcessor
+from mmtrain.encoding.images import decode
+from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.inspect_labels.page_parts import Pixels, resized
 from mmtrain.inspect_labels.view import ImageView
 

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmtrain.foreign_text import visible
 from mmtrain.inspect_labels.view import ImageView, SampleView, SpanView, TokenView
+from mmtrain.safe_text import visible
 
 LEARNED = "▌"
 """Stands before what is learned, so that it shows without colour too."""

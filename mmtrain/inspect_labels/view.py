@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from mmtrain.data.chat import Conversation
-from mmtrain.data.encode import Traced
-from mmtrain.data.images import Picture
-from mmtrain.data.processor import ChatProcessor, ImageTokens
-from mmtrain.data.samples import SampleSet
-from mmtrain.data.sources import Place
+from mmtrain.dataset.samples import SampleSet
+from mmtrain.encoding.encode import Traced
+from mmtrain.encoding.images import Picture
+from mmtrain.encoding.processor import ChatProcessor, ImageTokens
+from mmtrain.records.chat import Conversation
+from mmtrain.records.sources import Place
 
 IGNORED = -100
 TokenKind = Literal["text", "special", "image"]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmtrain.errors import UserError
-from mmtrain.foreign_text import one_line, shown, visible
+from mmtrain.safe_text import one_line, shown, visible
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

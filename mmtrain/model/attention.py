@@ -16,8 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mmtrain.data.batch import Batch
-from mmtrain.model.block_attention import BlockAttention
+from mmtrain.dataset.batch import Batch
+from mmtrain.model.kernels.block_attention import BlockAttention
 
 NAME = "mmtrain_segments"
 _KINDS = {"full_attention", "sliding_attention"}

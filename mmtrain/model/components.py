@@ -13,7 +13,7 @@ from torch import nn
 
 from mmtrain.config.schema import Full, Lora, Tune
 from mmtrain.errors import UserError
-from mmtrain.foreign_text import one_line
+from mmtrain.safe_text import one_line
 
 PARTS = ("vision", "projector", "language")
 _INNER_PROJECTORS = ("merger", "merger_list", "deepstack_merger_list")

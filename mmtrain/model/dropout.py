@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from mmtrain.config.schema import Lora, Tune
-from mmtrain.data.batch import Batch
+from mmtrain.dataset.batch import Batch
 from mmtrain.model.components import Components, base_name
 
 

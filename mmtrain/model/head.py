@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtrain.model.products import product
+from mmtrain.model.kernels.products import product
 
 TOKENS = 512
 """Tokens whose logits exist at once. With fewer the weights are fetched more often, which the CPU feels."""

@@ -7,10 +7,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from mmtrain.data.batch import Batch, Segment
-from mmtrain.data.features import FeatureStore
+from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.model.attention import install_attention
-from mmtrain.model.features import PictureFeatures
+from mmtrain.model.image_cache.features import PictureFeatures
+from mmtrain.model.image_cache.store import FeatureStore
 
 
 class InputMaker:

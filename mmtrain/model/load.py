@@ -9,12 +9,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.logging import ERROR, disable_progress_bar, get_verbosity, set_verbosity
 
-from mmtrain.data.check import LengthLimit
-from mmtrain.data.directory import model_directory
-from mmtrain.data.processor import ChatProcessor
+from mmtrain.dataset.validate import LengthLimit
+from mmtrain.encoding.directory import model_directory
+from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.foreign_text import one_line, shown
 from mmtrain.model.weight_files import check_weight_files
+from mmtrain.safe_text import one_line, shown
 
 _log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from mmtrain.errors import UserError
-from mmtrain.foreign_text import one_line, shown, visible
+from mmtrain.safe_text import one_line, shown, visible
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from mmtrain.model.products import product
+from mmtrain.model.kernels.products import product
 
 _SIDE = {"cpu": 1024, "cuda": 8192}
 _REPEATS = 6

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmtrain.errors import NoCheckpointError, StorageError, UserError, storage_faults
-from mmtrain.foreign_text import shown
+from mmtrain.safe_text import shown
 
 _MANIFEST = "manifest.json"
 _FILES = {"trainable.safetensors", "optimizer.safetensors", "state.json"}

@@ -12,16 +12,16 @@ from rich.progress import Progress, TaskID
 
 from mmtrain.config import Config
 from mmtrain.config.schema import Source, Train
-from mmtrain.data.check import Checked, check_samples
-from mmtrain.data.cut import cut_step
-from mmtrain.data.parts import Recipe
-from mmtrain.data.plan import Indices, Plan
-from mmtrain.data.processor import ChatProcessor
-from mmtrain.data.samples import SampleSet
+from mmtrain.dataset.encode_all import Recipe
+from mmtrain.dataset.microbatches import cut_step
+from mmtrain.dataset.plan import Indices, Plan
+from mmtrain.dataset.samples import SampleSet
+from mmtrain.dataset.validate import Checked, check_samples
+from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.evaluate.scoring import Scorer
 from mmtrain.model.cost import CostModel
 from mmtrain.model.load import length_limit
+from mmtrain.scoring.scorer import Scorer
 
 
 @dataclass(frozen=True, slots=True)

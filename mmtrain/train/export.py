@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmtrain.config import Config
-from mmtrain.data.batch import Batch
-from mmtrain.data.directory import model_directory
-from mmtrain.data.processor import ChatProcessor
+from mmtrain.dataset.batch import Batch
+from mmtrain.encoding.directory import model_directory
+from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.model.load import auto_class, load_model
+from mmtrain.runtime.shard import whole
 from mmtrain.train.checkpoint import trainable_parameters, write_folder
 from mmtrain.train.model_card import model_card
-from mmtrain.train.shard import whole
 from mmtrain.train.step import Learner
 
 MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 3e-2}

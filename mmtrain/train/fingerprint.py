@@ -4,11 +4,8 @@ import hashlib
 from collections.abc import Callable
 
 from mmtrain.config import Config
-from mmtrain.data.directory import model_directory
-from mmtrain.data.hashes import PROCESSOR_FILES, digest, files_in
+from mmtrain.dataset.hashes import digest, model_fingerprints
 from mmtrain.train.dataset import Dataset
-
-_MODEL = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> dict[str, str]:
@@ -20,12 +17,3 @@ def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> 
         found[f"data.train.{number}.records"] = digest(dataset.train.files_of(number), tick)
     found["data.train.pictures"] = digest(sorted(dataset.checked.picture_files), tick)
     return found
-
-
-def model_fingerprints(path: str, tick: Callable[[], None]) -> dict[str, str]:
-    """A SHA-256 of the weights and one of the processor's files of the model at `path`."""
-    folder = model_directory(path)
-    return {
-        "model.weights": digest(files_in(folder, _MODEL), tick),
-        "model.processor": digest(files_in(folder, PROCESSOR_FILES), tick),
-    }

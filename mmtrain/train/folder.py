@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmtrain.errors import UserError, storage_faults
-from mmtrain.foreign_text import visible
+from mmtrain.safe_text import visible
 
 _LOCK = ".lock"
 

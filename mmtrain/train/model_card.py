@@ -9,7 +9,7 @@ from typing import Any
 from mmtrain import __version__
 from mmtrain.config import Config
 from mmtrain.config.yaml_file import dump_yaml
-from mmtrain.foreign_text import visible
+from mmtrain.safe_text import visible
 from mmtrain.train.metrics import METRICS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

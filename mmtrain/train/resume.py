@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mmtrain.config import Config
 from mmtrain.errors import UserError
-from mmtrain.foreign_text import shown
+from mmtrain.safe_text import shown
 from mmtrain.train.checkpoint import CheckpointFolder, read_state
 
 CHANGEABLE = frozenset(

@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 
 from mmtrain.config import Config
+from mmtrain.runtime.processes import Runtime
+from mmtrain.scoring.image_cache import keeps_features
 from mmtrain.train.checkpoint import CheckpointFolder
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.features import keeps_features
 from mmtrain.train.fingerprint import fingerprints
 from mmtrain.train.metrics import METRICS, evaluated_at
 from mmtrain.train.resume import Resume, find_resume
-from mmtrain.train.runtime import Runtime
 
 
 class RunState:

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmtrain.data.batch import Batch
+from mmtrain.dataset.batch import Batch
 from mmtrain.errors import NonFiniteError
 from mmtrain.model.dropout import DropoutClock
 from mmtrain.model.inputs import InputMaker
+from mmtrain.model.loss import supervised_nll
 from mmtrain.model.root import Root
+from mmtrain.runtime.processes import Runtime
+from mmtrain.runtime.shard import whole
 from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.gradients import branch_of, flatten, put_back, sum_running, sum_tree
-from mmtrain.train.loss import supervised_nll
-from mmtrain.train.runtime import Runtime
-from mmtrain.train.shard import whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Checks of encoded samples that do not know the encoder."""

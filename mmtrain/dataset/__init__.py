@@ -1,0 +1,1 @@
+"""From encoded samples to the batches of a step."""

@@ -1,0 +1,177 @@
+"""Encoded samples and their pixels, laid into the tensors of one micro-batch."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmtrain.dataset.image_inputs import ImageCache, PictureInputs, picture_inputs
+from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.images import decode
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.errors import UserError
+from mmtrain.records.chat import SampleError
+from mmtrain.records.sources import Place
+
+ROW_MULTIPLE = 32
+"""A packed row is filled up to a multiple of so many tokens: libraries of matrix products prepare code for each number
+of rows that they meet and keep it, and allocators keep memory of each size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Where one sample lies: input_ids[row, start : start + length], and its pictures among the batch's."""
+
+    sample: int
+    row: int
+    start: int
+    length: int
+    first_image: int
+    num_images: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch, on the CPU. Packed: one row, the samples one behind the other, and fewer than
+    `ROW_MULTIPLE` tokens of no sample; otherwise a row a sample, padded on the right."""
+
+    input_ids: Tensor
+    """(rows, length) int64"""
+    supervised: Tensor
+    """(rows, length) bool; never true for the first token of a sample, so no sample is predicted from another."""
+    segments: tuple[Segment, ...]
+    packed: bool
+    image_inputs: dict[str, Tensor]
+    """What the model takes for the pictures, as its processor made it; without pixels where features are kept."""
+    pictures: tuple[PictureInputs, ...] = ()
+    """Each picture on its own, where features are kept; otherwise none."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(segment.length for segment in self.segments)
+
+
+def make_batch(
+    numbers: Sequence[int],
+    encoded: Sequence[Encoded],
+    processor: ChatProcessor,
+    packing: bool,
+    store: ImageCache | None = None,
+) -> Batch:
+    """Lay samples into one batch and decode their pictures, but those whose features `store` has.
+
+    Raises SampleError where a picture does not decode or the processor lays it out otherwise than it was measured.
+    """
+    segments = []
+    at = first_image = 0
+    for row, (number, sample) in enumerate(zip(numbers, encoded, strict=True)):
+        place = (0, at) if packing else (row, 0)
+        segments.append(Segment(number, *place, sample.num_tokens, first_image, len(sample.images)))
+        at += sample.num_tokens
+        first_image += len(sample.images)
+    shape = (1, at + -at % ROW_MULTIPLE) if packing else (len(encoded), max(sample.num_tokens for sample in encoded))
+    input_ids = np.full(shape, processor.pad_id, np.int64)
+    supervised = np.zeros(shape, np.bool_)
+    for segment, sample in zip(segments, encoded, strict=True):
+        span = (segment.row, slice(segment.start, segment.start + segment.length))
+        input_ids[span] = sample.ids
+        supervised[span] = sample.supervised
+    tensors = torch.from_numpy(input_ids), torch.from_numpy(supervised)
+    if store is None:
+        return Batch(*tensors, tuple(segments), packing, _image_inputs(encoded, processor))
+    spans = [(span, sample.ids[span.start : span.start + span.length]) for sample in encoded for span in sample.images]
+    pictures = tuple(picture_inputs(span, ids.tolist(), processor, store) for span, ids in spans)
+    return Batch(*tensors, tuple(segments), packing, _beside(pictures), pictures)
+
+
+def _beside(pictures: Sequence[PictureInputs]) -> dict[str, Tensor]:
+    """What the model takes beside the features, of all pictures in order."""
+    each = [picture.beside for picture in pictures]
+    return {name: torch.cat([one[name] for one in each]) for name in (each[0] if each else ())}
+
+
+def _image_inputs(encoded: Sequence[Encoded], processor: ChatProcessor) -> dict[str, Tensor]:
+    spans = [(sample, span) for sample in encoded for span in sample.images]
+    if not spans:
+        return {}
+    inputs, laid_out = processor.image_inputs([decode(span.picture) for _, span in spans])
+    measured = [int(id_) for sample, span in spans for id_ in sample.ids[span.start : span.start + span.length]]
+    if laid_out != measured:
+        names = ", ".join(span.picture.name for _, span in spans)
+        raise SampleError(
+            f"{len(measured)} tokens were laid out for {names} and the image processor makes {len(laid_out)}"
+        )
+    return inputs
+
+
+class Samples(Protocol):
+    """What a loader needs of a set of samples."""
+
+    encoder: Encoder
+
+    def encoded(self, index: int) -> Encoded: ...
+
+    def place(self, index: int) -> Place: ...
+
+
+class Loader:
+    """Makes batches in threads ahead of their use: reading, decoding and resizing leave the interpreter free."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        packing: bool,
+        store: ImageCache | None = None,
+        num_threads: int = 2,
+        ahead: int = 4,
+    ) -> None:
+        self._samples = samples
+        self._packing = packing
+        self._store = store
+        self._num_threads = num_threads
+        self._ahead = ahead
+
+    def batches(self, cuts: Iterable[Sequence[int]]) -> Iterator[Batch]:
+        """A batch for each list of sample numbers, in order. Raises UserError naming the sample that fails."""
+        pending: deque[Future[Batch]] = deque()
+        with ThreadPoolExecutor(self._num_threads, "mmtrain-loader") as pool:
+            try:
+                for numbers in cuts:
+                    pending.append(pool.submit(self.load, numbers))
+                    if len(pending) > self._ahead:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def load(self, numbers: Sequence[int]) -> Batch:
+        """The batch of these samples. Raises UserError naming the sample that cannot be read or decoded, or all of them
+        where only the batch as a whole cannot be made."""
+        processor = self._samples.encoder.processor
+        encoded: list[Encoded] = []
+        for number in numbers:
+            with self._named(number):
+                encoded.append(self._samples.encoded(number))
+        try:
+            return make_batch(numbers, encoded, processor, self._packing, self._store)
+        except SampleError as error:
+            for number, sample in zip(numbers, encoded, strict=True):
+                with self._named(number):
+                    make_batch([number], [sample], processor, self._packing, self._store)
+            # each alone is well: an image changed meanwhile, or the processor lays several out in another way
+            places = ", ".join(str(self._samples.place(number)) for number in numbers)
+            raise UserError(f"{places}: the samples cannot be laid out together: {error}") from None
+
+    @contextmanager
+    def _named(self, number: int) -> Iterator[None]:
+        try:
+            yield
+        except SampleError as error:
+            raise UserError(f"{self._samples.place(number)}: {error}") from None

@@ -1,0 +1,115 @@
+"""SHA-256 of files. A file is hashed once: its hash is kept in the user's cache by path, size and time of change."""
+
+import hashlib
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from pathlib import Path
+
+from mmtrain.encoding.directory import model_directory
+
+PROCESSOR_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*processor_config.json",
+)
+"""In a model directory: what decides how text and pictures become ids."""
+_WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+_THREADS = 4
+_SETTLED_SECONDS = 2.0
+"""A file that changed so short ago may change again within the same tick of its clock: its hash is not kept."""
+
+_TABLE = "file_hashes (path BLOB PRIMARY KEY, size INTEGER, changed INTEGER, status_changed INTEGER, sha256 TEXT)"
+
+Key = tuple[str, int, int, int]
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again. Raises RuntimeError where there is no home."""
+    return Path.home() / ".cache" / "mmtrain"
+
+
+def files_in(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def digest(paths: Iterable[Path], tick: Callable[[], None] = lambda: None) -> str:
+    """One hash over the files' hashes, in their order. `tick` is called for every file."""
+    together = hashlib.sha256()
+    for own in file_hashes(list(paths)):
+        together.update(bytes.fromhex(own))
+        tick()
+    return together.hexdigest()
+
+
+def model_fingerprints(path: str, tick: Callable[[], None]) -> dict[str, str]:
+    """A SHA-256 of the weights and one of the processor's files of the model at `path`."""
+    folder = model_directory(path)
+    return {
+        "model.weights": digest(files_in(folder, _WEIGHT_FILES), tick),
+        "model.processor": digest(files_in(folder, PROCESSOR_FILES), tick),
+    }
+
+
+def file_hashes(paths: list[Path]) -> Iterator[str]:
+    """The SHA-256 of each file, in order. Raises OSError where one cannot be read."""
+    keys = [file_key(path) for path in paths]
+    with closing(open_cache(_TABLE)) as cache, ThreadPoolExecutor(_THREADS) as pool:
+        known = {key: _look_up(cache, key) for key in keys}
+        made = {key: pool.submit(_sha256, key[0]) for key, digest in known.items() if digest is None}
+        for key in keys:
+            yield known[key] or made[key].result()
+        fresh = [(*_row(key), future.result()) for key, future in made.items()]
+        settled = time.time_ns() - _SETTLED_SECONDS * 1e9
+        with suppress(sqlite3.Error), cache:  # a cache that cannot be written costs time, no more
+            cache.executemany(
+                "INSERT OR REPLACE INTO file_hashes VALUES (?, ?, ?, ?, ?)", [r for r in fresh if r[2] < settled]
+            )
+
+
+def file_key(path: Path) -> Key:
+    """What tells a file from another version of it without reading it."""
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def open_cache(table: str) -> sqlite3.Connection:
+    """The user's cache of what files were found to be, with `table`; in memory where it cannot be written."""
+    try:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        cache = sqlite3.connect(folder / "hashes.sqlite3", timeout=5)
+        _make_table(cache, table)
+    except (OSError, RuntimeError, sqlite3.Error):
+        cache = sqlite3.connect(":memory:")
+        _make_table(cache, table)
+    return cache
+
+
+def _make_table(cache: sqlite3.Connection, table: str) -> None:
+    with cache:
+        cache.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+
+
+def _look_up(cache: sqlite3.Connection, key: Key) -> str | None:
+    found = cache.execute(
+        "SELECT sha256 FROM file_hashes WHERE path = ? AND size = ? AND changed = ? AND status_changed = ?", _row(key)
+    ).fetchone()
+    return None if found is None else str(found[0])
+
+
+def _row(key: Key) -> tuple[bytes, int, int, int]:
+    """The key as the cache has it: a file name need not be text."""
+    path, size, changed, status_changed = key
+    return os.fsencode(path), size, changed, status_changed
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

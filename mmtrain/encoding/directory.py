@@ -1,0 +1,121 @@
+"""What transformers makes of a model directory: config, tokenizer and the family's processor. Nothing of it is run."""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
+
+from mmtrain.errors import UserError
+from mmtrain.safe_text import one_line, shown
+
+_NAMES_PROCESSOR = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json")
+"""Files that may name the processor's class, in the order in which transformers asks them."""
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryParts:
+    """What a chat processor is made from."""
+
+    tokenizer: Any
+    """Shared with nobody: a processor switches padding on in the native part of its own."""
+    processor: Any | None
+    """None for a model that takes no images."""
+    eos_ids: frozenset[int]
+    """Every id that ends generation."""
+    image_token_id: int | None
+
+
+def model_directory(path: str) -> Path:
+    """The directory that `path` is, or that the hub id `path` has in the local cache. Raises UserError."""
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).exists():
+        raise UserError(f"{shown(path)}: expected a model directory, not a file")
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except HFValidationError:
+        raise UserError(f"{shown(path)}: there is no such directory, and it is not a hub id (name/model)") from None
+    except (OSError, ValueError):
+        raise UserError(
+            f"{shown(path)}: not in the local hub cache, and nothing is fetched: run `hf download {path}`"
+        ) from None
+
+
+def load_parts(directory: Path) -> DirectoryParts:
+    """Raises UserError with transformers' reason where the directory is broken or names code of its own."""
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        processor = _family_processor(directory, config, tokenizer) if takes_images else None
+        eos_ids = _eos_ids(directory, config)
+    except UserError:
+        raise
+    except Exception as error:  # a broken directory makes transformers raise anything
+        kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
+        raise UserError(f"the processor cannot be loaded: {kind}{one_line(error)}") from None
+    # the constructor of a processor may add tokens, so the copy is made after it
+    return DirectoryParts(copy.deepcopy(tokenizer), processor, eos_ids, getattr(config, "image_token_id", None))
+
+
+def _family_processor(directory: Path, config: Any, tokenizer: Any) -> Any:
+    """The family's processor from its tokenizer and image processor alone.
+
+    Loading the whole raises where torchvision is absent (its video part needs it), and pixels must not depend on
+    what is installed: the image processor is always Pillow's.
+    """
+    made = AutoImageProcessor.from_pretrained(directory, backend="pil", local_files_only=True, trust_remote_code=False)
+    parts = {"tokenizer": tokenizer, "image_processor": made}
+    family = _processor_class(directory, config)
+
+    class ImageTextProcessor(family):  # type: ignore[misc, valid-type]
+        @classmethod
+        def _get_arguments_from_pretrained(cls, *args: Any, **kwargs: Any) -> list[Any]:
+            return [parts.get(name) for name in cls.get_attributes()]
+
+        def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
+            return None if argument is None else super().check_argument_for_proper_class(name, argument)
+
+    ImageTextProcessor.__name__ = family.__name__  # it stands in what transformers says of a missing package
+    processor = ImageTextProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if not isinstance(getattr(processor, "image_token", None), str):
+        raise UserError(f"{family.__name__} has no placeholder for an image in its text: this family is not supported")
+    return processor
+
+
+def _processor_class(directory: Path, config: Any) -> Any:
+    """The class that the directory names, as AutoProcessor looks for it, or else the one of the model's family."""
+    for name in _NAMES_PROCESSOR:
+        if (directory / name).is_file():
+            named = _json_object(directory / name).get("processor_class")
+            found = processor_class_from_name(named) if isinstance(named, str) else None
+            if found is not None:
+                return found
+    return PROCESSOR_MAPPING[type(config)]
+
+
+def _eos_ids(directory: Path, config: Any) -> frozenset[int]:
+    """Every id that ends generation, from generation_config.json where there is one."""
+    path = directory / "generation_config.json"
+    ids = _json_object(path).get("eos_token_id") if path.is_file() else getattr(config, "eos_token_id", None)
+    found = ids if isinstance(ids, list) else [ids]
+    if any(id_ is not None and type(id_) is not int for id_ in found):
+        raise UserError(f"eos_token_id is {shown(ids)}: expected a token id or a list of them")
+    return frozenset(found) - {None}
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path.name} is not JSON: {one_line(error)}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path.name}: expected an object, not {shown(found)}")
+    return found

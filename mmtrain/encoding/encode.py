@@ -1,0 +1,234 @@
+"""A conversation as token ids, with the supervised flag made while they are laid out.
+
+Supervised is what the model must write: from the place where inference's prompt ends to the end of the answer's
+words, and the token that ends the turn. A span of a picture is one indivisible run of ids.
+"""
+
+import functools
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mmtrain.encoding.images import Picture, find_picture
+from mmtrain.encoding.layout import Layout, Piece
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.segments import Segment, Segmenter
+from mmtrain.records.chat import Conversation, Message, SampleError
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """A picture's run of ids in a sample: ids[start : start + length]."""
+
+    picture: Picture
+    start: int
+    length: int
+    num_placeholders: int
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One sample as the model gets it."""
+
+    ids: npt.NDArray[np.int32]
+    """(num_tokens,)"""
+    supervised: npt.NDArray[np.bool_]
+    """(num_tokens,) True where the token is learned. Never true for the first token or in a picture's span."""
+    images: tuple[ImageSpan, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_supervised(self) -> int:
+        return int(self.supervised.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """An encoded sample with where each of its ids comes from."""
+
+    encoded: Encoded
+    pieces: tuple[Piece, ...]
+    owners: tuple[int, ...]
+    """(num_tokens,) the piece that each id comes from, -1 for what no text stands for: BOS from the tokenizer, and
+    an end of turn that the template lacks."""
+
+
+Placed = tuple[Segment, int, int]
+"""A segment and the places of its ids: ids[start:end]."""
+LaidOut = tuple[list[Piece], Sequence[Segment]]
+
+
+class Encoder:
+    """Turns conversations into ids and supervised flags for one model and one choice of labels."""
+
+    def __init__(self, processor: ChatProcessor, train_on: str = "assistant", end_of_turn: bool = True) -> None:
+        self.processor = processor
+        self._layout = Layout(processor)
+        self._segmenter = Segmenter(processor.special_tokens, processor.parting_tokens, end_of_turn)
+        self._constant = functools.lru_cache(maxsize=4096)(processor.encode)
+        self._train_on = train_on
+
+    def encode(self, conversation: Conversation, root: Path) -> Encoded:
+        """`root` is the folder of the images. Raises SampleError with the reason a sample cannot be used."""
+        (found,) = self.encode_many([(conversation, root)])
+        if isinstance(found, SampleError):
+            raise found
+        return found
+
+    def encode_with(self, conversation: Conversation, pictures: Sequence[Picture]) -> Encoded:
+        """`encode`, with images that were found already (or others in their place)."""
+        return self._assemble_one(self._lay_out(conversation), pictures)[0]
+
+    def encode_many(self, conversations: Iterable[tuple[Conversation, Path]]) -> list[Encoded | SampleError]:
+        """`encode` of each (conversation, root), or the reason it cannot be used.
+
+        All words go through the tokenizer in one call: that takes half as long as one by one.
+        """
+        laid_out: list[tuple[LaidOut, list[Picture]] | SampleError] = []
+        for conversation, root in conversations:
+            try:
+                pictures = self._find_pictures(conversation, root)
+                laid_out.append((self._lay_out(conversation), pictures))
+            except SampleError as error:
+                laid_out.append(error)
+        known = self._encode_words(one[0] for one in laid_out if not isinstance(one, SampleError))
+        return [found if isinstance(found, SampleError) else self._try(*found, known) for found in laid_out]
+
+    def _try(
+        self, laid_out: LaidOut, pictures: Sequence[Picture], known: Mapping[str, list[int]]
+    ) -> Encoded | SampleError:
+        try:
+            return self._assemble(laid_out, pictures, known)[0]
+        except SampleError as error:
+            return error
+
+    def _assemble_one(self, laid_out: LaidOut, pictures: Sequence[Picture]) -> tuple[Encoded, list[Placed]]:
+        return self._assemble(laid_out, pictures, self._encode_words([laid_out]))
+
+    def _encode_words(self, laid_out: Iterable[LaidOut]) -> dict[str, list[int]]:
+        """The ids of every text that is a conversation's own, in one call of the tokenizer."""
+        return self.processor.encode_batch({text for one in laid_out for text in _words(one)})
+
+    def trace(self, conversation: Conversation, encoded: Encoded) -> Traced:
+        """Where each id of `encoded` comes from. Raises SampleError where the conversation is not encoded so now."""
+        pieces, segments = self._lay_out(conversation)
+        made, placed = self._assemble_one((pieces, segments), [span.picture for span in encoded.images])
+        if not (np.array_equal(made.ids, encoded.ids) and np.array_equal(made.supervised, encoded.supervised)):
+            raise SampleError("what is stored for training is not what the encoder makes of the sample now")
+        owners: list[int] = []
+        for segment, start, end in placed:
+            owners += [-1] * (start - len(owners))
+            last = next((i for i in reversed(range(start)) if owners[i] >= 0), None)
+            after = None if last is None else int(encoded.ids[last])
+            owners += self._owners(segment, pieces, end - start, after)
+        return Traced(encoded, tuple(pieces), tuple(owners))
+
+    def trained_turns(self, messages: Sequence[Message]) -> list[int]:
+        """Which turns are learned. Raises SampleError where there is none."""
+        turns = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
+        if self._train_on == "last":
+            turns = turns[-1:]
+        turns = [turn for turn in turns if messages[turn].train]
+        if not turns:
+            raise SampleError("there is no assistant turn to learn from")
+        if turns[0] == 0:
+            raise SampleError("the conversation begins with the assistant: there is no prompt to answer")
+        return turns
+
+    def _find_pictures(self, conversation: Conversation, root: Path) -> list[Picture]:
+        pictures = [find_picture(image, root) for image in conversation.images]
+        if pictures and self.processor.image_token is None:
+            raise SampleError("the sample has pictures and this model takes none")
+        return pictures
+
+    def _lay_out(self, conversation: Conversation) -> tuple[list[Piece], Sequence[Segment]]:
+        pieces, skeleton = self._layout.lay_out(conversation)
+        trained = self.trained_turns(conversation.messages)
+        if missing := [turn for turn in trained if turn not in skeleton.answers]:
+            raise SampleError(_why_untrainable(missing[-1], len(conversation.messages)))
+        return pieces, self._segmenter.cut(pieces, skeleton, tuple(trained))
+
+    def _assemble(
+        self, laid_out: LaidOut, pictures: Sequence[Picture], known: Mapping[str, list[int]]
+    ) -> tuple[Encoded, list[Placed]]:
+        """The segments' ids one behind the other. `known`: ids of texts that were encoded before."""
+        pieces, segments = laid_out
+        ids: list[int] = list(self._prefix(pieces))
+        supervised = [False] * len(ids)
+        after: int | None = None
+        images: list[ImageSpan] = []
+        placed: list[Placed] = []
+        for segment in segments:
+            if segment.kind == "image":
+                picture = pictures[len(images)]
+                tokens = self.processor.image_tokens(picture.size)
+                images.append(ImageSpan(picture, len(ids), len(tokens.ids), tokens.num_placeholders))
+                new: Sequence[int] = tokens.ids
+            else:
+                new = self._segment_ids(segment, pieces, after, known)
+            placed.append((segment, len(ids), len(ids) + len(new)))
+            ids += new
+            text = new[:-1] if segment.ends_turn else new
+            after = text[-1] if text else after  # an end that the template lacks does not change what follows
+            supervised += [segment.supervised] * len(new)
+        supervised[0] = False
+        if not any(supervised):
+            raise SampleError("no token of it is learned")
+        return Encoded(np.array(ids, np.int32), np.array(supervised, np.bool_), tuple(images)), placed
+
+    def _prefix(self, pieces: list[Piece]) -> list[int]:
+        bos = self.processor.tokenizer.bos_token
+        return [] if bos and pieces[0].text.startswith(bos) else self.processor.prefix_ids
+
+    def _segment_ids(
+        self, segment: Segment, pieces: Sequence[Piece], after: int | None, known: Mapping[str, list[int]]
+    ) -> Sequence[int]:
+        if segment.has_words:
+            literal = segment.kind == "literal"
+            ids: Sequence[int] = self.processor.encode(segment.text(pieces), after, literal, {} if literal else known)
+        else:
+            ids = self._constant(segment.text(pieces), after)
+        if segment.ends_turn:
+            eos = self.processor.tokenizer.eos_token_id
+            if eos is None:
+                raise SampleError(
+                    "neither the chat template nor the tokenizer has an end token: set labels.end_of_turn to false"
+                )
+            ids = [*ids, eos]
+        return ids
+
+    def _owners(self, segment: Segment, pieces: Sequence[Piece], num_ids: int, after: int | None) -> list[int]:
+        """The piece of each of a segment's ids."""
+        if segment.kind != "text":
+            return [segment.spans[0].piece] * num_ids
+        text = segment.text(pieces)
+        ends = list(itertools.accumulate(len(span.text(pieces)) for span in segment.spans))
+        places = self.processor.token_places(text, after) if text else []
+        owners = [segment.spans[min(bisect_right(ends, place), len(ends) - 1)].piece for place in places]
+        return owners + [-1] * (num_ids - len(owners))
+
+
+def _why_untrainable(turn: int, num_turns: int) -> str:
+    if turn < num_turns - 1:
+        return (
+            f"the model's chat template rewrites turn {turn + 1} once others follow, so it cannot be trained on in one "
+            "sample with them: set labels.train_on to last"
+        )
+    return (
+        f"the model's chat template does not begin turn {turn + 1} as its generation prompt does, so what inference "
+        "feeds the model is not what the conversation holds: such a template cannot be trained on"
+    )
+
+
+def _words(laid_out: LaidOut) -> Iterator[str]:
+    """The texts of a conversation that are its own."""
+    pieces, segments = laid_out
+    return (segment.text(pieces) for segment in segments if segment.has_words and segment.kind == "text")

@@ -1,0 +1,180 @@
+"""A few conversations encoded here and by the model's own processor: where the two differ, the model is refused.
+
+The reference is transformers' `apply_chat_template(tokenize=True)`, which is what inference feeds the model. It is
+allowed to differ from ours by an end of turn that the template lacks, and by a token that straddles the border between
+a prompt and its reply: inference cuts there too.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import PIL.Image
+from torch import Tensor
+
+from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.images import Picture
+from mmtrain.encoding.layout import as_messages
+from mmtrain.encoding.processor import TEXT_KEYS, ChatProcessor
+from mmtrain.errors import UserError
+from mmtrain.records.chat import Conversation, Image, Message, Part, SampleError, Text
+from mmtrain.safe_text import one_line, shown
+
+_SIZES = ((64, 64), (150, 80))
+_STRADDLE = 4
+"""Tokens on each side within which a token that straddles a border can move the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    name: str
+    conversation: Conversation
+
+
+def try_family(processor: ChatProcessor) -> None:
+    """Raises UserError naming the first position that differs, or what the model's own processor refuses."""
+    encoder = Encoder(processor)
+    refusals = []
+    probes = list(_probes(takes_images=processor.image_token is not None))
+    for probe in probes:
+        pictures = _pictures(probe.conversation)
+        try:
+            encoded = encoder.encode_with(probe.conversation, pictures)
+        except SampleError as error:  # a template may refuse a system turn or several replies: so are samples like that
+            refusals.append(str(error))
+            continue
+        _compare(processor, probe, encoded, pictures)
+    if len(refusals) == len(probes):
+        raise UserError(f"every probe conversation is refused, the first because {refusals[0]}")
+
+
+def _probes(takes_images: bool) -> Iterator[_Probe]:
+    question, answer = Text("What is it?"), (Text("A cat."),)
+    system = Message("system", (Text("Be brief."),))
+    texts = [Message("user", (question,)), Message("assistant", answer)]
+    yield _Probe("without an image", Conversation(tuple(texts)))
+    yield _Probe("with a system turn and two replies", Conversation((system, *texts, *texts)))
+    if takes_images:
+        for number in (1, 2):
+            images: tuple[Part, ...] = tuple(Image(f"probe {n}") for n in range(number))
+            turn = Message("user", (*images, question))
+            name = "with one image" if number == 1 else "with two images"
+            yield _Probe(name, Conversation((turn, texts[1])))
+        between = Message("user", (Text("This"), Image("probe 0"), Text("and what is it?\n")))
+        last = Message("user", (Image("probe 1"), Text("\nAnd this?")))
+        yield _Probe("with images among the words", Conversation((between, texts[1], last, texts[1])))
+
+
+def _pictures(conversation: Conversation) -> list[Picture]:
+    sizes = [_SIZES[i % len(_SIZES)] for i in range(len(conversation.images))]
+    return [Picture(image.name, b"", size) for image, size in zip(conversation.images, sizes, strict=True)]
+
+
+def _image(size: tuple[int, int]) -> PIL.Image.Image:
+    return PIL.Image.linear_gradient("L").resize(size).convert("RGB")
+
+
+def _compare(processor: ChatProcessor, probe: _Probe, encoded: Encoded, pictures: Sequence[Picture]) -> None:
+    """Raises UserError where ids or tensors are not the model's own."""
+    name = f"a probe conversation {probe.name}"
+    try:
+        own = _own(processor, probe.conversation, [_image(picture.size) for picture in pictures])
+    except Exception as error:  # a family's processor can raise anything
+        raise UserError(
+            f"the model's own processor refuses {name}: {one_line(error)}; this family is not supported"
+        ) from None
+    ids, expected = encoded.ids.tolist(), own["input_ids"]
+    at = _first_difference(processor, encoded, expected)
+    if at is not None:
+        here, there = (shown(processor.decode(found[max(0, at - 3) : at + 4])) for found in (ids, expected))
+        raise UserError(
+            f"the ids of {name} differ from the model's own apply_chat_template at position {at}: {here} here, {there} "
+            "there; this family is not supported"
+        )
+    if pictures:
+        _compare_tensors(processor, name, own, pictures)
+        _compare_types(processor, name, own)
+
+
+def _own(processor: ChatProcessor, conversation: Conversation, images: list[PIL.Image.Image]) -> dict[str, Any]:
+    """What the model's own processor, or a text model's tokenizer, makes of the conversation."""
+    messages = processor.as_wanted(as_messages(conversation))
+    if processor.family is None:
+        ids = processor.tokenizer.apply_chat_template(messages, chat_template=processor.template, return_dict=False)
+        return {"input_ids": list(ids)}
+    left = iter(images)
+    for message in messages:
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            if part["type"] == "image":
+                part["image"] = next(left)
+    made = processor.family.apply_chat_template(
+        messages, chat_template=processor.template, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return {**made, "input_ids": made["input_ids"][0].tolist()}
+
+
+def _first_difference(processor: ChatProcessor, encoded: Encoded, expected: list[int]) -> int | None:
+    """The first position at which ours differ from `expected` by more than is allowed; None where there is none."""
+    ids, flags = encoded.ids.tolist(), [False, *encoded.supervised.tolist(), False]
+    borders = [i for i, (one, two) in enumerate(pairwise(flags)) if one != two]
+    at = there = 0
+    while at < len(ids) or there < len(expected):
+        if ids[at : at + 1] == expected[there : there + 1]:
+            at, there = at + 1, there + 1
+        elif at + 1 in borders and at < len(ids) and ids[at] == processor.tokenizer.eos_token_id:
+            at += 1  # the end of a reply, which the template lacks
+        else:
+            step = _straddled(processor, ids[at:], expected[there:]) if _is_near(at, borders) else None
+            if step is None:
+                return at
+            at, there = at + step[0], there + step[1]
+    return None
+
+
+def _is_near(at: int, borders: list[int]) -> bool:
+    return any(abs(at - border) <= _STRADDLE for border in borders)
+
+
+def _straddled(processor: ChatProcessor, ours: list[int], theirs: list[int]) -> tuple[int, int] | None:
+    """The fewest tokens of each that spell the same text; None where a few do not."""
+    for total in range(2, 2 * _STRADDLE + 1):
+        for own in range(1, total):
+            one, two = ours[:own], theirs[: total - own]
+            if len(one) == own and len(two) == total - own and processor.decode(one) == processor.decode(two):
+                return own, total - own
+    return None
+
+
+def _compare_tensors(processor: ChatProcessor, name: str, own: dict[str, Any], pictures: Sequence[Picture]) -> None:
+    """What goes into the model beside ids must not depend on the text around the images."""
+    ours, _ = processor.image_inputs([_image(picture.size) for picture in pictures])
+    theirs = {key: value for key, value in own.items() if key not in TEXT_KEYS}
+    wrong = sorted(ours.keys() ^ theirs.keys()) + [
+        key for key in ours.keys() & theirs.keys() if not _equal(ours[key], theirs[key])
+    ]
+    if wrong:
+        raise UserError(
+            f"the model's processor makes another {wrong[0]!r} for {name} than for its images alone; "
+            "this family is not supported"
+        )
+
+
+def _equal(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return one.shape == two.shape and bool((one == two).all())
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
+        return len(one) == len(two) and all(map(_equal, one, two))
+    return bool(one == two)
+
+
+def _compare_types(processor: ChatProcessor, name: str, own: dict[str, Any]) -> None:
+    """Where the family marks tokens by their kind, images must be exactly the placeholders."""
+    for key in TEXT_KEYS[2:]:
+        if key in own:
+            found = [bool(value) for value in own[key][0].tolist()]
+            if found != [id_ == processor.image_token_id for id_ in own["input_ids"]]:
+                raise UserError(
+                    f"the model's processor marks other tokens than placeholders in {key!r} of {name}; "
+                    "this family is not supported"
+                )

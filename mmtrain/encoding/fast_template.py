@@ -1,0 +1,86 @@
+"""Tokenizer and chat template beneath transformers' wrappers, which take as long again as what they wrap."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from transformers.utils import chat_template_utils
+
+from mmtrain.records.chat import Messages
+
+_FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}"
+"""Put before a template that prints today's date: a run must not depend on the day it was started."""
+
+
+def without_padding(tokenizer: Any) -> Any:
+    """`tokenizer`, whose native part pads and cuts nothing, whatever its file or an earlier caller has set."""
+    native = getattr(tokenizer, "backend_tokenizer", None)
+    if native is not None:
+        native.no_padding()
+        native.no_truncation()
+    return tokenizer
+
+
+def chat_template(tokenizer: Any, processor: Any | None) -> str | None:
+    """The processor's template, or else the tokenizer's."""
+    template = getattr(processor, "chat_template", None) or tokenizer.chat_template
+    template = template.get("default") if isinstance(template, dict) else template
+    return _FIXED_DATE + template if template and "strftime_now" in template else template
+
+
+def text_encoder(tokenizer: Any, literal: bool) -> Callable[[str], list[int]]:
+    """From text to ids, straight through the native part where there is one: the wrapper takes as long again."""
+    wrapped = functools.partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=literal)
+    wrapped("word")  # leaves the native part in the state that `literal` asks for
+    native = getattr(tokenizer, "backend_tokenizer", None)
+    if native is None:
+        return wrapped
+    return lambda text: native.encode(text, add_special_tokens=False).ids
+
+
+def through_wrapper(tokenizer: Any, template: str | None) -> Callable[[Messages, bool], str]:
+    """From messages to text by `template`, as transformers does it."""
+
+    def render(messages: Messages, add_generation_prompt: bool) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+    return render
+
+
+def renderer(tokenizer: Any, template: str | None) -> Callable[[Messages, bool], str]:
+    """From messages to text by `template`: through its compiled form where that gives what the wrapper gives, which
+    copies every message twice on its way."""
+    wrapped = through_wrapper(tokenizer, template)
+    compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
+    if compile_template is None or template is None:
+        return wrapped
+    try:
+        compiled, known = compile_template(template), dict(tokenizer.special_tokens_map)
+    except Exception:  # a template that does not compile: the wrapper says why
+        return wrapped
+
+    def direct(messages: Messages, add_generation_prompt: bool) -> str:
+        return str(
+            compiled.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **known
+            )
+        )
+
+    return direct if _outcome(direct) == _outcome(wrapped) else wrapped
+
+
+def _outcome(render: Callable[[Messages, bool], str]) -> list[str]:
+    """What `render` makes of a few conversations, or says against them."""
+    found = []
+    for content in ("probe", [{"type": "text", "text": "probe"}], [{"type": "image"}, {"type": "text", "text": "a"}]):
+        messages: Messages = [{"role": role, "content": content} for role in ("user", "assistant")]
+        for begun in (False, True):
+            try:
+                found.append(render(messages[: 2 - begun], begun))
+            except Exception as error:  # a template can raise anything
+                found.append(str(error))
+    return found

@@ -1,0 +1,44 @@
+"""A model directory's chat processor, ready for use."""
+
+from typing import Any
+
+from mmtrain.encoding.directory import load_parts, model_directory
+from mmtrain.encoding.family_trial import try_family
+from mmtrain.encoding.fast_template import chat_template, through_wrapper
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.template_trial import try_template
+from mmtrain.errors import UserError
+from mmtrain.records.chat import SampleError
+from mmtrain.safe_text import shown
+
+_ORDINARY_TEXT = ("The quick brown fox jumps over the lazy dog.", "What is 12 + 30? It is 42!")
+
+
+def load_processor(path: str, tried: bool = False) -> ChatProcessor:
+    """The processor in a model directory or the local hub cache, checked.
+
+    `tried`: another process has tried the template and the family's own ids already. Raises UserError, naming `path`.
+    """
+    directory = model_directory(path)
+    try:
+        parts = load_parts(directory)
+        _check_tokenizer(parts.tokenizer)
+        template = chat_template(parts.tokenizer, parts.processor)
+        if not tried:
+            try_template(template, through_wrapper(parts.tokenizer, template))
+        processor = ChatProcessor(parts)
+        processor.check()
+        if not tried:
+            try_family(processor)
+    except (UserError, SampleError) as error:
+        raise UserError(f"{path}: {error}") from None
+    return processor
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    """Raises UserError where ordinary text does not survive: such a tokenizer would teach nonsense."""
+    for text in _ORDINARY_TEXT:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if back.strip() != text:
+            raise UserError(f"the tokenizer does not give back ordinary text: {shown(text)} came back as {shown(back)}")

@@ -1,0 +1,109 @@
+"""The same answers with other pictures: what a model that looks must lose by, and one that does not, not."""
+
+import io
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import PIL.Image
+
+from mmtrain.dataset.plan import Indices
+from mmtrain.dataset.samples import SampleSet
+from mmtrain.encoding.encode import Encoded
+from mmtrain.encoding.images import Picture
+from mmtrain.records.chat import Conversation, Image, SampleError
+from mmtrain.records.sources import Place
+
+Change = Literal["swapped", "grey", "none"]
+CHANGES: tuple[Change, ...] = ("swapped", "grey", "none")
+_GREY = (128, 128, 128)
+
+
+class ChangedPictures:
+    """Samples whose pictures are another sample's, or plain grey of the same size, or left out.
+
+    Placeholders are laid out anew for the new pictures; words and labels stay.
+    """
+
+    def __init__(self, samples: SampleSet, change: Change, numbers: Indices, seed: int = 0) -> None:
+        self.encoder = samples.encoder
+        self._samples = samples
+        self._change = change
+        self._donors = _donors(samples, numbers, seed) if change == "swapped" else {}
+
+    @property
+    def numbers(self) -> Indices | None:
+        """The samples that have other pictures to be swapped with; None where the change is possible for all."""
+        return np.array(sorted(self._donors), np.int64) if self._change == "swapped" else None
+
+    def place(self, index: int) -> Place:
+        return self._samples.place(index)
+
+    def encoded(self, index: int) -> Encoded:
+        """Raises SampleError where the changed sample cannot be encoded."""
+        conversation = self._samples.conversation(index)
+        if self._change == "none":
+            return self.encoder.encode_with(_without_images(conversation), ())
+        pictures = self._samples.pictures(index)
+        if self._change == "grey":
+            return self.encoder.encode_with(conversation, [_grey(picture) for picture in pictures])
+        pool = [picture for donor in self._donors[index] for picture in self._samples.pictures(donor)]
+        return self.encoder.encode_with(conversation, [pool[i % len(pool)] for i in range(len(pictures))])
+
+
+def _donors(samples: SampleSet, numbers: Indices, seed: int) -> dict[int, list[int]]:
+    """For each sample the samples whose pictures it gets: the next ones, on a random circle of its source, that have
+    none of its own pictures. A sample without such a donor is left out."""
+    names = {int(number): _names(samples.conversation(int(number))) for number in numbers}
+    by_source: dict[int, list[int]] = {}
+    for number, own in names.items():
+        if own:
+            by_source.setdefault(samples.source(number), []).append(number)
+    donors: dict[int, list[int]] = {}
+    for source, circle in by_source.items():
+        order = np.random.default_rng([seed, source]).permutation(circle).tolist()
+        for place, number in enumerate(order):
+            following = (order[(place + step) % len(order)] for step in range(1, len(order)))
+            others = (other for other in following if not set(names[other]) & set(names[number]))
+            chosen: list[int] = []
+            while sum(len(names[other]) for other in chosen) < len(names[number]):
+                other = next(others, None)
+                if other is None:
+                    break
+                chosen.append(other)
+            if chosen:
+                donors[number] = chosen
+    return donors
+
+
+def _names(conversation: Conversation) -> list[object]:
+    return [image.data or image.name for image in conversation.images]
+
+
+def _without_images(conversation: Conversation) -> Conversation:
+    return Conversation(
+        tuple(
+            replace(message, parts=tuple(part for part in message.parts if not isinstance(part, Image)))
+            for message in conversation.messages
+        )
+    )
+
+
+def _grey(picture: Picture) -> Picture:
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", picture.size, _GREY).save(buffer, "PNG")
+    return Picture(picture.name, buffer.getvalue(), picture.size)
+
+
+def encodable(samples: ChangedPictures, numbers: Indices, max_length: int) -> tuple[Indices, list[int]]:
+    """The samples that can still be encoded within `max_length` tokens after the change, and their lengths."""
+    kept, lengths = [], []
+    for number in numbers.tolist():
+        try:
+            length = samples.encoded(number).num_tokens
+        except SampleError:
+            continue
+        if length <= max_length:
+            kept.append(number)
+            lengths.append(length)
+    return np.array(kept, np.int64), lengths

@@ -1,0 +1,1 @@
+"""Outputs of a frozen vision tower and projector, cached."""

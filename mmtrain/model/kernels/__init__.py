@@ -1,0 +1,1 @@
+"""Faster equivalents of library modules. The rest of mmtrain works without them."""

@@ -1,0 +1,45 @@
+"""Matrix products with weights that do not learn, by the library that is quickest at them.
+
+On the CPU torch's own `mm` goes to oneDNN for bfloat16 but to another library for float32, which is a tenth slower on
+some processors; so oneDNN is asked by name, through the operator that torch's compiler uses for it.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmtrain.dataset.batch import ROW_MULTIPLE
+
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W' + b: (rows, out) from x (rows, in), contiguous, and weight (out, in), which may be a transposed view."""
+    if not _is_for_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    out: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
+    return out
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Not for any number of rows: for each it makes a program, and keeps it between the tensors on the heap. Nor for a
+    weight with gaps between its rows, which takes it a thousand times as long."""
+    is_plain = _ONEDNN is not None and x.device.type == "cpu" and x.dtype == torch.float32
+    is_dense = weight.is_contiguous() or weight.t().is_contiguous()
+    return is_plain and is_dense and len(x) > 0 and len(x) % ROW_MULTIPLE == 0
+
+
+class FrozenLinear(torch.autograd.Function):
+    """`product` with a weight and a bias that do not learn."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return product(outer[0].contiguous(), weight.t()), None, None

@@ -1,0 +1,48 @@
+"""The one shift and the one cross-entropy, shared by training and evaluation."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmtrain.dataset.batch import Batch
+from mmtrain.model.attention import row_layout
+from mmtrain.model.head import FrozenHeadNLL, before_head, frozen_head
+from mmtrain.model.inputs import on_device
+
+
+def supervised_nll(model: Any, inputs: dict[str, Any], batch: Batch) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each supervised token, and whether it was the likeliest: both (num_supervised,).
+
+    The second is meant for evaluation: where gradients are wanted and the head is frozen it is not looked for.
+
+    The token at position t is predicted from position t - 1. Logits, (num_supervised, vocabulary), are made at those
+    positions alone, a few hundred at a time where the head is frozen, and the cross-entropy is taken in float32:
+    -log softmax(logits)[target], in nats. Tokens come row by row, in order.
+    """
+    device = inputs["input_ids"].device
+    targets = on_device(batch.input_ids[batch.supervised], device)
+    predicting = on_device(_predicting(batch), device)
+    inputs = {**inputs, "logits_to_keep": predicting}
+    if batch.packed and (layout := row_layout(model)) is not None:
+        layout.predicting = predicting
+    head = frozen_head(model)
+    hidden = None if head is None else before_head(model, head, inputs)
+    if head is not None and hidden is not None:
+        nll, right = FrozenHeadNLL.apply(hidden.flatten(0, -2), head.weight, head.bias, targets)  # type: ignore[no-untyped-call]
+        return nll, right
+    logits = model(**inputs).logits.flatten(0, -2).float()
+    return F.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1) == targets
+
+
+def _predicting(batch: Batch) -> Tensor:
+    """The positions before the supervised ones: their places in the one row of a packed batch, a mask over padded rows.
+
+    A mask makes the device count what it picks, and the program wait for the answer.
+    """
+    if batch.packed:
+        return batch.supervised[0].nonzero()[:, 0] - 1
+    predicts = torch.zeros_like(batch.supervised)
+    predicts[:, :-1] = batch.supervised[:, 1:]
+    return predicts

@@ -1,0 +1,108 @@
+"""The keys of a record: each is understood, plainly metadata, empty, ignored by name in the config, or refused.
+
+Metadata are the names in `METADATA` and all that end in `_id`. They say where a record comes from and never how it is
+trained on. Everything else that a reader does not use could matter (a loss flag, boxes, tools, a second image).
+"""
+
+import re
+from collections.abc import Iterable, Set
+from typing import Any
+
+from mmtrain.records.chat import SampleError
+from mmtrain.safe_text import shown
+
+Record = dict[str, Any]
+
+_NAMES = """
+id _id idx index uid uuid guid key hash md5 sha256 title
+source sources data_source dataset dataset_name data_name subset split origin file filename file_name url link
+license licence copyright author annotator version model model_name generator meta metadata
+timestamp time date datetime created created_at create_time updated_at update_time
+category categories subcategory task task_type task_name type domain topic topics tag tags keyword keywords
+language lang difficulty width height width_list height_list
+"""
+METADATA = frozenset(_NAMES.split())
+_PART_KEYS = {
+    "text": frozenset({"type", "text", "value"}),
+    "image": frozenset({"type", "image", "path", "url", "value", "index", "detail"}),
+    "image_url": frozenset({"type", "image_url", "path", "url", "value", "index", "detail"}),
+}
+IMAGE_KEYS = frozenset({"path", "url", "detail"})
+"""Of an image that is given as an object. `detail` is OpenAI's hint for its own service."""
+_SUFFIX = r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|avif|heic|mp4|avi|mov|mkv|webm|wav|mp3|flac)"
+_MEDIA = re.compile(rf"data:(image|video|audio)/|.*{_SUFFIX}$", re.IGNORECASE)
+
+
+def without_keys(record: Record, ignored: Set[str]) -> Record:
+    """A copy of `record` without the keys `ignored`, in the record, its turns and the parts of their content."""
+    return {key: _without(value, ignored, 2) for key, value in record.items() if key not in ignored}
+
+
+def _without(value: Any, ignored: Set[str], depth: int) -> Any:
+    if isinstance(value, list):
+        return [_without_in_object(item, ignored, depth) for item in value]
+    return value
+
+
+def _without_in_object(item: Any, ignored: Set[str], depth: int) -> Any:
+    if not isinstance(item, dict):
+        return item
+    return {k: _without(v, ignored, depth - 1) if depth > 1 else v for k, v in item.items() if k not in ignored}
+
+
+def check_keys(record: Record, understood: Set[str], turns: Iterable[Record], of_turn: Set[str]) -> None:
+    """Raises SampleError naming every key of the record, its turns and their parts that would be lost in silence."""
+    lost = [(shown(key, 40), value) for key, value in _unknown(record, understood)]
+    for number, turn in enumerate(turns, start=1):
+        lost += [(f"{shown(key, 40)} of turn {number}", value) for key, value in _unknown(turn, of_turn)]
+        for content in turn.values():
+            for part in content if isinstance(content, list) else ():
+                known = _PART_KEYS.get(str(part.get("type"))) if isinstance(part, dict) else None
+                if known is not None:
+                    lost += [(f"{shown(k, 40)} of a part of turn {number}", v) for k, v in _unknown(part, known)]
+    refuse_keys(lost)
+
+
+def refuse_keys(lost: list[tuple[str, Any]]) -> None:
+    """Raises SampleError where there are any of these (name, value)."""
+    if not lost:
+        return
+    names = ", ".join(name for name, _ in lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+    hint = "only text, and images under 'image' or 'images', are read: " if any(_is_media(v) for _, v in lost) else ""
+    what, them = ("the key", "it") if len(lost) == 1 else ("the keys", "them")
+    raise SampleError(
+        f"{what} {names} {'is' if len(lost) == 1 else 'are'} not understood: {hint}remove {them}, or name {them} in "
+        f"data.ignore_fields to train without {them}"
+    )
+
+
+def unknown_keys(found: Record, understood: Set[str]) -> list[tuple[str, Any]]:
+    """The keys of `found`, quoted, with their values, that are neither understood nor metadata nor empty."""
+    return [(shown(key, 40), value) for key, value in _unknown(found, understood)]
+
+
+def _unknown(found: Record, understood: Set[str]) -> list[tuple[str, Any]]:
+    unknown = found.keys() - understood - METADATA
+    if not unknown:
+        return []
+    return [
+        (key, value)
+        for key, value in found.items()
+        if key in unknown and not key.endswith("_id") and not (value is None or value in ("", [], {}))
+    ]
+
+
+def check_no_image_is_lost(record: Record, understood: Set[str]) -> None:
+    """Of a record without images. Raises SampleError where its metadata name an image, video or sound."""
+    for key, value in record.items():
+        if key not in understood and _is_media(value):
+            raise SampleError(
+                f"{shown(key, 40)} is {shown(value)} and the record has no image: give images under 'image' or "
+                f"'images', or name the key in data.ignore_fields"
+            )
+
+
+def _is_media(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(_is_media(item) for item in value)
+    return isinstance(value, str) and _MEDIA.match(value[-200:] if len(value) > 200 else value) is not None

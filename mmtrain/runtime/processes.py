@@ -1,0 +1,205 @@
+"""Devices, precision and processes: with `launch` the only room that asks the environment about them."""
+
+import datetime
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from mmtrain.errors import STOP_SIGNALS, PeerError, UserError
+from mmtrain.runtime.activity import Activity
+from mmtrain.runtime.host_memory import keep_freed_memory
+from mmtrain.runtime.peers import Peers
+from mmtrain.runtime.supervisor import Supervisor
+
+Result = TypeVar("Result")
+_TIMEOUT_SECONDS = 1800.0
+
+
+class Runtime:
+    """One process among `num_processes`, its device, and the sums over all of them.
+
+    `timeout`: seconds without progress after which a run that is supervised counts as hung; collectives give up later.
+    `threads`: of the CPU, for this process; None leaves them to torch, shared among the processes of the machine.
+    """
+
+    def __init__(self, dtype: str, timeout: float = _TIMEOUT_SECONDS, threads: int | None = None) -> None:
+        self._store: Any = None
+        self._timeout = timeout
+        self.activity = Activity()
+        self._supervisor: Supervisor | None = None
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self._meet()
+        if threads is None and local > 1 and "OMP_NUM_THREADS" not in os.environ:
+            threads = max(1, (os.cpu_count() or 1) // local)
+        # accelerate sets the threads of several processes by itself where this is not set
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads or torch.get_num_threads()))
+        self._accelerator = Accelerator(
+            mixed_precision="bf16" if dtype == "bfloat16" else "no", cpu=not torch.accelerator.is_available()
+        )
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.device: torch.device = self._accelerator.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.num_processes: int = self._accelerator.num_processes
+        self.index: int = self._accelerator.process_index
+        self.is_main: bool = self._accelerator.is_main_process
+        first = self.index - self._accelerator.local_process_index
+        self._neighbours = range(first, min(first + local, self.num_processes))
+
+    def _meet(self) -> None:
+        """Join the other processes. Raises PeerError where they do not come: another start may find them."""
+        seconds = datetime.timedelta(seconds=self._timeout + 60)
+        try:
+            self._store, rank, world_size = next(iter(rendezvous("env://", timeout=seconds)))
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                # the agent's store outlives a restart, and what the last start left in it is not for this one
+                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                self._store = PrefixStore(f"mmtrain/{attempt}", self._store)
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if backend == "nccl" else None
+            if device is not None:
+                if int(device.index) >= torch.cuda.device_count():
+                    raise UserError(
+                        f"process {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                        "start fewer processes"
+                    )
+                torch.cuda.set_device(device)
+            dist.init_process_group(
+                backend, store=self._store, rank=rank, world_size=world_size, timeout=seconds, device_id=device
+            )
+        except dist.DistError as error:
+            raise PeerError(f"the processes of the run did not meet: {str(error).splitlines()[0]}") from None
+        except ValueError as error:  # an address or a port is missing among the variables
+            raise UserError(f"this process cannot join others: {str(error).splitlines()[0]}") from None
+
+    @property
+    def num_threads(self) -> int:
+        return torch.get_num_threads()
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """What decides, beside the program, which bits come out."""
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        return {"torch": torch.__version__, "device": device}
+
+    @contextmanager
+    def supervised(self, stacks: Path) -> Iterator[None]:
+        """Answer signals, and end the run by name where a process is dead or stands still.
+
+        An error that leaves the block is told to the other processes first.
+        """
+        store = None if self._store is None else self._store.clone()
+        peers = Peers(store, self.index, self.num_processes, self._neighbours, self._timeout)
+        alone = self.num_processes == 1
+        self._supervisor = Supervisor(self.activity, peers, self.index, alone, self._timeout, stacks)
+        self._supervisor.start()
+        try:
+            yield
+            self.wait()
+        except UserError as error:
+            error.told = self._supervisor.tell(error)
+            raise
+        except Exception as error:
+            failed = UserError(f"process {self.index} failed: {type(error).__name__}: {error}")
+            failed.exit_code = 1
+            self._supervisor.tell(failed)
+            raise
+        finally:
+            self._supervisor.stop()
+            self._supervisor = None
+
+    @property
+    def asked(self) -> int | None:
+        """The signal that this process knows of; another may not know of it yet."""
+        return None if self._supervisor is None else self._supervisor.asked
+
+    def agree(self, values: Tensor) -> tuple[Tensor, int | None]:
+        """`values` (float64, 1-d) summed over all processes, on the CPU where there are several, and the signal by
+        which all of them stop, if any."""
+        if self.num_processes == 1:
+            return values, self.asked
+        flags = torch.tensor([float(self.asked == signum) for signum in STOP_SIGNALS], dtype=torch.float64)
+        total = self.sum(torch.cat([values.to(self.device), flags.to(self.device)])).cpu()
+        signum = next(
+            (int(n) for n, count in zip(STOP_SIGNALS, total[-len(STOP_SIGNALS) :], strict=True) if count), None
+        )
+        return total[: -len(STOP_SIGNALS)], signum
+
+    def should_break(self, together: bool) -> bool:
+        """Whether to leave a long loop because of a signal; `together`: all processes leave at the same turn."""
+        if together and self._supervisor is not None:
+            return self.agree(torch.zeros(0, dtype=torch.float64))[1] is not None
+        return self.asked is not None
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """bfloat16 for matrix products where the config says so; the float32 adapters stay float32."""
+        context: AbstractContextManager[None] = self._accelerator.autocast()
+        return context
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` summed over all processes."""
+        with self._together():
+            total: Tensor = self._accelerator.reduce(values, reduction="sum")
+        return total
+
+    def gather(self, values: Tensor) -> Tensor:
+        """(num_processes, *values.shape) `values` of every process, in their order."""
+        found = [torch.empty_like(values) for _ in range(self.num_processes)]
+        with self._together():
+            dist.all_gather(found, values)
+        return torch.stack(found)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        with self._together():
+            self._accelerator.wait_for_everyone()
+
+    def from_first(self, key: str, make: Callable[[], str]) -> str:
+        """What `make` gives in the first process; the others wait at the store, which a collective's timeout spares."""
+        if self.num_processes == 1:
+            return make()
+        if self.is_main:
+            found = make()
+            self._store.set(key, found)
+            return found
+        doing = self.activity.phase
+        self.activity.set("waiting")
+        with self._together():  # the first process may hold the store: with it, it is gone
+            while not self._store.check([key]):
+                time.sleep(0.05)
+            found = str(self._store.get(key).decode())
+        self.activity.set(doing)
+        return found
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """A collective: where it breaks because a process is gone, say which."""
+        if self.num_processes == 1:
+            yield
+            return
+        self.activity.waiting = True
+        try:
+            yield
+        except RuntimeError as error:
+            if self._supervisor is None:
+                raise
+            raise self._supervisor.lost() from error
+        finally:
+            self.activity.waiting = False
+
+    def close(self) -> None:
+        self._accelerator.end_training()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""What training and evaluation share: scores of a model on samples."""

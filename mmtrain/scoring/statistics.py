@@ -1,0 +1,199 @@
+"""Figures out of scores: perplexity with its interval, groups, extremes, and paired differences of two models.
+
+A sample is what is drawn at random, not an answer or a token: answers of one conversation hang together. Every
+interval is the percentile bootstrap over samples (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
+chapter 13): draw as many samples as there are, with replacement, compute the figure anew, do so 1,000 times, and
+take the 2.5th and the 97.5th percentile of what comes out. The seed is fixed, so the same scores give the same
+interval. A figure per token is a ratio of two sums over samples, and both sums are drawn together.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mmtrain.errors import NonFiniteError, UserError
+from mmtrain.scoring.scores import Floats, Ints, Scores
+
+NUM_RESAMPLES = 1000
+_SEED = 0
+_PERCENTILES = (2.5, 97.5)
+_DRAWN_AT_ONCE = 1_000_000
+"""Samples drawn in one go: bounds the memory, whatever the number of samples."""
+_LENGTHS: tuple[tuple[str, int, float], ...] = (
+    ("1-4", 1, 4),
+    ("5-16", 5, 16),
+    ("17-64", 17, 64),
+    ("65-256", 65, 256),
+    ("over 256", 257, math.inf),
+)
+_MAX_NLL = 700.0
+"""Nats: exp of more than about 709 is no double."""
+
+Groups = dict[str, dict[str, float]]
+
+
+def summary(scores: Scores) -> dict[str, Any]:
+    """The figures of a whole set. All sums are over learned tokens, or over the answers that have some.
+
+    - `nll`: sum of nll / sum of tokens, nats per token. `perplexity`: exp(nll) (Jelinek and others, 1977).
+    - `sample_nll`: the mean over samples of each sample's own sum of nll / its tokens, nats per token.
+    - `token_accuracy`: the share of the tokens that were the likeliest.
+    - `bits_per_byte`: sum of nll / ln 2 / bytes of the answers in UTF-8, the same measure for every tokenizer
+      (Gao and others, The Pile, 2020, section 3.1). None where the answers have no bytes.
+    - `interval`: `nll` and `perplexity` as [low, high], 95 % by the bootstrap; that of the perplexity is exp of
+      the other one. One sample alone has no spread: its interval is the value itself.
+    """
+    scores = _learned(scores)
+    samples = _per_sample(scores, scores.nll, scores.num_supervised)
+    num_bytes = int(scores.num_bytes.sum())
+    figures = _figures(scores)
+    nll, tokens = _resampled(samples).T
+    low, high = _interval(nll / tokens)
+    return {
+        **figures,
+        "sample_nll": float((samples[:, 0] / samples[:, 1]).mean()),
+        "bits_per_byte": float(samples[:, 0].sum()) / math.log(2) / num_bytes if num_bytes else None,
+        "interval": {"perplexity": [_perplexity(low), _perplexity(high)], "nll": [low, high]},
+    }
+
+
+def by_source(scores: Scores, names: Sequence[str]) -> Groups:
+    """The figures of each source by its name, in the order of `names`; sources of one name count as one."""
+    scores = _learned(scores)
+    numbers = {name: [i for i, other in enumerate(names) if other == name] for name in names}
+    return _groups(scores, ((name, np.isin(scores.source, own)) for name, own in numbers.items()))
+
+
+def by_answer(scores: Scores) -> Groups:
+    """The figures of the first learned answers of all conversations ("1"), of the second ones ("2") and so on."""
+    scores = _learned(scores)
+    return _groups(scores, ((str(turn), scores.answer == turn) for turn in np.unique(scores.answer)))
+
+
+def by_image(scores: Scores) -> Groups:
+    """The figures of the samples without a picture, and of those with one."""
+    scores = _learned(scores)
+    return _groups(scores, (("text-only", ~scores.has_image), ("with image", scores.has_image)))
+
+
+def by_length(scores: Scores) -> Groups:
+    """The figures of the answers of 1 to 4 learned tokens, of 5 to 16 and so on."""
+    scores = _learned(scores)
+    length = scores.num_supervised
+    return _groups(scores, ((name, (low <= length) & (length <= high)) for name, low, high in _LENGTHS))
+
+
+def extremes(scores: Scores, num: int = 10) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """The `num` least likely samples, the worst first, and the `num` most likely, the best first.
+
+    Each is the sample's number and its mean nll in nats per token; of equal ones the earlier sample comes first.
+    """
+    scores = _learned(scores)
+    nll, tokens = _per_sample(scores, scores.nll, scores.num_supervised).T
+    means, numbers = nll / tokens, np.unique(scores.sample)
+
+    def first(order: npt.NDArray[np.intp]) -> list[tuple[int, float]]:
+        return [(int(numbers[i]), float(means[i])) for i in order[:num]]
+
+    return first(np.argsort(-means, kind="stable")), first(np.argsort(means, kind="stable"))
+
+
+def difference(a: Scores, b: Scores) -> dict[str, Any]:
+    """How much less likely the same answers are to `b` than to `a`: above 0, `a` is the better one.
+
+    - `nats_per_token`: (sum of nll of b - sum of nll of a) / tokens, and its 95 % `interval`.
+    - `share`: nats_per_token / the nll per token of `a`, and its `share_interval`, from the same draws. They are
+      None where `a` gives all the tokens drawn a probability of 1, as there is no share of nothing.
+    - `nll`: of `b`, nats per token. `num_samples`: the samples that both have.
+
+    Paired: each draw takes the same samples of both, so what makes a sample hard for either cancels out.
+    Raises ValueError when the two are not of the same answers with the same tokens.
+    """
+    a, b = _learned(a), _learned(b)
+    if not all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("sample", "answer", "num_supervised")):
+        raise ValueError("the two scores are not of the same answers with the same learned tokens")
+    samples = _per_sample(a, b.nll - a.nll, a.nll, a.num_supervised)
+    more, nll, tokens = samples.sum(axis=0).tolist()
+    drawn_more, drawn_nll, drawn_tokens = _resampled(samples).T
+    return {
+        "nats_per_token": more / tokens,
+        "interval": list(_interval(drawn_more / drawn_tokens)),
+        "share": more / nll if nll > 0 else None,
+        "share_interval": list(_interval(drawn_more / drawn_nll)) if (drawn_nll > 0).all() else None,
+        "nll": float(b.nll.sum()) / tokens,
+        "num_samples": len(samples),
+    }
+
+
+def _learned(scores: Scores) -> Scores:
+    """The answers that have learned tokens, ordered by sample, then by answer.
+
+    Raises UserError where there are none, and NonFiniteError where one has no finite nll.
+    """
+    order = np.lexsort((scores.answer, scores.sample))
+    scores = _take(scores, order[scores.num_supervised[order] > 0])
+    if not len(scores.sample):
+        raise UserError(
+            "eval: nothing is supervised: no sample has a learned token, at least one is needed; "
+            "see `mmtrain inspect-labels` for what is learned of the data"
+        )
+    if not np.isfinite(scores.nll).all():
+        number = scores.sample[~np.isfinite(scores.nll)][0]
+        raise NonFiniteError(f"eval: the loss of sample {number} is not a finite number; check the model's weights")
+    return scores
+
+
+def _take(scores: Scores, rows: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> Scores:
+    return Scores(**{field.name: getattr(scores, field.name)[rows] for field in fields(scores)})
+
+
+def _per_sample(scores: Scores, *columns: Floats | Ints) -> Floats:
+    """(num_samples, num_columns) each sample's sums, ordered by sample; `scores` as _learned gives them."""
+    starts = np.unique(scores.sample, return_index=True)[1]
+    return np.stack([np.add.reduceat(column.astype(np.float64), starts) for column in columns], axis=1)
+
+
+def _figures(scores: Scores) -> dict[str, float]:
+    """`nll` in nats per token, `token_accuracy` a share, the rest as in `summary`."""
+    tokens = int(scores.num_supervised.sum())
+    nll = float(_per_sample(scores, scores.nll).sum()) / tokens
+    return {
+        "nll": nll,
+        "perplexity": _perplexity(nll),
+        "token_accuracy": int(scores.num_right.sum()) / tokens,
+        "num_supervised": tokens,
+        "num_samples": len(np.unique(scores.sample)),
+    }
+
+
+def _groups(scores: Scores, masks: Iterable[tuple[str, npt.NDArray[np.bool_]]]) -> Groups:
+    """The figures of every group that has an answer."""
+    return {name: _figures(_take(scores, mask)) for name, mask in masks if mask.any()}
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(min(nll, _MAX_NLL))
+
+
+def _resampled(samples: Floats) -> Floats:
+    """(NUM_RESAMPLES, num_columns) sums of `samples` (num_samples, num_columns), drawn with replacement."""
+    rng = np.random.default_rng(_SEED)
+    num_samples = len(samples)
+    columns = np.ascontiguousarray(samples.T)
+    sums = np.empty((NUM_RESAMPLES, len(columns)))
+    at_once = max(1, _DRAWN_AT_ONCE // num_samples)
+    for start in range(0, NUM_RESAMPLES, at_once):
+        rows = sums[start : start + at_once]
+        drawn = rng.integers(num_samples, size=(len(rows), num_samples))
+        for number, column in enumerate(columns):
+            rows[:, number] = column[drawn].sum(axis=1)
+    return sums
+
+
+def _interval(figures: Floats) -> tuple[float, float]:
+    low, high = np.percentile(figures, _PERCENTILES).tolist()
+    return low, high
