@@ -69,7 +69,7 @@ def test_the_light_rooms_import_nothing_heavy(name: str) -> None:
 
 
 FLOORS = [
-    ["errors", "safe_text", "regular_files"],
+    ["errors", "safe_text", "regular_files", "parent_death"],
     ["config"],
     ["records"],
     ["encoding"],

@@ -9,17 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 
-from mmtrain.encoding.directory import model_directory
+from mmtrain.encoding.directory import files_in, model_directory, processor_files
 
-PROCESSOR_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*processor_config.json",
-)
-"""In a model directory: what decides how text and pictures become ids."""
 _WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _THREADS = 4
 _SETTLED_SECONDS = 2.0
@@ -33,10 +24,6 @@ Key = tuple[str, int, int, int]
 def cache_folder() -> Path:
     """The user's folder for what can be made again. Raises RuntimeError where there is no home."""
     return Path.home() / ".cache" / "mmtrain"
-
-
-def files_in(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
 def digest(paths: Iterable[Path], tick: Callable[[], None] = lambda: None) -> str:
@@ -53,7 +40,7 @@ def model_fingerprints(path: str, tick: Callable[[], None]) -> dict[str, str]:
     folder = model_directory(path)
     return {
         "model.weights": digest(files_in(folder, _WEIGHT_FILES), tick),
-        "model.processor": digest(files_in(folder, PROCESSOR_FILES), tick),
+        "model.processor": digest(processor_files(folder), tick),
     }
 
 
@@ -62,7 +49,7 @@ def file_hashes(paths: list[Path]) -> Iterator[str]:
     keys = [file_key(path) for path in paths]
     with closing(open_cache(_TABLE)) as cache, ThreadPoolExecutor(_THREADS) as pool:
         known = {key: _look_up(cache, key) for key in keys}
-        made = {key: pool.submit(_sha256, key[0]) for key, digest in known.items() if digest is None}
+        made = {key: pool.submit(sha256_of, key[0]) for key, digest in known.items() if digest is None}
         for key in keys:
             yield known[key] or made[key].result()
         fresh = [(*_row(key), future.result()) for key, future in made.items()]
@@ -110,6 +97,7 @@ def _row(key: Key) -> tuple[bytes, int, int, int]:
     return os.fsencode(path), size, changed, status_changed
 
 
-def _sha256(path: str) -> str:
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes. Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

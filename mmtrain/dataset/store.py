@@ -27,9 +27,9 @@ import transformers
 
 import mmtrain
 from mmtrain.dataset.encode_all import Note, Part, Recipe, encode_all, merge_notes
-from mmtrain.dataset.hashes import PROCESSOR_FILES, cache_folder, digest, file_key, files_in
+from mmtrain.dataset.hashes import cache_folder, digest, file_key
 from mmtrain.dataset.samples import SampleSet
-from mmtrain.encoding.directory import model_directory
+from mmtrain.encoding.directory import model_directory, processor_files
 from mmtrain.errors import storage_faults
 
 _VERSION = 3
@@ -135,7 +135,7 @@ def _name(recipe: Recipe, samples: SampleSet, tick: Callable[[], None]) -> str:
     processor = samples.encoder.processor
     depends_on = {
         "versions": [_VERSION, mmtrain.__version__, transformers.__version__, tokenizers.__version__],
-        "processor": digest(files_in(model_directory(recipe.model_path), PROCESSOR_FILES), tick),
+        "processor": digest(processor_files(model_directory(recipe.model_path)), tick),
         "model": str(processor.image_token_id),
         "end": sorted(processor.eos_ids),
         "template": processor.template,

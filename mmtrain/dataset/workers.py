@@ -1,9 +1,7 @@
 """Worker processes for work on samples. They end with the process that asked for them, however it ends."""
 
-import ctypes
 import multiprocessing
 import os
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -11,10 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from mmtrain.parent_death import end_with_parent
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-_SET_PARENT_DEATH_SIGNAL = 1
-"""PR_SET_PDEATHSIG of Linux's prctl(2)."""
 
 
 def num_cores() -> int:
@@ -49,9 +47,7 @@ def map_in_processes(
 
 
 def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    library = ctypes.CDLL(None)
-    if hasattr(library, "prctl"):
-        library.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    end_with_parent()
     torch.set_num_threads(1)  # more would only get in the way of the other processes
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     start(*arguments)

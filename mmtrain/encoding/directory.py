@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,18 @@ from mmtrain.safe_text import one_line, shown
 
 _NAMES_PROCESSOR = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json")
 """Files that may name the processor's class, in the order in which transformers asks them."""
+
+
+_PROCESSOR_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+    "*processor_config.json",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +59,16 @@ def model_directory(path: str) -> Path:
         raise UserError(
             f"{shown(path)}: not in the local hub cache, and nothing is fetched: run `hf download {path}`"
         ) from None
+
+
+def files_in(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files in `folder` that match any of the patterns, in the order of their names."""
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def processor_files(directory: Path) -> list[Path]:
+    """The files that decide how text and images become ids: hashed, and copied to what a run exports."""
+    return files_in(directory, _PROCESSOR_FILES)
 
 
 def load_parts(directory: Path) -> DirectoryParts:

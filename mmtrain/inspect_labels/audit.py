@@ -23,7 +23,7 @@ from mmtrain.dataset.samples import SampleSet
 from mmtrain.dataset.store import Store, open_store
 from mmtrain.encoding.images import Picture
 from mmtrain.encoding.load import load_processor
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, grouped
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.model.load import length_limit
 from mmtrain.records.chat import Conversation, Text
@@ -141,9 +141,10 @@ class AuditReport:
             yield f"\nNote: {kind}: {count:,} times, first at\n  {': '.join(self.first_notes[kind])}"
         for kind, found in self.faults.items():
             yield f"\nFault: {kind}: {len(found):,} times"
-            yield from (f"  {place}: {reason}" for place, reason in found[:_NUM_SHOWN])
-            if len(found) > _NUM_SHOWN:
-                yield f"  and {len(found) - _NUM_SHOWN:,} more"
+            lines = grouped([f"{place}: {reason}" for place, reason in found])
+            yield from (f"  {line}" for line in lines[:_NUM_SHOWN])
+            if len(lines) > _NUM_SHOWN:
+                yield f"  and {len(lines) - _NUM_SHOWN:,} more"
         yield f"\n{self.num_faults:,} faults" if self.faults else "\nNo faults"
 
 

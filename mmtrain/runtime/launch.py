@@ -3,11 +3,9 @@
 Beside the runtime the only room that reads the environment.
 """
 
-import ctypes
 import logging
 import os
 import re
-import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mmtrain.errors import FINAL_CODES, STOP_SIGNALS, PeerError, UserError
+from mmtrain.parent_death import end_with_parent
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult
@@ -53,7 +52,7 @@ def takes_part() -> bool:
     For srun, whose variables torch does not know, torch's own are set.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _end_with_parent()
+        _end_with_launcher()
         return True
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) < 2 or "SLURM_PROCID" not in os.environ:
         return False  # a batch script has most of srun's variables, but it is one process
@@ -197,9 +196,9 @@ def _first_host(nodes: str) -> str:
     return "localhost" if match is None else match[1] + (match[2] or "")
 
 
-def _end_with_parent() -> None:
-    """Have the kernel end this process with the launcher that started it (Linux's PR_SET_PDEATHSIG is 1)."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        if os.environ.get(_OURS, str(os.getppid())) != str(os.getppid()):  # it had ended before this was asked for
+def _end_with_launcher() -> None:
+    """Have this process end with the launcher that started it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = os.environ.get(_OURS)
+        if not end_with_parent(None if launcher is None else int(launcher)):
             sys.exit(PeerError.exit_code)

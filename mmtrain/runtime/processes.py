@@ -20,6 +20,7 @@ from mmtrain.runtime.activity import Activity
 from mmtrain.runtime.host_memory import keep_freed_memory
 from mmtrain.runtime.peers import Peers
 from mmtrain.runtime.supervisor import Supervisor
+from mmtrain.safe_text import one_line
 
 Result = TypeVar("Result")
 _TIMEOUT_SECONDS = 1800.0
@@ -80,9 +81,9 @@ class Runtime:
                 backend, store=self._store, rank=rank, world_size=world_size, timeout=seconds, device_id=device
             )
         except dist.DistError as error:
-            raise PeerError(f"the processes of the run did not meet: {str(error).splitlines()[0]}") from None
+            raise PeerError(f"the processes of the run did not meet: {one_line(error)}") from None
         except ValueError as error:  # an address or a port is missing among the variables
-            raise UserError(f"this process cannot join others: {str(error).splitlines()[0]}") from None
+            raise UserError(f"this process cannot join others: {one_line(error)}") from None
 
     @property
     def num_threads(self) -> int:

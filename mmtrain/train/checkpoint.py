@@ -5,7 +5,6 @@ never pickle. No random state is kept because none is needed: whatever is random
 It is made in a folder beside, flushed to the disk, and renamed; `manifest.json` holds the SHA-256 of every file.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmtrain.dataset.hashes import sha256_of
 from mmtrain.errors import NoCheckpointError, StorageError, UserError, storage_faults
 from mmtrain.safe_text import shown
 
@@ -130,7 +130,7 @@ class CheckpointFolder:
                 _write_tensors(held.weights, made / "trainable.safetensors")
                 _write_tensors(held.moments, made / "optimizer.safetensors")
                 (made / "state.json").write_text(json.dumps(state, indent=2))
-                sums = {path.name: _sha256(path) for path in sorted(made.iterdir())}
+                sums = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
                 (made / _MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=2))
                 write_folder(target, made)
             except OSError:
@@ -237,11 +237,6 @@ def _check_same(checkpoint: Path, weights: Mapping[str, Tensor], parameters: Map
         )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, None where it is sound."""
     try:
@@ -253,7 +248,7 @@ def _fault(checkpoint: Path) -> str | None:
         return f"{_MANIFEST} cannot be read ({error})"
     for name, expected in sums.items():
         try:
-            if _sha256(checkpoint / name) != expected:
+            if sha256_of(checkpoint / name) != expected:
                 return f"{name} is not what was written"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmtrain.config import Config
 from mmtrain.dataset.batch import Batch
-from mmtrain.encoding.directory import model_directory
+from mmtrain.encoding.directory import model_directory, processor_files
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.model.load import auto_class, load_model
@@ -26,21 +26,6 @@ from mmtrain.train.step import Learner
 MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 3e-2}
 """Largest relative difference (L2) of the logits once loaded back. In float32 it is 0 wherever kernels repeat
 themselves; in bfloat16 peft rounds parts trained in full to the base model's type as it loads them."""
-
-_PROCESSOR_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
 
 
 def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Batch, num_samples: int) -> str:
@@ -132,6 +117,5 @@ def _logits(model: Any, learner: Learner, batch: Batch) -> Tensor:
 
 def _copy_processor(source: Path, target: Path) -> None:
     """The processor's files, as they are."""
-    for name in _PROCESSOR_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for path in processor_files(source):
+        shutil.copyfile(path, target / path.name)
