@@ -290,3 +290,11 @@ def encoded_alone(encoder: Encoder, conversation: Conversation, root: Path) -> E
         return encoder.encode(conversation, root)
     except SampleError as error:
         return str(error)
+
+
+def test_the_cache_is_where_the_user_wants_it(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    opened(recipe_of(make_config("text")))
+    assert len(folders(tmp_path / "elsewhere" / "mmtrain" / "encoded")) == 1

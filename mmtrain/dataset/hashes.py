@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 
+import platformdirs
+
 from mmtrain.encoding.directory import files_in, model_directory, processor_files
 
 _WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -22,8 +24,8 @@ Key = tuple[str, int, int, int]
 
 
 def cache_folder() -> Path:
-    """The user's folder for what can be made again. Raises RuntimeError where there is no home."""
-    return Path.home() / ".cache" / "mmtrain"
+    """The user's folder for what can be made again: under XDG_CACHE_HOME where that is set, as the system has it."""
+    return platformdirs.user_cache_path("mmtrain")
 
 
 def digest(paths: Iterable[Path], tick: Callable[[], None] = lambda: None) -> str:
@@ -73,7 +75,7 @@ def open_cache(table: str) -> sqlite3.Connection:
         folder.mkdir(parents=True, exist_ok=True)
         cache = sqlite3.connect(folder / "hashes.sqlite3", timeout=5)
         _make_table(cache, table)
-    except (OSError, RuntimeError, sqlite3.Error):
+    except (OSError, sqlite3.Error):
         cache = sqlite3.connect(":memory:")
         _make_table(cache, table)
     return cache

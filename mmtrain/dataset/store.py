@@ -102,20 +102,13 @@ def open_store(recipe: Recipe, samples: SampleSet, advance: Callable[[int], None
     """
     name = _name(recipe, samples, tick)
     with suppress(_CannotWriteError):
-        return _find_or_make(_home(), name, recipe, samples, advance, tick)
+        return _find_or_make(cache_folder() / "encoded", name, recipe, samples, advance, tick)
     with storage_faults("the encoded samples can be written neither to the user's cache nor as temporary files"):
         folder = Path(tempfile.mkdtemp(prefix="mmtrain-"))
         try:
             return _find_or_make(folder, name, recipe, samples, advance, tick)
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # what is mapped stays until the process ends
-
-
-def _home() -> Path:
-    try:
-        return cache_folder() / "encoded"
-    except RuntimeError as error:
-        raise _CannotWriteError(str(error)) from None
 
 
 class _CannotWriteError(OSError):
@@ -179,7 +172,7 @@ def _find_or_make(
 def find_store(recipe: Recipe, samples: SampleSet) -> Store | None:
     """The store of the set that `recipe` gives, None where there is none that holds."""
     try:
-        return _found(_home() / _name(recipe, samples, lambda: None), lambda: None)
+        return _found(cache_folder() / "encoded" / _name(recipe, samples, lambda: None), lambda: None)
     except OSError:
         return None
 
