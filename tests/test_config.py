@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 import mmtrain
 from mmtrain.config import Config, dump_config, load_config
-from mmtrain.config.keys import CHANGEABLE
+from mmtrain.config.keys import AFFECTS_BITS, CHANGEABLE
 from mmtrain.config.schema import Run, Train, json_schema
 from mmtrain.config.yaml_file import MAX_BYTES, MAX_DEPTH, parse_yaml
 from mmtrain.errors import UserError
@@ -367,6 +367,11 @@ def test_what_may_change_on_resume_is_run_and_a_short_list_and_the_docs_name_it(
     assert CHANGEABLE == ("data.eval", "data.decode_images", "run")
     words = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
     assert [key for key in CHANGEABLE if f"`{key}`" not in words] == []
+
+
+def test_the_keys_of_run_that_may_change_bits() -> None:
+    no_bit = {"output_dir", "hang_timeout", "checkpoint_every", "keep_checkpoints", "eval_every"}
+    assert set(Run.model_fields) - set(AFFECTS_BITS) == no_bit
 
 
 # --- overrides ---

@@ -1,5 +1,6 @@
 """Whole runs: what they leave, that they go on exactly, and that what changes the result is refused."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -196,6 +197,49 @@ def test_what_only_changes_the_computing_is_taken_and_fresh_starts_over(shared_r
     assert [row["step"] for row in rows(shared_run)] == [1, 2, 3, 4, 5, 6]
     start_over(output)
     train(shared_run)
+
+
+def test_only_changes_that_may_change_bits_are_reported_on_resume(
+    shared_run: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (key, value, reported) in enumerate(
+        [
+            ("run.hang_timeout", 1000.0, ""),
+            ("run.eval_every", 2, ""),
+            ("data.decode_images", False, ""),
+            ("run.packing", False, "packing auto → False"),
+            ("run.activation_checkpointing", True, "activation_checkpointing False → True"),
+        ]
+    ):
+        output = Path(shared_run.run.output_dir).with_name(f"resumed-{number}")
+        shutil.copytree(shared_run.run.output_dir, output)
+        train(changed(changed(shared_run, key, value), "run.output_dir", str(output)))
+        told = [line for line in capsys.readouterr().err.splitlines() if "its bits may differ" in line]
+        expected = f"the result is the same within rounding, its bits may differ: {reported}"
+        assert told == ([expected] if reported else [])
+
+
+def test_a_checkpoint_from_before_there_was_a_section_run_is_resumed_to_the_same_bits(shared_run: Config) -> None:
+    output = Path(shared_run.run.output_dir).with_name("old")
+    shutil.copytree(shared_run.run.output_dir, output)
+    whole = adapter(shared_run)
+    shutil.rmtree(output / "adapter")
+    shutil.rmtree(output / "checkpoints" / "step-000006")
+    checkpoint = output / "checkpoints" / "step-000004"
+    state = json.loads((checkpoint / "state.json").read_text())
+    run = state["config"].pop("run")
+    state["config"]["train"] |= {("features" if key == "image_cache" else key): run[key] for key in run}
+    state["layout"]["features"] = state["layout"].pop("image_cache")
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["sha256"]["state.json"] = hashlib.sha256((checkpoint / "state.json").read_bytes()).hexdigest()
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    config = changed(shared_run, "run.output_dir", str(output))
+    with pytest.raises(UserError, match=r"^train\.seed: was '0' and is '1'"):
+        train(changed(config, "train.seed", 1))
+    train(config)
+    again = adapter(config)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 @pytest.fixture(scope="module")
