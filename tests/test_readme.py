@@ -40,6 +40,7 @@ def test_the_config_explained_in_the_readme_is_the_quickstart(tmp_path: Path) ->
     found, shipped = load_config(tmp_path / "readme.yaml"), load_config(ROOT / "configs" / "quickstart.yaml")
     assert found.tune == shipped.tune
     assert found.train == shipped.train
+    assert found.run == shipped.run
     assert [source.path for source in found.data.train] == [source.path for source in shipped.data.train]
 
 

@@ -1,0 +1,234 @@
+"""Every key of a config does what it says: with each of its values something else is seen, and it is what was set.
+
+What is expected is written out in the tables. `seen.py` has what is looked at.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import PIL.Image
+import pytest
+import seen
+import torch
+from builders import mixed_rows, write_jsonl
+from pydantic import BaseModel
+from seen import REFUSED
+
+from mmtrain.config.schema import Config
+
+QWEN = "qwen2_5_vl"
+RATE, RANK, ALPHA = 0.01, 4, 8.0
+LORA = {"mode": "lora", "rank": RANK, "alpha": ALPHA}
+
+
+@dataclass(frozen=True)
+class Key:
+    """What `seen` gives for a config in which the key has a value: the values of the key and what is expected."""
+
+    seen: Callable[[Config], Any]
+    expected: Sequence[tuple[Any, Any]]
+    given: dict[str, Any] = field(default_factory=dict)
+    """Other keys of the config."""
+    kind: str = "text"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def files(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
+    """The files that the tables name, in the working directory."""
+    for kind, path in model_dirs.items():
+        (tmp_path / kind).symlink_to(path)
+    rows = mixed_rows(tmp_path, with_images=False)
+    write_jsonl(tmp_path / "eight.jsonl", rows)
+    write_jsonl(tmp_path / "three.jsonl", rows[:3])
+    write_jsonl(tmp_path / "mixed.jsonl", mixed_rows(tmp_path, with_images=True))
+    turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "one"}]
+    turns += [{"role": "user", "content": "b?"}, {"role": "assistant", "content": "two"}]
+    write_jsonl(tmp_path / "turns.jsonl", [{"messages": turns}])
+    write_jsonl(tmp_path / "extra.jsonl", [{"messages": turns, "bbox": [1, 2]}])
+    llava = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "one"}]
+    write_jsonl(tmp_path / "llava.jsonl", [{"conversations": llava}])
+    image = [{"role": "user", "content": "<image>a?"}, {"role": "assistant", "content": "one"}]
+    for name in ("small", "large", "broken"):
+        write_jsonl(tmp_path / name / "one.jsonl", [{"messages": image, "images": ["0.png"]}])
+    PIL.Image.new("RGB", (64, 64)).save(tmp_path / "small" / "0.png")
+    PIL.Image.new("RGB", (128, 128)).save(tmp_path / "large" / "0.png")
+    content = (tmp_path / "small" / "0.png").read_bytes()
+    middle = content.index(b"IDAT") + 4
+    (tmp_path / "broken" / "0.png").write_bytes(content[:middle] + bytes(8) + content[middle + 8 :])
+
+
+def config_with(kind: str, keys: dict[str, Any]) -> Config:
+    data: dict[str, Any] = {
+        "model": {"path": kind, "dtype": "float32"},
+        "tune": {"language": LORA},
+        "data": {"train": [{"path": "eight.jsonl"}], "eval": [{"path": "three.jsonl"}]},
+        "train": {"steps": 2, "batch_size": 2, "learning_rate": RATE, "schedule": "constant"},
+        "run": {"output_dir": "run", "checkpoint_every": 1, "keep_checkpoints": 9},
+    }
+    for key, value in keys.items():
+        *sections, last = (int(word) if word.isdecimal() else word for word in key.split("."))
+        here: Any = data
+        for section in sections:
+            here = here.setdefault(section, {}) if isinstance(here, dict) else here[section]
+        here[last] = deepcopy(value)
+    return Config.model_validate(data)
+
+
+PROJECTIONS = {"vision": ("qkv", "proj"), "projector": ("mlp.0", "mlp.2"), "language": ("q_proj", "o_proj")}
+
+
+def keys_of(component: str) -> dict[str, Key]:
+    """The keys of one component; another one is trained in full, so that something always is."""
+    of, (first, second) = f"tune.{component}", PROJECTIONS[component]
+    other = {"tune.vision" if component == "projector" else "tune.projector": {"mode": "full"}}
+    given = {"tune.language": {"mode": "frozen"}} | other | {of: LORA}
+    plain = ALPHA / RANK
+
+    def key(look: Callable[[Config, str], Any], *expected: tuple[Any, Any]) -> Key:
+        return Key(lambda config: look(config, component), expected, given | {"data.train.0.path": "mixed.jsonl"}, QWEN)
+
+    modes = Key(
+        lambda config: seen.trainable_kinds(config, component),
+        [({"mode": "frozen"}, set()), ({"mode": "full"}, {"own"}), (LORA, {"adapter"})],
+        given,
+        QWEN,
+    )
+    return {
+        of: modes,
+        f"{of}.learning_rate": key(seen.rates, (None, {RATE}), (0.5, {0.5})),
+        f"{of}.rank": key(seen.ranks, (2, {2}), (8, {8})),
+        f"{of}.alpha": key(seen.scalings, (2.0, {(2.0 / RANK, False)}), (16.0, {(16.0 / RANK, False)})),
+        f"{of}.dropout": key(seen.computes_without_dropout, (0.0, True), (0.5, False)),
+        f"{of}.targets": key(
+            seen.adapted,
+            ([first], {first.split(".")[-1]}),
+            ([first, second], {first.split(".")[-1], second.split(".")[-1]}),
+        ),
+        f"{of}.variant": key(
+            seen.scalings,
+            ("lora", {(plain, False)}),
+            ("rslora", {(ALPHA / math.sqrt(RANK), False)}),
+            ("dora", {(plain, True)}),
+        ),
+    }
+
+
+def sources(at: str, number: Callable[[Config], Any], tokens: Callable[[Config], Any]) -> dict[str, Key]:
+    """The keys that a source of `data.train` and one of `data.eval` have."""
+    image = {f"{at}.path": "small/one.jsonl"}
+    formats = [("auto", 1), ("conversations", 1), ("openai", REFUSED), ("messages", REFUSED)]
+    return {
+        f"{at}.path": Key(number, [("eight.jsonl", 8), ("three.jsonl", 3)]),
+        f"{at}.root": Key(tokens, [(None, 16), ("large", 64)], image, QWEN),
+        f"{at}.format": Key(number, formats, {f"{at}.path": "llava.jsonl"}),
+    }
+
+
+ONE_IMAGE = {"data.train.0.path": "small/one.jsonl", "train.batch_size": 1}
+DATA = {
+    "model.path": Key(seen.model_type, [("text", "qwen3"), (QWEN, QWEN)]),
+    "model.dtype": Key(seen.frozen_types, [("float32", {torch.float32}), ("bfloat16", {torch.bfloat16})]),
+    **sources("data.train.0", seen.num_samples, seen.image_tokens),
+    **sources("data.eval.0", seen.num_eval_samples, seen.eval_image_tokens),
+    "data.train.0.weight": Key(seen.steps_of_an_epoch, [(1.0, 4), (2.5, 10)]),
+    "data.eval.0.name": Key(seen.eval_name, [(None, "three.jsonl"), ("held-out", "held-out")]),
+    "data.max_length": Key(seen.num_samples, [(4096, 8), (5, REFUSED)]),
+    "data.too_long": Key(seen.num_dropped, [("error", REFUSED), ("drop", 1)], {"data.max_length": 89}),
+    "data.decode_images": Key(
+        seen.num_samples, [(True, REFUSED), (False, 1)], {"data.train.0.path": "broken/one.jsonl"}, QWEN
+    ),
+    "data.ignore_fields": Key(seen.num_samples, [([], REFUSED), (["bbox"], 1)], {"data.train.0.path": "extra.jsonl"}),
+    "labels.train_on": Key(
+        seen.text_trained_on,
+        [("assistant", "one<|im_end|>two<|im_end|>"), ("last", "two<|im_end|>")],
+        {"data.train.0.path": "turns.jsonl"},
+    ),
+    "labels.end_of_turn": Key(
+        seen.text_trained_on,
+        [(True, "one<|im_end|>two<|im_end|>"), (False, "onetwo")],
+        {"data.train.0.path": "turns.jsonl"},
+    ),
+}
+TRAIN = {
+    "train.steps": Key(seen.num_steps, [(3, 3), (5, 5)]),
+    "train.epochs": Key(seen.num_steps, [(None, 4), (2.6, 11)], {"train.steps": None}),
+    "train.batch_size": Key(seen.samples_of_a_step, [(2, 2), (5, 5)]),
+    "train.learning_rate": Key(seen.rate_at(1), [(0.01, 0.01), (0.003, 0.003)]),
+    "train.schedule": Key(
+        seen.rate_at(2),
+        [("constant", RATE), ("linear", RATE * 0.75), ("cosine", RATE * (1 + math.cos(math.pi / 4)) / 2)],
+        {"train.steps": 4},
+    ),
+    "train.warmup_steps": Key(seen.rate_at(1), [(0, RATE), (4, RATE / 4)], {"train.steps": 5}),
+    "train.weight_decay": Key(seen.weight_decay, [(0.0, 0.0), (10.0, 10.0)]),
+    "train.max_grad_norm": Key(seen.norm_of_the_first_gradient, [(None, None), (0.05, 0.05), (0.1, 0.1)]),
+    "train.seed": Key(seen.same_as_seed_0, [(0, (True, True)), (1, (False, False))]),
+}
+RUN = {
+    "run.output_dir": Key(seen.folders_written, [("run", ["run"]), ("other", ["other"])]),
+    "run.microbatch_tokens": Key(seen.microbatches, [(1, [(2, True)]), (10_000, [(1, True)])]),
+    "run.microbatches": Key(seen.microbatches, [("auto", [(1, True)]), (2, [(2, True)])]),
+    "run.packing": Key(seen.microbatches, [("auto", [(1, True)]), (True, [(1, True)]), (False, [(1, False)])]),
+    "run.weights": Key(seen.num_shardings, [("replicate", 0), ("shard", 1)]),
+    "run.threads": Key(seen.num_threads, [(1, 1), (2, 2)]),
+    "run.hang_timeout": Key(seen.seconds_of_the_supervisor, [(100.0, [100.0]), (200.0, [200.0])]),
+    "run.activation_checkpointing": Key(seen.forward_passes_of_a_layer, [(False, 1), (True, 2)]),
+    "run.compile": Key(seen.is_compiled, [(False, False), (True, True)]),
+    "run.image_cache.memory_gib": Key(
+        seen.calls_of_the_tower_again, [(0.0, (1, False)), (1.0, (0, False))], ONE_IMAGE, QWEN
+    ),
+    "run.image_cache.disk_gib": Key(
+        seen.calls_of_the_tower_again,
+        [(0.0, (1, False)), (1.0, (0, True))],
+        ONE_IMAGE | {"run.image_cache.memory_gib": 0.0},
+        QWEN,
+    ),
+    "run.checkpoint_every": Key(seen.saved_steps, [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4])], {"train.steps": 4}),
+    "run.keep_checkpoints": Key(seen.saved_steps, [(2, [3, 4]), (3, [2, 3, 4])], {"train.steps": 4}),
+    "run.eval_every": Key(seen.steps_evaluated, [(2, [0, 2, 4]), (3, [0, 3, 4])], {"train.steps": 4}),
+}
+KEYS = {**DATA, **keys_of("vision"), **keys_of("projector"), **keys_of("language"), **TRAIN, **RUN}
+
+
+def leaves(annotation: Any, at: str) -> Iterator[str]:
+    """The keys below `at` that hold a value; of a component the keys of all modes, `at` itself for the mode."""
+    inner = [one for one in get_args(annotation) if one is not type(None)]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for name, of in annotation.model_fields.items():
+            if name != "mode":
+                yield from leaves(of.annotation, f"{at}.{name}".strip("."))
+    elif get_origin(annotation) is tuple and issubclass(inner[0], BaseModel):
+        yield from leaves(inner[0], f"{at}.0")
+    elif any(isinstance(one, type) and issubclass(one, BaseModel) for one in inner):
+        yield at
+        for one in inner:
+            yield from leaves(one, at)
+    else:
+        yield at
+
+
+def test_every_key_of_the_schema_is_in_the_table() -> None:
+    assert set(leaves(Config, "")) == set(KEYS)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+@pytest.mark.parametrize("name", KEYS)
+def test_a_key_does_what_it_says(name: str, files: None, tmp_path: Path) -> None:
+    key = KEYS[name]
+    assert len(key.expected) >= 2
+    assert len({repr(expected) for _, expected in key.expected}) >= 2  # a dead key cannot pass
+    for number, (value, expected) in enumerate(key.expected):
+        out = {} if name == "run.output_dir" else {"run.output_dir": f"run-{number}"}
+        assert key.seen(config_with(key.kind, out | key.given | {name: value})) == expected, value
