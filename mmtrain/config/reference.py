@@ -15,7 +15,7 @@ _INTRO = """\
 Printed by `mmtrain config docs`. Do not edit this page: edit the docstrings in `mmtrain/config/schema.py`.
 
 A config is one YAML file. A key marked *required* has no default. Every key can also be set on the command line by its
-full name, such as `tune.language.rank=8`. A key that is not on this page is refused with its line and the nearest valid key.
+full name, such as `tune.language.rank=8`. Unknown keys are refused with their line and the nearest valid key.
 """
 _TYPE_WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
 
