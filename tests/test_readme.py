@@ -9,6 +9,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import yaml
 from builders import ROOT, TINY
 
 from mmtrain.config import load_config
@@ -109,15 +110,31 @@ def test_the_config_reference_is_the_one_of_the_code() -> None:
     assert GENERATED.read_text(encoding="utf-8") == reference()
 
 
-def test_the_config_reference_names_every_key() -> None:
+def test_the_config_reference_explains_every_key() -> None:
     page = GENERATED.read_text(encoding="utf-8")
     sections = [section for section in json_schema()["$defs"].values() if "properties" in section]
     assert len(sections) >= 9
     for section in sections:
         for key, node in section["properties"].items():
-            row = re.search(rf"^\| `(?:[\w.]+\.)?{key}` \| .* \| (.*) \|$", page, re.MULTILINE)
-            assert row is not None, key
-            assert row[1] == "" or " ".join(node["description"].split()).replace("|", "\\|") in page, key
+            meaning = re.escape(" ".join(node["description"].split()))
+            assert re.search(rf"^\| `(?:[\w.]+\.)?{key}` \| .* \| {meaning} \|$", page, re.MULTILINE), key
+
+
+def test_the_defaults_of_the_config_reference_are_those_of_a_config_that_sets_none(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").touch()
+    (tmp_path / "empty.yaml").write_text(MINIMAL.format(folder=tmp_path))
+    values = load_config(tmp_path / "empty.yaml").model_dump(mode="json")
+    rows = re.findall(r"^\| `(\w+)\.(\w+)` \| [^|]+ \| `([^`{]*)` \|", GENERATED.read_text("utf-8"), re.MULTILINE)
+    assert len(rows) >= 20
+    for section, key, default in rows:
+        assert yaml.safe_load(default) == values[section][key], key
+
+
+MINIMAL = """\
+model: {{path: {folder}}}
+data: {{train: [{{path: {folder}/data.jsonl}}]}}
+train: {{output_dir: {folder}/run}}
+"""
 
 
 def test_every_shipped_config_loads_and_names_the_schema() -> None:
