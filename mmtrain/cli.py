@@ -40,7 +40,7 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Delete an earlier run in train.output_dir and start over.")
+        bool, typer.Option("--fresh", help="Delete an earlier run in run.output_dir and start over.")
     ] = False,
     accept_change: Annotated[
         list[str] | None,
@@ -62,7 +62,7 @@ def train(
     from mmtrain.train.folder import locked, start_over
 
     loaded = load_config(config, overrides or [])
-    output_dir = Path(loaded.train.output_dir)
+    output_dir = Path(loaded.run.output_dir)
     layout = launch.Layout(processes, nodes, node_rank, rendezvous, max_restarts)
     layout.check()
     launch.quiet()

@@ -36,7 +36,7 @@ def main() -> None:
     config_path, settings_path, result_path = (Path(word) for word in sys.argv[1:])
     settings = json.loads(settings_path.read_text())
     config = load_config(config_path, settings["overrides"])
-    shutil.rmtree(config.train.output_dir, ignore_errors=True)
+    shutil.rmtree(config.run.output_dir, ignore_errors=True)
     watch = Watch(settings)
     take, measure, load = loop.train_step, loop.matmul_rate, loop.load_model
 
@@ -63,7 +63,7 @@ def main() -> None:
     loop.train_step, loop.matmul_rate, loop.load_model = watched, kept, loaded
     with contextlib.suppress(Enough):
         loop.train(config)
-    metrics = (Path(config.train.output_dir) / "metrics.jsonl").read_text().splitlines()
+    metrics = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
     for row, told in zip(watch.rows, map(json.loads, metrics), strict=True):
         row["operations"] = told["mfu"] * told["seconds"] * rates[0]
         row["num_tokens"] = told["num_tokens"]

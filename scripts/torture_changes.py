@@ -124,13 +124,13 @@ def _nudge(path: Path) -> None:
 
 
 def _try(config: Path, words: Sequence[str], *accept: str) -> tuple[list[int | None], str, Path]:
-    """Exit code and words of a copy of the stopped run, taken up; train.output_dir is no change of the result."""
+    """Exit code and words of a copy of the stopped run, taken up; run.output_dir is no change of the result."""
     stopped = config.with_suffix("")
     output = stopped.with_name("taken-up")
     shutil.rmtree(output, ignore_errors=True)
     shutil.copytree(stopped, output)
     options = [f"--accept-change={key}" for key in accept]
-    group = runs.start(config, 1, [f"train.output_dir={output}", *words, *options])
+    group = runs.start(config, 1, [f"run.output_dir={output}", *words, *options])
     return group.wait(), group.said, output
 
 

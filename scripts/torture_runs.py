@@ -75,14 +75,14 @@ def data() -> Path:
     return path
 
 
-def write_config(output: Path, tune: dict[str, Any] | None = None, **train: Any) -> Path:
+def write_config(output: Path, tune: dict[str, Any] | None = None, **more: Any) -> Path:
     """A config that trains into `output`, written beside it; a checkpoint behind each step unless told otherwise."""
     settings = {"steps": 8, "batch_size": 6, "learning_rate": 1e-2, "checkpoint_every": 1}
     config = {
         "model": {"path": str(model()), "dtype": "float32"},
         "tune": tune or TUNE,
         "data": {"train": [{"path": str(data())}]},
-        "train": {"output_dir": str(output), **settings, **train},
+        **builders.train_and_run(output_dir=str(output), **settings | more),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     path = output.with_name(f"{output.name}.yaml")

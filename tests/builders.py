@@ -20,6 +20,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from mmtrain.config.schema import Run
+
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data_samples" / "tiny-vlm"
 SHAPES = ROOT / "data_samples" / "shapes"
@@ -174,6 +176,12 @@ def mixed_rows(folder: Path, with_images: bool) -> list[dict[str, Any]]:
         row([("One?", "1"), ("Two?", "2"), ("Three? <image>", "It is three, and more than three: 3333")], names[:1]),
         row([("What is this? <image>", "nothing at all that I know of")], names[3:4]),
     ]
+
+
+def train_and_run(**settings: Any) -> dict[str, dict[str, Any]]:
+    """The sections `train` and `run` of a config, with each key in the one that it belongs to."""
+    run = {key: value for key, value in settings.items() if key in Run.model_fields}
+    return {"train": {key: value for key, value in settings.items() if key not in run}, "run": run}
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from builders import MAKERS, mixed_rows, write_jsonl
+from builders import MAKERS, mixed_rows, train_and_run, write_jsonl
 
 from mmtrain.config.schema import Config
 
@@ -42,9 +42,9 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def make_config(model_dirs: dict[str, Path], tmp_path: Path) -> Callable[..., Config]:
-    """A config for a kind of model over the mixed samples; keywords replace whole sections' keys."""
+    """A config for a kind of model over the mixed samples; keywords are keys of `train` and `run`."""
 
-    def make(kind: str, tune: dict[str, Any] | None = None, **train: Any) -> Config:
+    def make(kind: str, tune: dict[str, Any] | None = None, **settings: Any) -> Config:
         data = tmp_path / f"data-{kind}" / "mixed.jsonl"
         if not data.exists():
             write_jsonl(data, mixed_rows(data.parent, with_images=kind != "text"))
@@ -53,7 +53,9 @@ def make_config(model_dirs: dict[str, Path], tmp_path: Path) -> Callable[..., Co
                 "model": {"path": str(model_dirs[kind]), "dtype": "float32"},
                 "tune": tune or {"language": {"mode": "lora", "rank": 4, "alpha": 8.0}},
                 "data": {"train": [{"path": str(data)}]},
-                "train": {"output_dir": str(tmp_path / "run"), "batch_size": 8, "learning_rate": 1e-2, **train},
+                **train_and_run(
+                    **{"output_dir": str(tmp_path / "run"), "batch_size": 8, "learning_rate": 1e-2, **settings}
+                ),
             }
         )
 

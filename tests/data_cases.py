@@ -34,7 +34,7 @@ def with_pictures(world: World) -> Path:
 def nan_case(world: World, target: str, rank: int, step: int) -> list[str]:
     """What `target` gives is not finite, in one process and one step."""
     folder = world.new_folder()
-    more = ("train.checkpoint_every=1", "train.keep_checkpoints=9")
+    more = ("run.checkpoint_every=1", "run.keep_checkpoints=9")
     group = world.start(folder, 2, {rank: [patch(target, "nan", folder / "done", step)]}, *more)
     try:
         codes = group.wait(30)
@@ -65,7 +65,7 @@ def loader_case(world: World, do: str, rank: int) -> tuple[list[str], float]:
         ("mmtrain.dataset.image_inputs.read_bytes", 1) if do == "break" else ("mmtrain.dataset.batch.Loader.load", 3)
     )
     flag = folder / "done"
-    words = world.words(folder, "train.hang_timeout=3", config=with_pictures(world))
+    words = world.words(folder, "run.hang_timeout=3", config=with_pictures(world))
     group = world.server.start(folder, words, 2, {rank: [patch(target, do, flag, nth=nth)]})
     try:
         until(flag)
@@ -97,7 +97,7 @@ def refused_case(world: World, rank: int) -> list[str]:
     """A batch in the middle of a run cannot be made, in one process: the last complete step is saved, and the same
     command goes on to what a run without the fault leaves."""
     folder, config = world.new_folder(), with_pictures(world)
-    more = ("train.steps=8", "train.checkpoint_every=100")
+    more = ("train.steps=8", "run.checkpoint_every=100")
     refused = patch("mmtrain.dataset.batch.picture_inputs", "refuse", folder / "done", nth=9)
     group = world.server.start(folder, world.words(folder, *more, config=config), 2, {rank: [refused]})
     try:
@@ -123,7 +123,7 @@ def refused_case(world: World, rank: int) -> list[str]:
 def refused_sharded_case(world: World, rank: int) -> list[str]:
     """The same where the weights are sharded: nothing can be saved, and that is said where a step is lost."""
     folder, config = world.new_folder(), with_pictures(world)
-    more = ("train.steps=8", "train.checkpoint_every=100", "train.weights=shard")
+    more = ("train.steps=8", "run.checkpoint_every=100", "run.weights=shard")
     refused = patch("mmtrain.dataset.batch.decode", "refuse", folder / "done", nth=17)
     group = world.server.start(folder, world.words(folder, *more, config=config), 2, {rank: [refused]})
     try:

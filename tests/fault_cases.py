@@ -60,9 +60,9 @@ class World:
             "tune": {"language": {"mode": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1}},
             "data": {"train": [{"path": str(data)}], "eval": [{"path": str(data), "name": "same"}]},
         }
-        settings = {"steps": 4, "batch_size": 4, "microbatches": 2, "microbatch_tokens": 200, "learning_rate": 1e-2}
+        config["train"] = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2}
         every = {"checkpoint_every": 2, "eval_every": 2, "hang_timeout": 60.0}
-        config["train"] = {"output_dir": str(folder / "run"), **settings, **every}
+        config["run"] = {"output_dir": str(folder / "run"), "microbatches": 2, "microbatch_tokens": 200, **every}
         self.config = self.write(config, "config.yaml")
         self.data = config
         self._reference: dict[tuple[str, ...], Path] = {}
@@ -77,7 +77,7 @@ class World:
         return self.folder / f"case-{self._number}"
 
     def words(self, folder: Path, *more: str, config: Path | None = None) -> list[str]:
-        return ["train", str(config or self.config), f"train.output_dir={folder / 'run'}", *more]
+        return ["train", str(config or self.config), f"run.output_dir={folder / 'run'}", *more]
 
     def start(self, folder: Path, processes: int, patches: dict[int, list[Patch]], *more: str) -> Group:
         return self.server.start(folder, self.words(folder, *more), processes, patches)
@@ -224,7 +224,7 @@ def kill_case(world: World, phase_name: str, rank: int, going_on: bool = True) -
 def stop_case(world: World, processes: int, rank: int, delay: float, timeout: float = 3.0) -> tuple[list[str], float]:
     """SIGSTOP to one process somewhere in its steps; the seconds until the others have left."""
     folder = world.new_folder()
-    more = (f"train.hang_timeout={timeout}", "train.steps=5000", "train.microbatches=4", "train.checkpoint_every=5")
+    more = (f"run.hang_timeout={timeout}", "train.steps=5000", "run.microbatches=4", "run.checkpoint_every=5")
     flag = folder / "begun"
     group = world.start(folder, processes, {rank: [patch(NLL, "mark", flag, 2)]}, *more)
     others = [number for number in range(processes) if number != rank]
@@ -256,7 +256,7 @@ def stop_then_signal_case(world: World, rank: int, grace: float) -> tuple[list[s
     """A8: SIGTERM to one while the other is stopped; `grace`: peers.STOP_SECONDS, or less with a low timeout."""
     folder, phase = world.new_folder(), PHASES["gradients"]
     patches, flags = hold(folder, phase, rank, 2)
-    more = () if grace == 20 else (f"train.hang_timeout={grace}",)
+    more = () if grace == 20 else (f"run.hang_timeout={grace}",)
     group = world.start(folder, 2, patches, *more)
     other = 1 - rank
     try:

@@ -14,7 +14,7 @@ import psutil
 from fault_cases import World, saved_step
 from forked import free_port
 
-LONG = ("train.steps=60", "train.checkpoint_every=5", "train.eval_every=50")
+LONG = ("train.steps=60", "run.checkpoint_every=5", "run.eval_every=50")
 MMTRAIN = [sys.executable, "-m", "mmtrain"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
@@ -157,7 +157,7 @@ def worker_killed_case(world: World, launcher: list[str], options: list[str]) ->
 def worker_stopped_case(world: World) -> list[str]:
     """SIGSTOP to one worker: the launcher gets rid of it, starts again, and the run ends as if nothing had been."""
     folder = world.new_folder()
-    with started(folder, [*MMTRAIN, *world.words(folder, *LONG, "train.hang_timeout=5"), "--processes", "2"]) as run:
+    with started(folder, [*MMTRAIN, *world.words(folder, *LONG, "run.hang_timeout=5"), "--processes", "2"]) as run:
         until(lambda: rows(folder) > 8)
         workers = run.workers()
         if len(workers) != 2:

@@ -35,7 +35,7 @@ def ask(question: str, answer: str, *images: str) -> Row:
 def config_for(*files: Path, model: Path = TINY, **data: Any) -> Config:
     sources = [{"path": str(file)} for file in files]
     return Config.model_validate(
-        {"model": {"path": str(model)}, "data": {"train": sources, **data}, "train": {"output_dir": "runs/none"}}
+        {"model": {"path": str(model)}, "data": {"train": sources, **data}, "run": {"output_dir": "runs/none"}}
     )
 
 

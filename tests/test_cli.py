@@ -58,7 +58,7 @@ def test_a_faulty_config_is_refused_without_torch(tmp_path: Path) -> None:
 
 def test_python_m_mmtrain_refuses_with_exit_code_2_on_stderr_alone(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("model: {path: 1}\ntrain: {output_dir: x, stepz: 3}\n")
+    path.write_text("model: {path: 1}\ntrain: {stepz: 3}\nrun: {output_dir: x}\n")
     done = subprocess.run([sys.executable, "-m", "mmtrain", "train", str(path)], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -149,7 +149,7 @@ def test_config_schema_prints_the_json_schema(
     schema = json.loads(out)
     assert (code, err) == (0, "")
     assert schema["$schema"].startswith("https://json-schema.org/")
-    assert list(schema["properties"]) == ["model", "tune", "data", "labels", "train"]
+    assert list(schema["properties"]) == ["model", "tune", "data", "labels", "train", "run"]
 
 
 def test_an_interrupt_ends_with_130_and_no_traceback(

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 
 import mmtrain
 from mmtrain.config import Config, dump_config, load_config
-from mmtrain.config.schema import json_schema
+from mmtrain.config.keys import CHANGEABLE
+from mmtrain.config.schema import Run, Train, json_schema
 from mmtrain.config.yaml_file import MAX_BYTES, MAX_DEPTH, parse_yaml
 from mmtrain.errors import UserError
 
@@ -49,10 +50,12 @@ data:
 labels:
   end_of_turn: true
 train:
-  output_dir: runs/try
   steps: 100
   warmup_steps: 10
   learning_rate: 1e-3
+run:
+  output_dir: runs/try
+  hang_timeout: 60
 """
 
 
@@ -104,7 +107,7 @@ def test_three_keys_are_enough_and_the_language_model_then_gets_lora(tmp_path: P
     config = load(
         tmp_path,
         f"model: {{path: {tmp_path}/model}}\ndata: {{train: [{{path: {tmp_path}/train.jsonl}}]}}\n"
-        "train: {output_dir: out}\n",
+        "run: {output_dir: out}\n",
     )
     assert {name: part.mode for name, part in config.tune.parts.items()} == {
         "vision": "frozen",
@@ -157,39 +160,39 @@ ONE_FAULT = [
     ("  max_length: 1024", "  too_long: cut", "c.yaml:17: data.too_long: ", ["error", "drop", "'cut'"]),
     ("  end_of_turn: true", "  end_of_turn: no", "c.yaml:19: labels.end_of_turn: ", ["boolean", "'no'"]),
     ("  end_of_turn: true", "  end_of_turn: 1", "c.yaml:19: labels.end_of_turn: ", ["boolean", "'1'"]),
-    ("  steps: 100", "  steps: 1e2", "c.yaml:22: train.steps: ", ["integer"]),
+    ("  steps: 100", "  steps: 1e2", "c.yaml:21: train.steps: ", ["integer"]),
     ("  steps: 100", "  steps: 100\n  epochs: 2", "c.yaml:20: train: ", ["steps", "epochs", "one"]),
     ("  warmup_steps: 10", "  warmup_steps: 100", "c.yaml:20: train: ", ["warmup_steps", "100"]),
-    ("  warmup_steps: 10", "  warmup_steps: -1", "c.yaml:23: train.warmup_steps: ", ["0", "'-1'"]),
-    ("  output_dir: runs/try", "  seed: 1", "c.yaml:20: train.output_dir: ", ["required"]),
-    ("  output_dir: runs/try", "  output_dir: ''", "c.yaml:21: train.output_dir: ", ["at least 1"]),
-    ("  learning_rate: 1e-3", "  learning_rate: fast", "c.yaml:24: train.learning_rate: ", ["number", "'fast'"]),
-    ("  learning_rate: 1e-3", "  threads: 1000000", "c.yaml:24: train.threads: ", ["at most 1,024"]),
-    ("  learning_rate: 1e-3", "  microbatches: 10000000", "c.yaml:24: train.microbatches: ", ["'auto' or", "65,536"]),
+    ("  warmup_steps: 10", "  warmup_steps: -1", "c.yaml:22: train.warmup_steps: ", ["0", "'-1'"]),
+    ("  output_dir: runs/try", "  threads: 1", "c.yaml:24: run.output_dir: ", ["required"]),
+    ("  output_dir: runs/try", "  output_dir: ''", "c.yaml:25: run.output_dir: ", ["at least 1"]),
+    ("  learning_rate: 1e-3", "  learning_rate: fast", "c.yaml:23: train.learning_rate: ", ["number", "'fast'"]),
+    ("  hang_timeout: 60", "  threads: 1000000", "c.yaml:26: run.threads: ", ["at most 1,024"]),
+    ("  hang_timeout: 60", "  microbatches: 10000000", "c.yaml:26: run.microbatches: ", ["'auto' or", "65,536"]),
     (
-        "  learning_rate: 1e-3",
+        "  hang_timeout: 60",
         "  microbatches: x",
-        "c.yaml:24: train.microbatches: ",
+        "c.yaml:26: run.microbatches: ",
         ["'auto' or an integer, not 'x'"],
     ),
-    ("  learning_rate: 1e-3", "  microbatches: {a: 1}", "c.yaml:24: train.microbatches: ", ["'auto' or an integer"]),
-    ("  learning_rate: 1e-3", "  microbatches: [1]", "c.yaml:24: train.microbatches: ", ["'auto' or an integer"]),
-    ("  learning_rate: 1e-3", "  batch_size: 1" + "0" * 30, "c.yaml:24: train.batch_size: ", ["at most 1,000,000"]),
-    ("  output_dir: runs/try", '  output_dir: "a\\0b"', "c.yaml:21: train.output_dir: ", ["without a null character"]),
+    ("  hang_timeout: 60", "  microbatches: {a: 1}", "c.yaml:26: run.microbatches: ", ["'auto' or an integer"]),
+    ("  hang_timeout: 60", "  microbatches: [1]", "c.yaml:26: run.microbatches: ", ["'auto' or an integer"]),
+    ("  learning_rate: 1e-3", "  batch_size: 1" + "0" * 30, "c.yaml:23: train.batch_size: ", ["at most 1,000,000"]),
+    ("  output_dir: runs/try", '  output_dir: "a\\0b"', "c.yaml:25: run.output_dir: ", ["without a null character"]),
     ("      weight: 1.5", "      weight: 1e7", "c.yaml:13: data.train.0.weight: ", ["at most 1,000,000,"]),
     ("  eval:", "  ignore_fields: bbox\n  eval:", "c.yaml:15: data.ignore_fields: ", ["expected a list, not 'bbox'"]),
-    ("  learning_rate: 1e-3", "  learning_rate: 0", "c.yaml:24: train.learning_rate: ", ["greater than 0"]),
-    ("  learning_rate: 1e-3", "  seed: 4294967296", "c.yaml:24: train.seed: ", ["4294967296"]),
-    ("  learning_rate: 1e-3", "  keep_checkpoints: 1", "c.yaml:24: train.keep_checkpoints: ", ["2"]),
-    ("  learning_rate: 1e-3", "  steps: 7", "c.yaml:24: ", ["'steps'", "twice"]),
-    ("  learning_rate: 1e-3", "  learning_rate: *rate", "c.yaml:24: ", ["alias"]),
-    ("  learning_rate: 1e-3", "  learning_rate: !rate 1", "c.yaml:24: ", ["tag", "'!rate'"]),
-    ("  learning_rate: 1e-3", "  learning_rate: !!python/name:os.system", "c.yaml:24: ", ["tag"]),
-    ("  learning_rate: 1e-3", "  learning_rate: !!float 1", "c.yaml:24: ", ["tag"]),
-    ("  learning_rate: 1e-3", "  [a, b]: 1", "c.yaml:24: ", ["key must be a word"]),
-    ("  learning_rate: 1e-3", "  learning_rate: {a: 1", "c.yaml:25: ", ["not YAML"]),
-    ("  learning_rate: 1e-3", "\tlearning_rate: 1", "c.yaml:24: ", ["not YAML"]),
-    ("  learning_rate: 1e-3", "  learning_rate: 1\n---\nb: 1", "c.yaml:25: ", ["not YAML"]),
+    ("  learning_rate: 1e-3", "  learning_rate: 0", "c.yaml:23: train.learning_rate: ", ["greater than 0"]),
+    ("  learning_rate: 1e-3", "  seed: 4294967296", "c.yaml:23: train.seed: ", ["4294967296"]),
+    ("  hang_timeout: 60", "  keep_checkpoints: 1", "c.yaml:26: run.keep_checkpoints: ", ["2"]),
+    ("  learning_rate: 1e-3", "  steps: 7", "c.yaml:23: ", ["'steps'", "twice"]),
+    ("  learning_rate: 1e-3", "  learning_rate: *rate", "c.yaml:23: ", ["alias"]),
+    ("  learning_rate: 1e-3", "  learning_rate: !rate 1", "c.yaml:23: ", ["tag", "'!rate'"]),
+    ("  learning_rate: 1e-3", "  learning_rate: !!python/name:os.system", "c.yaml:23: ", ["tag"]),
+    ("  learning_rate: 1e-3", "  learning_rate: !!float 1", "c.yaml:23: ", ["tag"]),
+    ("  learning_rate: 1e-3", "  [a, b]: 1", "c.yaml:23: ", ["key must be a word"]),
+    ("  learning_rate: 1e-3", "  learning_rate: {a: 1", "c.yaml:24: ", ["not YAML"]),
+    ("  learning_rate: 1e-3", "\tlearning_rate: 1", "c.yaml:23: ", ["not YAML"]),
+    ("  learning_rate: 1e-3", "  learning_rate: 1\n---\nb: 1", "c.yaml:24: ", ["not YAML"]),
 ]
 
 
@@ -302,7 +305,7 @@ def test_a_glob_a_folder_and_a_hub_id_are_taken(tmp_path: Path, text: str) -> No
 
 def test_nothing_to_learn_is_a_fault(tmp_path: Path, text: str) -> None:
     (fault,) = faults(tmp_path, text, "tune={language: {mode: frozen}}")
-    assert fault.startswith("command line: tune: nothing learns")
+    assert fault.startswith("command line: tune: nothing is trainable")
 
 
 def test_two_kinds_of_adapter_are_a_fault(tmp_path: Path, text: str) -> None:
@@ -318,6 +321,54 @@ def test_keys_named_like_modes_are_unknown_keys(tmp_path: Path, text: str, part:
     assert any("tune.vision.rnak: unknown key" in fault for fault in found)
 
 
+# --- keys that moved ---
+
+OLD_TRAIN = """\
+  output_dir: runs/try
+  microbatch_tokens: 100
+  microbatches: auto
+  weights: replicate
+  packing: auto
+  threads: 1
+  hang_timeout: 60
+  activation_checkpointing: false
+  compile: false
+  features: {memory_gib: 1.0}
+  checkpoint_every: 5
+  keep_checkpoints: 3
+  eval_every: 5
+"""
+"""The keys that stood under `train` before there was a section `run`."""
+
+
+def test_a_config_from_before_there_was_a_section_run_is_told_every_new_place(tmp_path: Path, text: str) -> None:
+    old = text[: text.index("run:\n")] + OLD_TRAIN
+    keys = [line.split(":")[0].strip() for line in OLD_TRAIN.splitlines()]
+    new = ["image_cache" if key == "features" else key for key in keys]
+    assert faults(tmp_path, old) == [
+        f"c.yaml:{24 + n}: train.{key}: moved to run.{new[n]}" for n, key in enumerate(keys)
+    ]
+
+
+def test_an_override_of_a_key_in_its_old_place_is_told_the_new_one(tmp_path: Path, text: str) -> None:
+    for override, told in (
+        ("train.output_dir=x", "train.output_dir: moved to run.output_dir"),
+        ("train.features.disk_gib=1", "train.features: moved to run.image_cache"),
+    ):
+        assert faults(tmp_path, text, override) == [f"command line: {told}"]
+
+
+def test_a_key_of_train_under_run_is_told_its_section(tmp_path: Path, text: str) -> None:
+    (fault,) = faults(tmp_path, text, "run.seed=1")
+    assert fault == "command line: run.seed: unknown key; did you mean train.seed?"
+
+
+def test_what_may_change_on_resume_is_run_and_a_short_list_and_the_docs_name_it() -> None:
+    assert CHANGEABLE == ("data.eval", "data.decode_images", "run")
+    words = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
+    assert [key for key in CHANGEABLE if f"`{key}`" not in words] == []
+
+
 # --- overrides ---
 
 
@@ -327,8 +378,8 @@ def test_keys_named_like_modes_are_unknown_keys(tmp_path: Path, text: str, part:
         ("train.steps=50", ["train", "steps"], 50),
         ("train.learning_rate=1e-5", ["train", "learning_rate"], 0.00001),
         ("train.max_grad_norm=null", ["train", "max_grad_norm"], None),
-        ("train.output_dir=a=b", ["train", "output_dir"], "a=b"),
-        ('train.output_dir="12"', ["train", "output_dir"], "12"),
+        ("run.output_dir=a=b", ["run", "output_dir"], "a=b"),
+        ('run.output_dir="12"', ["run", "output_dir"], "12"),
         ("tune.language.rank=8", ["tune", "language", "rank"], 8),
         ("tune.language.targets=[o_proj]", ["tune", "language", "targets"], ["o_proj"]),
         ("tune.language.targets.1=o_proj", ["tune", "language", "targets"], ["q_proj", "o_proj"]),
@@ -359,11 +410,11 @@ def test_overrides_alone_can_make_a_config_and_the_last_one_wins(tmp_path: Path,
         "",
         f"model.path={tmp_path}/model",
         f"data.train=[{{path: {tmp_path}/train.jsonl}}]",
-        "train.output_dir=a",
-        "train.output_dir=b",
+        "run.output_dir=a",
+        "run.output_dir=b",
         "data.train.0.weight=2",
     )
-    assert (config.train.output_dir, config.data.train[0].weight) == ("b", 2.0)
+    assert (config.run.output_dir, config.data.train[0].weight) == ("b", 2.0)
 
 
 @pytest.mark.parametrize(
@@ -498,7 +549,7 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path: Path, content
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"# only words\n", b"---\n", b"null\n", b"{}\n"])
 def test_an_empty_file_lacks_the_three_required_sections(tmp_path: Path, content: bytes) -> None:
     assert [fault.split(": ", 1)[1] for fault in faults(tmp_path, content)] == [
-        f"{section}: required, and not given" for section in ("model", "data", "train")
+        f"{section}: required, and not given" for section in ("model", "data", "run")
     ]
 
 
@@ -547,7 +598,7 @@ def test_a_strange_key_is_told_in_one_short_printable_line(tmp_path: Path, text:
 
 def test_a_key_with_half_a_surrogate_pair_is_told_on_its_own_line(tmp_path: Path, text: str) -> None:
     (fault,) = faults(tmp_path, text + '"a\\ud800": 1\n')
-    assert fault.startswith("c.yaml:25: ")
+    assert fault.startswith("c.yaml:27: ")
 
 
 PIECES = [*"{}[]:'\"|>#%\\~0", "...", "{}", "[]", "[[[[]]]]", "null", "true", "no", "-1", "1e999", ".nan", "a/*"]
@@ -650,7 +701,8 @@ def test_a_dumped_config_loads_to_an_equal_one(
                 "language": {"mode": "lora", "targets": [words[0]]},
             },
             "data": {"train": [{"path": data, "weight": weight}], "eval": [{"path": data, "name": words[1]}]},
-            "train": {"output_dir": words[2], "steps": steps, "max_grad_norm": None},
+            "train": {"steps": steps, "max_grad_norm": None},
+            "run": {"output_dir": words[2]},
         }
     )
     assert load(tmp_path, dump_config(config)) == config
@@ -658,8 +710,9 @@ def test_a_dumped_config_loads_to_an_equal_one(
 
 def test_a_dumped_config_writes_every_key_out(tmp_path: Path, text: str) -> None:
     dumped = yaml.safe_load(dump_config(load(tmp_path, text)))
-    assert set(dumped) == {"model", "tune", "data", "labels", "train"}
-    assert set(dumped["train"]) == set(type(load(tmp_path, text).train).model_fields)
+    assert set(dumped) == {"model", "tune", "data", "labels", "train", "run"}
+    assert set(dumped["train"]) == set(Train.model_fields)
+    assert set(dumped["run"]) == set(Run.model_fields)
     assert dumped["labels"] == {"train_on": "assistant", "end_of_turn": True}
 
 
@@ -684,7 +737,7 @@ def test_the_json_schema_has_every_key_with_its_meaning() -> None:
     schema = json_schema()
     objects = {"Config": schema, **schema["$defs"]}
     models = models_under(Config)
-    assert len(models) == 12
+    assert len(models) == 13
     for model in models:
         written = objects[model.__name__]
         assert set(written["properties"]) == set(model.model_fields)
@@ -695,8 +748,9 @@ def test_the_json_schema_has_every_key_with_its_meaning() -> None:
 
 def test_the_json_schema_states_what_is_required_and_the_ranges() -> None:
     schema = json_schema()
-    assert schema["required"] == ["model", "data", "train"]
-    assert schema["$defs"]["Train"]["required"] == ["output_dir"]
+    assert schema["required"] == ["model", "data", "run"]
+    assert schema["$defs"]["Run"]["required"] == ["output_dir"]
+    assert "required" not in schema["$defs"]["Train"]
     assert schema["$defs"]["TrainSource"]["required"] == ["path"]
     assert schema["$defs"]["Train"]["properties"]["batch_size"]["exclusiveMinimum"] == 0
     assert schema["$defs"]["Data"]["properties"]["too_long"]["enum"] == ["error", "drop"]
@@ -717,7 +771,7 @@ def test_every_key_of_a_config_is_read_somewhere() -> None:
         if "mmtrain.config.schema" not in f"{field.annotation}" and key != "mode"  # a mode becomes the part's class
     }
     assert {"rank", "packing", "too_long", "weight"} <= leaves
-    assert leaves - read == {"threads"}  # read through Train.num_threads
+    assert leaves - read == {"threads"}  # read through Run.num_threads
     assert "num_threads" in read
 
 
@@ -729,5 +783,5 @@ def test_a_shipped_config_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     text = path.read_text()
     data = ROOT / "data_samples" / "quickstart" / "train.jsonl"
     overrides = [] if path.stem == "quickstart" else [f"data.train=[{{path: {data}}}]", "data.eval=[]"]
-    assert load_config(path, overrides).train.output_dir
-    assert set(yaml.safe_load(text)) <= {"model", "tune", "data", "labels", "train"}
+    assert load_config(path, overrides).run.output_dir
+    assert set(yaml.safe_load(text)) <= {"model", "tune", "data", "labels", "train", "run"}

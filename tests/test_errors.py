@@ -80,7 +80,7 @@ def test_an_output_dir_that_can_be_none_is_a_fault_of_the_config(tmp_path: Path,
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("file")
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(UserError, match=r"^train\.output_dir: ") as caught, locked(tmp_path / name):
+    with pytest.raises(UserError, match=r"^run\.output_dir: ") as caught, locked(tmp_path / name):
         pytest.fail("it was made")
     assert caught.value.exit_code == 2
     assert len(caught.value.faults) == 1

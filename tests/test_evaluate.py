@@ -166,13 +166,13 @@ def test_swapped_pictures_are_never_the_sample_s_own(make_config: MakeConfig) ->
 def test_compare_gives_paired_differences(make_config: MakeConfig, tmp_path: Path) -> None:
     config = with_eval(make_config("text", {"language": LORA}, steps=8, batch_size=8, learning_rate=0.02))
     train(config)
-    adapter = str(Path(config.train.output_dir) / "adapter")
+    adapter = str(Path(config.run.output_dir) / "adapter")
     base, tuned, again = run(config, tmp_path, "--json", "--compare", "base", adapter, "base")
     assert base["difference"] is None
     assert tuned["difference"]["nats_per_token"] == pytest.approx(tuned["nll"] - base["nll"], rel=1e-9)
     assert tuned["difference"]["interval"][1] < 0
     assert again["difference"]["nats_per_token"] == 0
-    rows = [json.loads(line) for line in (Path(config.train.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()]
     evals = [row for row in rows if "eval" in row]
     assert evals[0]["nll"] == pytest.approx(base["nll"], rel=1e-6)
     assert evals[-1]["nll"] == pytest.approx(tuned["nll"], rel=1e-5)

@@ -290,7 +290,8 @@ def written(name: str, root: Path, folder: Path) -> tuple[Config, list[Conversat
         {
             "model": {"path": str(directory(name)), "dtype": "float32"},
             "data": {"train": [{"path": str(data), "root": str(root)}]},
-            "train": {"output_dir": str(folder / "run"), "steps": 1},
+            "train": {"steps": 1},
+            "run": {"output_dir": str(folder / "run")},
         }
     ), tried
 

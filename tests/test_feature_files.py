@@ -107,7 +107,7 @@ def test_what_this_run_uses_is_not_thrown_out_for_more(tmp_path: Path) -> None:
     assert [number for number in range(9) if own.read(str(number)) is not None] == [0, 1, 2, 3]
     assert total(tmp_path / "own") <= limit
     assert len(said) == 1
-    assert "train.features.disk_gib" in said[0]
+    assert "run.image_cache.disk_gib" in said[0]
 
 
 def test_several_writers_keep_the_limit_together(tmp_path: Path) -> None:

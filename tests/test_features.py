@@ -49,11 +49,11 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(config.train.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 def adapter(config: Config) -> bytes:
-    return (Path(config.train.output_dir) / "adapter" / "adapter_model.safetensors").read_bytes()
+    return (Path(config.run.output_dir) / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def pictures(config: Config) -> list[Path]:
@@ -74,7 +74,7 @@ def same_bits(found: tuple[float, dict[str, Any]], expected: tuple[float, dict[s
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_losses_and_gradients_are_those_from_pixels(family: str, packing: bool, make_config: MakeConfig) -> None:
-    plain, dataset = learner_for(make_config(family, LANGUAGE, features=OFF))
+    plain, dataset = learner_for(make_config(family, LANGUAGE, image_cache=OFF))
     keeping, _ = learner_for(make_config(family, LANGUAGE))
     assert plain.make_inputs.features is None
     assert keeping.make_inputs.features is not None
@@ -89,10 +89,10 @@ def test_a_run_of_three_epochs_goes_as_from_pixels(family: str, make_config: Mak
     settings = {"steps": 6, "batch_size": 4, "microbatch_tokens": 120, "learning_rate": 1e-3}
     found = {}
     for name, features in (("kept", {}), ("on disk", DISK), ("pixels", OFF)):
-        config = make_config(family, LANGUAGE, features=features, **settings)
+        config = make_config(family, LANGUAGE, image_cache=features, **settings)
         train(config)
         found[name] = [row["loss"] for row in rows(config)]
-        shutil.rmtree(config.train.output_dir)
+        shutil.rmtree(config.run.output_dir)
     assert len(found["pixels"]) == 6
     assert found["kept"] == pytest.approx(found["pixels"], rel=1e-6)
     assert found["on disk"] == found["kept"]
@@ -102,7 +102,7 @@ def test_a_run_of_three_epochs_goes_as_from_pixels(family: str, make_config: Mak
 def test_each_picture_goes_through_the_tower_once_and_is_decoded_no_more(
     family: str, features: dict[str, float], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(family, LANGUAGE, features=features)
+    config = make_config(family, LANGUAGE, image_cache=features)
     learner, dataset = learner_for(config)
     towers = count_towers(learner)
     shutil.copyfile(pictures(config)[0], pictures(config)[3])  # the same picture under two names
@@ -128,10 +128,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     features: dict[str, float], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"steps": 6, "batch_size": 4, "checkpoint_every": 1, "microbatch_tokens": 120}
-    config = make_config("qwen2_5_vl", LANGUAGE, features={}, **settings)
+    config = make_config("qwen2_5_vl", LANGUAGE, image_cache={}, **settings)
     train(config)
     whole = adapter(config)
-    shutil.rmtree(config.train.output_dir)
+    shutil.rmtree(config.run.output_dir)
 
     class Stop(Exception):
         pass
@@ -147,7 +147,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     with pytest.raises(Stop):
         train(config)
     monkeypatch.setattr(loop, "train_step", take)
-    train(make_config("qwen2_5_vl", LANGUAGE, features=features, **settings))  # other limits are no change
+    train(make_config("qwen2_5_vl", LANGUAGE, image_cache=features, **settings))  # other limits are no change
     assert adapter(config) == whole
 
 
@@ -158,17 +158,17 @@ def test_a_resume_without_keeping_says_that_bits_may_differ(
     config = make_config("llava", LANGUAGE, **settings)
     train(config)
     assert "features of pictures: kept, 2 GiB in memory and 0 GiB on disk" in capsys.readouterr().err
-    shutil.rmtree(Path(config.train.output_dir) / "adapter")
-    shutil.rmtree(Path(config.train.output_dir) / "checkpoints" / "step-000002")
-    train(make_config("llava", LANGUAGE, features=OFF, **settings))
-    assert "its bits may differ: features True → False" in capsys.readouterr().err
+    shutil.rmtree(Path(config.run.output_dir) / "adapter")
+    shutil.rmtree(Path(config.run.output_dir) / "checkpoints" / "step-000002")
+    train(make_config("llava", LANGUAGE, image_cache=OFF, **settings))
+    assert "its bits may differ: image_cache True → False" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("features", [{}, DISK])
 def test_a_picture_that_is_written_over_is_another_picture(
     family: str, features: dict[str, float], make_config: MakeConfig
 ) -> None:
-    config = make_config(family, LANGUAGE, features=features)
+    config = make_config(family, LANGUAGE, image_cache=features)
     keeping, dataset = learner_for(config)
     before, _ = step_of(keeping, dataset, ONE, True)
     path = pictures(config)[0]
@@ -176,7 +176,7 @@ def test_a_picture_that_is_written_over_is_another_picture(
         size = opened.size
     PIL.Image.effect_noise(size, 90).convert("RGB").save(path)
     after, gradients = step_of(keeping, dataset, ONE, True)
-    plain, _ = learner_for(make_config(family, LANGUAGE, features=OFF))
+    plain, _ = learner_for(make_config(family, LANGUAGE, image_cache=OFF))
     expected, expected_gradients = step_of(plain, dataset, ONE, True)
     assert after == pytest.approx(expected, rel=1e-6)
     assert relative_l2(gradients, expected_gradients) <= 5e-6
@@ -184,13 +184,13 @@ def test_a_picture_that_is_written_over_is_another_picture(
 
 
 def test_other_weights_or_another_type_have_a_folder_of_their_own(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config("llava", LANGUAGE, features=DISK)
+    config = make_config("llava", LANGUAGE, image_cache=DISK)
     data = config.model_dump()
     model = shutil.copytree(config.model.path, tmp_path / "model")
     data["model"]["path"] = str(model)
 
     def loss(features: dict[str, float] = DISK) -> float:
-        learner, dataset = learner_for(Config.model_validate(data | {"train": data["train"] | {"features": features}}))
+        learner, dataset = learner_for(Config.model_validate(data | {"run": data["run"] | {"image_cache": features}}))
         return step_of(learner, dataset, ONE, True)[0]
 
     before = loss()
@@ -209,7 +209,7 @@ def test_other_weights_or_another_type_have_a_folder_of_their_own(make_config: M
 
 
 def test_a_broken_file_is_computed_again(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config("llava", LANGUAGE, features=DISK)
+    config = make_config("llava", LANGUAGE, image_cache=DISK)
     learner, dataset = learner_for(config)
     expected = step_of(learner, dataset, ONE, True)
     towers = count_towers(learner)
@@ -233,7 +233,7 @@ def test_where_nothing_can_be_written_the_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = make_config("llava", LANGUAGE, features=DISK, steps=3, batch_size=8)
+    config = make_config("llava", LANGUAGE, image_cache=DISK, steps=3, batch_size=8)
     if fault == "full":
 
         def full(path: Path, data: bytes) -> int:
@@ -270,10 +270,10 @@ def test_evaluation_is_that_of_pixels_and_sees_an_adapter_of_the_vision_tower(
 ) -> None:
     found: dict[str, list[Any]] = {}
     for name, features in (("kept", {}), ("pixels", OFF)):
-        config = make_config("llava", {"vision": LORA, **LANGUAGE}, features=features, steps=2, batch_size=4)
+        config = make_config("llava", {"vision": LORA, **LANGUAGE}, image_cache=features, steps=2, batch_size=4)
         if name == "kept":
             train(config)
-        path = str(Path(config.train.output_dir) / "adapter")
+        path = str(Path(config.run.output_dir) / "adapter")
         evaluation = Evaluation(config, Options(compare=("base", path), data=(config.data.train[0].path,)))
         found[name] = []
         for model in ("base", "base", path):
@@ -287,11 +287,11 @@ def test_evaluation_is_that_of_pixels_and_sees_an_adapter_of_the_vision_tower(
 def test_from_the_second_epoch_on_pictures_cost_nothing(make_config: MakeConfig) -> None:
     found = {}
     for name, features in (("kept", {}), ("pixels", OFF)):
-        config = make_config("qwen2_5_vl", LANGUAGE, features=features, steps=3, batch_size=8)
+        config = make_config("qwen2_5_vl", LANGUAGE, image_cache=features, steps=3, batch_size=8)
         train(config)
         operations = [row["mfu"] * row["seconds"] for row in rows(config)]  # a step has all samples
         found[name] = [value / operations[0] for value in operations]
-        shutil.rmtree(config.train.output_dir)
+        shutil.rmtree(config.run.output_dir)
     assert found["pixels"] == pytest.approx([1.0, 1.0, 1.0])
     assert found["kept"][1] == pytest.approx(found["kept"][2])
     assert found["kept"][1] < 0.9

@@ -60,7 +60,8 @@ def config(tmp_path: Path) -> Path:
     path.write_text(
         f"model: {{path: {TINY}, dtype: float32}}\n"
         f"data: {{train: [{{path: {data}}}]}}\n"
-        f"train: {{output_dir: {tmp_path / 'run'}, steps: 1, batch_size: 1}}\n"
+        "train: {steps: 1, batch_size: 1}\n"
+        f"run: {{output_dir: {tmp_path / 'run'}}}\n"
     )
     return path
 
@@ -183,11 +184,11 @@ def test_ordinary_mistakes(config: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     plain = ["train", str(config)]
     words = {
-        "a file as the folder of the run": [*plain, f"train.output_dir={tmp_path / 'file'}"],
-        "a folder that cannot be made": [*plain, "train.output_dir=/proc/none"],
-        "threads": [*plain, "train.threads=1000000"],
+        "a file as the folder of the run": [*plain, f"run.output_dir={tmp_path / 'file'}"],
+        "a folder that cannot be made": [*plain, "run.output_dir=/proc/none"],
+        "threads": [*plain, "run.threads=1000000"],
         "a rank": [*plain, "tune.language.mode=lora", "tune.language.rank=100000000"],
-        "micro-batches": [*plain, "train.microbatches=10000000"],
+        "micro-batches": [*plain, "run.microbatches=10000000"],
         "overrides into a list": [*plain, "data.train.0=5", "data.train.0.path=x"],
         "no sources": [*plain, "data.train=[]"],
         "sources that are no list": [*plain, "data.train=5"],

@@ -56,7 +56,7 @@ def test_the_code_of_the_card_loads_what_was_trained(
 
     monkeypatch.setattr(loop, "export", noting)
     train(config)
-    output = Path(config.train.output_dir)
+    output = Path(config.run.output_dir)
     folder = output / ("model" if tune is ALL_FULL else "adapter")
     card = (folder / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)

@@ -117,7 +117,7 @@ def test_no_code_of_a_directory_runs_even_where_the_user_says_yes(known: bool, t
     config = tmp_path / "config.yaml"
     config.write_text(
         f"model: {{path: {model}, dtype: float32}}\ndata: {{train: [{{path: {data}}}]}}\n"
-        f"train: {{output_dir: {tmp_path / 'run'}, steps: 1}}\n"
+        f"train: {{steps: 1}}\nrun: {{output_dir: {tmp_path / 'run'}}}\n"
     )
     for command in (["inspect-labels"], ["train"]):
         done = subprocess.run(

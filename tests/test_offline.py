@@ -61,7 +61,8 @@ def test_no_command_reaches_the_network_whatever_the_user_s_environment_says(
         "model": {"path": "owner/tiny", "dtype": "float32"},
         "tune": {"language": {"mode": "lora", "targets": ["q_proj", "lm_head"]}},
         "data": {"train": [{"path": str(data)}], "eval": [{"path": str(data)}]},
-        "train": {"output_dir": str(run), "steps": 1},
+        "train": {"steps": 1},
+        "run": {"output_dir": str(run)},
     }
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(config))

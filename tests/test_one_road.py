@@ -30,7 +30,7 @@ def config_for(model: Path, data: Path, **keys: Any) -> Config:
         {
             "model": {"path": str(model)},
             "data": {"train": [{"path": str(data)}], **keys},
-            "train": {"output_dir": "runs/none"},
+            "run": {"output_dir": "runs/none"},
         }
     )
 

@@ -164,7 +164,7 @@ def test_auto_says_that_it_pads_and_true_is_refused(
     assert choose(packing="auto") is False
     assert choose(packing=False) is False
     assert len(lines) == 2
-    with pytest.raises(UserError, match=r"train\.packing: in a packed row"):
+    with pytest.raises(UserError, match=r"run\.packing: in a packed row"):
         choose(packing=True)
 
 
@@ -208,7 +208,7 @@ def test_the_other_commands_decide_alike(
         assert line.count("packing: off, ") == 1
         assert np.array_equal(found, command(packing=False)) if command is nll else found == command(packing=False)
         assert "packing" not in capsys.readouterr().err
-        with pytest.raises(UserError, match=r"train\.packing"):
+        with pytest.raises(UserError, match=r"run\.packing"):
             command(packing=True)
 
 
@@ -216,10 +216,10 @@ def test_a_run_records_what_was_asked_and_resumes(
     families: dict[str, Path], make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_for(families["gpt_oss"], make_config, steps=1)
-    output = Path(config.train.output_dir)
+    output = Path(config.run.output_dir)
     train(config)
     assert capsys.readouterr().err.count("packing: off, ") == 1
-    assert yaml.safe_load((output / "config.yaml").read_text())["train"]["packing"] == "auto"
+    assert yaml.safe_load((output / "config.yaml").read_text())["run"]["packing"] == "auto"
     train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 2})}), accept=["train.steps"])
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
 

@@ -36,7 +36,7 @@ def run(config: Config, processes: int, output: Path) -> tuple[list[dict[str, An
     """Train in a subprocess; the metrics' rows and the adapter."""
     path = output.with_suffix(".yaml")
     data = yaml.safe_load(dump_config(config))
-    data["train"]["output_dir"] = str(output)
+    data["run"]["output_dir"] = str(output)
     path.write_text(yaml.safe_dump(data))
     start(processes, "train", str(path))
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -67,7 +67,7 @@ def test_two_processes_keep_features_and_give_the_same_bits(make_config: Callabl
     config = make_config("qwen2_5_vl", {"language": {**LORA, "dropout": 0.1}}, **settings)
     one_rows, one = run(config, 1, tmp_path / "one")
     two_rows, two = run(config, 2, tmp_path / "two")
-    without = config.model_dump() | {"train": config.train.model_dump() | {"features": {"memory_gib": 0.0}}}
+    without = config.model_dump() | {"run": config.run.model_dump() | {"image_cache": {"memory_gib": 0.0}}}
     plain_rows, plain = run(Config.model_validate(without), 1, tmp_path / "plain")
     assert [row["loss"] for row in one_rows] == [row["loss"] for row in two_rows]
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -66,7 +66,8 @@ def test_every_fault_is_named_before_the_first_step(tmp_path: Path) -> None:
         {
             "model": {"path": str(TINY), "dtype": "float32"},
             "data": {"train": [{"path": str(data)}], "max_length": 200},
-            "train": {"output_dir": str(tmp_path / "run"), "steps": 1},
+            "train": {"steps": 1},
+            "run": {"output_dir": str(tmp_path / "run")},
         }
     )
     with pytest.raises(UserError) as refused:

@@ -31,11 +31,11 @@ def with_eval(config: Config) -> Config:
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(config.train.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 def adapter(config: Config) -> dict[str, torch.Tensor]:
-    return load_file(Path(config.train.output_dir) / "adapter" / "adapter_model.safetensors")
+    return load_file(Path(config.run.output_dir) / "adapter" / "adapter_model.safetensors")
 
 
 def test_a_run_leaves_metrics_config_checkpoints_and_an_adapter_that_peft_loads(
@@ -44,7 +44,7 @@ def test_a_run_leaves_metrics_config_checkpoints_and_an_adapter_that_peft_loads(
     tune = MIXED if kind != "text" else {"language": LORA}
     config = with_eval(make_config(kind, tune, **SMALL))
     train(config)
-    output = Path(config.train.output_dir)
+    output = Path(config.run.output_dir)
 
     steps = [row for row in rows(config) if "eval" not in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
@@ -75,7 +75,7 @@ def test_without_lora_a_whole_model_is_left(make_config: MakeConfig) -> None:
     tune = {"projector": {"mode": "full"}, "language": {"mode": "full", "learning_rate": 1e-3}}
     config = make_config("llava", tune, **SMALL)
     train(config)
-    output = Path(config.train.output_dir)
+    output = Path(config.run.output_dir)
     assert not (output / "adapter").exists()
     model = AutoModelForImageTextToText.from_pretrained(output / "model")
     weights = load_file(output / "checkpoints" / "step-000006" / "trainable.safetensors")
@@ -97,7 +97,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     config = with_eval(make_config("qwen2_5_vl", tune, **SMALL, microbatch_tokens=60))
     train(config)
     whole, whole_rows = adapter(config), rows(config)
-    shutil.rmtree(config.train.output_dir)
+    shutil.rmtree(config.run.output_dir)
 
     take = loop.train_step
 
@@ -125,7 +125,7 @@ def test_a_broken_newest_checkpoint_is_named_and_the_one_before_used(
     config = make_config("text", **SMALL)
     train(config)
     whole = adapter(config)
-    output = Path(config.train.output_dir)
+    output = Path(config.run.output_dir)
     shutil.rmtree(output / "adapter")
     broken = output / "checkpoints" / "step-000006" / "trainable.safetensors"
     content = bytearray(broken.read_bytes())
@@ -164,11 +164,11 @@ def changed(config: Config, key: str, value: Any) -> Config:
 def test_a_change_of_the_result_is_refused_by_name(
     key: str, value: Any, make_config: MakeConfig, shared_run: Config
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in Path(shared_run.train.output_dir).rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in Path(shared_run.run.output_dir).rglob("*")}
     with pytest.raises(UserError) as refused:
         train(changed(shared_run, key, value))
     assert any(fault.startswith(key) for fault in refused.value.faults)
-    assert {path: path.stat().st_mtime_ns for path in Path(shared_run.train.output_dir).rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in Path(shared_run.run.output_dir).rglob("*")} == before
 
 
 def test_a_change_of_the_data_is_refused(shared_run: Config) -> None:
@@ -183,11 +183,11 @@ def test_a_change_of_the_data_is_refused(shared_run: Config) -> None:
 
 
 def test_what_only_changes_the_computing_is_taken_and_fresh_starts_over(shared_run: Config) -> None:
-    output = Path(shared_run.train.output_dir)
+    output = Path(shared_run.run.output_dir)
     whole = adapter(shared_run)
     shutil.rmtree(output / "checkpoints" / "step-000006")
     shutil.rmtree(output / "adapter")
-    train(changed(shared_run, "train.microbatch_tokens", 40))
+    train(changed(shared_run, "run.microbatch_tokens", 40))
     again = adapter(shared_run)
     difference = sum(float((whole[n] - again[n]).pow(2).sum()) for n in whole) ** 0.5
     assert 0 < difference <= 1e-4 * sum(float(whole[n].pow(2).sum()) for n in whole) ** 0.5
@@ -201,7 +201,7 @@ def test_what_only_changes_the_computing_is_taken_and_fresh_starts_over(shared_r
 @pytest.fixture(scope="module")
 def shared_run(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Config:
     """One finished run of a text model."""
-    from builders import mixed_rows, write_jsonl
+    from builders import mixed_rows, train_and_run, write_jsonl
 
     folder = tmp_path_factory.mktemp("shared-run")
     data = write_jsonl(folder / "data" / "mixed.jsonl", mixed_rows(folder / "data", with_images=False))
@@ -210,7 +210,7 @@ def shared_run(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFac
             "model": {"path": str(model_dirs["text"]), "dtype": "float32"},
             "tune": {"language": LORA},
             "data": {"train": [{"path": str(data)}]},
-            "train": {"output_dir": str(folder / "run"), "learning_rate": 1e-2, **SMALL},
+            **train_and_run(output_dir=str(folder / "run"), learning_rate=1e-2, **SMALL),
         }
     )
     train(config)
@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_samples(
     assert str(stopped.value).count("mixed.jsonl:") == 3
     assert NonFiniteError.exit_code == 6
     assert [row["step"] for row in rows(config)] == [1, 2, 3]
-    assert not (Path(config.train.output_dir) / "checkpoints" / "step-000004").exists()
+    assert not (Path(config.run.output_dir) / "checkpoints" / "step-000004").exists()
 
 
 def test_dropped_samples_are_counted_and_listed(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,7 +243,7 @@ def test_dropped_samples_are_counted_and_listed(make_config: MakeConfig, capsys:
     data = config.model_dump()
     data["data"] |= {"max_length": 40, "too_long": "drop"}
     train(Config.model_validate(data))
-    listed = [json.loads(line) for line in (Path(config.train.output_dir) / "dropped.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (Path(config.run.output_dir) / "dropped.jsonl").read_text().splitlines()]
     assert listed
     assert all("over the 40 allowed" in row["reason"] for row in listed)
     assert f"{len(listed)} samples dropped as too long" in capsys.readouterr().err
@@ -260,5 +260,5 @@ def test_bfloat16_keeps_what_learns_in_float32(make_config: MakeConfig) -> None:
 
 
 def test_the_config_of_a_run_is_plain_yaml(shared_run: Config) -> None:
-    text = (Path(shared_run.train.output_dir) / "config.yaml").read_text()
+    text = (Path(shared_run.run.output_dir) / "config.yaml").read_text()
     assert yaml.safe_load(text) == shared_run.model_dump(mode="json")

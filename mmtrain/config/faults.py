@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from mmtrain.config.schema import Config, Frozen, Full, Lora
+from mmtrain.config.keys import MOVED
+from mmtrain.config.schema import Config, Frozen, Full, Lora, Train
 from mmtrain.config.yaml_file import KeyPath
 from mmtrain.safe_text import shown
 
@@ -37,7 +38,7 @@ def schema_faults(errors: Sequence[ErrorDetails], data: dict[str, Any]) -> Itera
     """The key path and the reason of each fault. Where a value may be of several types, their errors are one fault."""
     found: dict[KeyPath, list[ErrorDetails]] = {}
     for error in errors:
-        if not _follows_from_another(error):
+        if not _follows_from_another(error, data):
             found.setdefault(_written(error, data), []).append(error)
     for at, of_key in found.items():
         expected = [_expected(error) for error in of_key]
@@ -48,8 +49,12 @@ def schema_faults(errors: Sequence[ErrorDetails], data: dict[str, Any]) -> Itera
             yield at, _reason(of_key[0], at, data)
 
 
-def _follows_from_another(error: ErrorDetails) -> bool:
-    """A list whose only item is at fault counts as too short for pydantic."""
+def _follows_from_another(error: ErrorDetails, data: dict[str, Any]) -> bool:
+    """A list whose only item is at fault counts as too short for pydantic. The required key of `run` counts as missing
+    where it stands in its old place, which is reported."""
+    if error["type"] == "missing" and error["loc"][0] == "run":
+        train = data.get("train")
+        return isinstance(train, dict) and "output_dir" in train
     return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
 
 
@@ -91,6 +96,10 @@ def _reason(error: ErrorDetails, at: KeyPath, data: dict[str, Any]) -> str:
 
 def _unknown_key(at: KeyPath, data: dict[str, Any]) -> str:
     key = str(at[-1])
+    if (path := ".".join(map(str, at))) in MOVED:
+        return f"moved to {MOVED[path]}"
+    if at[:-1] == ("run",) and key in Train.model_fields:
+        return f"unknown key; did you mean train.{key}?"
     if len(at) == 3 and at[0] == "tune":
         component = f"{at[0]}.{at[1]}"
         mode = data["tune"][at[1]]["mode"]

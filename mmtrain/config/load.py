@@ -26,7 +26,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     data = {} if data is None else data
     file = visible(str(path))
     if not isinstance(data, dict):
-        raise UserError(f"{file}:1: expected sections (model, tune, data, labels, train), not {shown(data)}")
+        raise UserError(f"{file}:1: expected sections (model, tune, data, labels, train, run), not {shown(data)}")
     where = {at: f"{file}:{line}" for at, line in lines.items()}
     faults = []
     for override in overrides:

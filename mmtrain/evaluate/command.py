@@ -120,13 +120,12 @@ class Evaluation:
         yield
 
     def _score(self, scorer: Scorer) -> Scores:
-        settings = self._config.train
         self._model.to(self._runtime.device)
         same = is_as_loaded(self._model, self._components, ("vision", "projector"))  # with any adapter
         store = self._store if same else None
         features = find_features(self._model, self._processor, self._runtime, store, self._say)
         make_inputs = InputMaker(self._model, self._processor.image_token_id, features)
-        tokens, packing = settings.microbatch_tokens, self._packing
+        tokens, packing = self._config.run.microbatch_tokens, self._packing
         scores = scorer.score(Root(self._model), make_inputs, self._runtime, tokens, packing, console=self._console)
         assert scores is not None  # only a run that is supervised stops on the way
         return scores

@@ -50,7 +50,7 @@ def checkpoint_activations(model: Any) -> None:
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
-        raise UserError(f"train.activation_checkpointing: {one_line(error)}; set it to false") from None
+        raise UserError(f"run.activation_checkpointing: {one_line(error)}; set it to false") from None
     model.disable_input_require_grads()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):

@@ -26,15 +26,15 @@ def keeps_features(config: Config, num_processes: int) -> bool:
 
     Not where weights are spread: all processes must then run the same modules, and each lacks other pictures.
     """
-    tune, settings = config.tune, config.train
+    tune, run = config.tune, config.run
     frozen = isinstance(tune.vision, Frozen) and isinstance(tune.projector, Frozen)
-    spread = settings.weights == "shard" and num_processes > 1
-    return frozen and not spread and max(settings.features.memory_gib, settings.features.disk_gib) > 0
+    spread = run.weights == "shard" and num_processes > 1
+    return frozen and not spread and max(run.image_cache.memory_gib, run.image_cache.disk_gib) > 0
 
 
 def make_store(config: Config, runtime: Runtime, say: Callable[[str], None]) -> FeatureStore | None:
     """Where features are kept, None where there is no room for any."""
-    limits = config.train.features
+    limits = config.run.image_cache
     folder = None
     if limits.disk_gib:
         folder = FeatureFolder(cache_folder() / "features", _model_key(config, runtime), limits.disk_gib * GIB, say)

@@ -17,10 +17,10 @@ def choose_packing(
 ) -> bool:
     """Try `model`, as it is computed and with whole weights, in the first process, and decide for all of them.
 
-    `say` is given the one line that says why `auto` does not pack. Raises UserError where `train.packing` is true and
+    `say` is given the one line that says why `auto` does not pack. Raises UserError where `run.packing` is true and
     the samples of a row do not leave each other alone, and where not even padded rows can be trained.
     """
-    wanted, dtype = config.train.packing, getattr(torch, config.model.dtype)
+    wanted, dtype = config.run.packing, getattr(torch, config.model.dtype)
 
     def fault() -> str:
         return packing_fault(model, processor, dtype, packing=wanted is not False) or ""
@@ -29,6 +29,6 @@ def choose_packing(
     if not found:
         return wanted is not False
     if wanted is True:
-        raise UserError(f"train.packing: {found}; expected false or auto for this model")
+        raise UserError(f"run.packing: {found}; expected false or auto for this model")
     say(f"packing: off, {found}")
     return False

@@ -108,7 +108,7 @@ class CheckpointFolder:
         if free < needed:
             raise StorageError(
                 f"{self._folder}: {self._keep} checkpoints and one in the making need {needed / 1e6:,.1f} MB more, "
-                f"{free / 1e6:,.1f} MB are free: make room or take another train.output_dir"
+                f"{free / 1e6:,.1f} MB are free: make room or take another run.output_dir"
             )
 
     def save(self, step: int, held: Snapshot, state: dict[str, Any]) -> Path:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from mmtrain.config import Config
-from mmtrain.config.schema import Source, Train
+from mmtrain.config.schema import Run, Source
 from mmtrain.dataset.encode_all import Recipe
 from mmtrain.dataset.microbatches import cut_step
 from mmtrain.dataset.plan import Indices, Plan
@@ -70,7 +70,7 @@ class Dataset:
         self.num_steps = settings.steps if settings.steps is not None else by_epochs
 
     def cut(
-        self, step: int, settings: Train, packing: bool, costs: CostModel, process: int, num_processes: int
+        self, step: int, settings: Run, packing: bool, costs: CostModel, process: int, num_processes: int
     ) -> StepCut:
         """Step `step` (from 1) and this process's share of its micro-batches, as many as every other process's."""
         samples = self.plan.step(step)

@@ -52,7 +52,7 @@ def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Ba
     """
     model, runtime = learner.model, learner.runtime
     is_adapter = isinstance(model, PeftModel)
-    target = Path(config.train.output_dir) / ("adapter" if is_adapter else "model")
+    target = Path(config.run.output_dir) / ("adapter" if is_adapter else "model")
     dtype = getattr(torch, config.model.dtype)
     weights = _whole_weights(model, is_adapter, dtype) if learner.sharded else None
     if not runtime.is_main:

@@ -28,17 +28,17 @@ def locked(output_dir: Path) -> Iterator[None]:
             output_dir.mkdir(parents=True, exist_ok=True)
             file = (output_dir / _LOCK).open("a+", encoding="utf-8")
     except FileExistsError:
-        raise UserError(f"train.output_dir: {name} is not a directory: name another one") from None
+        raise UserError(f"run.output_dir: {name} is not a directory: name another one") from None
     except OSError as error:
         why = f"{error.strerror}; name another one"
-        raise UserError(f"train.output_dir: the directory {name} cannot be made: {why}") from None
+        raise UserError(f"run.output_dir: the directory {name} cannot be made: {why}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"{name}: another run is writing there ({_holder(output_dir / _LOCK)}); "
-                "wait for it, stop it, or take another train.output_dir"
+                "wait for it, stop it, or take another run.output_dir"
             ) from None
         except OSError as error:
             raise UserError(f"{name}: the file system does not lock files ({error.strerror}): use another") from None

@@ -13,7 +13,7 @@ from mmtrain.safe_text import visible
 from mmtrain.train.metrics import METRICS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_PATHS: Any = {"model": {"path"}, "data": {"train", "eval"}, "train": {"output_dir"}}
+_PATHS: Any = {"model": {"path"}, "data": {"train", "eval"}, "run": {"output_dir"}}
 """What of a config is left out: where things lie on this machine."""
 
 _LOAD_ADAPTER = """\
@@ -54,7 +54,7 @@ def model_card(config: Config, auto_class: str, is_adapter: bool, num_samples: i
         f"The base model is {base}." if base else "The base model was a directory that has no id on the hub.",
         "The files of its tokenizer and its processor are in this directory too.",
         "",
-        *_figures(Path(config.train.output_dir) / METRICS, num_samples, config.train.batch_size),
+        *_figures(Path(config.run.output_dir) / METRICS, num_samples, config.train.batch_size),
         "",
         "```python",
         code + "```",

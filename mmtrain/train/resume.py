@@ -9,29 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from mmtrain.config import Config
+from mmtrain.config.keys import CHANGEABLE, MOVED
 from mmtrain.errors import UserError
 from mmtrain.safe_text import shown
 from mmtrain.train.checkpoint import CheckpointFolder, read_state
-
-CHANGEABLE = frozenset(
-    {
-        "train.output_dir",
-        "train.microbatch_tokens",
-        "train.microbatches",
-        "train.weights",
-        "train.threads",
-        "train.hang_timeout",
-        "train.packing",
-        "train.activation_checkpointing",
-        "train.compile",
-        "train.features",
-        "train.checkpoint_every",
-        "train.keep_checkpoints",
-        "train.eval_every",
-        "data.eval",
-    }
-)
-"""Keys that decide how a result is computed or what is written, and not what the result is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +49,16 @@ def find_resume(
         return Resume()
     state = read_state(checkpoint)
     before = _flat(state["config"]) | state["fingerprints"]
+    may_change = (*CHANGEABLE, *MOVED)  # a checkpoint of an older version has the old key paths
     changed = [
-        k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not _among(k, CHANGEABLE)
+        k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not _among(k, may_change)
     ]
     refused = [key for key in changed if not _among(key, accept)]
     if refused:
         raise UserError(
             [
                 *(f"{key}: {_told(key, before, now)}, which changes the result" for key in refused),
-                f"{checkpoint}: the run cannot go on from here: undo the change, take another train.output_dir, start "
+                f"{checkpoint}: the run cannot go on from here: undo the change, take another run.output_dir, start "
                 f"over with --fresh, or go on all the same with {_accepting(refused)}",
             ]
         )
@@ -84,9 +66,8 @@ def find_resume(
     for line in accepted:
         console.print(f"accepted: {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"continuing from {checkpoint}", highlight=False, soft_wrap=True)
-    others = [
-        f"{key} {state['layout'].get(key)} → {layout[key]}" for key in layout if state["layout"].get(key) != layout[key]
-    ]
+    old: dict[str, Any] = state["layout"]
+    others = [f"{key} {old[key]} → {layout[key]}" for key in layout if key in old and old[key] != layout[key]]
     if others:
         console.print(
             f"the result is the same within rounding, its bits may differ: {', '.join(others)}",
@@ -117,7 +98,7 @@ def _check_known(accept: Sequence[str], known: dict[str, Any]) -> None:
             raise UserError(f"--accept-change {shown(key)}: no such key{f'; did you mean {near[0]}?' if near else ''}")
 
 
-def _among(key: str, keys: Sequence[str] | frozenset[str]) -> bool:
+def _among(key: str, keys: Sequence[str]) -> bool:
     return any(key == one or key.startswith(one + ".") for one in keys)
 
 

@@ -44,9 +44,8 @@ def train(config: Config, accept: Sequence[str] = ()) -> None:
 
     Raises UserError for what the user can mend, and Stopped where a signal ended the run.
     """
-    settings = config.train
-    output_dir = Path(settings.output_dir)
-    runtime = Runtime(config.model.dtype, settings.hang_timeout, settings.num_threads)
+    output_dir = Path(config.run.output_dir)
+    runtime = Runtime(config.model.dtype, config.run.hang_timeout, config.run.num_threads)
     console = make_console(quiet=not runtime.is_main)
     with runtime.supervised(output_dir / "stacks"):
         _train(config, accept, runtime, output_dir, console)
@@ -54,16 +53,16 @@ def train(config: Config, accept: Sequence[str] = ()) -> None:
 
 
 def _train(config: Config, accept: Sequence[str], runtime: Runtime, output_dir: Path, console: Console) -> None:
-    activity, microbatches = runtime.activity, config.train.microbatches
+    activity, microbatches = runtime.activity, config.run.microbatches
     if microbatches != "auto" and microbatches % runtime.num_processes:
         raise UserError(
-            f"train.microbatches: {microbatches} cannot be shared by {runtime.num_processes} processes: "
+            f"run.microbatches: {microbatches} cannot be shared by {runtime.num_processes} processes: "
             "expected a multiple of their number, or auto"
         )
     activity.set("checking the data")
     processor = load_processor(config.model.path)
     dataset = Dataset(config, processor, console, activity.tick)
-    checkpoints = CheckpointFolder(output_dir / "checkpoints", config.train.keep_checkpoints)
+    checkpoints = CheckpointFolder(output_dir / "checkpoints", config.run.keep_checkpoints)
     activity.set("comparing with the checkpoint")
     state = RunState(config, runtime)
     resume = state.resume(lambda: state.find(dataset, checkpoints, accept, console))
@@ -82,23 +81,23 @@ def _train(config: Config, accept: Sequence[str], runtime: Runtime, output_dir: 
     show_parts(parts, console)
     for line in (dataset.summary(), *layout_lines(config, learner)):
         say(line)
-    run = Run(config, dataset, learner, costs, checkpoints, state, resume.evaluated, console)
-    run.take_steps(resume.step + 1)
-    run.finish(processor)
+    loop = TrainingLoop(config, dataset, learner, costs, checkpoints, state, resume.evaluated, console)
+    loop.take_steps(resume.step + 1)
+    loop.finish(processor)
 
 
 def make_learner(
     config: Config, processor: ChatProcessor, runtime: Runtime, say: Callable[[str], None] = lambda line: None
 ) -> tuple[Learner, list[PartReport], CostModel]:
     """The model with what learns of it, on its device, and its optimizer; its first weights follow from the seed."""
-    settings = config.train
-    torch.manual_seed(settings.seed)
+    seed, settings = config.train.seed, config.run
+    torch.manual_seed(seed)
     base = load_model(config.model.path, config.model.dtype, processor)
     runtime.activity.set("preparing the model")
     model, components, parts = prepare_learning(base, config.tune)
     if settings.activation_checkpointing:
         checkpoint_activations(base)
-    clock = DropoutClock(settings.seed)
+    clock = DropoutClock(seed)
     install_dropout(model, components, config.tune, clock)
     install_fused(model)
     costs = cost_model(base, components, config.tune)
@@ -122,7 +121,7 @@ def make_learner(
 
 def layout_lines(config: Config, learner: Learner) -> Iterator[str]:
     """How the weights are held, and whether another number of processes gives the same bits."""
-    settings, runtime = config.train, learner.runtime
+    settings, runtime = config.run, learner.runtime
     held, total = num_held(learner.model)
     count, threads = runtime.num_processes, runtime.num_threads
     yield (
@@ -132,17 +131,17 @@ def layout_lines(config: Config, learner: Learner) -> Iterator[str]:
     if learner.exact and is_exact(int(settings.microbatches), count):
         yield "bits: the same on 1, 2, 4 … processes of this kind of machine"
     elif count > 1:
-        why = "the weights are sharded" if learner.sharded else "train.microbatches is auto"
+        why = "the weights are sharded" if learner.sharded else "run.microbatches is auto"
         why = f"{count} is no power of two" if learner.exact else why
         yield f"bits: others than on another number of processes ({why})"
-    kept, limits = learner.make_inputs.features is not None, settings.features
+    kept, limits = learner.make_inputs.features is not None, settings.image_cache
     if kept:
         yield f"features of pictures: kept, {limits.memory_gib:g} GiB in memory and {limits.disk_gib:g} GiB on disk"
     elif keeps_features(config, count) and getattr(learner.model.config, "vision_config", None) is not None:
         yield "features of pictures: not kept, models of this family cannot go on from them"
 
 
-class Run:
+class TrainingLoop:
     """The loop over the steps, and what is written as it goes."""
 
     def __init__(
@@ -159,7 +158,7 @@ class Run:
         self._config, self._dataset, self._learner, self._costs = config, dataset, learner, costs
         self._checkpoints, self._state, self._evaluated = checkpoints, state, evaluated
         self._console = console
-        self._output_dir = Path(config.train.output_dir)
+        self._output_dir = Path(config.run.output_dir)
         runtime, dtype = learner.runtime, getattr(torch, config.model.dtype)
         self._ceiling = matmul_rate(runtime.device, dtype) * runtime.num_processes
         self._cut = functools.lru_cache(maxsize=256)(self._cut_step)
@@ -180,7 +179,7 @@ class Run:
             raise
 
     def _take_steps(self, first: int) -> None:
-        settings, last, activity = self._config.train, self._dataset.num_steps, self._learner.runtime.activity
+        settings, last, activity = self._config.run, self._dataset.num_steps, self._learner.runtime.activity
         samples = self._dataset.train if self._filled is None else self._filled
         cuts = (cut for step in range(first, last + 1) for cut in self._cut(step).own if cut)
         batches = Loader(samples, self._learner.packing, self._learner.make_inputs.store).batches(cuts)
@@ -243,14 +242,14 @@ class Run:
         # from the second epoch on every picture was seen; a rule that follows from the step alone, as the cut must
         kept = self._learner.make_inputs.store is not None and step > self._dataset.plan.steps_per_epoch
         costs = self._costs.with_kept_features if kept else self._costs
-        settings, packing = self._config.train, self._learner.packing
+        settings, packing = self._config.run, self._learner.packing
         cut = self._dataset.cut(step, settings, packing, costs, runtime.index, runtime.num_processes)
         return cut if self._filled is None else replace(cut, own=tuple(map(self._filled.fill, cut.own)))
 
     def _evaluate(self, step: int, metrics: MetricsFile, reporter: Reporter, done: Sequence[str] = ()) -> int | None:
         """Score the evaluation sets behind `step`, but those `done`, where it is due; gives the signal that asked to
         stop on the way. What a run was stopped in is taken again when the run goes on."""
-        settings, learner = self._config.train, self._learner
+        settings, learner = self._config.run, self._learner
         if step % settings.eval_every and step != self._dataset.num_steps:
             return None
         learner.runtime.activity.set("evaluating", step)

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from mmtrain.config import Config
+from mmtrain.config.keys import AFFECTS_BITS
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.image_cache import keeps_features
 from mmtrain.train.checkpoint import CheckpointFolder
@@ -31,7 +32,7 @@ class RunState:
         self._fingerprints = fingerprints(self._config, dataset, self._runtime.activity.tick)
         found = find_resume(checkpoints, self._config, self._fingerprints, self._layout, accept, console)
         self._accepted = found.accepted
-        return replace(found, evaluated=evaluated_at(Path(self._config.train.output_dir) / METRICS, found.step))
+        return replace(found, evaluated=evaluated_at(Path(self._config.run.output_dir) / METRICS, found.step))
 
     def resume(self, find: Any) -> Resume:
         """What the first process finds, in all processes."""
@@ -55,11 +56,11 @@ class RunState:
 
     @property
     def _layout(self) -> dict[str, Any]:
-        """What decides the bits of the result beside what decides the result."""
-        settings = self._config.train
-        exact = settings.weights == "replicate" and settings.microbatches != "auto"
-        processes = {} if exact else {"processes": self._runtime.num_processes}
-        cut = {"microbatches": settings.microbatches, "microbatch_tokens": settings.microbatch_tokens}
-        rest = {"weights": settings.weights, "packing": settings.packing, "threads": self._runtime.num_threads}
-        kept = {"features": keeps_features(self._config, self._runtime.num_processes)}
-        return {**cut, **rest, **kept, **processes, "compile": settings.compile, **self._runtime.kernels}
+        """What decides the bits of the result besides what decides the result: the keys of `run` that may change
+        them, as this run executes them, and the machine."""
+        run, runtime = self._config.run, self._runtime
+        keys = {key: getattr(run, key) for key in AFFECTS_BITS}
+        cached = keeps_features(self._config, runtime.num_processes)  # the sizes of the cache do not change a bit
+        exact = run.weights == "replicate" and run.microbatches != "auto"
+        processes = {} if exact else {"processes": runtime.num_processes}
+        return keys | {"threads": runtime.num_threads, "image_cache": cached} | processes | runtime.kernels

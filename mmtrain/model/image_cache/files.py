@@ -62,7 +62,7 @@ class FeatureFolder:
         beside = path.with_name(f".{key}.{os.getpid()}")
         try:
             if not self._has_room(len(raw)):
-                self._stop(f"{self._limit / 2**30:,.1f} GiB (train.features.disk_gib) are full")
+                self._stop(f"{self._limit / 2**30:,.1f} GiB (run.image_cache.disk_gib) are full")
                 return
             self._folder.mkdir(parents=True, exist_ok=True)
             beside.write_bytes(raw)

@@ -1,0 +1,24 @@
+"""Key paths found in the schema: what may change on resume, what affects bits, what moved."""
+
+from collections.abc import Iterator
+
+from mmtrain.config.schema import Config, Marker, Run, Section
+
+
+def _marked(marker: Marker, section: type[Section] = Config, inside: str = "") -> Iterator[str]:
+    """The key paths of the fields that carry `marker`, in the order of the schema; nothing below such a field."""
+    for name, field in section.model_fields.items():
+        if marker in field.metadata:
+            yield inside + name
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _marked(marker, field.annotation, f"{inside}{name}.")
+
+
+CHANGEABLE = tuple(_marked(Marker.SAME_RESULT))
+"""Sections and keys that may change on resume: they decide how the result is computed or what is reported."""
+
+AFFECTS_BITS = tuple(_marked(Marker.AFFECTS_BITS, Run))
+"""Keys of `run` whose change may change the bits of the result, within rounding."""
+
+MOVED = {f"train.{key}": f"run.{key}" for key in Run.model_fields} | {"train.features": "run.image_cache"}
+"""Old key paths, of configs and checkpoints written before there was a section `run`, and the new ones."""
