@@ -141,6 +141,14 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
+@config_app.command()
+def docs() -> None:
+    """Print the reference of all config keys, docs/config.md."""
+    from mmtrain.config.reference import reference
+
+    print(reference(), end="")
+
+
 def main() -> None:
     """The entry point: a user's mistake is told in lines without a traceback."""
     set_environment()

@@ -1,25 +1,138 @@
-"""What the README and the shipped files promise is there and true."""
+"""What the README, the docs and the shipped configs promise exists and works."""
 
 import importlib
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
+import yaml
 from builders import ROOT, TINY
 
 from mmtrain.config import load_config
+from mmtrain.config.reference import reference
 from mmtrain.config.schema import json_schema
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "data_samples/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+GENERATED = ROOT / "docs" / "config.md"
 
 
 @pytest.fixture(autouse=True)
 def _in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+
+
+def without_code(page: str) -> str:
+    """The prose of a page: no fenced blocks (output of the program), no inline code (names)."""
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE))
+
+
+def anchors(page: str) -> set[str]:
+    """The fragments that GitHub gives the headings of a page."""
+    heads = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_all_pages_are_found() -> None:
+    names = ["data", "models", "labels", "evaluation", "scaling", "runs", "speed", "config", "architecture"]
+    assert {ROOT / "docs" / f"{name}.md" for name in names} <= set(PAGES)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 110
+
+
+def test_the_readme_links_to_every_page() -> None:
+    for path in PAGES:
+        name = path.relative_to(ROOT).as_posix()
+        assert name == "README.md" or f"]({name})" in README, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        name, _, fragment = link.partition("#")
+        target = page if not name else page.parent / name
+        assert target.exists(), link
+        assert not fragment or fragment in anchors(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_scripts_and_configs_that_are_named_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"(?<![\w/.])((?:scripts|configs|tests|mmtrain|data_samples)/[\w./-]*\w)", text):
+        assert (ROOT / name).exists(), name
+
+
+UNWANTED = {
+    r"pictures?": "image",
+    r"learne?d|learnt|learns?|teach(?:es)?|taught": "trained on, trainable",
+    r"beside|behind|in front": "next to, besides, after, before",
+    r"dear|dearer|dearest": "expensive",
+    r"go on|goes on|went on|take up|takes up": "resume, continue",
+    r"held|hold|holds|at hand": "stored, kept in memory, cached",
+    r"told|tells": "reported",
+    r"mend|mends": "fix",
+    r"ready made|nothing vanishes|made, not found": "plain words",
+}
+"""Words that the glossary replaces, as regular expressions, with their replacements."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_pages_use_the_words_of_the_glossary(page: Path) -> None:
+    prose = without_code(page.read_text(encoding="utf-8"))
+    assert prose.strip()
+    for words, instead in UNWANTED.items():
+        found = re.search(rf"(?i)\b(?:{words})\b(?!-out)", prose)
+        assert found is None, f"{found[0]!r}: write {instead}"
+
+
+def test_the_config_reference_is_the_one_of_the_code() -> None:
+    """After a change of the schema: `mmtrain config docs > docs/config.md`."""
+    assert GENERATED.read_text(encoding="utf-8") == reference()
+
+
+def test_the_config_reference_explains_every_key() -> None:
+    page = GENERATED.read_text(encoding="utf-8")
+    sections = [section for section in json_schema()["$defs"].values() if "properties" in section]
+    assert len(sections) >= 9
+    for section in sections:
+        for key, node in section["properties"].items():
+            meaning = re.escape(" ".join(node["description"].split()))
+            assert re.search(rf"^\| `(?:[\w.]+\.)?{key}` \| .* \| {meaning} \|$", page, re.MULTILINE), key
+
+
+def test_the_defaults_of_the_config_reference_are_those_of_a_config_that_sets_none(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").touch()
+    (tmp_path / "empty.yaml").write_text(MINIMAL.format(folder=tmp_path))
+    values = load_config(tmp_path / "empty.yaml").model_dump(mode="json")
+    rows = re.findall(r"^\| `(\w+)\.(\w+)` \| [^|]+ \| `([^`{]*)` \|", GENERATED.read_text("utf-8"), re.MULTILINE)
+    assert len(rows) >= 20
+    for section, key, default in rows:
+        assert yaml.safe_load(default) == values[section][key], key
+
+
+MINIMAL = """\
+model: {{path: {folder}}}
+data: {{train: [{{path: {folder}/data.jsonl}}]}}
+run: {{output_dir: {folder}/run}}
+"""
 
 
 def test_every_shipped_config_loads_and_names_the_schema() -> None:
@@ -33,15 +146,49 @@ def test_the_shipped_schema_is_the_one_of_the_code() -> None:
     assert json.loads((ROOT / "configs" / "schema.json").read_text()) == json_schema()
 
 
-def test_the_config_explained_in_the_readme_is_the_quickstart(tmp_path: Path) -> None:
-    explained = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
-    assert explained is not None
-    (tmp_path / "readme.yaml").write_text(explained.group(1))
-    found, shipped = load_config(tmp_path / "readme.yaml"), load_config(ROOT / "configs" / "quickstart.yaml")
-    assert found.tune == shipped.tune
-    assert found.train == shipped.train
-    assert found.run == shipped.run
-    assert [source.path for source in found.data.train] == [source.path for source in shipped.data.train]
+def own_data(folder: Path) -> None:
+    """Four conversations to train on and 100 to evaluate on, made by the script in docs/data.md."""
+    (script,) = blocks((ROOT / "docs" / "data.md").read_text(encoding="utf-8"), "python")
+    colours = [("red", (255, 0, 0)), ("green", (0, 128, 0)), ("blue", (0, 0, 255))]
+    (folder / "my_data").mkdir()
+    with (folder / "captions.csv").open("w", encoding="utf-8") as file:
+        file.write("file,caption\n")
+        for number in range(104):
+            name, colour = colours[number % 3]
+            PIL.Image.new("RGB", (28 + number, 56), colour).save(folder / "my_data" / f"{number}.png")
+            file.write(f"{number}.png,a {name} square\n")
+    subprocess.run([sys.executable, "-c", script], cwd=folder, check=True)
+
+
+def test_the_way_from_labelled_images_to_an_evaluated_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script of docs/data.md, then the config and the commands of the README, with the tiny model."""
+    from typer.testing import CliRunner
+
+    from mmtrain.cli import app
+
+    own_data(tmp_path)
+    (config,) = blocks(README, "yaml")
+    assert len(config.splitlines()) <= 8
+    (tmp_path / "my.yaml").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^mmtrain ([^#\n]* my\.yaml[^#\n]*)", "\n".join(blocks(README, "bash")), re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["inspect-labels", "inspect-labels", "train", "eval"]
+    for command in commands:
+        result = CliRunner().invoke(app, [*command.split(), f"model.path={TINY}", "model.dtype=float32"])
+        assert result.exit_code == 0, result.exception or result.output
+    assert "swapped" in result.output
+    assert (tmp_path / "runs" / "my" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_records_of_the_docs_are_read() -> None:
+    from mmtrain.records.formats import read_record
+
+    records = [json.loads(block) for page in PAGES for block in blocks(page.read_text(encoding="utf-8"), "json")]
+    assert len(records) >= 4
+    for record in records:
+        conversation = read_record(record, "auto")
+        assert [image.name for image in conversation.images] == ["cat.jpg"]
+        assert [message.role for message in conversation.messages] == ["user", "assistant"]
 
 
 def test_the_map_of_files_is_complete() -> None:
@@ -61,22 +208,37 @@ def test_the_way_of_a_sample_names_what_is_there() -> None:
         assert callable(found)
 
 
-def test_the_commands_of_the_readme_are_commands() -> None:
+def test_commands_and_options_of_the_pages_exist() -> None:
     from typer.main import get_command
 
     from mmtrain.cli import app
 
-    known = set(get_command(app).commands)  # type: ignore[attr-defined]
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    used = set(re.findall(r"^mmtrain ([\w-]+)", "\n".join(blocks), re.MULTILINE))
-    assert used
-    assert used <= known
+    root = get_command(app)
+    used = [
+        line.partition("#")[0].split()
+        for page in PAGES
+        for block in (
+            *blocks(page.read_text(encoding="utf-8"), "bash"),
+            *blocks(page.read_text(encoding="utf-8"), "text"),
+        )
+        for line in re.findall(r"^(?:\$ )?(mmtrain .*)$", block, re.MULTILINE)
+    ]
+    assert {line[1] for line in used} >= {"train", "inspect-labels", "eval"}
+    for words in used:
+        command, *rest = words[1:]
+        found = root.commands[command]  # type: ignore[attr-defined]
+        while hasattr(found, "commands"):
+            command, *rest = rest
+            found = found.commands[command]
+        options = {option for parameter in found.params for option in parameter.opts}
+        assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= options, words
 
 
 def test_nothing_shipped_is_too_large() -> None:
     assert sum(path.stat().st_size for path in TINY.iterdir()) <= 8_000_000
     others = [p for p in (ROOT / "data_samples").rglob("*") if p.is_file() and TINY not in p.parents]
     assert sum(path.stat().st_size for path in others) < 12_000_000
+    assert (ROOT / "docs" / "labels.png").stat().st_size < 200_000
 
 
 def test_the_project_speaks_of_itself_alone() -> None:

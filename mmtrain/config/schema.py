@@ -185,7 +185,7 @@ class Run(Section):
     number of processes. A number, which the number of processes must divide: a step is divided the same way however
     many processes there are, so 1, 2, 4 and so on of them give the same bits."""
     weights: Annotated[Literal["replicate", "shard"], Marker.AFFECTS_BITS] = "replicate"
-    """Every process holds all weights, or the weights are sharded over the processes (FSDP2): for models larger than
+    """Every process stores all weights, or the weights are sharded over the processes (FSDP2): for models larger than
     one device, and for full fine-tuning."""
     packing: Annotated[Literal["auto"] | bool, Marker.AFFECTS_BITS] = "auto"
     """Put the samples of a micro-batch end to end in one row, without padding (true), or one row each, padded (false).
