@@ -13,20 +13,26 @@ from transformers import AutoModelForImageTextToText
 
 from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.model import attention
-from mmtrain.model.attention import NAME, RowLayout, fits_varlen, install_attention
+from mmtrain.model.attention import NAME, PackedRow, fits_varlen, install_attention
 
 LENGTHS = (5, 1, 9, 3)
 
 
-def layout_of(lengths: tuple[int, ...]) -> RowLayout:
-    layout = RowLayout()
+MODULE = SimpleNamespace(is_causal=True)
+
+
+def row_of(lengths: tuple[int, ...]) -> PackedRow:
     starts = [sum(lengths[:n]) for n in range(len(lengths))]
     segments = tuple(
         Segment(n, 0, start, length, 0, 0) for n, (start, length) in enumerate(zip(starts, lengths, strict=True))
     )
     ids = torch.zeros(1, sum(lengths), dtype=torch.long)
-    layout.set(Batch(ids, ids.bool(), segments, True, {}), torch.device("cpu"))
-    return layout
+    return PackedRow.of(Batch(ids, ids.bool(), segments, True, {}), torch.device("cpu"))
+
+
+def attend(row: PackedRow | None, query: Tensor, key: Tensor, value: Tensor, **others: Any) -> Tensor:
+    """What the attention gives without a mask, as for a packed row."""
+    return attention._attention(MODULE, query, key, value, None, packed_row=row, **others)[0]
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
@@ -36,8 +42,7 @@ def test_attention_within_samples_is_that_of_a_dense_mask(window: int | None, ke
     torch.manual_seed(0)
     query = torch.randn(1, 4, length, 8, requires_grad=True)
     key, value = (torch.randn(1, key_heads, length, 8, requires_grad=True) for _ in range(2))
-    module = SimpleNamespace(row_layout=layout_of(LENGTHS), is_causal=True)
-    found, _ = attention._attention(module, query, key, value, None, scaling=0.3, sliding_window=window)
+    found = attend(row_of(LENGTHS), query, key, value, scaling=0.3, sliding_window=window)
 
     sample = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     back = torch.arange(length)[:, None] - torch.arange(length)
@@ -116,10 +121,8 @@ class Varlen:
         return (logits.softmax(-1) @ v).transpose(0, 1).to(query.dtype)
 
 
-def with_ends() -> Any:
-    layout = layout_of(LENGTHS)
-    layout.ends = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return SimpleNamespace(row_layout=layout, is_causal=True)
+def with_ends() -> PackedRow:
+    return PackedRow(LENGTHS, torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
@@ -131,11 +134,10 @@ def test_the_kernel_is_told_samples_and_window(
     query = torch.randn(1, 4, sum(LENGTHS), 8).bfloat16()
     key, value = (torch.randn(1, key_heads, sum(LENGTHS), 8).bfloat16() for _ in range(2))
     monkeypatch.setattr(attention, "varlen_attn", kernel := Varlen())
-    found, _ = attention._attention(with_ends(), query, key, value, None, scaling=0.3, sliding_window=window)
+    found = attend(with_ends(), query, key, value, scaling=0.3, sliding_window=window)
     assert kernel.dtypes
-    plain = SimpleNamespace(row_layout=layout_of(LENGTHS), is_causal=True)
     wide = (tensor.float() for tensor in (query, key, value))
-    expected, _ = attention._attention(plain, *wide, None, scaling=0.3, sliding_window=window)
+    expected = attend(row_of(LENGTHS), *wide, scaling=0.3, sliding_window=window)
     assert found.shape == expected.shape
     assert torch.allclose(found.float(), expected, atol=0.02)  # a token more or less in the window: 0.3 and more
 
@@ -147,11 +149,7 @@ def test_what_the_kernel_does_not_take_goes_sample_by_sample(monkeypatch: pytest
     monkeypatch.setattr(attention, "varlen_attn", refuse)
     monkeypatch.setattr(attention, "_in_blocks", lambda query, value: False)  # as on a GPU
     query, key, value = (torch.randn(1, 2, sum(LENGTHS), 8) for _ in range(3))
-    found, _ = attention._attention(with_ends(), query, key, value, None)
-    expected, _ = attention._attention(
-        SimpleNamespace(row_layout=layout_of(LENGTHS), is_causal=True), query, key, value, None
-    )
-    assert torch.equal(found, expected)
+    assert torch.equal(attend(with_ends(), query, key, value), attend(row_of(LENGTHS), query, key, value))
 
 
 def test_under_autocast_the_kernel_gets_one_type(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,16 +157,14 @@ def test_under_autocast_the_kernel_gets_one_type(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(attention, "varlen_attn", kernel := Varlen())
     query, key, value = (torch.randn(1, 2, sum(LENGTHS), 8) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):
-        found, _ = attention._attention(with_ends(), query, key, value.bfloat16(), None, scaling=0.3)
+        found = attend(with_ends(), query, key, value.bfloat16(), scaling=0.3)
     assert set(kernel.dtypes) == {torch.bfloat16}
     assert found.dtype == torch.bfloat16
 
 
 def test_what_is_no_packed_row_goes_through_the_models_own_attention() -> None:
-    layout = layout_of(LENGTHS)
-    layout.clear()
     query, key, value = (torch.randn(2, 4, 6, 8) for _ in range(3))
-    found, _ = attention._attention(SimpleNamespace(row_layout=layout, is_causal=True), query, key, value, None)
+    found = attend(None, query, key, value)
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
     assert torch.allclose(found, expected, atol=1e-6)
 
@@ -176,14 +172,13 @@ def test_what_is_no_packed_row_goes_through_the_models_own_attention() -> None:
 def test_a_row_of_another_length_than_its_batch_is_refused() -> None:
     query = torch.randn(1, 4, sum(LENGTHS) + 1, 8)
     with pytest.raises(RuntimeError):
-        attention._attention(SimpleNamespace(row_layout=layout_of(LENGTHS)), query, query, query, None)
+        attend(row_of(LENGTHS), query, query, query)
 
 
 def test_it_is_put_into_the_language_model_and_not_into_what_is_saved(tmp_path_factory: pytest.TempPathFactory) -> None:
     model = AutoModelForImageTextToText.from_pretrained(MAKERS["qwen2_5_vl"](tmp_path_factory.mktemp("model")))
-    layout = install_attention(model)
-    assert layout is not None
-    assert install_attention(model) is layout
+    assert install_attention(model)
+    assert install_attention(model)
     assert model.get_decoder().config._attn_implementation == NAME
     assert model.config.vision_config._attn_implementation != NAME
     saved = tmp_path_factory.mktemp("saved")
@@ -196,6 +191,4 @@ def test_attention_of_other_kinds_is_left_alone() -> None:
         SimpleNamespace(_attn_implementation="eager", layer_types=None),
         SimpleNamespace(_attn_implementation="sdpa", layer_types=["full_attention", "chunked_attention"]),
     ):
-        assert (
-            install_attention(SimpleNamespace(get_decoder=lambda config=config: SimpleNamespace(config=config))) is None
-        )
+        assert not install_attention(SimpleNamespace(get_decoder=lambda config=config: SimpleNamespace(config=config)))

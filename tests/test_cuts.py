@@ -58,9 +58,10 @@ def test_dropout_drops_the_share_it_should_and_keeps_the_mean(make_config: Calla
     clock = DropoutClock(0)
     dropout = SampleDropout(0.25, "layer", "language", clock)
     ones = torch.ones(*batch.input_ids.shape, 256)
-    assert torch.equal(dropout(ones), ones)  # off until the clock is set: evaluation has no dropout
-    clock.set(1, batch)
-    dropped = dropout(ones)
+    assert torch.equal(dropout(ones), ones)  # off outside of `at`: evaluation has no dropout
+    with clock.at(1, batch):
+        dropped = dropout(ones)
+    assert torch.equal(dropout(ones), ones)
     assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
 

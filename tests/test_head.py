@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import DECODER_SIZES as SIZES
+from torch import Tensor
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -18,7 +21,7 @@ from transformers import (
 )
 
 from mmtrain.dataset.batch import Batch, Segment
-from mmtrain.model.head import TOKENS, WORDS, FrozenHeadNLL, before_head, frozen_head
+from mmtrain.model.head import TOKENS, WORDS, FrozenHeadNLL, HeadKind, find_head_kind, frozen_head
 from mmtrain.model.loss import supervised_nll
 
 
@@ -113,42 +116,114 @@ def batch_of(length: int) -> Batch:
     return Batch(ids, supervised, (Segment(0, 0, 0, length, 0, 0),), True, {})
 
 
-@pytest.mark.parametrize(
-    ("model_class", "config", "is_plain"),
-    [
-        (LlamaForCausalLM, LlamaConfig(**SIZES), True),
-        (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True), True),
-        (Gemma2ForCausalLM, Gemma2Config(**SIZES, final_logit_softcapping=0.5), False),
-        (CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.25), False),
-        (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=4.0), False),
-    ],
-    ids=["plain", "tied", "capped", "scaled", "divided"],
-)
-def test_every_kind_of_head_gives_the_models_own_logits(model_class: Any, config: Any, is_plain: bool) -> None:
-    torch.manual_seed(0)
-    model = model_class(config).eval().requires_grad_(False)
-    batch = batch_of(40)
-    inputs = {"input_ids": batch.input_ids, "use_cache": False}
-    head = frozen_head(model)
-    assert head is not None
-    assert (before_head(model, head, inputs) is not None) == is_plain
-    nll, _ = supervised_nll(model, inputs, batch)
+KINDS: dict[str, tuple[Any, Any, str]] = {
+    "plain": (LlamaForCausalLM, LlamaConfig(**SIZES), "plain"),
+    "tied": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True), "plain"),
+    "capped": (Gemma2ForCausalLM, Gemma2Config(**SIZES, final_logit_softcapping=0.5), "own"),
+    "scaled": (CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.25), "own"),
+    "scaled 2": (Cohere2ForCausalLM, Cohere2Config(**SIZES, logit_scale=0.25), "own"),
+    "divided": (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=4.0), "own"),
+}
+"""By name: class, config and kind of the head."""
 
+
+def model_of(name: str) -> Any:
+    torch.manual_seed(0)
+    model_class, config, _ = KINDS[name]
+    return model_class(config).eval().requires_grad_(False)
+
+
+def nll_of(model: Any, batch: Batch, kind: HeadKind | None = None) -> tuple[Tensor, Tensor]:
+    inputs = {"input_ids": batch.input_ids, "use_cache": False}
+    return supervised_nll(model, find_head_kind(model, print) if kind is None else kind, inputs, batch)
+
+
+def expected_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """By full logits, and whether the target is the likeliest."""
     logits = model(input_ids=batch.input_ids).logits[0, :-1].float()
     chosen = batch.supervised[0, 1:]
-    expected = F.cross_entropy(logits[chosen], batch.input_ids[0, 1:][chosen], reduction="none")
+    targets = batch.input_ids[0, 1:][chosen]
+    return F.cross_entropy(logits[chosen], targets, reduction="none"), logits[chosen].argmax(-1) == targets
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_head_gives_the_models_own_logits(name: str) -> None:
+    model, batch = model_of(name), batch_of(40)
+    assert frozen_head(model) is not None
+    assert find_head_kind(model, print) == KINDS[name][2]
+    nll, _ = nll_of(model, batch)
+    expected, right = expected_nll(model, batch)
     assert torch.allclose(nll, expected, atol=1e-5)
     with torch.no_grad():
-        _, right = supervised_nll(model, inputs, batch)
-    assert torch.equal(right, logits[chosen].argmax(-1) == batch.input_ids[0, 1:][chosen])
+        assert torch.equal(nll_of(model, batch)[1], right)
 
 
-def test_a_head_that_learns_gets_its_gradient() -> None:
+@pytest.mark.parametrize("name", KINDS)
+def test_the_backbone_runs_once_per_micro_batch(name: str) -> None:
+    model, calls = model_of(name), list[int]()
+    kind = find_head_kind(model, print)
+    model.base_model.register_forward_hook(lambda *args: calls.append(1))
+    for num_batches in (1, 2, 3):
+        nll_of(model, batch_of(20), kind)
+        assert len(calls) == num_batches
+
+
+def test_the_trial_of_the_head_leaves_the_model_as_it_was() -> None:
+    model, batch = model_of("plain"), batch_of(20)
+    before = model(input_ids=batch.input_ids).logits
+    model.base_model.register_forward_hook(lambda *args: torch.rand(1) and None)  # a model that draws
+    state = torch.get_rng_state()
+    find_head_kind(model, print)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model(input_ids=batch.input_ids).logits, before)
+
+
+def test_a_model_that_does_not_run_on_one_token_gives_its_own_logits_and_says_so() -> None:
+    model, batch, lines = model_of("plain"), batch_of(20), list[str]()
+
+    def fail(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs["input_ids"].shape[1] == 1:
+            raise ValueError("images are missing:\nall of them")
+
+    model.register_forward_pre_hook(fail, with_kwargs=True)
+    assert (kind := find_head_kind(model, lines.append)) == "own"
+    assert lines == [
+        "head: all logits at once, the model fails on one token: ValueError: images are missing: all of them"
+    ]
+    assert torch.allclose(nll_of(model, batch, kind)[0], expected_nll(model, batch)[0], atol=1e-5)
+
+
+def test_logits_that_are_no_longer_those_of_the_head_are_refused() -> None:
+    model = model_of("divided")
+    with pytest.raises(RuntimeError, match="not those of its head"):
+        nll_of(model, batch_of(20), "plain")
+    assert torch.allclose(nll_of(model, batch_of(20))[0], expected_nll(model, batch_of(20))[0], atol=1e-5)
+
+
+def test_a_trained_head_gets_its_gradient() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
     assert frozen_head(model) is None
-    nll, _ = supervised_nll(model, {"input_ids": (batch := batch_of(30)).input_ids, "use_cache": False}, batch)
-    nll.sum().backward()
+    nll_of(model, batch_of(30))[0].sum().backward()
     assert model.lm_head.weight.grad.abs().sum() > 0
     with torch.no_grad():
         assert frozen_head(model) is model.lm_head
+
+
+def test_where_the_head_is_trained_the_cross_entropy_is_in_float32_and_the_likeliest_token_counts() -> None:
+    """In bfloat16 the loss would be rounded to one of 128 steps between two powers of two."""
+    torch.manual_seed(0)
+    model, seen = LlamaForCausalLM(LlamaConfig(**SIZES)).eval().bfloat16(), list[Tensor]()
+    batch = batch_of(60)
+    with torch.no_grad():
+        likeliest = model(input_ids=batch.input_ids).logits[0, 40].argmax()
+    batch.input_ids[0, 41], batch.supervised[0, 41] = likeliest, True
+    model.register_forward_hook(lambda module, args, out: seen.append(out.logits.detach().double()[0]))
+    nll, right = nll_of(model, batch, "plain")
+    (logits,) = seen
+    targets = batch.input_ids[batch.supervised]
+    expected = logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
+    assert nll.dtype == torch.float32
+    assert torch.allclose(nll.double(), expected, rtol=1e-6, atol=0)
+    assert torch.equal(right, logits.argmax(-1) == targets)
+    assert 0 < int(right.sum()) < len(right)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import ROW_MULTIPLE
-from mmtrain.model.kernels.fused import last_mlp
+from mmtrain.model.kernels.last_layer import last_mlp
 from mmtrain.model.kernels.rowwise import normalize
 
 CUTS = [[0, 1, 2], [3], [4, 5, 6, 7]]
@@ -42,7 +42,7 @@ def test_what_nobody_looks_at_is_left_out(
     assert set(rows) == {*tokens, *supervised}
     assert all(few < many for few, many in zip(supervised, tokens, strict=True))
 
-    monkeypatch.setattr("mmtrain.model.loss.row_layout", lambda model: None)
+    monkeypatch.setattr("mmtrain.model.loss.replace", lambda row, predicting: row)
     rows.clear()
     expected = step_of(learner, dataset, CUTS, packing=True)
     assert set(rows) == set(tokens)

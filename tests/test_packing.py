@@ -138,8 +138,6 @@ def test_the_trial_leaves_model_and_random_state_as_they_were(name: str, load: L
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert modes == [module.training for module in model.modules()]
     assert all(parameter.grad is None for parameter in model.parameters())
-    layout = attention.row_layout(model)
-    assert layout is None or (layout.lengths, layout.ends, layout.predicting) == (None, None, None)
 
 
 def config_for(path: Path, make_config: Callable[..., Config], **train: Any) -> Config:

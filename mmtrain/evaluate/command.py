@@ -22,6 +22,7 @@ from mmtrain.evaluate.changed_images import CHANGES, ChangedPictures, encodable
 from mmtrain.evaluate.report import image_verdict, print_comparison, print_report
 from mmtrain.model.adapter import load_adapter, read_adapter
 from mmtrain.model.components import Components, is_as_loaded
+from mmtrain.model.head import find_head_kind
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import length_limit, load_model
 from mmtrain.model.root import Root
@@ -81,6 +82,7 @@ class Evaluation:
         self._components = Components(self._base)
         self._base.to(self._runtime.device)
         self._packing = choose_packing(self._base, self._processor, config, self._runtime, self._say)
+        self._head_kind = find_head_kind(self._base, self._say)
         self._store = make_store(config, self._runtime, self._say)
         self._model: Any = self._base
         self._num_loaded = 0
@@ -125,8 +127,15 @@ class Evaluation:
         store = self._store if same else None
         features = find_features(self._model, self._processor, self._runtime, store, self._say)
         make_inputs = InputMaker(self._model, self._processor.image_token_id, features)
-        tokens, packing = self._config.run.microbatch_tokens, self._packing
-        scores = scorer.score(Root(self._model), make_inputs, self._runtime, tokens, packing, console=self._console)
+        scores = scorer.score(
+            Root(self._model),
+            self._head_kind,
+            make_inputs,
+            self._runtime,
+            self._config.run.microbatch_tokens,
+            self._packing,
+            console=self._console,
+        )
         assert scores is not None  # only a run that is supervised stops on the way
         return scores
 

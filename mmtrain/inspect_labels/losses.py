@@ -11,6 +11,7 @@ from mmtrain.config import Config
 from mmtrain.dataset.batch import Loader
 from mmtrain.dataset.samples import SampleSet
 from mmtrain.model.adapter import load_adapter, read_adapter
+from mmtrain.model.head import find_head_kind
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
 from mmtrain.model.loss import supervised_nll
@@ -31,6 +32,7 @@ def token_losses(
     say = functools.partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
     processor = samples.encoder.processor
     model = load_model(config.model.path, config.model.dtype, processor)
+    head_kind = find_head_kind(model, say)
     if found_adapter is not None:
         model = load_adapter(model, found_adapter)
     model.to(runtime.device)
@@ -39,8 +41,7 @@ def token_losses(
     found = {}
     for batch in Loader(samples, packing).batches([index] for index in indices):
         with runtime.autocast():
-            nll, _ = supervised_nll(model, make_inputs(batch), batch)
+            nll, _ = supervised_nll(model, head_kind, make_inputs(batch), batch)
         positions = batch.supervised[0].nonzero()[:, 0].tolist()
         found[batch.segments[0].sample] = dict(zip(positions, nll.tolist(), strict=True))
-    make_inputs.clear()
     return found

@@ -1,12 +1,16 @@
-"""Attention within the samples of a packed row: no token looks at another sample, and nothing is computed for one.
+"""Attention within the samples of a packed row: no token attends to another sample, and nothing is computed for one.
 
 Registered with transformers as an attention of its own. A packed row goes through `varlen_attn` on CUDA where that
 kernel takes it, in blocks on the CPU, and sample by sample elsewhere, so the cost is the sum of the samples' squares
-and not the square of their sum; rows that are padded go through transformers' own `sdpa`.
+and not the square of their sum; padded rows go through transformers' own `sdpa`.
+
+Where the samples lie is an argument of the model's forward, `packed_row`. transformers passes the keywords that a model
+does not know on to every layer and its attention, also when activations are computed again. A family that drops them
+attends across the samples of a row: `packing_trial` finds that out, and its rows are padded.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,31 +24,31 @@ from mmtrain.dataset.batch import Batch
 from mmtrain.model.kernels.block_attention import BlockAttention
 
 NAME = "mmtrain_segments"
+KEYWORD = "packed_row"
+"""The argument of the model's forward that holds a `PackedRow`."""
 _KINDS = {"full_attention", "sliding_attention"}
 
 
-@dataclass(slots=True)
-class RowLayout:
-    """Where the samples of the row that goes through the model lie. Set for each batch, read by every layer."""
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedRow:
+    """Where the samples of a packed row lie."""
 
-    lengths: tuple[int, ...] | None = None
-    """Tokens of each sample of a packed row, in order, and those that fill it up; None for padded rows."""
+    lengths: tuple[int, ...]
+    """Tokens of each sample, in order, and those that fill up the row."""
     ends: Tensor | None = None
     """(len(lengths) + 1,) int32, on the row's device: 0, and where each of them ends. None where the device has no
     variable-length kernel."""
     predicting: Tensor | None = None
-    """(num_supervised,) the only places of the packed row at which the last layer's result is looked at."""
+    """(num_supervised,) the positions at which the last layer's result is used; None: all."""
 
-    def set(self, batch: Batch, device: torch.device) -> None:
-        self.lengths = _lengths(batch) if batch.packed else None
-        self.ends = self.predicting = None
-        if self.lengths is not None and _has_varlen(device):
-            ends = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            self.ends = ends.pin_memory().to(device, non_blocking=True)
-
-    def clear(self) -> None:
-        """What comes next is not a packed row."""
-        self.lengths = self.ends = self.predicting = None
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> Self:
+        """The row of a packed batch, for a model on `device`."""
+        lengths = _lengths(batch)
+        if not _has_varlen(device):
+            return cls(lengths)
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return cls(lengths, ends.pin_memory().to(device, non_blocking=True))
 
 
 def _lengths(batch: Batch) -> tuple[int, ...]:
@@ -56,26 +60,17 @@ def _has_varlen(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def row_layout(model: Any) -> RowLayout | None:
-    """What `install_attention` gave."""
-    return getattr(model.get_decoder(), "row_layout", None)
-
-
-def install_attention(model: Any) -> RowLayout | None:
-    """Give the language model attention by samples; None where its attention is of a kind that this cannot replace."""
+def install_attention(model: Any) -> bool:
+    """Give the language model attention by samples; False where its attention is of a kind that this cannot replace."""
     decoder = model.get_decoder()
     config = decoder.config
     if config._attn_implementation == NAME:
-        installed: RowLayout = decoder.row_layout
-        return installed
+        return True
     kinds = set(getattr(config, "layer_types", None) or ())
     if config._attn_implementation != "sdpa" or not kinds <= _KINDS:
-        return None
+        return False
     decoder.set_attn_implementation(NAME)
-    layout = RowLayout()
-    for module in decoder.modules():
-        module.row_layout = layout
-    return layout
+    return True
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # where the samples end changes with every row, and would be compiled in
@@ -87,24 +82,25 @@ def _attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    packed_row: PackedRow | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """(1, length, heads, width) from query (1, heads, length, width) and key, value (1, key heads, length, width)."""
-    layout: RowLayout | None = getattr(module, "row_layout", None)
-    if layout is None or layout.lengths is None:
+    if packed_row is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return out, None
-    if sum(layout.lengths) != query.shape[2]:
-        raise RuntimeError(f"{query.shape[2]} tokens in a row whose samples have {sum(layout.lengths)}")
+    lengths = packed_row.lengths
+    if sum(lengths) != query.shape[2]:
+        raise RuntimeError(f"{query.shape[2]} tokens in a row whose samples have {sum(lengths)}")
     window = kwargs.get("sliding_window")
-    if layout.ends is not None:
+    if packed_row.ends is not None:
         query, key, value = _autocast(query, key, value)
         if fits_varlen(query, key, value):
-            return _varlen(layout.ends, max(layout.lengths), query, key, value, scaling, window), None
-    if _in_blocks(query, value) and (window is None or max(layout.lengths) <= window):
+            return _varlen(packed_row.ends, max(lengths), query, key, value, scaling, window), None
+    if _in_blocks(query, value) and (window is None or max(lengths) <= window):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return BlockAttention.apply(query, key, value, scale, layout.lengths), None  # type: ignore[no-untyped-call]
-    parts = zip(*(torch.split(tensor, list(layout.lengths), dim=2) for tensor in (query, key, value)), strict=True)
+        return BlockAttention.apply(query, key, value, scale, lengths), None  # type: ignore[no-untyped-call]
+    parts = zip(*(torch.split(tensor, list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
     out = torch.cat([_causal(q, k, v, scaling, window) for q, k, v in parts], dim=2)
     return out.transpose(1, 2), None
 
@@ -154,7 +150,7 @@ def _varlen(
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """None for a packed row, which is told by having no mask of its own; sdpa's for padded rows."""
+    """None for a packed row, which is recognised by having no mask of its own; sdpa's for padded rows."""
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 

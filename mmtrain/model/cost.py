@@ -15,7 +15,7 @@ from torch import nn
 
 from mmtrain.config.schema import Frozen, Tune
 from mmtrain.model.components import Components, base_name
-from mmtrain.model.kernels.fused import last_mlp
+from mmtrain.model.kernels.last_layer import last_mlp
 
 Values = npt.NDArray[np.float64]
 

@@ -5,6 +5,8 @@ sample in a module is drawn from a generator seeded by (seed, step, sample, modu
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,18 +19,22 @@ from mmtrain.model.components import Components, base_name
 
 
 class DropoutClock:
-    """What the masks are seeded by, set before each micro-batch. Off (no dropout) until `set` and after `clear`."""
+    """What the masks are seeded by. Dropout is on inside `at` alone."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._step = 0
         self._batch: Batch | None = None
 
-    def set(self, step: int, batch: Batch) -> None:
+    @contextmanager
+    def at(self, step: int, batch: Batch) -> Iterator[None]:
+        """While a micro-batch of this step is computed, forward and backward: with activation checkpointing the
+        backward pass draws the masks again."""
         self._step, self._batch = step, batch
-
-    def clear(self) -> None:
-        self._batch = None
+        try:
+            yield
+        finally:
+            self._batch = None
 
     @property
     def batch(self) -> Batch | None:

@@ -8,19 +8,26 @@ gradient would be the small difference of two words that are nearly one, in bflo
 """
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtrain.model.kernels.products import product
+from mmtrain.safe_text import one_line
 
 TOKENS = 512
 """Tokens whose logits exist at once. With fewer the weights are fetched more often, which the CPU feels."""
 WORDS = 2048
 """Words whose logits exist at once on the CPU, so that they stay in its cache; elsewhere all of them."""
 _LOG2E = math.log2(math.e)
+
+HeadKind = Literal["plain", "own"]
+"""`plain`: the logits are what the head, a linear layer, returns. `own`: the model does more with them, such as a scale
+or a cap, or its head is of another kind."""
 
 
 class FrozenHeadNLL(torch.autograd.Function):
@@ -120,24 +127,57 @@ def _words(weight: Tensor) -> int:
 
 
 def frozen_head(model: Any) -> nn.Linear | None:
-    """The model's head where it is a linear layer that does not learn now, None otherwise."""
+    """The model's head where it is a linear layer that is not trained now, None otherwise."""
     head = model.get_output_embeddings()
-    learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
-    return head if type(head) is nn.Linear and not learns else None
+    is_trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
+    return head if type(head) is nn.Linear and not is_trained else None
 
 
-def before_head(model: Any, head: nn.Linear, inputs: dict[str, Any]) -> Tensor | None:
-    """What the model puts into its head; None where it does more with the logits than to give them (a scale, a cap)."""
-    seen: list[Tensor] = []
+@torch.no_grad()
+def find_head_kind(model: Any, say: Callable[[str], None]) -> HeadKind:
+    """The kind of the model's head, tried on one token: to be called on the model as it was loaded.
+
+    Where the model does not run on one token of text it is `own`, which is slower and right for every model; `say` is
+    given the one line that says so.
+    """
+    head, device = model.get_output_embeddings(), model.device
+    if type(head) is not nn.Linear:
+        return "own"
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), _passing_on(head) as given:
+        try:
+            logits = model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False).logits
+        except Exception as error:  # a family that needs more than text can raise anything
+            say(f"head: all logits at once, the model fails on one token: {type(error).__name__}: {one_line(error)}")
+            return "own"
+    return "plain" if _is_only(logits, given) else "own"
+
+
+def before_head(model: Any, head: nn.Linear, inputs: dict[str, Any]) -> Tensor:
+    """What the model puts into its head, whose kind is `plain`."""
+    with _passing_on(head) as given:
+        hidden: Tensor = model(**inputs).logits
+    if not _is_only(hidden, given):
+        raise RuntimeError("the logits of the model are not those of its head, as they were when it was loaded")
+    return hidden
+
+
+def _is_only(logits: Any, given: list[Tensor]) -> bool:
+    return len(given) == 1 and logits is given[0]
+
+
+@contextmanager
+def _passing_on(head: nn.Linear) -> Iterator[list[Tensor]]:
+    """Inside, the head returns its input; gives the list of what it was given."""
+    given: list[Tensor] = []
 
     def pass_on(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
+        given.append(hidden)
         return hidden
 
     forward = head.forward
     head.forward = pass_on  # type: ignore[assignment, method-assign]
     try:
-        given = model(**inputs).logits
+        yield given
     finally:
         head.forward = forward  # type: ignore[method-assign]
-    return given if len(seen) == 1 and given is seen[0] else None

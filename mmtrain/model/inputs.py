@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from mmtrain.dataset.batch import Batch, Segment
-from mmtrain.model.attention import install_attention
+from mmtrain.model.attention import KEYWORD, PackedRow, install_attention
 from mmtrain.model.image_cache.features import PictureFeatures
 from mmtrain.model.image_cache.store import FeatureStore
 
@@ -24,7 +24,8 @@ class InputMaker:
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         self._model = model
         self._get_rope_index = getattr(model.base_model, "get_rope_index", None)
-        self._layout = install_attention(model)
+        self.attends_by_sample = install_attention(model)
+        """Whether the attention is ours, which attends to one sample of a packed row at a time."""
         self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._image_token_id = image_token_id
 
@@ -36,12 +37,12 @@ class InputMaker:
         `use_cache` off (left at its default, the samples of a row see each other without a word).
         """
         device = self._model.device
-        if self._layout is not None:
-            self._layout.set(batch, device)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False, **batch.image_inputs}
         inputs["position_ids"] = self._positions(batch)
         if not batch.packed:
             inputs["attention_mask"] = _padding_mask(batch)
+        elif self.attends_by_sample:
+            inputs[KEYWORD] = PackedRow.of(batch, device)
         types = self._token_types(batch.input_ids)
         inputs |= {key: types for key in ("mm_token_type_ids", "token_type_ids") if key in self._takes}
         inputs = {key: on_device(v, device) if isinstance(v, Tensor) else v for key, v in inputs.items()}
@@ -50,19 +51,9 @@ class InputMaker:
         return inputs
 
     @property
-    def attends_by_sample(self) -> bool:
-        """Whether the attention is ours, which looks at one sample of a packed row at a time."""
-        return self._layout is not None
-
-    @property
     def store(self) -> FeatureStore | None:
         """Where loaders look for features."""
         return None if self.features is None else self.features.store
-
-    def clear(self) -> None:
-        """To be called behind the last batch: until then the model takes whatever goes through it for packed so."""
-        if self._layout is not None:
-            self._layout.clear()
 
     def _token_types(self, input_ids: Tensor) -> Tensor:
         """(rows, length) 1 at a picture's placeholders, 0 elsewhere."""

@@ -1,5 +1,6 @@
 """The one shift and the one cross-entropy, shared by training and evaluation."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.dataset.batch import Batch
-from mmtrain.model.attention import row_layout
-from mmtrain.model.head import FrozenHeadNLL, before_head, frozen_head
+from mmtrain.model.attention import KEYWORD
+from mmtrain.model.head import FrozenHeadNLL, HeadKind, before_head, frozen_head
 from mmtrain.model.inputs import on_device
 
 
-def supervised_nll(model: Any, inputs: dict[str, Any], batch: Batch) -> tuple[Tensor, Tensor]:
+def supervised_nll(model: Any, head_kind: HeadKind, inputs: dict[str, Any], batch: Batch) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each supervised token, and whether it was the likeliest: both (num_supervised,).
 
     The second is meant for evaluation: where gradients are wanted and the head is frozen it is not looked for.
@@ -25,12 +26,11 @@ def supervised_nll(model: Any, inputs: dict[str, Any], batch: Batch) -> tuple[Te
     targets = on_device(batch.input_ids[batch.supervised], device)
     predicting = on_device(_predicting(batch), device)
     inputs = {**inputs, "logits_to_keep": predicting}
-    if batch.packed and (layout := row_layout(model)) is not None:
-        layout.predicting = predicting
-    head = frozen_head(model)
-    hidden = None if head is None else before_head(model, head, inputs)
-    if head is not None and hidden is not None:
-        nll, right = FrozenHeadNLL.apply(hidden.flatten(0, -2), head.weight, head.bias, targets)  # type: ignore[no-untyped-call]
+    if KEYWORD in inputs:
+        inputs[KEYWORD] = replace(inputs[KEYWORD], predicting=predicting)
+    if head_kind == "plain" and (head := frozen_head(model)) is not None:
+        hidden = before_head(model, head, inputs).flatten(0, -2)
+        nll, right = FrozenHeadNLL.apply(hidden, head.weight, head.bias, targets)  # type: ignore[no-untyped-call]
         return nll, right
     logits = model(**inputs).logits.flatten(0, -2).float()
     return F.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1) == targets

@@ -113,10 +113,7 @@ class _Trial:
         ):
             inputs = self._make_inputs(batch)
             keep = compared[0].nonzero()[:, 0] if packing else compared
-            try:
-                logits = self._model(**inputs, logits_to_keep=keep.to(device)).logits
-            finally:
-                self._make_inputs.clear()
+            logits = self._model(**inputs, logits_to_keep=keep.to(device)).logits
         sizes = [int(sample.supervised[stretch].sum()) for sample in samples for stretch in _stretches(sample)]
         return list(torch.split(logits.flatten(0, -2).float(), sizes))
 

@@ -9,6 +9,7 @@ from mmtrain.dataset.batch import Batch, Loader, Samples
 from mmtrain.dataset.microbatches import cut_step
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import SampleSet
+from mmtrain.model.head import HeadKind
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.loss import supervised_nll
 from mmtrain.model.root import Root
@@ -41,6 +42,7 @@ class Scorer:
     def score(
         self,
         root: Root,
+        head_kind: HeadKind,
         make_inputs: InputMaker,
         runtime: Runtime,
         microbatch_tokens: int,
@@ -61,14 +63,13 @@ class Scorer:
         quiet = console is None or not console.is_terminal
         for batch in track(batches, "scoring", len(own), console=console, transient=True, disable=quiet):
             with runtime.autocast():
-                nll, right = root(supervised_nll, make_inputs(batch), batch)
+                nll, right = root(supervised_nll, head_kind, make_inputs(batch), batch)
             rows = self._answers(batch)
             for column, values in enumerate((nll.double(), torch.ones_like(nll), right)):
                 np.add.at(sums[:, column], rows, values.cpu().numpy())
             runtime.activity.tick()
             if runtime.should_break(together=filled is not None):
                 break
-        make_inputs.clear()
         total, asked = runtime.agree(torch.from_numpy(sums).flatten())
         if asked is not None:
             return None

@@ -111,7 +111,6 @@ def _logits(model: Any, learner: Learner, batch: Batch) -> Tensor:
         inputs = learner.make_inputs(batch)
         kept = batch.supervised.to(inputs["input_ids"].device)
         logits: Tensor = model(**inputs, logits_to_keep=kept).logits
-    learner.make_inputs.clear()
     return logits.float()
 
 

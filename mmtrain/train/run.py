@@ -19,6 +19,7 @@ from mmtrain.errors import NonFiniteError, Stopped, StorageError, UserError, sto
 from mmtrain.model.components import PartReport, prepare_learning
 from mmtrain.model.cost import CostModel, cost_model
 from mmtrain.model.dropout import DropoutClock, install_dropout
+from mmtrain.model.head import find_head_kind
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.fused import install_fused
 from mmtrain.model.load import checkpoint_activations, compile_layers, load_model
@@ -94,6 +95,7 @@ def make_learner(
     torch.manual_seed(seed)
     base = load_model(config.model.path, config.model.dtype, processor)
     runtime.activity.set("preparing the model")
+    head_kind = find_head_kind(base, say)
     model, components, parts = prepare_learning(base, config.tune)
     if settings.activation_checkpointing:
         checkpoint_activations(base)
@@ -116,7 +118,8 @@ def make_learner(
     make_inputs = InputMaker(model, processor.image_token_id, features)
     exact = settings.microbatches != "auto" and not sharded
     optimizer = make_optimizer(model, components, config)
-    return Learner(model, root, make_inputs, optimizer, clock, runtime, exact, sharded, packing), parts, costs
+    learner = Learner(model, root, make_inputs, head_kind, optimizer, clock, runtime, exact, sharded, packing)
+    return learner, parts, costs
 
 
 def layout_lines(config: Config, learner: Learner) -> Iterator[str]:
@@ -258,7 +261,13 @@ class TrainingLoop:
                 continue
             filled = Filled(eval_set.samples, eval_set.checked) if learner.sharded else None
             scores = eval_set.scorer.score(
-                learner.root, learner.make_inputs, learner.runtime, settings.microbatch_tokens, learner.packing, filled
+                learner.root,
+                learner.head_kind,
+                learner.make_inputs,
+                learner.runtime,
+                settings.microbatch_tokens,
+                learner.packing,
+                filled,
             )
             if scores is None:
                 return learner.runtime.agree(torch.zeros(0, dtype=torch.float64))[1]

@@ -11,6 +11,7 @@ from torch import Tensor
 from mmtrain.dataset.batch import Batch
 from mmtrain.errors import NonFiniteError
 from mmtrain.model.dropout import DropoutClock
+from mmtrain.model.head import HeadKind
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.loss import supervised_nll
 from mmtrain.model.root import Root
@@ -28,6 +29,7 @@ class Learner:
     root: Root
     """The model, as everything is computed through it."""
     make_inputs: InputMaker
+    head_kind: HeadKind
     optimizer: torch.optim.Optimizer
     clock: DropoutClock
     runtime: Runtime
@@ -66,8 +68,6 @@ def accumulate_gradients(
         runtime.activity.set("gradients")
         if not learner.sharded:
             sum_running(parameters, runtime)
-    learner.clock.clear()
-    learner.make_inputs.clear()
     runtime.activity.set("gradients")
     own = torch.stack(nlls) if nlls else torch.zeros(1, dtype=torch.float64, device=runtime.device)
     if learner.exact and runtime.num_processes > 1:
@@ -106,10 +106,10 @@ def _backward(learner: Learner, batch: Batch | None, num_supervised: int, step: 
     if batch is None:
         return torch.zeros((), dtype=torch.float64, device=learner.runtime.device)
     learner.runtime.activity.set("forward")
-    learner.clock.set(step, batch)
-    with learner.runtime.autocast():
-        nll, _ = learner.root(supervised_nll, learner.make_inputs(batch), batch)
-    torch.autograd.backward(nll.sum() / num_supervised)
+    with learner.clock.at(step, batch):
+        with learner.runtime.autocast():
+            nll, _ = learner.root(supervised_nll, learner.head_kind, learner.make_inputs(batch), batch)
+        torch.autograd.backward(nll.sum() / num_supervised)
     total: Tensor = nll.detach().double().sum()
     return total
 

@@ -18,7 +18,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from mmtrain.model.attention import RowLayout
+from mmtrain.model.kernels.last_layer import compute_at_predicting
 from mmtrain.model.kernels.mlp import NormedMLP, Projection
 from mmtrain.model.kernels.products import FrozenLinear
 from mmtrain.model.kernels.rowwise import GatedSiLU, normalize, rms_norm
@@ -40,9 +40,11 @@ def install_fused(model: Any) -> None:
     layers = [module for module in model.modules() if _ends_in_mlp(module)]
     for layer in layers:
         layer.mlp.norm = (layer.post_attention_layernorm,)  # in a tuple it is no child of a second module
-        layer.mlp.predicts = layer is last
+        layer.mlp.rows = None
         layer.mlp.forward = types.MethodType(_normed_mlp, layer.mlp)
         layer.post_attention_layernorm.forward = _passed_on
+    if last in layers:
+        compute_at_predicting(last)
 
 
 def _quicker(module: nn.Module) -> Callable[..., Tensor] | None:
@@ -179,23 +181,12 @@ def _normed_mlp(module: Any, x: Tensor) -> Tensor:
     projections = [_projection(part) for part in (module.gate_proj, module.up_proj, module.down_proj)]
     tensors = [tensor for projection in projections for tensor in projection.tensors]
     scalings = [projection.scaling for projection in projections]
-    rows, places = x.flatten(0, -2), _predicting(module) if module.predicts else None
-    own = rows if places is None else rows[places]
+    tokens = x.flatten(0, -2)
+    own = tokens if module.rows is None else tokens[module.rows]
     out = NormedMLP.apply(own, norm.weight, norm.variance_epsilon, scalings, *tensors)  # type: ignore[no-untyped-call]
-    if places is not None:
-        out = torch.zeros_like(rows).index_copy(0, places, out)
+    if module.rows is not None:
+        out = torch.zeros_like(tokens).index_copy(0, module.rows, out)
     return out.view_as(x)  # type: ignore[no-any-return]
-
-
-def last_mlp(model: Any) -> nn.Module | None:
-    """The MLP that is computed only where a token is predicted, if there is one."""
-    return next((module for module in model.modules() if getattr(module, "predicts", False)), None)
-
-
-def _predicting(module: Any) -> Tensor | None:
-    """The rows that are looked at behind the last layer; None for all of them."""
-    layout: RowLayout | None = getattr(module, "row_layout", None)
-    return None if layout is None else layout.predicting
 
 
 def _projection(module: Any) -> Projection:
