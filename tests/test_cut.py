@@ -223,7 +223,7 @@ def test_processes_wait_no_longer_than_measured(
     [
         # equal ones go to the runs in their order: 0 to the first, 1 to the second, 2 to the first
         ([4, 4, 4, 4], None, 4, True, 2, [[0], [2], [1], [3]]),
-        # the most expensive first: 2 to a run, 1 to another, 3 to the cheaper, 0 to what is left; the costlier run first
+        # the most expensive first: 2 to a run, 1 to another, 3 to the cheaper, 0 to the first; the runs cost 7 and 9
         ([4, 4, 4, 4], [1.0, 5.0, 6.0, 4.0], 4, True, 2, [[1], [3], [2], [0]]),
         # longest first, and of equal lengths the most expensive: 1 with 2, 0 with 3
         ([4, 4, 2, 2], [3.0, 7.0, 1.0, 5.0], 6, True, 1, [[1, 2], [0, 3]]),
