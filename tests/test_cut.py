@@ -180,3 +180,70 @@ def test_small_cuts_worked_out_by_hand(
 def test_costs_and_not_lengths_are_made_equal() -> None:
     cuts = cut_step([4, 4, 4, 4], 16, True, 2, [9.0, 1.0, 5.0, 5.0])
     assert sorted(map(sorted, cuts)) == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("packing", "processes", "max_tokens", "runs", "by_cost", "most"),
+    [
+        (True, 8, 2048, 8, True, 0.0125),  # in all rows, `most` is a little more than what was measured
+        (True, 8, 4096, 8, True, 0.0011),
+        (True, 64, 2048, 64, True, 0.004),
+        (True, 64, 8192, 64, True, 0.0025),
+        (True, 8, 2048, 2, True, 0.0015),  # fewer processes than runs: each computes several of them
+        (True, 8, 2048, 4, True, 0.0028),
+        (True, 64, 2048, 8, True, 0.0008),
+        (False, 8, 2048, 8, False, 0.015),
+        (False, 8, 2048, 8, True, 0.035),
+        (False, 8, 4096, 8, False, 0.053),
+        (False, 64, 4096, 64, False, 0.063),
+        (False, 64, 4096, 64, True, 0.02),
+    ],
+)
+def test_processes_wait_no_longer_than_measured(
+    packing: bool, processes: int, max_tokens: int, runs: int, by_cost: bool, most: float
+) -> None:
+    """1 - mean / max of what the processes compute, as `scripts/simulate_cut` has it, over four steps of 16 samples a
+    process. A place of padding costs what a token costs on average."""
+    slowest = mean = 0.0
+    for seed in range(4):
+        lengths, costs = mixed(16 * processes, seed)
+        costs = costs if by_cost else [float(length) for length in lengths]
+        cuts = cut_step(lengths, max_tokens, packing, processes, costs)
+        price = sum(costs) / sum(lengths)
+        padding = [price * (size(cut, lengths, packing) - sum(lengths[i] for i in cut)) for cut in cuts]
+        share = len(cuts) // runs
+        times = [sum(costs[i] for cut in cuts[n : n + share] for i in cut) for n in range(0, len(cuts), share)]
+        times = [time + sum(padding[n * share : (n + 1) * share]) for n, time in enumerate(times)]
+        slowest, mean = slowest + max(times), mean + sum(times) / runs
+    assert 1 - mean / slowest < most
+
+
+@pytest.mark.parametrize(
+    ("lengths", "costs", "max_tokens", "packing", "multiple", "expected"),
+    [
+        # equal ones go to the runs in their order: 0 to the first, 1 to the second, 2 to the first
+        ([4, 4, 4, 4], None, 4, True, 2, [[0], [2], [1], [3]]),
+        # the most expensive first: 2 to a run, 1 to another, 3 to the cheaper, 0 to the first; the runs cost 7 and 9
+        ([4, 4, 4, 4], [1.0, 5.0, 6.0, 4.0], 4, True, 2, [[1], [3], [2], [0]]),
+        # longest first, and of equal lengths the most expensive: 1 with 2, 0 with 3
+        ([4, 4, 2, 2], [3.0, 7.0, 1.0, 5.0], 6, True, 1, [[1, 2], [0, 3]]),
+        # padded, neighbours in length are together, the more expensive of equal ones first
+        ([2, 2, 2, 2], [1.0, 4.0, 3.0, 2.0], 4, False, 1, [[1, 2], [0, 3]]),
+        # one micro-batch would fit; of the cuts in two, 0 1 | 2 3 costs 6 and 2, and 0 | 1 2 3 costs 3 and 9
+        ([3, 3, 1, 1], None, 12, False, 2, [[0, 1], [2, 3]]),
+        # no cut in two costs less than 10, so 0 | 1 2 3 4; for three the second is halved, every other sample of it
+        ([1, 1, 1, 1, 1], [10.0, 1.0, 1.0, 1.0, 1.0], 5, False, 3, [[0], [1, 3], [2, 4]]),
+        # halved twice: 1 3 | 2, then 1 | 3; the halves of the four runs cost the same as far as they can: 0 3 and 2 1
+        ([6, 1, 1, 1], None, 6, False, 4, [[0], [3], [2], [1]]),
+    ],
+)
+def test_the_order_of_micro_batches_worked_out_by_hand(
+    lengths: list[int],
+    costs: list[float] | None,
+    max_tokens: int,
+    packing: bool,
+    multiple: int,
+    expected: list[list[int]],
+) -> None:
+    """The order decides which process computes what, and so the bits of a run that is resumed by a later version."""
+    assert cut_step(lengths, max_tokens, packing, multiple, costs) == expected

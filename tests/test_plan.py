@@ -126,3 +126,43 @@ def test_a_weight_too_small_for_a_single_sample_is_refused() -> None:
 def test_a_source_that_would_never_be_drawn_is_refused() -> None:
     with pytest.raises(UserError, match="weight"):
         plan([10, 3], [1.0, 0.1]).step(1)
+
+
+@pytest.mark.parametrize(
+    ("seed", "number", "expected"),
+    [
+        (0, 0, [0, 2, 10, 6, 1, 8, 5, 4, 3, 11, 5, 6, 7]),
+        (0, 1, [7, 10, 5, 3, 5, 4, 0, 2, 9, 7, 6, 1, 8]),
+        (7, 0, [11, 9, 2, 5, 0, 3, 7, 5, 1, 7, 4, 6, 8]),
+        (2**32 - 1, 3, [0, 6, 8, 8, 10, 2, 4, 5, 9, 7, 1, 6, 3]),
+    ],
+)
+def test_the_order_is_that_of_every_earlier_version(seed: int, number: int, expected: list[int]) -> None:
+    """Another order would be another run, and one that is resumed would see some samples twice and others never.
+
+    The lists are from Philox's raw numbers under the key seed * 2**64 + epoch * 2**32 + place alone, a stable sort of
+    them being the permutation: place n for what is left of source n (from 1), place 0 for all that was chosen.
+    """
+    found = epoch(plan([5, 4, 3], [1.0, 1.5, 0.6], 4, seed), number)
+    assert list(itertools.chain(*found)) == expected
+    assert [len(step) for step in found] == [4, 4, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("size", "weight", "expected"),
+    [
+        (10, 0.29, 3),
+        (10, 0.24, 2),
+        (3, 0.6, 2),
+        (100, 0.29, 29),  # 100 * 0.29 is 28.999999999999996
+        (4, 1.7, 7),
+        (3, 2.9, 9),
+        (1, 0.51, 1),
+        (5, 0.5, 2),  # halves go to the even number
+        (7, 0.5, 4),
+    ],
+)
+def test_a_part_of_a_pass_is_rounded_to_the_nearest(size: int, weight: float, expected: int) -> None:
+    made = plan([size], [weight], 100)
+    assert made.epoch_samples == expected
+    assert len(made.step(1)) == expected

@@ -34,7 +34,8 @@ class _Probe:
 
 def try_family(processor: ChatProcessor) -> None:
     """Raises UserError naming the first position that differs, or what the model's own processor refuses."""
-    encoder = Encoder(processor)
+    # without an end token a run can still train on replies alone (labels.end_of_turn: false)
+    encoder = Encoder(processor, end_of_turn=processor.tokenizer.eos_token_id is not None)
     refusals = []
     probes = list(_probes(takes_images=processor.image_token is not None))
     for probe in probes:

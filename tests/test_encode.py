@@ -1,0 +1,170 @@
+"""What the encoder refuses, each with a conversation that nothing else refuses, and what it says of it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+from label_models import NUM_PLACEHOLDERS, TEMPLATES, make_directory
+
+from mmtrain.encoding.encode import Encoder
+from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
+
+USER, RED = Message("user", (Text("what?"),)), Message("assistant", (Text("red"),))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("encode")
+    for name, size in (("0.png", (64, 64)), ("1.png", (40, 130))):
+        PIL.Image.new("RGB", size).save(made / name)
+    return made
+
+
+@pytest.fixture(scope="module")
+def chatml(folder: Path) -> ChatProcessor:
+    return load_processor(str(make_directory(folder / "chatml", "byte_level", TEMPLATES["chatml"].text)))
+
+
+@pytest.fixture(scope="module")
+def vision(folder: Path) -> ChatProcessor:
+    text = TEMPLATES["chatml"].text
+    return load_processor(str(make_directory(folder / "vision", "byte_level", text, vision=True, bos_in_front=True)))
+
+
+def template(folder: Path, text: str) -> ChatProcessor:
+    return load_processor(str(make_directory(folder / "model", "byte_level", text)), tried=True)
+
+
+def talk(*messages: Message) -> Conversation:
+    return Conversation(messages)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "train_on", "reason"),
+    [
+        (talk(USER), "assistant", "no assistant turn to learn from"),
+        (talk(USER, replace(RED, train=False)), "assistant", "no assistant turn to learn from"),
+        (talk(USER, RED, USER, replace(RED, train=False)), "last", "no assistant turn to learn from"),
+        (talk(RED, USER, RED), "assistant", "begins with the assistant"),
+    ],
+)
+def test_a_conversation_without_a_reply_to_train_on_is_refused(
+    conversation: Conversation, train_on: str, reason: str, chatml: ChatProcessor
+) -> None:
+    encoder = Encoder(chatml, train_on)
+    with pytest.raises(SampleError, match=reason):
+        encoder.trained_turns(conversation.messages)
+    with pytest.raises(SampleError, match=reason):
+        encoder.encode(conversation, Path())
+
+
+def test_a_first_reply_that_is_not_trained_on_is_context(chatml: ChatProcessor) -> None:
+    conversation = talk(replace(RED, train=False), USER, RED)
+    assert Encoder(chatml).trained_turns(conversation.messages) == [2]
+    assert Encoder(chatml, "last").trained_turns(talk(RED, USER, RED).messages) == [2]
+    ids = Encoder(chatml).encode(conversation, Path())
+    assert ids.supervised.any()
+
+
+def test_a_sample_without_a_supervised_token_is_refused(chatml: ChatProcessor) -> None:
+    """A reply without text, and its end is not trained on."""
+    silent = talk(USER, Message("assistant", (Text(""),)))
+    with pytest.raises(SampleError, match="no token of it is learned"):
+        Encoder(chatml, end_of_turn=False).encode(silent, Path())
+    assert Encoder(chatml).encode(silent, Path()).num_supervised == 1
+
+
+def test_a_missing_end_token_is_refused_where_one_is_wanted(folder: Path, tmp_path: Path) -> None:
+    path = make_directory(tmp_path / "model", "byte_level", TEMPLATES["no_end"].text)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    processor = load_processor(str(path))
+    with pytest.raises(SampleError, match=r"has an end token: set labels\.end_of_turn to false"):
+        Encoder(processor).encode(talk(USER, RED), Path())
+    assert Encoder(processor, end_of_turn=False).encode(talk(USER, RED), Path()).supervised.any()
+
+
+OPEN = "{% if add_generation_prompt %}assistant:{% endif %}"
+
+
+def test_a_reply_that_is_rewritten_once_others_follow_is_refused_but_as_the_last(tmp_path: Path) -> None:
+    text = "{% for m in messages %}{{ m.role }}{{ '!' if not loop.last and m.role == 'assistant' }}:{{ m.content }}\n"
+    encoder = Encoder(template(tmp_path, text + "{% endfor %}" + OPEN))
+    with pytest.raises(SampleError, match=r"rewrites turn 2 once others follow.*labels\.train_on to last"):
+        encoder.encode(talk(USER, RED, USER, RED), Path())
+    assert encoder.encode(talk(USER, replace(RED, train=False), USER, RED), Path()).supervised.any()
+
+
+def test_a_reply_that_does_not_begin_as_the_prompt_does_is_refused(tmp_path: Path) -> None:
+    text = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}" + OPEN.replace("assistant:", "model:")
+    encoder = Encoder(template(tmp_path, text))
+    with pytest.raises(SampleError, match="does not begin turn 4 as its generation prompt does"):
+        encoder.encode(talk(USER, replace(RED, train=False), USER, RED), Path())
+
+
+def test_images_for_a_model_without_them_are_refused(chatml: ChatProcessor, folder: Path) -> None:
+    with pytest.raises(SampleError, match="has pictures and this model takes none"):
+        Encoder(chatml).encode(talk(Message("user", (Image("0.png"), Text("what?"))), RED), folder)
+
+
+def test_one_sample_that_is_refused_leaves_the_others_as_they_are(chatml: ChatProcessor) -> None:
+    encoder = Encoder(chatml, end_of_turn=False)
+    good, silent = talk(USER, RED), talk(USER, Message("assistant", (Text(""),)))
+    found = encoder.encode_many([(talk(USER), Path()), (good, Path()), (silent, Path()), (good, Path())])
+    assert [type(one).__name__ for one in found] == ["SampleError", "Encoded", "SampleError", "Encoded"]
+    alone = encoder.encode(good, Path())
+    assert all(one.ids.tolist() == alone.ids.tolist() for one in found if not isinstance(one, SampleError))
+
+
+def test_every_image_has_its_own_span(vision: ChatProcessor, folder: Path) -> None:
+    """Its ids stand where the span says, and the images are in their order."""
+    images = (Image("0.png"), Text(" and "), Image("1.png"))
+    encoded = Encoder(vision).encode(talk(Message("user", images), RED), folder)
+    placeholder = vision.tokenizer.convert_tokens_to_ids("<image>")
+    assert [span.picture.size for span in encoded.images] == [(64, 64), (40, 130)]
+    assert [span.num_placeholders for span in encoded.images] == [NUM_PLACEHOLDERS] * 2
+    spans = [encoded.ids[span.start : span.start + span.length].tolist() for span in encoded.images]
+    assert spans == [[placeholder] * NUM_PLACEHOLDERS] * 2
+    assert encoded.ids.tolist().count(placeholder) == 2 * NUM_PLACEHOLDERS
+    assert encoded.ids[0] == vision.tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("what", ["ids", "supervised"])
+def test_a_trace_of_what_is_not_stored_now_is_refused(what: str, chatml: ChatProcessor) -> None:
+    encoder, conversation = Encoder(chatml), talk(USER, RED)
+    encoded = encoder.encode(conversation, Path())
+    changed = getattr(encoded, what).copy()
+    changed[-2] = not changed[-2] if what == "supervised" else changed[-2] + 1
+    changes: Any = {what: changed}
+    with pytest.raises(SampleError, match="is not what the encoder makes of the sample now"):
+        encoder.trace(conversation, replace(encoded, **changes))
+
+
+def test_every_id_is_traced_to_the_text_it_comes_from(chatml: ChatProcessor) -> None:
+    encoder, conversation = Encoder(chatml), talk(USER, RED)
+    encoded = encoder.encode(conversation, Path())
+    traced = encoder.trace(conversation, encoded)
+    kinds = [traced.pieces[owner].kind for owner in traced.owners]
+    texts = [str(chatml.tokenizer.decode([id_])) for id_ in encoded.ids]
+    assert len(traced.owners) == encoded.num_tokens
+    assert "".join(text for text, kind in zip(texts, kinds, strict=True) if kind == "words") == "what?red"
+    learned = [(text, kind) for text, kind, on in zip(texts, kinds, encoded.supervised, strict=True) if on]
+    assert learned[-1] == ("<|im_end|>", "template")
+    assert {kind for _, kind in learned[:-1]} == {"words"}
+
+
+def test_an_end_that_the_template_lacks_comes_from_no_text(folder: Path, tmp_path: Path) -> None:
+    encoder = Encoder(template(tmp_path, TEMPLATES["no_end"].text))
+    encoded = encoder.encode(talk(USER, RED, USER, RED), Path())
+    eos = encoder.processor.tokenizer.eos_token_id
+    owners = encoder.trace(talk(USER, RED, USER, RED), encoded).owners
+    assert [i for i, owner in enumerate(owners) if owner == -1] == [
+        i for i, id_ in enumerate(encoded.ids) if id_ == eos
+    ]
+    assert owners.count(-1) == 2

@@ -1,0 +1,206 @@
+"""What the layout makes of a chat template, and what it refuses: each check on a template that no other one refuses."""
+
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mmtrain.encoding.layout import Answer, Layout, Piece, Skeleton
+from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
+
+END, EOT = "<end>", "<eot>"
+Turn = tuple[str, list[Any]]
+Render = Callable[[Any], str]
+
+
+class Processor:
+    """A chat template in Python; `<end>` and `<eot>` are special tokens, and only `<end>` stops generation."""
+
+    special_tokens = re.compile("<end>|<eot>|<image>")
+    eos_ids = frozenset({1})
+    tokenizer = SimpleNamespace(convert_tokens_to_ids=lambda token: {END: 1, EOT: 2}[token])
+
+    def __init__(self, render: Render, prompt: str, image_token: str | None) -> None:
+        self._render, self._prompt, self.image_token = render, prompt, image_token
+
+    def render(self, messages: Any, add_generation_prompt: bool = False) -> str:
+        return self._render(messages) + (self._prompt if add_generation_prompt else "")
+
+
+def words(message: Any) -> str:
+    return "".join("<image>" if part["type"] == "image" else part["text"] for part in message["content"])
+
+
+def plain(messages: Any) -> str:
+    return "".join(f"{message['role']}:{words(message)}{END}\n" for message in messages)
+
+
+def lay_out(
+    render: Render, *turns: Turn, prompt: str = "assistant:", image_token: str | None = "<image>"
+) -> tuple[list[Piece], Skeleton]:
+    messages = []
+    for role, parts in turns:
+        content = tuple(part if isinstance(part, Image) else Text(part) for part in parts)
+        messages.append(Message(role, content))  # type: ignore[arg-type]
+    made: Any = Processor(render, prompt, image_token)
+    return Layout(made).lay_out(Conversation(tuple(messages)))
+
+
+PICTURE = Image("0.png")
+ONE: list[Turn] = [("user", ["what?"]), ("assistant", ["dog"])]
+TWO: list[Turn] = [*ONE, ("user", ["so"]), ("assistant", ["no"])]
+
+
+def test_pieces_and_answers_of_a_plain_template() -> None:
+    turns: list[Turn] = [("user", ["see ", PICTURE, "it"]), ("assistant", ["a ", "dog"]), ("user", [PICTURE, "so"])]
+    pieces, skeleton = lay_out(plain, *turns, ("assistant", ["no"]))
+    assert pieces == [
+        Piece("template", "user:", 0),
+        Piece("words", "see ", 0),
+        Piece("image", "<image>", 0),
+        Piece("words", "it", 0),
+        Piece("template", "<end>\nassistant:", 0),
+        Piece("words", "a ", 1),
+        Piece("words", "dog", 1),
+        Piece("template", "<end>\nuser:", 1),
+        Piece("image", "<image>", 2),
+        Piece("words", "so", 2),
+        Piece("template", "<end>\nassistant:", 2),
+        Piece("words", "no", 3),
+        Piece("template", "<end>\n", 3),
+    ]
+    assert skeleton.answers == {
+        1: Answer(border=(5, 0), words_end=6, end=(7, 5), other_end=False),
+        3: Answer(border=(11, 0), words_end=11, end=(12, 5), other_end=False),
+    }
+
+
+def test_an_answer_begins_where_the_prompt_ends() -> None:
+    """Here one character before its words: the model writes the space."""
+    _, skeleton = lay_out(lambda messages: plain(messages).replace("assistant:", "assistant: "), *ONE)
+    border = (2, len("<end>\nassistant:"))
+    assert skeleton.answers == {1: Answer(border, words_end=3, end=(4, 5), other_end=False)}
+
+
+def test_a_reply_without_a_prompt_is_no_answer() -> None:
+    _, skeleton = lay_out(plain, ("assistant", ["hello"]), *TWO[2:])
+    assert list(skeleton.answers) == [2]
+
+
+def test_a_reply_that_is_rewritten_once_others_follow_is_no_answer() -> None:
+    """Only the last one is begun as the generation prompt begins it."""
+
+    def marks_the_last(messages: Any) -> str:
+        *before, last = (f"{message['role']}:{words(message)}{END}\n" for message in messages)
+        return "".join(before) + last.replace("assistant:", "assistant!:")
+
+    _, skeleton = lay_out(marks_the_last, *TWO, prompt="assistant!:")
+    assert list(skeleton.answers) == [3]
+
+
+@pytest.mark.parametrize(
+    ("others_follow", "last", "length", "other_end"),
+    [
+        (END, END, 5, False),
+        ("", "", None, False),
+        ("\n", "\n", None, False),
+        (" " + END, " " + END, 6, False),
+        (EOT, EOT, 5, False),  # none stops generation: the first one
+        (EOT + EOT, EOT + EOT, 5, False),
+        (EOT + END, EOT + END, 10, False),  # the one that stops
+        (END + EOT, END + EOT, 5, False),
+        (EOT, END, None, True),  # ended by another token than the last reply, which does not stop generation
+        (END, EOT, 5, False),
+        (EOT + END, EOT * 2, 5, False),
+        (EOT, "", None, False),
+        ("", END, None, False),
+    ],
+)
+def test_where_a_reply_ends(others_follow: str, last: str, length: int | None, other_end: bool) -> None:
+    def render(messages: Any) -> str:
+        text = ""
+        for number, message in enumerate(messages, start=1):
+            closing = last if number == len(messages) else f"{others_follow}\n"
+            text += f"{message['role']}:{words(message)}{closing if message['role'] == 'assistant' else '|'}"
+        return text
+
+    _, skeleton = lay_out(render, *TWO)
+    first = skeleton.answers[1]
+    assert (first.words_end, first.end, first.other_end) == (3, None if length is None else (4, length), other_end)
+
+
+@pytest.mark.parametrize("reply", ["dog", " dog", "dog ", " dog "])
+@pytest.mark.parametrize("after", ["", " "])
+def test_words_that_are_trimmed_are_what_stands_in_the_text(reply: str, after: str) -> None:
+    """A space that the template writes after them is not theirs."""
+
+    def trims(messages: Any) -> str:
+        return "".join(f"{message['role']}:{words(message).strip()}{after}{END}\n" for message in messages)
+
+    pieces, _ = lay_out(trims, ("user", ["what?"]), ("assistant", [reply]))
+    assert pieces[3:] == [Piece("words", "dog", 1), Piece("template", f"{after}{END}\n", 1)]
+
+
+def test_a_mark_of_an_image_is_plain_text_to_a_model_without_images() -> None:
+    pieces, _ = lay_out(lambda messages: f"<image>{plain(messages)}", *ONE, image_token=None)
+    assert pieces[0] == Piece("template", "<image>user:", 0)
+
+
+def counts_letters(messages: Any) -> str:
+    """The text around the words depends on them, and its length does not."""
+    return "".join(f"{message['role']}{len(words(message))}:{words(message)}{END}\n" for message in messages)
+
+
+REFUSED: dict[str, tuple[Render, list[Turn], str]] = {
+    "a word replaced by another": (
+        lambda messages: plain(messages).replace("dog", "cat"),
+        ONE,
+        r"changes the words 'dog'",
+    ),
+    "its own text changed": (
+        counts_letters,
+        [("user", ["what? it"]), ONE[1]],
+        r"rewrites the conversation near 'user8:",
+    ),
+    "text added at the end": (
+        lambda messages: plain(messages) + "!" * plain(messages).count("dog"),
+        ONE,
+        r"adds '!' to the conversation",
+    ),
+    "a turn left out": (
+        lambda messages: plain(message for message in messages if message["role"] != "system"),
+        [("system", ["be brief"]), *ONE],
+        r"does not show every text of the conversation exactly once",
+    ),
+    "a turn repeated": (
+        lambda messages: plain(messages[:1]) + plain(messages),
+        ONE,
+        r"does not show every text of the conversation exactly once",
+    ),
+    "an image left out": (
+        lambda messages: plain(messages).replace("<image>", ""),
+        [("user", [PICTURE, "what?"]), ONE[1]],
+        r"writes 0 placeholders for 1 pictures",
+    ),
+    "an image repeated": (
+        lambda messages: plain(messages).replace("<image>", "<image><image>"),
+        [("user", [PICTURE, "what?"]), ONE[1]],
+        r"writes 2 placeholders for 1 pictures",
+    ),
+    "a placeholder without an image": (lambda messages: f"<image>{plain(messages)}", ONE, r"1 placeholders for 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_that_changes_the_conversation_is_refused(name: str) -> None:
+    render, turns, reason = REFUSED[name]
+    with pytest.raises(SampleError, match=reason):
+        lay_out(render, *turns)
+
+
+def test_a_prompt_that_reaches_into_the_answer_is_refused() -> None:
+    """It ends in `Zq`, with which every stand-in for words begins."""
+    with pytest.raises(SampleError, match="writes words of the answer into its prompt"):
+        lay_out(plain, *ONE, prompt="assistant:Zq")

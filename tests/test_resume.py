@@ -1,0 +1,148 @@
+"""Whether a run may resume: what changed is named, refused or accepted, and written down."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from mmtrain.config.schema import Config
+from mmtrain.errors import UserError
+from mmtrain.train.checkpoint import CheckpointFolder, Snapshot
+from mmtrain.train.resume import Resume, find_resume
+
+HASHES = {"data.train.0.records": "aa", "model.weights": "bb"}
+
+
+@dataclass
+class Run:
+    """A run with one checkpoint after step 4, and what a start of it finds."""
+
+    folder: Path
+    config: Config
+    said: list[str] = field(default_factory=list)
+
+    def save(self, accepted: Sequence[str] = ()) -> Path:
+        state = {"step": 4, "config": self.config.model_dump(mode="json"), "fingerprints": HASHES}
+        weights = Snapshot({"w": torch.zeros(2)}, {})
+        state |= {"accepted": list(accepted), "layout": {"threads": 1, "device": "A"}}
+        return CheckpointFolder(self.folder, 2).save(4, weights, state)
+
+    def find(
+        self, config: Config | None = None, accept: Sequence[str] = (), hashes: Any = HASHES, **layout: Any
+    ) -> Resume:
+        said = io.StringIO()
+        now = {"threads": 1, "device": "A", **layout}
+        folder, console = CheckpointFolder(self.folder, 2), Console(file=said, width=60)
+        found = find_resume(folder, config or self.config, hashes, now, accept, console)
+        self.said[:] = said.getvalue().splitlines()
+        return found
+
+
+@pytest.fixture
+def run(make_config: Callable[..., Config], tmp_path: Path) -> Run:
+    return Run(tmp_path / "checkpoints", make_config("text"))
+
+
+def changed(config: Config, section: str, **keys: Any) -> Config:
+    data = config.model_dump(mode="json")
+    data[section] |= keys
+    return Config.model_validate(data)
+
+
+def keys_of(faults: Sequence[str]) -> list[str]:
+    return [fault.partition(": ")[0] for fault in faults]
+
+
+def test_a_run_without_a_checkpoint_begins_at_the_beginning(run: Run) -> None:
+    assert run.find() == Resume(checkpoint=None, step=0, accepted=(), evaluated=())
+    assert run.said == []
+
+
+def test_a_run_that_is_as_it_was_resumes(run: Run) -> None:
+    saved = run.save(accepted=["step 2: train.seed: was 0 and is 1"])
+    assert run.find() == Resume(saved, 4, ("step 2: train.seed: was 0 and is 1",))
+    (line,) = run.said
+    assert str(saved) in line
+
+
+def test_a_broken_checkpoint_is_a_warning(run: Run) -> None:
+    saved = run.save()
+    broken = saved.with_name("step-000006")
+    broken.mkdir()
+    assert run.find().checkpoint == saved
+    assert run.said[0].startswith(f"warning: {broken}: manifest.json cannot be read")
+
+
+def test_every_change_of_the_result_is_named_with_the_remedy(run: Run) -> None:
+    saved = run.save()
+    config = changed(changed(run.config, "train", seed=3, max_grad_norm=None), "model", dtype="bfloat16")
+    with pytest.raises(UserError) as refused:
+        run.find(config)
+    *faults, remedy = refused.value.faults
+    values = [("model.dtype", "'float32'", "'bfloat16'"), ("train.max_grad_norm", "'1.0'", "not set")]
+    for fault, (key, was, now) in zip(faults, [*values, ("train.seed", "'0'", "'3'")], strict=True):
+        assert fault.startswith(f"{key}: ")
+        assert 0 < fault.index(was) < fault.index(now)
+    assert remedy.startswith(f"{saved}: ")
+    for key in ("model.dtype", "train.max_grad_norm", "train.seed"):
+        assert f"--accept-change {key}" in remedy
+    assert "--fresh" in remedy
+
+
+def test_a_key_that_is_new_or_gone_is_a_change(run: Run) -> None:
+    run.save()
+    with pytest.raises(UserError) as refused:
+        run.find(hashes={"data.train.0.records": "aa", "data.train.0.pictures": "cc"})
+    assert keys_of(refused.value.faults[:-1]) == ["data.train.0.pictures", "model.weights"]
+    assert not any("'bb'" in fault or "'cc'" in fault for fault in refused.value.faults)  # a hash tells nobody anything
+
+
+def test_many_changes_are_accepted_by_section(run: Run) -> None:
+    run.save()
+    config = changed(run.config, "train", seed=3, max_grad_norm=None, learning_rate=0.5, weight_decay=0.5)
+    with pytest.raises(UserError) as refused:
+        run.find(changed(config, "tune", language={"mode": "full"}))
+    remedy = refused.value.faults[-1]
+    assert remedy.endswith(
+        "--accept-change train.learning_rate --accept-change train.max_grad_norm --accept-change train.seed "
+        "--accept-change train.weight_decay --accept-change tune.language"
+    )
+
+
+def test_what_is_accepted_is_written_after_what_was_accepted_before(run: Run) -> None:
+    saved = run.save(accepted=["earlier"])
+    config = changed(run.config, "train", seed=3)
+    with pytest.raises(UserError, match=r"model\.weights"):
+        run.find(config, ["train.seed"], HASHES | {"model.weights": "cc"})
+    found = run.find(config, ["train", "model.weights"], HASHES | {"model.weights": "cc"})
+    assert (found.checkpoint, found.step) == (saved, 4)
+    earlier, *lines = found.accepted
+    assert (earlier, keys_of(lines)) == ("earlier", ["step 4", "step 4"])
+    assert [line.split(": ")[1] for line in lines] == ["model.weights", "train.seed"]
+    assert run.said[:2] == [f"accepted: {line}" for line in lines]
+
+
+@pytest.mark.parametrize("accept", [["train.sed"], ["train.see"], ["trai"]])
+def test_accepting_a_key_that_is_none_is_refused_before_anything_else(accept: list[str], run: Run) -> None:
+    """A beginning of a name is not its section."""
+    with pytest.raises(UserError, match=rf"--accept-change '?{accept[0]}'?: no such key") as refused:
+        run.find(accept=accept)
+    assert ("did you mean train.seed?" in str(refused.value)) == (accept[0] != "trai")
+
+
+def test_other_evaluation_sets_change_no_result(run: Run) -> None:
+    saved = run.save()
+    source = {"path": run.config.data.train[0].path, "name": "held-out"}
+    assert run.find(changed(run.config, "data", eval=[source])) == Resume(saved, 4)
+
+
+def test_another_layout_is_told_and_not_refused(run: Run) -> None:
+    saved = run.save()
+    assert run.find(threads=2, processes=4) == Resume(saved, 4)
+    said = run.said[-1]
+    assert said.endswith("its bits may differ: threads 1 → 2, processes None → 4")
