@@ -9,6 +9,7 @@ from torch import Tensor
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
 from mmtrain.encoding.load import load_processor
+from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.run import make_learner
@@ -33,13 +34,13 @@ def learner_for(config: Config) -> tuple[Learner, Dataset]:
 
 
 def step_of(
-    learner: Learner, dataset: Dataset, cuts: list[list[int]], packing: bool
+    learner: Learner, dataset: Dataset, cuts: list[list[int]], packing: bool, row_multiple: int = ROW_MULTIPLE
 ) -> tuple[float, dict[str, Tensor]]:
     """The loss and every gradient of the step made of `cuts`; the step's number is 3."""
     learner.optimizer.zero_grad(set_to_none=True)
     samples = [number for cut in cuts for number in cut]
     count = int(dataset.checked.num_supervised[samples].sum())
-    batches = Loader(dataset.train, packing, learner.make_inputs.store).batches(cuts)
+    batches = Loader(dataset.train, packing, learner.make_inputs.store, row_multiple).batches(cuts)
     loss, _ = accumulate_gradients(learner, batches, count, step=3)
     named: dict[str, Any] = dict(learner.model.named_parameters())
     return float(loss), {

@@ -47,12 +47,6 @@ def counter_of_products() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={**kinds, torch.ops.mkldnn._linear_pointwise: by_name})
 
 
-@pytest.fixture(autouse=True)
-def rows_that_are_not_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fills a row up is computed and not needed."""
-    monkeypatch.setattr("mmtrain.dataset.batch.ROW_MULTIPLE", 1)
-
-
 def measured(model: Any, make_inputs: InputMaker, batch: Batch) -> float:
     """Multiply-additions of a forward and a backward pass, the head left out."""
     base = getattr(model, "get_base_model", lambda: model)().base_model

@@ -78,18 +78,17 @@ def test_samples_of_a_packed_row_do_not_see_each_other(kind: str, make_config: C
 
 
 def test_what_fills_a_row_up_belongs_to_no_sample_and_changes_nothing(
-    kind: str, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    kind: str, make_config: Callable[..., Config]
 ) -> None:
     learner, dataset = learner_for(make_config(kind, {"language": LORA | {"dropout": 0.2}}))
     found, fillings = {}, {}
     for multiple in (1, 32, 500):
-        monkeypatch.setattr("mmtrain.dataset.batch.ROW_MULTIPLE", multiple)
-        batch = next(Loader(dataset.train, packing=True).batches([[0, 3, 5]]))
+        batch = next(Loader(dataset.train, packing=True, row_multiple=multiple).batches([[0, 3, 5]]))
         length = batch.input_ids.shape[1]
         assert length % multiple == 0
         fillings[multiple] = length - batch.num_tokens
         assert not batch.supervised[0, batch.num_tokens :].any()
-        found[multiple] = step_of(learner, dataset, [[0, 3, 5]], packing=True)
+        found[multiple] = step_of(learner, dataset, [[0, 3, 5]], packing=True, row_multiple=multiple)
     assert fillings[1] == 0 < fillings[32] < 32 < fillings[500]
     for loss, gradients in (found[32], found[500]):
         assert loss == pytest.approx(found[1][0], rel=1e-6)

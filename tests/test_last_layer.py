@@ -10,8 +10,8 @@ from learning import LORA, MIXED, learner_for, relative_l2, step_of
 from torch import Tensor, nn
 
 from mmtrain.config.schema import Config
-from mmtrain.dataset.batch import ROW_MULTIPLE
 from mmtrain.model.kernels.last_layer import last_mlp
+from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.kernels.rowwise import normalize
 
 CUTS = [[0, 1, 2], [3], [4, 5, 6, 7]]

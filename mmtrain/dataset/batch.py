@@ -19,10 +19,6 @@ from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.sources import Place
 
-ROW_MULTIPLE = 32
-"""A packed row is filled up to a multiple of so many tokens: libraries of matrix products prepare code for each number
-of rows that they meet and keep it, and allocators keep memory of each size."""
-
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -38,8 +34,8 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch, on the CPU. Packed: one row, the samples one behind the other, and fewer than
-    `ROW_MULTIPLE` tokens of no sample; otherwise a row a sample, padded on the right."""
+    """One micro-batch, on the CPU. Packed: one row, the samples one after the other, and the
+    tokens of no sample that fill it up; otherwise a row a sample, padded on the right."""
 
     input_ids: Tensor
     """(rows, length) int64"""
@@ -63,8 +59,10 @@ def make_batch(
     processor: ChatProcessor,
     packing: bool,
     store: ImageCache | None = None,
+    row_multiple: int = 1,
 ) -> Batch:
-    """Lay samples into one batch and decode their pictures, but those whose features `store` has.
+    """Lay samples into one batch and decode their images, but those whose features `store` has. A packed row is filled
+    up to a multiple of `row_multiple` tokens.
 
     Raises SampleError where a picture does not decode or the processor lays it out otherwise than it was measured.
     """
@@ -75,7 +73,7 @@ def make_batch(
         segments.append(Segment(number, *place, sample.num_tokens, first_image, len(sample.images)))
         at += sample.num_tokens
         first_image += len(sample.images)
-    shape = (1, at + -at % ROW_MULTIPLE) if packing else (len(encoded), max(sample.num_tokens for sample in encoded))
+    shape = (1, at + -at % row_multiple) if packing else (len(encoded), max(sample.num_tokens for sample in encoded))
     input_ids = np.full(shape, processor.pad_id, np.int64)
     supervised = np.zeros(shape, np.bool_)
     for segment, sample in zip(segments, encoded, strict=True):
@@ -128,12 +126,14 @@ class Loader:
         samples: Samples,
         packing: bool,
         store: ImageCache | None = None,
+        row_multiple: int = 1,
         num_threads: int = 2,
         ahead: int = 4,
     ) -> None:
         self._samples = samples
         self._packing = packing
         self._store = store
+        self._row_multiple = row_multiple
         self._num_threads = num_threads
         self._ahead = ahead
 
@@ -154,20 +154,23 @@ class Loader:
     def load(self, numbers: Sequence[int]) -> Batch:
         """The batch of these samples. Raises UserError naming the sample that cannot be read or decoded, or all of them
         where only the batch as a whole cannot be made."""
-        processor = self._samples.encoder.processor
         encoded: list[Encoded] = []
         for number in numbers:
             with self._named(number):
                 encoded.append(self._samples.encoded(number))
         try:
-            return make_batch(numbers, encoded, processor, self._packing, self._store)
+            return self._make(numbers, encoded)
         except SampleError as error:
             for number, sample in zip(numbers, encoded, strict=True):
                 with self._named(number):
-                    make_batch([number], [sample], processor, self._packing, self._store)
+                    self._make([number], [sample])
             # each alone is well: an image changed meanwhile, or the processor lays several out in another way
             places = ", ".join(str(self._samples.place(number)) for number in numbers)
             raise UserError(f"{places}: the samples cannot be laid out together: {error}") from None
+
+    def _make(self, numbers: Sequence[int], encoded: Sequence[Encoded]) -> Batch:
+        processor = self._samples.encoder.processor
+        return make_batch(numbers, encoded, processor, self._packing, self._store, self._row_multiple)
 
     @contextmanager
     def _named(self, number: int) -> Iterator[None]:

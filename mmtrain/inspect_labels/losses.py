@@ -13,6 +13,7 @@ from mmtrain.dataset.samples import SampleSet
 from mmtrain.model.adapter import load_adapter, read_adapter
 from mmtrain.model.head import find_head_kind
 from mmtrain.model.inputs import InputMaker
+from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.load import load_model
 from mmtrain.model.loss import supervised_nll
 from mmtrain.runtime.processes import Runtime
@@ -39,7 +40,7 @@ def token_losses(
     packing = choose_packing(model, processor, config, runtime, say)
     make_inputs = InputMaker(model, processor.image_token_id)
     found = {}
-    for batch in Loader(samples, packing).batches([index] for index in indices):
+    for batch in Loader(samples, packing, row_multiple=ROW_MULTIPLE).batches([index] for index in indices):
         with runtime.autocast():
             nll, _ = supervised_nll(model, head_kind, make_inputs(batch), batch)
         positions = batch.supervised[0].nonzero()[:, 0].tolist()

@@ -22,6 +22,7 @@ from mmtrain.encoding.images import Picture
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.inputs import InputMaker
+from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.safe_text import one_line
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -104,7 +105,7 @@ class _Trial:
     def logits(self, order: Sequence[int], packing: bool) -> list[Tensor]:
         """(num_compared, vocabulary) float32 for each stretch of the samples, which are laid out in this order."""
         samples = [self._samples[number] for number in order]
-        batch = make_batch(order, samples, self._processor, packing)
+        batch = make_batch(order, samples, self._processor, packing, row_multiple=ROW_MULTIPLE)
         device, compared = self._model.device, batch.supervised
         with (
             torch.no_grad(),

@@ -11,6 +11,7 @@ from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import SampleSet
 from mmtrain.model.head import HeadKind
 from mmtrain.model.inputs import InputMaker
+from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.loss import supervised_nll
 from mmtrain.model.root import Root
 from mmtrain.runtime.processes import Runtime
@@ -59,7 +60,9 @@ class Scorer:
         own = [self._numbers[cut].tolist() for cut in cuts[runtime.index * share : (runtime.index + 1) * share]]
         own = [cut for cut in own if cut] if filled is None else [filled.fill(cut) for cut in own]
         sums = np.zeros((len(self._rows), 3))
-        batches = Loader(self._shown if filled is None else filled, packing, make_inputs.store).batches(own)
+        batches = Loader(self._shown if filled is None else filled, packing, make_inputs.store, ROW_MULTIPLE).batches(
+            own
+        )
         quiet = console is None or not console.is_terminal
         for batch in track(batches, "scoring", len(own), console=console, transient=True, disable=quiet):
             with runtime.autocast():

@@ -21,7 +21,8 @@ from mmtrain.model.cost import CostModel, cost_model
 from mmtrain.model.dropout import DropoutClock, install_dropout
 from mmtrain.model.head import find_head_kind
 from mmtrain.model.inputs import InputMaker
-from mmtrain.model.kernels.fused import install_fused
+from mmtrain.model.kernels.install import install
+from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.load import checkpoint_activations, compile_layers, load_model
 from mmtrain.model.root import Root
 from mmtrain.runtime.processes import Runtime
@@ -101,12 +102,12 @@ def make_learner(
         checkpoint_activations(base)
     clock = DropoutClock(seed)
     install_dropout(model, components, config.tune, clock)
-    install_fused(model)
-    costs = cost_model(base, components, config.tune)
     root = Root(model)
     sharded = settings.weights == "shard" and runtime.num_processes > 1
     if not sharded:
         model.to(runtime.device)
+    say(install(model).line)
+    costs = cost_model(base, components, config.tune)
     packing = choose_packing(model, processor, config, runtime, say)  # on the CPU where weights are sharded later
     if settings.compile:
         compile_layers(base)
@@ -185,7 +186,7 @@ class TrainingLoop:
         settings, last, activity = self._config.run, self._dataset.num_steps, self._learner.runtime.activity
         samples = self._dataset.train if self._filled is None else self._filled
         cuts = (cut for step in range(first, last + 1) for cut in self._cut(step).own if cut)
-        batches = Loader(samples, self._learner.packing, self._learner.make_inputs.store).batches(cuts)
+        batches = Loader(samples, self._learner.packing, self._learner.make_inputs.store, ROW_MULTIPLE).batches(cuts)
         metrics = MetricsFile(self._output_dir / METRICS, first - 1, self._learner.runtime.is_main)
         with Reporter(last, first - 1, self._console) as reporter, metrics:
             self._evaluate(first - 1, metrics, reporter, self._evaluated)  # at the start what the model knew before
@@ -207,7 +208,7 @@ class TrainingLoop:
         runtime.activity.set("exporting" if runtime.is_main else "waiting")
         if runtime.is_main or self._learner.sharded:
             used = self._dataset.checked.used
-            batch = Loader(self._dataset.train, self._learner.packing).load([int(used[0])])
+            batch = Loader(self._dataset.train, self._learner.packing, row_multiple=ROW_MULTIPLE).load([int(used[0])])
             line = export(self._learner, self._config, processor, batch, len(used))
             self._console.print(line, highlight=False, soft_wrap=True)
         runtime.activity.set("waiting")

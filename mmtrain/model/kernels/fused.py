@@ -1,192 +1,69 @@
-"""Modules computed in fewer passes over memory than their libraries take; the numbers stay those of the formula.
+"""The MLPs of a language model's layers with the normalization before them and the adapters in them.
 
-Each is replaced where its source says, or a trial shows, that it computes exactly that, and left alone elsewhere.
+One run of the decoder shows which normalization an MLP is given the result of. That the result goes nowhere else is
+tried on the smallest module that holds both.
 """
 
-import ast
-import functools
-import inspect
 import re
-import textwrap
-import types
-from collections.abc import Callable
-from typing import Any
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers.activations import SiLUActivation
 
-from mmtrain.model.kernels.last_layer import compute_at_predicting
+from mmtrain.model.kernels.gated import Gated
+from mmtrain.model.kernels.last_layer import compute_at_predicting, rows_of
+from mmtrain.model.kernels.linear import is_frozen
 from mmtrain.model.kernels.mlp import NormedMLP, Projection
-from mmtrain.model.kernels.products import FrozenLinear
-from mmtrain.model.kernels.rowwise import GatedSiLU, normalize, rms_norm
-
-_GATED = re.compile(
-    r"(?:return|(\w+) =) self\.down_proj\(self\.act_fn\(self\.gate_proj\((\w+)\)\) \* self\.up_proj\(\2\)\)"
-    r"(?:\nreturn \1)?"
-)
-_NORM_THEN_MLP = re.compile(r"(\w+) = self\.post_attention_layernorm\(\1\)\n\1 = self\.mlp\(\1\)")
-"""Statements of a decoder layer: what is normalized goes into the MLP and nowhere else."""
+from mmtrain.model.kernels.norms import RMSNorm
+from mmtrain.model.kernels.products import ROW_MULTIPLE
+from mmtrain.model.kernels.trial import Kernel, Trials, kernel_of, noise, undisturbed
 
 
-def install_fused(model: Any) -> None:
-    """Replace what `model` computes in more passes than it needs. To be called once adapters and dropout are in."""
-    for module in model.modules():
-        if (forward := _quicker(module)) is not None:
-            module.forward = types.MethodType(forward, module)
-    last = [None, *getattr(model.get_decoder(), "layers", ())][-1]
-    layers = [module for module in model.modules() if _ends_in_mlp(module)]
-    for layer in layers:
-        layer.mlp.norm = (layer.post_attention_layernorm,)  # in a tuple it is no child of a second module
-        layer.mlp.rows = None
-        layer.mlp.forward = types.MethodType(_normed_mlp, layer.mlp)
-        layer.post_attention_layernorm.forward = _passed_on
-    if last in layers:
-        compute_at_predicting(last)
+@dataclass(frozen=True)
+class PassedOn(Kernel):
+    """A normalization that the MLP after it computes."""
+
+    while_compiling: ClassVar[bool] = True
+    norm: RMSNorm
+
+    def compute(self, module: Any, x: Tensor) -> Tensor:
+        return x
 
 
-def _quicker(module: nn.Module) -> Callable[..., Tensor] | None:
-    """The forward that can stand for the module's own; None where its own is needed."""
-    if isinstance(module, LoraLinear) and _is_plain(module):
-        return _adapted
-    if _is_frozen(module):
-        return _frozen
-    if isinstance(module, nn.Conv2d | nn.Conv3d) and _is_one_window(module):
-        return _one_window
-    if _is_gated(module):
-        return _gated
-    return _normed if _is_norm(module) else None
+@dataclass(frozen=True)
+class Fused(Kernel):
+    """A gated MLP of frozen layers and their adapters, and the normalization before it where there is one."""
 
+    gated: Gated
+    norm: RMSNorm | None = None
+    norm_module: Any = field(default=None, compare=False)
 
-def _body(module: nn.Module) -> str:
-    return _source(type(module).forward)
+    def plain(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.norm is not None:
+            args = (self.norm.plain(self.norm_module, *args, **kwargs),)
+            kwargs = {}
+        return super().plain(module, *args, **kwargs)
 
+    def compute(self, module: Any, x: Tensor) -> Tensor:
+        """The MLP of x, (..., width)."""
+        projections = [_projection(getattr(module, name)) for name in (*self.gated.inputs, self.gated.down)]
+        tensors = [tensor for projection in projections for tensor in projection.tensors]
+        scalings = [projection.scaling for projection in projections]
+        tokens, rows = x.flatten(0, -2), rows_of(module)
+        own = tokens if rows is None else tokens[rows]
+        weight, eps = (None, 0.0) if self.norm is None else (self.norm.weight(self.norm_module), self.norm.eps)
+        out = NormedMLP.apply(own, weight, eps, self.gated.gate, scalings, *tensors)  # type: ignore[no-untyped-call]
+        if rows is not None:
+            out = torch.zeros_like(tokens).index_copy(0, rows, out)
+        return out.view_as(x)  # type: ignore[no-any-return]
 
-@functools.cache
-def _source(forward: Any) -> str:
-    """Of a forward, as python would print it: no comments, no docstring. Empty where there is none to read."""
-    try:
-        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
-    except (OSError, TypeError, SyntaxError):  # made at run time, or compiled
-        return ""
-    if not isinstance(function, ast.FunctionDef):
-        return ""
-    rows = function.body[1:] if ast.get_docstring(function) is not None else function.body
-    return "\n".join(map(ast.unparse, rows))
-
-
-def _is_plain(module: LoraLinear) -> bool:
-    """One adapter that is the product of two matrices, beside a linear layer."""
-    (name, *others) = module.active_adapters
-    base = module.get_base_layer()
-    return not others and name not in module.lora_variant and type(base) is nn.Linear and not module.lora_bias[name]
-
-
-def _adapted(module: Any, x: Tensor) -> Tensor:
-    """W x + b + scaling B A dropout(x), as in Hu et al. 2021, "LoRA", section 4.1: added in place, scaled as B is."""
-    (name,) = module.active_adapters
-    if module.disable_adapters or module.merged:
-        return module.base_layer(x)  # type: ignore[no-any-return]
-    rows = x.flatten(0, -2)  # what is added to in place must be no view, or its gradient is copied
-    out = module.base_layer(rows)
-    inner = module.lora_A[name](module.lora_dropout[name](x)).flatten(0, -2)
-    outer = (module.lora_B[name].weight * module.scaling[name]).to(out.dtype)
-    return out.addmm_(inner.to(out.dtype), outer.t()).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
-
-
-def _frozen(module: Any, x: Tensor) -> Tensor:
-    if x.device.type != "cpu" or not x.dtype == module.weight.dtype == torch.float32 or torch.compiler.is_compiling():
-        return F.linear(x, module.weight, module.bias)
-    rows = x.reshape(-1, x.shape[-1])
-    return FrozenLinear.apply(rows, module.weight, module.bias).view(*x.shape[:-1], -1)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _is_one_window(module: nn.Conv2d | nn.Conv3d) -> bool:
-    """A convolution whose windows lie side by side, as those that take a picture's patches do."""
-    is_dense = module.groups == 1 and set(module.dilation) == {1}
-    return is_dense and module.kernel_size == module.stride and set(module.padding) == {0}
-
-
-def _one_window(module: Any, x: Tensor) -> Tensor:
-    """Where each picture is one window, (n, channels, *kernel size), this is a linear layer and many times as quick."""
-    if x.shape[2:] != module.kernel_size:
-        return type(module).forward(module, x)  # type: ignore[no-any-return]
-    return F.linear(x.flatten(1), module.weight.flatten(1), module.bias)[(..., *(None for _ in module.kernel_size))]
-
-
-def _is_gated(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation) and bool(
-        _GATED.fullmatch(_body(module))
-    )
-
-
-def _gated(module: Any, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # it makes one pass of them by itself
-        return type(module).forward(module, x)  # type: ignore[no-any-return]
-    return module.down_proj(GatedSiLU.apply(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """A normalization that does not learn and is `normalize`: that is tried, with large values and with some so small
-    that it matters where the epsilon is added."""
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not isinstance(eps, float) or weight.requires_grad:
-        return False
-    if len(inspect.signature(module.forward).parameters) != 1:  # such as a gate beside x
-        return False
-    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)) * torch.tensor(
-        [[3], [1], [1e-3], [1e-4]]
-    )
-    try:
-        with torch.no_grad():
-            own = type(module).forward(module, x := x.to(weight))
-    except Exception:  # it is no normalization, and may raise anything
-        return False
-    if not isinstance(own, Tensor) or own.dtype != x.dtype or own.shape != x.shape:
-        return False
-    return torch.allclose(own, normalize(x, weight, eps)[0], rtol=4 * torch.finfo(x.dtype).eps, atol=0)
-
-
-def _normed(module: Any, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        return type(module).forward(module, x)  # type: ignore[no-any-return]
-    return rms_norm(x, module.weight, module.variance_epsilon)
-
-
-def _ends_in_mlp(layer: Any) -> bool:
-    """A decoder layer whose end `NormedMLP` computes: nothing in it learns but adapters without dropout."""
-    norm, mlp = getattr(layer, "post_attention_layernorm", None), getattr(layer, "mlp", None)
-    if norm is None or mlp is None or not (_is_norm(norm) and _is_gated(mlp) and _NORM_THEN_MLP.search(_body(layer))):
-        return False
-    return all(_is_frozen(projection) for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-
-
-def _is_frozen(module: nn.Module) -> bool:
-    if isinstance(module, LoraLinear):
-        return _is_plain(module) and all(isinstance(d, nn.Identity) for d in module.lora_dropout.values())
-    return type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters())
-
-
-def _passed_on(x: Tensor) -> Tensor:
-    return x
-
-
-def _normed_mlp(module: Any, x: Tensor) -> Tensor:
-    """The MLP of what `norm` makes of x, (..., width)."""
-    (norm,) = module.norm
-    if torch.compiler.is_compiling():
-        return type(module).forward(module, type(norm).forward(norm, x))  # type: ignore[no-any-return]
-    projections = [_projection(part) for part in (module.gate_proj, module.up_proj, module.down_proj)]
-    tensors = [tensor for projection in projections for tensor in projection.tensors]
-    scalings = [projection.scaling for projection in projections]
-    tokens = x.flatten(0, -2)
-    own = tokens if module.rows is None else tokens[module.rows]
-    out = NormedMLP.apply(own, norm.weight, norm.variance_epsilon, scalings, *tensors)  # type: ignore[no-untyped-call]
-    if module.rows is not None:
-        out = torch.zeros_like(tokens).index_copy(0, module.rows, out)
-    return out.view_as(x)  # type: ignore[no-any-return]
+    def example(self, module: Any) -> Tensor:
+        return self.gated.example(module)
 
 
 def _projection(module: Any) -> Projection:
@@ -198,3 +75,118 @@ def _projection(module: Any) -> Projection:
     return Projection(
         base.weight, base.bias, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
     )
+
+
+def fuse_mlps(decoder: Any, trials: Trials) -> None:
+    """Fuse the gated MLPs of `decoder`, each with the norm before it or, where that fails its trial, alone."""
+    mlps = [name for name, module in decoder.named_modules() if _can_be_fused(module)]
+    if not mlps:
+        return
+    try:
+        run = _Run(decoder, mlps)
+    except Exception:  # the decoder needs more than ids
+        return
+    for name in run.order:
+        if not _fuse_with_norm(run, name, trials):
+            mlp = decoder.get_submodule(name)
+            kernel = Fused(_gated(mlp))
+            trials.keep(mlp, {"": kernel}, (kernel.example(mlp),))
+    last = decoder.get_submodule(run.order[-1])
+    layer = re.match(r".*?\.\d+(?=\.)", run.order[-1])
+    if layer is not None and isinstance(kernel_of(last), Fused) and run.is_needed_by_row(last):
+        compute_at_predicting(decoder.get_submodule(layer[0]), last)
+
+
+def _can_be_fused(module: nn.Module) -> bool:
+    kernel = kernel_of(module)
+    names = (*kernel.inputs, kernel.down) if isinstance(kernel, Gated) else ()
+    return bool(names) and all(is_frozen(module.get_submodule(name)) for name in names)
+
+
+def _gated(mlp: nn.Module) -> Gated:
+    kernel = kernel_of(mlp)
+    assert isinstance(kernel, Gated)
+    return kernel
+
+
+def _fuse_with_norm(run: "_Run", name: str, trials: Trials) -> bool:
+    norm_name = run.norm_before.get(name)
+    if norm_name is None:
+        return False
+    mlp, norm = (run.decoder.get_submodule(part) for part in (name, norm_name))
+    whole, rms = _whole(name, norm_name), kernel_of(norm)
+    if whole not in run.calls or not isinstance(rms, RMSNorm):
+        return False
+    kernels = {name: Fused(_gated(mlp), rms, norm), norm_name: PassedOn(rms)}
+    inner = {own.removeprefix(f"{whole}."): kernel for own, kernel in kernels.items()}
+    return trials.keep(run.decoder.get_submodule(whole), inner, *run.calls[whole])
+
+
+def _whole(name: str, other: str) -> str:
+    """The name of the smallest module that holds both."""
+    while not other.startswith(f"{name}."):
+        name = name.rpartition(".")[0]
+        if not name:
+            break
+    return name
+
+
+class _Run:
+    """One run of the decoder on random ids: in what order its MLPs are called, each of them once, and with what."""
+
+    def __init__(self, decoder: Any, mlps: list[str]) -> None:
+        self.decoder = decoder
+        self.order: list[str] = []
+        self.norm_before: dict[str, str] = {}
+        """By MLP, the norm that gave its input and was called only once."""
+        self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        """What the modules around the MLPs were called with."""
+        self._given: dict[int, tuple[str, Tensor]] = {}
+        """By identity, what each norm gave."""
+        self._count: Counter[str] = Counter()
+        size = decoder.get_input_embeddings().num_embeddings
+        self._ids = noise(1, ROW_MULTIPLE).abs().mul(1e6).long().remainder(size).to(next(decoder.parameters()).device)
+        self._watch(mlps)
+
+    def is_needed_by_row(self, mlp: nn.Module) -> bool:
+        """Whether a row of the decoder's result needs that row alone of what `mlp` gives."""
+        rows = [ROW_MULTIPLE // 4, ROW_MULTIPLE // 2]
+        expected = self._hidden()[:, rows]
+        kept = torch.zeros_like(self._ids).index_fill(1, torch.tensor(rows, device=self._ids.device), 1)
+        handle = mlp.register_forward_hook(lambda module, args, out: out * kept[..., None])
+        try:
+            return torch.equal(self._hidden()[:, rows], expected)
+        finally:
+            handle.remove()
+
+    def _hidden(self) -> Tensor:
+        """(1, ROW_MULTIPLE, width)"""
+        with undisturbed(self.decoder), torch.no_grad():
+            return self.decoder(input_ids=self._ids, use_cache=False)[0]  # type: ignore[no-any-return]
+
+    def _watch(self, mlps: list[str]) -> None:
+        norms = [name for name, module in self.decoder.named_modules() if isinstance(kernel_of(module), RMSNorm)]
+        around = {name.rsplit(".", i)[0] for name in mlps for i in range(1, name.count(".") + 1)}
+        with ExitStack() as hooks:
+            for names, hook in ((norms, self._saw_norm), (mlps, self._saw_mlp), (around, self._saw_call)):
+                for name in names:
+                    module = self.decoder.get_submodule(name)
+                    after = partial(hook, name)
+                    handle = module.register_forward_hook(after, with_kwargs=True)
+                    hooks.callback(handle.remove)
+            self._hidden()
+        self.order = [name for name in self.order if self._count[name] == 1]
+        self.norm_before = {mlp: norm for mlp, norm in self.norm_before.items() if self._count[norm] == 1}
+
+    def _saw_norm(self, name: str, module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> None:
+        self._count[name] += 1
+        self._given[id(out)] = name, out
+
+    def _saw_mlp(self, name: str, module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> None:
+        self._count[name] += 1
+        self.order.append(name)
+        if args and id(args[0]) in self._given:
+            self.norm_before[name] = self._given[id(args[0])][0]
+
+    def _saw_call(self, name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        self.calls.setdefault(name, (args, kwargs))

@@ -1,6 +1,6 @@
 """A gated MLP with the normalization before it and the adapters in it, as one function.
 
-Behind it stays what the backward pass cannot make again cheaply: its input, the gate and what is gated. Neither the
+It keeps what the backward pass cannot compute again cheaply: its input, the gate and what is gated. Neither the
 normalized input nor the product is kept, and adapters with one input are multiplied at once. Formulas: Shazeer 2020,
 "GLU variants improve transformer", section 2 (SwiGLU); Hu et al. 2021, "LoRA", section 4.1.
 """
@@ -13,18 +13,25 @@ import torch
 from torch import Tensor
 
 from mmtrain.model.kernels.products import product
-from mmtrain.model.kernels.rowwise import gate_up, gate_up_gradients, normalize, normalize_gradient, normalized
+from mmtrain.model.kernels.rowwise import (
+    Activation,
+    gate_up,
+    gate_up_gradients,
+    normalize,
+    normalize_gradient,
+    normalized,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """W x + b + s B A x: a linear layer that does not learn and the adapter beside it, if there is one."""
+    """W x + b + s B A x: a frozen linear layer and the adapter next to it, if there is one."""
 
     weight: Tensor
     """(out, in)"""
     bias: Tensor | None
     a: Tensor | None = None
-    """(rank, in), as it learns: float32, whatever the weight is."""
+    """(rank, in), as it is trained: float32, whatever the weight is."""
     b: Tensor | None = None
     """(out, rank)"""
     scaling: float = 1.0
@@ -55,47 +62,81 @@ class Projection:
         return None, None, torch.mm(to_inner.t(), x).float(), to_b
 
 
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """How a gate and what it gates come from the projections of the input: from one each, or as halves of one."""
+
+    activation: Activation
+    up_first: bool = False
+    """What is gated comes before the gate."""
+
+    def split(self, projected: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Gate and up, (..., inner width), from what one or two projections give."""
+        first, second = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+        return (second, first) if self.up_first else (first, second)
+
+    def join(self, gate: Tensor, up: Tensor, num_projections: int) -> list[Tensor]:
+        """What `split` takes, from what it gives."""
+        pair = [up, gate] if self.up_first else [gate, up]
+        return pair if num_projections == 2 else [torch.cat(pair, dim=-1)]
+
+
 class NormedMLP(torch.autograd.Function):
-    """down(silu(gate(n)) * up(n)) with n = x / rms(x) times a weight, of x (rows, width)."""
+    """down(activation(gate(n)) * up(n)) of x (rows, width), with n = x / rms(x) times a weight, or x itself."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, scalings: Sequence[float], *tensors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        eps: float,
+        gate: Gate,
+        scalings: Sequence[float],
+        *tensors: Tensor | None,
     ) -> Tensor:
-        """`tensors`: those of the projections gate, up and down, one after the other; `scalings`: theirs."""
-        gate, up, down = _projections(tensors, scalings)
-        normed, inverse = normalize(x, norm_weight, eps)
-        inner = product(normed, _downs(gate, up))
-        inner_gate, inner_up = torch.split(inner, [len(gate.down), len(up.down)], dim=1)
-        gates, ups = gate.of(normed, inner_gate), up.of(normed, inner_up)
-        gated = gate_up(gates, ups)
+        """`tensors`: those of the projections of n and of the last, one after the other; `scalings`: theirs."""
+        *inputs, down = _projections(tensors, scalings)
+        normed, inverse = (x.contiguous(), None) if norm_weight is None else normalize(x, norm_weight, eps)
+        inner = product(normed, _downs(*inputs))
+        inners = torch.split(inner, [len(projection.down) for projection in inputs], dim=1)
+        projected = [projection.of(normed, own) for projection, own in zip(inputs, inners, strict=True)]
+        gates, ups = gate.split(projected)
+        gated = gate_up(gates, ups, gate.activation)
         inner_down = product(gated, down.down)
         ctx.save_for_backward(x, norm_weight, inverse, gates, ups, inner, inner_down, *tensors)
-        ctx.scalings = scalings
+        ctx.gate, ctx.scalings = gate, scalings
         return down.of(gated, inner_down)
 
     @staticmethod
     def backward(ctx: Any, *outers: Tensor) -> tuple[Any, ...]:
         x, norm_weight, inverse, gates, ups, inner, inner_down, *tensors = ctx.saved_tensors
-        gate, up, down = _projections(tensors, ctx.scalings)
+        *inputs, down = _projections(tensors, ctx.scalings)
         outer = outers[0].contiguous()
         to_inner_down = product(outer, down.up.t())
         to_gated = product(outer, down.weight.t()).addmm_(to_inner_down, down.down)
-        gated = torch.empty_like(ups)
-        to_gates, to_ups = gate_up_gradients(gates, ups, to_gated, gated)
+        gated = torch.empty_like(ups, memory_format=torch.contiguous_format)
+        to_pair = gate_up_gradients(gates, ups, to_gated, ctx.gate.activation, gated)
         of_down = down.gradients(outer, inner_down, to_inner_down, gated)
 
-        ranks = [len(gate.down), len(up.down)]
-        to_inner = torch.cat([product(to_gates, gate.up.t()), product(to_ups, up.up.t())], dim=1)
-        normed = normalized(x, norm_weight, inverse)
-        parts = zip(torch.split(inner, ranks, dim=1), torch.split(to_inner, ranks, dim=1), strict=True)
-        of_gate, of_up = (
-            projection.gradients(to, *part, normed)
-            for projection, to, part in zip((gate, up), (to_gates, to_ups), parts, strict=True)
+        to_projected = ctx.gate.join(*to_pair, len(inputs))
+        to_inner = torch.cat(
+            [product(to, projection.up.t()) for to, projection in zip(to_projected, inputs, strict=True)], dim=1
         )
-        to_normed = product(to_gates, gate.weight.t()).add_(product(to_ups, up.weight.t()))
-        to_normed.addmm_(to_inner, _downs(gate, up))
-        return normalize_gradient(to_normed, x, norm_weight, inverse), None, None, None, *of_gate, *of_up, *of_down
+        normed = x if norm_weight is None else normalized(x, norm_weight, inverse)
+        inners, to_inners = (
+            torch.split(tensor, [len(projection.down) for projection in inputs], dim=1) for tensor in (inner, to_inner)
+        )
+        of_inputs = [
+            gradient
+            for projection, to, own, to_own in zip(inputs, to_projected, inners, to_inners, strict=True)
+            for gradient in projection.gradients(to, own, to_own, normed)
+        ]
+        to_normed = product(to_projected[0], inputs[0].weight.t())
+        for to, projection in zip(to_projected[1:], inputs[1:], strict=True):
+            to_normed.add_(product(to, projection.weight.t()))
+        to_normed.addmm_(to_inner, _downs(*inputs))
+        to_x = to_normed if norm_weight is None else normalize_gradient(to_normed, x, norm_weight, inverse)
+        return to_x, None, None, None, None, *of_inputs, *of_down
 
 
 def _projections(tensors: Sequence[Tensor | None], scalings: Sequence[float]) -> list[Projection]:

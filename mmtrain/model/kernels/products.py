@@ -1,4 +1,4 @@
-"""Matrix products with weights that do not learn, by the library that is quickest at them.
+"""Matrix products with frozen weights, by the library that is fastest at them.
 
 On the CPU torch's own `mm` goes to oneDNN for bfloat16 but to another library for float32, which is a tenth slower on
 some processors; so oneDNN is asked by name, through the operator that torch's compiler uses for it.
@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmtrain.dataset.batch import ROW_MULTIPLE
-
+ROW_MULTIPLE = 32
+"""A packed row is filled up to a multiple of so many tokens: oneDNN prepares a program for each number of rows that it
+meets and keeps it, and allocators keep memory of each size."""
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -32,7 +33,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 class FrozenLinear(torch.autograd.Function):
-    """`product` with a weight and a bias that do not learn."""
+    """`product` with a frozen weight and bias."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,7 +5,9 @@ time go through all of them while they are in its cache, in float32, and are rou
 once, and the gate in its own type: float32 copies of three (tokens, inner width) tensors would be gigabytes.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +17,25 @@ from torch import Tensor
 _CACHED_VALUES = 2**17
 """Values that a few passes in a row go over on the CPU: with their inputs they stay in its caches, and there are few
 enough of such blocks that starting the passes takes no time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """A function of one value, and its gradient from that of the result and the value."""
+
+    of: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+
+
+_GELU_BACKWARD: Any = torch.ops.aten.gelu_backward
+SILU = Activation(F.silu, torch.ops.aten.silu_backward)
+"""g sigmoid(g), with s = sigmoid(g) its derivative is s (1 + g (1 - s))."""
+GELU = Activation(F.gelu, _GELU_BACKWARD)
+"""g times the share of a normal distribution under g (Hendrycks and Gimpel 2016, "Gaussian error linear units")."""
+GELU_TANH = Activation(
+    functools.partial(F.gelu, approximate="tanh"), functools.partial(_GELU_BACKWARD, approximate="tanh")
+)
+"""The same paper's approximation of it by tanh."""
 
 
 def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -47,35 +68,35 @@ def normalize_gradient(outer: Tensor, x: Tensor, weight: Tensor, inverse: Tensor
     return gradient
 
 
-def gate_up(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, with silu(g) = g sigmoid(g), of two tensors of one shape."""
+def gate_up(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """activation(gate) * up, of two tensors of one shape."""
     out = torch.empty_like(up, memory_format=torch.contiguous_format)
     for g, u, o in _blocks(gate, up, out):
-        torch.mul(F.silu(_widened(g)), u, out=o)
+        torch.mul(activation.of(_widened(g)), u, out=o)
     return out
 
 
-def gate_up_gradients(gate: Tensor, up: Tensor, outer: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Of gate and up; with `out`, what `gate_up` gave is written there again.
-
-    d silu(g) / dg = s (1 + g (1 - s)) with s = sigmoid(g).
-    """
+def gate_up_gradients(
+    gate: Tensor, up: Tensor, outer: Tensor, activation: Activation, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of gate and up; with `out`, what `gate_up` gave is written there again."""
     to = [torch.empty_like(outer, memory_format=torch.contiguous_format) for _ in range(2)]
     results = to if out is None else [*to, out]
     for g, u, y, to_gate, to_up, *again in _blocks(gate, up, outer, *results):
         value, own, upper = _widened(g), _widened(u), _widened(y)
-        silu = F.silu(value)
-        torch.mul(silu, upper, out=to_up)
+        activated = activation.of(value)
+        torch.mul(activated, upper, out=to_up)
         for o in again:
-            torch.mul(silu, own, out=o)
-        to_gate.copy_(torch.ops.aten.silu_backward(own * upper, value))
+            torch.mul(activated, own, out=o)
+        to_gate.copy_(activation.gradient(own * upper, value))
     return to[0], to[1]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`normalize` by a weight that does not learn. Off the CPU torch has a kernel for it."""
-    if not _is_cached(x):  # autocast may widen the result
-        return F.rms_norm(x, weight.shape, weight, eps).to(x.dtype)
+    """`normalize` by a frozen weight. Off the CPU torch has a kernel for it."""
+    if not _is_cached(x):  # autocast may widen the result, and the kernel takes one type
+        wide = torch.promote_types(x.dtype, weight.dtype)
+        return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -92,18 +113,19 @@ class _RMSNorm(torch.autograd.Function):
         return normalize_gradient(outer[0], x, weight, inverse), None, None
 
 
-class GatedSiLU(torch.autograd.Function):
+class GatedActivation(torch.autograd.Function):
     """`gate_up`."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return gate_up(gate, up)
+        ctx.activation = activation
+        return gate_up(gate, up, activation)
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        return gate_up_gradients(gate, up, outer[0])
+        return *gate_up_gradients(gate, up, outer[0], ctx.activation), None
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -1,0 +1,71 @@
+"""Gated MLPs: the gate, its activation and the product in one pass.
+
+A gated MLP is found by what it has, not by its name: two projections of the input and one back, or one whose halves
+are gate and up; and an activation that is tried on a row of numbers, or SiLU where no attribute is one. Which
+projection is which is tried, too.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from mmtrain.model.kernels.mlp import Gate
+from mmtrain.model.kernels.products import ROW_MULTIPLE
+from mmtrain.model.kernels.rowwise import GELU, GELU_TANH, SILU, Activation, GatedActivation
+from mmtrain.model.kernels.trial import Kernel, example_for
+
+_ACTIVATIONS = (SILU, GELU, GELU_TANH)
+
+
+@dataclass(frozen=True)
+class Gated(Kernel):
+    """down(activation(gate(x)) * up(x))"""
+
+    gate: Gate
+    inputs: tuple[str, ...]
+    """Names of the projections of the input: two, or one that gives gate and up as its halves."""
+    down: str
+
+    def compute(self, module: Any, x: Tensor) -> Tensor:
+        gate, up = self.gate.split([getattr(module, name)(x) for name in self.inputs])
+        gated = GatedActivation.apply(gate, up, self.gate.activation)  # type: ignore[no-untyped-call]
+        return getattr(module, self.down)(gated)  # type: ignore[no-any-return]
+
+    def example(self, module: Any) -> Tensor:
+        return example_for(module, 1, ROW_MULTIPLE, getattr(module, self.inputs[0]).in_features)
+
+
+def gated_kernels(module: nn.Module) -> Iterator[Gated]:
+    """The kernels to try on `module`, which differ in what they take for the gate; none where it is no gated MLP."""
+    linear = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear | LoraLinear)}
+    if len(linear) not in (2, 3):
+        return
+    activation = _activation(module)
+    for down in reversed(linear):  # the last one, nearly always
+        inputs = tuple(name for name in linear if name != down)
+        sizes = {(linear[name].in_features, linear[name].out_features) for name in inputs}
+        inner = linear[down].in_features * (3 - len(inputs))
+        if sizes == {(linear[down].out_features, inner)}:
+            yield from (Gated(Gate(activation, up_first), inputs, down) for up_first in (False, True))
+
+
+def _activation(module: nn.Module) -> Activation:
+    """The one that a child or an attribute of `module` computes, SiLU where there is none."""
+    children = [child for child in module.children() if not any(True for _ in child.parameters())]
+    functions = [value for value in vars(module).values() if callable(value)]
+    found = (activation for own in (*children, *functions) for activation in _ACTIVATIONS if _is(own, activation))
+    return next(found, SILU)
+
+
+def _is(function: Any, activation: Activation) -> bool:
+    """Tried on numbers; in float32 the approximations of GELU differ by 5e-4."""
+    numbers = torch.linspace(-6, 6, 97)
+    try:
+        with torch.no_grad():
+            return torch.allclose(function(numbers.clone()), activation.of(numbers), rtol=1e-5, atol=1e-6)
+    except Exception:  # it is no activation
+        return False

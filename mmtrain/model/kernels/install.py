@@ -1,0 +1,80 @@
+"""Puts kernels into a model: wherever one passes its trial, and nowhere else."""
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mmtrain.model.kernels.fused import Fused, PassedOn, fuse_mlps
+from mmtrain.model.kernels.gated import gated_kernels
+from mmtrain.model.kernels.linear import linear_kernel
+from mmtrain.model.kernels.norms import RMSNorm, norm_kernels
+from mmtrain.model.kernels.patches import patch_kernel
+from mmtrain.model.kernels.trial import Kernel, Trials, kernel_of
+
+
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """What of a model kernels compute."""
+
+    num_layers: int
+    """Layers of the language model."""
+    num_fused: int
+    """Those whose MLP, and where there is one the norm before it, is one function."""
+    num_norms: int
+    num_others: int
+    """Linear layers, adapters, gates and convolutions."""
+
+    @property
+    def line(self) -> str:
+        """One line for the start of a run."""
+        if not self.num_fused + self.num_norms + self.num_others:
+            return "kernels: none fits this model"
+        return (
+            f"kernels: {self.num_fused} of {self.num_layers} layers, {self.num_norms} norms, "
+            f"{self.num_others} other modules"
+        )
+
+
+def install(model: Any) -> KernelReport:
+    """Replace what `model` computes in more passes over memory than it needs, where a trial shows that the replacement
+    computes the same. To be called once adapters and dropout are in, on the device where the model is computed.
+
+    Parameters, gradients and random state stay as they are; a trial that fails leaves its module as it was and never
+    raises. Called again it changes nothing.
+    """
+    trials = Trials()
+    for module in model.modules():
+        for kernel in _candidates(module):
+            if trials.keep(module, {"": kernel}, (kernel.example(module),)):
+                break
+    fuse_mlps(model.get_decoder(), trials)
+    return _report(model)
+
+
+def _candidates(module: nn.Module) -> Iterator[Kernel]:
+    if kernel_of(module) is None:
+        single = (linear_kernel(module), patch_kernel(module))
+        yield from itertools.chain(filter(None, single), gated_kernels(module), norm_kernels(module))
+
+
+def _report(model: Any) -> KernelReport:
+    decoder = model.get_decoder()
+    kernels = [kernel for module in model.modules() if (kernel := kernel_of(module)) is not None]
+    fused = [name for name, module in decoder.named_modules() if isinstance(kernel_of(module), Fused)]
+    num_norms = sum(isinstance(kernel, RMSNorm | PassedOn) for kernel in kernels)
+    return KernelReport(
+        num_layers=decoder.config.num_hidden_layers,
+        num_fused=len({_layer(name) for name in fused}),
+        num_norms=num_norms,
+        num_others=len(kernels) - num_norms - len(fused),
+    )
+
+
+def _layer(name: str) -> str:
+    """`name` up to its first number."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return name if found is None else found[0]

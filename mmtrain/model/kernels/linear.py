@@ -1,0 +1,69 @@
+"""Linear layers: frozen ones, and adapters next to them."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from mmtrain.model.kernels.products import ROW_MULTIPLE, FrozenLinear
+from mmtrain.model.kernels.trial import Kernel, example_for
+
+
+@dataclass(frozen=True)
+class Adapted(Kernel):
+    """W x + b + scaling B A dropout(x), as in Hu et al. 2021, "LoRA", section 4.1: added in place, scaled as B is."""
+
+    while_compiling: ClassVar[bool] = True
+
+    def compute(self, module: Any, x: Tensor) -> Tensor:
+        (name,) = module.active_adapters
+        if module.disable_adapters or module.merged:
+            return module.base_layer(x)  # type: ignore[no-any-return]
+        rows = x.flatten(0, -2)  # what is added to in place must be no view, or its gradient is copied
+        out = module.base_layer(rows)
+        inner = module.lora_A[name](module.lora_dropout[name](x)).flatten(0, -2)
+        outer = (module.lora_B[name].weight * module.scaling[name]).to(out.dtype)
+        return out.addmm_(inner.to(out.dtype), outer.t()).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+
+    def example(self, module: Any) -> Tensor:
+        return example_for(module, 1, ROW_MULTIPLE, module.in_features)
+
+
+@dataclass(frozen=True)
+class Frozen(Kernel):
+    """W x + b by the library that is fastest at it."""
+
+    def compute(self, module: Any, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not x.dtype == module.weight.dtype == torch.float32:
+            return F.linear(x, module.weight, module.bias)
+        rows = x.reshape(-1, x.shape[-1])
+        return FrozenLinear.apply(rows, module.weight, module.bias).view(*x.shape[:-1], -1)  # type: ignore[no-untyped-call, no-any-return]
+
+    def example(self, module: Any) -> Tensor:
+        return example_for(module, 1, ROW_MULTIPLE, module.in_features)
+
+
+def linear_kernel(module: nn.Module) -> Kernel | None:
+    """The kernel to try on `module`; None where it is no linear layer, or a trainable one."""
+    if isinstance(module, LoraLinear):
+        return Adapted() if _has_one_adapter(module) else None
+    return Frozen() if is_frozen(module) else None
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """A linear layer whose own weights are frozen, alone or with an adapter that has no dropout."""
+    if isinstance(module, LoraLinear):
+        has_dropout = not all(isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values())
+        return _has_one_adapter(module) and not has_dropout and is_frozen(module.get_base_layer())
+    return type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters())
+
+
+def _has_one_adapter(module: LoraLinear) -> bool:
+    """One adapter that is the product of two matrices, next to a linear layer."""
+    names = module.active_adapters
+    base = module.get_base_layer()
+    is_product = len(names) == 1 and names[0] not in module.lora_variant and not module.lora_bias[names[0]]
+    return is_product and type(base) is nn.Linear

@@ -1,0 +1,47 @@
+"""Normalization by the root mean square, with a frozen weight."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmtrain.model.kernels.rowwise import rms_norm
+from mmtrain.model.kernels.trial import Kernel, noise
+
+_SIZES = (3.0, 1.0, 1e-3, 1e-4)
+"""Sizes of the rows of a trial: the smallest show where the epsilon is added."""
+
+
+@dataclass(frozen=True)
+class RMSNorm(Kernel):
+    """x / rms(x) times a weight."""
+
+    eps: float
+    adds_one: bool
+    """The weight is 1 + the module's."""
+
+    def weight(self, module: Any) -> Tensor:
+        """(width,)"""
+        weight: Tensor = module.weight
+        return weight.float() + 1 if self.adds_one else weight
+
+    def compute(self, module: Any, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight(module), self.eps)
+
+    def example(self, module: Any) -> Tensor:
+        sizes = torch.tensor(_SIZES).repeat(2)[:, None]
+        return (noise(len(sizes), len(module.weight)) * sizes).to(module.weight)
+
+
+def norm_kernels(module: nn.Module) -> Iterator[RMSNorm]:
+    """The kernels to try on `module`, one for each number of its own that can be the epsilon; none where it has more
+    than one frozen weight."""
+    weights = list(module.parameters())
+    if len(weights) != 1 or not isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+        return
+    if weight.ndim != 1 or weight.requires_grad or len(weight) < 2:
+        return
+    for eps in {value for value in vars(module).values() if type(value) is float and 0 <= value < 0.1}:
+        yield from (RMSNorm(eps, adds_one) for adds_one in (False, True))

@@ -1,0 +1,207 @@
+"""Kernels are tried before they are used: with them a module must compute what it computes without them.
+
+Random input goes forward and backward through the module, without its kernels and with them. What comes out, the
+gradient of the input and the gradients of the trainable parameters are compared.
+"""
+
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Largest relative difference (L2) that counts as rounding, of a row of the output or of the input's gradient, and of
+the whole gradient of a parameter.
+
+Measured on the families of `tests/test_kernels.py`: 1e-6 in float32 and 0.02 in bfloat16. A wrong formula differs by
+more than 1e-4: GELU by its tanh for the exact one 3e-4 and more, an epsilon added to the root 0.1 and more.
+"""
+
+
+class Kernel:
+    """A forward that can stand for a module's own."""
+
+    while_compiling: ClassVar[bool] = False
+    """Whether torch.compile sees the kernel too, and not the module's own forward."""
+
+    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """What `module` gives; its own forward answers where it is given more than one tensor."""
+        if kwargs or len(args) != 1 or (torch.compiler.is_compiling() and not self.while_compiling):
+            return self.plain(module, *args, **kwargs)
+        return self.compute(module, *args)
+
+    def plain(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """The same without the kernel."""
+        return type(module).forward(module, *args, **kwargs)
+
+    def compute(self, module: Any, x: Tensor) -> Tensor:
+        """The same, faster."""
+        raise NotImplementedError
+
+    def example(self, module: Any) -> Tensor:
+        """Random input for a trial of the kernel on `module` alone."""
+        raise NotImplementedError
+
+
+def kernel_of(module: nn.Module) -> Kernel | None:
+    """The kernel that stands for the module's forward, if there is one."""
+    found = getattr(vars(module).get("forward"), "__func__", None)
+    return found if isinstance(found, Kernel) else None
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Normal random values, float32 on the CPU, that leave torch's random state as it is."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def example_for(module: nn.Module, *shape: int) -> Tensor:
+    """`noise` with the device and type of the module's first parameter."""
+    return noise(*shape).to(next(module.parameters()))
+
+
+class Trials:
+    """Tries kernels, and puts in those that pass. Modules of one kind are tried once."""
+
+    def __init__(self) -> None:
+        self._outcomes: dict[Any, bool] = {}
+
+    def keep(
+        self,
+        whole: nn.Module,
+        kernels: Mapping[str, Kernel],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Put `kernels` into the modules of `whole` with these names ("" is `whole` itself) where `whole`, called with
+        `args` and `kwargs`, then computes the same; leave everything as it was where it does not, or raises."""
+        modules = {name: whole.get_submodule(name) for name in kernels}
+        if any("forward" in vars(module) and kernel_of(module) is None for module in modules.values()):
+            return False  # somebody else has replaced it
+        key = (_kind(whole), tuple(kernels.items()))
+        if key not in self._outcomes:
+            self._outcomes[key] = _is_same(whole, kernels, args, kwargs or {})
+        if self._outcomes[key]:
+            for name, module in modules.items():
+                put_in(module, kernels[name])
+        return self._outcomes[key]
+
+
+def put_in(module: Any, kernel: Kernel) -> None:
+    """Have `kernel` stand for the module's forward."""
+    module.forward = types.MethodType(kernel, module)
+
+
+def _kind(whole: nn.Module) -> tuple[Any, ...]:
+    """What modules that compute the same formula have in common: all but the values of their parameters."""
+    return tuple(
+        (name, type(module), kernel_of(module), tuple(_settings(module)), tuple(_shapes(module)))
+        for name, module in whole.named_modules()
+    )
+
+
+def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The module's own, without the number that says which of the layers it belongs to."""
+    plain = (bool, int, float, str)
+    return ((key, value) for key, value in vars(module).items() if type(value) in plain and key != "layer_idx")
+
+
+def _shapes(module: nn.Module) -> Iterator[tuple[Any, ...]]:
+    return ((key, p.shape, p.dtype, p.requires_grad) for key, p in module.named_parameters(recurse=False))
+
+
+def _is_same(whole: nn.Module, kernels: Mapping[str, Kernel], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    try:
+        with undisturbed(whole):
+            expected = _computed(whole, args, kwargs)
+            with _replaced(whole, kernels):
+                found = _computed(whole, args, kwargs)
+        return _agree(found, expected, _TOLERANCE[_dtype(whole)], -1 if "" in kernels else None)
+    except Exception:  # a module that is no such module can raise anything
+        return False
+
+
+@contextmanager
+def undisturbed(whole: nn.Module) -> Iterator[None]:
+    """In eval mode and in the type of a training step; modes and random state are afterwards as they were."""
+    modes = {module: module.training for module in whole.modules()}
+    device, dtype = next(whole.parameters()).device, _dtype(whole)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:
+        try:
+            whole.train(False)
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _dtype(whole: nn.Module) -> torch.dtype:
+    """That of the matrix products: adapters are float32 next to a base of 16 bits."""
+    narrow = (p.dtype for p in whole.parameters() if p.dtype in (torch.bfloat16, torch.float16))
+    return next(narrow, torch.float32)
+
+
+@contextmanager
+def _replaced(whole: nn.Module, kernels: Mapping[str, Kernel]) -> Iterator[None]:
+    modules = {name: whole.get_submodule(name) for name in kernels}
+    before = {name: vars(module).get("forward") for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            put_in(module, kernels[name])
+        yield
+    finally:
+        for name, module in modules.items():
+            vars(module).pop("forward", None)
+            if before[name] is not None:
+                vars(module)["forward"] = before[name]
+
+
+def _computed(whole: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, list[Tensor], Any]:
+    """The form of what comes out; its tensors and the gradient of the first tensor that goes in; the gradients of the
+    trainable parameters. These are moved a little, as adapters begin with zeros."""
+    weights = {name: _moved(p).requires_grad_() for name, p in whole.named_parameters() if p.requires_grad}
+    leaves, form = tree_flatten((args, dict(kwargs)))
+    place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    leaves[place] = leaves[place].detach().clone().requires_grad_()
+    args, kwargs = tree_unflatten(leaves, form)
+    with torch.enable_grad():
+        given = torch.func.functional_call(whole, weights, args, dict(kwargs))
+        out = [leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
+        outer = [noise(*tensor.shape, seed=1).to(tensor) for tensor in out]
+        to_input, *to_weights = torch.autograd.grad(out, [leaves[place], *weights.values()], outer, allow_unused=True)
+    form = tree_map(lambda leaf: isinstance(leaf, Tensor) and (leaf.shape, leaf.dtype), given)
+    return form, [*out, to_input], to_weights
+
+
+def _moved(parameter: nn.Parameter) -> Tensor:
+    scale = 0.1 * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
+    return parameter.detach() + (noise(*parameter.shape) * scale).to(parameter)
+
+
+def _agree(found: tuple[Any, ...], expected: tuple[Any, ...], tolerance: float, dim: int | None) -> bool:
+    """Whether both are the same but for rounding; zeros prove nothing, so none of the rows may be zero."""
+    rows, gradients = [_rows(tensor) for tensor in expected[1]], expected[2]
+    if found[0] != expected[0] or not all(tensor.any(-1).all() for tensor in rows):
+        return False
+    found_rows = [_rows(tensor) for tensor in found[1]]
+    near_rows = all(_is_near(own, other, tolerance, dim) for own, other in zip(found_rows, rows, strict=True))
+    return near_rows and all(_is_near(own, other, tolerance) for own, other in zip(found[2], gradients, strict=True))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Without the dimensions of size 1 at the end: images that became one patch each."""
+    while tensor.ndim > 1 and tensor.shape[-1] == 1:
+        tensor = tensor[..., 0]
+    return tensor
+
+
+def _is_near(found: Tensor | None, expected: Tensor | None, tolerance: float, dim: int | None = None) -> bool:
+    if found is None or expected is None:
+        return found is expected
+    own, other = found.detach().float(), expected.detach().float()
+    distance, size = (torch.linalg.vector_norm(tensor, dim=dim) for tensor in (own - other, other))
+    return bool((distance <= tolerance * size).all())
