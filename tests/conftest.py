@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from builders import MAKERS, mixed_rows, write_jsonl
+from support.builders import MAKERS, mixed_rows, write_jsonl
 
 from mmtrain.config.schema import Config
 

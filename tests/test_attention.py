@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import MAKERS
+from support.builders import MAKERS
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 

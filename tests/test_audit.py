@@ -12,8 +12,8 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from builders import TINY, mixed_rows, write_jsonl
 from rich.console import Console
+from support.builders import TINY, mixed_rows, write_jsonl
 from transformers import AutoTokenizer
 
 from mmtrain.checks import findings

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from builders import ROOT, SHAPES, TINY, mixed_rows, write_jsonl
-from label_models import OTHER_TEMPLATES, TEMPLATES, TOKENIZERS, make_directory
+from support.builders import ROOT, SHAPES, TINY, mixed_rows, write_jsonl
+from support.label_models import OTHER_TEMPLATES, TEMPLATES, TOKENIZERS, make_directory
 
 from mmtrain.checks import findings
 from mmtrain.checks import labels as label_checks

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from learning import LORA, learner_for, relative_l2, step_of
+from support.learning import LORA, learner_for, relative_l2, step_of
 
 from mmtrain.config.schema import Config
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_models import TEXT_MODELS
-from learning import LORA
+from support.attention_models import TEXT_MODELS
+from support.learning import LORA
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mmtrain.config.schema import Config, Tune

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders import TINY
-from learning import ALL_FULL, LORA, MIXED, QUIET, learner_for
+from support.builders import TINY
+from support.learning import ALL_FULL, LORA, MIXED, QUIET, learner_for
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from learning import LORA, MIXED, learner_for, relative_l2, step_of
+from support.learning import LORA, MIXED, learner_for, relative_l2, step_of
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader

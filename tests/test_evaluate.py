@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import SHAPES, TINY, write_jsonl
-from learning import LORA
+from support.builders import SHAPES, TINY, write_jsonl
+from support.learning import LORA
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 

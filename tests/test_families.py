@@ -11,11 +11,11 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
-from builders import write_jsonl
-from families_grid import GRID
-from families_text import TEXT_ONLY
-from families_tile import TILE
-from family_models import make_family
+from support.builders import write_jsonl
+from support.families_grid import GRID
+from support.families_text import TEXT_ONLY
+from support.families_tile import TILE
+from support.family_models import make_family
 from transformers import (
     AutoConfig,
     AutoImageProcessor,

@@ -11,8 +11,8 @@ import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from learning import LORA, MIXED, learner_for, relative_l2, step_of
 from safetensors.torch import load_file, save_file
+from support.learning import LORA, MIXED, learner_for, relative_l2, step_of
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset import image_inputs as data_features

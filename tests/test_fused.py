@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_models import TEXT_MODELS
-from builders import DECODER_SIZES as SIZES
-from builders import Operators
 from peft import LoraConfig, get_peft_model
+from support.attention_models import TEXT_MODELS
+from support.builders import DECODER_SIZES as SIZES
+from support.builders import Operators
 from torch import Tensor, nn
 from transformers import (
     Gemma2Config,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import DECODER_SIZES as SIZES
+from support.builders import DECODER_SIZES as SIZES
 from transformers import (
     CohereConfig,
     CohereForCausalLM,

@@ -11,8 +11,8 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from builders import SHARED, TINY, write_jsonl
-from label_models import make_directory
+from support.builders import SHARED, TINY, write_jsonl
+from support.label_models import make_directory
 from test_model_directories import BOMBS
 
 BAD = SHARED / "bad_inputs"
@@ -30,7 +30,7 @@ def with_image(name: str) -> dict[str, Any]:
 def sweep(cases: list[Case]) -> dict[str, Any]:
     """What became of each case; all of them ended by themselves, without a traceback and within the memory."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("hostile_driver.py"))],
+        [sys.executable, str(Path(__file__).with_name("support") / "hostile_driver.py")],
         input=json.dumps([{"name": name, "words": words} for name, words in cases]),
         capture_output=True,
         text=True,

@@ -13,8 +13,8 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import write_jsonl
 from rich.console import Console
+from support.builders import write_jsonl
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 

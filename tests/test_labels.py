@@ -13,10 +13,18 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from builders import SHAPES, SHARED, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from label_models import NUM_PLACEHOLDERS, OTHER_TEMPLATES, SPECIALS, TEMPLATES, TOKENIZERS, Template, make_directory
+from support.builders import SHAPES, SHARED, TINY
+from support.label_models import (
+    NUM_PLACEHOLDERS,
+    OTHER_TEMPLATES,
+    SPECIALS,
+    TEMPLATES,
+    TOKENIZERS,
+    Template,
+    make_directory,
+)
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from mmtrain.encoding.encode import Encoded, Encoder

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from learning import LORA, MIXED, learner_for, relative_l2, step_of
+from support.learning import LORA, MIXED, learner_for, relative_l2, step_of
 from torch import Tensor, nn
 
 from mmtrain.config.schema import Config

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from builders import MAKERS
-from learning import LORA, learner_for, step_of
 from safetensors.torch import load_file, save_file
+from support.builders import MAKERS
+from support.learning import LORA, learner_for, step_of
 
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor

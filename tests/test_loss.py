@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from learning import ALL_FULL, LORA, MIXED, learner_for, relative_l2, step_of
+from support.learning import ALL_FULL, LORA, MIXED, learner_for, relative_l2, step_of
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from mmtrain.config.schema import Config

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from learning import ALL_FULL, LORA, MIXED
+from support.learning import ALL_FULL, LORA, MIXED
 from torch import Tensor
 
 from mmtrain.config.schema import Config

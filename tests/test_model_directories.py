@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from builders import TINY, write_jsonl
-from label_models import TEMPLATES, make_directory
+from support.builders import TINY, write_jsonl
+from support.label_models import TEMPLATES, make_directory
 
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError

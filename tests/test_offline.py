@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import make_text, mixed_rows, write_jsonl
+from support.builders import make_text, mixed_rows, write_jsonl
 
 WATCHED = """
 import json, socket, sys

@@ -6,8 +6,8 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from builders import TINY, mixed_rows, write_jsonl
-from label_models import TEMPLATES, make_directory
+from support.builders import TINY, mixed_rows, write_jsonl
+from support.label_models import TEMPLATES, make_directory
 from tokenizers import Tokenizer, decoders
 
 from mmtrain.checks.findings import MARK, WORDS

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from attention_models import TEXT_MODELS, WINDOW, make_gemma3, make_text_family
-from builders import MAKERS
-from learning import LORA, learner_for, relative_l2, step_of
+from support.attention_models import TEXT_MODELS, WINDOW, make_gemma3, make_text_family
+from support.builders import MAKERS
+from support.learning import LORA, learner_for, relative_l2, step_of
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.samples import SampleSet

@@ -15,7 +15,7 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from builders import TINY, write_jsonl
+from support.builders import TINY, write_jsonl
 
 from mmtrain.config.schema import Source
 from mmtrain.dataset.samples import SampleSet

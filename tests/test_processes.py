@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from learning import LORA, MIXED
 from safetensors.torch import load_file
+from support.learning import LORA, MIXED
 
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import Operators
+from support.builders import Operators
 from torch import Tensor
 
 from mmtrain.dataset.batch import ROW_MULTIPLE

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from builders import ROOT, TINY
+from support.builders import ROOT, TINY
 
 from mmtrain.config import load_config
 from mmtrain.config.schema import json_schema

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import SHAPES, TINY, make_text, write_jsonl
+from support.builders import SHAPES, TINY, make_text, write_jsonl
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import mixed_rows, write_jsonl
+from support.builders import mixed_rows, write_jsonl
 
 from mmtrain.config.schema import Config, Source
 from mmtrain.dataset import encode_all, store

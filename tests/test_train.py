@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from learning import LORA, MIXED
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.learning import LORA, MIXED
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mmtrain.config import load_config

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-import torture_runs as runs
+from torture import runs
 
 WITHIN = 1e-5
 """Relative (L2) difference that rounding may make."""

@@ -5,10 +5,11 @@ import time
 from pathlib import Path
 
 import PIL.Image
-from builders import make_llava, write_jsonl
-from fault_cases import World, once, saved_step
-from forked import patch, until
 from safetensors.torch import load_file
+
+from support.builders import make_llava, write_jsonl
+from support.fault_cases import World, once, saved_step
+from support.forked import patch, until
 
 
 def with_pictures(world: World) -> Path:

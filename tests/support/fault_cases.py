@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from builders import make_text, mixed_rows, write_jsonl
-from forked import Group, Patch, Server, patch, release, until
 
 from mmtrain.train.checkpoint import CheckpointFolder, read_state
+from support.builders import make_text, mixed_rows, write_jsonl
+from support.forked import Group, Patch, Server, patch, release, until
 
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}
 NLL = "mmtrain.train.step.supervised_nll"

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from builders import randomized
-from label_models import _CORPUS, _byte_fallback, _trained, byte_level, byte_level_split
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from support.builders import randomized
+from support.label_models import _CORPUS, _byte_fallback, _trained, byte_level, byte_level_split
 
 SIDE, PATCH = 28, 7
 """Of the image or tile and of a patch, in pixels, where the family has a fixed size: 4 x 4 patches."""

@@ -1,4 +1,4 @@
-"""Runs of a small random model for scripts/torture, in processes that are forked: importing torch takes seconds.
+"""Runs of a small random model, in processes that are forked: importing torch takes seconds.
 
 Who forks must have no threads, so nothing is computed with torch in the parent.
 """
@@ -23,8 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
 WORK = Path(tempfile.mkdtemp(prefix="torture-"))
 atexit.register(shutil.rmtree, WORK, ignore_errors=True)
 os.environ |= {
@@ -36,11 +35,11 @@ os.environ |= {
     "PYTHONPATH": str(ROOT),
 }
 
-import builders  # noqa: E402
 import torch  # noqa: E402
 import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: E402
 import transformers.models.qwen2_5_vl.processing_qwen2_5_vl  # noqa: E402, F401
 from safetensors.numpy import load_file  # noqa: E402
+from support import builders  # noqa: E402
 
 import mmtrain.train.run  # noqa: E402, F401
 from mmtrain import cli  # noqa: E402

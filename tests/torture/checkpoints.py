@@ -11,11 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torture_runs as runs
-
 import mmtrain.train.checkpoint as checkpoint_module
 from mmtrain.errors import NoCheckpointError, StorageError
 from mmtrain.train.checkpoint import CheckpointFolder, Snapshot
+from torture import runs
 
 
 def corrupt(flips: int = 1000, truncations: int = 200) -> tuple[str, bool]:

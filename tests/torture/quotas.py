@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torture_runs as runs
+from torture import runs
 
 ENOUGH = 64 * 2**20
 

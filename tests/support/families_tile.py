@@ -2,10 +2,22 @@
 
 from typing import Any
 
-import family_templates as templates
-from builders import LLAVA_TEMPLATE
-from family_models import CHATML, COHERE, PATCH, PINPOINTS, SIDE, SPLIT, TEXT, TILES, VISION, Family, gemma_tokenizer
-from label_models import legacy
+from support import family_templates as templates
+from support.builders import LLAVA_TEMPLATE
+from support.family_models import (
+    CHATML,
+    COHERE,
+    PATCH,
+    PINPOINTS,
+    SIDE,
+    SPLIT,
+    TEXT,
+    TILES,
+    VISION,
+    Family,
+    gemma_tokenizer,
+)
+from support.label_models import legacy
 
 _LLAMA2: dict[str, Any] = {
     "tokens": "<unk> <s> </s> <image> <pad>",

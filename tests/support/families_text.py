@@ -1,7 +1,7 @@
 """Families of text models."""
 
-import family_templates as templates
-from family_models import CHATML, COHERE, LFM2, SPLIT, TEXT, Family
+from support import family_templates as templates
+from support.family_models import CHATML, COHERE, LFM2, SPLIT, TEXT, Family
 
 TEXT_ONLY = {
     "cohere2": Family(templates.COHERE2, config=TEXT | {"model_type": "cohere2"}, strings="all", **COHERE),

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import family_templates as templates
-from family_models import CHATML, LFM2, MROPE, QWEN_VISION, SPLIT, TEXT, VISION, Family, gemma_tokenizer
+from support import family_templates as templates
+from support.family_models import CHATML, LFM2, MROPE, QWEN_VISION, SPLIT, TEXT, VISION, Family, gemma_tokenizer
 
 _QWEN = f"{CHATML} <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"
 _QWEN_IDS = {

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from builders import DECODER_SIZES, TINY, copy_text_tokenizer, randomized
 from tokenizers import Tokenizer
 from transformers import (
     Gemma3Config,
@@ -25,6 +24,8 @@ from transformers import (
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
+
+from support.builders import DECODER_SIZES, TINY, copy_text_tokenizer, randomized
 
 WINDOW = 80
 """Tokens of a sliding window: more than the text of a sample that is tried where there is no window."""

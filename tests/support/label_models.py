@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builders import LLAVA_TEMPLATE
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from support.builders import LLAVA_TEMPLATE
 
 SPECIALS = [
     "<unk>",

@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """Tries to break runs, and prints a figure for each way it tried. Exit code 1 if a figure is bad.
 
-    scripts/torture [PART...] [--short]
+    python tests/torture [PART...] [--short]
 
-Without PART all of them, which takes about half an hour on two cores. Runs in the project's environment:
-`.venv/bin/python scripts/torture`.
+Without PART it runs all of them, which takes about half an hour on two cores. It needs the project's environment:
+`.venv/bin/python tests/torture`.
 """
 
 from __future__ import annotations
@@ -17,22 +16,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:1] = [str(TESTS.parent), str(TESTS)]  # in place of this folder, which python puts there
 
 PARTS = {
-    "layouts": "torture_layouts",
-    "kills": "torture_kills",
-    "agent": "torture_kills",
-    "resume": "torture_layouts",
-    "worlds": "torture_layouts",
-    "corrupt": "torture_checkpoints",
-    "histories": "torture_checkpoints",
-    "changes": "torture_changes",
-    "quotas": "torture_quotas",
-    "launches": "torture_kills",
-    "signals": "torture_signals",
-    "faults": "torture_signals",
-    "nodes": "torture_signals",
+    "layouts": "layouts",
+    "kills": "kills",
+    "agent": "kills",
+    "resume": "layouts",
+    "worlds": "layouts",
+    "corrupt": "checkpoints",
+    "histories": "checkpoints",
+    "changes": "changes",
+    "quotas": "quotas",
+    "launches": "kills",
+    "signals": "signals",
+    "faults": "signals",
+    "nodes": "signals",
 }
 """Each part is a function of its name in a module, which gives the line to print and whether it is good."""
 SHORT: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ def main() -> None:
         parser.error(f"no such part: {', '.join(unknown)}")
     bad = False
     for name in args.parts or PARTS:
-        part: Callable[..., tuple[str, bool]] = getattr(importlib.import_module(PARTS[name]), name)
+        part: Callable[..., tuple[str, bool]] = getattr(importlib.import_module(f"torture.{PARTS[name]}"), name)
         line, good = part(**(SHORT.get(name, {}) if args.short else {}))
         bad |= not good
         print(f"{name}: {'' if good else 'BAD: '}{line}", flush=True)

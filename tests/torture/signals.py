@@ -1,4 +1,4 @@
-"""Parts of scripts/torture: signals and faults in every phase of a run, under every launcher, and two nodes."""
+"""Parts of the torture: signals and faults in every phase of a run, under every launcher, and two nodes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-import data_cases as dc
-import fault_cases as fc
-import launch_cases as lc
-from forked import Server
+from support import data_cases as dc
+from support import fault_cases as fc
+from support import launch_cases as lc
+from support.forked import Server
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

@@ -241,7 +241,6 @@ if __name__ == "__main__":
     from mmtrain.runtime import launch
 
     launch.quiet()
-    sys.modules["forked"] = sys.modules["__main__"]
     for module in PRELOADED:
         importlib.import_module(module)
     importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")

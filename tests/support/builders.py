@@ -20,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = ROOT / "data_samples" / "tiny-vlm"
 SHAPES = ROOT / "data_samples" / "shapes"
 SHARED = ROOT.parent / "shared" / "data"

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from fault_cases import World, saved_step
-from forked import free_port
+
+from support.fault_cases import World, saved_step
+from support.forked import free_port
 
 LONG = ("train.steps=60", "train.checkpoint_every=5", "train.eval_every=50")
 MMTRAIN = [sys.executable, "-m", "mmtrain"]

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
-import torture_runs as runs
+
+from torture import runs
 
 FITS = "weights are others than the model's"
 """What is said where a change was accepted and the checkpoint's weights still have no place in the model."""

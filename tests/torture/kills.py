@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torture_runs as runs
+
+from torture import runs
 
 WORLDS = (1, 2, 4)
 LEAVE = 12.0

@@ -1,0 +1,1 @@
+"""Tries to break runs: see __main__.py."""
