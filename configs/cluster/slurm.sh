@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# sbatch scripts/slurm.sh CONFIG [KEY=VALUE]...   from a folder that all nodes share, with mmtrain on the path
+# sbatch configs/cluster/slurm.sh CONFIG [KEY=VALUE]...   from a folder that all nodes share, with mmtrain on the path
 #SBATCH --job-name=mmtrain
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1     # one launcher a node: it starts a process for each GPU

@@ -1,12 +1,11 @@
-#!/usr/bin/env python3
-"""What a token costs as the data grows, as samples get longer, and as they have more pictures.
+"""The cost of a token as the data grows, as samples get longer, and as they have more images.
 
-    scripts/growth [--most 1000000] [--model DIR] [--cores 2] [--plot docs/growth.svg]
+    python scripts/bench growth [--most 1000000] [--model DIR] [--cores 2] [--plot docs/growth.svg]
 
-Text samples of about 100 tokens, a thousand to `--most` of them, are encoded and planned as before training, in a fresh
-process, and opened again in another; beside the tokenizer's own encode_batch on the same texts and cores. Then steps of
-one sample each, ever longer or with ever more pictures, are trained with LoRA on a small Qwen2.5-VL of random weights.
-Memory is resident memory of the process and of all it started, pages that they share counted for each of them.
+Text samples of about 100 tokens, from a thousand to `--most` of them, are encoded and planned as before training, in a
+new process, and opened again in another; next to the tokenizer's own encode_batch on the same texts and cores. Then
+steps of one sample each, with ever more tokens or images, are trained with LoRA on a small Qwen2.5-VL with random
+weights. Memory is the resident memory of the process and of all its children; shared pages count once for each.
 """
 
 from __future__ import annotations
@@ -23,29 +22,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bench.plot import Panel, draw, require_matplotlib
+from bench.report import step_seconds
+from bench.shapes import ROOT, TINY, make_model
 
-import PIL.Image
-from bench_report import step_seconds
-from bench_shapes import ROOT, TINY, make_model
-from growth_plot import Panel, draw
-
-SCRIPTS = ROOT / "scripts"
 TOKENS = 100
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
-PICTURES = (0, 1, 2, 4, 8, 16)
+IMAGES = (0, 1, 2, 4, 8, 16)
 SIDE = 224
-"""Pixels: 64 placeholders a picture."""
+"""Pixels: 64 placeholders per image."""
 STEPS = 7
 AHEAD = 8
-"""Steps of the config beyond those taken: more than the loader is ahead."""
+"""Steps of the config beyond those taken: more than the loader reads ahead."""
 LINES = {"mmtrain": "cost", "tokenizer's encode_batch": "base", "opened again": "again"}
 
 
 class Words:
-    """Made-up words, frequent ones and rare ones, so that nothing is in a tokenizer's cache for free."""
+    """Invented words, frequent and rare, so that a tokenizer's cache helps no more than with real text."""
 
     def __init__(self, model: Path) -> None:
         from transformers import AutoTokenizer
@@ -61,10 +57,10 @@ class Words:
         self._per_word = len(encode(self._take(2000))) / 2000
         self._around = len(encode(tokenizer.apply_chat_template(self._chat(0, ""), tokenize=False)))
 
-    def chat(self, tokens: int, pictures: int = 0) -> dict[str, Any]:
-        """A record of about that many tokens beside its pictures'."""
+    def chat(self, tokens: int, images: int = 0) -> dict[str, Any]:
+        """A record of about that many tokens, not counting those of its images."""
         count = max(2, round((tokens - self._around) / self._per_word))
-        return {"messages": self._chat(count // 2, "<image>" * pictures, count - count // 2)}
+        return {"messages": self._chat(count // 2, "<image>" * images, count - count // 2)}
 
     def _chat(self, asked: int, before: str, answered: int = 0) -> list[dict[str, str]]:
         question, answer = before + self._take(asked), self._take(answered)
@@ -87,7 +83,7 @@ def write_config(folder: Path, model: Path, data: Path, **train: Any) -> Path:
 
 
 def watched(arguments: list[str], environment: dict[str, str]) -> float:
-    """Run it to its end. Gives the most GiB that it and what it started had resident, looked at 20 times a second."""
+    """Run it. Returns the most GiB that it and its children had resident, sampled 20 times a second."""
     process = psutil.Popen([sys.executable, *arguments], env=environment)
     most = 0
     while process.poll() is None:
@@ -98,7 +94,7 @@ def watched(arguments: list[str], environment: dict[str, str]) -> float:
             pass
         time.sleep(0.05)
     if process.returncode:
-        sys.exit(f"{' '.join(arguments)} ended with {process.returncode}")
+        sys.exit(f"{' '.join(arguments)}: exit code {process.returncode}")
     return most / 2**30
 
 
@@ -120,7 +116,7 @@ def measure_data(model: Path, counts: list[int], work: Path, cores: int) -> list
         found: list[dict[str, Any]] = []
         for arguments in (["open", str(config)], ["open", str(config)], ["tokenize", str(model), str(data)]):
             own = environment | (parallel if arguments[0] == "tokenize" else {})
-            memory = watched([str(SCRIPTS / "growth_runs.py"), *arguments, str(result)], own)
+            memory = watched(["-m", "bench.growth_runs", *arguments, str(result)], own)
             found.append({**json.loads(result.read_text()), "gib": memory})
         made, again, base = found
         cost, base_cost = (1e6 * one["seconds"] / one["tokens"] for one in (made, base))
@@ -136,7 +132,7 @@ def measure_data(model: Path, counts: list[int], work: Path, cores: int) -> list
 
 
 def measure_steps(work: Path, what: str, values: tuple[int, ...]) -> list[tuple[float, float]]:
-    """For each value: it, and CPU milliseconds a token. `what` grows: the "tokens" of a sample or its "pictures"."""
+    """For each value: it, and CPU milliseconds per token. `what` grows: the "tokens" of a sample or its "images"."""
     model, words, rows = make_model("qwen2.5-vl-tiny", work), Words(TINY), []
     print(f"{what:>10}  tokens/sample  CPU s/step  CPU ms/token")
     for value in values:
@@ -152,27 +148,27 @@ def measure_steps(work: Path, what: str, values: tuple[int, ...]) -> list[tuple[
     return rows
 
 
-def write_chats(folder: Path, words: Words, length: int, pictures: int) -> None:
-    """Every one with pictures of its own, enough of them for a loader that is ahead."""
+def write_chats(folder: Path, words: Words, length: int, images: int) -> None:
+    """Each with images of its own, and enough of them for a loader that reads ahead."""
     rng = random.Random(5)
     with (folder / "chats.jsonl").open("w", encoding="utf-8") as file:
         for number in range(STEPS + AHEAD):
-            names = [f"{number}-{n}.png" for n in range(pictures)]
+            names = [f"{number}-{n}.png" for n in range(images)]
             for name in names:
                 PIL.Image.frombytes("RGB", (SIDE, SIDE), rng.randbytes(3 * SIDE * SIDE)).save(folder / name)
-            file.write(json.dumps(words.chat(length, pictures) | {"images": names}) + "\n")
+            file.write(json.dumps(words.chat(length, images) | {"images": names}) + "\n")
 
 
 def train(folder: Path, model: Path) -> dict[str, Any]:
-    """What scripts/bench_own.py tells of a few steps on the folder's chats, one in each."""
+    """The result of bench.own for a few steps on the folder's chats, one in each step."""
     steps = STEPS + AHEAD
     write_config(folder, model, folder / "chats.jsonl", batch_size=1, steps=steps, checkpoint_every=steps)
     settings = {"device": "cpu", "built": True, "seed": 0, "steps": STEPS, "trace_memory": False, "overrides": []}
     (folder / "settings.json").write_text(json.dumps(settings | {"begun": time.time()}))
-    environment = {**os.environ, "HOME": str(folder / "home"), "CUDA_VISIBLE_DEVICES": ""}  # where nothing is kept
+    environment = {**os.environ, "HOME": str(folder / "home"), "CUDA_VISIBLE_DEVICES": ""}  # caches are empty there
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     files = [str(folder / name) for name in ("config.json", "settings.json", "result.json")]
-    command = [sys.executable, str(SCRIPTS / "bench_own.py"), *files]
+    command = [sys.executable, "-m", "bench.own", *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{folder}: {done.stderr[-2000:]}")
@@ -180,15 +176,24 @@ def train(folder: Path, model: Path) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "bench growth", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--most", type=int, default=1_000_000, help="samples, at most")
-    parser.add_argument("--model", type=Path, default=TINY, help="whose tokenizer encodes them")
+    parser.add_argument("--model", type=Path, default=TINY, help="the model whose tokenizer encodes them")
     parser.add_argument("--cores", type=int, default=2, help="that mmtrain and the tokenizer run on")
     parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="tokens of the longest sample trained on")
-    parser.add_argument("--plot", type=Path, help="an SVG file of all that was measured")
+    parser.add_argument("--plot", type=Path, help="an SVG file to draw the results in")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "growth")
-    args = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main(words: list[str]) -> None:
+    """`python scripts/bench growth` with these arguments."""
+    args = parse(words)
+    if args.plot is not None:
+        require_matplotlib()
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0))[: args.cores]
@@ -196,15 +201,15 @@ def main() -> None:
     counts = [count for count in (1_000, 10_000, 100_000, 1_000_000) if count <= args.most]
     data = measure_data(args.model.resolve(), counts, work, len(cores))
     lengths = measure_steps(work, "tokens", tuple(length for length in LENGTHS if length <= args.longest))
-    pictures = measure_steps(work, "pictures", PICTURES)
+    images = measure_steps(work, "images", IMAGES)
     if args.plot is None:
         return
     lines = {name: [(row["count"], row[key]) for row in data] for name, key in LINES.items()}
     ms = "CPU ms per token"
     panels = [
-        Panel("Encoding and planning", "samples of the data", "µs per token", lines),
-        Panel("Training, text alone", "tokens of a sample", ms, {"a step of one sample": lengths}),
-        Panel("Training, with pictures", "pictures of a sample", ms, {"a step of one sample": pictures}, log_x=False),
+        Panel("Encoding and planning", "samples in the data", "µs per token", lines),
+        Panel("Training, text only", "tokens of a sample", ms, {"a step of one sample": lengths}),
+        Panel("Training, with images", "images of a sample", ms, {"a step of one sample": images}, log_x=False),
     ]
     draw(panels, caption(args, len(cores)), args.plot)
 
@@ -213,11 +218,7 @@ def caption(args: argparse.Namespace, cores: int) -> list[str]:
     tokenizer = "the tiny model's" if args.model == TINY else f"{args.model.name}'s"
     return [
         f"Left: texts of about {TOKENS} tokens, {tokenizer} tokenizer, wall time on {cores} cores. Middle and right: "
-        "CPU time of one thread; a Qwen2.5-VL of random weights (32,000 words, width 256, 4 layers),",
-        f"float32, LoRA on the language model, one sample a step. Pictures of {SIDE} x {SIDE} pixels, 64 tokens each, "
-        f"beside about {LENGTHS[0]} tokens of text.",
+        "CPU time of one thread; a Qwen2.5-VL of random weights (32k vocabulary, width 256, 4 layers),",
+        f"float32, LoRA on the language model, one sample a step. Images of {SIDE} x {SIDE} pixels, 64 tokens each, "
+        f"with about {LENGTHS[0]} tokens of text.",
     ]
-
-
-if __name__ == "__main__":
-    main()

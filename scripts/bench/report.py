@@ -1,4 +1,4 @@
-"""What scripts/bench prints: whether losses agree, and only then rates, memory and ratios."""
+"""What the comparison prints: whether losses agree, and only then rates, memory and ratios."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def report_inputs(lengths: list[list[int]], supervised: list[int], epoch: int) -
     tokens = sum(map(sum, lengths))
     print(
         f"{len(lengths)} steps of {len(lengths[0])} samples, {epoch} an epoch: {tokens / len(lengths):,.0f} tokens "
-        f"a step ({sum(supervised) / tokens:.0%} learned), the longest sample {max(map(max, lengths)):,}; "
+        f"a step ({sum(supervised) / tokens:.0%} trained on), the longest sample {max(map(max, lengths)):,}; "
         f"padded to the longest of each step {1 - tokens / places:.0%} would be padding"
     )
 
@@ -57,7 +57,7 @@ def report_rates(found: Runs, tokens: list[int], supervised: list[int], settings
     print(
         f"Steps {WARM_UP + 1} to {len(tokens)}; seconds are {told} seconds, ceiling {ceiling / 1e9:,.0f} G operations/s"
     )
-    print("         wall s/  {0:>6}/  tokens/ learned/ share of    peak   first  {0} time, times".format(f"{told} s"))
+    print("         wall s/  {0:>6}/  tokens/ trained/ share of    peak   first  {0} time, times".format(f"{told} s"))
     print("            step     step        s        s  ceiling     GiB  step s  mmtrain's (spread)")
     for name, runs in found.items():
         seconds = [step_seconds(one, clock) for one in runs]
@@ -93,10 +93,10 @@ def report_epochs(found: Runs, tokens: list[int], epoch: int, device: str) -> No
 
 
 def report_memory(found: Runs, longest: int, vocabulary: int) -> None:
-    """The largest allocation of any step beside the logits of one sample, `longest` tokens long."""
+    """The largest allocation of any step but the first, compared with the logits of one sample of `longest` tokens."""
     logits = longest * vocabulary * 4
     for name, runs in found.items():
-        largest = max(row["largest"] for one in runs for row in one["rows"])
+        largest = max(row["largest"] for one in runs for row in one["rows"][1:])
         verdict = "no such tensor" if largest < logits else "there may be such a tensor"
         print(
             f"{NAMES[name]:8} largest allocation of a step {largest / 2**20:,.1f} MiB, {largest / logits:.2f} times "

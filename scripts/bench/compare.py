@@ -1,14 +1,12 @@
-#!/usr/bin/env python3
-"""mmtrain beside transformers' Trainer and TRL's SFTTrainer: the same model, samples, LoRA, batches and seed.
+"""mmtrain next to transformers' Trainer and TRL's SFTTrainer: the same model, samples, LoRA, batches and seed.
 
-    scripts/bench [--shape small-vocabulary|large-vocabulary|qwen2.5-vl-7b] [--dtype float32|bfloat16]
-                  [--device cpu|cuda] [--trl-python VENV/bin/python] [--samples N --epochs 2] [--memory]
+    python scripts/bench [--shape small-vocabulary|large-vocabulary|qwen2.5-vl-7b] [--dtype float32|bfloat16]
+                         [--device cpu|cuda] [--trl-python VENV/bin/python] [--samples N --epochs 2] [--memory]
 
-Alternating runs, each a process of its own. Losses of the first steps must agree before any time counts. Peers get ids
-and labels ready made, where their users' collators tokenise in every step; mmtrain makes its own, finding nothing kept
-from an earlier run. So all learn the same labels, and the tokens of all can be compared. On the CPU rates and ratios
-are of the process's CPU seconds, on a GPU of wall seconds, with the device waited for at each step's end. Runs in the
-project's environment: `.venv/bin/python scripts/bench`.
+The runs alternate, each in its own process. No time counts unless the losses of the first steps agree. The other
+programs get ids and labels made before, where their users' collators tokenize in every step; mmtrain makes its own,
+with empty caches. So all train on the same labels, and their tokens per second can be compared. On the CPU, rates
+and ratios are in CPU seconds of the process; on a GPU in wall seconds, with a synchronization at the end of each step.
 """
 
 from __future__ import annotations
@@ -23,27 +21,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import torch
-from bench_report import NAMES, Runs, report_epochs, report_inputs, report_losses, report_memory, report_rates
-from bench_shapes import ROOT, SHAPES, make_model
-from bench_work import make_data
+
+from bench.chats import make_data
+from bench.report import NAMES, Runs, report_epochs, report_inputs, report_losses, report_memory, report_rates
+from bench.shapes import ROOT, SHAPES, make_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NEEDED = {"plain": ["transformers", "peft"], "trl": ["transformers", "peft", "trl", "datasets"]}
 AHEAD = 8
-"""Steps in mmtrain's config beyond those taken: more than its loader is ahead."""
+"""Steps in mmtrain's config beyond those taken: more than its loader reads ahead."""
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small-vocabulary")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the shape's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--samples", type=int, default=128, help="made chats, rounded to whole batches")
-    parser.add_argument("--epochs", type=int, help="in place of --steps; two are shown apart")
+    parser.add_argument("--samples", type=int, default=128, help="generated chats, rounded to whole batches")
+    parser.add_argument("--epochs", type=int, help="instead of --steps; two are reported separately")
     parser.add_argument("--batch-size", type=int, help="default: the shape's")
     parser.add_argument("--checkpointing", action="store_true", help="of activations, for all programs")
     parser.add_argument("--threads", type=int, default=1)
@@ -52,11 +49,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of mmtrain's config")
     parser.add_argument("--plain-python", default=sys.executable, help="the python of the environment of Trainer")
     parser.add_argument("--trl-python", default=sys.executable, help="the python of an environment that has TRL")
-    parser.add_argument("--without", choices=NEEDED, action="append", default=[], help="leave a peer out")
-    parser.add_argument("--model", type=Path, help="a model directory in place of the made one")
-    parser.add_argument("--data", type=Path, help="chats in place of the made ones")
+    parser.add_argument("--without", choices=NEEDED, action="append", default=[], help="leave one out")
+    parser.add_argument("--model", type=Path, help="a model directory instead of the generated one")
+    parser.add_argument("--data", type=Path, help="chats instead of the generated ones")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def settings_of(args: argparse.Namespace, model: Path) -> dict[str, Any]:
@@ -103,9 +100,9 @@ def write_config(work: Path, data: Path, settings: dict[str, Any]) -> Path:
 
 
 def write_inputs(work: Path, config: Path, settings: dict[str, Any]) -> tuple[list[list[int]], list[int], int]:
-    """For the peers mmtrain's samples in the order of its steps.
+    """Write mmtrain's samples in the order of its steps, for the other programs.
 
-    Gives the tokens of each sample of each step, the supervised tokens of each step and the steps of an epoch.
+    Returns the tokens of each sample of each step, the supervised tokens of each step and the steps of an epoch.
     """
     from mmtrain.config import load_config
     from mmtrain.encoding.load import load_processor
@@ -120,34 +117,34 @@ def write_inputs(work: Path, config: Path, settings: dict[str, Any]) -> tuple[li
         for step in range(1, settings["steps"] + 1):
             numbers = dataset.plan.step(step)
             if len(numbers) < settings["batch_size"]:
-                sys.exit("an epoch must be of whole batches: the peers cut theirs otherwise")
+                sys.exit("an epoch must be a whole number of batches: the other programs cut theirs differently")
             lengths.append(dataset.checked.num_tokens[numbers].tolist())
             supervised.append(int(dataset.checked.num_supervised[numbers].sum()))
             for number in numbers:
                 encoded = dataset.train.encoded(number)
                 labels = [int(i) if on else -100 for i, on in zip(encoded.ids, encoded.supervised, strict=True)]
                 types = [int(i == processor.image_token_id) for i in encoded.ids]
-                pictures = [str(span.picture.source) for span in encoded.images]
-                row = {"ids": encoded.ids.tolist(), "labels": labels, "types": types, "pictures": pictures}
+                images = [str(span.picture.source) for span in encoded.images]
+                row = {"ids": encoded.ids.tolist(), "labels": labels, "types": types, "images": images}
                 file.write(json.dumps(row) + "\n")
     return lengths, supervised, dataset.plan.steps_per_epoch
 
 
 def run(name: str, python: str, work: Path, config: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """One run of one program; None, and a line that says why, where a peer does not get to its end."""
-    result, told = work / f"{name}.json", work / "settings.json"
-    scripts, threads = ROOT / "scripts", str(settings["threads"])
+    """One run of one program; None, and a line that says why, where another program fails."""
+    result, written = work / f"{name}.json", work / "settings.json"
+    threads = str(settings["threads"])
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
     if settings["device"] == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     else:
         environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    arguments = [str(scripts / "bench_peer.py"), name, str(work), str(told), str(result)]
+    arguments = ["-m", "bench.peer", name, str(work), str(written), str(result)]
     if name == "mmtrain":
-        arguments = [str(scripts / "bench_own.py"), str(config), str(told), str(result)]
+        arguments = ["-m", "bench.own", str(config), str(written), str(result)]
         shutil.rmtree(work / "home", ignore_errors=True)
         environment["HOME"] = str(work / "home")
-    told.write_text(json.dumps(settings | {"begun": time.time()}))
+    written.write_text(json.dumps(settings | {"begun": time.time()}))
     done = subprocess.run([python, *arguments], env=environment, capture_output=True, text=True, check=False)
     if not done.returncode:
         found: dict[str, Any] = json.loads(result.read_text())
@@ -186,12 +183,13 @@ def run_all(pythons: dict[str, str], rounds: int, work: Path, config: Path, sett
     return found
 
 
-def main() -> None:
-    args = parse()
+def main(words: list[str]) -> None:
+    """`python scripts/bench` with these arguments."""
+    args = parse(words)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: torch sees no GPU here")
     work, shape = args.work.resolve(), SHAPES[args.shape]
-    os.environ["HOME"] = str(work / "home")  # what mmtrain keeps for later runs goes where it is thrown away
+    os.environ["HOME"] = str(work / "home")  # mmtrain's caches go where they are deleted before each run
     (work / "home").mkdir(parents=True, exist_ok=True)
     model = args.model or make_model(args.shape, work)
     settings = settings_of(args, model)
@@ -199,7 +197,7 @@ def main() -> None:
     num_samples = max(1, args.samples // batch_size) * batch_size
     settings["steps"] = args.steps if args.epochs is None else args.epochs * num_samples // batch_size
     if settings["steps"] <= 2:
-        sys.exit("two steps are the warm-up: take more")
+        sys.exit("the first two steps are the warm-up: take more")
     config = write_config(work, args.data or make_data(work, shape, num_samples), settings)
     lengths, supervised, epoch = write_inputs(work, config, settings)
     report_inputs(lengths, supervised, epoch)
@@ -210,10 +208,6 @@ def main() -> None:
     if settings["steps"] >= 2 * epoch and epoch > 2:
         report_epochs(found, list(map(sum, lengths)), epoch, args.device)
     if args.memory:
-        traced = run_all(pythons, 1, work, config, settings | {"steps": 2, "trace_memory": True})
+        traced = run_all(pythons, 1, work, config, settings | {"steps": 3, "trace_memory": True})
         vocabulary = json.loads((Path(model) / "config.json").read_text())["text_config"]["vocab_size"]
-        report_memory(traced, max(map(max, lengths[:2])), vocabulary)
-
-
-if __name__ == "__main__":
-    main()
+        report_memory(traced, max(map(max, lengths[1:3])), vocabulary)

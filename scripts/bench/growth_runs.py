@@ -1,7 +1,7 @@
-"""One measurement of scripts/growth in a process of its own.
+"""One measurement of growth.py, in its own process.
 
-    python scripts/growth_runs.py open CONFIG RESULT.json            encode and plan the data as training does
-    python scripts/growth_runs.py tokenize MODEL DATA RESULT.json    the tokenizer's own encode_batch on the same words
+    python -m bench.growth_runs open CONFIG RESULT.json            encode and plan the data as training does
+    python -m bench.growth_runs tokenize MODEL DATA RESULT.json    the tokenizer's own encode_batch on the same texts
 
 Seconds are wall seconds, on the cores that the process was given; imports and the tokenizer's loading do not count.
 """

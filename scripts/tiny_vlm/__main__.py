@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
-"""Makes the tiny vision-language model of data_samples/tiny-vlm from nothing.
+"""Makes the tiny vision-language model of data_samples/tiny-vlm from scratch.
 
-    scripts/make_tiny_vlm [TARGET] [--work FOLDER] [--scale X]
+    python scripts/tiny_vlm [TARGET] [--work FOLDER] [--scale X]
 
 Draws pictures of coloured shapes and writes questions about them, trains a small tokenizer, writes a Qwen2.5-VL
 with random weights, trains every part of it with ``mmtrain train``, first on easy questions, then on all, and
@@ -20,13 +19,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import answers
-import tiny_vlm_data as data
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-SAMPLES = Path(__file__).resolve().parent.parent / "data_samples"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tiny_vlm import answers, data
+
+SAMPLES = Path(__file__).resolve().parents[2] / "data_samples"
 APACHE = SAMPLES / "licenses" / "Apache-2.0.txt"
 SHAPES = SAMPLES / "shapes"
 LARGEST_BYTES = 8_000_000
@@ -86,7 +87,7 @@ CHAT_TEMPLATE = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-NOTICE = """The weights, the tokenizer and the configuration in this folder were made by scripts/make_tiny_vlm
+NOTICE = """The weights, the tokenizer and the configuration in this folder were made by scripts/tiny_vlm
 and have the licence of this project. They were trained on pictures that the project draws and on easy-VQA (MIT,
 see data_samples/shapes/LICENSE).
 

@@ -1,16 +1,15 @@
-#!/usr/bin/env python3
 """How long processes would wait for each other over your data, for any number of them, without a single device.
 
-    scripts/simulate_cut CONFIG [KEY=VALUE ...] [--processes 1,8,64] [--samples-per-process 16] [--steps 50]
+    python scripts/bench balance CONFIG [KEY=VALUE ...] [--processes 1,8,64] [--samples-per-process 16] [--steps 50]
 
-Reads the config, checks the data and cuts steps of SAMPLES-PER-PROCESS times PROCESSES samples as training does; epochs
-follow one another where the data is less than a step. Time is counted in multiply-additions, from the model's shape:
-its weights are neither read nor needed. With ``train.weights=replicate`` processes wait once a step, with ``shard``
-behind every micro-batch.
+Reads the config, checks the data and cuts steps of SAMPLES-PER-PROCESS times PROCESSES samples as training does; where
+the data is smaller than a step, a step spans several epochs. Time is counted in multiply-additions, from the model's
+shape: its weights are not read. With ``train.weights=replicate`` processes wait once per step, with ``shard`` after
+every micro-batch.
 
 ``waiting`` is the share of all processes' time in which they wait for the slowest: 1 - mean / max. No cut can go below
-``at best``: a sample is never divided, so the slowest process takes as long as the dearest sample. ``as they come`` is
-what they would wait if each took the next SAMPLES-PER-PROCESS samples, whatever those are. ``seconds a cut`` are CPU
+``at best``: a sample is never divided, so the slowest process takes as long as the most expensive sample. ``as they
+come`` is the waiting if each process took the next SAMPLES-PER-PROCESS samples in order. ``seconds a cut`` are CPU
 seconds of one core.
 """
 
@@ -166,14 +165,17 @@ def count(text: str) -> int:
     return number
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: list[str]) -> None:
+    """`python scripts/bench balance` with these arguments."""
+    parser = argparse.ArgumentParser(
+        "bench balance", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path, metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of the config to set")
     parser.add_argument("--processes", type=counts, default="1,2,8,64,256,1024,4096", metavar="N,N,...")
     parser.add_argument("--samples-per-process", type=count, default=16, metavar="N")
     parser.add_argument("--steps", type=count, default=50, metavar="N", help="steps to cut for each row")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(words)
     # peft calls transformers by a name that is going away: nothing a reader of the table can act on
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
@@ -181,7 +183,3 @@ def main() -> None:
     except UserError as error:
         sys.exit("\n".join(error.faults))
     show(simulation.row(number, args.samples_per_process, args.steps) for number in args.processes)
-
-
-if __name__ == "__main__":
-    main()

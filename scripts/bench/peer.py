@@ -1,9 +1,9 @@
-"""One peer's run, in its own environment: transformers' Trainer with a plain collator, or TRL's SFTTrainer.
+"""One run of another program, in its own environment: transformers' Trainer with a plain collator, or TRL's SFTTrainer.
 
-    python scripts/bench_peer.py plain|trl WORK_FOLDER SETTINGS.json RESULT.json
+    python -m bench.peer plain|trl WORK_FOLDER SETTINGS.json RESULT.json
 
-It gets the very ids and labels that mmtrain trains on and opens the pictures itself; it knows nothing of mmtrain. Its
-users' own collators would tokenise and look for the labels in every step as well: that work is not counted against it.
+It gets the ids and labels that mmtrain trains on and opens the images itself; it imports nothing of mmtrain. Its
+users' own collators would also tokenize and look for the labels in every step: that work is not counted here.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import torch
-from bench_shapes import build_model
-from bench_watch import Watch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, TrainerCallback
 
+from bench.shapes import build_model
+from bench.watch import Watch
+
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Reads the watch at the end of each step, and its loss off the log."""
+    """Times each step, and takes its loss from the log."""
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
@@ -43,7 +42,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 
 
 def collate(rows: list[dict[str, Any]], image_processor: Any, pad_id: int) -> dict[str, torch.Tensor]:
-    """Padded on the right to the longest; the pictures of all in a row."""
+    """Padded on the right to the longest; the images of all of them in one list."""
     longest = max(len(row["ids"]) for row in rows)
     made = {
         "input_ids": torch.tensor([row["ids"] + [pad_id] * (longest - len(row["ids"])) for row in rows]),
@@ -51,9 +50,9 @@ def collate(rows: list[dict[str, Any]], image_processor: Any, pad_id: int) -> di
         "attention_mask": torch.tensor([[1] * len(row["ids"]) + [0] * (longest - len(row["ids"])) for row in rows]),
         "mm_token_type_ids": torch.tensor([row["types"] + [0] * (longest - len(row["ids"])) for row in rows]),
     }
-    pictures = [Image.open(path).convert("RGB") for row in rows for path in row["pictures"]]
-    if pictures:
-        made |= dict(image_processor(images=pictures, return_tensors="pt"))
+    images = [Image.open(path).convert("RGB") for row in rows for path in row["images"]]
+    if images:
+        made |= dict(image_processor(images=images, return_tensors="pt"))
     return made
 
 

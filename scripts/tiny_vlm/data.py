@@ -5,7 +5,7 @@ Everything here follows from a seed: the same seed gives the same pictures and t
 
 Run as a program, it writes the rows and pictures of the quickstart:
 
-    python scripts/tiny_vlm_data.py data_samples/quickstart
+    python scripts/tiny_vlm/data.py data_samples/quickstart
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Greedy answers of a Qwen2.5-VL model to single-turn questions about pictures, and how many are right.
 
-    python scripts/answers.py MODEL_DIR DATA [--adapter DIR] [--swap] [--show N] [--seen TRAIN]
+    python scripts/tiny_vlm/answers.py MODEL_DIR DATA [--adapter DIR] [--swap] [--show N] [--seen TRAIN]
 
 DATA is JSON or JSON Lines of ``messages`` + ``images`` rows or LLaVA ``conversations`` + ``image`` rows. The
 first question is asked and the first answer is the reference; an answer is right when it equals the reference.

@@ -1,4 +1,4 @@
-"""The models that scripts/bench trains: Qwen2.5-VL in several sizes, random weights, around the tiny model's tokenizer.
+"""The models that are trained: Qwen2.5-VL in several sizes, random weights, around the tiny model's tokenizer.
 
 Small ones are saved and loaded as any model is. The others are made from their config on the device whenever they are
 needed: the same seed gives the same weights there, and nothing is fetched or written.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "data_samples" / "tiny-vlm"
 PATCH = 14
 _SMALL_VISION = {
@@ -36,7 +36,7 @@ class Shape:
     built: bool = False
     """Made on the device from its config, never saved."""
     photos: bool = False
-    """Pictures are 4:3 or 3:4 with a longer side of `sides`; otherwise each side is one of `sides` by itself."""
+    """Images are 4:3 or 3:4 with a longer side of `sides`; otherwise each side is one of `sides` by itself."""
     sides: tuple[int, int] = (84, 448)
     """Pixels, the least and the most."""
     batch_size: int = 8

@@ -1,4 +1,4 @@
-"""What scripts/bench reads off at the end of each step, the same for every program: clocks, memory, allocations."""
+"""What is measured after each step, the same for every program: clocks, memory, allocations."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 
 
 class Watch:
-    """A row a step: ``wall`` seconds since the command was given, ``cpu`` seconds of the process, ``peak_gib`` so far.
+    """One row a step: ``wall`` seconds since the command started, ``cpu`` seconds of the process, ``peak_gib`` so far.
 
     On a GPU the device has finished the step when its row is written, and memory is what torch has allocated there.
-    With `trace_memory` the row has ``largest`` too, the most bytes allocated at once during the step; that slows it.
+    With `trace_memory` the row has ``largest`` too, the bytes of the largest allocation since `begin` (0 without it);
+    that is slow.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -24,7 +25,7 @@ class Watch:
         self._profiler: Any = None
 
     def begin(self) -> None:
-        """A step begins."""
+        """A step starts: trace its memory."""
         if not self._traced:
             return
         if self._on_gpu:
@@ -36,7 +37,7 @@ class Watch:
             self._profiler.start()
 
     def end(self) -> None:
-        """The step is done."""
+        """The step is done: add its row."""
         if self._on_gpu:
             torch.cuda.synchronize()
         row = {"wall": time.time() - self._begun, "cpu": time.process_time()}
@@ -54,6 +55,8 @@ class Watch:
         return max((e["size"] for trace in events for e in trace if e["action"] == "alloc"), default=0)
 
     def _largest_on_cpu(self) -> int:
+        if self._profiler is None:
+            return 0
         self._profiler.stop()
         events = self._profiler.profiler.kineto_results.events()
         return max((event.nbytes() for event in events if event.name() == "[memory]"), default=0)
