@@ -10,8 +10,6 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from support.builders import ROOT, SHAPES, TINY, mixed_rows, write_jsonl
-from support.label_models import OTHER_TEMPLATES, TEMPLATES, TOKENIZERS, make_directory
 
 from mmtrain.checks import findings
 from mmtrain.checks import labels as label_checks
@@ -24,6 +22,8 @@ from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation, Image, Message, Part, Role, Text
+from support.builders import ROOT, SHAPES, TINY, mixed_rows, write_jsonl
+from support.label_models import OTHER_TEMPLATES, TEMPLATES, TOKENIZERS, make_directory
 
 KINDS = ("qwen2_5_vl", "llava", "text")
 Turn = tuple[Role, str | list[str | Image]]

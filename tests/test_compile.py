@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.learning import LORA, learner_for, relative_l2, step_of
 
 from mmtrain.config.schema import Config
+from support.learning import LORA, learner_for, relative_l2, step_of
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.builders import TINY
-from support.learning import ALL_FULL, LORA, MIXED, QUIET, learner_for
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -21,6 +19,8 @@ from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
 from mmtrain.model.loss import supervised_nll
 from mmtrain.train.dataset import Dataset
+from support.builders import TINY
+from support.learning import ALL_FULL, LORA, MIXED, QUIET, learner_for
 
 FULL = {"mode": "full"}
 TUNES = {

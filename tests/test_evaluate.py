@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.builders import SHAPES, TINY, write_jsonl
-from support.learning import LORA
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -26,6 +24,8 @@ from mmtrain.evaluate.changed_images import ChangedPictures
 from mmtrain.evaluate.command import Evaluation, Options
 from mmtrain.model.load import load_model
 from mmtrain.train.run import train
+from support.builders import SHAPES, TINY, write_jsonl
+from support.learning import LORA
 
 MakeConfig = Callable[..., Config]
 

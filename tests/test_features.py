@@ -12,7 +12,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from support.learning import LORA, MIXED, learner_for, relative_l2, step_of
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset import image_inputs as data_features
@@ -22,6 +21,7 @@ from mmtrain.scoring.image_cache import keeps_features
 from mmtrain.train import run as loop
 from mmtrain.train.run import train
 from mmtrain.train.step import Learner
+from support.learning import LORA, MIXED, learner_for, relative_l2, step_of
 
 MakeConfig = Callable[..., Config]
 OFF = {"memory_gib": 0.0, "disk_gib": 0.0}

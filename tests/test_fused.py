@@ -8,9 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from support.attention_models import TEXT_MODELS
-from support.builders import DECODER_SIZES as SIZES
-from support.builders import Operators
 from torch import Tensor, nn
 from transformers import (
     Gemma2Config,
@@ -29,6 +26,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from mmtrain.model.kernels import rowwise
 from mmtrain.model.kernels.fused import install_fused
 from mmtrain.model.kernels.rowwise import GatedSiLU, gate_up, gate_up_gradients, rms_norm
+from support.attention_models import TEXT_MODELS
+from support.builders import DECODER_SIZES as SIZES
+from support.builders import Operators
 
 
 @pytest.mark.parametrize("rows", [1, 5, 3000])

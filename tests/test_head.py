@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.builders import DECODER_SIZES as SIZES
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -20,6 +19,7 @@ from transformers import (
 from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.model.head import TOKENS, WORDS, FrozenHeadNLL, before_head, frozen_head
 from mmtrain.model.loss import supervised_nll
+from support.builders import DECODER_SIZES as SIZES
 
 
 def heads(num_tokens: int, num_words: int, with_bias: bool, size: float = 1.0) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import PIL.Image
 import pytest
+
 from support.builders import SHARED, TINY, write_jsonl
 from support.label_models import make_directory
 from test_model_directories import BOMBS

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from support.builders import write_jsonl
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -30,6 +29,7 @@ from mmtrain.inspect_labels.pixels import seen_pixels
 from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.safe_text import visible
+from support.builders import write_jsonl
 
 MakeConfig = Callable[..., Config]
 

@@ -15,6 +15,13 @@ import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.load import load_processor
+from mmtrain.errors import UserError
+from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
+from mmtrain.records.formats import read_record
 from support.builders import SHAPES, SHARED, TINY
 from support.label_models import (
     NUM_PLACEHOLDERS,
@@ -25,13 +32,6 @@ from support.label_models import (
     Template,
     make_directory,
 )
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
-
-from mmtrain.encoding.encode import Encoded, Encoder
-from mmtrain.encoding.load import load_processor
-from mmtrain.errors import UserError
-from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
-from mmtrain.records.formats import read_record
 
 QWEN = SHARED / "models" / "qwen2.5-vl-7b-instruct"
 IDEFICS = SHARED / "models" / "granite-docling-258m_idefics3"

@@ -8,11 +8,11 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from support.learning import ALL_FULL, LORA, MIXED, learner_for, relative_l2, step_of
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from mmtrain.config.schema import Config
 from mmtrain.records.chat import Conversation, Image, Message, Text
+from support.learning import ALL_FULL, LORA, MIXED, learner_for, relative_l2, step_of
 
 
 def user_turn(message: Message, placeholders: list[str], llava: bool) -> str:

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from support.learning import ALL_FULL, LORA, MIXED
 from torch import Tensor
 
 from mmtrain.config.schema import Config
 from mmtrain.train import run as loop
 from mmtrain.train.model_card import hub_id
 from mmtrain.train.run import train
+from support.learning import ALL_FULL, LORA, MIXED
 
 IDS = [[5, 6, 7, 8, 9, 10]]
 CHECK = f"""

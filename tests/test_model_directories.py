@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.builders import TINY, write_jsonl
-from support.label_models import TEMPLATES, make_directory
 
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
+from support.builders import TINY, write_jsonl
+from support.label_models import TEMPLATES, make_directory
 
 CHATML = TEMPLATES["chatml"].text
 BOMBS = {

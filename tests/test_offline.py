@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from support.builders import make_text, mixed_rows, write_jsonl
 
 WATCHED = """

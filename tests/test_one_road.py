@@ -6,8 +6,6 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from support.builders import TINY, mixed_rows, write_jsonl
-from support.label_models import TEMPLATES, make_directory
 from tokenizers import Tokenizer, decoders
 
 from mmtrain.checks.findings import MARK, WORDS
@@ -21,6 +19,8 @@ from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels.audit import audit
 from mmtrain.inspect_labels.view import view_sample
+from support.builders import TINY, mixed_rows, write_jsonl
+from support.label_models import TEMPLATES, make_directory
 
 LIMIT = LengthLimit(4096, "data.max_length")
 

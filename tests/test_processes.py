@@ -12,13 +12,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support.learning import LORA, MIXED
 
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config
 from mmtrain.errors import FINAL_CODES, PeerError, UserError
 from mmtrain.runtime import processes as runtime
 from mmtrain.runtime.processes import Runtime
+from support.learning import LORA, MIXED
 
 
 def start(processes: int, *words: str) -> subprocess.CompletedProcess[str]:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from support.builders import Operators
 from torch import Tensor
 
 from mmtrain.dataset.batch import ROW_MULTIPLE
 from mmtrain.model.kernels import products
 from mmtrain.model.kernels.products import FrozenLinear, product
+from support.builders import Operators
 
 ROWS = [0, 1, ROW_MULTIPLE - 1, ROW_MULTIPLE, 3 * ROW_MULTIPLE, 3 * ROW_MULTIPLE + 5]
 

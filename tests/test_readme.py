@@ -7,10 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.builders import ROOT, TINY
 
 from mmtrain.config import load_config
 from mmtrain.config.schema import json_schema
+from support.builders import ROOT, TINY
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")

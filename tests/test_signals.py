@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.data_cases import loader_case, nan_case, refused_case, refused_sharded_case
-from support.fault_cases import NLL, World, kill_case, second_signal_case, signal_case, stop_case, stop_then_signal_case
-from support.forked import Server
-from support.launch_cases import launched_signal_case
 from torch import Tensor
 
 from mmtrain.errors import UserError
@@ -20,6 +16,10 @@ from mmtrain.runtime.activity import WAITING
 from mmtrain.runtime.launch import Layout, _cause, _first_host, _own_address, takes_part
 from mmtrain.runtime.peers import STOP_SECONDS, Seen, judge
 from mmtrain.train.gradients import is_exact, sum_tree
+from support.data_cases import loader_case, nan_case, refused_case, refused_sharded_case
+from support.fault_cases import NLL, World, kill_case, second_signal_case, signal_case, stop_case, stop_then_signal_case
+from support.forked import Server
+from support.launch_cases import launched_signal_case
 
 
 @pytest.fixture(scope="module")

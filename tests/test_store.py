@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.builders import mixed_rows, write_jsonl
 
 from mmtrain.config.schema import Config, Source
 from mmtrain.dataset import encode_all, store
@@ -22,6 +21,7 @@ from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import StorageError, UserError
 from mmtrain.records.chat import Conversation, SampleError, Text
+from support.builders import mixed_rows, write_jsonl
 
 MakeConfig = Callable[..., Config]
 

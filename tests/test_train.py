@@ -11,7 +11,6 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.learning import LORA, MIXED
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mmtrain.config import load_config
@@ -20,6 +19,7 @@ from mmtrain.errors import NonFiniteError, UserError
 from mmtrain.train import run as loop
 from mmtrain.train.folder import start_over
 from mmtrain.train.run import train
+from support.learning import LORA, MIXED
 
 MakeConfig = Callable[..., Config]
 SMALL = {"steps": 6, "batch_size": 3, "checkpoint_every": 2, "eval_every": 3}
@@ -36,6 +36,25 @@ def rows(config: Config) -> list[dict[str, Any]]:
 
 def adapter(config: Config) -> dict[str, torch.Tensor]:
     return load_file(Path(config.train.output_dir) / "adapter" / "adapter_model.safetensors")
+
+
+def test_on_step_gets_the_row_of_each_step_and_can_leave_the_run(make_config: MakeConfig) -> None:
+    config = make_config("text", **SMALL)
+    found: list[dict[str, Any]] = []
+
+    def on_step(row: dict[str, Any]) -> None:
+        found.append(row)
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_step=on_step)
+    written = [row for row in rows(config) if "eval" not in row]
+    assert [row["step"] for row in written] == [1, 2, 3]
+    assert [{key: row[key] for key in row if key != "operations"} for row in found] == written
+    rates = [row["operations"] / row["seconds"] / row["mfu"] for row in found]  # the machine's, the same in every step
+    assert rates == pytest.approx([rates[0]] * 3)
+    assert 1e8 < rates[0] < 1e15
 
 
 def test_a_run_leaves_metrics_config_checkpoints_and_an_adapter_that_peft_loads(

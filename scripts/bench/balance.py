@@ -86,6 +86,7 @@ class Simulation:
 
     def __init__(self, config: Config) -> None:
         self.settings = config.train
+        self.packing = config.train.packing is not False  # auto: the model that would be tried is not loaded
         self.dataset = Dataset(config, load_processor(config.model.path), Console(quiet=True))
         self.costs = costs_in(config)
 
@@ -96,7 +97,7 @@ class Simulation:
         for step in itertools.islice(self._steps(processes * each), steps):
             lengths, costs = step.lengths.tolist(), step.costs.tolist()
             started = time.process_time()
-            cuts = cut_step(lengths, self.settings.microbatch_tokens, self.settings.packing, processes, costs)
+            cuts = cut_step(lengths, self.settings.microbatch_tokens, self.packing, processes, costs)
             seconds += time.process_time() - started
             share = len(cuts) // processes
             times = self._times(step, [cuts[n : n + share] for n in range(0, len(cuts), share)])
@@ -105,7 +106,7 @@ class Simulation:
             self._add(as_they_come, self._times(step, [self._in_order(step, n, each) for n in range(processes)]))
             shares.append(share)
             tokens += sum(lengths)
-            positions += sum(step.positions(cut, self.settings.packing) for cut in cuts)
+            positions += sum(step.positions(cut, self.packing) for cut in cuts)
         measured = f"{1 - tokens / positions:.1%}", f"{seconds / steps:.3f}"
         return (f"{processes:,}", f"{np.mean(shares):.3g}", *map(str, (waiting, best, as_they_come)), *measured)
 
@@ -122,7 +123,7 @@ class Simulation:
         """A process's micro-batches of the samples that come, each begun where the last one is full."""
         cuts: Cut = [[]]
         for i in range(process * each, (process + 1) * each):
-            if step.positions([*cuts[-1], i], self.settings.packing) > self.settings.microbatch_tokens and cuts[-1]:
+            if step.positions([*cuts[-1], i], self.packing) > self.settings.microbatch_tokens and cuts[-1]:
                 cuts.append([])
             cuts[-1].append(i)
         return cuts
@@ -132,7 +133,7 @@ class Simulation:
         times = np.zeros((len(cuts), max(map(len, cuts))))
         for at in ((p, n) for p, own in enumerate(cuts) for n in range(len(own))):
             cut = cuts[at[0]][at[1]]
-            if self.settings.packing or not cut:
+            if self.packing or not cut:
                 times[at] = step.costs[cut].sum()
             else:
                 longest = np.full(len(cut), step.lengths[cut].max())

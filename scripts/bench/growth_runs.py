@@ -64,4 +64,7 @@ def tokenize(model: Path, data: Path, result: Path) -> None:
 
 if __name__ == "__main__":
     command, *paths = sys.argv[1:]
-    {"open": open_data, "tokenize": tokenize}[command](*map(Path, paths))
+    if command == "open":
+        open_data(*map(Path, paths))
+    else:
+        tokenize(*map(Path, paths))

@@ -15,6 +15,7 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -40,7 +41,7 @@ QUICKSTART_QUESTIONS = (
     "Please describe what you see.",
 )
 Turn = tuple[str, str]
-Row = dict[str, list]
+Row = dict[str, list[Any]]
 
 
 @dataclass

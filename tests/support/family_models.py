@@ -47,7 +47,7 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 
 TILES = {"size": {"height": SIDE, "width": SIDE}, "crop_to_patches": True, "min_patches": 1, "max_patches": 4}
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 CHATML = "<|endoftext|> <|im_start|> <|im_end|>"
-SPLIT = {"tokenizer": byte_level_split}
+SPLIT: dict[str, Any] = {"tokenizer": byte_level_split}
 COHERE: dict[str, Any] = SPLIT | {
     "tokenizer_class": "CohereTokenizer",
     "tokens": "<PAD> <BOS_TOKEN> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> "
@@ -119,6 +119,7 @@ def _write_processor(family: Family, path: Path) -> Tokenizer:
     tokenizer = family.tokenizer()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in family.tokens.split()])
     if family.bos_in_front:
+        assert family.bos is not None
         pair = (family.bos, tokenizer.token_to_id(family.bos))
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=[pair])
     tokenizer.save(str(path / "tokenizer.json"))

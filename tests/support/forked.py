@@ -63,7 +63,7 @@ class Server:
         """`mmtrain words…` in so many processes that take part in one run; `patches` by the process's number."""
         folder.mkdir(parents=True, exist_ok=True)
         port = str(free_port())
-        jobs = []
+        jobs: list[dict[str, Any]] = []
         for rank in range(processes):
             env = {"HOME": str(folder.parent), "COLUMNS": "120"}
             if processes > 1:

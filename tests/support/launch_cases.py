@@ -54,9 +54,11 @@ class Started:
             return None
 
     def end(self) -> None:
-        for one in [*self.workers(), self.process]:
-            if one.poll() is None if isinstance(one, subprocess.Popen) else one.is_running():
-                one.kill()
+        for worker in self.workers():
+            if worker.is_running():
+                worker.kill()
+        if self.process.poll() is None:
+            self.process.kill()
         self.process.wait(10)
 
 

@@ -1,5 +1,6 @@
 """A learner of a config, with LoRA's B non-zero, and the loss and gradients of one step cut in a given way."""
 
+import math
 from typing import Any
 
 import torch
@@ -51,4 +52,4 @@ def relative_l2(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Norm of the difference over norm of the expected, over all tensors together."""
     assert found.keys() == expected.keys()
     difference = sum(float((found[name] - value).double().pow(2).sum()) for name, value in expected.items())
-    return (difference / sum(float(value.double().pow(2).sum()) for value in expected.values())) ** 0.5
+    return math.sqrt(difference / sum(float(value.double().pow(2).sum()) for value in expected.values()))

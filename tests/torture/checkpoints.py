@@ -11,6 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.numpy import load_file
+
 import mmtrain.train.checkpoint as checkpoint_module
 from mmtrain.errors import NoCheckpointError, StorageError
 from mmtrain.train.checkpoint import CheckpointFolder, Snapshot
@@ -146,7 +149,7 @@ class History:
             raise AssertionError(f"none is sound ({error.faults[-1]})") from None
         assert found is not None, "none is there"
         step = int(found.name.removeprefix("step-"))
-        weights = runs.load_file(found / "trainable.safetensors")["weight"]
+        weights = load_file(found / "trainable.safetensors")["weight"]
         assert checkpoint_module.read_state(found)["step"] == step == weights[0], f"{found.name} holds another step"
 
     def _restart(self) -> None:
@@ -157,7 +160,7 @@ class History:
 
     def _save(self, how: str) -> None:
         step = self._step + self._every
-        held = Snapshot({"weight": checkpoint_module.torch.full((8,), float(step))}, {})
+        held = Snapshot({"weight": torch.full((8,), float(step))}, {})
         at = self._draw.randrange(30)
         error = Death() if how == "die" else OSError(28, "No space left on device")
         self.saves += 1

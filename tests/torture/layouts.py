@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from torture import runs
 
@@ -22,7 +23,7 @@ def layouts(
 ) -> tuple[str, bool]:
     """Processes x weights x packing against one process that pads; then bits, with the micro-batches fixed."""
     begun, folder = time.monotonic(), runs.empty("layouts")
-    train = {"steps": steps, "checkpoint_every": steps, "microbatch_tokens": 120, "learning_rate": 1e-3}
+    train: dict[str, Any] = {"steps": steps, "checkpoint_every": steps, "microbatch_tokens": 120, "learning_rate": 1e-3}
     reference = folder / "reference"
     runs.run(runs.write_config(reference, **train, packing=False))
     within = total = 0
@@ -70,7 +71,7 @@ def _curve(found: Path, expected: Path, steps: int) -> float:
 def resume(steps: int = 24) -> tuple[str, bool]:
     """A run that dies behind each of its steps and is taken up, and one that dies three times; epochs of two steps."""
     begun, folder = time.monotonic(), runs.empty("resume")
-    train = {"steps": steps, "batch_size": 5, "microbatch_tokens": 120}
+    train: dict[str, Any] = {"steps": steps, "batch_size": 5, "microbatch_tokens": 120}
     reference = folder / "reference"
     runs.run(runs.write_config(reference, **train))
     equal = 0
@@ -102,7 +103,7 @@ def _same(found: Path, expected: Path) -> bool:
 def worlds(worlds: Sequence[int] = (1, 2, 4), others: bool = True) -> tuple[str, bool]:
     """Saved by so many processes, taken up by another number; and spread weights taken up whole, and back."""
     begun, folder = time.monotonic(), runs.empty("worlds")
-    train = {"steps": 6, "microbatches": 8}
+    train: dict[str, Any] = {"steps": 6, "microbatches": 8}
     reference = folder / "reference"
     runs.run(runs.write_config(reference, **train))
     pairs = [*product(worlds, worlds), *([(8, 2)] if others else [])]
@@ -113,10 +114,10 @@ def worlds(worlds: Sequence[int] = (1, 2, 4), others: bool = True) -> tuple[str,
         for after in (after for one, after in pairs if one == before):
             equal += _taken_up(stopped, after, reference, **train) == 0.0
     differences = []
-    for before, after in (("shard", "replicate"), ("replicate", "shard")):
-        stopped = folder / f"as-{before}"
-        runs.stop_behind(runs.write_config(stopped, **train, weights=before), 3, 2)
-        differences.append(_taken_up(stopped, 2, reference, **train, weights=after))
+    for saved, resumed in (("shard", "replicate"), ("replicate", "shard")):
+        stopped = folder / f"as-{saved}"
+        runs.stop_behind(runs.write_config(stopped, **train, weights=saved), 3, 2)
+        differences.append(_taken_up(stopped, 2, reference, **train, weights=resumed))
     line = (
         f"{equal} of {len(pairs)} equal bit for bit (saved by W processes, taken up by W', of {worlds}"
         f"{' and 8 by 2' if others else ''}); sharded to replicated {differences[0]:.1e}, "
@@ -125,7 +126,7 @@ def worlds(worlds: Sequence[int] = (1, 2, 4), others: bool = True) -> tuple[str,
     return line, equal == len(pairs) and max(differences) <= WITHIN
 
 
-def _taken_up(stopped: Path, world: int, reference: Path, **train: object) -> float:
+def _taken_up(stopped: Path, world: int, reference: Path, **train: Any) -> float:
     """How far from `reference` a copy of the `stopped` run comes out; 0.0 is the same bits."""
     output = stopped.with_name(f"{stopped.name}-taken-up-by-{world}")
     shutil.copytree(stopped, output)

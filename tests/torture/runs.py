@@ -5,10 +5,11 @@ Who forks must have no threads, so nothing is computed with torch in the parent.
 
 from __future__ import annotations
 
-import atexit
 import faulthandler
+import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,26 +24,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-WORK = Path(tempfile.mkdtemp(prefix="torture-"))
-atexit.register(shutil.rmtree, WORK, ignore_errors=True)
-os.environ |= {
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # read as torch is imported
-    "HOME": str(WORK / "home"),  # hashes of files are kept there
-    "PYTHONPATH": str(ROOT),
-}
+import torch
+import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
+import transformers.models.qwen2_5_vl.processing_qwen2_5_vl  # noqa: F401
+from safetensors.numpy import load_file
 
-import torch  # noqa: E402
-import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: E402
-import transformers.models.qwen2_5_vl.processing_qwen2_5_vl  # noqa: E402, F401
-from safetensors.numpy import load_file  # noqa: E402
-from support import builders  # noqa: E402
-
-import mmtrain.train.run  # noqa: E402, F401
-from mmtrain import cli  # noqa: E402
+import mmtrain.train.run  # noqa: F401
+from mmtrain import cli
+from support import builders
+from torture import WORK
 
 LORA = {"mode": "lora", "rank": 4, "alpha": 8.0}
 TUNE = {"vision": LORA, "projector": {"mode": "full"}, "language": {**LORA, "dropout": 0.1}}
@@ -172,7 +162,7 @@ def start(
         prepare()
         cli.main()
 
-    return Group([fork(lambda rank=rank: work(rank), log) for rank in range(processes)], log)
+    return Group([fork(functools.partial(work, rank), log) for rank in range(processes)], log)
 
 
 def run(config: Path, processes: int = 1, words: Sequence[str] = ()) -> Group:
@@ -206,7 +196,7 @@ def die_behind(step: int) -> Callable[[], None]:
                 os.kill(os.getpid(), signal.SIGKILL)
             return saved
 
-        CheckpointFolder.save = save_and_die  # type: ignore[method-assign]
+        CheckpointFolder.save = save_and_die  # type: ignore[method-assign, assignment]
 
     return prepare
 
@@ -234,7 +224,7 @@ def distance(found: Path, expected: Path) -> float:
     if one.keys() != other.keys():
         return float("inf")
     squares = sum(float(((one[name].astype("f8") - other[name]) ** 2).sum()) for name in other)
-    return (squares / sum(float((value.astype("f8") ** 2).sum()) for value in other.values())) ** 0.5
+    return math.sqrt(squares / sum(float((value.astype("f8") ** 2).sum()) for value in other.values()))
 
 
 def losses(output: Path) -> list[float]:
