@@ -115,6 +115,7 @@ def shapes_rows(number: int) -> list[dict[str, Any]]:
     return [row for row in rows if row["conversations"][1]["value"] not in ("yes", "no")][:number]
 
 
+@pytest.mark.slow("trains and evaluates the tiny model")
 def test_what_the_pictures_are_worth(make_config: MakeConfig, tmp_path: Path) -> None:
     """The shipped model looks; the same with its projector's output at zero cannot."""
     data = tmp_path / "open.json"

@@ -85,6 +85,7 @@ def test_losses_and_gradients_are_those_from_pixels(family: str, packing: bool, 
         assert relative_l2(found_gradients, gradients) <= 1e-6  # measured: 0
 
 
+@pytest.mark.slow("two runs per model")
 def test_a_run_of_three_epochs_goes_as_from_pixels(family: str, make_config: MakeConfig) -> None:
     settings = {"steps": 6, "batch_size": 4, "microbatch_tokens": 120, "learning_rate": 1e-3}
     found = {}
@@ -123,6 +124,7 @@ def test_the_bits_do_not_depend_on_which_pictures_were_missing(family: str, make
     assert same_bits(step_of(other, dataset, FIVE_THREE, True), expected)  # and some
 
 
+@pytest.mark.slow("several runs per case")
 @pytest.mark.parametrize("features", [{}, DISK, {"memory_gib": 1e-5, "disk_gib": 0.0}])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     features: dict[str, float], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch

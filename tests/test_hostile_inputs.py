@@ -16,6 +16,8 @@ from support.builders import SHARED, TINY, write_jsonl
 from support.label_models import make_directory
 from test_model_directories import BOMBS
 
+pytestmark = pytest.mark.slow("hundreds of hostile configs, records and images through every command")
+
 BAD = SHARED / "bad_inputs"
 PEAK_BYTES = 1.5e9
 GOOD = {"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}]}

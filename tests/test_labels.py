@@ -36,6 +36,8 @@ from support.label_models import (
 QWEN = SHARED / "models" / "qwen2.5-vl-7b-instruct"
 IDEFICS = SHARED / "models" / "granite-docling-258m_idefics3"
 REAL = {"qwen2_5_vl": QWEN, "idefics3": IDEFICS, "tiny": TINY}
+IDEFICS_IS_SLOW = pytest.mark.slow("a real Idefics3 processor cuts every image into tiles")
+REAL_NAMES = [pytest.param(name, marks=IDEFICS_IS_SLOW) if name == "idefics3" else name for name in REAL]
 REAL_END = {"qwen2_5_vl": "<|im_end|>", "idefics3": "<|end_of_text|>", "tiny": "<|im_end|>"}
 EVERY = {**TEMPLATES, **OTHER_TEMPLATES}
 
@@ -264,7 +266,7 @@ def real(name: str) -> Path:
     return REAL[name]
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", REAL_NAMES)
 @pytest.mark.parametrize("words", WORDS)
 def test_real_models_words(name: str, words: str, root: Path) -> None:
     path = real(name)
@@ -282,7 +284,7 @@ def test_real_models_words(name: str, words: str, root: Path) -> None:
     assert learned_texts(path, encoded) == [answer + REAL_END[name], "blue." + REAL_END[name]]
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", REAL_NAMES)
 @pytest.mark.parametrize("turn", IMAGE_TURNS)
 def test_real_models_pictures(name: str, turn: str, root: Path) -> None:
     path = real(name)
@@ -333,7 +335,7 @@ RECORDS = {
 }
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", REAL_NAMES)
 @pytest.mark.parametrize("records", RECORDS)
 def test_real_records(name: str, records: str) -> None:
     path = real(name)

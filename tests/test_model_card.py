@@ -34,6 +34,7 @@ def with_eval(config: Config) -> Config:
     return Config.model_validate(data)
 
 
+@pytest.mark.slow("runs the code of the model card in its own process")
 @pytest.mark.parametrize(("kind", "tune"), [("text", {"language": LORA}), ("qwen2_5_vl", MIXED), ("llava", ALL_FULL)])
 def test_the_code_of_the_card_loads_what_was_trained(
     kind: str,

@@ -21,6 +21,8 @@ from support.fault_cases import NLL, World, kill_case, second_signal_case, signa
 from support.forked import Server
 from support.launch_cases import launched_signal_case
 
+pytestmark = pytest.mark.slow("signals and faults in runs of several processes")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:

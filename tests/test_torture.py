@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow("runs that are killed, resumed and damaged, about a hundred of them")
+
 TESTS = Path(__file__).parent
 PARTS = ("kills", "agent", "resume", "worlds", "layouts", "corrupt", "histories", "changes", "quotas", "launches")
 

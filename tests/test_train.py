@@ -108,7 +108,10 @@ class Stop(Exception):
     """Stands for a process that dies."""
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+OTHER_STEPS = [pytest.param(step, marks=pytest.mark.slow("stops after other steps")) for step in (1, 3, 5)]
+
+
+@pytest.mark.parametrize("stop_at", [2, *OTHER_STEPS])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     stop_at: int, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -220,7 +223,7 @@ def test_what_only_changes_the_computing_is_taken_and_fresh_starts_over(shared_r
 @pytest.fixture(scope="module")
 def shared_run(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Config:
     """One finished run of a text model."""
-    from builders import mixed_rows, write_jsonl
+    from support.builders import mixed_rows, write_jsonl
 
     folder = tmp_path_factory.mktemp("shared-run")
     data = write_jsonl(folder / "data" / "mixed.jsonl", mixed_rows(folder / "data", with_images=False))
