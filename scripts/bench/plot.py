@@ -32,6 +32,7 @@ def require_matplotlib() -> None:
 
 def draw(panels: list[Panel], caption: list[str], path: Path) -> None:
     """Write the panels, with lines of text below them, to a file of the kind that its name says, such as .svg."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(panels), 3.9), layout="constrained")
@@ -39,17 +40,23 @@ def draw(panels: list[Panel], caption: list[str], path: Path) -> None:
         _draw_panel(axes, panel)
     figure.supxlabel("\n".join(caption), fontsize=8, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with rc_context({"svg.fonttype": "none"}):  # text stays text
+        figure.savefig(path)
 
 
 def _draw_panel(axes: Any, panel: Panel) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for name, points in panel.lines.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     low, high = _range([y for points in panel.lines.values() for _, y in points])
     axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y, yscale="log", ylim=(low, high))
     if panel.log_x:
         axes.set_xscale("log")
-    axes.grid(axis="y", which="both", alpha=0.3)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="y", alpha=0.3)
     axes.legend()
 
 
