@@ -318,7 +318,7 @@ TALKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("template", {**TEMPLATES, **OTHER_TEMPLATES})
+@pytest.mark.parametrize("template", [*TEMPLATES, *OTHER_TEMPLATES])
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_no_false_alarm_for_any_tokenizer_and_template(tokenizer: str, template: str, tmp_path: Path) -> None:
     path = make_directory(tmp_path, tokenizer, {**TEMPLATES, **OTHER_TEMPLATES}[template].text)

@@ -116,7 +116,7 @@ def test_three_keys_are_enough_and_the_language_model_then_gets_lora(tmp_path: P
 def test_a_config_cannot_be_changed_after_it_is_read(tmp_path: Path, text: str) -> None:
     config = load(tmp_path, text)
     with pytest.raises(Exception, match="frozen"):
-        config.train.seed = 1  # type: ignore[misc]
+        config.train.seed = 1
 
 
 # What is written wrong, where, and the words that the message must hold.

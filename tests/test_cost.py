@@ -23,7 +23,7 @@ from support.builders import TINY
 from support.learning import ALL_FULL, LORA, MIXED, QUIET, learner_for
 
 FULL = {"mode": "full"}
-TUNES = {
+TUNES: dict[str, dict[str, Any]] = {
     "language lora": {"language": LORA},
     "projector full": {"projector": FULL, "language": LORA},
     "vision full": {"vision": FULL, "language": LORA},
@@ -58,7 +58,7 @@ def measured(model: Any, make_inputs: InputMaker, batch: Batch) -> float:
     base = getattr(model, "get_base_model", lambda: model)().base_model
     with counter_of_products() as counter:
         base(**make_inputs(batch)).last_hidden_state.pow(2).sum().backward()
-    return counter.get_total_flops() / 2
+    return float(counter.get_total_flops() / 2)
 
 
 def first_inputs(base: Any) -> int:
@@ -102,7 +102,7 @@ def test_a_learned_token_costs_what_torch_counts_in_the_head(kind: str, make_con
     batch = Loader(dataset.train, True).load([1])
     with counter_of_products() as counter:
         nll, _ = supervised_nll(learner.model, learner.make_inputs(batch), batch)
-        nll.sum().backward()
+        nll.sum().backward()  # type: ignore[no-untyped-call]
     body = measured(learner.model, learner.make_inputs, batch)
     num_supervised, num_tokens = int(batch.supervised.sum()), batch.input_ids.numel()
     mlp = base.get_decoder().layers[-1].mlp

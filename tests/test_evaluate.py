@@ -47,7 +47,7 @@ def plain_sums(config: Config) -> dict[int, tuple[float, int, int]]:
         pictures = [decode(span.picture) for span in encoded.images]
         inputs: dict[str, Any] = processor.image_inputs(pictures)[0] if pictures else {}
         if "image_grid_thw" in inputs:
-            inputs["mm_token_type_ids"] = (ids == processor.image_token_id).int()
+            inputs["mm_token_type_ids"] = torch.eq(ids, torch.tensor(processor.image_token_id)).int()
         with torch.no_grad():
             logits = model(input_ids=ids, **inputs).logits[0, :-1].float()
         labels = torch.where(torch.tensor(encoded.supervised), ids[0], -100)[1:]

@@ -30,11 +30,11 @@ def with_image(name: str) -> dict[str, Any]:
     return {"messages": turns, "images": [name]}
 
 
-def sweep(cases: list[Case]) -> dict[str, Any]:
+def sweep(planned: list[Case]) -> dict[str, Any]:
     """What became of each case; all of them ended by themselves, without a traceback and within the memory."""
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("support") / "hostile_driver.py")],
-        input=json.dumps([{"name": name, "words": words} for name, words in cases]),
+        input=json.dumps([{"name": name, "words": words} for name, words in planned]),
         capture_output=True,
         text=True,
         timeout=600,
@@ -44,7 +44,7 @@ def sweep(cases: list[Case]) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr  # libtiff prints there by itself
     found = json.loads(done.stdout)
-    assert len(found["cases"]) == len(cases)
+    assert len(found["cases"]) == len(planned)
     assert found["peak_bytes"] < PEAK_BYTES
     for name, case in found["cases"].items():
         assert case["code"] is not None, f"{name} hangs"

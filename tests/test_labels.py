@@ -41,7 +41,7 @@ REAL_NAMES = [pytest.param(name, marks=IDEFICS_IS_SLOW) if name == "idefics3" el
 REAL_END = {"qwen2_5_vl": "<|im_end|>", "idefics3": "<|end_of_text|>", "tiny": "<|im_end|>"}
 EVERY = {**TEMPLATES, **OTHER_TEMPLATES}
 
-Turn = tuple[str, Any]
+Turn = tuple[Any, Any]
 
 
 def talk(*turns: Turn, train: tuple[bool, ...] | None = None) -> Conversation:

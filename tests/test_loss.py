@@ -74,7 +74,7 @@ def test_loss_and_gradients_equal_the_reference(
     for number in range(8):
         nll, tokens = reference_nll(learner.model, Path(config.model.path), dataset.train.conversation(number), root)
         total, count = total + nll, count + tokens
-    (total / count).backward()
+    (total / count).backward()  # type: ignore[no-untyped-call]
     learning = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
     expected = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in learning.items()}
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmtrain.config.schema import Config
 from mmtrain.train import run as loop
+from mmtrain.train.export import export
 from mmtrain.train.model_card import hub_id
 from mmtrain.train.run import train
 from support.learning import ALL_FULL, LORA, MIXED
@@ -48,7 +49,6 @@ def test_the_code_of_the_card_loads_what_was_trained(
     monkeypatch.chdir(Path(config.model.path).parent)
     config = with_eval(Config.model_validate(config.model_dump() | {"model": {"path": kind, "dtype": "float32"}}))
     trained: list[Tensor] = []
-    export = loop.export
 
     @torch.no_grad()
     def noting(learner: Any, *args: Any) -> str:

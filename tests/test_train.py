@@ -19,6 +19,7 @@ from mmtrain.errors import NonFiniteError, UserError
 from mmtrain.train import run as loop
 from mmtrain.train.folder import start_over
 from mmtrain.train.run import train
+from mmtrain.train.step import StepResult, train_step
 from support.learning import LORA, MIXED
 
 MakeConfig = Callable[..., Config]
@@ -121,9 +122,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     whole, whole_rows = adapter(config), rows(config)
     shutil.rmtree(config.train.output_dir)
 
-    take = loop.train_step
+    take = train_step
 
-    def die(learner: Any, batches: Any, num_supervised: int, step: int, norm: float | None) -> tuple[float, float]:
+    def die(learner: Any, batches: Any, num_supervised: int, step: int, norm: float | None) -> StepResult:
         result = take(learner, batches, num_supervised, step, norm)
         if step == stop_at:
             raise Stop
@@ -243,9 +244,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_samples(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config("text", **SMALL)
-    take = loop.train_step
+    take = train_step
 
-    def poison(learner: Any, batches: Any, num_supervised: int, step: int, norm: float | None) -> tuple[float, float]:
+    def poison(learner: Any, batches: Any, num_supervised: int, step: int, norm: float | None) -> StepResult:
         if step == 4:
             weight = next(p for p in learner.model.parameters() if p.requires_grad)
             weight.data[0, 0] = float("nan")
