@@ -10,6 +10,7 @@ from mmtrain.config.schema import Config
 from support.learning import LORA, learner_for, relative_l2, step_of
 
 
+@pytest.mark.slow("compiles every layer with a C++ compiler")
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

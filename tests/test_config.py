@@ -587,6 +587,7 @@ def assert_only_plain_faults(folder: Path, text: str, *overrides: str) -> None:
         assert fault.startswith((f"{folder}/c.yaml", "command line"))
 
 
+@pytest.mark.slow("a fuzz test of many configs")
 @settings(FUZZ, max_examples=800)
 @given(mutations=st.lists(MUTATION, min_size=1, max_size=4))
 def test_a_mutated_config_is_taken_or_refused_in_plain_lines(
@@ -607,6 +608,7 @@ OVERRIDE = st.tuples(
 )
 
 
+@pytest.mark.slow("a fuzz test of many overrides")
 @settings(FUZZ, max_examples=300)
 @given(overrides=st.lists(OVERRIDE, min_size=1, max_size=4))
 @example(overrides=[(["data", "train", "0"], "5"), (["data", "train", "0", "path"], "x")])

@@ -153,6 +153,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert adapter(config) == whole
 
 
+@pytest.mark.slow("several runs")
 def test_a_resume_without_keeping_says_that_bits_may_differ(
     make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +186,7 @@ def test_a_picture_that_is_written_over_is_another_picture(
     assert abs(after - before) > 1e-4 * before
 
 
+@pytest.mark.slow("several runs")
 def test_other_weights_or_another_type_have_a_folder_of_their_own(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("llava", LANGUAGE, features=DISK)
     data = config.model_dump()

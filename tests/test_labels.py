@@ -301,6 +301,7 @@ def test_real_models_pictures(name: str, turn: str, root: Path) -> None:
     assert learned_texts(path, encoded) == ["red" + REAL_END[name]]
 
 
+@IDEFICS_IS_SLOW
 def test_structural_tokens_of_idefics3_lie_inside_one_span(root: Path) -> None:
     path = real("idefics3")
     encoded = encoder(path).encode(ask(["see ", PICTURES[1], " it"], "red"), root)

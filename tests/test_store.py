@@ -77,6 +77,7 @@ def test_what_is_kept_is_what_the_encoder_makes(kind: str, make_config: MakeConf
     assert len(folders(home)) == 1
 
 
+@pytest.mark.slow("encodes in several worker processes")
 def test_other_processes_make_the_same(
     make_config: MakeConfig, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -205,6 +205,7 @@ def test_a_change_of_the_data_is_refused(shared_run: Config) -> None:
         data.write_text(content)
 
 
+@pytest.mark.slow("a run for each key")
 def test_what_only_changes_the_computing_is_taken_and_fresh_starts_over(shared_run: Config) -> None:
     output = Path(shared_run.train.output_dir)
     whole = adapter(shared_run)
