@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from builders import MAKERS, mixed_rows, train_and_run, write_jsonl
 
 from mmtrain.config.schema import Config
+from support.builders import MAKERS, mixed_rows, train_and_run, write_jsonl
 
 torch.set_num_threads(1)
 

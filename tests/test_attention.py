@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import MAKERS
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.model import attention
 from mmtrain.model.attention import NAME, PackedRow, fits_varlen, install_attention
+from support.builders import MAKERS
 
 LENGTHS = (5, 1, 9, 3)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from builders import TINY, mixed_rows, write_jsonl
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -23,6 +22,7 @@ from mmtrain.encoding import encode, load
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels import audit as room
 from mmtrain.inspect_labels.audit import AuditReport, audit
+from support.builders import TINY, mixed_rows, write_jsonl
 
 Row = dict[str, Any]
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from builders import ROOT, SHAPES, TINY, mixed_rows, write_jsonl
-from label_models import OTHER_TEMPLATES, TEMPLATES, TOKENIZERS, make_directory
 
 from mmtrain.checks import findings
 from mmtrain.checks import labels as label_checks
@@ -24,6 +22,8 @@ from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation, Image, Message, Part, Role, Text
+from support.builders import ROOT, SHAPES, TINY, mixed_rows, write_jsonl
+from support.label_models import OTHER_TEMPLATES, TEMPLATES, TOKENIZERS, make_directory
 
 KINDS = ("qwen2_5_vl", "llava", "text")
 Turn = tuple[Role, str | list[str | Image]]
@@ -318,7 +318,7 @@ TALKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("template", {**TEMPLATES, **OTHER_TEMPLATES})
+@pytest.mark.parametrize("template", [*TEMPLATES, *OTHER_TEMPLATES])
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_no_false_alarm_for_any_tokenizer_and_template(tokenizer: str, template: str, tmp_path: Path) -> None:
     path = make_directory(tmp_path, tokenizer, {**TEMPLATES, **OTHER_TEMPLATES}[template].text)

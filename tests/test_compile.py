@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from learning import LORA, learner_for, relative_l2, step_of
 
 from mmtrain.config.schema import Config
 from mmtrain.model.kernels.last_layer import last_mlp
+from support.learning import LORA, learner_for, relative_l2, step_of
 
 
+@pytest.mark.slow("compiles every layer with a C++ compiler")
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_layers_give_the_same_gradients(make_config: Callable[..., Config]) -> None:

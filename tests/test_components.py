@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from attention_models import TEXT_MODELS
-from learning import LORA
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mmtrain.config.schema import Config, Tune
 from mmtrain.errors import UserError
 from mmtrain.model.components import Components, base_name, prepare_learning
 from mmtrain.train.optimizer import make_optimizer
+from support.attention_models import TEXT_MODELS
+from support.learning import LORA
 
 # Where each part's parameters lie in each architecture, written down from the models' own module trees.
 PARTS = {

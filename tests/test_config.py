@@ -119,7 +119,7 @@ def test_three_keys_are_enough_and_the_language_model_then_gets_lora(tmp_path: P
 def test_a_config_cannot_be_changed_after_it_is_read(tmp_path: Path, text: str) -> None:
     config = load(tmp_path, text)
     with pytest.raises(Exception, match="frozen"):
-        config.train.seed = 1  # type: ignore[misc]
+        config.train.seed = 1
 
 
 # What is written wrong, where, and the words that the message must hold.
@@ -643,6 +643,7 @@ def assert_only_plain_faults(folder: Path, text: str, *overrides: str) -> None:
         assert fault.startswith((f"{folder}/c.yaml", "command line"))
 
 
+@pytest.mark.slow("a fuzz test of many configs")
 @settings(FUZZ, max_examples=800)
 @given(mutations=st.lists(MUTATION, min_size=1, max_size=4))
 def test_a_mutated_config_is_taken_or_refused_in_plain_lines(
@@ -663,6 +664,7 @@ OVERRIDE = st.tuples(
 )
 
 
+@pytest.mark.slow("a fuzz test of many overrides")
 @settings(FUZZ, max_examples=300)
 @given(overrides=st.lists(OVERRIDE, min_size=1, max_size=4))
 @example(overrides=[(["data", "train", "0"], "5"), (["data", "train", "0", "path"], "x")])

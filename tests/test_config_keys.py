@@ -12,13 +12,13 @@ from typing import Any, get_args, get_origin
 
 import PIL.Image
 import pytest
-import seen
 import torch
-from builders import mixed_rows, write_jsonl
 from pydantic import BaseModel
-from seen import REFUSED
 
 from mmtrain.config.schema import Config
+from support import seen
+from support.builders import mixed_rows, write_jsonl
+from support.seen import REFUSED
 
 QWEN = "qwen2_5_vl"
 RATE, RANK, ALPHA = 0.01, 4, 8.0

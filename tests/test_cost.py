@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from builders import TINY
-from learning import ALL_FULL, LORA, MIXED, QUIET, learner_for
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -21,9 +19,11 @@ from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
 from mmtrain.model.loss import supervised_nll
 from mmtrain.train.dataset import Dataset
+from support.builders import TINY
+from support.learning import ALL_FULL, LORA, MIXED, QUIET, learner_for
 
 FULL = {"mode": "full"}
-TUNES = {
+TUNES: dict[str, dict[str, Any]] = {
     "language lora": {"language": LORA},
     "projector full": {"projector": FULL, "language": LORA},
     "vision full": {"vision": FULL, "language": LORA},
@@ -52,7 +52,7 @@ def measured(model: Any, make_inputs: InputMaker, batch: Batch) -> float:
     base = getattr(model, "get_base_model", lambda: model)().base_model
     with counter_of_products() as counter:
         base(**make_inputs(batch)).last_hidden_state.pow(2).sum().backward()
-    return counter.get_total_flops() / 2
+    return float(counter.get_total_flops() / 2)
 
 
 def first_inputs(base: Any) -> int:

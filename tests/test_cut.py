@@ -2,7 +2,10 @@
 
 import itertools
 import math
-import time
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,13 +141,31 @@ def test_processes_wait_little_where_rows_are_padded(processes: int, max_tokens:
     assert sum(times) < 1.25 * sum(lengths)
 
 
+def lines_run(work: Callable[[], object]) -> int:
+    """How many lines of python `work` runs, each round of a loop counted."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any]:
+        nonlocal count
+        count += 1
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("max_tokens", [1200, 8192])
-def test_a_step_of_thousands_of_processes_is_cut_at_once(packing: bool, max_tokens: int) -> None:
-    lengths, costs = mixed(16 * 4096, 0)
-    started = time.process_time()
-    cut_step(lengths, max_tokens, packing, 4096, costs)
-    assert time.process_time() - started < 2  # a quarter of a second where nothing else runs
+def test_the_work_of_a_cut_grows_with_the_samples_and_not_with_their_square(packing: bool, max_tokens: int) -> None:
+    few, many = mixed(16 * 16, 0), mixed(16 * 256, 0)
+    small = lines_run(lambda: cut_step(few[0], max_tokens, packing, 16, few[1]))
+    large = lines_run(lambda: cut_step(many[0], max_tokens, packing, 256, many[1]))
+    assert large < 2 * 16 * small  # measured: 17 to 18 times; work that grows with the square would be 256 times
 
 
 @settings(FUZZ)
@@ -202,7 +223,7 @@ def test_costs_and_not_lengths_are_made_equal() -> None:
 def test_processes_wait_no_longer_than_measured(
     packing: bool, processes: int, max_tokens: int, runs: int, by_cost: bool, most: float
 ) -> None:
-    """1 - mean / max of what the processes compute, as `scripts/simulate_cut` has it, over four steps of 16 samples a
+    """1 - mean / max of what the processes compute, as `scripts/bench balance` has it, over four steps of 16 samples a
     process. A place of padding costs what a token costs on average."""
     slowest = mean = 0.0
     for seed in range(4):

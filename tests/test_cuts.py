@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from learning import LORA, MIXED, learner_for, relative_l2, step_of
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
+from support.learning import LORA, MIXED, learner_for, relative_l2, step_of
 
 CUTS = {
     "1x8": [[0, 1, 2, 3, 4, 5, 6, 7]],

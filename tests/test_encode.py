@@ -7,12 +7,12 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from label_models import NUM_PLACEHOLDERS, TEMPLATES, make_directory
 
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
+from support.label_models import NUM_PLACEHOLDERS, TEMPLATES, make_directory
 
 USER, RED = Message("user", (Text("what?"),)), Message("assistant", (Text("red"),))
 

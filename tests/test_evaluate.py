@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import SHAPES, TINY, write_jsonl
-from learning import LORA
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -26,6 +24,8 @@ from mmtrain.evaluate.changed_images import ChangedPictures
 from mmtrain.evaluate.command import Evaluation, Options
 from mmtrain.model.load import load_model
 from mmtrain.train.run import train
+from support.builders import SHAPES, TINY, write_jsonl
+from support.learning import LORA
 
 MakeConfig = Callable[..., Config]
 
@@ -47,7 +47,7 @@ def plain_sums(config: Config) -> dict[int, tuple[float, int, int]]:
         pictures = [decode(span.picture) for span in encoded.images]
         inputs: dict[str, Any] = processor.image_inputs(pictures)[0] if pictures else {}
         if "image_grid_thw" in inputs:
-            inputs["mm_token_type_ids"] = (ids == processor.image_token_id).int()
+            inputs["mm_token_type_ids"] = torch.eq(ids, torch.tensor(processor.image_token_id)).int()
         with torch.no_grad():
             logits = model(input_ids=ids, **inputs).logits[0, :-1].float()
         labels = torch.where(torch.tensor(encoded.supervised), ids[0], -100)[1:]
@@ -115,6 +115,7 @@ def shapes_rows(number: int) -> list[dict[str, Any]]:
     return [row for row in rows if row["conversations"][1]["value"] not in ("yes", "no")][:number]
 
 
+@pytest.mark.slow("trains and evaluates the tiny model")
 def test_what_the_pictures_are_worth(make_config: MakeConfig, tmp_path: Path) -> None:
     """The shipped model looks; the same with its projector's output at zero cannot."""
     data = tmp_path / "open.json"

@@ -11,11 +11,6 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
-from builders import write_jsonl
-from families_grid import GRID
-from families_text import TEXT_ONLY
-from families_tile import TILE
-from family_models import make_family
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -36,6 +31,11 @@ from mmtrain.inspect_labels.view import view_sample
 from mmtrain.model.load import load_model
 from mmtrain.model.packing_trial import packing_fault
 from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
+from support.builders import write_jsonl
+from support.families_grid import GRID
+from support.families_text import TEXT_ONLY
+from support.families_tile import TILE
+from support.family_models import make_family
 
 # GLM-4V's processor hands a tensor to `np.array`
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

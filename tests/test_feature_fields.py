@@ -63,7 +63,7 @@ def with_layers_of_features() -> tuple[Any, Any]:
         return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor(grids)}, ids
 
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
-    vision = {**VISION, "depth": 3, "num_heads": 2, "patch_size": 14, "out_hidden_size": 32}
+    vision: dict[str, Any] = {**VISION, "depth": 3, "num_heads": 2, "patch_size": 14, "out_hidden_size": 32}
     vision |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
     config = Qwen3VLConfig(
         text_config={**TEXT, "rope_parameters": rope},

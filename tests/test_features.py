@@ -11,7 +11,6 @@ import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from learning import LORA, MIXED, learner_for, relative_l2, step_of
 from safetensors.torch import load_file, save_file
 
 from mmtrain.config.schema import Config
@@ -22,6 +21,7 @@ from mmtrain.scoring.image_cache import keeps_features
 from mmtrain.train import run as loop
 from mmtrain.train.run import train
 from mmtrain.train.step import Learner
+from support.learning import LORA, MIXED, learner_for, relative_l2, step_of
 
 MakeConfig = Callable[..., Config]
 OFF = {"memory_gib": 0.0, "disk_gib": 0.0}
@@ -85,6 +85,7 @@ def test_losses_and_gradients_are_those_from_pixels(family: str, packing: bool, 
         assert relative_l2(found_gradients, gradients) <= 1e-6  # measured: 0
 
 
+@pytest.mark.slow("two runs per model")
 def test_a_run_of_three_epochs_goes_as_from_pixels(family: str, make_config: MakeConfig) -> None:
     settings = {"steps": 6, "batch_size": 4, "microbatch_tokens": 120, "learning_rate": 1e-3}
     found = {}
@@ -123,6 +124,7 @@ def test_the_bits_do_not_depend_on_which_pictures_were_missing(family: str, make
     assert same_bits(step_of(other, dataset, FIVE_THREE, True), expected)  # and some
 
 
+@pytest.mark.slow("several runs per case")
 @pytest.mark.parametrize("features", [{}, DISK, {"memory_gib": 1e-5, "disk_gib": 0.0}])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     features: dict[str, float], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
@@ -151,6 +153,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert adapter(config) == whole
 
 
+@pytest.mark.slow("several runs")
 def test_a_resume_without_keeping_says_that_bits_may_differ(
     make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +186,7 @@ def test_a_picture_that_is_written_over_is_another_picture(
     assert abs(after - before) > 1e-4 * before
 
 
+@pytest.mark.slow("several runs")
 def test_other_weights_or_another_type_have_a_folder_of_their_own(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("llava", LANGUAGE, image_cache=DISK)
     data = config.model_dump()

@@ -14,7 +14,7 @@ from mmtrain.records.formats import MAX_TEXT, read_record
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not there")
 
-ASKED = {"role": "user", "content": "Q"}
+ASKED: dict[str, Any] = {"role": "user", "content": "Q"}
 SAID = {"role": "assistant", "content": "A"}
 SAID_MESSAGE = Message("assistant", (Text("A"),))
 
@@ -185,7 +185,7 @@ def test_a_named_format_decides_whether_a_mark_stands_for_an_image() -> None:
     assert refusal(record, "messages") == "1 <image> mark but 0 images"
 
 
-FAULTS = {
+FAULTS: dict[str, tuple[Any, list[str]]] = {
     "two marks, one image": (marked("<image><image>Q", "a.png"), ["2 <image> marks", "1 image"]),
     "one mark, two images": (marked("<image>Q", "a.png", "b.png"), ["1 <image> mark", "2 images"]),
     "an image without a mark": (llava("Q", image="a.png"), ["0 <image> marks", "1 image"]),

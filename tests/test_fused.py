@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from builders import Operators
-from kernel_models import adapted, gradients_of, install_next_to, llama
 from torch import Tensor, nn
 
 from mmtrain.model.kernels import rowwise
@@ -20,6 +18,8 @@ from mmtrain.model.kernels.rowwise import (
     gate_up_gradients,
     rms_norm,
 )
+from support.builders import Operators
+from support.kernel_models import adapted, gradients_of, install_next_to, llama
 
 
 def silu(x: Tensor) -> Tensor:

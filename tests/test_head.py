@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import DECODER_SIZES as SIZES
 from torch import Tensor
 from transformers import (
     Cohere2Config,
@@ -23,6 +22,7 @@ from transformers import (
 from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.model.head import TOKENS, WORDS, FrozenHeadNLL, HeadKind, find_head_kind, frozen_head
 from mmtrain.model.loss import supervised_nll
+from support.builders import DECODER_SIZES as SIZES
 
 
 def heads(num_tokens: int, num_words: int, with_bias: bool, size: float = 1.0) -> tuple[Any, ...]:

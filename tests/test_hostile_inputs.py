@@ -11,9 +11,12 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from builders import SHARED, TINY, write_jsonl
-from label_models import make_directory
+
+from support.builders import SHARED, TINY, write_jsonl
+from support.label_models import make_directory
 from test_model_directories import BOMBS
+
+pytestmark = pytest.mark.slow("hundreds of hostile configs, records and images through every command")
 
 BAD = SHARED / "bad_inputs"
 PEAK_BYTES = 1.5e9
@@ -27,11 +30,11 @@ def with_image(name: str) -> dict[str, Any]:
     return {"messages": turns, "images": [name]}
 
 
-def sweep(cases: list[Case]) -> dict[str, Any]:
+def sweep(planned: list[Case]) -> dict[str, Any]:
     """What became of each case; all of them ended by themselves, without a traceback and within the memory."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("hostile_driver.py"))],
-        input=json.dumps([{"name": name, "words": words} for name, words in cases]),
+        [sys.executable, str(Path(__file__).with_name("support") / "hostile_driver.py")],
+        input=json.dumps([{"name": name, "words": words} for name, words in planned]),
         capture_output=True,
         text=True,
         timeout=600,
@@ -41,7 +44,7 @@ def sweep(cases: list[Case]) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr  # libtiff prints there by itself
     found = json.loads(done.stdout)
-    assert len(found["cases"]) == len(cases)
+    assert len(found["cases"]) == len(planned)
     assert found["peak_bytes"] < PEAK_BYTES
     for name, case in found["cases"].items():
         assert case["code"] is not None, f"{name} hangs"

@@ -104,13 +104,13 @@ def test_a_picture_is_turned_as_its_exif_header_says(tmp_path: Path, orientation
     }[orientation]
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
-    options: dict[str, Any] = {
+    by_kind: dict[str, dict[str, Any]] = {
         "png": {},
         "webp": {"lossless": True},
         "tiff": {},
         "jpg": {"quality": 100, "subsampling": 0},
-    }[kind]
-    got = read(save(np.repeat(np.repeat(SIX, 8, 0), 8, 1), tmp_path / f"a.{kind}", exif=exif, **options))
+    }
+    got = read(save(np.repeat(np.repeat(SIX, 8, 0), 8, 1), tmp_path / f"a.{kind}", exif=exif, **by_kind[kind]))
     assert got.shape == (upright.shape[0] * 8, upright.shape[1] * 8, 3)
     assert np.abs(got[4::8, 4::8].astype(int) - upright).max() <= 6
 
@@ -234,7 +234,7 @@ def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
 def test_an_animated_picture_gives_its_first_frame(tmp_path: Path, kind: str) -> None:
     frames = [PIL.Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    options = {"lossless": True} if kind == "webp" else {}
+    options: dict[str, Any] = {"lossless": True} if kind == "webp" else {}
     frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:], **options)
     assert (read(tmp_path / f"a.{kind}") == [255, 0, 0]).all()
 
@@ -365,7 +365,8 @@ print(peak() - before)
 def test_a_transparent_image_is_decoded_without_whole_copies(tmp_path: Path, kind: str, limit: int) -> None:
     """The documented bound of `MAX_PIXELS`, in bytes a pixel; whole copies took 17 to 28."""
     image = PIL.Image.new("RGBA", (3_000, 2_000), (1, 2, 3, 4))
-    image.save(tmp_path / f"a.{kind}", **({"lossless": True, "method": 0} if kind == "webp" else {}))
+    options: dict[str, Any] = {"lossless": True, "method": 0} if kind == "webp" else {}
+    image.save(tmp_path / f"a.{kind}", **options)
     words = [sys.executable, "-c", PEAK, str(tmp_path), f"a.{kind}"]
     peak = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
     assert peak < limit * 6_000_000 + 4_000_000

@@ -13,7 +13,6 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import write_jsonl
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -30,6 +29,7 @@ from mmtrain.inspect_labels.pixels import seen_pixels
 from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.safe_text import visible
+from support.builders import write_jsonl
 
 MakeConfig = Callable[..., Config]
 
@@ -161,6 +161,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_any_work(make_config: M
         inspect_labels(config, Options(html=Path("/proc/a.html")))
 
 
+@pytest.mark.slow("eight commands, each in its own process")
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize("words", [["--json"], ["--all", "--json"], ["--html"], []])
 def test_a_file_name_that_is_not_utf_8_is_shown_everywhere(

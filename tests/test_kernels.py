@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_models import TEXT_MODELS
-from kernel_models import adapted, decoder_of, gradients_of, install_next_to, llama
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
@@ -16,6 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from mmtrain.model.kernels.install import KernelReport, install
 from mmtrain.model.kernels.last_layer import last_mlp
 from mmtrain.model.kernels.trial import Kernel, Trials
+from support.attention_models import TEXT_MODELS
+from support.kernel_models import adapted, decoder_of, gradients_of, install_next_to, llama
 
 FAMILIES = {
     "llama": (2, 5),

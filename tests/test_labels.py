@@ -13,10 +13,8 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from builders import SHAPES, SHARED, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from label_models import NUM_PLACEHOLDERS, OTHER_TEMPLATES, SPECIALS, TEMPLATES, TOKENIZERS, Template, make_directory
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from mmtrain.encoding.encode import Encoded, Encoder
@@ -24,14 +22,26 @@ from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
 from mmtrain.records.formats import read_record
+from support.builders import SHAPES, SHARED, TINY
+from support.label_models import (
+    NUM_PLACEHOLDERS,
+    OTHER_TEMPLATES,
+    SPECIALS,
+    TEMPLATES,
+    TOKENIZERS,
+    Template,
+    make_directory,
+)
 
 QWEN = SHARED / "models" / "qwen2.5-vl-7b-instruct"
 IDEFICS = SHARED / "models" / "granite-docling-258m_idefics3"
 REAL = {"qwen2_5_vl": QWEN, "idefics3": IDEFICS, "tiny": TINY}
+IDEFICS_IS_SLOW = pytest.mark.slow("a real Idefics3 processor cuts every image into tiles")
+REAL_NAMES = [pytest.param(name, marks=IDEFICS_IS_SLOW) if name == "idefics3" else name for name in REAL]
 REAL_END = {"qwen2_5_vl": "<|im_end|>", "idefics3": "<|end_of_text|>", "tiny": "<|im_end|>"}
 EVERY = {**TEMPLATES, **OTHER_TEMPLATES}
 
-Turn = tuple[str, Any]
+Turn = tuple[Any, Any]
 
 
 def talk(*turns: Turn, train: tuple[bool, ...] | None = None) -> Conversation:
@@ -256,7 +266,7 @@ def real(name: str) -> Path:
     return REAL[name]
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", REAL_NAMES)
 @pytest.mark.parametrize("words", WORDS)
 def test_real_models_words(name: str, words: str, root: Path) -> None:
     path = real(name)
@@ -274,7 +284,7 @@ def test_real_models_words(name: str, words: str, root: Path) -> None:
     assert learned_texts(path, encoded) == [answer + REAL_END[name], "blue." + REAL_END[name]]
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", REAL_NAMES)
 @pytest.mark.parametrize("turn", IMAGE_TURNS)
 def test_real_models_pictures(name: str, turn: str, root: Path) -> None:
     path = real(name)
@@ -291,6 +301,7 @@ def test_real_models_pictures(name: str, turn: str, root: Path) -> None:
     assert learned_texts(path, encoded) == ["red" + REAL_END[name]]
 
 
+@IDEFICS_IS_SLOW
 def test_structural_tokens_of_idefics3_lie_inside_one_span(root: Path) -> None:
     path = real("idefics3")
     encoded = encoder(path).encode(ask(["see ", PICTURES[1], " it"], "red"), root)
@@ -325,7 +336,7 @@ RECORDS = {
 }
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", REAL_NAMES)
 @pytest.mark.parametrize("records", RECORDS)
 def test_real_records(name: str, records: str) -> None:
     path = real(name)

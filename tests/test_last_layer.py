@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from learning import LORA, MIXED, learner_for, relative_l2, step_of
 from torch import Tensor, nn
 
 from mmtrain.config.schema import Config
 from mmtrain.model.kernels.last_layer import last_mlp
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.kernels.rowwise import normalize
+from support.learning import LORA, MIXED, learner_for, relative_l2, step_of
 
 CUTS = [[0, 1, 2], [3], [4, 5, 6, 7]]
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from builders import MAKERS
-from learning import LORA, learner_for, step_of
 from safetensors.torch import load_file, save_file
 
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.model.load import checkpoint_activations, load_config, load_model
+from support.builders import MAKERS
+from support.learning import LORA, learner_for, step_of
 
 
 @pytest.fixture

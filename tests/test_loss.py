@@ -8,11 +8,11 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from learning import ALL_FULL, LORA, MIXED, learner_for, relative_l2, step_of
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from mmtrain.config.schema import Config
 from mmtrain.records.chat import Conversation, Image, Message, Text
+from support.learning import ALL_FULL, LORA, MIXED, learner_for, relative_l2, step_of
 
 
 def user_turn(message: Message, placeholders: list[str], llava: bool) -> str:
@@ -74,7 +74,7 @@ def test_loss_and_gradients_equal_the_reference(
     for number in range(8):
         nll, tokens = reference_nll(learner.model, Path(config.model.path), dataset.train.conversation(number), root)
         total, count = total + nll, count + tokens
-    (total / count).backward()
+    (total / count).backward()  # type: ignore[no-untyped-call]
     learning = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
     expected = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in learning.items()}
 

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from learning import ALL_FULL, LORA, MIXED
 from torch import Tensor
 
 from mmtrain.config.schema import Config
 from mmtrain.train import run as loop
+from mmtrain.train.export import export
 from mmtrain.train.model_card import hub_id
 from mmtrain.train.run import train
+from support.learning import ALL_FULL, LORA, MIXED
 
 IDS = [[5, 6, 7, 8, 9, 10]]
 CHECK = f"""
@@ -34,6 +35,7 @@ def with_eval(config: Config) -> Config:
     return Config.model_validate(data)
 
 
+@pytest.mark.slow("runs the code of the model card in its own process")
 @pytest.mark.parametrize(("kind", "tune"), [("text", {"language": LORA}), ("qwen2_5_vl", MIXED), ("llava", ALL_FULL)])
 def test_the_code_of_the_card_loads_what_was_trained(
     kind: str,
@@ -47,7 +49,6 @@ def test_the_code_of_the_card_loads_what_was_trained(
     monkeypatch.chdir(Path(config.model.path).parent)
     config = with_eval(Config.model_validate(config.model_dump() | {"model": {"path": kind, "dtype": "float32"}}))
     trained: list[Tensor] = []
-    export = loop.export
 
     @torch.no_grad()
     def noting(learner: Any, *args: Any) -> str:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from builders import TINY, write_jsonl
-from label_models import TEMPLATES, make_directory
 
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
+from support.builders import TINY, write_jsonl
+from support.label_models import TEMPLATES, make_directory
 
 CHATML = TEMPLATES["chatml"].text
 BOMBS = {
@@ -98,6 +98,7 @@ def test_a_broken_directory_is_named_in_one_line(name: str, tmp_path: Path) -> N
         assert name == "a class that nobody knows"  # transformers takes the tokenizer's file for what it is
 
 
+@pytest.mark.slow("every command on a hostile directory, each in its own process")
 @pytest.mark.parametrize("known", [True, False], ids=["a known model", "an unknown model"])
 def test_no_code_of_a_directory_runs_even_where_the_user_says_yes(known: bool, tmp_path: Path) -> None:
     model = tmp_path / "model"

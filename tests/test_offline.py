@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import make_text, mixed_rows, write_jsonl
+
+from support.builders import make_text, mixed_rows, write_jsonl
 
 WATCHED = """
 import json, socket, sys
@@ -52,6 +53,7 @@ def hub_model(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, **ONLINE, "HF_HUB_CACHE": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow("every command in its own process, without a network")
 def test_no_command_reaches_the_network_whatever_the_user_s_environment_says(
     tmp_path: Path, hub_model: dict[str, str]
 ) -> None:

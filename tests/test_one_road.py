@@ -6,8 +6,6 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from builders import TINY, mixed_rows, write_jsonl
-from label_models import TEMPLATES, make_directory
 from tokenizers import Tokenizer, decoders
 
 from mmtrain.checks.findings import MARK, WORDS
@@ -17,10 +15,13 @@ from mmtrain.dataset.encode_all import Recipe
 from mmtrain.dataset.samples import SampleSet
 from mmtrain.dataset.store import find_store
 from mmtrain.dataset.validate import LengthLimit, check_samples
+from mmtrain.encoding.images import decode
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels.audit import audit
 from mmtrain.inspect_labels.view import view_sample
+from support.builders import TINY, mixed_rows, write_jsonl
+from support.label_models import TEMPLATES, make_directory
 
 LIMIT = LengthLimit(4096, "data.max_length")
 
@@ -124,7 +125,6 @@ def test_an_image_that_is_broken_in_the_middle_is_refused_before_the_first_step(
 
 def test_an_image_is_decoded_once_whatever_its_name(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    decode = image_check.decode
 
     def counted(picture: Any) -> Any:
         decoded.append(picture.name)

@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from attention_models import TEXT_MODELS, WINDOW, make_gemma3, make_text_family
-from builders import MAKERS
-from learning import LORA, learner_for, relative_l2, step_of
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.samples import SampleSet
@@ -27,6 +24,9 @@ from mmtrain.model.packing_trial import packing_fault
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.packing import choose_packing
 from mmtrain.train.run import make_learner, train
+from support.attention_models import TEXT_MODELS, WINDOW, make_gemma3, make_text_family
+from support.builders import MAKERS
+from support.learning import LORA, learner_for, relative_l2, step_of
 
 PACKS = {*MAKERS, "llama", "mixture", "windows"}
 LEAKS = {"gpt_oss", "mamba", "lfm2", "qwen3_next", "gemma3"}

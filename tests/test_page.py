@@ -15,7 +15,6 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from builders import TINY, write_jsonl
 
 from mmtrain.config.schema import Source
 from mmtrain.dataset.samples import SampleSet
@@ -24,6 +23,7 @@ from mmtrain.encoding.load import load_processor
 from mmtrain.inspect_labels.page import _cells, write_page
 from mmtrain.inspect_labels.page_parts import clusters
 from mmtrain.inspect_labels.view import SampleView, TokenView, view_sample
+from support.builders import TINY, write_jsonl
 
 MARKUP = "</script><img src=x onerror=alert(1)>"
 EVIL_NAME = f'images/{MARKUP}"\u202e\x1b[31m.png'

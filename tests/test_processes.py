@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from learning import LORA, MIXED
 from safetensors.torch import load_file
 
 from mmtrain.config import dump_config
@@ -19,6 +18,7 @@ from mmtrain.config.schema import Config
 from mmtrain.errors import FINAL_CODES, PeerError, UserError
 from mmtrain.runtime import processes as runtime
 from mmtrain.runtime.processes import Runtime
+from support.learning import LORA, MIXED
 
 
 def start(processes: int, *words: str) -> subprocess.CompletedProcess[str]:

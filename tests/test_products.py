@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from builders import Operators
 from torch import Tensor
 
 from mmtrain.model.kernels import products
 from mmtrain.model.kernels.products import ROW_MULTIPLE, FrozenLinear, product
+from support.builders import Operators
 
 ROWS = [0, 1, ROW_MULTIPLE - 1, ROW_MULTIPLE, 3 * ROW_MULTIPLE, 3 * ROW_MULTIPLE + 5]
 

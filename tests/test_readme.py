@@ -10,11 +10,11 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import yaml
-from builders import ROOT, TINY
 
 from mmtrain.config import load_config
 from mmtrain.config.reference import reference
 from mmtrain.config.schema import json_schema
+from support.builders import ROOT, TINY
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import SHAPES, TINY, make_text, write_jsonl
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
@@ -15,6 +14,7 @@ from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.train.run import train
+from support.builders import SHAPES, TINY, make_text, write_jsonl
 
 PICTURE = sorted((SHAPES / "images").iterdir())[0]
 

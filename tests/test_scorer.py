@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learning import learner_for
 from torch import Tensor
 
 from mmtrain.config.schema import Config
@@ -16,6 +15,7 @@ from mmtrain.scoring.packing import choose_packing
 from mmtrain.scoring.scorer import Scorer
 from mmtrain.scoring.scores import Scores
 from mmtrain.train.step import Learner
+from support.learning import learner_for
 
 Row = tuple[int, int, int, bool, float, int, int, int]
 

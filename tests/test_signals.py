@@ -1,4 +1,4 @@
-"""Signals, faults and launchers, a few of each: scripts/torture has them all. And what judges and sums, by hand."""
+"""Signals, faults and launchers, a few of each: tests/torture has them all. And what judges and sums, by hand."""
 
 import itertools
 import signal
@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from data_cases import loader_case, nan_case, refused_case, refused_sharded_case
-from fault_cases import NLL, World, kill_case, second_signal_case, signal_case, stop_case, stop_then_signal_case
-from forked import Server
-from launch_cases import launched_signal_case
 from torch import Tensor
 
 from mmtrain.errors import UserError
@@ -20,6 +16,12 @@ from mmtrain.runtime.activity import WAITING
 from mmtrain.runtime.launch import Layout, _cause, _first_host, _own_address, takes_part
 from mmtrain.runtime.peers import STOP_SECONDS, Seen, judge
 from mmtrain.train.gradients import is_exact, sum_tree
+from support.data_cases import loader_case, nan_case, refused_case, refused_sharded_case
+from support.fault_cases import NLL, World, kill_case, second_signal_case, signal_case, stop_case, stop_then_signal_case
+from support.forked import Server
+from support.launch_cases import launched_signal_case
+
+pytestmark = pytest.mark.slow("signals and faults in runs of several processes")
 
 
 @pytest.fixture(scope="module")

@@ -343,6 +343,7 @@ def strict_json(content: bytes) -> Any:
         raise ValueError("too deep") from None
 
 
+@pytest.mark.slow("a fuzz test of many files")
 @settings(FUZZ, max_examples=500)
 @given(mutations=st.lists(MUTATION, max_size=3))
 def test_a_mutated_json_file_is_read_as_python_reads_it_or_refused_with_a_line(

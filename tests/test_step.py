@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from learning import LORA, learner_for, relative_l2, step_of
 from torch import Tensor, nn
 
 from mmtrain.config.schema import Config
@@ -16,6 +15,7 @@ from mmtrain.dataset.batch import Loader
 from mmtrain.errors import NonFiniteError
 from mmtrain.train.gradients import branch_of, flatten, put_back, sum_running, sum_tree
 from mmtrain.train.step import Learner, accumulate_gradients, train_step
+from support.learning import LORA, learner_for, relative_l2, step_of
 
 SAMPLES = [0, 1, 4, 5]
 TUNE = {"language": {**LORA, "dropout": 0.2}}

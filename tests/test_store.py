@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import mixed_rows, write_jsonl
 
 from mmtrain.config.schema import Config, Source
 from mmtrain.dataset import encode_all, store
@@ -22,6 +22,7 @@ from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import StorageError, UserError
 from mmtrain.records.chat import Conversation, SampleError, Text
+from support.builders import mixed_rows, write_jsonl
 
 MakeConfig = Callable[..., Config]
 
@@ -76,6 +77,7 @@ def test_what_is_kept_is_what_the_encoder_makes(kind: str, make_config: MakeConf
     assert len(folders(home)) == 1
 
 
+@pytest.mark.slow("encodes in several worker processes")
 def test_other_processes_make_the_same(
     make_config: MakeConfig, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,12 +203,12 @@ def test_the_limit_of_length_is_no_part_of_it(make_config: MakeConfig, home: Pat
 def test_several_at_once_make_it_once(make_config: MakeConfig, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(make_config("text"))
     made, waited = [], []
-    encode_all = store.encode_all
+    real = encode_all.encode_all
 
     def slowly(*args: Any) -> Any:
         made.append(threading.current_thread().name)
         threading.Event().wait(0.5)
-        return encode_all(*args)
+        return real(*args)
 
     monkeypatch.setattr(store, "encode_all", slowly)
     processor = load_processor(recipe.model_path)
@@ -234,14 +236,14 @@ def test_a_home_that_cannot_be_written_to_is_done_without(
 ) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(store.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = sorted(tmp_path.iterdir())
     recipe = recipe_of(make_config("qwen2_5_vl"))
     samples, _, count = opened(recipe)
     assert count == 8
     assert_equal_to_the_encoder(recipe, samples)
     assert [path for path in sorted(tmp_path.iterdir()) if path not in before] == [tmp_path / "data-qwen2_5_vl"]
-    monkeypatch.setattr(store.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     with pytest.raises(StorageError, match=r"encoded samples can be written neither.*No space"):
         opened(recipe)
 

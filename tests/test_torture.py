@@ -1,4 +1,4 @@
-"""The parts of scripts/torture, each with a few tries: that runs stand what it does to them, and that it would tell."""
+"""The parts of tests/torture, each with a few tries: that runs stand what it does to them, and that it would tell."""
 
 import re
 import subprocess
@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "torture"
+pytestmark = pytest.mark.slow("runs that are killed, resumed and damaged, about a hundred of them")
+
+TESTS = Path(__file__).parent
 PARTS = ("kills", "agent", "resume", "worlds", "layouts", "corrupt", "histories", "changes", "quotas", "launches")
 
 
 def torture(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *words]
+    command = [sys.executable, str(TESTS / "torture"), *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
@@ -34,7 +36,7 @@ def test_runs_stand_it(part: str, said: dict[str, str]) -> None:
 SABOTAGE = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import torture_checkpoints, torture_layouts
+import torture.checkpoints, torture.layouts
 import mmtrain.train.checkpoint as checkpoint
 import mmtrain.train.run as loop
 
@@ -47,15 +49,15 @@ def forget_the_moments(path, model, optimizer, share):
 
 
 loop.restore = forget_the_moments
-print(torture_layouts.resume(2)[1])
+print(torture.layouts.resume(2)[1])
 loop.restore, checkpoint._fault = restore, lambda path: None
-print(torture_checkpoints.histories(30)[1])
+print(torture.checkpoints.histories(30)[1])
 """
 
 
 def test_the_script_tells_a_resume_without_moments_and_a_store_that_checks_nothing() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SABOTAGE, str(SCRIPT.parent)], capture_output=True, text=True, check=False, timeout=600
+        [sys.executable, "-c", SABOTAGE, str(TESTS)], capture_output=True, text=True, check=False, timeout=600
     )
     assert done.stdout.split() == ["False", "False"], done.stderr
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from learning import LORA, MIXED
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -21,6 +20,8 @@ from mmtrain.errors import NonFiniteError, UserError
 from mmtrain.train import run as loop
 from mmtrain.train.folder import start_over
 from mmtrain.train.run import train
+from mmtrain.train.step import StepResult, train_step
+from support.learning import LORA, MIXED
 
 MakeConfig = Callable[..., Config]
 SMALL = {"steps": 6, "batch_size": 3, "checkpoint_every": 2, "eval_every": 3}
@@ -37,6 +38,25 @@ def rows(config: Config) -> list[dict[str, Any]]:
 
 def adapter(config: Config) -> dict[str, torch.Tensor]:
     return load_file(Path(config.run.output_dir) / "adapter" / "adapter_model.safetensors")
+
+
+def test_on_step_gets_the_row_of_each_step_and_can_leave_the_run(make_config: MakeConfig) -> None:
+    config = make_config("text", **SMALL)
+    found: list[dict[str, Any]] = []
+
+    def on_step(row: dict[str, Any]) -> None:
+        found.append(row)
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_step=on_step)
+    written = [row for row in rows(config) if "eval" not in row]
+    assert [row["step"] for row in written] == [1, 2, 3]
+    assert [{key: row[key] for key in row if key != "operations"} for row in found] == written
+    rates = [row["operations"] / row["seconds"] / row["mfu"] for row in found]  # the machine's, the same in every step
+    assert rates == pytest.approx([rates[0]] * 3)
+    assert 1e8 < rates[0] < 1e15
 
 
 def test_a_run_leaves_metrics_config_checkpoints_and_an_adapter_that_peft_loads(
@@ -90,7 +110,10 @@ class Stop(Exception):
     """Stands for a process that dies."""
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+OTHER_STEPS = [pytest.param(step, marks=pytest.mark.slow("stops after other steps")) for step in (1, 3, 5)]
+
+
+@pytest.mark.parametrize("stop_at", [2, *OTHER_STEPS])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     stop_at: int, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -100,9 +123,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     whole, whole_rows = adapter(config), rows(config)
     shutil.rmtree(config.run.output_dir)
 
-    take = loop.train_step
+    take = train_step
 
-    def die(learner: Any, batches: Any, num_supervised: int, step: int, norm: float | None) -> tuple[float, float]:
+    def die(learner: Any, batches: Any, num_supervised: int, step: int, norm: float | None) -> StepResult:
         result = take(learner, batches, num_supervised, step, norm)
         if step == stop_at:
             raise Stop
@@ -183,6 +206,7 @@ def test_a_change_of_the_data_is_refused(shared_run: Config) -> None:
         data.write_text(content)
 
 
+@pytest.mark.slow("a run for each key")
 def test_what_only_changes_the_computing_is_taken_and_fresh_starts_over(shared_run: Config) -> None:
     output = Path(shared_run.run.output_dir)
     whole = adapter(shared_run)
@@ -245,7 +269,7 @@ def test_a_checkpoint_from_before_there_was_a_section_run_is_resumed_to_the_same
 @pytest.fixture(scope="module")
 def shared_run(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Config:
     """One finished run of a text model."""
-    from builders import mixed_rows, train_and_run, write_jsonl
+    from support.builders import mixed_rows, train_and_run, write_jsonl
 
     folder = tmp_path_factory.mktemp("shared-run")
     data = write_jsonl(folder / "data" / "mixed.jsonl", mixed_rows(folder / "data", with_images=False))
@@ -265,9 +289,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_samples(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config("text", **SMALL)
-    take = loop.train_step
+    take = train_step
 
-    def poison(learner: Any, batches: Any, num_supervised: int, step: int, norm: float | None) -> tuple[float, float]:
+    def poison(learner: Any, batches: Any, num_supervised: int, step: int, norm: float | None) -> StepResult:
         if step == 4:
             weight = next(p for p in learner.model.parameters() if p.requires_grad)
             weight.data[0, 0] = float("nan")

@@ -40,9 +40,13 @@ from mmtrain.train.optimizer import make_optimizer, rate_factor, set_rate
 from mmtrain.train.run_state import RunState
 from mmtrain.train.step import Learner, train_step
 
+OnStep = Callable[[dict[str, Any]], None]
 
-def train(config: Config, accept: Sequence[str] = ()) -> None:
+
+def train(config: Config, accept: Sequence[str] = (), on_step: OnStep = lambda row: None) -> None:
     """Run or continue the training that `config` describes, `accept`ing changes of these keys.
+
+    `on_step` is called after each step with its row of metrics.jsonl and the step's floating-point `operations`.
 
     Raises UserError for what the user can mend, and Stopped where a signal ended the run.
     """
@@ -50,11 +54,13 @@ def train(config: Config, accept: Sequence[str] = ()) -> None:
     runtime = Runtime(config.model.dtype, config.run.hang_timeout, config.run.num_threads)
     console = make_console(quiet=not runtime.is_main)
     with runtime.supervised(output_dir / "stacks"):
-        _train(config, accept, runtime, output_dir, console)
+        _train(config, accept, on_step, runtime, output_dir, console)
     runtime.close()
 
 
-def _train(config: Config, accept: Sequence[str], runtime: Runtime, output_dir: Path, console: Console) -> None:
+def _train(
+    config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runtime, output_dir: Path, console: Console
+) -> None:
     activity, microbatches = runtime.activity, config.run.microbatches
     if microbatches != "auto" and microbatches % runtime.num_processes:
         raise UserError(
@@ -84,7 +90,7 @@ def _train(config: Config, accept: Sequence[str], runtime: Runtime, output_dir: 
     for line in (dataset.summary(), *layout_lines(config, learner)):
         say(line)
     loop = TrainingLoop(config, dataset, learner, costs, checkpoints, state, resume.evaluated, console)
-    loop.take_steps(resume.step + 1)
+    loop.take_steps(resume.step + 1, on_step)
     loop.finish(processor)
 
 
@@ -170,19 +176,19 @@ class TrainingLoop:
         self._complete = self._saved = 0
         """The last step that is complete, and the last one that a checkpoint holds."""
 
-    def take_steps(self, first: int) -> None:
+    def take_steps(self, first: int, on_step: OnStep) -> None:
         """Take the steps from `first` to the last. Raises Stopped, with a checkpoint, where a signal asked to; where a
         fault of the data ends the run, the last complete step is saved before the error leaves."""
         self._complete = self._saved = first - 1
         runtime = self._learner.runtime
         runtime.activity.saves_alone = runtime.is_main and not self._learner.sharded
         try:
-            self._take_steps(first)
+            self._take_steps(first, on_step)
         except UserError as error:
             self._save_complete(error)
             raise
 
-    def _take_steps(self, first: int) -> None:
+    def _take_steps(self, first: int, on_step: OnStep) -> None:
         settings, last, activity = self._config.run, self._dataset.num_steps, self._learner.runtime.activity
         samples = self._dataset.train if self._filled is None else self._filled
         cuts = (cut for step in range(first, last + 1) for cut in self._cut(step).own if cut)
@@ -196,6 +202,7 @@ class TrainingLoop:
                 self._complete = step
                 metrics.write(row)
                 reporter.step(row)
+                on_step({**row, "operations": self._cut(step).operations})
                 asked = asked or self._evaluate(step, metrics, reporter)
                 if asked is not None or step % settings.checkpoint_every == 0 or step == last:
                     asked = self._save(step) or asked

@@ -1,0 +1,1 @@
+"""Measures mmtrain: see __main__.py."""

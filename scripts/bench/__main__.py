@@ -1,0 +1,34 @@
+"""Measures mmtrain. Needs the project's environment: `.venv/bin/python scripts/bench`.
+
+    python scripts/bench [OPTION...]                 speed and memory next to two other programs
+    python scripts/bench growth [OPTION...]          the cost of a token as the data and the samples grow
+    python scripts/bench balance CONFIG [OPTION...]  how long processes would wait for each other
+
+`--help` after any of them lists its options.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+SCRIPTS = str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, SCRIPTS)
+# The measured programs run in processes of their own, which import from here too.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (SCRIPTS, os.environ.get("PYTHONPATH"))))
+
+from bench import balance, compare, growth  # noqa: E402
+
+PARTS = {"growth": growth.main, "balance": balance.main}
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    part = PARTS.get(words[0]) if words else None
+    if part is None:
+        compare.main(words)
+    else:
+        part(words[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""Makes the tiny vision-language model of data_samples/tiny-vlm from scratch.
+
+    python scripts/tiny_vlm [TARGET] [--work FOLDER] [--scale X]
+
+Draws pictures of coloured shapes and writes questions about them, trains a small tokenizer, writes a Qwen2.5-VL
+with random weights, trains every part of it with ``mmtrain train``, first on easy questions, then on all, and
+copies the result to TARGET. Then it prints how often the answers are right on held-out pictures: with the right
+pictures, with the pictures swapped, and for the best answer from the question alone. Everything is seeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tiny_vlm import answers, data
+
+SAMPLES = Path(__file__).resolve().parents[2] / "data_samples"
+APACHE = SAMPLES / "licenses" / "Apache-2.0.txt"
+SHAPES = SAMPLES / "shapes"
+LARGEST_BYTES = 8_000_000
+VOCABULARY = 1280
+PICTURES = 16_000
+# The phases of the training: data, optimizer steps and learning rate. Colours are learned within some hundred steps,
+# shapes only after a long plateau, so the easy questions come first and the rate is raised again once.
+PHASES = (("easy", 1000, 2e-3), ("easy", 800, 1.5e-3), ("all", 700, 7e-4))
+
+# Qwen2.5-VL's added tokens in its own order; the first fourteen are special, the others ordinary.
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+ADDED = [
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+]
+# Qwen's pre-tokenizer: it keeps digits apart and lets a word take one space before it.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+# The chat template of Qwen2.5-VL, word for word (Apache-2.0, Alibaba Cloud).
+CHAT_TEMPLATE = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}"
+    "{% set video_count.value = video_count.value + 1 %}"
+    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}"
+    "<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NOTICE = """The weights, the tokenizer and the configuration in this folder were made by scripts/tiny_vlm
+and have the licence of this project. They were trained on pictures that the project draws and on easy-VQA (MIT,
+see data_samples/shapes/LICENSE).
+
+chat_template.jinja is the chat template of Qwen2.5-VL-7B-Instruct, Copyright Alibaba Cloud, under the Apache
+License, Version 2.0; the text of that licence is in LICENSE-Apache-2.0.txt.
+"""
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def make_data(work: Path) -> dict[str, list[Path]]:
+    """Draws the pictures and returns the training files, each list with easy-VQA's beside the project's own."""
+    easy, everything = data.write_pretraining(work / "drawn", PICTURES)
+    data.write_held_out(work / "held_out" / "held_out.jsonl", 400)
+    open_questions("test.json", work / "open.json")
+    easy_files = [easy, open_questions("train.json", work / "open_train.json")]
+    shapes = [SHAPES / name for name in ("train.json", "train_multiturn.jsonl", "train_two_images.jsonl")]
+    return {"easy": easy_files, "all": [*easy_files, everything, *shapes]}
+
+
+def open_questions(name: str, target: Path) -> Path:
+    """Writes a file of easy-VQA's without the questions answered by yes or no."""
+    rows = json.loads((SHAPES / name).read_text(encoding="utf-8"))
+    rows = [row for row in rows if row["conversations"][1]["value"] not in ("yes", "no")]
+    for row in rows:
+        row["image"] = str(SHAPES / row["image"])
+    write_json(target, rows)
+    return target
+
+
+def corpus(work: Path) -> Iterator[str]:
+    """What the tokenizer learns its words from: plain English and a share of the questions and answers."""
+    yield APACHE.read_text(encoding="utf-8")
+    for _ in range(3):  # weighs the everyday text against the licence
+        yield data.ENGLISH
+    quickstart = SAMPLES / "quickstart" / "train.jsonl"
+    for path in (work / "drawn" / "all.jsonl", quickstart):
+        for line in path.read_text(encoding="utf-8").splitlines()[:600]:
+            for message in json.loads(line)["messages"]:
+                yield message["content"].replace("<image>", "")
+
+
+def make_tokenizer(target: Path, texts: Iterator[str]) -> None:
+    """Byte-level BPE with Qwen2.5-VL's added tokens at the end of the vocabulary, and its chat template."""
+    added = SPECIAL + ADDED
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(added),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ADDED])
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(target / "tokenizer.json"))
+    write_json(
+        target / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "add_prefix_space": False,
+            "bos_token": None,
+            "unk_token": None,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "errors": "replace",
+            "model_max_length": 2048,
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": False,
+            "additional_special_tokens": SPECIAL[1:],
+            "processor_class": "Qwen2_5_VLProcessor",
+        },
+    )
+    (target / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    check_tokenizer(target)
+
+
+def check_tokenizer(target: Path) -> None:
+    """Any text must survive encoding and decoding, and each special token must be one token."""
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    for text in ("What colour is it? It's 25 °C.\n\n  Two  spaces", "你好,世界", "Grüße, naïve façade", "🦊👩‍🚀"):
+        back = tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False)
+        assert back == text, (text, back)
+    assert all(len(tokenizer(token)["input_ids"]) == 1 for token in SPECIAL + ADDED)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert len(tokenizer) == VOCABULARY, len(tokenizer)
+
+
+def make_random_model(target: Path) -> None:
+    """Qwen2.5-VL's architecture in small sizes with random weights, and its image processor's settings."""
+    ids = AutoTokenizer.from_pretrained(target).convert_tokens_to_ids
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.08,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
+        "bos_token_id": ids("<|endoftext|>"),
+        "eos_token_id": ids("<|im_end|>"),
+        "pad_token_id": ids("<|endoftext|>"),
+    }
+    vision = {
+        "depth": 4,
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_heads": 4,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 2,
+        "window_size": 64,
+        "fullatt_block_indexes": [1, 3],
+        "out_hidden_size": 128,
+        "hidden_act": "silu",
+        "initializer_range": 0.08,
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+    )
+    torch.manual_seed(0)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(target)
+    write_json(
+        target / "generation_config.json",
+        {
+            "bos_token_id": ids("<|endoftext|>"),
+            "pad_token_id": ids("<|endoftext|>"),
+            "eos_token_id": [ids("<|im_end|>"), ids("<|endoftext|>")],
+            "do_sample": False,
+        },
+    )
+    # One token stands for 16 x 16 pixels: 16 tokens for a picture of 64 x 64, never more than 256.
+    write_json(
+        target / "preprocessor_config.json",
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+            "min_pixels": 64 * 64,
+            "max_pixels": 256 * 256,
+            "patch_size": 8,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        },
+    )
+
+
+def source(file: Path) -> dict[str, str]:
+    """A data source; easy-VQA's pictures are where they ship, wherever the file is."""
+    return {"path": str(file)} | ({"root": str(SHAPES)} if file.name.startswith("open") else {})
+
+
+def train(work: Path, name: str, model: Path, files: list[Path], steps: int, learning_rate: float) -> Path:
+    """Trains every part with mmtrain and returns the folder of the trained model."""
+    output = work / name
+    config = {
+        "model": {"path": str(model), "dtype": "float32"},
+        "tune": {part: {"mode": "full"} for part in ("vision", "projector", "language")},
+        "data": {
+            "train": [source(file) for file in files],
+            "eval": [
+                {**source(work / "open.json"), "name": "easy-vqa"},
+                {"path": str(work / "held_out" / "held_out.jsonl"), "name": "drawn"},
+            ],
+            "max_length": 1024,
+        },
+        "train": {
+            "steps": steps,
+            "batch_size": 32,
+            "learning_rate": learning_rate,
+            "weight_decay": 0.0,
+            "schedule": "cosine",
+            "warmup_steps": 40,
+            "max_grad_norm": 1.0,
+            "seed": 0,
+        },
+        "run": {
+            "output_dir": str(output),
+            "microbatch_tokens": 4096,
+            "packing": False,  # the samples are of nearly one length: padding costs less than a long row
+            "checkpoint_every": 200,
+            "eval_every": 200,
+        },
+    }
+    write_json(work / f"{name}.yaml", config)  # JSON is YAML too
+    subprocess.run([sys.executable, "-m", "mmtrain", "train", str(work / f"{name}.yaml")], check=True)
+    return output / "model"
+
+
+def publish(trained: Path, random_model: Path, target: Path) -> None:
+    """Puts the trained weights beside the small files, adds the licences and checks the size of the whole."""
+    target.mkdir(parents=True, exist_ok=True)
+    Qwen2_5_VLForConditionalGeneration.from_pretrained(trained, dtype=torch.float32).save_pretrained(target)
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "preprocessor_config.json",
+        "generation_config.json",
+    ):
+        shutil.copyfile(random_model / name, target / name)
+    (target / "NOTICE").write_text(NOTICE, encoding="utf-8")
+    shutil.copyfile(APACHE, target / "LICENSE-Apache-2.0.txt")
+    (target / "model.safetensors").chmod(0o644)  # it is written for its owner alone
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    print(f"{target}: {size / 1e6:.2f} MB")
+    assert size <= LARGEST_BYTES, size
+
+
+def evaluate(model: Path, work: Path) -> None:
+    """Prints how many open questions about held-out pictures are answered right, and the two controls."""
+    answerer = answers.Answerer(model)
+    sets = [
+        ("easy-VQA, open questions", work / "open.json", SHAPES / "train.json"),
+        ("easy-VQA, all questions", SHAPES / "test.json", SHAPES / "train.json"),
+        ("drawn, open questions", work / "held_out" / "held_out.jsonl", work / "drawn" / "all.jsonl"),
+    ]
+    for name, path, seen in sets:
+        questions = answers.read_questions(path)
+        swapped = answers.swap_pictures(questions)
+        right = answers.exact_match(questions, answerer.answer_all(questions))
+        wrong_picture = answers.exact_match(swapped, answerer.answer_all(swapped))
+        blind = answers.blind_rate(questions, answers.read_questions(seen))
+        print(f"{name}: right {right:.3f}, pictures swapped {wrong_picture:.3f}, best blind answer {blind:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path, nargs="?", default=SAMPLES / "tiny-vlm", help="where the model goes")
+    parser.add_argument("--work", type=Path, default=Path("tiny-vlm-work"), help="folder for all that is in between")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the optimizer steps of each phase")
+    args = parser.parse_args()
+    start = time.monotonic()
+    work, random_model = args.work.resolve(), args.work.resolve() / "random"
+    files = make_data(work)
+    make_tokenizer(random_model, corpus(work))
+    make_random_model(random_model)
+    trained = random_model
+    for number, (source, steps, rate) in enumerate(PHASES, 1):
+        trained = train(work, f"phase_{number}", trained, files[source], max(1, round(steps * args.scale)), rate)
+    publish(trained, random_model, args.target)
+    evaluate(args.target, work)
+    print(f"made in {(time.monotonic() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()

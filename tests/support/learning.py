@@ -1,0 +1,56 @@
+"""A learner of a config, with LoRA's B non-zero, and the loss and gradients of one step cut in a given way."""
+
+import math
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from mmtrain.config.schema import Config
+from mmtrain.dataset.batch import Loader
+from mmtrain.encoding.load import load_processor
+from mmtrain.model.kernels.products import ROW_MULTIPLE
+from mmtrain.runtime.processes import Runtime
+from mmtrain.train.dataset import Dataset
+from mmtrain.train.run import make_learner
+from mmtrain.train.step import Learner, accumulate_gradients
+
+LORA = {"mode": "lora", "rank": 4, "alpha": 8.0}
+MIXED = {"vision": LORA, "projector": {"mode": "full"}, "language": LORA}
+ALL_FULL = {"vision": {"mode": "full"}, "projector": {"mode": "full"}, "language": {"mode": "full"}}
+QUIET = Console(quiet=True)
+
+
+def learner_for(config: Config) -> tuple[Learner, Dataset]:
+    processor = load_processor(config.model.path)
+    dataset = Dataset(config, processor, QUIET)
+    learner, _, _ = make_learner(config, processor, Runtime(config.model.dtype))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in learner.model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return learner, dataset
+
+
+def step_of(
+    learner: Learner, dataset: Dataset, cuts: list[list[int]], packing: bool, row_multiple: int = ROW_MULTIPLE
+) -> tuple[float, dict[str, Tensor]]:
+    """The loss and every gradient of the step made of `cuts`; the step's number is 3."""
+    learner.optimizer.zero_grad(set_to_none=True)
+    samples = [number for cut in cuts for number in cut]
+    count = int(dataset.checked.num_supervised[samples].sum())
+    batches = Loader(dataset.train, packing, learner.make_inputs.store, row_multiple).batches(cuts)
+    loss, _ = accumulate_gradients(learner, batches, count, step=3)
+    named: dict[str, Any] = dict(learner.model.named_parameters())
+    return float(loss), {
+        n: (p.grad if p.grad is not None else torch.zeros_like(p)).clone() for n, p in named.items() if p.requires_grad
+    }
+
+
+def relative_l2(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Norm of the difference over norm of the expected, over all tensors together."""
+    assert found.keys() == expected.keys()
+    difference = sum(float((found[name] - value).double().pow(2).sum()) for name, value in expected.items())
+    return math.sqrt(difference / sum(float(value.double().pow(2).sum()) for value in expected.values()))

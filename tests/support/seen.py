@@ -1,0 +1,290 @@
+"""What can be seen of a config: of its data, of what is trainable, of what its run leaves and how it is executed.
+
+Most of it is read from what a run leaves on the disk.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch.distributed import HashStore
+
+from mmtrain.config.schema import Config
+from mmtrain.encoding.load import load_processor
+from mmtrain.errors import UserError
+from mmtrain.model.components import prepare_learning
+from mmtrain.model.load import load_model
+from mmtrain.runtime import processes
+from mmtrain.runtime.processes import Runtime
+from mmtrain.train import run as loop
+from mmtrain.train.dataset import Dataset
+from mmtrain.train.optimizer import make_optimizer, set_rate
+from support.learning import QUIET, learner_for, step_of
+
+REFUSED = "refused"
+
+
+# --- the data ---
+
+
+def dataset_of(config: Config) -> Dataset:
+    return Dataset(config, load_processor(config.model.path), QUIET)
+
+
+def or_refused(seen: Callable[[Dataset], Any]) -> Callable[[Config], Any]:
+    def found(config: Config) -> Any:
+        try:
+            return seen(dataset_of(config))
+        except UserError:
+            return REFUSED
+
+    return found
+
+
+num_samples = or_refused(lambda dataset: len(dataset.checked.used))
+num_eval_samples = or_refused(lambda dataset: len(dataset.eval[0].checked.used))
+image_tokens = or_refused(lambda dataset: int(dataset.checked.num_image_tokens[0]))
+eval_image_tokens = or_refused(lambda dataset: int(dataset.eval[0].checked.num_image_tokens[0]))
+num_steps = or_refused(lambda dataset: dataset.num_steps)
+samples_of_a_step = or_refused(lambda dataset: len(dataset.plan.step(1)))
+steps_of_an_epoch = or_refused(lambda dataset: dataset.plan.steps_per_epoch)
+eval_name = or_refused(lambda dataset: dataset.eval[0].name)
+
+
+num_dropped = or_refused(lambda dataset: len(dataset.checked.dropped))
+
+
+def text_trained_on(config: Config) -> str:
+    encoded = dataset_of(config).train.encoded(0)
+    tokenizer = Tokenizer.from_file(f"{config.model.path}/tokenizer.json")
+    text: str = tokenizer.decode(encoded.ids[encoded.supervised].tolist(), skip_special_tokens=False)
+    return text
+
+
+# --- the model, and what is trainable ---
+
+
+def model_type(config: Config) -> str:
+    found: str = learner_for(config)[0].model.config.model_type
+    return found
+
+
+def frozen_types(config: Config) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in tuned(config)[0].parameters() if not parameter.requires_grad}
+
+
+def tuned(config: Config) -> tuple[Any, Any]:
+    base = load_model(config.model.path, config.model.dtype, load_processor(config.model.path))
+    model, components, _ = prepare_learning(base, config.tune)
+    return model, make_optimizer(model, components, config)
+
+
+def component_of(name: str) -> str:
+    """Of a parameter or module of Qwen2.5-VL."""
+    return "projector" if "visual.merger" in name else "vision" if "visual." in name else "language"
+
+
+def trainable_kinds(config: Config, component: str) -> set[str]:
+    named = tuned(config)[0].named_parameters()
+    of_component = [name for name, parameter in named if parameter.requires_grad and component_of(name) == component]
+    return {"adapter" if "lora_" in name else "own" for name in of_component}
+
+
+def rates(config: Config, component: str) -> set[float]:
+    model, optimizer = tuned(config)
+    set_rate(optimizer, 1.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = optimizer.param_groups
+    return {g["lr"] for g in groups for p in g["params"] if component_of(names[id(p)]) == component}
+
+
+def adapters(config: Config, component: str) -> dict[str, Any]:
+    modules = tuned(config)[0].named_modules()
+    return {name: one for name, one in modules if hasattr(one, "lora_A") and component_of(name) == component}
+
+
+def ranks(config: Config, component: str) -> set[int]:
+    return {one.lora_A["default"].weight.shape[0] for one in adapters(config, component).values()}
+
+
+def scalings(config: Config, component: str) -> set[tuple[float, bool]]:
+    """What an adapter's output is multiplied by, and whether it has a magnitude (DoRA)."""
+    found = adapters(config, component).values()
+    return {(one.scaling["default"], len(one.lora_magnitude_vector) > 0) for one in found}
+
+
+def adapted(config: Config, component: str) -> set[str]:
+    return {name.rsplit(".", 1)[1] for name in adapters(config, component)}
+
+
+def computes_without_dropout(config: Config, component: str) -> bool:
+    data = config.model_dump()
+    data["tune"][component]["dropout"] = 0.0
+    losses = []
+    for one in (config, Config.model_validate(data)):
+        learner, dataset = learner_for(one)
+        losses.append(step_of(learner, dataset, [[0, 2]], packing=True)[0])
+    return losses[0] == losses[1]
+
+
+# --- what a run leaves ---
+
+
+def folders_written(config: Config) -> list[str]:
+    before = set(Path().glob("*/metrics.jsonl"))
+    loop.train(config)
+    return [path.parent.name for path in set(Path().glob("*/metrics.jsonl")) - before]
+
+
+def checkpoint(config: Config, step: int, name: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.run.output_dir) / "checkpoints" / f"step-{step:06d}" / f"{name}.safetensors")
+
+
+def rows(config: Config) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved_steps(config: Config) -> list[int]:
+    loop.train(config)
+    return sorted(int(path.name[5:]) for path in (Path(config.run.output_dir) / "checkpoints").glob("step-*"))
+
+
+def steps_evaluated(config: Config) -> list[int]:
+    loop.train(config)
+    return [row["step"] for row in rows(config) if "eval" in row]
+
+
+def adam_direction(config: Config, step: int, name: str) -> torch.Tensor:
+    """What the rate is multiplied by in the update of `step` (Kingma and Ba, 2015), from the moments on the disk."""
+    moments = checkpoint(config, step, "optimizer")
+    mean = moments[f"{name}|exp_avg"] / (1 - 0.9**step)
+    return mean / ((moments[f"{name}|exp_avg_sq"] / (1 - 0.999**step)).sqrt() + 1e-8)
+
+
+def rate_at(step: int) -> Callable[[Config], Any]:
+    """The rate by which the update of `step` moved the adapters' B, which is zero before the first one."""
+
+    def seen(config: Config) -> Any:
+        loop.train(config)
+        now = checkpoint(config, step, "trainable")
+        before = (
+            checkpoint(config, step - 1, "trainable") if step > 1 else {n: torch.zeros_like(w) for n, w in now.items()}
+        )
+        names = [name for name in now if "lora_B" in name]
+        moved = math.sqrt(sum(float((now[n] - before[n]).pow(2).sum()) for n in names))
+        direction = math.sqrt(sum(float(adam_direction(config, step, n).pow(2).sum()) for n in names))
+        return pytest.approx(moved / direction, rel=1e-3)
+
+    return seen
+
+
+def weight_decay(config: Config) -> Any:
+    """What the second update took from the adapters' A besides the step along Adam's direction."""
+    loop.train(config)
+    before, now = checkpoint(config, 1, "trainable"), checkpoint(config, 2, "trainable")
+    name, rate = next(name for name in now if "lora_A" in name), config.train.learning_rate
+    decayed = before[name] - now[name] - rate * adam_direction(config, 2, name)
+    return pytest.approx(float((decayed * before[name]).sum() / before[name].pow(2).sum()) / rate, abs=1e-3)
+
+
+def norm_of_the_first_gradient(config: Config) -> Any:
+    """As AdamW got it: its first moment is then a tenth of the gradient. None where it is the norm before clipping."""
+    loop.train(config)
+    moments = checkpoint(config, 1, "optimizer")
+    norm = 10 * math.sqrt(sum(float(m.pow(2).sum()) for name, m in moments.items() if name.endswith("|exp_avg")))
+    whole = next(row["grad_norm"] for row in rows(config) if row["step"] == 1 and "eval" not in row)
+    assert whole > 0.1
+    return None if norm == pytest.approx(whole, rel=1e-4) else pytest.approx(norm, rel=1e-4)
+
+
+def same_as_seed_0(config: Config) -> tuple[bool, bool]:
+    """Whether the order of the samples and the adapters' initial weights are those of seed 0."""
+    found = []
+    for one in (config, Config.model_validate(config.model_dump() | {"train": {"seed": 0, "batch_size": 2}})):
+        dataset = dataset_of(one)
+        order = list(itertools.chain.from_iterable(dataset.plan.step(step) for step in range(1, 5)))
+        torch.manual_seed(99)
+        learner, _ = learner_for(one)
+        found.append((order, next(p.detach() for n, p in learner.model.named_parameters() if "lora_A" in n)))
+    return found[0][0] == found[1][0], torch.equal(found[0][1], found[1][1])
+
+
+# --- how a run is executed ---
+
+
+def microbatches(config: Config) -> list[tuple[int, bool]]:
+    """The number of micro-batches of the first step, and whether their samples are packed."""
+    found = []
+    take = loop.train_step
+
+    def watched(learner: Any, own: Any, *others: Any) -> Any:
+        batches = list(own)
+        found.append((len(batches), all(batch.packed for batch in batches)))
+        return take(learner, iter(batches), *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", watched)
+        loop.train(config)
+    return found[:1]
+
+
+def num_shardings(config: Config) -> int:
+    """How often the weights of a model are sharded, were it one of two processes."""
+    runtime, calls = Runtime("float32"), []
+    runtime.num_processes, runtime._store = 2, HashStore()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "shard", lambda *arguments: calls.append(arguments))
+        loop.make_learner(config, load_processor(config.model.path), runtime)
+    return len(calls)
+
+
+def num_threads(config: Config) -> int:
+    loop.train(config)
+    return torch.get_num_threads()
+
+
+def seconds_of_the_supervisor(config: Config) -> list[float]:
+    found: list[float] = []
+
+    class Watched(processes.Supervisor):
+        def __init__(self, *arguments: Any) -> None:
+            found.extend(one for one in arguments if isinstance(one, float))
+            super().__init__(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "Supervisor", Watched)
+        loop.train(config)
+    return found
+
+
+def forward_passes_of_a_layer(config: Config) -> int:
+    learner, dataset = learner_for(config)
+    calls: list[int] = []
+    attention = learner.model.get_base_model().get_decoder().layers[0].self_attn
+    attention.register_forward_pre_hook(lambda *_: calls.append(1))
+    step_of(learner, dataset, [[0, 1]], packing=True)
+    return len(calls)
+
+
+def is_compiled(config: Config) -> bool:
+    """Whether torch compiles a layer when it is first called, which takes long and is left out."""
+    learner, _ = learner_for(config)
+    return learner.model.get_base_model().get_decoder().layers[0]._compiled_call_impl is not None
+
+
+def calls_of_the_tower_again(config: Config) -> tuple[int, bool]:
+    """Of the vision encoder in a second step over the same image; and whether anything is cached on disk."""
+    learner, dataset = learner_for(config)
+    step_of(learner, dataset, [[0]], packing=True)
+    calls: list[int] = []
+    learner.model.get_base_model().get_encoder(modality="image").register_forward_hook(lambda *_: calls.append(1))
+    step_of(learner, dataset, [[0]], packing=True)
+    cached = Path.home() / ".cache" / "mmtrain" / "features"
+    return len(calls), any(path.is_file() for path in cached.rglob("*"))
