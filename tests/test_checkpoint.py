@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections import namedtuple
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,14 @@ from torch import Tensor, nn
 from mmtrain.errors import NoCheckpointError, StorageError, UserError
 from mmtrain.train import checkpoint
 from mmtrain.train.checkpoint import CheckpointFolder, Snapshot, checkpoint_bytes, read_state, restore, snapshot
+
+
+@dataclass
+class Usage:
+    """Of a disk."""
+
+    free: int
+
 
 STATE = {"step": 5, "accepted": []}
 
@@ -207,8 +215,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before(
         raise SafetensorError(f"Error while serializing: I/O error: it failed (os error {number})")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(StorageError, match=r"step-000004: the checkpoint needs 0\.0 MB, [\d,.]+ MB are free"):
-        folder.save(4, small, STATE)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(3_500_000_000 if path == tmp_path else 0))
+    large = Snapshot({"w": torch.zeros(1, dtype=torch.int8).expand(500_000_000)}, small.moments)
+    with pytest.raises(StorageError, match=r"step-000004: the checkpoint needs 500\.0 MB, 3,500\.0 MB are free"):
+        folder.save(4, large, STATE)
     assert names(tmp_path) == ["step-000002"]
     assert folder.newest() == (tmp_path / "step-000002", [])
 
@@ -245,18 +255,19 @@ def test_room_is_needed_for_those_to_be_kept_and_one_more(
     tmp_path: Path, small: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """3 of 1 MB, less what lies there already."""
-    usage = namedtuple("usage", "total used free")
-    folder = CheckpointFolder(tmp_path / "checkpoints", 2)
-    held = 500_000
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 3_000_000 - held))
-    with pytest.raises(StorageError, match=r"2 checkpoints and one .* need 3\.0 MB more, 2\.5 MB are free"):
-        folder.check_room(1_000_000)
-    (tmp_path / "checkpoints" / "step-000002").mkdir()
-    (tmp_path / "checkpoints" / ".step-000004.new").mkdir()
-    (tmp_path / "checkpoints" / ".step-000004.new" / "left").write_bytes(bytes(10**6))
-    (tmp_path / "checkpoints" / "step-000002" / "state.json").write_bytes(bytes(held - 10_000))
+    place, held = tmp_path / "run" / "checkpoints", 500_000
+    folder = CheckpointFolder(place, 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(3_000_000_000 if path == place else 0))
+    folder.check_room(1_000_000_000)
+    with pytest.raises(StorageError, match=r"2 checkpoints and one .* need 3,300\.0 MB more, 3,000\.0 MB are free"):
+        folder.check_room(1_100_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(3_000_000 - held))
+    (place / "step-000002").mkdir()
+    (place / ".step-000004.new").mkdir()
+    (place / ".step-000004.new" / "left").write_bytes(bytes(10**6))
+    (place / "step-000002" / "state.json").write_bytes(bytes(held - 10_000))
     with pytest.raises(StorageError, match=r"need 2\.5 MB more"):
         folder.check_room(1_000_000)
-    (tmp_path / "checkpoints" / "step-000002" / "state.json").write_bytes(bytes(held + 10_000))
+    (place / "step-000002" / "state.json").write_bytes(bytes(held + 10_000))
     folder.check_room(1_000_000)
-    assert names(tmp_path / "checkpoints") == ["step-000002"]
+    assert names(place) == ["step-000002"]

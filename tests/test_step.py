@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
 from mmtrain.errors import NonFiniteError
-from mmtrain.train.gradients import branch_of, flatten, put_back, sum_running, sum_tree
+from mmtrain.train.gradients import branch_of, flatten, is_exact, put_back, sum_running, sum_tree
 from mmtrain.train.step import Learner, accumulate_gradients, train_step
 from support.learning import LORA, learner_for, relative_l2, step_of
 
@@ -193,3 +193,8 @@ def test_the_tree_adds_halves_of_halves() -> None:
     remaining = iter(leaves.clone())
     # (1 + big) + (1 + (1 - big)): the first 1 is lost, big - (big - 2) is left
     assert sum_tree(5, lambda: next(remaining), one).tolist() == branch_of(leaves).tolist() == [2.0]
+
+
+def test_the_tree_is_the_same_on_powers_of_two_that_divide_the_micro_batches() -> None:
+    found = {(n, processes) for n in (4, 6, 12) for processes in range(1, 13) if is_exact(n, processes)}
+    assert found == {(4, 1), (4, 2), (4, 4), (6, 1), (6, 2), (12, 1), (12, 2), (12, 4)}
