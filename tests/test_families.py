@@ -38,7 +38,10 @@ from support.families_tile import TILE
 from support.family_models import make_family
 
 # GLM-4V's processor hands a tensor to `np.array`
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.slow("every family of models; tests/test_labels.py has a few"),
+]
 
 FAMILIES = {**GRID, **TILE, **TEXT_ONLY}
 USABLE = [name for name, family in FAMILIES.items() if family.needs is None]

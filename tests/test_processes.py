@@ -43,7 +43,12 @@ def run(config: Config, processes: int, output: Path) -> tuple[list[dict[str, An
     return rows, load_file(output / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("batch_size", [8, 1], ids=["mixed", "fewer_samples_than_processes"])
+SLOW = pytest.mark.slow("several runs of two processes")
+
+
+@pytest.mark.parametrize(
+    "batch_size", [pytest.param(8, id="mixed"), pytest.param(1, id="fewer_samples_than_processes", marks=SLOW)]
+)
 def test_two_processes_equal_one(batch_size: int, make_config: Callable[..., Config], tmp_path: Path) -> None:
     tune = {**MIXED, "language": {**LORA, "dropout": 0.1}}
     # AdamW moves a weight whose gradient is nothing but rounding by the whole rate: 1e-2 would show that alone
@@ -61,6 +66,7 @@ def test_two_processes_equal_one(batch_size: int, make_config: Callable[..., Con
     assert difference <= 1e-5 * sum(float(one[name].double().pow(2).sum()) for name in one) ** 0.5
 
 
+@SLOW
 def test_two_processes_keep_features_and_give_the_same_bits(make_config: Callable[..., Config], tmp_path: Path) -> None:
     """Three epochs; each process keeps the features of the pictures that came to it."""
     settings = {"steps": 6, "batch_size": 4, "microbatches": 2, "learning_rate": 1e-3}
@@ -77,6 +83,7 @@ def test_two_processes_keep_features_and_give_the_same_bits(make_config: Callabl
     assert difference <= 1e-5 * sum(float(one[name].double().pow(2).sum()) for name in one) ** 0.5
 
 
+@SLOW
 def test_two_processes_score_every_sample_once(make_config: Callable[..., Config], tmp_path: Path) -> None:
     config = make_config("qwen2_5_vl", microbatch_tokens=100)
     (tmp_path / "config.yaml").write_text(dump_config(config))
