@@ -18,10 +18,12 @@ def test_compiled_layers_give_the_same_gradients(dropout: float, make_config: Ca
     plain, dataset = learner_for(make_config("qwen2_5_vl", tune))
     made, _ = learner_for(make_config("qwen2_5_vl", tune, compile=True))
     torch._dynamo.reset()
+    compiled = []
     for cuts in ([[0, 1, 2, 3], [4, 5, 6, 7]], [[0], [1, 2], [3, 4, 5, 6, 7]]):
         loss, gradients = step_of(made, dataset, cuts, packing=True)
         expected, reference = step_of(plain, dataset, cuts, packing=True)
         assert loss == pytest.approx(expected, rel=1e-6)
         assert relative_l2(gradients, reference) < 1e-5  # measured: 4e-7
-    frames = torch._dynamo.utils.counters["frames"]
-    assert frames["ok"] > 0  # something was compiled
+        compiled.append(torch._dynamo.utils.counters["frames"]["ok"])
+    assert compiled[0] > 0
+    assert dropout or compiled[1] == compiled[0]  # where the samples of a row end is not compiled in
