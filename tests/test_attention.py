@@ -35,7 +35,7 @@ def attend(row: PackedRow | None, query: Tensor, key: Tensor, value: Tensor, **o
     return attention._attention(MODULE, query, key, value, None, packed_row=row, **others)[0]
 
 
-@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("window", [None, 1, 4, 8, 9, 100])
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_attention_within_samples_is_that_of_a_dense_mask(window: int | None, key_heads: int) -> None:
     length = sum(LENGTHS)

@@ -21,9 +21,11 @@ def test_compiled_layers_give_the_same_gradients(make_config: Callable[..., Conf
     made, _ = learner_for(make_config("qwen2_5_vl", tune, compile=True))
     assert last_mlp(plain.model) is not None
     torch._dynamo.reset()
+    compiled = []
     for cuts in ([[0, 1, 2, 3], [4, 5, 6, 7]], [[0], [1, 2], [3, 4, 5, 6, 7]]):
         loss, gradients = step_of(made, dataset, cuts, packing=True)
         expected, reference = step_of(plain, dataset, cuts, packing=True)
         assert loss == pytest.approx(expected, rel=1e-6)
         assert relative_l2(gradients, reference) < 1e-5  # measured: 4e-7
-    assert torch._dynamo.utils.counters["frames"]["ok"] > 0  # something was compiled
+        compiled.append(torch._dynamo.utils.counters["frames"]["ok"])
+    assert compiled[0] > 0

@@ -19,7 +19,7 @@ from mmtrain.evaluate.command import Evaluation, Options
 from mmtrain.inspect_labels.losses import token_losses
 from mmtrain.model import attention
 from mmtrain.model import packing_trial as packing
-from mmtrain.model.load import load_model
+from mmtrain.model.load import checkpoint_activations, load_model
 from mmtrain.model.packing_trial import packing_fault
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.packing import choose_packing
@@ -90,6 +90,38 @@ def test_a_window_too_long_to_try_is_not_taken_on_trust(load: Load, monkeypatch:
     monkeypatch.setattr(packing, "_CPU_MULTIPLICATIONS", 1.0)
     assert "too long to try" in (packing_fault(*load("gpt_oss"), torch.float32) or "")
     assert packing_fault(*load("windows"), torch.float32) is None
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_that_does_not_pass_the_row_on_is_noticed(name: str, checkpointing: bool, load: Load) -> None:
+    """Its attention then sees one long sample."""
+
+    def without_row(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return args, {key: value for key, value in kwargs.items() if key != attention.KEYWORD}
+
+    model, processor = load(name)
+    if checkpointing:
+        checkpoint_activations(model)
+    assert packing_fault(model, processor, torch.float32) is None
+    layer = model.get_decoder().layers[-1]
+    layer.self_attn.register_forward_pre_hook(without_row, with_kwargs=True)
+    assert "in a packed row" in (packing_fault(model, processor, torch.float32) or "")
+
+
+def test_a_model_that_refuses_the_keyword_falls_back(load: Load) -> None:
+    model, processor = load("llama")
+    own = model.forward
+
+    def forward(
+        input_ids: Any, position_ids: Any, use_cache: Any, logits_to_keep: Any, attention_mask: Any = None
+    ) -> Any:
+        return own(input_ids, attention_mask, position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep)
+
+    model.forward = forward
+    found = packing_fault(model, processor, torch.float32) or ""
+    assert found.startswith("this model cannot run packed rows: TypeError: ")
+    assert attention.KEYWORD in found
 
 
 def test_rows_that_change_each_other_even_when_padded_are_refused(load: Load) -> None:
