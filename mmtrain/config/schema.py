@@ -202,6 +202,9 @@ class Run(Section):
     compile: Annotated[bool, Marker.AFFECTS_BITS] = False
     """Compile the layers of the language model with torch.compile: fewer passes over memory, after a minute or more
     before the first step. Needs a C++ compiler on the CPU."""
+    kernels: Annotated[Literal["auto", "off"], Marker.AFFECTS_BITS] = "auto"
+    """Replace modules of the model by faster equivalents, each one where a trial at the start shows that it computes
+    the same (`auto`), or compute everything with the model's own modules (`off`)."""
     image_cache: Annotated[ImageCache, Marker.AFFECTS_BITS] = ImageCache()
     """Where vision and projector are frozen, each image goes through them once and their outputs are cached. 0 for
     both sizes: no cache."""

@@ -112,7 +112,8 @@ def make_learner(
     sharded = settings.weights == "shard" and runtime.num_processes > 1
     if not sharded:
         model.to(runtime.device)
-    say(install(model).line)
+    if settings.kernels == "auto":
+        say(install(model).line)
     costs = cost_model(base, components, config.tune)
     packing = choose_packing(model, processor, config, runtime, say)  # on the CPU where weights are sharded later
     if settings.compile:

@@ -20,6 +20,7 @@ from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.model.components import prepare_learning
+from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
 from mmtrain.runtime import processes
 from mmtrain.runtime.processes import Runtime
@@ -271,6 +272,12 @@ def forward_passes_of_a_layer(config: Config) -> int:
     attention.register_forward_pre_hook(lambda *_: calls.append(1))
     step_of(learner, dataset, [[0, 1]], packing=True)
     return len(calls)
+
+
+def has_kernels(config: Config) -> bool:
+    """Whether any module of the model is computed by a kernel."""
+    learner, _ = learner_for(config)
+    return any(kernel_of(module) is not None for module in learner.model.modules())
 
 
 def is_compiled(config: Config) -> bool:
