@@ -60,13 +60,15 @@ def test_the_gate_and_its_gradients_are_the_formulas(
 @pytest.mark.parametrize("rows", [1, 5, 3000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("wide", [True, False])
 def test_the_norm_and_its_gradient_are_the_formula(
-    rows: int, dtype: torch.dtype, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, dtype: torch.dtype, on_cpu: bool, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where 1 is added to the weight, it comes in float32."""
     monkeypatch.setattr(rowwise, "_is_cached", lambda value: on_cpu)
     torch.manual_seed(0)
     x = torch.randn(2, rows, 48).to(dtype).requires_grad_()
-    weight, outer = torch.rand(48).to(dtype), torch.randn(2, rows, 48).to(dtype)
+    weight, outer = torch.rand(48).to(torch.float32 if wide else dtype), torch.randn(2, rows, 48).to(dtype)
     found = rms_norm(x, weight, 1e-5)
     (gradient,) = torch.autograd.grad(found, x, outer)
 

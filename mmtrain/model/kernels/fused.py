@@ -91,10 +91,10 @@ def fuse_mlps(decoder: Any, trials: Trials) -> None:
             mlp = decoder.get_submodule(name)
             kernel = Fused(_gated(mlp))
             trials.keep(mlp, {"": kernel}, (kernel.example(mlp),))
-    last = decoder.get_submodule(run.order[-1])
-    layer = re.match(r".*?\.\d+(?=\.)", run.order[-1])
-    if layer is not None and isinstance(kernel_of(last), Fused) and run.is_needed_by_row(last):
-        compute_at_predicting(decoder.get_submodule(layer[0]), last)
+    for name in run.order[-1:]:
+        last, layer = decoder.get_submodule(name), re.match(r".*?\.\d+(?=\.)", name)
+        if layer is not None and isinstance(kernel_of(last), Fused) and run.is_needed_by_row(last):
+            compute_at_predicting(decoder.get_submodule(layer[0]), last)
 
 
 def _can_be_fused(module: nn.Module) -> bool:
@@ -151,13 +151,13 @@ class _Run:
     def is_needed_by_row(self, mlp: nn.Module) -> bool:
         """Whether a row of the decoder's result needs that row alone of what `mlp` gives."""
         rows = [ROW_MULTIPLE // 4, ROW_MULTIPLE // 2]
-        expected = self._hidden()[:, rows]
         kept = torch.zeros_like(self._ids).index_fill(1, torch.tensor(rows, device=self._ids.device), 1)
         handle = mlp.register_forward_hook(lambda module, args, out: out * kept[..., None])
         try:
-            return torch.equal(self._hidden()[:, rows], expected)
+            found = self._hidden()[:, rows]
         finally:
             handle.remove()
+        return torch.equal(found, self._hidden()[:, rows])
 
     def _hidden(self) -> Tensor:
         """(1, ROW_MULTIPLE, width)"""
@@ -171,9 +171,7 @@ class _Run:
             for names, hook in ((norms, self._saw_norm), (mlps, self._saw_mlp), (around, self._saw_call)):
                 for name in names:
                     module = self.decoder.get_submodule(name)
-                    after = partial(hook, name)
-                    handle = module.register_forward_hook(after, with_kwargs=True)
-                    hooks.callback(handle.remove)
+                    hooks.callback(module.register_forward_hook(partial(hook, name), with_kwargs=True).remove)
             self._hidden()
         self.order = [name for name in self.order if self._count[name] == 1]
         self.norm_before = {mlp: norm for mlp, norm in self.norm_before.items() if self._count[norm] == 1}

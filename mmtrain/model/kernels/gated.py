@@ -42,15 +42,19 @@ class Gated(Kernel):
 def gated_kernels(module: nn.Module) -> Iterator[Gated]:
     """The kernels to try on `module`, which differ in what they take for the gate; none where it is no gated MLP."""
     linear = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear | LoraLinear)}
-    if len(linear) not in (2, 3):
+    if len(linear) not in (2, 3) or _num_parameters(module) != sum(map(_num_parameters, linear.values())):
         return
-    activation = _activation(module)
     for down in reversed(linear):  # the last one, nearly always
         inputs = tuple(name for name in linear if name != down)
         sizes = {(linear[name].in_features, linear[name].out_features) for name in inputs}
         inner = linear[down].in_features * (3 - len(inputs))
         if sizes == {(linear[down].out_features, inner)}:
+            activation = _activation(module)
             yield from (Gated(Gate(activation, up_first), inputs, down) for up_first in (False, True))
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(1 for _ in module.parameters())
 
 
 def _activation(module: nn.Module) -> Activation:
@@ -65,7 +69,7 @@ def _is(function: Any, activation: Activation) -> bool:
     """Tried on numbers; in float32 the approximations of GELU differ by 5e-4."""
     numbers = torch.linspace(-6, 6, 97)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng([]):
             return torch.allclose(function(numbers.clone()), activation.of(numbers), rtol=1e-5, atol=1e-6)
     except Exception:  # it is no activation
         return False

@@ -11,7 +11,8 @@ from mmtrain.model.kernels.rowwise import rms_norm
 from mmtrain.model.kernels.trial import Kernel, noise
 
 _SIZES = (3.0, 1.0, 1e-3, 1e-4)
-"""Sizes of the rows of a trial: the smallest show where the epsilon is added."""
+"""Sizes of the rows of a trial, whose mean is not zero: the smallest show where the epsilon is added, the mean whether
+it is taken off."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class RMSNorm(Kernel):
 
     def example(self, module: Any) -> Tensor:
         sizes = torch.tensor(_SIZES).repeat(2)[:, None]
-        return (noise(len(sizes), len(module.weight)) * sizes).to(module.weight)
+        return ((noise(len(sizes), len(module.weight)) + 1) * sizes).to(module.weight)
 
 
 def norm_kernels(module: nn.Module) -> Iterator[RMSNorm]:
