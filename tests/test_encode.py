@@ -5,8 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import pytest
+<<<<<<< HEAD
+=======
+from support.label_models import NUM_PLACEHOLDERS, TEMPLATES, make_directory
+from transformers import AutoTokenizer
+>>>>>>> wt-k
 
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
@@ -96,8 +102,9 @@ OPEN = "{% if add_generation_prompt %}assistant:{% endif %}"
 def test_a_reply_that_is_rewritten_once_others_follow_is_refused_but_as_the_last(tmp_path: Path) -> None:
     text = "{% for m in messages %}{{ m.role }}{{ '!' if not loop.last and m.role == 'assistant' }}:{{ m.content }}\n"
     encoder = Encoder(template(tmp_path, text + "{% endfor %}" + OPEN))
-    with pytest.raises(SampleError, match=r"rewrites turn 2 once others follow.*labels\.train_on to last"):
-        encoder.encode(talk(USER, RED, USER, RED), Path())
+    for conversation in (talk(USER, RED, USER, RED), talk(USER, RED, USER)):
+        with pytest.raises(SampleError, match=r"rewrites turn 2 once others follow.*labels\.train_on to last"):
+            encoder.encode(conversation, Path())
     assert encoder.encode(talk(USER, replace(RED, train=False), USER, RED), Path()).supervised.any()
 
 
@@ -133,6 +140,13 @@ def test_every_image_has_its_own_span(vision: ChatProcessor, folder: Path) -> No
     assert spans == [[placeholder] * NUM_PLACEHOLDERS] * 2
     assert encoded.ids.tolist().count(placeholder) == 2 * NUM_PLACEHOLDERS
     assert encoded.ids[0] == vision.tokenizer.bos_token_id
+    assert (encoded.ids.dtype, encoded.supervised.dtype) == (np.int32, np.bool_)
+    traced = Encoder(vision).trace(talk(Message("user", images), RED), encoded)
+    pieces = [i for i, piece in enumerate(traced.pieces) if piece.kind == "image"]
+    owners = [traced.owners[span.start : span.start + span.length] for span in encoded.images]
+    assert owners == [(piece,) * NUM_PLACEHOLDERS for piece in pieces]
+    assert traced.owners[0] == -1  # BOS is the tokenizer's
+    assert traced.encoded is encoded
 
 
 @pytest.mark.parametrize("what", ["ids", "supervised"])
@@ -168,3 +182,60 @@ def test_an_end_that_the_template_lacks_comes_from_no_text(folder: Path, tmp_pat
         i for i, id_ in enumerate(encoded.ids) if id_ == eos
     ]
     assert owners.count(-1) == 2
+
+
+SPOKEN = [" what? ", "a circle", "is it red:", "12 30\n", "", "**bold**"]
+
+
+def spoken(*texts: str) -> Conversation:
+    """Texts of the user and the assistant in turn."""
+    turns = [Message("assistant" if n % 2 else "user", (Text(text),)) for n, text in enumerate(texts)]
+    return talk(*turns)
+
+
+@pytest.mark.parametrize("template", ["chatml", "gemma", "llama3", "mistral"])
+@pytest.mark.parametrize("tokenizer", ["metaspace_first", "legacy"])
+def test_ids_are_the_tokenizers_own_where_they_depend_on_what_is_before(
+    tokenizer: str, template: str, tmp_path: Path
+) -> None:
+    made = TEMPLATES[template]
+    path = make_directory(tmp_path, tokenizer, made.text, bos_in_front=template == "llama3")
+    encoded = Encoder(load_processor(str(path), tried=True)).encode(spoken(*SPOKEN), Path())
+    messages: list[dict[str, Any]] = [
+        {
+            "role": "assistant" if n % 2 else "user",
+            "content": [{"type": "text", "text": text}] if made.parts else text,
+        }
+        for n, text in enumerate(SPOKEN)
+    ]
+    theirs = AutoTokenizer.from_pretrained(path)
+    assert encoded.ids.tolist() == theirs.apply_chat_template(messages, return_dict=False)
+
+
+@pytest.mark.parametrize("tokenizer", ["metaspace_first", "legacy"])
+def test_an_added_end_does_not_change_what_follows(tokenizer: str, tmp_path: Path) -> None:
+    path = make_directory(tmp_path, tokenizer, TEMPLATES["no_end"].text)
+    processor = load_processor(str(path), tried=True)
+    without = Encoder(processor, end_of_turn=False).encode(spoken(*SPOKEN), Path())
+    encoded = Encoder(processor).encode(spoken(*SPOKEN), Path())
+    eos = processor.tokenizer.eos_token_id
+    assert eos not in without.ids
+    assert [id_ for id_ in encoded.ids if id_ != eos] == without.ids.tolist()
+    ends = [i for i, id_ in enumerate(encoded.ids) if id_ == eos]
+    assert len(ends) == 3
+    assert encoded.supervised[ends].all()
+    assert encoded.num_supervised == without.num_supervised + 3
+
+
+@pytest.mark.parametrize("tokenizer", ["metaspace_first", "legacy", "byte_level"])
+def test_a_special_token_in_the_words_is_text(tokenizer: str, tmp_path: Path) -> None:
+    path = make_directory(tmp_path, tokenizer, TEMPLATES["chatml"].text)
+    processor = load_processor(str(path), tried=True)
+    plain, literal = (Encoder(processor).encode(spoken(word, f"so {word}"), Path()) for word in ("word", "</s>"))
+    special = set(processor.tokenizer.convert_tokens_to_ids(["</s>", "<|im_start|>", "<|im_end|>"]))
+    assert [id_ for id_ in plain.ids if id_ in special] == [id_ for id_ in literal.ids if id_ in special]
+    trained = processor.tokenizer.decode(literal.ids[literal.supervised], clean_up_tokenization_spaces=False)
+    assert trained.strip() == "so </s><|im_end|>"
+    traced = Encoder(processor).trace(spoken("</s>", "so </s>"), literal)
+    words = [id_ for id_, owner in zip(literal.ids, traced.owners, strict=True) if traced.pieces[owner].kind == "words"]
+    assert processor.tokenizer.decode(words, clean_up_tokenization_spaces=False).count("</s>") == 2
