@@ -8,11 +8,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-<<<<<<< HEAD
-=======
-from support.label_models import NUM_PLACEHOLDERS, TEMPLATES, make_directory
 from transformers import AutoTokenizer
->>>>>>> wt-k
 
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
