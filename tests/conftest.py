@@ -14,6 +14,11 @@ from support.builders import MAKERS, mixed_rows, train_and_run, write_jsonl
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: a long file that starts last keeps one process busy while the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What mmtrain keeps in the user's cache is made anew by every session of tests."""
