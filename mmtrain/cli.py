@@ -16,7 +16,7 @@ MAX_LINES_SHOWN = 100
 
 app = typer.Typer(
     name="mmtrain",
-    help="Teach a vision-language model from your own image-text chats.",
+    help="Fine-tune vision-language models on your own image-text chats.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -44,7 +44,7 @@ def train(
     ] = False,
     accept_change: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY", help="Go on though KEY changed since the checkpoint; may be repeated."),
+        typer.Option(metavar="KEY", help="Resume although KEY changed since the checkpoint; may be repeated."),
     ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Processes on this node.", show_default="one a GPU, or one")
@@ -116,7 +116,7 @@ def perplexity(
     ] = None,
     data: Annotated[list[str] | None, typer.Option(help="A data file instead of data.eval; may be repeated.")] = None,
     images: Annotated[
-        Literal["right", "all"], typer.Option(help="all: also with swapped, grey and no pictures.")
+        Literal["right", "all"], typer.Option(help="all: also with swapped, grey and no images.")
     ] = "right",
     json: Annotated[bool, typer.Option("--json", help="Every figure as one JSON object.")] = False,
 ) -> None:

@@ -49,9 +49,9 @@ def talk(*messages: Message) -> Conversation:
 @pytest.mark.parametrize(
     ("conversation", "train_on", "reason"),
     [
-        (talk(USER), "assistant", "no assistant turn to learn from"),
-        (talk(USER, replace(RED, train=False)), "assistant", "no assistant turn to learn from"),
-        (talk(USER, RED, USER, replace(RED, train=False)), "last", "no assistant turn to learn from"),
+        (talk(USER), "assistant", "no assistant turn to train on"),
+        (talk(USER, replace(RED, train=False)), "assistant", "no assistant turn to train on"),
+        (talk(USER, RED, USER, replace(RED, train=False)), "last", "no assistant turn to train on"),
         (talk(RED, USER, RED), "assistant", "begins with the assistant"),
     ],
 )
@@ -76,7 +76,7 @@ def test_a_first_reply_that_is_not_trained_on_is_context(chatml: ChatProcessor) 
 def test_a_sample_without_a_supervised_token_is_refused(chatml: ChatProcessor) -> None:
     """A reply without text, and its end is not trained on."""
     silent = talk(USER, Message("assistant", (Text(""),)))
-    with pytest.raises(SampleError, match="no token of it is learned"):
+    with pytest.raises(SampleError, match="no token of it is trained on"):
         Encoder(chatml, end_of_turn=False).encode(silent, Path())
     assert Encoder(chatml).encode(silent, Path()).num_supervised == 1
 
@@ -112,7 +112,7 @@ def test_a_reply_that_does_not_begin_as_the_prompt_does_is_refused(tmp_path: Pat
 
 
 def test_images_for_a_model_without_them_are_refused(chatml: ChatProcessor, folder: Path) -> None:
-    with pytest.raises(SampleError, match="has pictures and this model takes none"):
+    with pytest.raises(SampleError, match="has images and this model takes none"):
         Encoder(chatml).encode(talk(Message("user", (Image("0.png"), Text("what?"))), RED), folder)
 
 

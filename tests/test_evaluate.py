@@ -110,7 +110,7 @@ def test_a_model_with_uniform_output_has_the_perplexity_of_its_vocabulary(
 
 
 def shapes_rows(number: int) -> list[dict[str, Any]]:
-    """Open questions of held-out pictures, by their absolute places."""
+    """Open questions of held-out images, by their absolute places."""
     rows = json.loads((SHAPES / "test.json").read_text())
     return [row for row in rows if row["conversations"][1]["value"] not in ("yes", "no")][:number]
 
@@ -127,7 +127,7 @@ def test_what_the_pictures_are_worth(make_config: MakeConfig, tmp_path: Path) ->
     seeing = run(Config.model_validate(sections), tmp_path, "--json", "--images", "all")["images"]
     assert seeing["swapped"]["interval"][0] > 0.5
     assert seeing["grey"]["interval"][0] > 0.5
-    assert "does not look" not in seeing["verdict"]
+    assert "ignores the images" not in seeing["verdict"]
     assert (seeing["swapped"]["num_samples"], seeing["swapped"]["num_left_out"]) == (120, 0)
 
     processor = load_processor(str(TINY))
@@ -143,7 +143,7 @@ def test_what_the_pictures_are_worth(make_config: MakeConfig, tmp_path: Path) ->
     low, high = blind["swapped"]["interval"]
     assert low <= 1e-6
     assert high >= -1e-6
-    assert "does not look" in blind["verdict"]
+    assert "ignores the images" in blind["verdict"]
 
 
 def test_swapped_pictures_are_never_the_sample_s_own(make_config: MakeConfig) -> None:
@@ -185,7 +185,7 @@ def test_compare_gives_paired_differences(make_config: MakeConfig, tmp_path: Pat
 def test_nothing_supervised_is_an_error(make_config: MakeConfig, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "train": False}]
     data = write_jsonl(tmp_path / "none.jsonl", [{"messages": turns}])
-    with pytest.raises(UserError, match="no assistant turn to learn from"):
+    with pytest.raises(UserError, match="no assistant turn to train on"):
         run(make_config("text"), tmp_path, "--data", str(data))
     with pytest.raises(UserError, match="there are no sources"):
         run(make_config("text"), tmp_path)

@@ -162,7 +162,7 @@ def test_a_trial_that_fails_says_why(model_dirs: dict[str, Path], monkeypatch: p
     monkeypatch.setattr(model.base_model, "get_image_features", broken)
     said: list[str] = []
     assert find_fields(model, processor, said.append) is None
-    assert said == ["features of pictures: trying them ended with RuntimeError: no such thing"]
+    assert said == ["image cache: its trial ended with RuntimeError: no such thing"]
 
 
 def test_features_that_a_learning_weight_went_into_are_not_kept(model_dirs: dict[str, Path]) -> None:

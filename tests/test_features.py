@@ -160,7 +160,7 @@ def test_a_resume_without_keeping_says_that_bits_may_differ(
     settings = {"steps": 2, "batch_size": 4, "checkpoint_every": 1}
     config = make_config("llava", LANGUAGE, **settings)
     train(config)
-    assert "features of pictures: kept, 2 GiB in memory and 0 GiB on disk" in capsys.readouterr().err
+    assert "image cache: on, 2 GiB in memory and 0 GiB on disk" in capsys.readouterr().err
     shutil.rmtree(Path(config.run.output_dir) / "adapter")
     shutil.rmtree(Path(config.run.output_dir) / "checkpoints" / "step-000002")
     train(make_config("llava", LANGUAGE, image_cache=OFF, **settings))
@@ -250,7 +250,7 @@ def test_where_nothing_can_be_written_the_run_goes_on(
         (tmp_path / "home" / ".cache" / "mmtrain" / "features").write_text("")
     train(config)
     assert [row["step"] for row in rows(config)] == [1, 2, 3]
-    assert capsys.readouterr().err.count("no more features of pictures are kept in") == 1
+    assert capsys.readouterr().err.count("no more image features are cached in") == 1
 
 
 @pytest.mark.parametrize(

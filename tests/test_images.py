@@ -291,13 +291,13 @@ def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
     told = refusal("a.png", tmp_path)
     assert "'a.png'" in told
-    assert "not a picture of a known kind" in told
+    assert "not an image of a known kind" in told
 
 
 @pytest.mark.parametrize("kind", ["ICO", "PCX", "TGA", "PDF"])
 def test_other_kinds_are_not_even_opened(tmp_path: Path, kind: str) -> None:
     save(noise(16, 16), tmp_path / "a.png", format=kind)
-    assert "not a picture of a known kind" in refusal("a.png", tmp_path)
+    assert "not an image of a known kind" in refusal("a.png", tmp_path)
 
 
 @pytest.mark.parametrize("size", [(7_072, 7_072), (10_001, 10_000), (13_000, 13_000), (50_000, 50_000), (2**31 - 1, 1)])

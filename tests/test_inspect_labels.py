@@ -142,7 +142,7 @@ def test_a_sample_that_is_refused_is_named_and_the_exit_code_is_1(make_config: M
     code, out, err = run(config, tmp_path, "--index", "0", "--index", "8")
     assert code == 1
     assert "mixed.jsonl:1 · sample 0" in out.replace("\n", "")
-    assert "mixed.jsonl:9: refused: there is no assistant turn to learn from" in err
+    assert "mixed.jsonl:9: refused: there is no assistant turn to train on" in err
 
 
 def test_an_index_out_of_range_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:

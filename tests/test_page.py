@@ -141,7 +141,7 @@ def test_learned_runs_and_turns(views: list[SampleView], written: tuple[str, Pat
         assert values["data-role"] in (values["data-has"] or "").split()
     turns = [values["class"] for values in page.named("section")]
     assert turns == ["turn system", "turn user", "turn assistant", *["turn user", "turn assistant"] * 2]
-    assert "the record says not to learn this turn" in written[0]
+    assert "the record says not to train on this turn" in written[0]
 
 
 def test_nothing_comes_from_outside(written: tuple[str, Path]) -> None:
@@ -306,7 +306,7 @@ def test_the_page_works_in_a_browser(
     assert match is not None
     seen = json.loads(html.unescape(match[1]))
     last = views[1].tokens[-1]
-    assert f"position {last.position} · id {last.id}label -100 (not learned)role template" in seen.pop("tip")
+    assert f"position {last.position} · id {last.id}label -100 (not trained on)role template" in seen.pop("tip")
     assert seen == {
         "all": 2,
         "found": 1,

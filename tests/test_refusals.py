@@ -27,7 +27,7 @@ def chat(question: str, answer: str, images: list[str] | None = None, role: str 
 FAULTY: dict[int, tuple[Any, str]] = {
     2: (chat("<image><image>What?", "this", ["ok.png"]), "2 <image> marks but 1 image"),
     3: (chat("<image>What?", "this", ["missing.png"]), "No such file"),
-    4: (chat("<image>What?", "this", ["notes.txt"]), "not a picture of a known kind"),
+    4: (chat("<image>What?", "this", ["notes.txt"]), "not an image of a known kind"),
     5: (chat("What?", "this", role="narrator"), "unknown role 'narrator'"),
     6: (chat("What?", ""), "an assistant turn without text"),
     7: (chat("What?", "word " * 300), "tokens, over the 200 allowed (data.max_length)"),
@@ -135,7 +135,7 @@ def test_pictures_for_a_model_without_them_are_refused(make_config: Callable[...
     data = write_jsonl(tmp_path / "data.jsonl", [chat("<image>What?", "this", ["ok.png"])])
     config = make_config("text")
     changed = config.model_dump() | {"data": {"train": [{"path": str(data)}]}}
-    with pytest.raises(UserError, match=r"data\.jsonl:1: the sample has pictures and this model takes none"):
+    with pytest.raises(UserError, match=r"data\.jsonl:1: the sample has images and this model takes none"):
         train(Config.model_validate(changed))
 
 

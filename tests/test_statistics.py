@@ -296,18 +296,18 @@ def test_verdict_in_words() -> None:
     found = difference(uneven(40, seed=8), uneven(40, seed=8))
     swapped = {**found, "nats_per_token": 0.3, "interval": [0.2, 0.4], "share": 0.25}
     assert image_verdict({"swapped": swapped}) == (
-        "the pictures are worth 0.3000 nats per token (95 % interval 0.2000 to 0.4000), "
-        "25.0 % of the loss with the right pictures"
+        "the images are worth 0.3000 nats per token (95 % interval 0.2000 to 0.4000), "
+        "25.0 % of the loss with the right images"
     )
     blind = {**found, "nats_per_token": -0.01, "interval": [-0.03, 0.01]}
     assert image_verdict({"swapped": blind}) == (
-        "the model does not look at the pictures: other pictures change nothing "
+        "the model ignores the images: other images change nothing "
         "(-0.0100 nats per token, 95 % interval -0.0300 to 0.0100)"
     )
     below = image_verdict({"swapped": {**found, "nats_per_token": -0.2, "interval": [-0.3, -0.1]}})
-    assert below.startswith("the model does not look at the pictures: other pictures serve it no worse (-0.2000")
+    assert below.startswith("the model ignores the images: other images serve it no worse (-0.2000")
     rounding = image_verdict({"swapped": {**found, "nats_per_token": 1e-8, "interval": [1e-9, 2e-8]}})
-    assert rounding.startswith("the model does not look at the pictures: other pictures change nothing (0.0000")
+    assert rounding.startswith("the model ignores the images: other images change nothing (0.0000")
     assert image_verdict({"swapped": {**swapped, "num_samples": 1}}).endswith("; only 1 sample: too few to be sure")
     assert "not known" in image_verdict({"swapped": None})
 
@@ -324,7 +324,7 @@ def test_report_says_everything_in_80_columns() -> None:
         assert any(line.startswith(name) for line in lines), name
     for entry in row["least_likely"] + row["most_likely"]:
         assert f"{entry['nll']:>10.4f}  {entry['place']}" in lines
-    assert "the pictures are worth" in " ".join(text.lower().split())
+    assert "the images are worth" in " ".join(text.lower().split())
 
 
 def test_report_without_pictures() -> None:

@@ -77,7 +77,7 @@ class Checker:
         Raises SampleError where the template refuses the conversation or a picture's size.
         """
         if all(label == IGNORED for label in labels):
-            return [Finding(NO_LABEL, True, "no token of it is learned")]
+            return [Finding(NO_LABEL, True, "no token of it is trained on")]
         found = list(_wrong_labels(ids, labels))
         folded_ids, folded, faults = self._fold(list(ids), list(labels), sizes)
         found += faults + self._turns(_Sample(conversation.messages, folded_ids, folded, _spans(folded)))
@@ -96,17 +96,17 @@ class Checker:
             span = list(self._processor.image_tokens(size).ids)
             start = _find(ids, span, at)
             if start is None:
-                reason = f"picture {number} of {size[0]}x{size[1]} should be {len(span)} tokens in a row: not found"
+                reason = f"image {number} of {size[0]}x{size[1]} should be {len(span)} tokens in a row: not found"
                 faults.append(Finding(PICTURE, True, reason))
                 continue
             if taught := sum(label != IGNORED for label in labels[start : start + len(span)]):
-                faults.append(Finding(PLACEHOLDER, True, f"{taught} tokens of picture {number} are learned"))
+                faults.append(Finding(PLACEHOLDER, True, f"{taught} tokens of image {number} are trained on"))
             new_ids += [*ids[at:start], image_id]
             new_labels += [*labels[at:start], IGNORED]
             at = start + len(span)
         new_ids, new_labels = new_ids + ids[at:], new_labels + labels[at:]
         if stray := new_labels.count(image_id):
-            faults.append(Finding(PLACEHOLDER, True, f"{stray} placeholders outside every picture are learned"))
+            faults.append(Finding(PLACEHOLDER, True, f"{stray} placeholders outside every image are trained on"))
         return new_ids, [IGNORED if label == image_id else label for label in new_labels], faults
 
     def _trained(self, messages: tuple[Message, ...]) -> list[int]:
@@ -133,7 +133,7 @@ class Checker:
     def _outside(self, sample: _Sample, turn: int, span: _Span) -> Finding:
         where = f"turn {turn + 1} ({sample.messages[turn].role})" if turn >= 0 else "outside the answers"
         text = self._processor.decode(sample.ids[slice(*span)])
-        return Finding(OUTSIDE, True, f"{where} is not to be learned, and {shown(text)} is")
+        return Finding(OUTSIDE, True, f"{where} is not to be trained on, and {shown(text)} is")
 
     def _by_place(self, sample: _Sample, trained: list[int]) -> dict[int, list[_Span]]:
         """Each span under the assistant's turn that it overlaps most, or -1: counted in characters, space left out."""
@@ -209,7 +209,7 @@ class Checker:
         """Whether the labels of a turn are its words and its end."""
         name, message = f"turn {turn + 1}", sample.messages[turn]
         if not spans:
-            yield Finding(NO_WORDS, True, f"{name}: nothing of {shown(message.text)} is learned")
+            yield Finding(NO_WORDS, True, f"{name}: nothing of {shown(message.text)} is trained on")
             return
         frame = self._frame(form_of(sample.messages), turn)
         labels = [label for span in spans for label in sample.labels[slice(*span)]]
@@ -218,9 +218,9 @@ class Checker:
         if self._end_of_turn and frame.other_end and not has_end:
             yield Finding(OTHER_END, False, f"{name}: the template writes another token there, which is not trained on")
         elif self._end_of_turn and not has_end:
-            yield Finding(NO_END, True, f"{name}: the token that ends it is not learned")
+            yield Finding(NO_END, True, f"{name}: the token that ends it is not trained on")
         if has_end and not self._end_of_turn:
-            yield Finding(OUTSIDE, True, f"{name}: its end is learned, and labels.end_of_turn is false")
+            yield Finding(OUTSIDE, True, f"{name}: its end is trained on, and labels.end_of_turn is false")
         if self._end_of_turn and not frame.end and not frame.other_end:
             yield Finding(ADDED_END, False, f"{name}: the template has no end token, the tokenizer's is put there")
         labels = labels[: len(labels) - num_end]
@@ -228,7 +228,7 @@ class Checker:
         before = sample.ids[max(0, start - _WINDOW) : start]
         text = self._processor.decode(before + labels)[len(self._processor.decode(before)) :]
         if not text.strip():
-            yield Finding(NO_WORDS, True, f"{name}: nothing of {shown(message.text)} is learned")
+            yield Finding(NO_WORDS, True, f"{name}: nothing of {shown(message.text)} is trained on")
             return
         written = self._as_written(sample, turn, frame, _normal(text))
         if written is not None:

@@ -113,7 +113,7 @@ def _plain(node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], faults: list
         key_line = key_node.start_mark.line + 1
         key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
         if key is None or key in mapping:
-            what = "a key must be a word" if key is None else f"the key {shown(key)} stands twice"
+            what = "a key must be a word" if key is None else f"the key {shown(key)} is given twice"
             faults.append(f"{name}:{key_line}: {what}")
             continue
         lines[(*at, key)] = key_line

@@ -138,7 +138,7 @@ class Encoder:
             turns = turns[-1:]
         turns = [turn for turn in turns if messages[turn].train]
         if not turns:
-            raise SampleError("there is no assistant turn to learn from")
+            raise SampleError("there is no assistant turn to train on")
         if turns[0] == 0:
             raise SampleError("the conversation begins with the assistant: there is no prompt to answer")
         return turns
@@ -146,7 +146,7 @@ class Encoder:
     def _find_pictures(self, conversation: Conversation, root: Path) -> list[Picture]:
         pictures = [find_picture(image, root) for image in conversation.images]
         if pictures and self.processor.image_token is None:
-            raise SampleError("the sample has pictures and this model takes none")
+            raise SampleError("the sample has images and this model takes none")
         return pictures
 
     def _lay_out(self, conversation: Conversation) -> tuple[list[Piece], Sequence[Segment]]:
@@ -181,7 +181,7 @@ class Encoder:
             supervised += [segment.supervised] * len(new)
         supervised[0] = False
         if not any(supervised):
-            raise SampleError("no token of it is learned")
+            raise SampleError("no token of it is trained on")
         return Encoded(np.array(ids, np.int32), np.array(supervised, np.bool_), tuple(images)), placed
 
     def _prefix(self, pieces: list[Piece]) -> list[int]:

@@ -224,4 +224,4 @@ def _cause(error: Exception) -> str:
     if isinstance(error, PIL.Image.DecompressionBombError):
         return _TOO_MANY_PIXELS
     text = str(error) or type(error).__name__
-    return text if "cannot identify" not in text else f"not a picture of a known kind ({', '.join(FORMATS)})"
+    return text if "cannot identify" not in text else f"not an image of a known kind ({', '.join(FORMATS)})"

@@ -131,7 +131,7 @@ class Layout:
             raise SampleError("the model's chat template does not show every text of the conversation exactly once")
         if num_images != len(image_turns):
             raise SampleError(
-                f"the model's chat template writes {num_images} placeholders for {len(image_turns)} pictures"
+                f"the model's chat template writes {num_images} placeholders for {len(image_turns)} images"
             )
         return pieces
 

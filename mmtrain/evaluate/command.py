@@ -192,7 +192,7 @@ def _images(evaluation: Evaluation, right: Scores) -> dict[str, Any]:
                 "num_left_out": num_left_out,
             }
     if not found:
-        raise UserError("--images: no sample has a picture that could be changed")
+        raise UserError("--images: no sample has an image that could be changed")
     return {**found, "verdict": image_verdict(found)}
 
 

@@ -51,10 +51,10 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], console: Console) -> Non
 
 
 def image_verdict(images: Mapping[str, Any]) -> str:
-    """In words, what the swapped pictures say: whether the model looks, and what the pictures are worth to it."""
+    """In words, what the swapped pictures say: whether the model looks, and what the images are worth to it."""
     swapped = images.get("swapped")
     if not swapped:
-        return "whether the model looks at the pictures is not known: no picture could be swapped for another"
+        return "whether the model uses the images is not known: no image could be swapped for another"
     low, high = swapped["interval"]
     few = swapped["num_samples"]
     doubt = f"; only {_count(few, 'sample')}: too few to be sure" if few < _FEW_SAMPLES else ""
@@ -62,10 +62,10 @@ def image_verdict(images: Mapping[str, Any]) -> str:
     interval = f"95 % interval {_signless(low)} to {_signless(high)}"
     if low < _NOTHING:
         change = "change nothing" if high > -_NOTHING else "serve it no worse"
-        return f"the model does not look at the pictures: other pictures {change} ({nats}, {interval}){doubt}"
+        return f"the model ignores the images: other images {change} ({nats}, {interval}){doubt}"
     share = swapped["share"]
-    of_loss = "" if share is None else f", {100 * share:,.1f} % of the loss with the right pictures"
-    return f"the pictures are worth {nats} ({interval}){of_loss}{doubt}"
+    of_loss = "" if share is None else f", {100 * share:,.1f} % of the loss with the right images"
+    return f"the images are worth {nats} ({interval}){of_loss}{doubt}"
 
 
 def _head(row: Mapping[str, Any]) -> Iterator[str]:
@@ -75,7 +75,7 @@ def _head(row: Mapping[str, Any]) -> Iterator[str]:
     yield _line("loss", f"{row['nll']:.4f}", f"nats per token, 95 % {low:.4f} to {high:.4f}")
     yield _line("mean of samples", f"{row['sample_nll']:.4f}", "nats per token, each sample counting the same")
     yield _line("bits per byte", "–" if bits is None else f"{bits:.4f}", "of the answers in UTF-8")
-    yield _line("token accuracy", f"{row['token_accuracy']:.2%}", "of the learned tokens were the likeliest")
+    yield _line("token accuracy", f"{row['token_accuracy']:.2%}", "of the supervised tokens were the most likely")
     yield _line("learned tokens", f"{row['num_supervised']:,}", f"in {_count(row['num_samples'], 'sample')}")
 
 
@@ -94,7 +94,7 @@ def _group_table(title: str, groups: Mapping[str, Mapping[str, float]]) -> Table
 
 
 def _image_table(images: Mapping[str, Any]) -> Table:
-    table = _table("pictures", "nats/token", "more by, 95 %", "share, 95 %", "samples")
+    table = _table("images", "nats/token", "more by, 95 %", "share, 95 %", "samples")
     for key, name in _CHANGES.items():
         if shown := images.get(key):
             table.add_row(name, f"{shown['nll']:.4f}", _nats(shown), _share(shown), f"{shown['num_samples']:,}")

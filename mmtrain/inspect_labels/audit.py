@@ -117,7 +117,7 @@ class AuditReport:
         """The report for a person, in 80 columns."""
         table = Table(box=None, pad_edge=False, title=f"Audit of data.{self.split}", title_justify="left")
         table.add_column("source", overflow="fold", max_width=26)
-        for name in ("samples", "refused", "tokens", "learned", "images", "faults"):
+        for name in ("samples", "refused", "tokens", "trained on", "images", "faults"):
             table.add_column(name, justify="right", no_wrap=True)
         everything = SourceReport("all", *map(self.total, _COUNTS))
         for source in [*self.sources, everything] if len(self.sources) > 1 else self.sources:
@@ -131,7 +131,7 @@ class AuditReport:
 
     def _lines(self) -> Iterator[str]:
         yield from _bars("Tokens of a sample", _histogram(self.lengths))
-        yield from _bars("Longer side of a picture, in pixels", _histogram(self.image_sides))
+        yield from _bars("Longer side of an image, in pixels", _histogram(self.image_sides))
         yield "\nLongest samples" if self.longest else ""
         yield from (f"  {length:>9,} tokens  {place}" for length, place in self.longest)
         if self.num_duplicates:

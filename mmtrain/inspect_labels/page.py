@@ -56,7 +56,7 @@ def write_page(
     path: Path,
     views: Sequence[SampleView],
     losses: Losses | None = None,
-    title: str = "What the model is taught",
+    title: str = "What the model is trained on",
     pixels: Pixels | None = None,
 ) -> None:
     """Write `views` to `path` as one page.
@@ -179,11 +179,11 @@ def _summary(views: Sequence[SampleView]) -> str:
     tokens = sum(len(view.tokens) for view in views)
     learned = sum(view.num_supervised for view in views)
     images = sum(len(view.images) for view in views)
-    return f"{count(len(views), 'sample')} · {_learned(learned, tokens)} · {count(images, 'picture')}"
+    return f"{count(len(views), 'sample')} · {_learned(learned, tokens)} · {count(images, 'image')}"
 
 
 def _learned(learned: int, tokens: int) -> str:
-    return f"{count(tokens, 'token')}, {learned:,} learned ({learned / max(tokens, 1):.1%})"
+    return f"{count(tokens, 'token')}, {learned:,} trained on ({learned / max(tokens, 1):.1%})"
 
 
 def _legend() -> str:
@@ -223,7 +223,7 @@ def _sample(
     pixels: Pixels,
 ) -> str:
     mine = (losses or {}).get(view.index, {})
-    facts = [_learned(view.num_supervised, len(view.tokens)), count(len(view.images), "picture")]
+    facts = [_learned(view.num_supervised, len(view.tokens)), count(len(view.images), "image")]
     if mine:
         facts.append(f"mean {sum(mine.values()) / len(mine):.2f} nats")
     marked = {position for index, position in targets if index == view.index}
@@ -245,9 +245,9 @@ def _turn(
     cells = [cell for run in runs for cell in run.cells]
     learned = sum(cell.token.supervised for cell in cells)
     size = len(cells) + sum(run.span.end - run.span.start for run in runs if run.image)
-    badge = f"{learned} of {count(size, 'token')} learned"
+    badge = f"{learned} of {count(size, 'token')} trained on"
     if message.role == "assistant" and not message.train:
-        badge += ": the record says not to learn this turn"
+        badge += ": the record says not to train on this turn"
     has = " ".join(sorted({name for run in runs for name in _filters(run)}))
     body = "".join(
         figure(run.image, run.span, pixels) if run.image else _words(run, view.index, losses, marked) for run in runs

@@ -69,7 +69,7 @@ def figure(image: ImageView, span: SpanView, pixels: Pixels) -> str:
     facts = [f"{width}×{height} → {used[0]}×{used[1]}", count(image.tokens.num_placeholders, "placeholder")]
     if grid is not None:
         facts[1] += f" ({grid[0]}×{grid[1]})"
-    facts.append(f"positions {span.start}–{span.end - 1}, not learned")
+    facts.append(f"positions {span.start}–{span.end - 1}, not trained on")
     if not keeps_shape:
         facts.append("the processor crops, pads or stretches it: shown whole, without the grid")
     lines = _grid(*grid) if grid is not None and keeps_shape else ""

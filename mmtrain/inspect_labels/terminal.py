@@ -20,8 +20,8 @@ def print_sample(view: SampleView, console: Console, losses: Mapping[int, float]
     """The conversation laid out by turns, then the pairs of input and target that show the shift by one."""
     share = view.num_supervised / len(view.tokens)
     console.print(Text(f"{visible(str(view.place))} · sample {view.index}", style="bold", overflow="fold"))
-    pictures = f", {len(view.images)} picture{'s' * (len(view.images) != 1)}" if view.images else ""
-    console.print(f"{len(view.tokens)} tokens, {view.num_supervised} learned ({share:.1%}){pictures}", style="dim")
+    pictures = f", {len(view.images)} image{'s' * (len(view.images) != 1)}" if view.images else ""
+    console.print(f"{len(view.tokens)} tokens, {view.num_supervised} trained on ({share:.1%}){pictures}", style="dim")
     console.print(_layout(view))
     console.print(_pairs(view.tokens))
     if losses:
@@ -91,7 +91,7 @@ def _surprise(tokens: Sequence[TokenView], losses: Mapping[int, float]) -> Table
     """The learned tokens the model is least sure of, in nats."""
     mean = sum(losses.values()) / len(losses)
     table = _grid()
-    table.add_row("", "nats", f"mean {mean:.3f} over {len(losses)} learned tokens; least sure of:", style="dim")
+    table.add_row("", "nats", f"mean {mean:.3f} over {len(losses)} supervised tokens; least sure of:", style="dim")
     for position in sorted(losses, key=lambda p: -losses[p])[:NUM_SURPRISING]:
         table.add_row("", f"{losses[position]:.3f}", f"{visible(tokens[position].text)} at {position}")
     return table

@@ -62,8 +62,8 @@ class Components:
             self.part_of(f"{name}.{inner}".strip(".")) == part for inner, _ in module.named_parameters(recurse=False)
         ):
             raise UserError(
-                f"tune.{part}: {name or 'the model'} holds weights of its own beside other parts: "
-                "it cannot be trained in full beside LoRA"
+                f"tune.{part}: {name or 'the model'} has weights of its own next to other components: "
+                "it cannot be trained in full next to LoRA"
             )
         for inner, child in module.named_children():
             yield from self._whole(child, f"{name}.{inner}".strip("."), part)
@@ -149,8 +149,8 @@ def prepare_learning(model: Any, tune: Tune) -> tuple[Any, Components, list[Part
         saved = [name for part in fulls for name in components.whole_modules(model, part)]
         if "language" in fulls and model.config.get_text_config().tie_word_embeddings:
             raise UserError(
-                "tune.language: full beside LoRA elsewhere would untie the model's tied embeddings; "
-                "choose lora, or make every part that learns full"
+                "tune.language: full next to LoRA elsewhere would untie the model's tied embeddings; "
+                "choose lora, or set every trainable component to full"
             )
         try:
             model = get_peft_model(model, _lora_config(loras, targets, saved))

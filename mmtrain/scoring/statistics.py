@@ -115,7 +115,7 @@ def difference(a: Scores, b: Scores) -> dict[str, Any]:
     """
     a, b = _learned(a), _learned(b)
     if not all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("sample", "answer", "num_supervised")):
-        raise ValueError("the two scores are not of the same answers with the same learned tokens")
+        raise ValueError("the two scores are not of the same answers with the same supervised tokens")
     samples = _per_sample(a, b.nll - a.nll, a.nll, a.num_supervised)
     more, nll, tokens = samples.sum(axis=0).tolist()
     drawn_more, drawn_nll, drawn_tokens = _resampled(samples).T
@@ -138,8 +138,8 @@ def _learned(scores: Scores) -> Scores:
     scores = _take(scores, order[scores.num_supervised[order] > 0])
     if not len(scores.sample):
         raise UserError(
-            "eval: nothing is supervised: no sample has a learned token, at least one is needed; "
-            "see `mmtrain inspect-labels` for what is learned of the data"
+            "eval: nothing is supervised: no sample has a supervised token, at least one is needed; "
+            "see `mmtrain inspect-labels` for what is trained on"
         )
     if not np.isfinite(scores.nll).all():
         number = scores.sample[~np.isfinite(scores.nll)][0]

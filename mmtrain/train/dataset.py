@@ -89,7 +89,7 @@ class Dataset:
         used = self.checked.used
         tokens, supervised = self.checked.num_tokens.sum(), self.checked.num_supervised.sum()
         line = (
-            f"{len(used):,} samples, {self.checked.num_images:,} pictures, {tokens:,} tokens "
+            f"{len(used):,} samples, {self.checked.num_images:,} images, {tokens:,} tokens "
             f"({supervised / tokens:.1%} learned); {self.num_steps:,} steps, {self.plan.steps_per_epoch:,} an epoch"
         )
         dropped = len(self.dropped_rows())

@@ -58,7 +58,7 @@ def find_resume(
         raise UserError(
             [
                 *(f"{key}: {_told(key, before, now)}, which changes the result" for key in refused),
-                f"{checkpoint}: the run cannot go on from here: undo the change, take another run.output_dir, start "
+                f"{checkpoint}: the run cannot resume from here: undo the change, take another run.output_dir, start "
                 f"over with --fresh, or go on all the same with {_accepting(refused)}",
             ]
         )

@@ -147,9 +147,9 @@ def layout_lines(config: Config, learner: Learner) -> Iterator[str]:
         yield f"bits: others than on another number of processes ({why})"
     kept, limits = learner.make_inputs.features is not None, settings.image_cache
     if kept:
-        yield f"features of pictures: kept, {limits.memory_gib:g} GiB in memory and {limits.disk_gib:g} GiB on disk"
+        yield f"image cache: on, {limits.memory_gib:g} GiB in memory and {limits.disk_gib:g} GiB on disk"
     elif keeps_features(config, count) and getattr(learner.model.config, "vision_config", None) is not None:
-        yield "features of pictures: not kept, models of this family cannot go on from them"
+        yield "image cache: off, models of this family do not take cached features"
 
 
 class TrainingLoop:
@@ -208,7 +208,7 @@ class TrainingLoop:
                 if asked is not None or step % settings.checkpoint_every == 0 or step == last:
                     asked = self._save(step) or asked
                 if asked is not None and step < last:
-                    raise Stopped(asked, f"stopped behind step {step}, which is saved; the same command goes on")
+                    raise Stopped(asked, f"stopped after step {step}, which is saved; the same command resumes")
 
     def finish(self, processor: ChatProcessor) -> None:
         """Write what the run leaves, and check it."""
@@ -326,7 +326,7 @@ class TrainingLoop:
         except StorageError as failed:
             error.faults += failed.faults
         else:
-            error.faults[-1] += f"; step {step} is saved: mend it and run the same command again"
+            error.faults[-1] += f"; step {step} is saved: fix the data and run the same command again"
 
 
 def is_exported(output_dir: Path) -> bool:

@@ -4,7 +4,7 @@
 
 Draws pictures of coloured shapes and writes questions about them, trains a small tokenizer, writes a Qwen2.5-VL
 with random weights, trains every part of it with ``mmtrain train``, first on easy questions, then on all, and
-copies the result to TARGET. Then it prints how often the answers are right on held-out pictures: with the right
+copies the result to TARGET. Then it prints how often the answers are right on held-out images: with the right
 pictures, with the pictures swapped, and for the best answer from the question alone. Everything is seeded.
 """
 
@@ -321,7 +321,7 @@ def publish(trained: Path, random_model: Path, target: Path) -> None:
 
 
 def evaluate(model: Path, work: Path) -> None:
-    """Prints how many open questions about held-out pictures are answered right, and the two controls."""
+    """Prints how many open questions about held-out images are answered right, and the two controls."""
     answerer = answers.Answerer(model)
     sets = [
         ("easy-VQA, open questions", work / "open.json", SHAPES / "train.json"),

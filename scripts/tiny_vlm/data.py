@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 SIZE = 64
 SCALE = 4  # drawn this many times larger, then reduced, which smooths the edges
 KINDS = ("circle", "rectangle", "triangle")
-# The eight colours of easy-VQA, so that its held-out pictures can be asked about as well.
+# The eight colours of easy-VQA, so that its held-out images can be asked about as well.
 COLOURS = {
     "red": (255, 0, 0),
     "green": (0, 255, 0),

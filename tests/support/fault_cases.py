@@ -163,7 +163,7 @@ def signal_case(
         where = f"{phase_name}, {signum.name} to {rank} of {processes}: "
         faults = [] if codes == [CODES[signum]] * processes else [f"exit codes {codes}: {group.text[-1500:]}"]
         if phase.step is not None:
-            faults += once(group, f"{signum.name}: stopped behind step {phase.saved}, which is saved")
+            faults += once(group, f"{signum.name}: stopped after step {phase.saved}, which is saved")
         else:
             faults += once(group, f"{signum.name}: stopped while {phase.words}") if rank == 0 else []
         if saved_step(folder) != phase.saved:

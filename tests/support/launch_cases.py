@@ -97,7 +97,7 @@ def launched_signal_case(world: World, signum: signal.Signals, code: int) -> lis
         run.process.send_signal(signum)
         found = run.wait(90)
         faults = [] if found == code else [f"exit code {found}: {run.text[-1500:]}"]
-        faults += told_once(run.text, "stopped behind step") + told_once(run.text, "steps, 2 an epoch")
+        faults += told_once(run.text, "stopped after step") + told_once(run.text, "steps, 2 an epoch")
         if "Traceback" in run.text:
             faults.append(f"a traceback: {run.text[-3000:]}")
         if not 0 < saved_step(folder) < 60:

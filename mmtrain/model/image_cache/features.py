@@ -98,7 +98,7 @@ def find_fields(model: Any, processor: ChatProcessor, say: Callable[[str], None]
     try:
         return _found_fields(base, processor)
     except Exception as error:  # a family that does otherwise can raise anything; its pictures then go in as pixels
-        say(f"features of pictures: trying them ended with {type(error).__name__}: {one_line(error)}")
+        say(f"image cache: its trial ended with {type(error).__name__}: {one_line(error)}")
         return None
 
 

@@ -77,7 +77,7 @@ class FeatureFolder:
 
     def _stop(self, why: str) -> None:
         self._writing = False
-        self._say(f"no more features of pictures are kept in {self._folder}: {why}")
+        self._say(f"no more image features are cached in {self._folder}: {why}")
 
     def _has_room(self, size: int) -> bool:
         if size > self._budget:
