@@ -77,8 +77,9 @@ def test_the_size_of_a_checkpoint_is_that_of_float32_weights_and_two_moments() -
 def test_a_restored_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     model = model_of(2, 4)
     optimizer = stepped(model)
-    saved = CheckpointFolder(tmp_path / "checkpoints", 2).save(5, taken(model, optimizer), STATE)
-    assert saved == tmp_path / "checkpoints" / "step-000005"
+    folder = tmp_path / "run" / "checkpoints"
+    saved = CheckpointFolder(folder, 2).save(5, taken(model, optimizer), STATE)
+    assert saved == folder / "step-000005"
     assert read_state(saved) == STATE
 
     other = model_of(2, 4, seed=1)

@@ -68,7 +68,7 @@ def test_a_conversation_without_a_reply_to_train_on_is_refused(
 def test_a_first_reply_that_is_not_trained_on_is_context(chatml: ChatProcessor) -> None:
     conversation = talk(replace(RED, train=False), USER, RED)
     assert Encoder(chatml).trained_turns(conversation.messages) == [2]
-    assert Encoder(chatml, "last").trained_turns(talk(RED, USER, RED).messages) == [2]
+    assert Encoder(chatml, "last").trained_turns(talk(RED, USER, RED, USER, RED).messages) == [4]
     ids = Encoder(chatml).encode(conversation, Path())
     assert ids.supervised.any()
 
@@ -143,6 +143,14 @@ def test_every_image_has_its_own_span(vision: ChatProcessor, folder: Path) -> No
     assert owners == [(piece,) * NUM_PLACEHOLDERS for piece in pieces]
     assert traced.owners[0] == -1  # BOS is the tokenizer's
     assert traced.encoded is encoded
+
+
+def test_a_template_that_writes_bos_gets_no_second_one(folder: Path, tmp_path: Path) -> None:
+    """The tokenizer of this one puts BOS before every text, too."""
+    path = make_directory(tmp_path, "byte_level", TEMPLATES["gemma"].text, vision=True, bos_in_front=True)
+    encoded = Encoder(load_processor(str(path))).encode(talk(Message("user", (Image("0.png"),)), RED), folder)
+    bos = AutoTokenizer.from_pretrained(path).bos_token_id
+    assert [i for i, id_ in enumerate(encoded.ids) if id_ == bos] == [0]
 
 
 @pytest.mark.parametrize("what", ["ids", "supervised"])
