@@ -256,6 +256,10 @@ def test_processes_wait_no_longer_than_measured(
         ([1, 1, 1, 1, 1], [10.0, 1.0, 1.0, 1.0, 1.0], 5, False, 3, [[0], [1, 3], [2, 4]]),
         # halved twice: 1 3 | 2, then 1 | 3; the halves of the four runs cost the same as far as they can: 0 3 and 2 1
         ([6, 1, 1, 1], None, 6, False, 4, [[0], [3], [2], [1]]),
+        # 1 3 5 | 2 4, then the more expensive of these: 1 5 | 3
+        ([6, 1, 1, 1, 1, 1], None, 6, False, 4, [[0], [3], [1, 5], [2, 4]]),
+        # the cheaper one has no room for 2, and just enough for 3
+        ([8, 5, 3, 2], [1.0, 5.0, 3.0, 2.0], 10, True, 1, [[1, 2], [0, 3]]),
     ],
 )
 def test_the_order_of_micro_batches_worked_out_by_hand(

@@ -107,6 +107,8 @@ class TwoAlike:
 
     def __init__(self, alone: Any) -> None:
         self._alone = alone
+        self.agreed: list[int] = []
+        """How many values at each call."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._alone, name)
@@ -118,6 +120,7 @@ class TwoAlike:
         return torch.stack([values, values])
 
     def agree(self, values: Tensor) -> tuple[Tensor, int | None]:
+        self.agreed.append(len(values))
         return 2 * values, 15
 
 
@@ -133,6 +136,7 @@ def test_gradients_are_summed_over_processes_once(made: Made, settings: dict[str
     together, gradients = step_of(found, dataset, [SAMPLES], packing=True)
     assert together == pytest.approx(2 * loss, rel=1e-6)
     assert relative_l2(gradients, {name: times * value for name, value in alone.items()}) < 1e-6
+    assert two.agreed == [0 if found.exact else 1]  # the tree adds the losses, too, in its own order
     found.optimizer.zero_grad(set_to_none=True)
     assert train_step(found, batches(made), 10, 1, 1.0).asked == 15
 
