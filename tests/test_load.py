@@ -83,7 +83,7 @@ def test_with_checkpointing_a_frozen_vision_tower_is_computed_once(
     kind: str, make_config: Callable[..., Config]
 ) -> None:
     off = {"memory_gib": 0, "disk_gib": 0}
-    config = make_config(kind, {"language": LORA}, activation_checkpointing=True, features=off)
+    config = make_config(kind, {"language": LORA}, activation_checkpointing=True, image_cache=off)
     learner, dataset = learner_for(config)
     tower = learner.model.get_base_model().get_encoder(modality="image")
     layers = next(module for module in tower.modules() if isinstance(module, torch.nn.ModuleList))

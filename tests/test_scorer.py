@@ -20,7 +20,7 @@ from support.learning import learner_for
 Row = tuple[int, int, int, bool, float, int, int, int]
 
 
-def by_id(compute: Any, inputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def by_id(compute: Any, head_kind: str, inputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Stands for a model: a token's loss is a hundredth of its id, and even ids are the likeliest."""
     ids = batch.input_ids[batch.supervised]
     return ids.float() / 100, ids % 2 == 0
@@ -67,7 +67,7 @@ def score(learner: Learner, dataset: Any, numbers: list[int], runtime: Any, **se
     lengths = dataset.checked.num_tokens[numbers].tolist()
     scorer = Scorer(dataset.train, np.array(numbers), lengths)
     settings = {"microbatch_tokens": 120, "packing": True, **settings}
-    return scorer.score(by_id, learner.make_inputs, runtime, **settings)  # type: ignore[arg-type]
+    return scorer.score(by_id, "own", learner.make_inputs, runtime, **settings)  # type: ignore[arg-type]
 
 
 @pytest.fixture

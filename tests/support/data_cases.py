@@ -107,7 +107,7 @@ def refused_case(world: World, rank: int) -> list[str]:
         group.end()
     faults = [] if codes == [2, 2] else [f"exit codes {codes}: {text[-1500:]}"]
     faults += once(group, "pictures.jsonl:")
-    line = r"^mmtrain: .*pictures\.jsonl:\d+: the samples .*: as the test wants it; step (\d+) is saved: mend it"
+    line = r"^mmtrain: .*pictures\.jsonl:\d+: the samples .*: as the test wants it; step (\d+) is saved: fix the data"
     said = re.search(line, text, re.MULTILINE)
     if said is None or int(said[1]) != saved_step(folder):
         faults.append(f"step {saved_step(folder)} is saved, and it says: {text[-1500:]}")
