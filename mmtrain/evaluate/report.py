@@ -76,11 +76,11 @@ def _head(row: Mapping[str, Any]) -> Iterator[str]:
     yield _line("mean of samples", f"{row['sample_nll']:.4f}", "nats per token, each sample counting the same")
     yield _line("bits per byte", "–" if bits is None else f"{bits:.4f}", "of the answers in UTF-8")
     yield _line("token accuracy", f"{row['token_accuracy']:.2%}", "of the supervised tokens were the most likely")
-    yield _line("learned tokens", f"{row['num_supervised']:,}", f"in {_count(row['num_samples'], 'sample')}")
+    yield _line("supervised tokens", f"{row['num_supervised']:,}", f"in {_count(row['num_samples'], 'sample')}")
 
 
 def _line(name: str, value: str, more: str) -> str:
-    return f"{name:<16} {value:>11}  {more}"
+    return f"{name:<17} {value:>10}  {more}"
 
 
 def _group_table(title: str, groups: Mapping[str, Mapping[str, float]]) -> Table:
