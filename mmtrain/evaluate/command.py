@@ -64,7 +64,7 @@ class Evaluation:
             raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")
         self._adapters = {path: read_adapter(path) for path in options.adapters}
         self._config = config
-        self._runtime = Runtime(config.model.dtype)
+        self._runtime = Runtime(config.model.dtype, device=config.run.device)
         self._console = Console(stderr=True, quiet=not self._runtime.is_main)
         self._say = functools.partial(self._console.print, markup=False, highlight=False, soft_wrap=True)
         self._processor = load_processor(config.model.path)

@@ -29,7 +29,7 @@ def token_losses(
     Raises UserError where the adapter cannot be loaded.
     """
     found_adapter = None if adapter is None else read_adapter(adapter)
-    runtime = Runtime(config.model.dtype)
+    runtime = Runtime(config.model.dtype, device=config.run.device)
     say = functools.partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
     processor = samples.encoder.processor
     model = load_model(config.model.path, config.model.dtype, processor)

@@ -14,6 +14,7 @@ from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.loss import supervised_nll
 from mmtrain.model.root import Root
+from mmtrain.runtime.device import microbatch_faults, wide
 from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.shard import Filled
 from mmtrain.scoring.scores import Scores
@@ -65,10 +66,10 @@ class Scorer:
         )
         quiet = console is None or not console.is_terminal
         for batch in track(batches, "scoring", len(own), console=console, transient=True, disable=quiet):
-            with runtime.autocast():
+            with runtime.autocast(), microbatch_faults("evaluation", batch):
                 nll, right = root(supervised_nll, head_kind, make_inputs(batch), batch)
             rows = self._answers(batch)
-            for column, values in enumerate((nll.double(), torch.ones_like(nll), right)):
+            for column, values in enumerate((wide(nll), torch.ones_like(nll), right)):
                 np.add.at(sums[:, column], rows, values.cpu().numpy())
             runtime.activity.tick()
             if runtime.should_break(together=filled is not None):

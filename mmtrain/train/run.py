@@ -51,7 +51,7 @@ def train(config: Config, accept: Sequence[str] = (), on_step: OnStep = lambda r
     Raises UserError for what the user can mend, and Stopped where a signal ended the run.
     """
     output_dir = Path(config.run.output_dir)
-    runtime = Runtime(config.model.dtype, config.run.hang_timeout, config.run.num_threads)
+    runtime = Runtime(config.model.dtype, config.run.hang_timeout, config.run.num_threads, config.run.device)
     console = make_console(quiet=not runtime.is_main)
     with runtime.supervised(output_dir / "stacks"):
         _train(config, accept, on_step, runtime, output_dir, console)
@@ -99,6 +99,8 @@ def make_learner(
 ) -> tuple[Learner, list[PartReport], CostModel]:
     """The model with what learns of it, on its device, and its optimizer; its first weights follow from the seed."""
     seed, settings = config.train.seed, config.run
+    if settings.microbatches != "auto":
+        runtime.make_deterministic()
     torch.manual_seed(seed)
     base = load_model(config.model.path, config.model.dtype, processor)
     runtime.activity.set("preparing the model")
@@ -140,7 +142,10 @@ def layout_lines(config: Config, learner: Learner) -> Iterator[str]:
         f"{held / 1e6:,.1f} of {total / 1e6:,.1f} MB, {threads} CPU thread{'s' * (threads > 1)}"
     )
     if learner.exact and is_exact(int(settings.microbatches), count):
-        yield "bits: the same on 1, 2, 4 … processes of this kind of machine"
+        slower = ", with deterministic kernels, which are slower" if runtime.device.type == "cuda" else ""
+        yield f"bits: the same on 1, 2, 4 … processes of this kind of machine{slower}"
+    elif runtime.device.type == "cuda" and settings.microbatches == "auto":
+        yield "bits: differ from run to run within rounding; with a number in run.microbatches they do not"
     elif count > 1:
         why = "the weights are sharded" if learner.sharded else "run.microbatches is auto"
         why = f"{count} is no power of two" if learner.exact else why
