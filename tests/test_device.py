@@ -135,7 +135,7 @@ def test_a_driver_that_exchanges_nothing_between_cards_is_refused(
 def _plain_algorithms() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("_plain_algorithms")

@@ -98,7 +98,8 @@ def make_deterministic(device: torch.device, environment: MutableMapping[str, st
     if device.type == "cuda":
         environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what it has not written
+        # nothing reads what it has not written
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextmanager

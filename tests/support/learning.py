@@ -25,7 +25,7 @@ QUIET = Console(quiet=True)
 def learner_for(config: Config) -> tuple[Learner, Dataset]:
     processor = load_processor(config.model.path)
     dataset = Dataset(config, processor, QUIET)
-    learner, _, _ = make_learner(config, processor, Runtime(config.model.dtype))
+    learner, _, _ = make_learner(config, processor, Runtime(config.model.dtype, device=config.run.device), print)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in learner.model.named_parameters():
