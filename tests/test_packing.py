@@ -59,6 +59,25 @@ def test_the_trial_tells_which_models_can_share_a_row(name: str, dtype: str, loa
     assert (fault is None) == (name in PACKS), fault
 
 
+@pytest.mark.parametrize("name", sorted((PACKS | LEAKS) - {"gemma3"}))  # its images are another matter than a leak
+def test_the_other_sample_of_a_row_changes_logits_only_where_there_is_a_leak(name: str, load: Load) -> None:
+    """However much the model rounds: nothing of the sample itself differs."""
+    trial = packing._Trial(*load(name, "bfloat16"), torch.bfloat16)
+    leaked = trial.leaked(trial.logits([0, 1], packing=True))
+    assert leaked > 0.1 if name in LEAKS else leaked <= (0.01 if name == "mixture" else 0.0)
+
+
+def test_a_model_that_rounds_as_much_in_padded_rows_can_share_a_row(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large models round more than the tolerance: it is set below what this small one does."""
+    model, processor = load("llama", "bfloat16")
+    monkeypatch.setitem(packing._TOLERANCE, torch.bfloat16, 0.002)
+    assert packing_fault(model, processor, torch.bfloat16) is None
+    monkeypatch.setattr(packing, "_ROUNDING", 0.0)
+    assert "each sample alone" in (packing_fault(model, processor, torch.bfloat16) or "")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "qwen2_5_vl", "mixture"])
 def test_one_token_of_another_sample_is_noticed(
