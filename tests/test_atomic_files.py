@@ -37,9 +37,14 @@ def test_what_was_written_replaces_what_was_there(is_folder: bool, durable: bool
 def test_a_failure_leaves_what_was_there_and_nothing_else(is_folder: bool, tmp_path: Path) -> None:
     target = tmp_path / "target"
     write(target, "old", is_folder)
-    with pytest.raises(ZeroDivisionError), temporary_path(target) as made:
-        write(made, "half", is_folder)
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with temporary_path(target) as made:
+            write(made, "half", is_folder)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert content_of(target) == "old"
     assert list(tmp_path.iterdir()) == [target]
 

@@ -6,8 +6,6 @@ It is made in a folder beside, flushed to the disk, and renamed; `manifest.json`
 """
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from mmtrain.atomic_files import flush, move_into_place, temporary_path
 from mmtrain.dataset.hashes import sha256_of
-from mmtrain.errors import NoCheckpointError, StorageError, UserError, storage_faults
+from mmtrain.errors import NoCheckpointError, StorageError, UserError, storage_faults, system_error
 from mmtrain.safe_text import shown
 
 _MANIFEST = "manifest.json"
@@ -166,10 +164,7 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+        raise system_error(error) or error from None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
