@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from mmtrain.config.schema import Config
-from mmtrain.dataset.samples import SampleSet
+from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
@@ -21,6 +21,7 @@ from mmtrain.model import attention
 from mmtrain.model import packing_trial as packing
 from mmtrain.model.load import checkpoint_activations, load_model
 from mmtrain.model.packing_trial import packing_fault
+from mmtrain.records.record_set import RecordSet
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.packing import choose_packing
 from mmtrain.train.run import make_learner, train
@@ -249,8 +250,9 @@ def test_the_other_commands_decide_alike(
 
     def losses(**settings: Any) -> Any:
         config = config_for(families["gpt_oss"], make_config, **settings)
-        samples = SampleSet(config.data.train, Encoder(load_processor(config.model.path)))
-        return token_losses(config, None, samples, [0, 1])
+        processor = load_processor(config.model.path)
+        samples = FreshSamples(RecordSet(config.data.train), Encoder(processor))
+        return token_losses(config, None, samples, processor, [0, 1])
 
     for command in (nll, losses):
         found, line = command(), capsys.readouterr().err
