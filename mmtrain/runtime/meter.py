@@ -45,15 +45,17 @@ _WITHOUT_A_KERNEL = {
 }
 _BLOCK = 512
 """Bytes that CUDA's allocator rounds up to."""
-_TORCH = "/torch/"
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what is computed on devices of `kind` while it is active, in all threads of a backward pass."""
+    """Counts what is computed on devices of `kind` while it is active, in all threads of a backward pass.
 
-    def __init__(self, kind: str = "cuda") -> None:
+    `hidden`: parts of the names of files whose lines are not given, but the lines that called them.
+    """
+
+    def __init__(self, kind: str = "cuda", hidden: tuple[str, ...] = ("/torch/",)) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kind = kind
+        self._kind, self._hidden = kind, (*hidden, __file__)
         self._sizes: dict[int, int] = {}
         """Bytes of each storage that is alive."""
         self.live = 0
@@ -98,7 +100,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if operator in _COPIES:
             self._count_copy(operator.__name__, given[-1], out)
         elif self._has_answer(operator, args, given, kwargs):
-            self.waits[f"{_line()} {operator.__name__}"] += 1
+            self.waits[self._line(operator.__name__)] += 1
         if func.is_view or operator in _WITHOUT_A_KERNEL:
             return
         self.kernels[operator.__name__] += 1
@@ -118,9 +120,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if source.device.type == target.device.type or not source.numel():
             return
         if self._is_here(source):
-            self.waits[f"{_line()} {name}"] += 1
+            self.waits[self._line(name)] += 1
         elif not source.is_pinned():
-            self.pageable[_line()] += 1
+            self.pageable[self._line(name)] += 1
 
     def _keep(self, tensor: Tensor) -> None:
         if not self._is_here(tensor):
@@ -136,10 +138,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
 
-
-def _line() -> str:
-    """The innermost line of code that is neither torch's nor this file's."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and (_TORCH in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename.rpartition('site-packages/')[2]}:{frame.f_lineno}"
+    def _line(self, operator: str) -> str:
+        """The innermost line of code that is not hidden, and the operator."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None and any(part in frame.f_code.co_filename for part in self._hidden):
+            frame = frame.f_back
+        name = frame.f_code.co_filename.rpartition("site-packages/")[2]
+        return f"{name}:{frame.f_lineno} {operator}"

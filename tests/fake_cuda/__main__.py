@@ -3,6 +3,7 @@
 Every case has a process of its own, forked from this one: importing takes longer than a case.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -43,7 +44,10 @@ def main() -> None:
     import torch
 
     from fake_cuda import cases, device
+    from support.forked import PRELOADED
 
+    for name in PRELOADED:
+        importlib.import_module(name)
     assert cases
     torch.set_num_threads(1)
     device.install()

@@ -19,11 +19,11 @@ class FakeTensor(torch.Tensor):
     """A tensor of the fake device. `content` has its values, on the CPU."""
 
     content: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, real: Tensor) -> "FakeTensor":
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(
             cls,
             real.shape,
             strides=real.stride(),
@@ -36,7 +36,9 @@ class FakeTensor(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _compute(func, args, kwargs or {})
 
     def tolist(self) -> Any:
@@ -52,7 +54,7 @@ class FakeTensor(torch.Tensor):
         """`self.data = value`, which torch does for tensors without a type of their own."""
         made = value.detach().requires_grad_(self.requires_grad)
         made.__dict__ |= {key: own for key, own in self.__dict__.items() if key != "content"}
-        torch.utils.swap_tensors(self, made)
+        torch.utils.swap_tensors(self, made)  # type: ignore[no-untyped-call]
 
     data = property(lambda self: self.detach(), _set_data)
 
@@ -92,7 +94,7 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         is_copied = isinstance(out, Tensor) and any(out is leaf for leaf in tree_leaves((own_args, own_kwargs)))
         return args[0] if is_copied else out
     out = tree_map_only(Tensor, FakeTensor, out)
-    return return_and_correct_aliasing(func, args, kwargs, out) if is_here else out
+    return return_and_correct_aliasing(func, args, kwargs, out) if is_here else out  # type: ignore[no-untyped-call]
 
 
 def _refuse_others(func: Any, leaves: list[Any]) -> None:
@@ -100,7 +102,9 @@ def _refuse_others(func: Any, leaves: list[Any]) -> None:
     for leaf in leaves:
         if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor):
             continue
-        is_index = func.overloadpacket in (_aten.index, _aten.index_put, _aten.index_put_) and not leaf.is_floating_point()
+        is_index = (
+            func.overloadpacket in (_aten.index, _aten.index_put, _aten.index_put_) and not leaf.is_floating_point()
+        )
         if leaf.ndim and not is_index:
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, cuda:0 and cpu were found")
 
