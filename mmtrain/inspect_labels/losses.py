@@ -31,7 +31,7 @@ def token_losses(
     found_adapter = None if adapter is None else read_adapter(adapter)
     runtime = Runtime(config.model.dtype, device=config.run.device)
     say = functools.partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
-    model = load_model(config.model.path, config.model.dtype, processor)
+    model = load_model(config.model.path, config.model.dtype, processor, runtime.device)
     head_kind = find_head_kind(model, say)
     if found_adapter is not None:
         model = load_adapter(model, found_adapter)

@@ -25,6 +25,7 @@ from mmtrain.model.kernels.install import install
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.load import checkpoint_activations, compile_layers, load_model
 from mmtrain.model.root import Root
+from mmtrain.runtime.device import device_faults
 from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.shard import Filled, num_held, shard, share, whole
 from mmtrain.scoring.image_cache import find_features, keeps_features, make_store
@@ -102,7 +103,10 @@ def make_learner(
     if settings.microbatches != "auto":
         runtime.make_deterministic()
     torch.manual_seed(seed)
-    base = load_model(config.model.path, config.model.dtype, processor)
+    sharded = settings.weights == "shard" and runtime.num_processes > 1
+    home = torch.device("cpu") if sharded else runtime.device
+    with device_faults(lambda: "loading the model", "set run.weights to shard and use more GPUs, or a smaller model"):
+        base = load_model(config.model.path, config.model.dtype, processor, home, runtime.activity.tick)
     runtime.activity.set("preparing the model")
     head_kind = find_head_kind(base, say)
     model, components, parts = prepare_learning(base, config.tune)
@@ -111,9 +115,7 @@ def make_learner(
     clock = DropoutClock(seed)
     install_dropout(model, components, config.tune, clock)
     root = Root(model)
-    sharded = settings.weights == "shard" and runtime.num_processes > 1
-    if not sharded:
-        model.to(runtime.device)
+    model.to(home)
     if settings.kernels == "auto":
         say(install(model).line)
     costs = cost_model(base, components, config.tune)
