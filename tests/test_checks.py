@@ -91,7 +91,7 @@ class Sample:
 
     def replace(self, start: int, end: int, text: str) -> None:
         """ids[start:end] become `text`, learned if ids[start] was."""
-        new = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        new = self.processor.tokenizer.wrapped(text, add_special_tokens=False)["input_ids"]
         self.labels[start:end] = new if self.labels[start] != IGNORED else [IGNORED] * len(new)
         self.ids[start:end] = new
 
@@ -167,9 +167,9 @@ def other_question(sample: Sample) -> None:
 
 def other_tokens(sample: Sample) -> None:
     """The same text of the first question in other tokens than inference's."""
-    decode = sample.processor.decode
+    decode = sample.processor.tokenizer.decode
     position = max(i for i in range(sample.runs()[0][0]) if "please" in decode([sample.ids[i]]))
-    new = [sample.processor.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in " please"]
+    new = [sample.processor.tokenizer.wrapped(letter, add_special_tokens=False)["input_ids"] for letter in " please"]
     assert "".join(decode(token) for token in new) == decode([sample.ids[position]])
     sample.ids[position : position + 1] = [token for letter in new for token in letter]
     sample.labels[position : position + 1] = [IGNORED] * len(new)
@@ -338,7 +338,7 @@ def test_lost_white_space_is_a_fault(tokenizer: str, template: str, tmp_path: Pa
     made = Sample(load_processor(str(path)), talk(("user", "what?"), ("assistant", "a list:\n\n\n")))
     assert made.faults == set()
     run = made.runs()[0]
-    newlines = [i for i in run if made.processor.decode([made.ids[i]]).isspace()]
+    newlines = [i for i in run if made.processor.tokenizer.decode([made.ids[i]]).isspace()]
     position = newlines[-1]
     del made.ids[position], made.labels[position]
     assert findings.WORDS in made.faults

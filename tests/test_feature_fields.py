@@ -39,7 +39,6 @@ VISION = {"hidden_size": 32, "intermediate_size": 48}
 class Processor:
     """As much of a family's processor as features need: random pixels that follow from the picture's size."""
 
-    image_token = "<image>"
     image_token_id = IMAGE
 
     def __init__(self, lay_out: Callable[[Sequence[tuple[int, int]]], tuple[dict[str, Tensor], list[int]]]) -> None:

@@ -74,7 +74,7 @@ def make_batch(
         at += sample.num_tokens
         first_image += len(sample.images)
     shape = (1, at + -at % row_multiple) if packing else (len(encoded), max(sample.num_tokens for sample in encoded))
-    input_ids = np.full(shape, processor.pad_id, np.int64)
+    input_ids = np.full(shape, processor.tokenizer.traits.pad_id, np.int64)
     supervised = np.zeros(shape, np.bool_)
     for segment, sample in zip(segments, encoded, strict=True):
         span = (segment.row, slice(segment.start, segment.start + segment.length))

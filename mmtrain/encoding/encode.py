@@ -72,8 +72,9 @@ class Encoder:
     def __init__(self, processor: ChatProcessor, train_on: str = "assistant", end_of_turn: bool = True) -> None:
         self.processor = processor
         self._layout = Layout(processor)
-        self._segmenter = Segmenter(processor.special_tokens, processor.parting_tokens, end_of_turn)
-        self._constant = functools.lru_cache(maxsize=4096)(processor.encode)
+        traits = processor.tokenizer.traits
+        self._segmenter = Segmenter(traits.special_tokens, traits.parting_tokens, end_of_turn)
+        self._constant = functools.lru_cache(maxsize=4096)(processor.tokenizer.encode)
         self._train_on = train_on
 
     def encode(self, conversation: Conversation, root: Path) -> Encoded:
@@ -115,7 +116,7 @@ class Encoder:
 
     def _encode_words(self, laid_out: Iterable[LaidOut]) -> dict[str, list[int]]:
         """The ids of every text that is a conversation's own, in one call of the tokenizer."""
-        return self.processor.encode_batch({text for one in laid_out for text in _words(one)})
+        return self.processor.tokenizer.encode_batch({text for one in laid_out for text in _words(one)})
 
     def trace(self, conversation: Conversation, encoded: Encoded) -> Traced:
         """Where each id of `encoded` comes from. Raises SampleError where the conversation is not encoded so now."""
@@ -145,7 +146,7 @@ class Encoder:
 
     def _find_pictures(self, conversation: Conversation, root: Path) -> list[Picture]:
         pictures = [find_picture(image, root) for image in conversation.images]
-        if pictures and self.processor.image_token is None:
+        if pictures and self.processor.images is None:
             raise SampleError("the sample has images and this model takes none")
         return pictures
 
@@ -184,20 +185,21 @@ class Encoder:
             raise SampleError("no token of it is trained on")
         return Encoded(np.array(ids, np.int32), np.array(supervised, np.bool_), tuple(images)), placed
 
-    def _prefix(self, pieces: list[Piece]) -> list[int]:
-        bos = self.processor.tokenizer.bos_token
-        return [] if bos and pieces[0].text.startswith(bos) else self.processor.prefix_ids
+    def _prefix(self, pieces: list[Piece]) -> tuple[int, ...]:
+        traits = self.processor.tokenizer.traits
+        return () if traits.bos and pieces[0].text.startswith(traits.bos) else traits.prefix_ids
 
     def _segment_ids(
         self, segment: Segment, pieces: Sequence[Piece], after: int | None, known: Mapping[str, list[int]]
     ) -> Sequence[int]:
+        tokenizer = self.processor.tokenizer
         if segment.has_words:
             literal = segment.kind == "literal"
-            ids: Sequence[int] = self.processor.encode(segment.text(pieces), after, literal, {} if literal else known)
+            ids: Sequence[int] = tokenizer.encode(segment.text(pieces), after, literal, {} if literal else known)
         else:
             ids = self._constant(segment.text(pieces), after)
         if segment.ends_turn:
-            eos = self.processor.tokenizer.eos_token_id
+            eos = tokenizer.traits.eos_id
             if eos is None:
                 raise SampleError(
                     "neither the chat template nor the tokenizer has an end token: set labels.end_of_turn to false"
@@ -211,8 +213,8 @@ class Encoder:
             return [segment.spans[0].piece] * num_ids
         text = segment.text(pieces)
         ends = list(itertools.accumulate(len(span.text(pieces)) for span in segment.spans))
-        places = self.processor.token_places(text, after) if text else []
-        owners = [segment.spans[min(bisect_right(ends, place), len(ends) - 1)].piece for place in places]
+        last = self.processor.tokenizer.last_characters(text, after) if text else []
+        owners = [segment.spans[min(bisect_right(ends, position), len(ends) - 1)].piece for position in last]
         return owners + [-1] * (num_ids - len(owners))
 
 

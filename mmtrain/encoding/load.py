@@ -5,7 +5,7 @@ from typing import Any
 from mmtrain.encoding.directory import load_parts, model_directory
 from mmtrain.encoding.family_trial import try_family
 from mmtrain.encoding.fast_template import chat_template, through_wrapper
-from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.processor import ChatProcessor, make_processor
 from mmtrain.encoding.template_trial import try_template
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
@@ -26,8 +26,7 @@ def load_processor(path: str, tried: bool = False) -> ChatProcessor:
         template = chat_template(parts.tokenizer, parts.processor)
         if not tried:
             try_template(template, through_wrapper(parts.tokenizer, template))
-        processor = ChatProcessor(parts)
-        processor.check()
+        processor = make_processor(parts)
         if not tried:
             try_family(processor)
     except (UserError, SampleError) as error:

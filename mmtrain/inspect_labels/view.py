@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from mmtrain.dataset.samples import SampleSet
 from mmtrain.encoding.encode import Traced
+from mmtrain.encoding.image_processor import ImageTokens
 from mmtrain.encoding.images import Picture
-from mmtrain.encoding.processor import ChatProcessor, ImageTokens
+from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation
 from mmtrain.records.sources import Place
 
@@ -114,12 +115,12 @@ def _tokens(traced: Traced, processor: ChatProcessor, conversation: Conversation
         kind: TokenKind = "text"
         if position in in_image:
             kind = "image"
-        elif processor.is_special(token_id):
+        elif processor.tokenizer.is_special(token_id):
             kind = "special"
         yield TokenView(
             position,
             token_id,
-            processor.decode([token_id]),
+            processor.tokenizer.decode([token_id]),
             token_id if traced.encoded.supervised[position] else IGNORED,
             conversation.messages[piece.turn].role if piece is not None and written else "template",
             piece.turn if piece is not None else None,
@@ -132,7 +133,7 @@ def _spans(tokens: tuple[TokenView, ...], images: set[int], processor: ChatProce
     starts = [0] + [b.position for a, b in pairwise(tokens) if _differ(a, b) or b.position in images]
     for start, end in pairwise([*starts, len(tokens)]):
         first = tokens[start]
-        text = processor.decode([token.id for token in tokens[start:end]])
+        text = processor.tokenizer.decode([token.id for token in tokens[start:end]])
         kind: TokenKind = "image" if first.kind == "image" else "text"
         yield SpanView(first.role, first.turn, start, end, text, first.supervised, kind)
 

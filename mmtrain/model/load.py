@@ -115,7 +115,7 @@ def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:
             "warning: %s: %d weights are not used by the model, such as %s", path, len(unused), shown(unused[0])
         )
     num_embeddings = model.get_input_embeddings().num_embeddings
-    largest = max(processor.tokenizer.get_vocab().values())
+    largest = max(processor.tokenizer.wrapped.get_vocab().values())
     if largest >= num_embeddings:
         raise UserError(f"{path}: the tokenizer has ids up to {largest} and the model embeddings for {num_embeddings}")
     return model.eval()

@@ -147,12 +147,12 @@ def _samples(model: Any, processor: ChatProcessor, num_tokens: Sequence[int]) ->
     `supervised` says which tokens are compared, here also in an image.
     """
     noise = np.random.default_rng(0)
-    size = min(len(processor.tokenizer), model.get_input_embeddings().num_embeddings)
-    ordinary = [n for n in range(size) if not processor.is_special(n) and n != processor.image_token_id]
+    size = min(len(processor.tokenizer.wrapped), model.get_input_embeddings().num_embeddings)
+    ordinary = [n for n in range(size) if not processor.tokenizer.is_special(n) and n != processor.image_token_id]
     for count, image_size in zip(num_tokens, _SIZES, strict=True):
         text, image = noise.choice(ordinary, count), np.zeros(0, np.int64)
         spans: tuple[ImageSpan, ...] = ()
-        if processor.image_token is not None:
+        if processor.images is not None:
             tokens = processor.image_tokens(image_size)
             image = np.array(tokens.ids)
             spans = (ImageSpan(_noise_image(noise, image_size), _NUM_BEFORE, len(image), tokens.num_placeholders),)

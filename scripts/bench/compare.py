@@ -113,7 +113,7 @@ def write_inputs(work: Path, config: Path, settings: dict[str, Any]) -> tuple[li
 
     processor = load_processor(settings["model"])
     dataset = Dataset(load_config(config, settings["overrides"]), processor, make_console(quiet=True))
-    settings["pad_id"] = processor.pad_id
+    settings["pad_id"] = processor.tokenizer.traits.pad_id
     lengths, supervised = [], []
     with (work / "samples.jsonl").open("w") as file:
         for step in range(1, settings["steps"] + 1):

@@ -93,21 +93,22 @@ def find_fields(model: Any, processor: ChatProcessor, say: Callable[[str], None]
     them, or they depend on weights that learn. `say` is told where the trial itself failed.
     """
     base = _base(model)
-    if processor.image_token is None or _KEYWORD not in inspect.signature(base.forward).parameters:
+    token_id = processor.image_token_id
+    if token_id is None or _KEYWORD not in inspect.signature(base.forward).parameters:
         return None
     try:
-        return _found_fields(base, processor)
+        return _found_fields(base, processor, token_id)
     except Exception as error:  # a family that does otherwise can raise anything; its pictures then go in as pixels
         say(f"image cache: its trial ended with {type(error).__name__}: {one_line(error)}")
         return None
 
 
-def _found_fields(model: Any, processor: ChatProcessor) -> Fields | None:
+def _found_fields(model: Any, processor: ChatProcessor, token_id: int) -> Fields | None:
     noise = np.random.default_rng(0)
     pictures = [PIL.Image.fromarray(noise.integers(0, 256, (h, w, 3), np.uint8)) for w, h in _SIZES]
     pixels, ids = processor.image_inputs(pictures)
     made = [processor.image_inputs([picture]) for picture in pictures]
-    alone = [PictureInputs("", own.count(processor.image_token_id or -1), inputs, None) for inputs, own in made]
+    alone = [PictureInputs("", own.count(token_id), inputs, None) for inputs, own in made]
     expected = _given_to_decoder(model, ids, pixels)
     joint = _output(model, pixels)
     read = _Read(joint)
