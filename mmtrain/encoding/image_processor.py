@@ -42,6 +42,8 @@ class ImageTraits:
     """Ordinary text that it writes before and after an image's span, such as newlines."""
     grid_key: str | None
     """The name of the tensor with an image's number of patches in time, height and width; None where there is none."""
+    pixels_per_token: float | None
+    """Pixels that the vision encoder sees, all tiles together, for each placeholder; None where no tensor shows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,16 @@ def _probe_images(runner: _Runner) -> ImageTraits:
     if runner.token_id not in ids:
         raise UserError(f"the image processor lays out no placeholder {shown(runner.processor.image_token)}")
     grid_key = next((key for key in inputs if key.endswith("_thw")), None)
-    return ImageTraits(runner.text_around(ids), grid_key)
+    patch = None if grid_key is None else int(runner.processor.image_processor.patch_size)
+    num_pixels = _num_pixels(inputs) if patch is None else patch**2 * int(inputs[str(grid_key)].prod())
+    count = sum(id_ == runner.token_id for id_ in ids)
+    return ImageTraits(runner.text_around(ids), grid_key, num_pixels / count if num_pixels else None)
+
+
+def _num_pixels(inputs: dict[str, Any]) -> int | None:
+    shapes = [tuple(value.shape) for key, value in inputs.items() if key.startswith("pixel_values")]
+    is_image = bool(shapes) and len(shapes[0]) >= 4  # (..., colours, height, width), not patches
+    return math.prod(shapes[0]) // shapes[0][-3] if is_image else None
 
 
 class ImageProcessor:

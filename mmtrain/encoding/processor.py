@@ -28,6 +28,11 @@ class ChatProcessor:
         """The token whose place an image's features take."""
         return None if self.images is None else self.images.token_id
 
+    @property
+    def grid_key(self) -> str | None:
+        """The name of the tensor with each image's number of patches in time, height and width."""
+        return None if self.images is None else self.images.traits.grid_key
+
     def image_inputs(self, images: Sequence[PIL.Image.Image]) -> tuple[dict[str, Any], list[int]]:
         """See `ImageProcessor.inputs`. Raises SampleError for a model that takes no images."""
         return self._image_processor().inputs(images)

@@ -130,13 +130,12 @@ def _pattern(names: list[str]) -> str:
     return "^(?:" + "|".join(map(re.escape, names)) + ")$"
 
 
-def prepare_learning(model: Any, tune: Tune) -> tuple[Any, Components, list[PartReport]]:
-    """Freeze all but what `tune` names, add the adapters, hold what learns in float32.
+def prepare_learning(model: Any, components: Components, tune: Tune) -> tuple[Any, list[PartReport]]:
+    """Freeze all but what `tune` names, add the adapters, keep trainable weights in float32.
 
-    Gives the model to train (a PeftModel if any part is LoRA), its components and a row a part for the table.
-    Raises UserError where a part that should learn has no module.
+    Gives the model to train (a PeftModel if any component is LoRA) and a row a component for the table.
+    Raises UserError where a component that should be trained has no module.
     """
-    components = Components(model)
     present = {components.part_of(name) for name, _ in model.named_parameters()}
     for part in tune.learning:
         if part not in present:
@@ -163,7 +162,7 @@ def prepare_learning(model: Any, tune: Tune) -> tuple[Any, Components, list[Part
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return model, components, _report(model, components, tune, targets)
+    return model, _report(model, components, tune, targets)
 
 
 def _lora_config(loras: dict[str, Lora], targets: dict[str, list[str]], saved: list[str]) -> LoraConfig:

@@ -93,7 +93,7 @@ class _Trial:
 
     def __init__(self, model: Any, processor: ChatProcessor, dtype: torch.dtype) -> None:
         self._model, self._processor, self._dtype = model, processor, dtype
-        self._make_inputs = InputMaker(model, processor.image_token_id)
+        self._make_inputs = InputMaker(model, processor)
         self.tolerance = _TOLERANCE[dtype]
         reach, longest = _reach(model), _longest(model)
         self.too_far = reach if reach > longest and not self._make_inputs.attends_by_sample else None
