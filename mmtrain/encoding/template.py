@@ -33,7 +33,10 @@ def probe_template(source: str | None, render: Render, image_token: str | None) 
     is no template, and where it drops a user's words or images.
     """
     if not source:
-        raise UserError("the model directory has no chat template (chat_template.jinja, or in tokenizer_config.json)")
+        raise UserError(
+            "the model directory has no chat template (chat_template.jinja, or in tokenizer_config.json): copy the "
+            "chat_template.jinja of a chat model with the same tokenizer into it"
+        )
     roles = _find_text_roles(render)
     tried = [wanted for wanted in (roles, roles | {"system"}) if _shows(render, wanted, "system", "user")]
     text_roles = tried[0] if tried else roles

@@ -125,6 +125,8 @@ class Evaluation:
         same = is_as_loaded(self._model, self._family.components, ("vision", "projector"))  # with any adapter
         store = self._store if same else None
         features = find_features(self._model, self._processor, self._runtime, store, self._say)
+        if same and features is None:
+            self._store = None  # it is the same with every adapter
         make_inputs = InputMaker(self._model, self._processor, features)
         scores = scorer.score(
             Root(self._model),

@@ -47,6 +47,10 @@ class Components:
                 return self._roots.get("", "language")
         return self._roots[name]
 
+    def roots(self, part: str) -> list[str]:
+        """Names of the modules that a part was found at; empty for a model of text alone."""
+        return [name for name, own in self._roots.items() if own == part and name]
+
     def whole_modules(self, model: Any, part: str) -> list[str]:
         """Names of the largest modules that hold all of a part and nothing else (never a bare list of modules)."""
         return list(self._whole(model, "", part))

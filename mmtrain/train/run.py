@@ -145,11 +145,9 @@ def layout_lines(config: Config, learner: Learner) -> Iterator[str]:
         why = "the weights are sharded" if learner.sharded else "run.microbatches is auto"
         why = f"{count} is no power of two" if learner.exact else why
         yield f"bits: others than on another number of processes ({why})"
-    kept, limits = learner.make_inputs.features is not None, settings.image_cache
-    if kept:
+    limits = settings.image_cache
+    if learner.make_inputs.features is not None:
         yield f"image cache: on, {limits.memory_gib:g} GiB in memory and {limits.disk_gib:g} GiB on disk"
-    elif keeps_features(config, count) and getattr(learner.model.config, "vision_config", None) is not None:
-        yield "image cache: off, models of this family do not take cached features"
 
 
 class TrainingLoop:
