@@ -21,6 +21,8 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.image_cache.features import PictureFeatures, find_fields
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.load import load_model
+from mmtrain.runtime.processes import Runtime
+from mmtrain.scoring.image_cache import find_features
 
 IMAGE = 5
 TEXT = {
@@ -178,3 +180,17 @@ def test_a_forward_that_takes_no_features_gets_none(
     assert find_fields(model, processor) == "models of this family do not take cached features"
     text = load_processor(str(model_dirs["text"]))
     assert find_fields(load_model(str(model_dirs["text"]), "float32", text), text) == "this model takes no images"
+
+
+def test_a_model_without_cached_features_is_named_in_one_line_and_a_text_model_in_none(
+    model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = qwen(model_dirs)
+    monkeypatch.setattr(model, "forward", lambda input_ids=None, pixel_values=None: None)
+    said: list[str] = []
+    runtime, store = Runtime("float32"), FeatureStore(1e6)
+    assert find_features(model, processor, runtime, store, said.append) is None
+    assert said == ["image cache: off, models of this family do not take cached features"]
+    text = load_processor(str(model_dirs["text"]))
+    assert find_features(None, text, runtime, store, said.append) is None
+    assert len(said) == 1
