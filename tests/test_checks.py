@@ -57,7 +57,7 @@ class Sample:
         self.checker = Checker(processor, train_on, end_of_turn)
         self.ids = [int(token) for token in encoded.ids]
         self.labels = [token if on else IGNORED for token, on in zip(self.ids, encoded.supervised, strict=True)]
-        self.sizes = [span.picture.size for span in encoded.images]
+        self.sizes = [span.image.size for span in encoded.images]
 
     def check(self) -> list[Finding]:
         return self.checker.check(self.ids, self.labels, self.conversation, self.sizes)
@@ -302,7 +302,7 @@ def found_in(path: str, processor: ChatProcessor, train_on: str, end_of_turn: bo
     for index in range(min(num, len(samples))):
         encoded = samples.encoded(index)
         labels = [int(token) if on else IGNORED for token, on in zip(encoded.ids, encoded.supervised, strict=True)]
-        sizes = [span.picture.size for span in encoded.images]
+        sizes = [span.image.size for span in encoded.images]
         found += checker.check(encoded.ids.tolist(), labels, samples.records.conversation(index), sizes)
     assert len(samples) >= min(num, 8)
     return [finding for finding in found if finding.is_fault]

@@ -130,7 +130,7 @@ def test_every_image_has_its_own_span(vision: ChatProcessor, folder: Path) -> No
     images = (Image("0.png"), Text(" and "), Image("1.png"))
     encoded = Encoder(vision).encode(talk(Message("user", images), RED), folder)
     placeholder = vision.tokenizer.id_of("<image>")
-    assert [span.picture.size for span in encoded.images] == [(64, 64), (40, 130)]
+    assert [span.image.size for span in encoded.images] == [(64, 64), (40, 130)]
     assert [span.num_placeholders for span in encoded.images] == [NUM_PLACEHOLDERS] * 2
     spans = [encoded.ids[span.start : span.start + span.length].tolist() for span in encoded.images]
     assert spans == [[placeholder] * NUM_PLACEHOLDERS] * 2

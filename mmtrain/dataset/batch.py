@@ -98,10 +98,10 @@ def _image_inputs(encoded: Sequence[Encoded], processor: ChatProcessor) -> dict[
     spans = [(sample, span) for sample in encoded for span in sample.images]
     if not spans:
         return {}
-    inputs, laid_out = processor.image_inputs([decode(span.picture) for _, span in spans])
+    inputs, laid_out = processor.image_inputs([decode(span.image) for _, span in spans])
     measured = [int(id_) for sample, span in spans for id_ in sample.ids[span.start : span.start + span.length]]
     if laid_out != measured:
-        names = ", ".join(span.picture.name for _, span in spans)
+        names = ", ".join(span.image.name for _, span in spans)
         raise SampleError(
             f"{len(measured)} tokens were laid out for {names} and the image processor makes {len(laid_out)}"
         )

@@ -13,14 +13,14 @@ from pathlib import Path
 import PIL
 
 from mmtrain.dataset.hashes import file_hashes, open_cache
-from mmtrain.encoding.images import Picture, decode
+from mmtrain.encoding.images import FoundImage, decode
 from mmtrain.records.chat import SampleError
 
 _TABLE = "decoded (sha256 TEXT, pillow TEXT, width INTEGER, height INTEGER, PRIMARY KEY (sha256, pillow))"
 _Row = tuple[str, str, int, int]
 
 
-def images_that_fail(pictures: Iterable[Picture], num_threads: int) -> dict[Path | bytes, str]:
+def images_that_fail(pictures: Iterable[FoundImage], num_threads: int) -> dict[Path | bytes, str]:
     """By source, why an image does not decode to the size that its header says."""
     by_source = {picture.source: picture for picture in pictures}
     rows = {source: (own, PIL.__version__, *by_source[source].size) for source, own in _hashes(list(by_source)).items()}
@@ -51,7 +51,7 @@ def _is_known(cache: sqlite3.Connection, row: _Row) -> bool:
     return cache.execute(f"SELECT 1 FROM decoded WHERE {where}", row).fetchone() is not None
 
 
-def _reason(picture: Picture) -> str | None:
+def _reason(picture: FoundImage) -> str | None:
     try:
         decode(picture)
     except SampleError as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.image_processor import TEXT_KEYS
-from mmtrain.encoding.images import Picture
+from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.layout import as_messages
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
@@ -40,13 +40,13 @@ def try_family(processor: ChatProcessor) -> None:
     refusals = []
     probes = list(_probes(takes_images=processor.images is not None))
     for probe in probes:
-        pictures = _pictures(probe.conversation)
+        images = _found_images(probe.conversation)
         try:
-            encoded = encoder.encode_with(probe.conversation, pictures)
+            encoded = encoder.encode_with(probe.conversation, images)
         except SampleError as error:  # a template may refuse a system turn or several replies: so are samples like that
             refusals.append(str(error))
             continue
-        _compare(processor, probe, encoded, pictures)
+        _compare(processor, probe, encoded, images)
     if len(refusals) == len(probes):
         raise UserError(f"every probe conversation is refused, the first because {refusals[0]}")
 
@@ -68,20 +68,20 @@ def _probes(takes_images: bool) -> Iterator[_Probe]:
         yield _Probe("with images among the words", Conversation((between, texts[1], last, texts[1])))
 
 
-def _pictures(conversation: Conversation) -> list[Picture]:
+def _found_images(conversation: Conversation) -> list[FoundImage]:
     sizes = [_SIZES[i % len(_SIZES)] for i in range(len(conversation.images))]
-    return [Picture(image.name, b"", size) for image, size in zip(conversation.images, sizes, strict=True)]
+    return [FoundImage(image.name, b"", size) for image, size in zip(conversation.images, sizes, strict=True)]
 
 
-def _image(size: tuple[int, int]) -> PIL.Image.Image:
+def _gradient(size: tuple[int, int]) -> PIL.Image.Image:
     return PIL.Image.linear_gradient("L").resize(size).convert("RGB")
 
 
-def _compare(processor: ChatProcessor, probe: _Probe, encoded: Encoded, pictures: Sequence[Picture]) -> None:
+def _compare(processor: ChatProcessor, probe: _Probe, encoded: Encoded, images: Sequence[FoundImage]) -> None:
     """Raises UserError where ids or tensors are not the model's own."""
     name = f"a probe conversation {probe.name}"
     try:
-        own = _own(processor, probe.conversation, [_image(picture.size) for picture in pictures])
+        own = _own(processor, probe.conversation, [_gradient(image.size) for image in images])
     except Exception as error:  # a family's processor can raise anything
         raise UserError(
             f"the model's own processor refuses {name}: {one_line(error)}; this family is not supported"
@@ -94,8 +94,8 @@ def _compare(processor: ChatProcessor, probe: _Probe, encoded: Encoded, pictures
             f"the ids of {name} differ from the model's own apply_chat_template at position {at}: {here} here, {there} "
             "there; this family is not supported"
         )
-    if pictures:
-        _compare_tensors(processor, name, own, pictures)
+    if images:
+        _compare_tensors(processor, name, own, images)
         _compare_types(processor, name, own)
 
 
@@ -149,9 +149,9 @@ def _straddled(processor: ChatProcessor, ours: list[int], theirs: list[int]) -> 
     return None
 
 
-def _compare_tensors(processor: ChatProcessor, name: str, own: dict[str, Any], pictures: Sequence[Picture]) -> None:
-    """What goes into the model beside ids must not depend on the text around the images."""
-    ours, _ = processor.image_inputs([_image(picture.size) for picture in pictures])
+def _compare_tensors(processor: ChatProcessor, name: str, own: dict[str, Any], images: Sequence[FoundImage]) -> None:
+    """What goes into the model besides ids must not depend on the text around the images."""
+    ours, _ = processor.image_inputs([_gradient(image.size) for image in images])
     theirs = {key: value for key, value in own.items() if key not in TEXT_KEYS}
     wrong = sorted(ours.keys() ^ theirs.keys()) + [
         key for key in ours.keys() & theirs.keys() if not _equal(ours[key], theirs[key])

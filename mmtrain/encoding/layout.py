@@ -23,7 +23,7 @@ Form = tuple[tuple[str, tuple[str, ...]], ...]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of the rendered text: the template's own, words of a turn, or the placeholder of a picture."""
+    """A stretch of the rendered text: the template's own, words of a turn, or the placeholder of an image."""
 
     kind: Kind
     text: str
@@ -99,7 +99,7 @@ class Layout:
             prompt = render(messages[:turn], add_generation_prompt=True)
             closing = render(messages[: turn + 1])
             if not whole.startswith(prompt):
-                continue  # the template rewrites earlier turns: this one cannot be learned from the whole
+                continue  # the template rewrites earlier turns: this one cannot be trained on in the whole
             answers[turn] = self._answer(pieces, turn, len(prompt), closing)
         return Skeleton(tuple(pieces), answers)
 

@@ -35,7 +35,7 @@ def load_processor(path: str, tried: bool = False) -> ChatProcessor:
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
-    """Raises UserError where ordinary text does not survive: such a tokenizer would teach nonsense."""
+    """Raises UserError where ordinary text does not survive: labels made with such a tokenizer would be wrong."""
     for text in _ORDINARY_TEXT:
         ids = tokenizer.encode(text, add_special_tokens=False)
         back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

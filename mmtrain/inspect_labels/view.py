@@ -8,7 +8,7 @@ from typing import Any, Literal
 from mmtrain.dataset.samples import FreshSamples, StoredSamples
 from mmtrain.encoding.encode import Encoder, Traced
 from mmtrain.encoding.image_processor import ImageTokens
-from mmtrain.encoding.images import Picture
+from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation
 from mmtrain.records.sources import Place
@@ -51,7 +51,7 @@ class SpanView:
 class ImageView:
     """A picture and its place among the tokens. Sizes are (width, height): of the file, and of the pixels used."""
 
-    picture: Picture
+    picture: FoundImage
     tokens: ImageTokens
     start: int
 
@@ -102,7 +102,7 @@ def view_sample(samples: StoredSamples | FreshSamples, encoder: Encoder, index: 
     traced = encoder.trace(conversation, samples.encoded(index))
     tokens = tuple(_tokens(traced, processor, conversation))
     images = tuple(
-        ImageView(span.picture, processor.image_tokens(span.picture.size), span.start) for span in traced.encoded.images
+        ImageView(span.image, processor.image_tokens(span.image.size), span.start) for span in traced.encoded.images
     )
     spans = tuple(_spans(tokens, {image.start for image in images}, processor))
     return SampleView(samples.place(index), index, conversation, tokens, spans, images)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmtrain.dataset.batch import make_batch
 from mmtrain.encoding.encode import Encoded, ImageSpan
-from mmtrain.encoding.images import Picture
+from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.inputs import InputMaker
@@ -193,8 +193,8 @@ def _stretches(sample: Encoded) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
-def _noise_image(noise: np.random.Generator, size: tuple[int, int]) -> Picture:
+def _noise_image(noise: np.random.Generator, size: tuple[int, int]) -> FoundImage:
     width, height = size
     file = io.BytesIO()
     PIL.Image.fromarray(noise.integers(0, 256, (height, width, 3), np.uint8)).save(file, "PNG")
-    return Picture("noise", file.getvalue(), size)
+    return FoundImage("noise", file.getvalue(), size)
