@@ -1,5 +1,6 @@
 """The scores of every answer: which tokens are whose, whatever the cut, the processes and the order."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -15,7 +16,7 @@ from mmtrain.scoring.packing import choose_packing
 from mmtrain.scoring.scorer import Scorer
 from mmtrain.scoring.scores import Scores
 from mmtrain.train.step import Learner
-from support.learning import learner_for
+from support.learning import QUIET, learner_for
 
 Row = tuple[int, int, int, bool, float, int, int, int]
 
@@ -63,11 +64,11 @@ class Process:
         return values, self._signal
 
 
-def score(learner: Learner, dataset: Any, numbers: list[int], runtime: Any, **settings: Any) -> Scores | None:
+def score(learner: Learner, dataset: Any, numbers: list[int], runtime: Any, packing: bool = True) -> Scores | None:
     lengths = dataset.checked.num_tokens[numbers].tolist()
     scorer = Scorer(dataset.train, np.array(numbers), lengths)
-    settings = {"microbatch_tokens": 120, "packing": True, **settings}
-    return scorer.score(by_id, "own", learner.make_inputs, runtime, **settings)  # type: ignore[arg-type]
+    loaded = dataclasses.replace(learner, root=by_id, runtime=runtime, packing=packing)  # type: ignore[arg-type]
+    return scorer.score(loaded, 120, QUIET)
 
 
 @pytest.fixture
