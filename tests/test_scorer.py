@@ -31,7 +31,7 @@ def expected_rows(dataset: Any, numbers: list[int]) -> list[Row]:
     """From the stored ids and the conversations alone; an answer is a run of supervised tokens."""
     rows: list[Row] = []
     for number in numbers:
-        encoded, conversation = dataset.train.encoded(number), dataset.train.conversation(number)
+        encoded, conversation = dataset.train.encoded(number), dataset.train.records.conversation(number)
         runs: list[list[int]] = []
         for i, (id_, on) in enumerate(zip(encoded.ids.tolist(), encoded.supervised.tolist(), strict=True)):
             if on and (i == 0 or not encoded.supervised[i - 1]):
@@ -66,7 +66,7 @@ class Process:
 
 def score(learner: Learner, dataset: Any, numbers: list[int], runtime: Any, packing: bool = True) -> Scores | None:
     lengths = dataset.checked.num_tokens[numbers].tolist()
-    scorer = Scorer(dataset.train, np.array(numbers), lengths)
+    scorer = Scorer(dataset.train, dataset.encoder, np.array(numbers), lengths)
     loaded = dataclasses.replace(learner, root=by_id, runtime=runtime, packing=packing)  # type: ignore[arg-type]
     return scorer.score(loaded, 120, QUIET)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmtrain.config import Config
 from mmtrain.config.schema import EvalSource
-from mmtrain.dataset.encode_all import Recipe
+from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.validate import check_samples
 from mmtrain.encoding.load import load_processor
@@ -44,8 +44,9 @@ class Evaluation:
         processor = load_processor(config.model.path)
         self._limit = length_limit(config.model.path, config.data.max_length)
         self.names = [source.name or Path(source.path).name for source in sources]
-        recipe = Recipe.of(config, sources)
-        self.samples, checked = check_samples(recipe, processor, self._limit, config.data.too_long)
+        spec = EncodingSpec.of(config, sources)
+        self.encoder = spec.encoder(processor)
+        self.samples, checked = check_samples(spec, processor, self._limit, config.data.too_long)
         self.indices = checked.used
         """Of the samples that are scored."""
         self.dropped = [{"place": str(self.samples.place(index)), "reason": why} for index, why in checked.dropped]
@@ -59,19 +60,19 @@ class Evaluation:
         return self._models.adapted(None if adapter == BASE else adapter)
 
     def scores(self, model: LoadedModel) -> Scores:
-        return self._score(model, Scorer(self.samples, self.indices, self._lengths))
+        return self._score(model, Scorer(self.samples, self.encoder, self.indices, self._lengths))
 
     def changed_scores(self, model: LoadedModel, change: Change) -> tuple[Scores, Indices, int] | None:
         """The scores with changed images, the samples they are of, and how many with images are left out because they
         cannot be changed so; None where no sample can."""
-        with_images = self.indices[[bool(self.samples.conversation(int(i)).images) for i in self.indices]]
-        changed = ChangedImages(self.samples, change, with_images)
+        with_images = self.indices[[bool(self.samples.records.conversation(int(i)).images) for i in self.indices]]
+        changed = ChangedImages(self.samples, self.encoder, change, with_images)
         indices, lengths = encodable(
             changed, with_images if changed.indices is None else changed.indices, self._limit.num_tokens
         )
         if not len(indices):
             return None
-        scores = self._score(model, Scorer(self.samples, indices, lengths, changed))
+        scores = self._score(model, Scorer(self.samples, self.encoder, indices, lengths, changed))
         return scores, indices, len(with_images) - len(indices)
 
     def _score(self, model: LoadedModel, scorer: Scorer) -> Scores:

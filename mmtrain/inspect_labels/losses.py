@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from mmtrain.config import Config
-from mmtrain.dataset.samples import SampleSet
+from mmtrain.dataset.batch import Samples
+from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.adapter import read_adapter
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
@@ -15,7 +16,7 @@ from mmtrain.scoring.adapters import AdaptedModels
 
 @torch.no_grad()
 def token_losses(
-    config: Config, adapter: Path | None, samples: SampleSet, indices: Sequence[int]
+    config: Config, adapter: Path | None, samples: Samples, processor: ChatProcessor, indices: Sequence[int]
 ) -> dict[int, dict[int, float]]:
     """Negative log-likelihood in nats: sample index → position of the supervised token → value.
 
@@ -25,7 +26,6 @@ def token_losses(
     adapters = {} if name is None else {name: read_adapter(name)}
     runtime = Runtime(config.model.dtype)
     progress = Progress(runtime.activity.tick)
-    processor = samples.encoder.processor
     models = AdaptedModels(config, processor, runtime, progress, adapters, cache_images=False)
     found = {}
     with models.adapted(name) as model, progress.task("computing losses", len(indices)) as task:

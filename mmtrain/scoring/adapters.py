@@ -64,6 +64,7 @@ class AdaptedModels:
         make_inputs = input_maker(model, self._processor, runtime, self._store if same else None, self._progress.say)
         return LoadedModel(
             model=model,
+            processor=self._processor,
             root=Root(model),
             make_inputs=make_inputs,
             head_kind=self._head_kind,

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mmtrain.dataset.batch import Batch, Loader, Samples
+from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.head import HeadKind
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
@@ -20,6 +21,7 @@ class LoadedModel:
     """A model on its device, and how batches are made for it and computed by it."""
 
     model: Any
+    processor: ChatProcessor
     root: Root
     """The model, as everything is computed through it."""
     make_inputs: InputMaker
@@ -30,7 +32,7 @@ class LoadedModel:
 
     def batches(self, samples: Samples, microbatches: Iterable[Sequence[int]]) -> Iterator[Batch]:
         """The batch of each micro-batch of sample indices, made ahead. Raises UserError naming a sample that fails."""
-        return Loader(samples, self.packing, self.make_inputs.store, ROW_MULTIPLE).batches(microbatches)
+        return Loader(samples, self.processor, self.packing, self.make_inputs.store, ROW_MULTIPLE).batches(microbatches)
 
     def nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(num_supervised,) twice: the negative log-likelihood of each supervised token, and whether it was the most

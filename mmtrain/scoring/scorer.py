@@ -8,7 +8,8 @@ import torch
 from mmtrain.dataset.batch import Batch, Samples
 from mmtrain.dataset.microbatches import cut_step
 from mmtrain.dataset.plan import Indices
-from mmtrain.dataset.samples import SampleSet
+from mmtrain.dataset.samples import StoredSamples
+from mmtrain.encoding.encode import Encoder
 from mmtrain.progress import Progress
 from mmtrain.runtime.shard import Filled
 from mmtrain.scoring.loaded_model import LoadedModel
@@ -22,7 +23,12 @@ class Scorer:
     """
 
     def __init__(
-        self, samples: SampleSet, indices: Indices, lengths: list[int], changed: Samples | None = None
+        self,
+        samples: StoredSamples,
+        encoder: Encoder,
+        indices: Indices,
+        lengths: list[int],
+        changed: Samples | None = None,
     ) -> None:
         self._indices = indices
         self._lengths = lengths
@@ -30,11 +36,11 @@ class Scorer:
         rows: list[tuple[int, int, int, bool, int]] = []
         self._first: dict[int, int] = {}
         for index in indices.tolist():
-            conversation = samples.conversation(index)
+            conversation = samples.records.conversation(index)
             self._first[index] = len(rows)
-            for answer, turn in enumerate(samples.encoder.trained_turns(conversation.messages), start=1):
+            for answer, turn in enumerate(encoder.trained_turns(conversation.messages), start=1):
                 size = len(conversation.messages[turn].text.encode())
-                rows.append((index, samples.source(index), answer, bool(conversation.images), size))
+                rows.append((index, samples.records.source(index), answer, bool(conversation.images), size))
         self._rows = np.array(rows, np.int64).reshape(-1, 5)
 
     @torch.no_grad()

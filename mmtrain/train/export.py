@@ -12,15 +12,15 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.config import Config
 from mmtrain.dataset.batch import Batch, Loader
 from mmtrain.encoding.directory import model_directory, processor_files
-from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.load import auto_class, load_model
 from mmtrain.runtime.shard import whole
-from mmtrain.train.checkpoint import trainable_parameters, write_folder
+from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.model_card import model_card
 from mmtrain.train.step import Learner
@@ -30,7 +30,7 @@ MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 3e-2}
 themselves; in bfloat16 peft rounds components trained in full to the base model's type as it loads them."""
 
 
-def export(learner: Learner, config: Config, processor: ChatProcessor, dataset: Dataset) -> str:
+def export(learner: Learner, config: Config, dataset: Dataset) -> str:
     """Write `adapter/` (or `model/` where nothing is LoRA) and load it back. Gives a line that says what was found.
 
     The logits are compared on the first sample. Where weights are sharded all processes must call this, and the first
@@ -46,9 +46,7 @@ def export(learner: Learner, config: Config, processor: ChatProcessor, dataset: 
         return ""
     if not is_adapter and weights is None:
         model.to(dtype)
-    made = target.with_name(f".{target.name}.new")
-    with storage_faults(f"{target}: it cannot be written"):
-        shutil.rmtree(made, ignore_errors=True)
+    with storage_faults(f"{target}: it cannot be written"), temporary_path(target) as made:
         if is_adapter and Path(config.model.path).is_dir():  # to be found from any directory
             model.peft_config["default"].base_model_name_or_path = str(Path(config.model.path).resolve())
         # peft would ask the hub whether the vocabulary has grown, and save the base model's head where it has LoRA
@@ -57,13 +55,13 @@ def export(learner: Learner, config: Config, processor: ChatProcessor, dataset: 
         _copy_processor(model_directory(config.model.path), made)
         card = model_card(config, auto_class(model.config).__name__, is_adapter, len(dataset.checked.used))
         (made / "README.md").write_text(card, encoding="utf-8")
-        write_folder(target, made)
+        move_into_place(target, made)
     if weights is not None:
         _check_equal(target, model, weights)
         return f"saved {target}; read back, every weight is the one that was trained"
     first = int(dataset.checked.used[0])
-    batch = Loader(dataset.train, learner.packing, row_multiple=ROW_MULTIPLE).load([first])
-    difference = _difference(learner, target, config, processor, batch)
+    batch = Loader(dataset.train, learner.processor, learner.packing, row_multiple=ROW_MULTIPLE).load([first])
+    difference = _difference(learner, target, config, batch)
     if not difference <= MAX_DIFFERENCE[config.model.dtype]:
         raise UserError(
             f"{target}: loaded back, its logits differ by {difference:.1e} from the trained model's: do not use it"
@@ -92,7 +90,7 @@ def _check_equal(target: Path, model: Any, weights: dict[str, Tensor]) -> None:
         raise UserError(f"{target}: read back, {len(wrong)} weights are not the trained ones: do not use it")
 
 
-def _difference(learner: Learner, target: Path, config: Config, processor: ChatProcessor, batch: Batch) -> float:
+def _difference(learner: Learner, target: Path, config: Config, batch: Batch) -> float:
     """Relative difference between the logits of the trained model and of what was saved."""
     model = learner.model
     before = _logits(model, learner, batch)
@@ -103,7 +101,7 @@ def _difference(learner: Learner, target: Path, config: Config, processor: ChatP
         model.set_adapter("default")
         model.delete_adapter("saved")
     else:
-        saved = load_model(str(target), config.model.dtype, processor).to(model.device)
+        saved = load_model(str(target), config.model.dtype, learner.processor).to(model.device)
         after = _logits(saved, learner, batch)
     return float((before - after).norm() / before.norm())
 

@@ -1,6 +1,5 @@
 """The directory of a run: one run at a time may write to it. Imports no torch, so that the lock is taken at once."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.errors import UserError, storage_faults
+from mmtrain.file_locks import try_lock
 from mmtrain.safe_text import visible
 
 _LOCK = ".lock"
@@ -35,14 +35,14 @@ def locked(output_dir: Path) -> Iterator[None]:
         raise UserError(f"run.output_dir: the directory {name} cannot be made: {why}") from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            is_free = try_lock(file)
+        except OSError as error:
+            raise UserError(f"{name}: the file system does not lock files ({error.strerror}): use another") from None
+        if not is_free:
             raise UserError(
                 f"{name}: another run is writing there ({_holder(output_dir / _LOCK)}); "
                 "wait for it, stop it, or take another run.output_dir"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{name}: the file system does not lock files ({error.strerror}): use another") from None
+            )
         file.truncate(0)
         with suppress(OSError):  # no room for the name: the lock itself needs none
             os.write(file.fileno(), json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())

@@ -40,6 +40,7 @@ def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, pro
         model.to(runtime.device)
     return Learner(
         model=model,
+        processor=processor,
         root=root,
         make_inputs=make_inputs,
         head_kind=made.head_kind,

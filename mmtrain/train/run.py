@@ -58,7 +58,7 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
     loop.take_steps(resume.step + 1, resume.evaluated, on_step)
     activity.set("exporting" if runtime.is_main else "waiting")
     if runtime.is_main or learner.sharded:
-        progress.say(export(learner, config, processor, dataset))
+        progress.say(export(learner, config, dataset))
     activity.set("waiting")
 
 
