@@ -6,6 +6,14 @@ from contextlib import contextmanager
 from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+
+class _Count(bars.MofNCompleteColumn):
+    """What is done of the total, where that is known."""
+
+    def render(self, task: bars.Task) -> Text:
+        return Text() if task.total is None else super().render(task)
 
 
 class Task:
@@ -35,18 +43,18 @@ class Progress:
     ) -> None:
         self.tick = tick
         """Report that something was done, of which nothing is shown."""
-        self.console = console or Console(stderr=True, quiet=quiet, highlight=False, emoji=False)
+        self._console = console or Console(stderr=True, quiet=quiet, highlight=False, emoji=False)
         self._group: bars.Progress | None = None
 
     @property
     def shows_bars(self) -> bool:
         """Whether tasks have bars: only on a terminal."""
-        return self.console.is_terminal
+        return self._console.is_terminal
 
     def say(self, line: str | Table) -> None:
         """Print a line, never wrapped and never read as markup, or a table."""
         self.tick()
-        self.console.print(line, markup=False, highlight=False, soft_wrap=isinstance(line, str))
+        self._console.print(line, markup=False, highlight=False, soft_wrap=isinstance(line, str))
 
     @contextmanager
     def task(self, name: str, total: int | None = None, done: int = 0) -> Iterator[Task]:
@@ -67,11 +75,15 @@ class Progress:
     def _new_group(self) -> bars.Progress:
         return bars.Progress(
             bars.TextColumn("{task.description}", markup=False),
-            bars.MofNCompleteColumn(),
+            _Count(),
             bars.BarColumn(),
             bars.TextColumn("{task.fields[note]}", markup=False),
             bars.TimeRemainingColumn(compact=True),
-            console=self.console,
+            console=self._console,
             transient=True,
             disable=not self.shows_bars,
         )
+
+
+QUIET = Progress(quiet=True)
+"""Shows nothing and ticks nobody."""

@@ -20,6 +20,7 @@ from mmtrain.model import attention
 from mmtrain.model import packing_trial as packing
 from mmtrain.model.load import checkpoint_activations, load_model
 from mmtrain.model.packing_trial import packing_fault
+from mmtrain.progress import QUIET
 from mmtrain.records.record_set import RecordSet
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.packing import choose_packing
@@ -27,7 +28,7 @@ from mmtrain.train.learner import make_learner
 from mmtrain.train.run import train
 from support.attention_models import TEXT_MODELS, WINDOW, make_gemma3, make_text_family
 from support.builders import MAKERS
-from support.learning import LORA, QUIET, learner_for, relative_l2, scores_of, step_of
+from support.learning import LORA, learner_for, relative_l2, scores_of, step_of
 
 PACKS = {*MAKERS, "llama", "mixture", "windows"}
 LEAKS = {"gpt_oss", "mamba", "lfm2", "qwen3_next", "gemma3"}

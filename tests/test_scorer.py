@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Batch
+from mmtrain.progress import QUIET
 from mmtrain.scoring.packing import choose_packing
 from mmtrain.scoring.scorer import Scorer
 from mmtrain.scoring.scores import Scores
 from mmtrain.train.step import Learner
-from support.learning import QUIET, learner_for
+from support.learning import learner_for
 
 Row = tuple[int, int, int, bool, float, int, int, int]
 

@@ -46,7 +46,7 @@ class Evaluation:
         self.names = [source.name or Path(source.path).name for source in sources]
         spec = EncodingSpec.of(config, sources)
         self.encoder = spec.encoder(processor)
-        self.samples, checked = check_samples(spec, processor, self._limit, config.data.too_long)
+        self.samples, checked = check_samples(spec, processor, self._limit, config.data.too_long, self._progress)
         self.indices = checked.used
         """Of the samples that are scored."""
         self.dropped = [{"place": str(self.samples.place(index)), "reason": why} for index, why in checked.dropped]

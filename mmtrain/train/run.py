@@ -38,7 +38,7 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
     _check_microbatches(config, runtime)
     activity.set("checking the data")
     processor = load_processor(config.model.path)
-    dataset = Dataset(config, processor, progress.console, progress.tick)
+    dataset = Dataset(config, processor, progress)
     activity.set("comparing with the checkpoint")
     checkpoints = CheckpointFolder(output_dir / "checkpoints", config.run.keep_checkpoints)
     state = RunState(config, runtime)

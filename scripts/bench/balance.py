@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -37,6 +36,7 @@ from mmtrain.errors import UserError
 from mmtrain.model.components import prepare_learning
 from mmtrain.model.cost import CostModel, cost_model
 from mmtrain.model.load import load_config as load_model_config
+from mmtrain.progress import QUIET
 from mmtrain.train.dataset import Dataset
 
 HEAD = ("processes", "micro-batches each", "waiting", "at best", "as they come", "padding", "seconds a cut")
@@ -87,7 +87,7 @@ class Simulation:
     def __init__(self, config: Config) -> None:
         self.settings = config.run
         self.packing = config.run.packing is not False  # auto: the model that would be tried is not loaded
-        self.dataset = Dataset(config, load_processor(config.model.path), Console(quiet=True))
+        self.dataset = Dataset(config, load_processor(config.model.path), QUIET)
         self.costs = costs_in(config)
 
     def row(self, processes: int, each: int, steps: int) -> tuple[str, ...]:

@@ -108,11 +108,11 @@ def write_inputs(work: Path, config: Path, settings: dict[str, Any]) -> tuple[li
     """
     from mmtrain.config import load_config
     from mmtrain.encoding.load import load_processor
-    from mmtrain.progress import Progress
+    from mmtrain.progress import QUIET
     from mmtrain.train.dataset import Dataset
 
     processor = load_processor(settings["model"])
-    dataset = Dataset(load_config(config, settings["overrides"]), processor, Progress(quiet=True).console)
+    dataset = Dataset(load_config(config, settings["overrides"]), processor, QUIET)
     settings["pad_id"] = processor.pad_id
     lengths, supervised = [], []
     with (work / "samples.jsonl").open("w") as file:

@@ -12,7 +12,7 @@ from mmtrain.dataset.batch import Loader
 from mmtrain.encoding.load import load_processor
 from mmtrain.evaluate.evaluation import Evaluation
 from mmtrain.model.kernels.products import ROW_MULTIPLE
-from mmtrain.progress import Progress
+from mmtrain.progress import QUIET
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.scores import Scores
 from mmtrain.train.dataset import Dataset
@@ -22,12 +22,11 @@ from mmtrain.train.step import Learner, accumulate_gradients
 LORA = {"mode": "lora", "rank": 4, "alpha": 8.0}
 MIXED = {"vision": LORA, "projector": {"mode": "full"}, "language": LORA}
 ALL_FULL = {"vision": {"mode": "full"}, "projector": {"mode": "full"}, "language": {"mode": "full"}}
-QUIET = Progress(quiet=True)
 
 
 def learner_for(config: Config) -> tuple[Learner, Dataset]:
     processor = load_processor(config.model.path)
-    dataset = Dataset(config, processor, QUIET.console)
+    dataset = Dataset(config, processor, QUIET)
     learner = make_learner(config, processor, Runtime(config.model.dtype), QUIET)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

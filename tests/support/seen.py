@@ -22,12 +22,13 @@ from mmtrain.errors import UserError
 from mmtrain.model.components import prepare_learning
 from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
+from mmtrain.progress import QUIET
 from mmtrain.runtime import processes
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train import learner, loop, run
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.optimizer import make_optimizer, set_rate
-from support.learning import QUIET, learner_for, step_of
+from support.learning import learner_for, step_of
 
 REFUSED = "refused"
 
@@ -36,7 +37,7 @@ REFUSED = "refused"
 
 
 def dataset_of(config: Config) -> Dataset:
-    return Dataset(config, load_processor(config.model.path), QUIET.console)
+    return Dataset(config, load_processor(config.model.path), QUIET)
 
 
 def or_refused(seen: Callable[[Dataset], Any]) -> Callable[[Config], Any]:
