@@ -136,6 +136,11 @@ def microbatch_faults(where: str, batch: Batch) -> AbstractContextManager[None]:
     return device_faults(doing, f"lower {lower}, or set run.activation_checkpointing to true")
 
 
+def loading_faults() -> AbstractContextManager[None]:
+    """`device_faults` of loading a model."""
+    return device_faults(lambda: "loading the model", "set run.weights to shard and use more GPUs, or a smaller model")
+
+
 def _peak() -> str:
     """What was allocated at most, and what the device has."""
     if not torch.cuda.is_available():
