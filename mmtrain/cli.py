@@ -71,7 +71,7 @@ def train(
         if fresh and launch.may_write(node_rank) and not launch.is_restart():
             start_over(output_dir)
         if not takes_part:
-            here = processes or launch.num_local_gpus() or 1
+            here = processes or launch.num_local_gpus(loaded.run.device) or 1
             if here * nodes > 1:
                 words = [str(config), *(overrides or []), *(f"--accept-change={key}" for key in accept_change or [])]
                 raise typer.Exit(launch.launch(layout, here, ["train", *words]))

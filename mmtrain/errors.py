@@ -48,6 +48,12 @@ class PeerError(UserError):
     exit_code = 7
 
 
+class DeviceMemoryError(UserError):
+    """The memory of the device is full. Nothing of the step is saved; the same step would fill it again."""
+
+    exit_code = 8
+
+
 class Stopped(UserError):
     """A signal asked the run to end. The exit code is the one that schedulers expect, 128 + the signal's number."""
 
@@ -58,7 +64,7 @@ class Stopped(UserError):
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that ask a run to end in good order."""
-FINAL_CODES = frozenset({2, 3, 4, 6, *(128 + signum for signum in STOP_SIGNALS)})
+FINAL_CODES = frozenset({2, 3, 4, 6, 8, *(128 + signum for signum in STOP_SIGNALS)})
 """Exit codes of runs that another start would not help: what the user must mend, and what was asked to end."""
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

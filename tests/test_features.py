@@ -10,7 +10,6 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from mmtrain.config.schema import Config
@@ -207,7 +206,6 @@ def test_other_weights_or_another_type_have_a_folder_of_their_own(make_config: M
     assert after == pytest.approx(loss(OFF), rel=1e-6)
     assert abs(after - before) > 1e-4 * before
     data["model"]["dtype"] = "bfloat16"
-    AcceleratorState._reset_state(reset_partial_state=True)
     loss()
     assert len(folders(tmp_path)) == 3
 

@@ -177,6 +177,10 @@ class ImageCache(Section):
 class Run(Section):
     output_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
     """The directory for everything that the run writes."""
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Marker.AFFECTS_BITS] = "auto"
+    """What the run computes on. `auto`: the GPU if torch finds one, else the CPU. `cuda`: NVIDIA GPUs with any dtype
+    from compute capability 8.0, with float32 below it. `mps` and, with `cuda`, ROCm are not tested, so they must be
+    named."""
     microbatch_tokens: Annotated[Count, Marker.AFFECTS_BITS] = 2048
     """Tokens that go through the model at once. Lower it when memory runs out, raise it where a large GPU has memory
     to spare."""

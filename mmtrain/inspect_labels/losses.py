@@ -24,7 +24,7 @@ def token_losses(
     """
     name = None if adapter is None else str(adapter)
     adapters = {} if name is None else {name: read_adapter(name)}
-    runtime = Runtime(config.model.dtype)
+    runtime = Runtime(config.model.dtype, device=config.run.device)
     progress = Progress(runtime.activity.tick)
     models = AdaptedModels(config, processor, runtime, progress, adapters, cache_images=False)
     found = {}

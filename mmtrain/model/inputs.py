@@ -12,6 +12,11 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.attention import KEYWORD, PackedRow, install_attention
 from mmtrain.model.image_cache.features import PictureFeatures
 from mmtrain.model.image_cache.store import FeatureStore
+from mmtrain.model.transfer import on_device
+
+_READY_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+"""Stands for the mask of a packed row, which needs none. A mask of four dimensions is ready for transformers; without
+one it looks in the positions for where samples begin, and the host waits for the device in every micro-batch."""
 
 
 class InputMaker:
@@ -44,6 +49,7 @@ class InputMaker:
             inputs["attention_mask"] = _padding_mask(batch)
         elif self.attends_by_sample:
             inputs[KEYWORD] = PackedRow.of(batch, device)
+            inputs["attention_mask"] = _READY_MASK
         types = self._token_types(batch.input_ids)
         inputs |= {key: types for key in ("mm_token_type_ids", "token_type_ids") if key in self._takes}
         inputs = {key: on_device(v, device) if isinstance(v, Tensor) else v for key, v in inputs.items()}
@@ -84,11 +90,6 @@ class InputMaker:
             return torch.arange(segment.length, device=ids.device).expand(3, -1)
         positions: Tensor = self._get_rope_index(input_ids=ids, mm_token_type_ids=self._token_types(ids), **grids)[0]
         return positions[:, 0]
-
-
-def on_device(value: Tensor, device: torch.device) -> Tensor:
-    """`value`, of the CPU, there; without waiting for what the device does meanwhile."""
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def _padding_mask(batch: Batch) -> Tensor:

@@ -14,7 +14,7 @@ from mmtrain.scoring.image_cache import caches_features, find_features, make_sto
 from mmtrain.scoring.packing import choose_packing
 from mmtrain.train.optimizer import make_optimizer
 from mmtrain.train.step import Learner
-from mmtrain.train.trainable import make_trainable
+from mmtrain.train.trainable import is_sharded, make_trainable
 
 
 def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress) -> Learner:
@@ -22,12 +22,12 @@ def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, pro
 
     Packing and the image cache are tried before the weights are sharded or the layers compiled.
     """
-    made = make_trainable(config, processor, runtime.activity, progress)
+    if config.run.microbatches != "auto":
+        runtime.make_deterministic()
+    made = make_trainable(config, processor, runtime, progress)
     model, settings = made.model, config.run
     root = Root(model)
-    sharded = settings.weights == "shard" and runtime.num_processes > 1
-    if not sharded:
-        model.to(runtime.device)
+    sharded = is_sharded(config, runtime)
     if settings.kernels == "auto":
         progress.say(install(model).line)
     costs = cost_model(made.base, made.family, config.tune)

@@ -50,7 +50,10 @@ def _bits_lines(config: Config, learner: Learner) -> Iterator[str]:
     """Whether another number of processes gives the same bits."""
     count = learner.runtime.num_processes
     if learner.exact and is_exact(int(config.run.microbatches), count):
-        yield "bits: the same on 1, 2, 4 … processes of this kind of machine"
+        slower = ", with deterministic kernels, which are slower" if learner.runtime.device.type == "cuda" else ""
+        yield f"bits: the same on 1, 2, 4 … processes of this kind of machine{slower}"
+    elif learner.runtime.device.type == "cuda" and config.run.microbatches == "auto":
+        yield "bits: differ from run to run within rounding; with a number in run.microbatches they do not"
     elif count > 1:
         why = "the weights are sharded" if learner.sharded else "run.microbatches is auto"
         why = f"{count} is no power of two" if learner.exact else why

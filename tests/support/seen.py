@@ -248,6 +248,23 @@ def num_shardings(config: Config) -> int:
     return len(calls)
 
 
+def device(config: Config) -> str:
+    """On a machine without a GPU."""
+    found = list[str]()
+
+    def stop(*arguments: Any) -> None:
+        found.append(str(arguments[3].device))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(run, "_train", stop)
+        try:
+            run.train(config)
+        except UserError:
+            return REFUSED
+    return found[0]
+
+
 def num_threads(config: Config) -> int:
     run.train(config)
     return torch.get_num_threads()

@@ -20,6 +20,7 @@ from mmtrain.dataset.image_inputs import Features, ImageInputs
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.image_cache.store import FeatureStore
+from mmtrain.model.transfer import on_device
 from mmtrain.safe_text import one_line
 
 _KEYWORD = "mm_encoder_outputs"
@@ -63,8 +64,8 @@ class PictureFeatures:
         """The argument of the model's forward, on its device. To be called under the autocast of the training."""
         each = [self._features(picture).tensors for picture in pictures]
         device = self._model.device
-        on_device = [{name: value.to(device, non_blocking=True) for name, value in own.items()} for own in each]
-        return {_KEYWORD: {"image": self._fields.join(on_device)}}
+        moved = [{name: on_device(value, device) for name, value in own.items()} for own in each]
+        return {_KEYWORD: {"image": self._fields.join(moved)}}
 
     def _features(self, picture: ImageInputs) -> Features:
         # an earlier micro-batch may have had the same picture while this one was decoded ahead
@@ -177,7 +178,7 @@ def _base(model: Any) -> Any:
 def _output(model: Any, inputs: dict[str, Tensor]) -> Any:
     """What the vision tower and the projector make of the pictures in `inputs`."""
     takes = inspect.signature(model.get_image_features).parameters
-    own = {name: value.to(model.device) for name, value in inputs.items() if name in takes}
+    own = {name: on_device(value, model.device) for name, value in inputs.items() if name in takes}
     return model.get_image_features(**own, return_dict=True)
 
 

@@ -94,9 +94,10 @@ def gate_up_gradients(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`normalize` by a frozen weight. Off the CPU torch has a kernel for it."""
-    if not _is_cached(x):  # autocast may widen the result, and the kernel takes one type
+    if not _is_cached(x):  # the kernel takes one type, and autocast would keep a float32 copy of x for each norm
         wide = torch.promote_types(x.dtype, weight.dtype)
-        return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call, no-any-return]
 
 
