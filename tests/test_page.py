@@ -20,8 +20,8 @@ from mmtrain.config.schema import Source
 from mmtrain.dataset.samples import SampleSet
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
-from mmtrain.inspect_labels.page import _cells, write_page
-from mmtrain.inspect_labels.page_parts import clusters
+from mmtrain.inspect_labels.page import write_page
+from mmtrain.inspect_labels.page_tokens import clusters, divide_text
 from mmtrain.inspect_labels.view import SampleView, TokenView, view_sample
 from support.builders import TINY, write_jsonl
 
@@ -132,12 +132,12 @@ def test_the_words_are_whole(views: list[SampleView], written: tuple[str, Path])
                 assert drawn == span.text.replace("\x1b", "").replace("\u202e", "")
 
 
-def test_learned_runs_and_turns(views: list[SampleView], written: tuple[str, Path]) -> None:
+def test_supervised_runs_and_turns(views: list[SampleView], written: tuple[str, Path]) -> None:
     page = Page(written[0])
     runs = [values for values in page.named("bdi") if "run" in (values.get("class") or "").split()]
     for values in runs:
-        learned = "learned" in (values["data-has"] or "").split()
-        assert learned == ("on" in (values["class"] or "").split())
+        supervised = "supervised" in (values["data-has"] or "").split()
+        assert supervised == ("on" in (values["class"] or "").split())
         assert values["data-role"] in (values["data-has"] or "").split()
     turns = [values["class"] for values in page.named("section")]
     assert turns == ["turn system", "turn user", "turn assistant", *["turn user", "turn assistant"] * 2]
@@ -254,7 +254,7 @@ def token(position: int, text: str) -> TokenView:
 )
 def test_text_is_shared_out_among_tokens(texts: list[str], whole: str, drawn: list[str]) -> None:
     tokens = [token(position, text) for position, text in enumerate(texts)]
-    cells = list(_cells(tokens, whole))
+    cells = list(divide_text(tokens, whole))
     assert [cell.token for cell in cells] == tokens
     assert [cell.text for cell in cells] == drawn
 
@@ -274,8 +274,8 @@ seen.all = count();
 find.value = "SURE of"; find.dispatchEvent(new Event("input"));
 seen.found = count(); seen.foundIs = samples.find((sample) => !sample.hidden).id;
 find.value = ""; find.dispatchEvent(new Event("input"));
-document.querySelector("[value=learned]").click();
-seen.onlyLearned = visible("article .run:not(.on)") === 0 && visible("article .run.on") > 0;
+document.querySelector("[value=supervised]").click();
+seen.onlySupervised = visible("article .run:not(.on)") === 0 && visible("article .run.on") > 0;
 document.querySelector(".surprising a").click();
 seen.reset = document.body.dataset.show;
 const chat = document.querySelector("#s1 .chat"); chat.focus();
@@ -311,7 +311,7 @@ def test_the_page_works_in_a_browser(
         "all": 2,
         "found": 1,
         "foundIs": "s1",
-        "onlyLearned": True,
+        "onlySupervised": True,
         "reset": "all",
         "wide": True,
         "ran": 0,
