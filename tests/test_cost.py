@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from mmtrain.config.schema import Config, Tune
 from mmtrain.dataset.batch import Batch, Loader
 from mmtrain.encoding.load import load_processor
-from mmtrain.model.components import Components, prepare_learning
+from mmtrain.model.components import Components, make_trainable
 from mmtrain.model.cost import cost_model
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
@@ -72,7 +72,7 @@ def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Cal
     dataset = Dataset(config, processor, QUIET)
     base = load_model(config.model.path, "float32", processor)
     base.set_attn_implementation("eager")  # the one that torch counts on every device
-    model, components, _ = prepare_learning(base, config.tune)
+    model, components, _ = make_trainable(base, config.tune)
     costs = cost_model(base, components, config.tune)
     make_inputs, checked = InputMaker(model, processor.image_token_id), dataset.checked
     for sample in (1, 2, 3, 5):
@@ -113,7 +113,7 @@ def test_what_is_looked_up_costs_nothing() -> None:
     tune = Tune.model_validate({"language": {"mode": "full"}})
     components = Components(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(components.part_of(name) == "language")
+        parameter.requires_grad_(components.component_of(name) == "language")
     costs = cost_model(model, components, tune)
     assert costs.token == 3 * 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 352)
     assert costs.token_pair == 3 * 4 * 128

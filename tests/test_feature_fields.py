@@ -18,7 +18,7 @@ from transformers import (
 from mmtrain.dataset.image_inputs import PictureInputs
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model.image_cache.features import PictureFeatures, find_fields
+from mmtrain.model.image_cache.features import ImageFeatures, find_fields
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.load import load_model
 
@@ -121,7 +121,7 @@ def test_logits_from_kept_features_are_those_from_pixels(make: Callable[[], tupl
     if "image_grid_thw" in pixels:
         common["mm_token_type_ids"] = (common["input_ids"] == IMAGE).long()
     expected = model(**common, **pixels).logits
-    features = PictureFeatures(model, FeatureStore(1e6), fields)
+    features = ImageFeatures(model, FeatureStore(1e6), fields)
     for _ in range(2):  # computed, and kept
         found = model(**common, **features.of(alone)).logits
         assert (found - expected).norm() <= 1e-5 * expected.norm()
@@ -162,7 +162,7 @@ def test_a_trial_that_fails_says_why(model_dirs: dict[str, Path], monkeypatch: p
     monkeypatch.setattr(model.base_model, "get_image_features", broken)
     said: list[str] = []
     assert find_fields(model, processor, said.append) is None
-    assert said == ["image cache: its trial ended with RuntimeError: no such thing"]
+    assert said == ["image cache: its trial failed with RuntimeError: no such thing"]
 
 
 def test_features_that_a_learning_weight_went_into_are_not_kept(model_dirs: dict[str, Path]) -> None:

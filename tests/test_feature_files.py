@@ -126,8 +126,8 @@ def test_memory_keeps_its_limit(on_disk: bool, tmp_path: Path) -> None:
     assert size == 5 * 16 * 4 + 5 * 16 * 2 + 3 * 8
     store = FeatureStore(2.5 * size, folder(tmp_path)[0] if on_disk else None)
     for number in range(4):
-        store.keep(str(number), features(number))
-        store.keep(str(number), features(number))
+        store.add(str(number), features(number))
+        store.add(str(number), features(number))
     assert store.num_bytes == 2 * size
     found = [number for number in range(4) if store.find(str(number)) is not None]
     assert found == ([0, 1, 2, 3] if on_disk else [0, 1])

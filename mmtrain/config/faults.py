@@ -83,7 +83,7 @@ def _reason(error: ErrorDetails, at: KeyPath, data: dict[str, Any]) -> str:
     if kind == "extra_forbidden":
         return _unknown_key(at, data)
     if kind == "missing":
-        return "required, and not given"
+        return "required, but missing"
     if kind.startswith("union_tag"):
         mode = value.get("mode") if isinstance(value, dict) else value
         return "needs `mode: frozen`, `mode: lora` or `mode: full`" + (f", not {shown(mode)}" if mode else "")

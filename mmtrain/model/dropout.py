@@ -1,7 +1,7 @@
-"""Dropout that does not depend on how a step is cut.
+"""Dropout that does not depend on how a step is divided into micro-batches.
 
-torch's own dropout draws from one stream in the order in which micro-batches happen to run. Here the mask of a
-sample in a module is drawn from a generator seeded by (seed, step, sample, module), over the sample's own positions.
+torch's dropout draws masks from one stream, in the order in which micro-batches run. Here the mask of a sample in a
+module is drawn from a generator seeded by (seed, step, sample, module), over the positions of the sample.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ from mmtrain.dataset.batch import Batch
 from mmtrain.model.components import Components, base_name
 
 
-class DropoutClock:
-    """What the masks are seeded by. Dropout is on inside `at` alone."""
+class DropoutContext:
+    """The seed, the step and the micro-batch that the masks depend on. Dropout is on only inside `at`."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -28,7 +28,7 @@ class DropoutClock:
 
     @contextmanager
     def at(self, step: int, batch: Batch) -> Iterator[None]:
-        """While a micro-batch of this step is computed, forward and backward: with activation checkpointing the
+        """Around the forward and backward pass of a micro-batch of this step. With activation checkpointing the
         backward pass draws the masks again."""
         self._step, self._batch = step, batch
         try:
@@ -46,29 +46,29 @@ class DropoutClock:
 
 
 class SampleDropout(nn.Module):
-    """Inverted dropout of the input of one adapter, masked sample by sample."""
+    """Inverted dropout of the input of one adapter, with a mask for each sample."""
 
-    def __init__(self, p: float, name: str, part: str, clock: DropoutClock) -> None:
+    def __init__(self, p: float, name: str, component: str, context: DropoutContext) -> None:
         super().__init__()
-        self._p, self._name, self._part, self._clock = p, name, part, clock
+        self._p, self._name, self._component, self._context = p, name, component, context
 
     def forward(self, x: Tensor) -> Tensor:
-        batch = self._clock.batch
+        batch = self._context.batch
         return x if batch is None else x * self._mask(x, batch)
 
     def _mask(self, x: Tensor, batch: Batch) -> Tensor:
-        """The mask over x, whose leading dimensions run over text positions, or over the batch's pictures in order."""
+        """The mask for x, whose leading dimensions are text positions, or the images of the batch in order."""
         width = x.shape[-1]
         mask = torch.ones(x.numel() // width, width, dtype=x.dtype, device=x.device)
         generator = torch.Generator(device=x.device)
         for sample, start, stop in self._rows(len(mask), batch):
-            generator.manual_seed(self._clock.seed(sample, self._name))
+            generator.manual_seed(self._context.seed(sample, self._name))
             mask[start:stop].bernoulli_(1 - self._p, generator=generator)
         return mask.view_as(x) / (1 - self._p)
 
     def _rows(self, num_rows: int, batch: Batch) -> list[tuple[int, int, int]]:
-        """(sample, first row, last row + 1) of each sample among the rows that the module sees."""
-        if self._part == "language":
+        """(sample, first row, last row + 1) of each sample in the input of the module."""
+        if self._component == "language":
             length = batch.input_ids.shape[1]
             return [(s.sample, s.row * length + s.start, s.row * length + s.start + s.length) for s in batch.segments]
         sizes = _image_sizes(batch)
@@ -82,22 +82,22 @@ class SampleDropout(nn.Module):
 
 
 def _image_sizes(batch: Batch) -> list[int]:
-    """A number for each picture in proportion to the rows it takes in the vision tower."""
+    """For each image a number proportional to its rows in the vision tower."""
     for key, value in batch.image_inputs.items():
         if key.endswith("_thw"):
             return [int(n) for n in value.prod(-1).tolist()]
     return [1] * sum(segment.num_images for segment in batch.segments)
 
 
-def install_dropout(model: Any, components: Components, tune: Tune, clock: DropoutClock) -> None:
-    """Give every adapter of a part with dropout its own `SampleDropout`."""
+def install_dropout(model: Any, components: Components, tune: Tune, context: DropoutContext) -> None:
+    """Give every adapter of a component with dropout its own `SampleDropout`."""
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         own = base_name(name)
-        part = components.part_of(own)
-        lora = tune.parts[part]
+        component = components.component_of(own)
+        lora = tune.components[component]
         if isinstance(lora, Lora) and lora.dropout > 0:
             for adapter in list(module.lora_dropout):
-                module.lora_dropout[adapter] = SampleDropout(lora.dropout, own, part, clock)
-            module.training = True  # DoRA skips its dropout in eval mode; this layer's flag alone, not the model's
+                module.lora_dropout[adapter] = SampleDropout(lora.dropout, own, component, context)
+            module.training = True  # DoRA skips its dropout in eval mode; only this layer's flag, not the model's

@@ -34,7 +34,7 @@ def auto_class(config: Any) -> Any:
 
 
 def length_limit(path: str, max_length: int) -> LengthLimit:
-    """The longest sample: `max_length` tokens, or fewer where the model was made for fewer positions."""
+    """The longest sample: `max_length` tokens, or fewer if the model has fewer positions."""
     positions = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
     if positions and positions < max_length:
         return LengthLimit(positions, "the model's positions, max_position_embeddings in its config.json")
@@ -42,10 +42,11 @@ def length_limit(path: str, max_length: int) -> LengthLimit:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Have every layer computed again in the backward pass. Raises UserError where the model cannot.
+    """Compute the activations of every layer again in the backward pass. Raises UserError if the model does not support
+    it.
 
-    Where peft has added adapters, transformers makes the embeddings of tokens and of images require gradients, which
-    only reentrant checkpointing needs: a frozen vision tower would be computed twice and passed through backward.
+    If peft has added adapters, transformers makes the embeddings of tokens and images require gradients. Only reentrant
+    checkpointing needs that, and a frozen vision tower would run twice and have a backward pass, so it is undone.
     """
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -54,20 +55,20 @@ def checkpoint_activations(model: Any) -> None:
     model.disable_input_require_grads()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # it asks for this flag; its dropouts keep their own, which is off
+            module.training = True  # required for checkpointing; the dropouts inside have their own flag, which is off
 
 
 def compile_layers(model: Any) -> None:
-    """Compile the language model's repeated layers one by one: they share their code, so the first is the one that
-    takes time. The number of tokens is left open, as every micro-batch has another."""
+    """Compile the repeated layers of the language model one by one: they share their code, so only the first takes
+    time. The number of tokens stays dynamic, because it differs between micro-batches."""
     for module in model.get_decoder().modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)
 
 
 def _from_pretrained(path: str, config: Any, dtype: str) -> tuple[Any, dict[str, Any]]:
-    """The model, and what transformers found wrong with its weights: its own report is a table, in other words."""
-    disable_progress_bar()  # loading is a second of a run that has a bar of its own
+    """The model, and the faults of its weights that transformers found. Its own report of them is switched off."""
+    disable_progress_bar()  # the run has its own progress bar
     verbosity = get_verbosity()
     set_verbosity(ERROR)
     try:
@@ -90,8 +91,8 @@ def _from_pretrained(path: str, config: Any, dtype: str) -> tuple[Any, dict[str,
 def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:
     """The model on the CPU in `dtype`, in eval mode: the base model's own dropout is never on.
 
-    Raises UserError where files are broken, weights are missing, not finite or of other shapes, or the tokenizer has
-    ids the model has no embedding for.
+    Raises UserError if files are broken, if weights are missing, not finite or have wrong shapes, or if the tokenizer
+    has ids without an embedding in the model.
     """
     config = load_config(path)
     check_weight_files(model_directory(path))
@@ -102,7 +103,7 @@ def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:
     if shapes:
         name, in_file, expected = shapes[0]
         raise UserError(
-            f"{path}: {len(shapes)} weights have other shapes than config.json asks for, such as {shown(name)}: "
+            f"{path}: {len(shapes)} weights have other shapes than config.json requires, such as {shown(name)}: "
             f"{tuple(in_file)} in the file, {tuple(expected)} expected"
         )
     missing = sorted(info["missing_keys"])
@@ -117,12 +118,14 @@ def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:
     num_embeddings = model.get_input_embeddings().num_embeddings
     largest = max(processor.tokenizer.get_vocab().values())
     if largest >= num_embeddings:
-        raise UserError(f"{path}: the tokenizer has ids up to {largest} and the model embeddings for {num_embeddings}")
+        raise UserError(
+            f"{path}: the tokenizer has ids up to {largest}, but the model has only {num_embeddings} embeddings"
+        )
     return model.eval()
 
 
 def _check_finite(model: Any, path: str) -> None:
-    """Raise UserError naming a weight that has a value which is NaN or infinite."""
+    """Raise UserError, naming a weight, if values are NaN or infinite."""
     weights = (item for item in model.state_dict().items() if item[1].is_floating_point() and item[1].numel())
     broken = [name for name, weight in weights if not all(torch.isfinite(end) for end in torch.aminmax(weight))]
     if broken:

@@ -13,7 +13,7 @@ from mmtrain.config import Config
 from mmtrain.config.schema import Frozen
 from mmtrain.dataset.hashes import cache_folder, model_fingerprints
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model.image_cache.features import PictureFeatures, find_fields
+from mmtrain.model.image_cache.features import ImageFeatures, find_fields
 from mmtrain.model.image_cache.files import FeatureFolder
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.runtime.processes import Runtime
@@ -43,14 +43,14 @@ def make_store(config: Config, runtime: Runtime, say: Callable[[str], None]) -> 
 
 def find_features(
     model: Any, processor: ChatProcessor, runtime: Runtime, store: FeatureStore | None, say: Callable[[str], None]
-) -> PictureFeatures | None:
+) -> ImageFeatures | None:
     """What puts kept features into `model`, which is on its device; None where there is no store or the model's cannot
     be kept."""
     if store is None:
         return None
     with runtime.autocast():
         fields = find_fields(model, processor, say)
-    return None if fields is None else PictureFeatures(model, store, fields)
+    return None if fields is None else ImageFeatures(model, store, fields)
 
 
 def _model_key(config: Config, runtime: Runtime) -> str:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mmtrain.errors import storage_faults
-from mmtrain.model.components import PartReport
+from mmtrain.model.components import ComponentReport
 
 LOG_SECONDS = 5.0
 METRICS = "metrics.jsonl"
@@ -125,12 +125,12 @@ def make_console(quiet: bool) -> Console:
     return Console(file=sys.stderr, highlight=False, quiet=quiet)
 
 
-def show_parts(parts: Sequence[PartReport], console: Console) -> None:
+def show_components(parts: Sequence[ComponentReport], console: Console) -> None:
     """The table of what learns."""
     table = Table("part", "mode", "modules", "trainable", "frozen", box=None, pad_edge=False)
     for column in table.columns[2:]:
         column.justify = "right"
     for row in parts:
         modules = f"{row.num_modules:,}" if row.trainable else "–"
-        table.add_row(row.part, row.mode, modules, f"{row.trainable:,}", f"{row.frozen:,}")
+        table.add_row(row.component, row.mode, modules, f"{row.trainable:,}", f"{row.frozen:,}")
     console.print(table)

@@ -16,9 +16,9 @@ from mmtrain.dataset.batch import Batch, Loader
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import NonFiniteError, Stopped, StorageError, UserError, storage_faults
-from mmtrain.model.components import PartReport, prepare_learning
+from mmtrain.model.components import ComponentReport, make_trainable
 from mmtrain.model.cost import CostModel, cost_model
-from mmtrain.model.dropout import DropoutClock, install_dropout
+from mmtrain.model.dropout import DropoutContext, install_dropout
 from mmtrain.model.head import find_head_kind
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.install import install
@@ -35,7 +35,7 @@ from mmtrain.train.checkpoint import CheckpointFolder, checkpoint_bytes, restore
 from mmtrain.train.dataset import Dataset, EvalSet, StepCut
 from mmtrain.train.export import export
 from mmtrain.train.gradients import is_exact
-from mmtrain.train.metrics import METRICS, MetricsFile, Reporter, make_console, show_parts
+from mmtrain.train.metrics import METRICS, MetricsFile, Reporter, make_console, show_components
 from mmtrain.train.optimizer import make_optimizer, rate_factor, set_rate
 from mmtrain.train.run_state import RunState
 from mmtrain.train.step import Learner, train_step
@@ -86,7 +86,7 @@ def _train(
         checkpoints.check_room(checkpoint_bytes(learner.model))
     if resume.checkpoint is not None:
         restore(resume.checkpoint, learner.model, learner.optimizer, share)
-    show_parts(parts, console)
+    show_components(parts, console)
     for line in (dataset.summary(), *layout_lines(config, learner)):
         say(line)
     loop = TrainingLoop(config, dataset, learner, costs, checkpoints, state, resume.evaluated, console)
@@ -96,18 +96,18 @@ def _train(
 
 def make_learner(
     config: Config, processor: ChatProcessor, runtime: Runtime, say: Callable[[str], None] = lambda line: None
-) -> tuple[Learner, list[PartReport], CostModel]:
+) -> tuple[Learner, list[ComponentReport], CostModel]:
     """The model with what learns of it, on its device, and its optimizer; its first weights follow from the seed."""
     seed, settings = config.train.seed, config.run
     torch.manual_seed(seed)
     base = load_model(config.model.path, config.model.dtype, processor)
     runtime.activity.set("preparing the model")
     head_kind = find_head_kind(base, say)
-    model, components, parts = prepare_learning(base, config.tune)
+    model, components, parts = make_trainable(base, config.tune)
     if settings.activation_checkpointing:
         checkpoint_activations(base)
-    clock = DropoutClock(seed)
-    install_dropout(model, components, config.tune, clock)
+    dropout = DropoutContext(seed)
+    install_dropout(model, components, config.tune, dropout)
     root = Root(model)
     sharded = settings.weights == "shard" and runtime.num_processes > 1
     if not sharded:
@@ -126,7 +126,7 @@ def make_learner(
     make_inputs = InputMaker(model, processor.image_token_id, features)
     exact = settings.microbatches != "auto" and not sharded
     optimizer = make_optimizer(model, components, config)
-    learner = Learner(model, root, make_inputs, head_kind, optimizer, clock, runtime, exact, sharded, packing)
+    learner = Learner(model, root, make_inputs, head_kind, optimizer, dropout, runtime, exact, sharded, packing)
     return learner, parts, costs
 
 
@@ -253,7 +253,7 @@ class TrainingLoop:
         runtime = self._learner.runtime
         # from the second epoch on every picture was seen; a rule that follows from the step alone, as the cut must
         kept = self._learner.make_inputs.store is not None and step > self._dataset.plan.steps_per_epoch
-        costs = self._costs.with_kept_features if kept else self._costs
+        costs = self._costs.with_cached_features if kept else self._costs
         settings, packing = self._config.run, self._learner.packing
         cut = self._dataset.cut(step, settings, packing, costs, runtime.index, runtime.num_processes)
         return cut if self._filled is None else replace(cut, own=tuple(map(self._filled.fill, cut.own)))

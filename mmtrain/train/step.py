@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmtrain.dataset.batch import Batch
 from mmtrain.errors import NonFiniteError
-from mmtrain.model.dropout import DropoutClock
+from mmtrain.model.dropout import DropoutContext
 from mmtrain.model.head import HeadKind
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.loss import supervised_nll
@@ -31,7 +31,7 @@ class Learner:
     make_inputs: InputMaker
     head_kind: HeadKind
     optimizer: torch.optim.Optimizer
-    clock: DropoutClock
+    dropout: DropoutContext
     runtime: Runtime
     exact: bool = False
     """Micro-batches are summed in a tree that does not depend on the number of processes."""
@@ -106,7 +106,7 @@ def _backward(learner: Learner, batch: Batch | None, num_supervised: int, step: 
     if batch is None:
         return torch.zeros((), dtype=torch.float64, device=learner.runtime.device)
     learner.runtime.activity.set("forward")
-    with learner.clock.at(step, batch):
+    with learner.dropout.at(step, batch):
         with learner.runtime.autocast():
             nll, _ = learner.root(supervised_nll, learner.head_kind, learner.make_inputs(batch), batch)
         torch.autograd.backward(nll.sum() / num_supervised)

@@ -34,7 +34,7 @@ from mmtrain.config import Config, load_config
 from mmtrain.dataset.microbatches import Cut, cut_step
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.model.components import prepare_learning
+from mmtrain.model.components import make_trainable
 from mmtrain.model.cost import CostModel, cost_model
 from mmtrain.model.load import load_config as load_model_config
 from mmtrain.train.dataset import Dataset
@@ -48,7 +48,7 @@ def costs_in(config: Config) -> CostModel:
     kind = AutoModelForImageTextToText if type(shape) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
     with torch.device("meta"):
         model = kind.from_config(shape)
-        _, components, _ = prepare_learning(model, config.tune)
+        _, components, _ = make_trainable(model, config.tune)
     return cost_model(model, components, config.tune)
 
 
