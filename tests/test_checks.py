@@ -200,18 +200,18 @@ PLANTED: dict[Callable[[Sample], None], set[str]] = {
     no_labels: {findings.NO_LABEL},
     drop_an_end: {findings.NO_END},
     drop_the_last_end: {findings.NO_END},
-    drop_a_turn: {findings.NO_WORDS},
-    drop_the_words: {findings.NO_WORDS},
-    drop_the_first_word: {findings.WORDS, findings.PROMPT},
-    drop_a_word_within: {findings.WORDS},
+    drop_a_turn: {findings.NO_TEXT},
+    drop_the_words: {findings.NO_TEXT},
+    drop_the_first_word: {findings.REPLY, findings.PROMPT},
+    drop_a_word_within: {findings.REPLY},
     learn_a_question: {findings.OUTSIDE},
-    learn_a_header: {findings.PROMPT, findings.WORDS},
+    learn_a_header: {findings.PROMPT, findings.REPLY},
     other_question: {findings.PROMPT},
     other_tokens: {findings.PROMPT},
     lost_header: {findings.PROMPT},
     doubled_bos: {findings.PROMPT},
-    other_answer: {findings.WORDS},
-    end_put_into_the_words: {findings.WORDS},
+    other_answer: {findings.REPLY},
+    end_put_into_the_words: {findings.REPLY},
 }
 
 
@@ -240,15 +240,15 @@ def test_planted_faults_of_pictures(sample: Sample) -> None:
     assert sample.faults == {findings.PLACEHOLDER}
     sample.ignore(places[:1])
     del sample.ids[places[-1]], sample.labels[places[-1]]
-    assert findings.PICTURE in sample.faults
+    assert findings.NO_PLACEHOLDERS in sample.faults
     assert findings.PLACEHOLDER not in sample.faults
     sample.learn(places[-2:-1])  # of the picture that is not whole any more
-    assert {findings.PICTURE, findings.PLACEHOLDER} <= sample.faults
+    assert {findings.NO_PLACEHOLDERS, findings.PLACEHOLDER} <= sample.faults
 
 
 def test_reasons_name_the_turn_and_the_words(sample: Sample) -> None:
     other_answer(sample)
-    (fault,) = [finding for finding in sample.check() if finding.kind == findings.WORDS]
+    (fault,) = [finding for finding in sample.check() if finding.kind == findings.REPLY]
     assert fault.reason.startswith("turn 4: the labels say ")
     assert "green" in fault.reason
     assert "a small square" in fault.reason
@@ -341,7 +341,7 @@ def test_lost_white_space_is_a_fault(tokenizer: str, template: str, tmp_path: Pa
     newlines = [i for i in run if made.processor.decode([made.ids[i]]).isspace()]
     position = newlines[-1]
     del made.ids[position], made.labels[position]
-    assert findings.WORDS in made.faults
+    assert findings.REPLY in made.faults
 
 
 def notes_of(model: Path, conversation: Conversation) -> list[str]:

@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 
 
 class Marker(Enum):
-    """What a change of a key does besides changing the result. A key without SAME_RESULT, in a section without it,
-    decides the result: a run does not resume with another value."""
+    """The effect of changing a key. If neither the key nor its section has SAME_RESULT, the key decides the result: a
+    run does not resume with another value."""
 
     SAME_RESULT = "a change does not change the result beyond rounding"
     AFFECTS_BITS = "a change may change the bits of the result, within rounding"

@@ -1,4 +1,4 @@
-"""`mmtrain inspect-labels`: a few samples in the terminal or on a page, or all of them audited."""
+"""`mmtrain inspect-labels`: shows a few samples in the terminal or on a page, or checks all of them."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ from mmtrain.safe_text import shown, visible
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line says beside the config."""
+    """The options of the command line."""
 
     split: str = "train"
     indices: tuple[int, ...] = ()
@@ -37,7 +37,7 @@ class Options:
 
 
 def inspect_labels(config: Config, options: Options) -> int:
-    """Show or audit; gives the exit code: 1 where a sample is at fault, 0 otherwise."""
+    """Show samples, or check all of them. Returns the exit code: 1 if a sample has a fault, 0 otherwise."""
     if options.html is not None:
         _check_page(options.html)
     if options.all:
@@ -49,7 +49,7 @@ def inspect_labels(config: Config, options: Options) -> int:
     part_encoder = PartEncoder(recipe, processor)
     samples = part_encoder.samples
     if (store := find_store(recipe, samples)) is not None:
-        samples.use(store)  # the very encoding that training reads
+        samples.use(store)  # the encoding that training reads
     chosen = _chosen(len(samples), options)
     found = part_encoder.encode(chosen).faults
     faults = [f"{samples.place(index)}: {kind}: {reason}" for index, kind, reason in found]
@@ -77,15 +77,15 @@ def inspect_labels(config: Config, options: Options) -> int:
 
 
 def _check_page(path: Path) -> None:
-    """Raises UserError, before any work, where no file can be made."""
+    """Raises UserError, before any work, if the file cannot be created."""
     if path.is_dir():
         raise UserError(f"--html {shown(path)}: that is a folder: name a file in it")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"--html {shown(path)}: there is no folder {shown(path.absolute().parent)}: make it first")
+        raise UserError(f"--html {shown(path)}: there is no folder {shown(path.absolute().parent)}: create it first")
 
 
 def _print_json(row: object) -> None:
-    """One JSON object on a line; escaped where standard output cannot say it (a file name that is not UTF-8)."""
+    """One JSON object on a line, escaped if standard output cannot encode it (a file name that is not UTF-8)."""
     line = json.dumps(row, ensure_ascii=False)
     try:
         line.encode(sys.stdout.encoding or "utf-8")
@@ -95,7 +95,7 @@ def _print_json(row: object) -> None:
 
 
 def _chosen(num_samples: int, options: Options) -> list[int]:
-    """The samples asked for, or `num` of them evenly spread."""
+    """The indices that were given, or `num` evenly spaced ones."""
     wrong = [index for index in options.indices if not 0 <= index < num_samples]
     if wrong:
         raise UserError(f"--index {wrong[0]}: there are {num_samples:,} samples, 0 to {num_samples - 1}")
@@ -104,7 +104,7 @@ def _chosen(num_samples: int, options: Options) -> list[int]:
 
 
 def _views(samples: SampleSet, indices: Sequence[int], refused: set[int]) -> list[SampleView]:
-    """Of the samples that can be encoded. Raises UserError where one is no longer what is stored for training."""
+    """Views of the samples that can be encoded. Raises UserError if one has changed since it was stored."""
     try:
         return [view_sample(samples, index) for index in indices if index not in refused]
     except SampleError as error:

@@ -1,4 +1,4 @@
-"""How sure a model is of each learned token, by the cross-entropy that training uses."""
+"""A model's loss on each supervised token, by the same cross-entropy as in training."""
 
 import functools
 from collections.abc import Iterable
@@ -24,9 +24,9 @@ from mmtrain.scoring.packing import choose_packing
 def token_losses(
     config: Config, adapter: Path | None, samples: SampleSet, indices: Iterable[int]
 ) -> dict[int, dict[int, float]]:
-    """Negative log-likelihood in nats: sample number → position of the learned token → value.
+    """Negative log-likelihood in nats: sample index → position of the supervised token → value.
 
-    Raises UserError where the adapter cannot be loaded.
+    Raises UserError if the adapter cannot be loaded.
     """
     found_adapter = None if adapter is None else read_adapter(adapter)
     runtime = Runtime(config.model.dtype)
