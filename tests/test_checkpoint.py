@@ -74,7 +74,7 @@ def test_the_size_of_a_checkpoint_is_that_of_float32_weights_and_two_moments() -
     assert checkpoint_bytes(model_of(2, 4).half()) == 3 * 4 * (3 * 4 + 4)
 
 
-def test_a_restored_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_restored_run_continues_with_the_same_bits(tmp_path: Path) -> None:
     model = model_of(2, 4)
     optimizer = stepped(model)
     folder = tmp_path / "run" / "checkpoints"

@@ -69,19 +69,19 @@ class Sample:
     def notes(self) -> list[str]:
         return [finding.kind for finding in self.check() if not finding.is_fault]
 
-    def learned(self) -> list[int]:
+    def supervised(self) -> list[int]:
         return [i for i, label in enumerate(self.labels) if label != IGNORED]
 
     def runs(self) -> list[list[int]]:
         found: list[list[int]] = []
-        for i in self.learned():
+        for i in self.supervised():
             if found and found[-1][-1] == i - 1:
                 found[-1].append(i)
             else:
                 found.append([i])
         return found
 
-    def learn(self, positions: list[int] | range) -> None:
+    def supervise(self, positions: list[int] | range) -> None:
         for i in positions:
             self.labels[i] = self.ids[i]
 
@@ -90,7 +90,7 @@ class Sample:
             self.labels[i] = IGNORED
 
     def replace(self, start: int, end: int, text: str) -> None:
-        """ids[start:end] become `text`, learned if ids[start] was."""
+        """ids[start:end] become `text`, trained on if ids[start] was."""
         new = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         self.labels[start:end] = new if self.labels[start] != IGNORED else [IGNORED] * len(new)
         self.ids[start:end] = new
@@ -98,7 +98,7 @@ class Sample:
 
 @pytest.fixture
 def sample(kind: str, model_dirs: dict[str, Path], tmp_path: Path) -> Sample:
-    """Two questions and answers, the first with two pictures where the model takes them."""
+    """Two questions and answers, the first with two images where the model takes them."""
     for name, size in (("a.png", (84, 56)), ("b.png", (56, 112))):
         PIL.Image.new("RGB", size, "red").save(tmp_path / name)
     pictures: list[str | Image] = [] if kind == "text" else [Image("a.png"), Image("b.png")]
@@ -115,7 +115,7 @@ def test_an_untampered_sample_has_no_faults(sample: Sample) -> None:
 
 
 def no_labels(sample: Sample) -> None:
-    sample.ignore(sample.learned())
+    sample.ignore(sample.supervised())
 
 
 def drop_an_end(sample: Sample) -> None:
@@ -142,18 +142,18 @@ def drop_a_word_within(sample: Sample) -> None:
     sample.ignore(sample.runs()[0][2:3])
 
 
-def learn_a_question(sample: Sample) -> None:
+def supervise_a_question(sample: Sample) -> None:
     start = sample.runs()[1][0]
-    sample.learn(range(start - 6, start - 4))
+    sample.supervise(range(start - 6, start - 4))
 
 
-def learn_a_header(sample: Sample) -> None:
-    sample.learn([sample.runs()[0][0] - 1])
+def supervise_a_header(sample: Sample) -> None:
+    sample.supervise([sample.runs()[0][0] - 1])
 
 
-def learn_everything(sample: Sample) -> None:
+def supervise_everything(sample: Sample) -> None:
     image = sample.processor.image_token_id
-    sample.learn([i for i, token in enumerate(sample.ids) if token != image])
+    sample.supervise([i for i, token in enumerate(sample.ids) if token != image])
 
 
 def shift_labels(sample: Sample) -> None:
@@ -204,8 +204,8 @@ PLANTED: dict[Callable[[Sample], None], set[str]] = {
     drop_the_words: {findings.NO_TEXT},
     drop_the_first_word: {findings.REPLY, findings.PROMPT},
     drop_a_word_within: {findings.REPLY},
-    learn_a_question: {findings.OUTSIDE},
-    learn_a_header: {findings.PROMPT, findings.REPLY},
+    supervise_a_question: {findings.OUTSIDE},
+    supervise_a_header: {findings.PROMPT, findings.REPLY},
     other_question: {findings.PROMPT},
     other_tokens: {findings.PROMPT},
     lost_header: {findings.PROMPT},
@@ -219,13 +219,13 @@ PLANTED: dict[Callable[[Sample], None], set[str]] = {
 def test_planted_faults(sample: Sample, kind: str, plant: Callable[[Sample], None]) -> None:
     plant(sample)
     assert PLANTED[plant] <= sample.faults
-    # an end token that the template lacks has no business in a text where it is not learned
+    # an end token that the template lacks has no business in a text where it is not trained on
     also = {findings.PROMPT} if kind == "llava" and plant in (drop_an_end, drop_a_turn) else set()
-    if plant in (no_labels, drop_an_end, drop_the_last_end, drop_a_turn, learn_a_question, drop_a_word_within):
+    if plant in (no_labels, drop_an_end, drop_the_last_end, drop_a_turn, supervise_a_question, drop_a_word_within):
         assert sample.faults == PLANTED[plant] | also  # and it is called by no other name
 
 
-@pytest.mark.parametrize("plant", [shift_labels, learn_everything], ids=lambda plant: plant.__name__)
+@pytest.mark.parametrize("plant", [shift_labels, supervise_everything], ids=lambda plant: plant.__name__)
 def test_labels_of_every_token_or_of_the_next_one(sample: Sample, plant: Callable[[Sample], None]) -> None:
     plant(sample)
     assert (findings.NOT_ITSELF in sample.faults) == (plant is shift_labels)
@@ -233,16 +233,16 @@ def test_labels_of_every_token_or_of_the_next_one(sample: Sample, plant: Callabl
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"], indirect=True)
-def test_planted_faults_of_pictures(sample: Sample) -> None:
+def test_planted_faults_of_images(sample: Sample) -> None:
     image = sample.processor.image_token_id
     places = [i for i, token in enumerate(sample.ids) if token == image]
-    sample.learn(places[:1])
+    sample.supervise(places[:1])
     assert sample.faults == {findings.PLACEHOLDER}
     sample.ignore(places[:1])
     del sample.ids[places[-1]], sample.labels[places[-1]]
     assert findings.NO_PLACEHOLDERS in sample.faults
     assert findings.PLACEHOLDER not in sample.faults
-    sample.learn(places[-2:-1])  # of the picture that is not whole any more
+    sample.supervise(places[-2:-1])  # of the image that is not whole any more
     assert {findings.NO_PLACEHOLDERS, findings.PLACEHOLDER} <= sample.faults
 
 
@@ -255,11 +255,11 @@ def test_reasons_name_the_turn_and_the_words(sample: Sample) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, indirect=True)
-def test_turns_that_are_not_to_be_learned(sample: Sample, kind: str) -> None:
+def test_turns_that_are_not_to_be_trained_on(sample: Sample, kind: str) -> None:
     """Labels made for every turn, checked against a record or a config that says otherwise."""
     sample.checker = Checker(sample.processor, "last", True)
     reasons = {finding.kind: finding.reason for finding in sample.check() if finding.is_fault}
-    # the end token put behind a turn that is not learned is not in inference's text
+    # the end token put after a turn that is not trained on is not in inference's text
     assert reasons.keys() == {findings.OUTSIDE} | ({findings.PROMPT} if kind == "llava" else set())
     assert reasons[findings.OUTSIDE].startswith("turn 2 (assistant)")
     sample.checker = Checker(sample.processor, "assistant", True)
@@ -271,7 +271,7 @@ def test_turns_that_are_not_to_be_learned(sample: Sample, kind: str) -> None:
     assert sample.faults == set()
 
 
-def test_ends_are_learned_where_the_config_says_so(sample: Sample) -> None:
+def test_ends_are_trained_on_where_the_config_says_so(sample: Sample) -> None:
     sample.checker = Checker(sample.processor, end_of_turn=False)
     assert sample.faults == {findings.OUTSIDE}
 
@@ -370,7 +370,7 @@ def test_the_three_exceptions_are_notes(model_dirs: dict[str, Path]) -> None:
         ("qwen2_5_vl", (112, 56), []),
     ],
 )
-def test_notes_on_pictures(kind: str, size: tuple[int, int], notes: list[str], model_dirs: dict[str, Path]) -> None:
+def test_notes_on_images(kind: str, size: tuple[int, int], notes: list[str], model_dirs: dict[str, Path]) -> None:
     assert [finding.kind for finding in image_notes([size], _loaded(model_dirs[kind]))] == notes
 
 

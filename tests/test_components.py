@@ -16,8 +16,8 @@ from mmtrain.train.optimizer import make_optimizer
 from support.attention_models import TEXT_MODELS
 from support.learning import LORA
 
-# Where each part's parameters lie in each architecture, written down from the models' own module trees.
-PARTS = {
+# Where each component's parameters lie in each architecture, written down from the models' own module trees.
+PATTERNS = {
     "qwen2_5_vl": {
         "vision": r"model\.visual\.(?!merger)",
         "projector": r"model\.visual\.merger\.",
@@ -41,33 +41,35 @@ def test_every_parameter_is_of_the_part_it_should_be(kind: str, model_dirs: dict
     model = load(kind, model_dirs)
     components = Components(model)
     for name, _ in model.named_parameters():
-        expected = next(part for part, pattern in PARTS[kind].items() if re.match(pattern, name))
+        expected = next(component for component, pattern in PATTERNS[kind].items() if re.match(pattern, name))
         assert components.component_of(name) == expected, name
 
 
-@pytest.mark.parametrize("part", ["vision", "projector", "language"])
+@pytest.mark.parametrize("component", ["vision", "projector", "language"])
 @pytest.mark.parametrize("mode", ["lora", "full"])
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])
-def test_only_the_named_part_learns(kind: str, part: str, mode: str, model_dirs: dict[str, Path]) -> None:
-    tune = Tune.model_validate({part: LORA if mode == "lora" else {"mode": "full"}})
+def test_only_the_named_component_is_trainable(
+    kind: str, component: str, mode: str, model_dirs: dict[str, Path]
+) -> None:
+    tune = Tune.model_validate({component: LORA if mode == "lora" else {"mode": "full"}})
     base = load(kind, model_dirs)
     total = sum(p.numel() for p in base.parameters())
     model, _, report = make_trainable(base, tune)
     own = [(base_name(name), p) for name, p in model.named_parameters() if p.requires_grad]
     learning = {name for name, _ in own}
     assert learning
-    assert all(re.match(PARTS[kind][part], name) for name in learning)
+    assert all(re.match(PATTERNS[kind][component], name) for name in learning)
     if mode == "full":
         fresh = dict(load(kind, model_dirs).named_parameters())
-        wanted = {name for name in fresh if re.match(PARTS[kind][part], name)}
+        wanted = {name for name in fresh if re.match(PATTERNS[kind][component], name)}
         assert learning == wanted
-    row = next(row for row in report if row.component == part)
+    row = next(row for row in report if row.component == component)
     assert row.trainable == sum(p.numel() for _, p in own) > 0
     assert row.num_modules > 0
     assert sum(row.frozen for row in report) == total - (row.trainable if mode == "full" else 0)
 
 
-def test_a_full_part_beside_lora_is_saved_whole_and_alone(model_dirs: dict[str, Path]) -> None:
+def test_a_full_component_next_to_lora_is_saved_complete_and_alone(model_dirs: dict[str, Path]) -> None:
     tune = Tune.model_validate({"vision": {"mode": "full"}, "language": LORA})
     model, _, _ = make_trainable(load("qwen2_5_vl", model_dirs), tune)
     saved = set(model.peft_config["default"].modules_to_save)

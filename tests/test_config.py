@@ -303,7 +303,7 @@ def test_a_glob_a_folder_and_a_hub_id_are_taken(tmp_path: Path, text: str) -> No
     assert load(tmp_path, text, "model.path=Qwen/Qwen2.5-VL-7B-Instruct").model.path == "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
-def test_nothing_to_learn_is_a_fault(tmp_path: Path, text: str) -> None:
+def test_nothing_trainable_is_a_fault(tmp_path: Path, text: str) -> None:
     (fault,) = faults(tmp_path, text, "tune={language: {mode: frozen}}")
     assert fault.startswith("command line: tune: nothing is trainable")
 

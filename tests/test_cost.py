@@ -64,7 +64,7 @@ def first_inputs(base: Any) -> int:
 
 @pytest.mark.parametrize("name", TUNES)
 def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Callable[..., Config]) -> None:
-    """Within 6 % (measured: 5.6, where pictures' parts learn); the first layer has no input to learn but pictures."""
+    """Within 6 % (measured: 5.6, where vision and projector are trainable); the first layer's only input is images."""
     if kind == "text" and name not in ("language lora", "all full"):
         pytest.skip("a model of text alone has one part")
     config = make_config(kind, {"language": TUNES[name]["language"]} if kind == "text" else TUNES[name])
@@ -82,13 +82,13 @@ def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Cal
         found = measured(model, make_inputs, Loader(dataset.train, True).load([sample]))
         if name == "language lora" or (name != "all full" and not images):
             found += float(tokens) * first_inputs(base)
-        found -= costs.token_pair * float(tokens) ** 2  # what lies behind the causal mask is computed here
+        found -= costs.token_pair * float(tokens) ** 2  # what lies after the causal mask is computed here
         assert found == pytest.approx(float(costs.of(tokens, images, checked.image_token_pairs[sample])), rel=0.06)
 
 
-def test_a_learned_token_costs_what_torch_counts_in_the_head(kind: str, make_config: Callable[..., Config]) -> None:
+def test_a_supervised_token_costs_what_torch_counts_in_the_head(kind: str, make_config: Callable[..., Config]) -> None:
     """Exactly: forward and backward for the input, which the chunks compute at once; and the last layer's MLP, with its
-    adapters' own gradients, where a token is learned and nowhere else."""
+    adapters' own gradients, where a token is trained on and nowhere else."""
     config = make_config(kind, {"language": LORA})
     learner, dataset = learner_for(config)
     base = learner.model.get_base_model()
@@ -107,7 +107,7 @@ def test_a_learned_token_costs_what_torch_counts_in_the_head(kind: str, make_con
 
 def test_what_is_looked_up_costs_nothing() -> None:
     """Worked out by hand from the tiny model's config: 4 layers, q and o of 128², k and v of 128 x 64, 3 of 128 x 352;
-    4 layers of pictures, 4 of 96² and 3 of 96 x 256, patches of 3 x 2 x 8², 4 patches a token, 2 layers in windows."""
+    4 layers of images, 4 of 96² and 3 of 96 x 256, patches of 3 x 2 x 8², 4 patches a token, 2 layers in windows."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(TINY))
     tune = Tune.model_validate({"language": {"mode": "full"}})

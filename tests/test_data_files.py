@@ -1,4 +1,4 @@
-"""A path names files of records: nothing in a folder is left out in silence, and only regular files are opened."""
+"""A path names files of records: nothing in a folder is left out silently, and only regular files are opened."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What a forward reads of its picture features is found out; where it cannot be put together, nothing is kept."""
+"""What a forward reads of its image features is found out; where it cannot be put together, nothing is kept."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +37,7 @@ VISION = {"hidden_size": 32, "intermediate_size": 48}
 
 
 class Processor:
-    """As much of a family's processor as features need: random pixels that follow from the picture's size."""
+    """As much of a family's processor as features need: random pixels that follow from the image's size."""
 
     image_token = "<image>"
     image_token_id = IMAGE
@@ -77,7 +77,7 @@ def with_layers_of_features() -> tuple[Any, Any]:
 
 
 def with_tiles() -> tuple[Any, Any]:
-    """Idefics3: a picture is several tiles, all in one row of a batch."""
+    """Idefics3: an image is several tiles, all in one row of a batch."""
 
     def lay_out(sizes: Sequence[tuple[int, int]]) -> tuple[dict[str, Tensor], list[int]]:
         tiles = [noise(width, 2 if width > 100 else 1, 3, 28, 28) for width, _ in sizes]
@@ -136,7 +136,7 @@ def qwen(model_dirs: dict[str, Path]) -> tuple[Any, ChatProcessor]:
     return model, processor
 
 
-def test_features_that_depend_on_the_other_pictures_are_not_kept(
+def test_features_that_depend_on_the_other_images_are_not_kept(
     model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = qwen(model_dirs)
@@ -165,7 +165,7 @@ def test_a_trial_that_fails_says_why(model_dirs: dict[str, Path], monkeypatch: p
     assert said == ["image cache: its trial failed with RuntimeError: no such thing"]
 
 
-def test_features_that_a_learning_weight_went_into_are_not_kept(model_dirs: dict[str, Path]) -> None:
+def test_features_that_depend_on_a_trainable_weight_are_not_cached(model_dirs: dict[str, Path]) -> None:
     """Such as LLaVA-NeXT's newline between rows, which stands outside tower and projector."""
     model, processor = qwen(model_dirs)
     weight = next(p for name, p in model.named_parameters() if "merger" in name)

@@ -67,7 +67,7 @@ def test_no_flipped_bit_and_no_shortened_file_is_used(tmp_path: Path) -> None:
             assert not path.exists()
         else:
             assert_equal(found, features())
-    assert refused > 0.95 * (len(raw) + len(raw) / 13)  # the rest is white space behind the header
+    assert refused > 0.95 * (len(raw) + len(raw) / 13)  # the rest is white space after the header
 
 
 def test_features_under_another_name_are_not_used(tmp_path: Path) -> None:

@@ -95,8 +95,8 @@ def test_in_bfloat16_only_the_products_are_rounded() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("odds", [3.0, 7.0, 14.0])
-def test_a_token_that_is_almost_certain_still_learns_the_right_thing(dtype: torch.dtype, odds: float) -> None:
-    """With a thousand words beside the target, each as likely as the others, but for their noise."""
+def test_a_token_that_is_almost_certain_still_has_the_right_gradient(dtype: torch.dtype, odds: float) -> None:
+    """With a thousand words next to the target, each as likely as the others, but for their noise."""
     torch.manual_seed(0)
     weight = torch.randn(1000, 64) * 0.1
     targets = torch.arange(0, 1000, 10)

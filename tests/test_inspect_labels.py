@@ -72,7 +72,7 @@ def test_spans_cover_every_token_once_and_hold_the_words_of_their_turn(kind: str
         ("llava", {"0.png": ((64, 64), (28, 28), (4, 4)), "1.png": ((96, 48), (28, 28), (4, 4))}),
     ],
 )
-def test_sizes_and_grids_of_pictures(kind: str, sizes: dict[str, object], make_config: MakeConfig) -> None:
+def test_sizes_and_grids_of_images(kind: str, sizes: dict[str, object], make_config: MakeConfig) -> None:
     samples = samples_of(make_config(kind))
     rows = [image for index in (0, 2) for image in view_sample(samples, index).row()["images"]]
     found = {Path(row["path"]).name: (row["size"], row["used_size"], row["grid"]) for row in rows}
@@ -103,7 +103,7 @@ def test_json_has_the_keys_that_are_promised(make_config: MakeConfig, tmp_path: 
     assert row["num_supervised"] == sum(token["label"] != -100 for token in row["tokens"])
 
 
-def test_the_terminal_shows_what_is_learned_without_colour_in_80_columns(
+def test_the_terminal_shows_what_is_trained_on_without_colour_in_80_columns(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     code, out, _ = run(make_config("qwen2_5_vl"), tmp_path, "--index", "2", "--index", "3")

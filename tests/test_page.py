@@ -170,7 +170,7 @@ def test_foreign_text_is_escaped(written: tuple[str, Path]) -> None:
     assert html.escape(MARKUP) in text
 
 
-def test_a_picture_is_shown_at_its_used_size_with_its_grid(views: list[SampleView], written: tuple[str, Path]) -> None:
+def test_an_image_is_shown_at_its_used_size_with_its_grid(views: list[SampleView], written: tuple[str, Path]) -> None:
     page = Page(written[0])
     images = [image for view in views for image in view.images]
     figures = page.named("figure")
@@ -185,8 +185,8 @@ def test_a_picture_is_shown_at_its_used_size_with_its_grid(views: list[SampleVie
     assert "image_pad" not in written[0]
 
 
-def test_a_picture_that_changes_shape_has_no_grid(model_dirs: dict[str, Path], tmp_path: Path) -> None:
-    """LLaVA's processor crops to a square: a grid over the whole picture would be wrong, one over the crop is right."""
+def test_an_image_that_changes_shape_has_no_grid(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    """LLaVA's processor crops to a square: a grid over the whole image would be wrong, one over the crop is right."""
     PIL.Image.linear_gradient("L").resize((200, 80)).save(tmp_path / "wide.png")
     messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "a"}]
     data = write_jsonl(tmp_path / "data.jsonl", [{"messages": messages, "images": ["wide.png"]}])
@@ -200,7 +200,7 @@ def test_a_picture_that_changes_shape_has_no_grid(model_dirs: dict[str, Path], t
     assert len(Page((tmp_path / "crop.html").read_text(encoding="utf-8")).named("svg")) == 1
 
 
-def test_a_picture_that_is_gone_is_said(views: list[SampleView], tmp_path: Path) -> None:
+def test_an_image_that_is_gone_is_said(views: list[SampleView], tmp_path: Path) -> None:
     image = views[0].images[0]
     assert isinstance(image.picture.source, Path)
     moved = image.picture.source.rename(tmp_path / "moved.png")

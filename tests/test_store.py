@@ -160,7 +160,7 @@ def test_what_it_depends_on_makes_another_store(what: str, make_config: MakeConf
     assert_equal_to_the_encoder(recipe, samples)
 
 
-def test_a_picture_that_changed_or_is_gone_is_noticed(make_config: MakeConfig, home: Path) -> None:
+def test_an_image_that_changed_or_is_gone_is_noticed(make_config: MakeConfig, home: Path) -> None:
     import PIL.Image
 
     config = make_config("qwen2_5_vl")

@@ -54,7 +54,7 @@ def costs_in(config: Config) -> CostModel:
 
 @dataclass
 class Step:
-    """The samples of one step: their tokens, their pictures' tokens and those squared, and what each costs alone."""
+    """The samples of one step: their tokens, their images' tokens and those squared, and what each costs alone."""
 
     lengths: np.ndarray
     image_tokens: np.ndarray
@@ -141,7 +141,7 @@ class Simulation:
         return times
 
     def _add(self, lost: Lost, times: np.ndarray) -> None:
-        """Processes wait for each other behind every micro-batch (sharded weights), else once."""
+        """Processes wait for each other after every micro-batch (sharded weights), else once."""
         waits = times if self.settings.weights == "shard" else times.sum(1, keepdims=True)
         lost.add(waits.mean(0).sum(), waits.max(0).sum())
 
