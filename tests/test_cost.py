@@ -96,7 +96,7 @@ def test_a_supervised_token_costs_what_torch_counts_in_the_head(kind: str, make_
     batch = Loader(dataset.train, True).load([1])
     with counter_of_products() as counter:
         nll, _ = supervised_nll(learner.model, learner.head_kind, learner.make_inputs(batch), batch)
-        nll.sum().backward()
+        nll.sum().backward()  # type: ignore[no-untyped-call]
     body = measured(learner.model, learner.make_inputs, batch)
     num_supervised, num_tokens = int(batch.supervised.sum()), batch.input_ids.numel()
     mlp = base.get_decoder().layers[-1].mlp

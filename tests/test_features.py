@@ -20,7 +20,7 @@ from mmtrain.model.components import Components, is_as_loaded
 from mmtrain.scoring.image_cache import keeps_features
 from mmtrain.train import run as loop
 from mmtrain.train.run import train
-from mmtrain.train.step import Learner
+from mmtrain.train.step import Learner, train_step
 from support.learning import LORA, MIXED, learner_for, relative_l2, step_of
 
 MakeConfig = Callable[..., Config]
@@ -138,7 +138,7 @@ def test_a_stopped_run_continues_to_the_same_bits(
     class Stop(Exception):
         pass
 
-    take = loop.train_step
+    take = train_step
 
     def die(learner: Any, batches: Any, num_supervised: int, step: int, norm: float | None) -> Any:
         if step == 4:

@@ -41,14 +41,14 @@ def test_blocks_give_the_loss_and_the_gradient_of_full_logits(
 ) -> None:
     hidden, weight, bias, targets = heads(num_tokens, vocabulary_size, with_bias)
     outer = torch.rand(num_tokens)
-    nll, _ = FrozenHeadNLL.apply(hidden, weight, bias, targets)
+    nll, _ = FrozenHeadNLL.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
     (found,) = torch.autograd.grad((nll * outer).sum(), hidden)
 
     logits = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
     expected = F.cross_entropy(logits, targets, reduction="none")
     (gradient,) = torch.autograd.grad((expected * outer).sum(), hidden)
     assert torch.allclose(nll.double(), expected, atol=1e-5)
-    _, right = FrozenHeadNLL.apply(hidden.detach(), weight, bias, targets)
+    _, right = FrozenHeadNLL.apply(hidden.detach(), weight, bias, targets)  # type: ignore[no-untyped-call]
     assert torch.equal(right, logits.argmax(-1) == targets)
     assert torch.allclose(found.double(), gradient.double(), atol=1e-5)
 
@@ -57,7 +57,7 @@ def test_blocks_give_the_loss_and_the_gradient_of_full_logits(
 def test_a_word_that_wins_by_hundreds_overflows_nothing(vocabulary_size: int) -> None:
     hidden, weight, _, targets = heads(40, vocabulary_size, False, size=50.0)
     targets[:20] = (hidden @ weight.t())[:20].argmax(-1)
-    nll, _ = FrozenHeadNLL.apply(hidden, weight, None, targets)
+    nll, _ = FrozenHeadNLL.apply(hidden, weight, None, targets)  # type: ignore[no-untyped-call]
     (found,) = torch.autograd.grad(nll.sum(), hidden)
     logits = hidden.double() @ weight.double().t()
     expected = F.cross_entropy(logits, targets, reduction="none")
@@ -76,14 +76,14 @@ def test_the_right_word_is_found_in_any_block_and_the_first_of_equals_counts() -
         ([3, VOCABULARY_BLOCK + 9, 2 * VOCABULARY_BLOCK + 4], True),
         ([VOCABULARY_BLOCK + 3, 9, 4], False),
     ):
-        _, right = FrozenHeadNLL.apply(hidden, weight, None, torch.tensor(targets))
+        _, right = FrozenHeadNLL.apply(hidden, weight, None, torch.tensor(targets))  # type: ignore[no-untyped-call]
         assert right.tolist() == [expected] * 3
 
 
 def test_in_bfloat16_only_the_products_are_rounded() -> None:
     hidden, weight, _, targets = heads(300, 2 * VOCABULARY_BLOCK + 5, False)
     low, rounded = hidden.detach().bfloat16().requires_grad_(), weight.bfloat16()
-    nll, _ = FrozenHeadNLL.apply(low, rounded, None, targets)
+    nll, _ = FrozenHeadNLL.apply(low, rounded, None, targets)  # type: ignore[no-untyped-call]
     (found,) = torch.autograd.grad(nll.sum(), low)
     exact = low.detach().double().requires_grad_()
     expected = F.cross_entropy(exact @ rounded.double().t(), targets, reduction="none")
@@ -102,7 +102,7 @@ def test_a_token_that_is_almost_certain_still_has_the_right_gradient(dtype: torc
     targets = torch.arange(0, 1000, 10)
     direction = weight[targets] / weight[targets].square().sum(-1, keepdim=True)
     hidden, rounded = ((odds + 6.9) * direction).to(dtype).requires_grad_(), weight.to(dtype)
-    nll, _ = FrozenHeadNLL.apply(hidden, rounded, None, targets)
+    nll, _ = FrozenHeadNLL.apply(hidden, rounded, None, targets)  # type: ignore[no-untyped-call]
     (found,) = torch.autograd.grad(nll.sum(), hidden)
     exact = hidden.detach().double().requires_grad_()
     expected = F.cross_entropy(exact @ rounded.double().t(), targets, reduction="none")
@@ -209,7 +209,7 @@ def test_a_trained_head_gets_its_gradient() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
     assert frozen_head(model) is None
-    nll_of(model, batch_of(30))[0].sum().backward()
+    nll_of(model, batch_of(30))[0].sum().backward()  # type: ignore[no-untyped-call]
     assert model.lm_head.weight.grad.abs().sum() > 0
     with torch.no_grad():
         assert frozen_head(model) is model.lm_head
