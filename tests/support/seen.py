@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
@@ -24,9 +24,11 @@ from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
 from mmtrain.runtime import processes
 from mmtrain.runtime.processes import Runtime
+from mmtrain.runtime.supervisor import Supervisor
 from mmtrain.train import run as loop
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.optimizer import make_optimizer, set_rate
+from mmtrain.train.step import train_step
 from support.learning import QUIET, learner_for, step_of
 
 REFUSED = "refused"
@@ -223,7 +225,7 @@ def same_as_seed_0(config: Config) -> tuple[bool, bool]:
 def microbatches(config: Config) -> list[tuple[int, bool]]:
     """The number of micro-batches of the first step, and whether their samples are packed."""
     found = []
-    take = loop.train_step
+    take = train_step
 
     def watched(learner: Any, own: Any, *others: Any) -> Any:
         batches = list(own)
@@ -254,7 +256,7 @@ def num_threads(config: Config) -> int:
 def seconds_of_the_supervisor(config: Config) -> list[float]:
     found: list[float] = []
 
-    class Watched(processes.Supervisor):
+    class Watched(Supervisor):
         def __init__(self, *arguments: Any) -> None:
             found.extend(one for one in arguments if isinstance(one, float))
             super().__init__(*arguments)
