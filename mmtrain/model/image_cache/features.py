@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from mmtrain.dataset.image_inputs import Features, PictureInputs
+from mmtrain.dataset.image_inputs import Features, ImageInputs
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.image_cache.store import FeatureStore
@@ -59,21 +59,21 @@ class ImageFeatures:
         self._fields = fields
 
     @torch.no_grad()
-    def of(self, images: Sequence[PictureInputs]) -> dict[str, Any]:
+    def of(self, images: Sequence[ImageInputs]) -> dict[str, Any]:
         """The argument of the model's forward, on its device. Call it under the autocast of training."""
         each = [self._features(image).tensors for image in images]
         device = self._model.device
         on_device = [{name: value.to(device, non_blocking=True) for name, value in own.items()} for own in each]
         return {_KEYWORD: {"image": self._fields.join(on_device)}}
 
-    def _features(self, image: PictureInputs) -> Features:
+    def _features(self, image: ImageInputs) -> Features:
         # while this micro-batch was loaded ahead, an earlier one may have computed the same image
         found = image.features or self.store.find(image.key)
         if found is None:
             tensors = self._fields_of(_output(self._model, image.inputs))
             if _num_rows(tensors) != image.num_placeholders:
                 raise UserError(f"{image.num_placeholders} placeholders for {_num_rows(tensors)} image features")
-            found = Features(tensors, image.beside, image.num_placeholders)
+            found = Features(tensors, image.other_inputs, image.num_placeholders)
             self.store.add(image.key, found)
         return found
 
@@ -105,11 +105,11 @@ def _found_fields(model: Any, processor: ChatProcessor) -> Fields | None:
     images = [PIL.Image.fromarray(noise.integers(0, 256, (h, w, 3), np.uint8)) for w, h in _SIZES]
     pixels, ids = processor.image_inputs(images)
     made = [processor.image_inputs([image]) for image in images]
-    alone = [PictureInputs("", own.count(processor.image_token_id or -1), inputs, None) for inputs, own in made]
+    alone = [ImageInputs("", own.count(processor.image_token_id or -1), inputs, None) for inputs, own in made]
     expected = _given_to_decoder(model, ids, pixels)
     joint = _output(model, pixels)
     read = _Read(joint)
-    others = {name: torch.cat([one.beside[name] for one in alone]) for name in alone[0].beside}
+    others = {name: torch.cat([one.other_inputs[name] for one in alone]) for name in alone[0].other_inputs}
     _given_to_decoder(model, ids, others | {_KEYWORD: {"image": read}})
     with torch.enable_grad():
         outputs = [_output(model, image.inputs) for image in alone]
