@@ -79,7 +79,7 @@ FLOORS = [
     ["runtime"],
     ["scoring"],
     ["train"],
-    ["evaluate", "inspect_labels"],
+    ["evaluate", "inspect_labels", "inspect_model"],
     ["cli"],
     ["__main__"],
 ]

@@ -207,7 +207,7 @@ def test_the_pixels_shown_are_those_the_encoder_gets(kind: str, make_config: Mak
     samples = samples_of(make_config(kind))
     image = view_sample(samples, samples.encoder, 2).images[0]  # 96 x 48
     shown = np.asarray(seen_pixels(samples.encoder.processor)(image)).astype(float)
-    original = PIL.Image.open(Path(samples.place(2).file).parent / image.picture.name).convert("RGB")
+    original = PIL.Image.open(Path(samples.place(2).file).parent / image.found.name).convert("RGB")
     if kind == "llava":  # CLIP: the shorter edge to 28, then the middle
         original = original.resize((56, 28), PIL.Image.Resampling.BICUBIC).crop((14, 0, 42, 28))
     assert shown.shape[:2][::-1] == image.tokens.used_size

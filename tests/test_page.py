@@ -203,12 +203,12 @@ def test_an_image_that_changes_shape_has_no_grid(model_dirs: dict[str, Path], tm
 
 def test_an_image_that_is_gone_is_said(views: list[SampleView], tmp_path: Path) -> None:
     image = views[0].images[0]
-    assert isinstance(image.picture.source, Path)
-    moved = image.picture.source.rename(tmp_path / "moved.png")
+    assert isinstance(image.found.source, Path)
+    moved = image.found.source.rename(tmp_path / "moved.png")
     try:
         write_page(tmp_path / "labels.html", views)
     finally:
-        moved.rename(image.picture.source)
+        moved.rename(image.found.source)
     assert 'class="broken"' in (tmp_path / "labels.html").read_text(encoding="utf-8")
 
 

@@ -31,7 +31,7 @@ def image_notes(sizes: Sequence[tuple[int, int]], processor: ChatProcessor) -> I
 def literal_specials(messages: Sequence[Message], processor: ChatProcessor) -> Iterator[Finding]:
     """Special tokens in the text of the conversation."""
     for turn, message in enumerate(messages, start=1):
-        if match := processor.special_tokens.search(message.text):
+        if match := processor.tokenizer.traits.special_tokens.search(message.text):
             yield Finding(LITERAL, False, f"turn {turn} has {shown(match.group())}, which is encoded as plain text")
 
 

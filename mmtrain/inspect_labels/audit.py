@@ -22,7 +22,7 @@ from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.store import open_store
 from mmtrain.encoding.encode import Encoder
-from mmtrain.encoding.images import Picture
+from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError, grouped
 from mmtrain.inspect_labels.view import view_sample
@@ -40,19 +40,19 @@ def _sources(config: Config, split: str) -> Sequence[Source]:
     return sources
 
 
-def _digest(conversation: Conversation, pictures: list[Picture], with_bytes: bool = False) -> bytes:
+def _digest(conversation: Conversation, images: list[FoundImage], with_bytes: bool = False) -> bytes:
     """A hash of the text and of the images' sizes and numbers of bytes; with `with_bytes` also of the bytes."""
     made = hashlib.blake2b(digest_size=16)
     for message in conversation.messages:
         texts = [part.text if isinstance(part, Text) else None for part in message.parts]
         made.update(repr((message.role, message.train, texts)).encode())
-    for picture in pictures:
-        data = picture.source
+    for image in images:
+        data = image.source
         if with_bytes:
             data = data.read_bytes() if isinstance(data, Path) else data
             made.update(hashlib.sha256(data).digest())
         num_bytes = data.stat().st_size if isinstance(data, Path) else len(data)
-        made.update(repr((picture.size, num_bytes)).encode())
+        made.update(repr((image.size, num_bytes)).encode())
     return made.digest()
 
 
@@ -227,8 +227,8 @@ class _Counting:
         return [group for group in groups.values() if len(group) > 1]
 
     def _digest(self, index: int, with_bytes: bool = False) -> bytes:
-        pictures = [span.picture for span in self._samples.encoded(index).images]
-        return _digest(self._samples.records.conversation(index), pictures, with_bytes)
+        images = [span.image for span in self._samples.encoded(index).images]
+        return _digest(self._samples.records.conversation(index), images, with_bytes)
 
 
 def audit(

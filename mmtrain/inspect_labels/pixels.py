@@ -20,11 +20,12 @@ def seen_pixels(processor: ChatProcessor) -> Pixels:
     """
 
     def seen(image: ImageView) -> PIL.Image.Image:
-        inputs, _ = processor.image_inputs([decode(image.picture)])
+        inputs, _ = processor.image_inputs([decode(image.found)])
         values = inputs.get("pixel_values")
         if values is None or values.ndim != 4 or len(values) != 1:
             return resized(image)
-        mean, std = (np.array(of)[:, None, None] for of in processor.normalisation)
+        assert processor.images is not None  # there is an image
+        mean, std = (np.array(of)[:, None, None] for of in processor.images.normalisation)
         colours = np.clip((values[0].numpy() * std + mean) * 255, 0, 255)
         return PIL.Image.fromarray(colours.round().astype(np.uint8).transpose(1, 2, 0))
 
@@ -33,7 +34,7 @@ def seen_pixels(processor: ChatProcessor) -> Pixels:
 
 def resized(image: ImageView) -> PIL.Image.Image:
     """The image at its used size, or as it is in the file where the processor changes its shape."""
-    decoded = decode(image.picture)
+    decoded = decode(image.found)
     if keeps_shape(image):
         return decoded.resize(image.tokens.used_size, PIL.Image.Resampling.BICUBIC)
     return decoded
@@ -41,7 +42,7 @@ def resized(image: ImageView) -> PIL.Image.Image:
 
 def keeps_shape(image: ImageView) -> bool:
     """Whether the used size has the image's own shape, rounded to whole cells of the grid or by 3 %."""
-    (width, height), (used_width, used_height) = image.picture.size, image.tokens.used_size
+    (width, height), (used_width, used_height) = image.found.size, image.tokens.used_size
     columns, rows = image.tokens.grid or (used_width, used_height)
     scale = math.sqrt(used_width * used_height / (width * height))
     across = abs(width * scale - used_width) <= max(used_width / columns, 0.03 * used_width)

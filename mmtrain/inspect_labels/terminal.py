@@ -56,11 +56,11 @@ def _lines(spans: Sequence[SpanView], images: Mapping[int, ImageView], supervise
 
 
 def _image(image: ImageView) -> Text:
-    width, height = image.picture.size
+    width, height = image.found.size
     used_width, used_height = image.tokens.used_size
     grid = f", {image.tokens.grid[0]}×{image.tokens.grid[1]}" if image.tokens.grid else ""
     return Text(
-        f"▣ {visible(image.picture.name)}  {width}×{height} → {used_width}×{used_height}  "
+        f"▣ {visible(image.found.name)}  {width}×{height} → {used_width}×{used_height}  "
         f"{image.tokens.num_placeholders} placeholders{grid}",
         style="cyan",
     )

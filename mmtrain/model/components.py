@@ -47,6 +47,10 @@ class Components:
                 return self._roots.get("", "language")
         return self._roots[name]
 
+    def roots(self, component: str) -> list[str]:
+        """Names of the modules where the component was found; empty for a text-only model."""
+        return [name for name, own in self._roots.items() if own == component and name]
+
     def largest_modules(self, model: Any, component: str) -> list[str]:
         """Names of the largest modules that together are the component and nothing else (never a bare ModuleList)."""
         return list(self._largest(model, "", component))
@@ -131,13 +135,12 @@ def _pattern(names: list[str]) -> str:
     return "^(?:" + "|".join(map(re.escape, names)) + ")$"
 
 
-def make_trainable(model: Any, tune: Tune) -> tuple[Any, Components, list[ComponentReport]]:
+def make_trainable(model: Any, components: Components, tune: Tune) -> tuple[Any, list[ComponentReport]]:
     """Freeze all but what `tune` names, add the adapters, and cast trainable weights to float32.
 
-    Returns the model to train (a PeftModel if any component has LoRA), its components, and a report for each component.
-    Raises UserError if the model lacks a component that is to be trained.
+    Returns the model to train (a PeftModel if any component has LoRA) and a report for each component. Raises UserError
+    if the model lacks a component that is to be trained.
     """
-    components = Components(model)
     present = {components.component_of(name) for name, _ in model.named_parameters()}
     for component in tune.trainable:
         if component not in present:
@@ -164,7 +167,7 @@ def make_trainable(model: Any, tune: Tune) -> tuple[Any, Components, list[Compon
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return model, components, _report(model, components, tune, targets)
+    return model, _report(model, components, tune, targets)
 
 
 def _lora_config(loras: dict[str, Lora], targets: dict[str, list[str]], saved: list[str]) -> LoraConfig:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mmtrain.config.schema import Lora, Tune
 from mmtrain.dataset.batch import Batch
-from mmtrain.model.components import Components, base_name
+from mmtrain.model.components import base_name
+from mmtrain.model.family import Family
 
 
 class DropoutContext:
@@ -48,9 +49,9 @@ class DropoutContext:
 class SampleDropout(nn.Module):
     """Inverted dropout of the input of one adapter, with a mask for each sample."""
 
-    def __init__(self, p: float, name: str, component: str, context: DropoutContext) -> None:
+    def __init__(self, p: float, name: str, component: str, grid_key: str | None, context: DropoutContext) -> None:
         super().__init__()
-        self._p, self._name, self._component, self._context = p, name, component, context
+        self._p, self._name, self._component, self._grid_key, self._context = p, name, component, grid_key, context
 
     def forward(self, x: Tensor) -> Tensor:
         batch = self._context.batch
@@ -71,7 +72,7 @@ class SampleDropout(nn.Module):
         if self._component == "language":
             length = batch.input_ids.shape[1]
             return [(s.sample, s.row * length + s.start, s.row * length + s.start + s.length) for s in batch.segments]
-        sizes = _image_sizes(batch)
+        sizes = _image_sizes(batch, self._grid_key)
         scale = num_rows / sum(sizes)
         rows, at = [], 0
         for segment in batch.segments:
@@ -81,23 +82,22 @@ class SampleDropout(nn.Module):
         return rows
 
 
-def _image_sizes(batch: Batch) -> list[int]:
+def _image_sizes(batch: Batch, grid_key: str | None) -> list[int]:
     """For each image a number proportional to its rows in the vision tower."""
-    for key, value in batch.image_inputs.items():
-        if key.endswith("_thw"):
-            return [int(n) for n in value.prod(-1).tolist()]
+    if grid_key in batch.image_inputs:
+        return [int(n) for n in batch.image_inputs[grid_key].prod(-1).tolist()]
     return [1] * sum(segment.num_images for segment in batch.segments)
 
 
-def install_dropout(model: Any, components: Components, tune: Tune, context: DropoutContext) -> None:
+def install_dropout(model: Any, family: Family, tune: Tune, context: DropoutContext) -> None:
     """Give every adapter of a component with dropout its own `SampleDropout`."""
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         own = base_name(name)
-        component = components.component_of(own)
+        component = family.components.component_of(own)
         lora = tune.components[component]
         if isinstance(lora, Lora) and lora.dropout > 0:
             for adapter in list(module.lora_dropout):
-                module.lora_dropout[adapter] = SampleDropout(lora.dropout, own, component, context)
+                module.lora_dropout[adapter] = SampleDropout(lora.dropout, own, component, family.grid_key, context)
             module.training = True  # DoRA skips its dropout in eval mode; only this layer's flag, not the model's

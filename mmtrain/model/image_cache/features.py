@@ -6,7 +6,7 @@ several images are joined: the decoder must receive the same tensors as from pix
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,28 +84,29 @@ class ImageFeatures:
 
 
 @torch.no_grad()
-def find_fields(model: Any, processor: ChatProcessor, say: Callable[[str], None] = lambda line: None) -> Fields | None:
+def find_fields(model: Any, processor: ChatProcessor) -> Fields | str:
     """The fields of image features that the forward of `model` reads, found by a trial with two images of noise.
 
-    None if features cannot be cached: the forward does not take them, or takes something else in addition, or they
-    depend on trainable weights. If the trial itself fails, `say` prints one line.
+    If features cannot be cached, the reason: the forward does not take them, or takes something else in addition, or
+    they depend on trainable weights.
     """
-    base = _base(model)
-    if processor.image_token is None or _KEYWORD not in inspect.signature(base.forward).parameters:
-        return None
+    base, token_id = _base(model), processor.image_token_id
+    if token_id is None:
+        return "this model takes no images"
+    if _KEYWORD not in inspect.signature(base.forward).parameters:
+        return "models of this family do not take cached features"
     try:
-        return _found_fields(base, processor)
+        return _found_fields(base, processor, token_id)
     except Exception as error:  # an unusual family can raise anything; its images are then given as pixels
-        say(f"image cache: its trial failed with {type(error).__name__}: {one_line(error)}")
-        return None
+        return f"its trial failed with {type(error).__name__}: {one_line(error)}"
 
 
-def _found_fields(model: Any, processor: ChatProcessor) -> Fields | None:
+def _found_fields(model: Any, processor: ChatProcessor, token_id: int) -> Fields | str:
     noise = np.random.default_rng(0)
     images = [PIL.Image.fromarray(noise.integers(0, 256, (h, w, 3), np.uint8)) for w, h in _SIZES]
     pixels, ids = processor.image_inputs(images)
     made = [processor.image_inputs([image]) for image in images]
-    alone = [ImageInputs("", own.count(processor.image_token_id or -1), inputs, None) for inputs, own in made]
+    alone = [ImageInputs("", own.count(token_id), inputs, None) for inputs, own in made]
     expected = _given_to_decoder(model, ids, pixels)
     joint = _output(model, pixels)
     read = _Read(joint)
@@ -121,11 +122,11 @@ def _found_fields(model: Any, processor: ChatProcessor) -> Fields | None:
     fields = Fields(type(joint), layouts)
     tensors = [dict(item for name in layouts for item in _flat(getattr(output, name), name)) for output in outputs]
     if any(value.requires_grad for own in tensors for value in own.values()):
-        return None
-    if [_num_rows(own) for own in tensors] != [image.num_placeholders for image in alone]:
-        return None
+        return "the features depend on trainable weights"
+    if (rows := [_num_rows(own) for own in tensors]) != (counts := [image.num_placeholders for image in alone]):
+        return f"trial images have {rows} features for {counts} placeholders"
     found = _given_to_decoder(model, ids, others | {_KEYWORD: {"image": fields.join(tensors)}})
-    return fields if _are_equal(found, expected) else None
+    return fields if _are_equal(found, expected) else "cached features give the language model other inputs than pixels"
 
 
 class _Read:
