@@ -127,7 +127,7 @@ def make_console(quiet: bool) -> Console:
 
 def show_components(parts: Sequence[ComponentReport], console: Console) -> None:
     """The table of what learns."""
-    table = Table("part", "mode", "modules", "trainable", "frozen", box=None, pad_edge=False)
+    table = Table("component", "mode", "modules", "trainable", "frozen", box=None, pad_edge=False)
     for column in table.columns[2:]:
         column.justify = "right"
     for row in parts:
