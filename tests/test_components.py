@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mmtrain.config.schema import Config, Tune
 from mmtrain.errors import UserError
-from mmtrain.model.components import ComponentReport, Components, base_name, make_trainable
+from mmtrain.model.components import ComponentReport, Components, apply_tune, base_name
 from mmtrain.train.optimizer import make_optimizer
 from support.attention_models import TEXT_MODELS
 from support.learning import LORA
@@ -38,7 +38,7 @@ def load(kind: str, model_dirs: dict[str, Path]) -> Any:
 
 
 def prepared(model: Any, tune: Tune) -> tuple[Any, list[ComponentReport]]:
-    return make_trainable(model, Components(model), tune)
+    return apply_tune(model, Components(model), tune)
 
 
 def test_every_parameter_is_of_the_part_it_should_be(kind: str, model_dirs: dict[str, Path]) -> None:
@@ -128,7 +128,7 @@ def test_each_part_has_its_rate_and_decay_falls_on_matrices(make_config: Callabl
     config = make_config("llava", tune, weight_decay=0.1)
     base = AutoModelForImageTextToText.from_pretrained(config.model.path, dtype=torch.float32)
     components = Components(base)
-    model, _ = make_trainable(base, components, config.tune)
+    model, _ = apply_tune(base, components, config.tune)
     optimizer = make_optimizer(model, components, config)
     names = {id(p): name for name, p in model.named_parameters()}
     seen = set()

@@ -13,15 +13,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from mmtrain.config.schema import Config, Tune
 from mmtrain.dataset.batch import Batch, Loader
 from mmtrain.encoding.load import load_processor
-from mmtrain.model.components import Components, make_trainable
+from mmtrain.model.components import Components, apply_tune
 from mmtrain.model.cost import cost_model
 from mmtrain.model.family import Family, probe_family
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
 from mmtrain.model.loss import supervised_nll
+from mmtrain.progress import QUIET
 from mmtrain.train.dataset import Dataset
 from support.builders import TINY
-from support.learning import ALL_FULL, LORA, MIXED, QUIET, learner_for
+from support.learning import ALL_FULL, LORA, MIXED, learner_for
 
 FULL = {"mode": "full"}
 TUNES: dict[str, dict[str, Any]] = {
@@ -74,7 +75,7 @@ def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Cal
     base = load_model(config.model.path, "float32", processor)
     base.set_attn_implementation("eager")  # the one that torch counts on every device
     family = probe_family(base, processor, print)
-    model, _ = make_trainable(base, family.components, config.tune)
+    model, _ = apply_tune(base, family.components, config.tune)
     costs = cost_model(base, family, config.tune)
     make_inputs, checked = InputMaker(model, processor), dataset.checked
     for sample in (1, 2, 3, 5):

@@ -11,7 +11,7 @@ from mmtrain.encoding.layout import Layout
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.model.components import COMPONENTS, Components, make_trainable, targets_of
+from mmtrain.model.components import COMPONENTS, Components, apply_tune, targets_of
 from mmtrain.model.family import probe_family
 from mmtrain.model.image_cache.features import find_fields
 from mmtrain.model.load import load_model, model_structure
@@ -135,7 +135,7 @@ def _refusal(path: str, tune: dict[str, Any]) -> str | None:
     """Why `tune` is refused, tried on the model without its weights."""
     model = model_structure(path)
     try:
-        make_trainable(model, Components(model), Tune.model_validate(tune))
+        apply_tune(model, Components(model), Tune.model_validate(tune))
     except UserError as error:
         return str(error)
     return None

@@ -135,7 +135,7 @@ def _pattern(names: list[str]) -> str:
     return "^(?:" + "|".join(map(re.escape, names)) + ")$"
 
 
-def make_trainable(model: Any, components: Components, tune: Tune) -> tuple[Any, list[ComponentReport]]:
+def apply_tune(model: Any, components: Components, tune: Tune) -> tuple[Any, list[ComponentReport]]:
     """Freeze all but what `tune` names, add the adapters, and cast trainable weights to float32.
 
     Returns the model to train (a PeftModel if any component has LoRA) and a report for each component. Raises UserError
