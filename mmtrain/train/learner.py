@@ -48,7 +48,7 @@ def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, pro
         packing=packing,
         runtime=runtime,
         optimizer=make_optimizer(model, made.family.components, config),
-        clock=made.clock,
+        dropout=made.dropout,
         costs=costs,
         component_reports=made.component_reports,
         exact=settings.microbatches != "auto" and not sharded,
