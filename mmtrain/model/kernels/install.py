@@ -1,4 +1,4 @@
-"""Puts kernels into a model: wherever one passes its trial, and nowhere else."""
+"""Installs kernels in a model, wherever one passes its trial."""
 
 import itertools
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mmtrain.model.kernels.fused import Fused, PassedOn, fuse_mlps
+from mmtrain.model.kernels.fused import ComputedByMLP, Fused, fuse_mlps
 from mmtrain.model.kernels.gated import gated_kernels
 from mmtrain.model.kernels.linear import linear_kernel
 from mmtrain.model.kernels.norms import RMSNorm, norm_kernels
@@ -18,12 +18,12 @@ from mmtrain.model.kernels.trial import Kernel, Trials, kernel_of
 
 @dataclass(frozen=True, slots=True)
 class KernelReport:
-    """What of a model kernels compute."""
+    """How many modules of a model use kernels."""
 
     num_layers: int
     """Layers of the language model."""
     num_fused: int
-    """Those whose MLP, and where there is one the norm before it, is one function."""
+    """Layers whose MLP is one function, together with the norm before it if there is one."""
     num_norms: int
     num_others: int
     """Linear layers, adapters, gates and convolutions."""
@@ -40,16 +40,16 @@ class KernelReport:
 
 
 def install(model: Any) -> KernelReport:
-    """Replace what `model` computes in more passes over memory than it needs, where a trial shows that the replacement
-    computes the same. To be called once adapters and dropout are in, on the device where the model is computed.
+    """Replace forwards that read and write memory more often than necessary, wherever a trial shows that the kernel
+    computes the same. Call it after adapters and dropout are installed, on the device that runs the model.
 
-    Parameters, gradients and random state stay as they are; a trial that fails leaves its module as it was and never
-    raises. Called again it changes nothing.
+    Parameters, gradients and random state do not change. A trial that fails leaves its module unchanged and never
+    raises. A second call changes nothing.
     """
     trials = Trials()
     for module in model.modules():
         for kernel in _candidates(module):
-            if trials.keep(module, {"": kernel}, (kernel.example(module),)):
+            if trials.install(module, {"": kernel}, (kernel.example(module),)):
                 break
     fuse_mlps(model.get_decoder(), trials)
     return _report(model)
@@ -65,7 +65,7 @@ def _report(model: Any) -> KernelReport:
     decoder = model.get_decoder()
     kernels = [kernel for module in model.modules() if (kernel := kernel_of(module)) is not None]
     fused = [name for name, module in decoder.named_modules() if isinstance(kernel_of(module), Fused)]
-    num_norms = sum(isinstance(kernel, RMSNorm | PassedOn) for kernel in kernels)
+    num_norms = sum(isinstance(kernel, RMSNorm | ComputedByMLP) for kernel in kernels)
     return KernelReport(
         num_layers=decoder.config.num_hidden_layers,
         num_fused=len({_layer(name) for name in fused}),
@@ -75,6 +75,6 @@ def _report(model: Any) -> KernelReport:
 
 
 def _layer(name: str) -> str:
-    """`name` up to its first number."""
+    """`name` up to and with its first number."""
     found = re.match(r".*?\.\d+(?=\.)", name)
     return name if found is None else found[0]

@@ -11,8 +11,8 @@ from mmtrain.model.kernels.rowwise import rms_norm
 from mmtrain.model.kernels.trial import Kernel, noise
 
 _SIZES = (3.0, 1.0, 1e-3, 1e-4)
-"""Sizes of the rows of a trial, whose mean is not zero: the smallest show where the epsilon is added, the mean whether
-it is taken off."""
+"""Scales of the rows of a trial. The smallest show where the epsilon is added; the mean, which is not zero, shows
+whether it is subtracted."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class RMSNorm(Kernel):
 
     eps: float
     adds_one: bool
-    """The weight is 1 + the module's."""
+    """Whether the weight is 1 + the module's weight."""
 
     def weight(self, module: Any) -> Tensor:
         """(width,)"""
@@ -37,8 +37,8 @@ class RMSNorm(Kernel):
 
 
 def norm_kernels(module: nn.Module) -> Iterator[RMSNorm]:
-    """The kernels to try on `module`, one for each number of its own that can be the epsilon; none where it has more
-    than one frozen weight."""
+    """The kernels to try on `module`: two for each of its numbers that can be the epsilon; none unless it has exactly
+    one weight, which is frozen."""
     weights = list(module.parameters())
     if len(weights) != 1 or not isinstance(weight := getattr(module, "weight", None), nn.Parameter):
         return
