@@ -113,7 +113,7 @@ def make_learner(
     if not sharded:
         model.to(runtime.device)
     if settings.kernels == "auto":
-        say(install(model).line)
+        say(install(model, runtime.device, runtime.activity.tick).line)
     costs = cost_model(base, components, config.tune)
     packing = choose_packing(model, processor, config, runtime, say)  # on the CPU where weights are sharded later
     if settings.compile:
