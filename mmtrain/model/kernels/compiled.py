@@ -84,11 +84,11 @@ def compiled(formula: Callable[..., R]) -> Callable[..., R]:
 
 
 def _as_input(value: object) -> object:
-    """A tensor without its history, which compiled code would distinguish. The length of a vector, the width of the
-    rows, is compiled in: sums of a known length are faster."""
+    """A tensor without its class, its history and what it is a view of: compiled code would distinguish them. The
+    length of a vector, the width of the rows, is compiled in, because sums of a known length are faster."""
     if not isinstance(value, Tensor):
         return value
-    plain = value.detach() if value.requires_grad else value
+    plain = value.detach()
     if plain.ndim == 1:
         torch._dynamo.mark_static(plain, 0)
     return plain

@@ -189,7 +189,10 @@ def _computed(whole: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         given = torch.func.functional_call(whole, weights, args, dict(kwargs))
         out = [leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
         outer = [noise(*tensor.shape, seed=1).to(tensor) for tensor in out]
-        to_input, *to_weights = torch.autograd.grad(out, [leaves[first], *weights.values()], outer, allow_unused=True)
+        with torch.autocast(leaves[first].device.type, enabled=False):  # as in a step
+            to_input, *to_weights = torch.autograd.grad(
+                out, [leaves[first], *weights.values()], outer, allow_unused=True
+            )
     form = tree_map(lambda leaf: isinstance(leaf, Tensor) and (leaf.shape, leaf.dtype), given)
     return form, [*out, to_input], to_weights
 
