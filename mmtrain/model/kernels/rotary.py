@@ -72,9 +72,9 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(query: Tensor, key: Tensor, cos: Tensor, *others: Any, **options: Any) -> Any:
         for tensor in (query, key):
-            for dim in range(1, tensor.ndim):
-                if tensor.shape[dim] != cos.shape[-2]:  # heads and their width, not tokens
-                    torch._dynamo.mark_static(tensor, dim)
+            heads = -3 if tensor.shape[-2] == cos.shape[-2] else -2
+            for dim in (tensor.ndim + heads, tensor.ndim - 1):  # divisions by a known number of heads are faster
+                torch._dynamo.mark_static(tensor, dim)
         return fast(query, key, cos, *others, **options)
 
     return call
