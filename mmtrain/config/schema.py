@@ -208,7 +208,8 @@ class Run(Section):
     before the first step. Needs a C++ compiler on the CPU."""
     kernels: Annotated[Literal["auto", "off"], Marker.AFFECTS_BITS] = "auto"
     """Replace modules of the model by faster equivalents, each one where a trial at the start shows that it computes
-    the same (`auto`), or compute everything with the model's own modules (`off`)."""
+    the same (`auto`), or compute everything with the model's own modules (`off`). On CUDA some are compiled at the
+    start."""
     image_cache: Annotated[ImageCache, Marker.AFFECTS_BITS] = ImageCache()
     """Where vision and projector are frozen, each image goes through them once and their outputs are cached. 0 for
     both sizes: no cache."""

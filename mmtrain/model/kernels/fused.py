@@ -21,7 +21,7 @@ from mmtrain.model.kernels.linear import is_frozen
 from mmtrain.model.kernels.mlp import NormedMLP, Projection
 from mmtrain.model.kernels.norms import RMSNorm
 from mmtrain.model.kernels.products import ROW_MULTIPLE
-from mmtrain.model.kernels.trial import Kernel, Trials, kernel_of, noise, undisturbed
+from mmtrain.model.kernels.trial import Kernel, Trials, example_ids, kernel_of, undisturbed
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,7 @@ class _Run:
         self._given: dict[int, tuple[str, Tensor]] = {}
         """The results of the norms, by identity."""
         self._count: Counter[str] = Counter()
-        size = decoder.get_input_embeddings().num_embeddings
-        self._ids = noise(1, ROW_MULTIPLE).abs().mul(1e6).long().remainder(size).to(next(decoder.parameters()).device)
+        self._ids = example_ids(decoder)
         self._watch(mlps)
 
     def is_needed_by_row(self, mlp: nn.Module) -> bool:

@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmtrain.model.kernels.compiled import is_compiled
 from mmtrain.model.kernels.rowwise import rms_norm
 from mmtrain.model.kernels.trial import Kernel, noise
 
 _SIZES = (3.0, 1.0, 1e-3, 1e-4)
 """Scales of the rows of a trial. The smallest show where the epsilon is added; the mean, which is not zero, shows
 whether it is subtracted."""
+
+_COMPILED_ROWS = 1024
+"""How often they are repeated if the norm is compiled: the compiler chooses its code for the number of rows that it
+sees first."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class RMSNorm(Kernel):
         return rms_norm(x, self.weight(module), self.eps)
 
     def example(self, module: Any) -> Tensor:
-        sizes = torch.tensor(_SIZES).repeat(2)[:, None]
+        sizes = torch.tensor(_SIZES).repeat(_COMPILED_ROWS if is_compiled(module.weight.device) else 2)[:, None]
         return ((noise(len(sizes), len(module.weight)) + 1) * sizes).to(module.weight)
 
 

@@ -1,8 +1,9 @@
 """Elementwise and row-wise operations, computed in fewer passes over memory than one operation at a time.
 
 Besides matrix products, a step spends its time in such passes over (tokens, width) tensors. On the CPU a few rows at a
-time go through all operations while they are in its cache, in float32, and are rounded once. Elsewhere all rows are
-computed at once, and the gate in its own type: float32 copies of three (tokens, inner width) tensors take gigabytes.
+time go through all operations while they are in its cache, in float32, and are rounded once. On CUDA each formula is
+compiled into one pass, also in float32. Elsewhere, and if nothing can be compiled, all rows are computed at once, and
+the gate in its own type: float32 copies of three (tokens, inner width) tensors take gigabytes.
 """
 
 import functools
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mmtrain.model.kernels.compiled import is_compiled, one_pass
 
 _CACHED_VALUES = 2**17
 """Values in a block on the CPU: a block and its inputs stay in the caches, and there are few enough blocks that calling
@@ -38,6 +41,7 @@ GELU_TANH = Activation(
 """The same paper's approximation by tanh."""
 
 
+@one_pass
 def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x / rms(x) times weight (Zhang and Sennrich 2019, "Root mean square layer normalization", equation 4), and
     1 / rms(x), float32: (..., width) and (rows, 1)."""
@@ -50,6 +54,7 @@ def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return out, inverse
 
 
+@one_pass
 def normalized(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """The first result of `normalize`, computed again from its second."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -58,6 +63,7 @@ def normalized(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     return out
 
 
+@one_pass
 def normalize_gradient(outer: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """The gradient of x: r w y - x r³ mean(w y x), with r = 1 / rms(x) and y the gradient of the result."""
     gradient = torch.empty_like(outer, memory_format=torch.contiguous_format)
@@ -68,6 +74,7 @@ def normalize_gradient(outer: Tensor, x: Tensor, weight: Tensor, inverse: Tensor
     return gradient
 
 
+@one_pass
 def gate_up(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """activation(gate) * up, for two tensors of the same shape."""
     out = torch.empty_like(up, memory_format=torch.contiguous_format)
@@ -76,6 +83,7 @@ def gate_up(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     return out
 
 
+@one_pass
 def gate_up_gradients(
     gate: Tensor, up: Tensor, outer: Tensor, activation: Activation, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -93,25 +101,25 @@ def gate_up_gradients(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`normalize` with a frozen weight. On other devices than the CPU torch has a kernel for it."""
-    if not _is_cached(x):  # the kernel takes one type, and autocast would keep a float32 copy of x for each norm
-        wide = torch.promote_types(x.dtype, weight.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
-    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call, no-any-return]
+    """`normalize` with a frozen weight. Where it is neither cached nor compiled torch has a kernel for it."""
+    if _is_cached(x) or is_compiled(x.device):
+        return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call, no-any-return]
+    wide = torch.promote_types(x.dtype, weight.dtype)  # the kernel takes one type
+    with torch.autocast(x.device.type, enabled=False):  # it would keep a float32 copy of x
+        return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, inverse = normalize(x, weight, eps)
+        out, inverse = normalize(_rows(x), weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return out
+        return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        return normalize_gradient(outer[0], x, weight, inverse), None, None
+        return normalize_gradient(_rows(outer[0]), _rows(x), weight, inverse).view(x.shape), None, None
 
 
 class GatedActivation(torch.autograd.Function):
@@ -121,26 +129,34 @@ class GatedActivation(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return gate_up(gate, up, activation)
+        return gate_up(_rows(gate), _rows(up), activation).view(up.shape)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        return *gate_up_gradients(gate, up, outer[0], ctx.activation), None
+        to_gate, to_up = gate_up_gradients(_rows(gate), _rows(up), _rows(outer[0]), ctx.activation)
+        return to_gate.view(gate.shape), to_up.view(up.shape), None
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of the tensors, in blocks that fit into the CPU's cache; all at once elsewhere."""
     width = tensors[0].shape[-1]
-    rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-    size = max(1, _CACHED_VALUES // width) if _is_cached(tensors[0]) else max(1, len(rows[0]))
+    rows = tuple(map(_rows, tensors))
+    if not _is_cached(tensors[0]):
+        return iter([rows])
+    size = max(1, _CACHED_VALUES // width)
     return zip(*(torch.split(tensor, size) for tensor in rows), strict=True)
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """(rows, width)"""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
 def _widened(value: Tensor) -> Tensor:
-    return value.float() if _is_cached(value) else value
+    return value.float() if _is_cached(value) or torch.compiler.is_compiling() else value
 
 
 def _is_cached(value: Tensor) -> bool:
     """Whether it is computed in blocks that fit into a cache."""
-    return value.device.type == "cpu"
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -5,13 +5,15 @@ of the input and the gradients of the trainable parameters are compared.
 """
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from mmtrain.model.kernels.products import ROW_MULTIPLE
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest relative difference (L2) that counts as rounding. If a module is tried alone, this is for each row of the
@@ -64,11 +66,20 @@ def example_for(module: nn.Module, *shape: int) -> Tensor:
     return noise(*shape).to(next(module.parameters()))
 
 
-class Trials:
-    """Tries kernels, and installs those that pass. Modules of the same kind are tried once."""
+def example_ids(decoder: Any) -> Tensor:
+    """(1, ROW_MULTIPLE) random token ids for a trial of modules of `decoder`, on its device."""
+    size = decoder.get_input_embeddings().num_embeddings
+    ids = noise(1, ROW_MULTIPLE).abs().mul(1e6).long().remainder(size)
+    return ids.to(next(decoder.parameters()).device)
 
-    def __init__(self) -> None:
+
+class Trials:
+    """Tries kernels, and installs those that pass. Modules of the same kind are tried once. `tick` is called after each
+    trial, which can wait for a compiler."""
+
+    def __init__(self, tick: Callable[[], None] = lambda: None) -> None:
         self._outcomes: dict[Any, bool] = {}
+        self._tick = tick
 
     def install(
         self,
@@ -86,6 +97,7 @@ class Trials:
         key = (_kind(whole), tuple(kernels.items()))
         if key not in self._outcomes:
             self._outcomes[key] = _is_same(whole, kernels, args, kwargs or {})
+            self._tick()
         if self._outcomes[key]:
             for name, module in modules.items():
                 replace_forward(module, kernels[name])
@@ -177,7 +189,10 @@ def _computed(whole: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         given = torch.func.functional_call(whole, weights, args, dict(kwargs))
         out = [leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
         outer = [noise(*tensor.shape, seed=1).to(tensor) for tensor in out]
-        to_input, *to_weights = torch.autograd.grad(out, [leaves[first], *weights.values()], outer, allow_unused=True)
+        with torch.autocast(leaves[first].device.type, enabled=False):  # as in a step
+            to_input, *to_weights = torch.autograd.grad(
+                out, [leaves[first], *weights.values()], outer, allow_unused=True
+            )
     form = tree_map(lambda leaf: isinstance(leaf, Tensor) and (leaf.shape, leaf.dtype), given)
     return form, [*out, to_input], to_weights
 
