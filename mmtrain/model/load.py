@@ -46,7 +46,7 @@ def model_structure(path: str) -> Any:
 
 
 def length_limit(path: str, max_length: int) -> LengthLimit:
-    """The longest sample: `max_length` tokens, or fewer where the model was made for fewer positions."""
+    """The longest sample: `max_length` tokens, or fewer if the model has fewer positions."""
     positions = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
     if positions and positions < max_length:
         return LengthLimit(positions, "the model's positions, max_position_embeddings in its config.json")
@@ -54,10 +54,11 @@ def length_limit(path: str, max_length: int) -> LengthLimit:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Have every layer computed again in the backward pass. Raises UserError where the model cannot.
+    """Compute the activations of every layer again in the backward pass. Raises UserError if the model does not support
+    it.
 
-    Where peft has added adapters, transformers makes the embeddings of tokens and of images require gradients, which
-    only reentrant checkpointing needs: a frozen vision tower would be computed twice and passed through backward.
+    If peft has added adapters, transformers makes the embeddings of tokens and images require gradients. Only reentrant
+    checkpointing needs that, and a frozen vision tower would run twice and have a backward pass, so it is undone.
     """
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -66,12 +67,12 @@ def checkpoint_activations(model: Any) -> None:
     model.disable_input_require_grads()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # it asks for this flag; its dropouts keep their own, which is off
+            module.training = True  # required for checkpointing; the dropouts inside have their own flag, which is off
 
 
 def compile_layers(model: Any) -> None:
-    """Compile the language model's repeated layers one by one: they share their code, so the first is the one that
-    takes time. The number of tokens is left open, as every micro-batch has another."""
+    """Compile the repeated layers of the language model one by one: they share their code, so only the first takes
+    time. The number of tokens stays dynamic, because it differs between micro-batches."""
     for module in model.get_decoder().modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)
@@ -80,8 +81,8 @@ def compile_layers(model: Any) -> None:
 def _from_pretrained(
     path: str, config: Any, dtype: str, device: torch.device, tick: Callable[[], None]
 ) -> tuple[Any, dict[str, Any]]:
-    """The model, and what transformers found wrong with its weights: its own report is a table, in other words."""
-    disable_progress_bar()  # loading is a second of a run that has a bar of its own
+    """The model, and the faults of its weights that transformers found. Its own report of them is switched off."""
+    disable_progress_bar()  # the run has its own progress bar
     verbosity = get_verbosity()
     set_verbosity(ERROR)
     hook = set_tqdm_hook(_ticking(tick))
@@ -131,8 +132,8 @@ def load_model(
     """The model on `device` in `dtype`, in eval mode: the base model's own dropout is never on. On another device than
     the CPU no weight waits in host memory for the others. `tick` is called as weights are read.
 
-    Raises torch.OutOfMemoryError where the device is too small, and UserError where files are broken, weights are
-    missing, not finite or of other shapes, or the tokenizer has ids the model has no embedding for.
+    Raises torch.OutOfMemoryError if the device is too small, and UserError if files are broken, if weights are missing,
+    not finite or have wrong shapes, or if the tokenizer has ids without an embedding in the model.
     """
     config = load_config(path)
     check_weight_files(model_directory(path))
@@ -143,7 +144,7 @@ def load_model(
     if shapes:
         name, in_file, expected = shapes[0]
         raise UserError(
-            f"{path}: {len(shapes)} weights have other shapes than config.json asks for, such as {shown(name)}: "
+            f"{path}: {len(shapes)} weights have other shapes than config.json requires, such as {shown(name)}: "
             f"{tuple(in_file)} in the file, {tuple(expected)} expected"
         )
     missing = sorted(info["missing_keys"])
@@ -158,12 +159,14 @@ def load_model(
     num_embeddings = model.get_input_embeddings().num_embeddings
     largest = max(processor.tokenizer.wrapped.get_vocab().values())
     if largest >= num_embeddings:
-        raise UserError(f"{path}: the tokenizer has ids up to {largest} and the model embeddings for {num_embeddings}")
+        raise UserError(
+            f"{path}: the tokenizer has ids up to {largest}, but the model has only {num_embeddings} embeddings"
+        )
     return model.eval()
 
 
 def _check_finite(model: Any, path: str, tick: Callable[[], None]) -> None:
-    """Raise UserError naming a weight that has a value which is NaN or infinite."""
+    """Raise UserError, naming a weight, if values are NaN or infinite."""
     weights = (item for item in model.state_dict().items() if item[1].is_floating_point() and item[1].numel())
     broken = []
     for name, weight in weights:

@@ -111,7 +111,7 @@ class Runtime:
             yield
             self.wait()
         except UserError as error:
-            error.told = self._supervisor.tell(error)
+            error.already_reported = self._supervisor.tell(error)
             raise
         except Exception as error:
             failed = UserError(f"process {self.index} failed: {type(error).__name__}: {error}")

@@ -29,7 +29,7 @@ def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, pro
     root = Root(model)
     sharded = is_sharded(config, runtime)
     if settings.kernels == "auto":
-        progress.say(install(model).line)
+        progress.say(install(model, runtime.device, progress.tick).line)
     costs = cost_model(made.base, made.family, config.tune)
     packing = choose_packing(model, processor, config, runtime, progress.say)
     store = make_store(config, runtime, progress) if caches_features(config, runtime.num_processes) else None
@@ -48,7 +48,7 @@ def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, pro
         packing=packing,
         runtime=runtime,
         optimizer=make_optimizer(model, made.family.components, config),
-        clock=made.clock,
+        dropout=made.dropout,
         costs=costs,
         component_reports=made.component_reports,
         exact=settings.microbatches != "auto" and not sharded,

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mmtrain.dataset.batch import Batch
 from mmtrain.errors import NonFiniteError
-from mmtrain.model.components import PartReport
+from mmtrain.model.components import ComponentReport
 from mmtrain.model.cost import CostModel
-from mmtrain.model.dropout import DropoutClock
+from mmtrain.model.dropout import DropoutContext
 from mmtrain.runtime.device import device_faults, microbatch_faults, wide
 from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.shard import whole
@@ -25,10 +25,10 @@ class Learner(LoadedModel):
     """A model that is trained, its optimizer, and how its steps are computed."""
 
     optimizer: torch.optim.Optimizer
-    clock: DropoutClock
+    dropout: DropoutContext
     costs: CostModel
     """What samples cost to compute, by which a step is cut."""
-    component_reports: list[PartReport]
+    component_reports: list[ComponentReport]
     """What is trainable of each component."""
     exact: bool
     """Micro-batches are summed in a tree that does not depend on the number of processes."""
@@ -101,7 +101,7 @@ def _backward(learner: Learner, batch: Batch | None, num_supervised: int, step: 
     if batch is None:
         return _nothing(learner.runtime)
     learner.runtime.activity.set("forward")
-    with learner.clock.at(step, batch), microbatch_faults(f"step {step}", batch):
+    with learner.dropout.at(step, batch), microbatch_faults(f"step {step}", batch):
         nll, _ = learner.nll(batch)
         torch.autograd.backward(nll.sum() / num_supervised)
     return wide(nll.detach()).sum()

@@ -7,8 +7,8 @@ import torch
 
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model.components import PartReport, prepare_learning
-from mmtrain.model.dropout import DropoutClock, install_dropout
+from mmtrain.model.components import ComponentReport, apply_tune
+from mmtrain.model.dropout import DropoutContext, install_dropout
 from mmtrain.model.family import Family, probe_family
 from mmtrain.model.load import checkpoint_activations, load_model
 from mmtrain.progress import Progress
@@ -25,9 +25,9 @@ class TrainableModel:
     model: Any
     """The same, or a PeftModel around it."""
     family: Family
-    component_reports: list[PartReport]
+    component_reports: list[ComponentReport]
     """A row for each component."""
-    clock: DropoutClock
+    dropout: DropoutContext
 
 
 def make_trainable(config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress) -> TrainableModel:
@@ -38,12 +38,12 @@ def make_trainable(config: Config, processor: ChatProcessor, runtime: Runtime, p
         base = load_model(config.model.path, config.model.dtype, processor, home, runtime.activity.tick)
     runtime.activity.set("preparing the model")
     family = probe_family(base, processor, progress.say)
-    model, reports = prepare_learning(base, family.components, config.tune)
+    model, reports = apply_tune(base, family.components, config.tune)
     if config.run.activation_checkpointing:
         checkpoint_activations(base)
-    clock = DropoutClock(config.train.seed)
-    install_dropout(model, family, config.tune, clock)
-    return TrainableModel(base, model.to(home), family, reports, clock)
+    dropout = DropoutContext(config.train.seed)
+    install_dropout(model, family, config.tune, dropout)
+    return TrainableModel(base, model.to(home), family, reports, dropout)
 
 
 def is_sharded(config: Config, runtime: Runtime) -> bool:

@@ -113,7 +113,7 @@ class _Tower:
         components = Components(getattr(learner.model, "get_base_model", lambda: learner.model)())
         for name, module in learner.model.named_modules():
             own = base_name(name).removeprefix("base_model.model.")
-            if isinstance(module, nn.Linear) and components.part_of(own) == "vision":
+            if isinstance(module, nn.Linear) and components.component_of(own) == "vision":
                 module.register_forward_hook(self._after)
 
     def _after(self, module: nn.Module, given: Any, out: Tensor) -> None:
