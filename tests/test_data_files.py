@@ -11,7 +11,8 @@ import pytest
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.data_files import find_data_files
-from mmtrain.records.sources import MAX_RECORD, open_records
+from mmtrain.records.json_text import MAX_RECORD
+from mmtrain.records.sources import open_records
 from mmtrain.regular_files import open_regular
 
 

@@ -13,7 +13,8 @@ from mmtrain.encoding.images import find_image
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.formats import read_record
-from mmtrain.records.sources import JsonFile, JsonlFile, open_records, parse_json
+from mmtrain.records.json_text import parse_json
+from mmtrain.records.sources import JsonFile, JsonlFile, open_records
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 BAD_JSON = sorted((SHARED / "bad_inputs" / "json").glob("*.json"))

@@ -85,6 +85,7 @@ class SampleView:
             "source": str(self.place.file),
             "line": self.place.line,
             "index": self.index,
+            "shape": self.conversation.shape,
             "num_tokens": len(self.tokens),
             "num_supervised": self.num_supervised,
             "images": [image.row() for image in self.images],

@@ -16,11 +16,9 @@ from typing import Any, BinaryIO
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.data_files import find_data_files
+from mmtrain.records.json_text import DECODER, MAX_RECORD, parse_json, too_long
 from mmtrain.regular_files import open_regular
-from mmtrain.safe_text import shown, visible
-
-MAX_RECORD = 32 * 2**20
-"""The most bytes of one record. Parsing takes up to 30 times as much memory."""
+from mmtrain.safe_text import visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +74,7 @@ class JsonlFile:
         except OSError as error:
             raise SampleError(f"cannot be read: {error.strerror}") from None
         if len(line) > MAX_RECORD and b"\n" not in line:
-            raise _too_long(end - start, "bytes")
+            raise too_long(end - start, "bytes")
         return parse_json(line)
 
 
@@ -140,42 +138,6 @@ def _open(path: Path) -> RecordFile:
         raise UserError(f"{visible(str(path))}: cannot be read: {error.strerror}") from None
 
 
-def _too_long(length: int, unit: str) -> SampleError:
-    return SampleError(
-        f"a record of {length:,} {unit}, over the {MAX_RECORD:,} allowed: split it, or give its images by path"
-    )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {shown(key)} is given twice")
-        found[key] = value
-    return found
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
-
-
-def parse_json(line: bytes) -> Any:
-    """One JSON value. Raises SampleError also for what Python accepts: equal keys, NaN and very deep nesting."""
-    try:
-        return _DECODER.decode(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise SampleError("not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise SampleError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except ValueError as error:
-        raise SampleError(f"not JSON: {error}") from None
-    except RecursionError:
-        raise SampleError("not JSON that can be read: nested too deeply") from None
-
-
 def _list_items(path: Path) -> Iterator[tuple[Any, int]]:
     """Each item of the JSON list in `path`, with its first line (from 1). Raises UserError and OSError."""
     name = visible(str(path))
@@ -194,7 +156,7 @@ def _list_items(path: Path) -> Iterator[tuple[Any, int]]:
         line += text.count("\n", counted, at)
         counted = start = at
         try:
-            record, at = _DECODER.raw_decode(text, at)
+            record, at = DECODER.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise UserError(f"{name}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
         except ValueError as error:
@@ -202,7 +164,7 @@ def _list_items(path: Path) -> Iterator[tuple[Any, int]]:
         except RecursionError:
             raise UserError(f"{name}:{line}: not JSON that can be read: nested too deeply") from None
         if at - start > MAX_RECORD:
-            raise UserError(f"{name}:{line}: {_too_long(at - start, 'characters')}")
+            raise UserError(f"{name}:{line}: {too_long(at - start, 'characters')}")
         yield record, line
         at = _skip(text, at)
         if text.startswith(",", at):
