@@ -117,7 +117,7 @@ RecordFormat = Literal[
 
 class Source(Section):
     path: Annotated[str, Field(min_length=1)]
-    """A .json or .jsonl file, a folder of them, or a glob."""
+    """A file of records (.json, .jsonl, .parquet, .arrow, .csv, .tsv, .tar and so on), a folder of them, or a glob."""
     root: str | None = None
     """The folder that image paths are relative to and may not leave; without it the data file's own."""
     format: RecordFormat = "auto"
@@ -126,8 +126,8 @@ class Source(Section):
     """Which column of the data is which key of a record: `{image: img, question: q, answer: a}`. A value with braces
     is a template of several columns: `{prompt: "{context}\\n{question}"}`."""
     image_mark: Annotated[str, Field(min_length=1)] | None = None
-    """The text that stands for an image in the records; without it `<image>`, or what a record has instead of it:
-    `<img>`, `<IMG_CONTEXT>`, `<|image|>`, `[IMG]`, `<ImageHere>`, `<image_1>`."""
+    """The text that stands for an image in the records; without it `<image>`, or another mark that docs/data.md lists
+    and that a record with images has instead."""
 
     @field_validator("fields")
     @classmethod

@@ -11,7 +11,7 @@ from mmtrain.encoding.image_processor import ImageTokens
 from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation
-from mmtrain.records.sources import Place
+from mmtrain.records.sources.place import Place
 
 IGNORED = -100
 TokenKind = Literal["text", "special", "image"]

@@ -14,7 +14,8 @@ from mmtrain.config.schema import Source
 from mmtrain.records.chat import Conversation
 from mmtrain.records.fields import map_fields
 from mmtrain.records.formats import read_record
-from mmtrain.records.sources import Place, RecordFile, open_records
+from mmtrain.records.sources.open import open_records
+from mmtrain.records.sources.place import Place, RecordFile
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.validate import CheckedSamples
 from mmtrain.encoding.encode import Encoded
-from mmtrain.records.sources import Place
+from mmtrain.records.sources.place import Place
 
 FILLER = -1
 """The number of the sample without weight."""
