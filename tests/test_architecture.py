@@ -80,7 +80,7 @@ FLOORS = [
     ["runtime"],
     ["scoring"],
     ["train"],
-    ["evaluate", "inspect_labels"],
+    ["evaluate", "inspect_labels", "inspect_model"],
     ["cli"],
     ["__main__"],
 ]

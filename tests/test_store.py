@@ -302,6 +302,21 @@ def test_a_home_that_cannot_be_written_to_is_done_without(
         opened(spec)
 
 
+def test_a_home_whose_file_system_does_not_lock_files_is_done_without(
+    make_config: MakeConfig, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lock(file: Any, tick: Callable[[], None]) -> None:
+        if Path(file.name).is_relative_to(home):
+            raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(store, "wait_for_lock", lock)
+    spec = spec_of(make_config("text"))
+    samples, _, count = opened(spec)
+    assert count == 8
+    assert_equal_to_the_encoder(spec, samples)
+    assert stores(home) == []
+
+
 def refuse(*args: Any, **kwargs: Any) -> str:
     raise OSError(28, "No space left on device")
 

@@ -8,8 +8,8 @@ from peft import PeftModel
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.adapter import Adapter, load_adapter
-from mmtrain.model.components import Components, is_as_loaded
-from mmtrain.model.head import find_head_kind
+from mmtrain.model.components import is_as_loaded
+from mmtrain.model.family import probe_family
 from mmtrain.model.load import load_model
 from mmtrain.model.root import Root
 from mmtrain.progress import Progress
@@ -37,10 +37,9 @@ class AdaptedModels:
         self._processor, self._runtime, self._progress, self._adapters = processor, runtime, progress, adapters
         self._model = load_model(config.model.path, config.model.dtype, processor)
         self._model.requires_grad_(False)
-        self._components = Components(self._model)
+        self._family = probe_family(self._model, processor, progress.say)
         self._model.to(runtime.device)
         self._packing = choose_packing(self._model, processor, config, runtime, progress.say)
-        self._head_kind = find_head_kind(self._model, progress.say)
         self._store = make_store(config, runtime, progress) if cache_images else None
         self._num_loaded = 0
 
@@ -60,14 +59,16 @@ class AdaptedModels:
 
     def _loaded(self) -> LoadedModel:
         model, runtime = self._model, self._runtime
-        same = is_as_loaded(model, self._components, ("vision", "projector"))  # with any adapter put on it so far
+        same = is_as_loaded(model, self._family.components, ("vision", "projector"))  # with all adapters so far
         make_inputs = input_maker(model, self._processor, runtime, self._store if same else None, self._progress.say)
+        if same and make_inputs.features is None:
+            self._store = None  # no adapter changes that
         return LoadedModel(
             model=model,
             processor=self._processor,
             root=Root(model),
             make_inputs=make_inputs,
-            head_kind=self._head_kind,
+            head_kind=self._family.head_kind,
             packing=self._packing,
             runtime=runtime,
         )

@@ -49,14 +49,16 @@ def make_store(config: Config, runtime: Runtime, progress: Progress) -> FeatureS
 def input_maker(
     model: Any, processor: ChatProcessor, runtime: Runtime, store: FeatureStore | None, say: Callable[[str], None]
 ) -> InputMaker:
-    """What makes the inputs of `model`, which is on its device: from cached features where there is a store and a trial
-    shows that the model can take them."""
-    fields = None
-    if store is not None:
-        with runtime.autocast():
-            fields = find_fields(model, processor, say)
-    features = None if fields is None or store is None else PictureFeatures(model, store, fields)
-    return InputMaker(model, processor.image_token_id, features)
+    """What makes the inputs of `model`, which is on its device: with cached features where there is a store and a trial
+    shows that the model can take them; `say` is given the line that says why it cannot."""
+    if store is None or processor.images is None:
+        return InputMaker(model, processor)
+    with runtime.autocast():
+        fields = find_fields(model, processor)
+    if isinstance(fields, str):
+        say(f"image cache: off, {fields}")
+        return InputMaker(model, processor)
+    return InputMaker(model, processor, PictureFeatures(model, store, fields))
 
 
 def _model_key(config: Config, runtime: Runtime, progress: Progress) -> str:

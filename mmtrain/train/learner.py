@@ -29,7 +29,7 @@ def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, pro
         model.to(runtime.device)
     if settings.kernels == "auto":
         progress.say(install(model).line)
-    costs = cost_model(made.base, made.components, config.tune)
+    costs = cost_model(made.base, made.family, config.tune)
     packing = choose_packing(model, processor, config, runtime, progress.say)
     store = make_store(config, runtime, progress) if caches_features(config, runtime.num_processes) else None
     make_inputs = input_maker(model, processor, runtime, store, progress.say)
@@ -43,10 +43,10 @@ def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, pro
         processor=processor,
         root=root,
         make_inputs=make_inputs,
-        head_kind=made.head_kind,
+        head_kind=made.family.head_kind,
         packing=packing,
         runtime=runtime,
-        optimizer=make_optimizer(model, made.components, config),
+        optimizer=make_optimizer(model, made.family.components, config),
         clock=made.clock,
         costs=costs,
         component_reports=made.component_reports,

@@ -10,7 +10,6 @@ from mmtrain.config import Config
 from mmtrain.model.components import PartReport
 from mmtrain.progress import Progress, Task
 from mmtrain.runtime.shard import num_held
-from mmtrain.scoring.image_cache import caches_features
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.gradients import is_exact
 from mmtrain.train.step import Learner
@@ -60,11 +59,8 @@ def _bits_lines(config: Config, learner: Learner) -> Iterator[str]:
 
 def _image_cache_lines(config: Config, learner: Learner) -> Iterator[str]:
     limits = config.run.image_cache
-    has_vision = getattr(learner.model.config, "vision_config", None) is not None
     if learner.make_inputs.features is not None:
         yield f"image cache: on, {limits.memory_gib:g} GiB in memory and {limits.disk_gib:g} GiB on disk"
-    elif caches_features(config, learner.runtime.num_processes) and has_vision:
-        yield "image cache: off, models of this family do not take cached features"
 
 
 class StepReporter:

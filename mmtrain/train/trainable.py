@@ -7,9 +7,9 @@ import torch
 
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model.components import Components, PartReport, prepare_learning
+from mmtrain.model.components import PartReport, prepare_learning
 from mmtrain.model.dropout import DropoutClock, install_dropout
-from mmtrain.model.head import HeadKind, find_head_kind
+from mmtrain.model.family import Family, probe_family
 from mmtrain.model.load import checkpoint_activations, load_model
 from mmtrain.progress import Progress
 from mmtrain.runtime.activity import Activity
@@ -23,8 +23,7 @@ class TrainableModel:
     """The model of transformers."""
     model: Any
     """The same, or a PeftModel around it."""
-    head_kind: HeadKind
-    components: Components
+    family: Family
     component_reports: list[PartReport]
     """A row for each component."""
     clock: DropoutClock
@@ -35,10 +34,10 @@ def make_trainable(config: Config, processor: ChatProcessor, activity: Activity,
     torch.manual_seed(config.train.seed)
     base = load_model(config.model.path, config.model.dtype, processor)
     activity.set("preparing the model")
-    head_kind = find_head_kind(base, progress.say)
-    model, components, reports = prepare_learning(base, config.tune)
+    family = probe_family(base, processor, progress.say)
+    model, reports = prepare_learning(base, family.components, config.tune)
     if config.run.activation_checkpointing:
         checkpoint_activations(base)
     clock = DropoutClock(config.train.seed)
-    install_dropout(model, components, config.tune, clock)
-    return TrainableModel(base, model, head_kind, components, reports, clock)
+    install_dropout(model, family, config.tune, clock)
+    return TrainableModel(base, model, family, reports, clock)
