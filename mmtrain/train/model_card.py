@@ -1,4 +1,4 @@
-"""README.md of what a run leaves: what it is, how good it is, and code that loads it; no path of this machine."""
+"""README.md of a saved adapter or model: what it is, how good it is, and how to load it; no path of this machine."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from mmtrain.train.metrics import METRICS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PATHS: Any = {"model": {"path"}, "data": {"train", "eval"}, "run": {"output_dir"}}
-"""What of a config is left out: where things lie on this machine."""
+"""Keys of a config that are left out: paths of this machine."""
 
 _LOAD_ADAPTER = """\
 import torch

@@ -28,7 +28,7 @@ def start_report(config: Config, dataset: Dataset, learner: Learner) -> Iterator
 
 def _component_table(reports: Sequence[PartReport]) -> Table:
     """What is trainable."""
-    table = Table("part", "mode", "modules", "trainable", "frozen", box=None, pad_edge=False)
+    table = Table("component", "mode", "modules", "trainable", "frozen", box=None, pad_edge=False)
     for column in table.columns[2:]:
         column.justify = "right"
     for row in reports:
