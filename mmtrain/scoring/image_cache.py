@@ -13,7 +13,7 @@ from mmtrain.config import Config
 from mmtrain.config.schema import Frozen
 from mmtrain.dataset.hashes import cache_folder, model_fingerprints
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model.image_cache.features import PictureFeatures, find_fields
+from mmtrain.model.image_cache.features import ImageFeatures, find_fields
 from mmtrain.model.image_cache.files import FeatureFolder
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.inputs import InputMaker
@@ -58,7 +58,7 @@ def input_maker(
     if isinstance(fields, str):
         say(f"image cache: off, {fields}")
         return InputMaker(model, processor)
-    return InputMaker(model, processor, PictureFeatures(model, store, fields))
+    return InputMaker(model, processor, ImageFeatures(model, store, fields))
 
 
 def _model_key(config: Config, runtime: Runtime, progress: Progress) -> str:

@@ -57,4 +57,4 @@ class StepCuts:
     def _costs(self, step: int) -> CostModel:
         # from the second epoch on every image was seen; a rule that follows from the step alone, as the cut must
         is_cached = self._learner.make_inputs.store is not None and step > self._dataset.plan.steps_per_epoch
-        return self._learner.costs.with_kept_features if is_cached else self._learner.costs
+        return self._learner.costs.with_cached_features if is_cached else self._learner.costs
