@@ -41,6 +41,12 @@ class NonFiniteError(UserError):
     exit_code = 6
 
 
+class LostGradientError(UserError):
+    """A trainable parameter has no gradient although the loss depends on it: nothing of the step is saved."""
+
+    exit_code = 9
+
+
 class PeerError(UserError):
     """Another process of the run has ended: this one cannot go on without it. A launcher starts them again."""
 
@@ -57,7 +63,7 @@ class Stopped(UserError):
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that ask a run to end in good order."""
-FINAL_CODES = frozenset({2, 3, 4, 6, *(128 + signum for signum in STOP_SIGNALS)})
+FINAL_CODES = frozenset({2, 3, 4, 6, 9, *(128 + signum for signum in STOP_SIGNALS)})
 """Exit codes of runs that another start would not help: what the user must mend, and what was asked to end."""
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -77,7 +77,7 @@ class Evaluation:
         for entry in self.dropped:
             self._say(f"dropped: {entry['place']}: {entry['reason']}")
         self._lengths: list[int] = checked.num_tokens[self.numbers].tolist()
-        self._base = load_model(config.model.path, config.model.dtype, self._processor)
+        self._base = load_model(config.model.path, config.model.dtype, self._processor, config.model.quantization)
         self._base.requires_grad_(False)
         self._components = Components(self._base)
         self._base.to(self._runtime.device)

@@ -32,7 +32,7 @@ def token_losses(
     runtime = Runtime(config.model.dtype)
     say = functools.partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
     processor = samples.encoder.processor
-    model = load_model(config.model.path, config.model.dtype, processor)
+    model = load_model(config.model.path, config.model.dtype, processor, config.model.quantization)
     head_kind = find_head_kind(model, say)
     if found_adapter is not None:
         model = load_adapter(model, found_adapter)

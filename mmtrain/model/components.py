@@ -13,6 +13,7 @@ from torch import nn
 
 from mmtrain.config.schema import Full, Lora, Tune
 from mmtrain.errors import UserError
+from mmtrain.model.quantized_weights import num_weights
 from mmtrain.safe_text import one_line
 
 PARTS = ("vision", "projector", "language")
@@ -46,6 +47,10 @@ class Components:
             if not name:
                 return self._roots.get("", "language")
         return self._roots[name]
+
+    def names_outside_language(self) -> list[str]:
+        """Names of the modules that hold the other components, and of the head."""
+        return [*(name for name, part in self._roots.items() if part != "language"), self.head_name]
 
     def whole_modules(self, model: Any, part: str) -> list[str]:
         """Names of the largest modules that hold all of a part and nothing else (never a bare list of modules)."""
@@ -207,8 +212,7 @@ def _report(model: Any, components: Components, tune: Tune, targets: dict[str, l
         own = [(name, p) for name, p in own if ".original_module." not in name]
         if own:
             trainable = sum(p.numel() for _, p in own if p.requires_grad)
+            total = sum(num_weights(p) for _, p in own)
             modules = targets.get(part) or {base_name(name).rpartition(".")[0] for name, p in own if p.requires_grad}
-            rows.append(
-                PartReport(part, mode.mode, len(modules), trainable, sum(p.numel() for _, p in own) - trainable)
-            )
+            rows.append(PartReport(part, mode.mode, len(modules), trainable, total - trainable))
     return rows

@@ -1,6 +1,7 @@
 """The base model, from a directory in the transformers format or the local hub cache."""
 
 import logging
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,6 +14,12 @@ from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.directory import model_directory
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
+from mmtrain.model.quantization import (
+    check_installed,
+    check_not_stored_quantized,
+    check_quantized,
+    quantization_config,
+)
 from mmtrain.model.weight_files import check_weight_files
 from mmtrain.safe_text import one_line, shown
 
@@ -65,7 +72,7 @@ def compile_layers(model: Any) -> None:
             module.compile(dynamic=True)
 
 
-def _from_pretrained(path: str, config: Any, dtype: str) -> tuple[Any, dict[str, Any]]:
+def _from_pretrained(path: str, config: Any, dtype: str, **settings: Any) -> tuple[Any, dict[str, Any]]:
     """The model, and what transformers found wrong with its weights: its own report is a table, in other words."""
     disable_progress_bar()  # loading is a second of a run that has a bar of its own
     verbosity = get_verbosity()
@@ -79,6 +86,7 @@ def _from_pretrained(path: str, config: Any, dtype: str) -> tuple[Any, dict[str,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **settings,
         )
     except Exception as error:  # a broken directory makes transformers raise anything
         raise UserError(f"{path}: the model cannot be loaded: {type(error).__name__}: {one_line(error)}") from None
@@ -87,9 +95,18 @@ def _from_pretrained(path: str, config: Any, dtype: str) -> tuple[Any, dict[str,
     return model, info
 
 
-def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:
+def _quantized(config: Any, quantization: str, dtype: str) -> dict[str, Any]:
+    """What `_from_pretrained` needs to quantize the weights as they are read."""
+    check_installed(quantization)
+    with torch.device("meta"):
+        skeleton = auto_class(config).from_config(deepcopy(config), trust_remote_code=False)
+    return {"quantization_config": quantization_config(skeleton, getattr(torch, dtype))}
+
+
+def load_model(path: str, dtype: str, processor: ChatProcessor, quantization: str | None = None) -> Any:
     """The model on the CPU in `dtype`, in eval mode: the base model's own dropout is never on.
 
+    With `quantization` the language model's linear layers are quantized as they are read, on the GPU if there is one.
     Raises UserError where files are broken, weights are missing, not finite or of other shapes, or the tokenizer has
     ids the model has no embedding for.
     """
@@ -97,7 +114,9 @@ def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:
     check_weight_files(model_directory(path))
     if getattr(config, "transformers_weights", None) is not None:  # it may name a pickle
         raise UserError(f"{path}: config.json: transformers_weights is not supported: remove the key")
-    model, info = _from_pretrained(path, config, dtype)
+    check_not_stored_quantized(config, quantization, path)
+    settings = {} if quantization is None else _quantized(config, quantization, dtype)
+    model, info = _from_pretrained(path, config, dtype, **settings)
     shapes = sorted(info["mismatched_keys"])
     if shapes:
         name, in_file, expected = shapes[0]
@@ -109,6 +128,7 @@ def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:
     if missing:
         raise UserError(f"{path}: {len(missing)} weights are missing, such as {shown(missing[0])}")
     _check_finite(model, path)
+    check_quantized(model, path)
     unused = sorted(info["unexpected_keys"])
     if unused:
         _log.warning(

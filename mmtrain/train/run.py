@@ -24,6 +24,7 @@ from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.install import install
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.load import checkpoint_activations, compile_layers, load_model
+from mmtrain.model.quantization import check_installed, quantization_lines
 from mmtrain.model.root import Root
 from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.shard import Filled, num_held, shard, share, whole
@@ -31,10 +32,11 @@ from mmtrain.scoring.image_cache import find_features, keeps_features, make_stor
 from mmtrain.scoring.packing import choose_packing
 from mmtrain.scoring.statistics import summary
 from mmtrain.train.ceiling import matmul_rate
-from mmtrain.train.checkpoint import CheckpointFolder, checkpoint_bytes, restore, snapshot
+from mmtrain.train.checkpoint import CheckpointFolder, checkpoint_bytes, restore, snapshot, trainable_parameters
 from mmtrain.train.dataset import Dataset, EvalSet, StepCut
 from mmtrain.train.export import export
 from mmtrain.train.gradients import is_exact
+from mmtrain.train.lost_gradients import LostGradients
 from mmtrain.train.metrics import METRICS, MetricsFile, Reporter, make_console, show_parts
 from mmtrain.train.optimizer import make_optimizer, rate_factor, set_rate
 from mmtrain.train.run_state import RunState
@@ -67,6 +69,7 @@ def _train(
             f"run.microbatches: {microbatches} cannot be shared by {runtime.num_processes} processes: "
             "expected a multiple of their number, or auto"
         )
+    check_installed(config.model.quantization)
     activity.set("checking the data")
     processor = load_processor(config.model.path)
     dataset = Dataset(config, processor, console, activity.tick)
@@ -100,7 +103,7 @@ def make_learner(
     """The model with what learns of it, on its device, and its optimizer; its first weights follow from the seed."""
     seed, settings = config.train.seed, config.run
     torch.manual_seed(seed)
-    base = load_model(config.model.path, config.model.dtype, processor)
+    base = load_model(config.model.path, config.model.dtype, processor, config.model.quantization)
     runtime.activity.set("preparing the model")
     head_kind = find_head_kind(base, say)
     model, components, parts = prepare_learning(base, config.tune)
@@ -126,13 +129,15 @@ def make_learner(
     make_inputs = InputMaker(model, processor.image_token_id, features)
     exact = settings.microbatches != "auto" and not sharded
     optimizer = make_optimizer(model, components, config)
-    learner = Learner(model, root, make_inputs, head_kind, optimizer, clock, runtime, exact, sharded, packing)
+    lost = LostGradients(trainable_parameters(model), components)
+    learner = Learner(model, root, make_inputs, head_kind, optimizer, clock, runtime, lost, exact, sharded, packing)
     return learner, parts, costs
 
 
 def layout_lines(config: Config, learner: Learner) -> Iterator[str]:
     """How the weights are held, and whether another number of processes gives the same bits."""
     settings, runtime = config.run, learner.runtime
+    yield from quantization_lines(learner.model)
     held, total = num_held(learner.model)
     count, threads = runtime.num_processes, runtime.num_threads
     yield (

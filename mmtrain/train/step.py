@@ -19,6 +19,7 @@ from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.shard import whole
 from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.gradients import branch_of, flatten, put_back, sum_running, sum_tree
+from mmtrain.train.lost_gradients import LostGradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     clock: DropoutClock
     runtime: Runtime
+    lost_gradients: LostGradients
     exact: bool = False
     """Micro-batches are summed in a tree that does not depend on the number of processes."""
     sharded: bool = False
@@ -107,11 +109,21 @@ def _backward(learner: Learner, batch: Batch | None, num_supervised: int, step: 
         return torch.zeros((), dtype=torch.float64, device=learner.runtime.device)
     learner.runtime.activity.set("forward")
     with learner.clock.at(step, batch):
-        with learner.runtime.autocast():
-            nll, _ = learner.root(supervised_nll, learner.head_kind, learner.make_inputs(batch), batch)
-        torch.autograd.backward(nll.sum() / num_supervised)
+        nll = _nll(learner, batch)
+        if nll.requires_grad:  # else no sample touches what is trainable
+            torch.autograd.backward(nll.sum() / num_supervised)
+        if len(nll):
+            has_images = any(segment.num_images for segment in batch.segments)
+            learner.lost_gradients.check(step, has_images, lambda: _nll(learner, batch))
     total: Tensor = nll.detach().double().sum()
     return total
+
+
+def _nll(learner: Learner, batch: Batch) -> Tensor:
+    """(num_supervised,)"""
+    with learner.runtime.autocast():
+        nll: Tensor = learner.root(supervised_nll, learner.head_kind, learner.make_inputs(batch), batch)[0]
+    return nll
 
 
 def train_step(
@@ -119,7 +131,8 @@ def train_step(
 ) -> StepResult:
     """Gradients, clipping and the update.
 
-    Raises NonFiniteError, with the weights untouched, where the loss or the gradient's norm is not finite.
+    Raises, with the weights untouched, NonFiniteError where the loss or the gradient's norm is not finite, and
+    LostGradientError where a parameter that the loss depends on has no gradient.
     """
     total, asked = accumulate_gradients(learner, batches, num_supervised, step)
     learner.runtime.activity.set("update")

@@ -44,7 +44,7 @@ def main() -> None:
             raise Enough
         watch.begin()
 
-    def built(path: str, dtype: str, processor: Any) -> Any:
+    def built(path: str, dtype: str, processor: Any, quantization: str | None = None) -> Any:
         return build_model(path, dtype, settings["device"], settings["seed"]).eval()
 
     if settings["built"]:  # its weights were never saved, so nothing can load them

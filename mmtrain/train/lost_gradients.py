@@ -1,0 +1,76 @@
+"""Refuses a step in which a trainable parameter has no gradient although the loss depends on it.
+
+autograd leaves `grad` at None for a parameter that a micro-batch does not use, such as one of vision in a step of text
+or of an expert without tokens. It does the same where a module computes its result without autograd, and then the
+parameter is never trained although the loss looks normal. A trial distinguishes the two: the parameters are changed,
+and the loss is computed again.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mmtrain.errors import LostGradientError
+from mmtrain.model.components import Components, base_name
+from mmtrain.runtime.shard import whole
+from mmtrain.safe_text import shown
+
+_ROUNDING = 1e-2
+"""Largest relative change (L2) of the negative log-likelihoods that counts as rounding: two forward passes on a GPU
+need not give the same bits. The trial changes parameters by far more than that."""
+
+
+class LostGradients:
+    """Checks the gradients of `parameters`, by name, after each micro-batch.
+
+    Looking for gradients that are None needs no device. Only where there is one that was not tried yet, the micro-batch
+    is computed twice more, once for batches with images and once for batches without. An expert that was not used
+    then is not tried again.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], components: Components) -> None:
+        self._parameters, self._components = parameters, components
+        self._unused: set[tuple[str, bool]] = set()
+
+    def check(self, step: int, has_images: bool, compute: Callable[[], Tensor]) -> None:
+        """`compute` gives the (num_supervised,) negative log-likelihoods of the micro-batch once more.
+
+        Raises LostGradientError, with the parameters as they were, naming one that lost its gradient.
+        """
+        names = [
+            name
+            for name, parameter in self._parameters.items()
+            if parameter.grad is None and (name, has_images) not in self._unused
+        ]
+        if not names:
+            return
+        if self._matter(names, compute):
+            lost = self._one_that_matters(names, compute)
+            raise LostGradientError(
+                f"step {step}: tune.{self._components.part_of(base_name(lost))}: {shown(lost, 120)} has no gradient, "
+                "but the loss depends on it: a module computes its result without autograd; "
+                "nothing of the step is saved; try run.kernels: off and run.compile: false"
+            )
+        self._unused.update((name, has_images) for name in names)
+
+    def _one_that_matters(self, names: list[str], compute: Callable[[], Tensor]) -> str:
+        while len(names) > 1:
+            first, second = names[: len(names) // 2], names[len(names) // 2 :]
+            names = first if self._matter(first, compute) else second
+        return names[0]
+
+    @torch.no_grad()
+    def _matter(self, names: list[str], compute: Callable[[], Tensor]) -> bool:
+        """Whether the negative log-likelihoods change when these parameters do."""
+        expected = compute()
+        before = {name: self._parameters[name].detach().clone() for name in names}
+        try:
+            for name in names:
+                self._parameters[name].mul_(2).add_(1)
+            found = compute()
+        finally:
+            for name in names:
+                self._parameters[name].copy_(before[name])
+        difference, size = (float(whole(value.double().norm())) for value in (found - expected, expected))
+        return not difference <= _ROUNDING * size
