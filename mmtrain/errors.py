@@ -42,7 +42,7 @@ class NonFiniteError(UserError):
 
 
 class LostGradientError(UserError):
-    """A trainable parameter has no gradient although the loss depends on it: nothing of the step is saved."""
+    """The gradients of a step are incomplete although its loss looks normal: nothing of the step is saved."""
 
     exit_code = 9
 

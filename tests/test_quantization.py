@@ -1,8 +1,13 @@
 """QLoRA: the laws of training hold with the language model in 4 bits, and everything counts its weights right."""
 
+import importlib.metadata
+import importlib.util
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +15,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from mmtrain.config import load_config
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
 from mmtrain.encoding.load import load_processor
+from mmtrain.errors import LostGradientError, UserError
+from mmtrain.evaluate.command import Evaluation, Options
+from mmtrain.inspect_labels.losses import token_losses
 from mmtrain.model import quantization
 from mmtrain.model.components import prepare_learning
 from mmtrain.model.cost import cost_model
 from mmtrain.model.load import load_model
+from mmtrain.scoring.statistics import summary
+from mmtrain.train import run as loop
+from mmtrain.train.export import export
 from mmtrain.train.run import train
 from support.learning import LORA, MIXED, learner_for, relative_l2, step_of
 
@@ -161,3 +174,144 @@ def test_a_run_repeats_and_resumes_bit_for_bit(dtype: str, make_quantized: Make,
         shutil.rmtree(second / path)
     run("second")
     assert result(first) == result(second)
+
+
+def test_another_version_of_the_quantizer_is_refused_on_resume(
+    make_quantized: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_quantized("text", steps=2, batch_size=2)
+    train(config)
+    shutil.rmtree(Path(config.run.output_dir) / "adapter")
+    with pytest.raises(UserError, match=r"model\.quantization: was 'nf4' and is not set"):
+        train(without_quantization(config))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
+    with pytest.raises(UserError, match=r"model\.quantizer: was .*blocks of 64, double quantization, bitsandbytes 0"):
+        train(config)
+
+
+def switch_repacking_on(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = True
+
+
+@pytest.mark.skipif(not bitsandbytes.functional.has_avx512bf16(), reason="only where the CPU has AVX512-BF16")
+@pytest.mark.filterwarnings("ignore:bitsandbytes")  # torch warns of what is tried here, once
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_evaluation_takes_no_gradients_away(dtype: str, make_quantized: Make) -> None:
+    """bitsandbytes repacks the weights at the first call without gradients, unless it is switched off."""
+    for repacks in (False, True):
+        learner, dataset = learner_for(make_quantized("text", dtype=dtype))
+        if repacks:
+            switch_repacking_on(learner.model)
+        batch = Loader(dataset.train, packing=True).load([0])
+        with torch.no_grad(), learner.runtime.autocast():
+            learner.model(**learner.make_inputs(batch))
+        if repacks:
+            with pytest.raises(LostGradientError, match=r"step 3: the operator .*bitsandbytes::gemv_4bit"):
+                step_of(learner, dataset, [[0, 1]], packing=True)
+        else:
+            _, gradients = step_of(learner, dataset, [[0, 1]], packing=True)
+            assert all(gradient.any() for gradient in gradients.values())
+
+
+CHECK = """
+logits = model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]]), use_cache=False).logits
+import json, sys
+json.dump(logits[0].tolist(), open(sys.argv[1], "w"))
+"""
+
+
+def test_the_code_of_the_card_loads_the_adapter_on_the_quantized_base(
+    make_quantized: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_quantized("qwen2_5_vl", MIXED, steps=2, batch_size=4)
+    trained: list[Tensor] = []
+
+    @torch.no_grad()
+    def noting(learner: Any, *args: Any) -> str:
+        trained.append(learner.model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]]), use_cache=False).logits[0].clone())
+        return export(learner, *args)
+
+    monkeypatch.setattr(loop, "export", noting)
+    train(config)
+    folder = Path(config.run.output_dir) / "adapter"
+    card = (folder / "README.md").read_text()
+    assert "Load it quantized too" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    # with gradients bitsandbytes computes in float32; without, on some CPUs, in a format of 16 bits
+    code += "model.get_input_embeddings().requires_grad_()"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code + CHECK, str(tmp_path / "logits.json")]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = torch.tensor(json.loads((tmp_path / "logits.json").read_text()))
+    assert (found - trained[0]).norm() <= 1e-5 * trained[0].norm()
+
+
+def test_evaluation_and_token_losses_use_the_quantized_model(make_quantized: Make) -> None:
+    config = make_quantized("qwen2_5_vl", steps=2, batch_size=4)
+    train(config)
+    output = Path(config.run.output_dir)
+    last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+    evaluation = Evaluation(config, Options(adapter=output))
+    with evaluation.adapter(str(output)):
+        assert summary(evaluation.scores())["nll"] == pytest.approx(last["nll"], rel=1e-6)
+    losses = token_losses(config, output, evaluation.samples, range(8))
+    values = [value for of_sample in losses.values() for value in of_sample.values()]
+    assert sum(values) / len(values) == pytest.approx(last["nll"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["tune.language={mode: full}"], r"tune\.language is full: set it to lora"),
+        (["tune={projector: {mode: full}}"], r"no component has mode: lora"),
+        (["run.weights=shard"], r"does not work with run\.weights: shard"),
+        (["model.quantization=int8"], r"model\.quantization: expected 'nf4'"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused_in_one_line(
+    overrides: list[str], expected: str, make_quantized: Make, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(make_quantized("qwen2_5_vl").model_dump(mode="json")))
+    with pytest.raises(UserError, match=expected) as caught:
+        load_config(file, overrides)
+    assert len(caught.value.faults) == 1
+
+
+def test_a_missing_package_is_named_before_anything_is_read(
+    make_quantized: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_quantized("text")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'bitsandbytes is not installed.*pip install "mmtrain\[qlora\]"') as caught:
+        train(config)
+    assert len(caught.value.faults) == 1
+
+
+@pytest.mark.parametrize("wanted", [None, "nf4"])
+def test_weights_that_are_stored_quantized_are_refused(
+    wanted: str | None, model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_dirs["text"], tmp_path / "stored")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"stored quantized \('bitsandbytes'\): expected the original model"):
+        load_model(str(folder), "float32", load_processor(str(folder)), wanted)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_quantized_weight_that_is_not_finite_is_refused(
+    value: float, model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_dirs["text"], tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][7, 5] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj.*NaN or infinite"):
+        load_model(str(folder), "float32", load_processor(str(folder)), "nf4")

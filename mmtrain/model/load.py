@@ -20,7 +20,7 @@ from mmtrain.model.quantization import (
     check_quantized,
     quantization_config,
 )
-from mmtrain.model.weight_files import check_weight_files
+from mmtrain.model.weight_files import check_finite_files, check_weight_files, is_finite
 from mmtrain.safe_text import one_line, shown
 
 _log = logging.getLogger(__name__)
@@ -95,9 +95,10 @@ def _from_pretrained(path: str, config: Any, dtype: str, **settings: Any) -> tup
     return model, info
 
 
-def _quantized(config: Any, quantization: str, dtype: str) -> dict[str, Any]:
+def _quantized(path: str, config: Any, quantization: str, dtype: str) -> dict[str, Any]:
     """What `_from_pretrained` needs to quantize the weights as they are read."""
     check_installed(quantization)
+    check_finite_files(model_directory(path))
     with torch.device("meta"):
         skeleton = auto_class(config).from_config(deepcopy(config), trust_remote_code=False)
     return {"quantization_config": quantization_config(skeleton, getattr(torch, dtype))}
@@ -115,7 +116,7 @@ def load_model(path: str, dtype: str, processor: ChatProcessor, quantization: st
     if getattr(config, "transformers_weights", None) is not None:  # it may name a pickle
         raise UserError(f"{path}: config.json: transformers_weights is not supported: remove the key")
     check_not_stored_quantized(config, quantization, path)
-    settings = {} if quantization is None else _quantized(config, quantization, dtype)
+    settings = {} if quantization is None else _quantized(path, config, quantization, dtype)
     model, info = _from_pretrained(path, config, dtype, **settings)
     shapes = sorted(info["mismatched_keys"])
     if shapes:
@@ -127,8 +128,8 @@ def load_model(path: str, dtype: str, processor: ChatProcessor, quantization: st
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"{path}: {len(missing)} weights are missing, such as {shown(missing[0])}")
-    _check_finite(model, path)
     check_quantized(model, path)
+    _check_finite(model, path)
     unused = sorted(info["unexpected_keys"])
     if unused:
         _log.warning(
@@ -144,7 +145,7 @@ def load_model(path: str, dtype: str, processor: ChatProcessor, quantization: st
 def _check_finite(model: Any, path: str) -> None:
     """Raise UserError naming a weight that has a value which is NaN or infinite."""
     weights = (item for item in model.state_dict().items() if item[1].is_floating_point() and item[1].numel())
-    broken = [name for name, weight in weights if not all(torch.isfinite(end) for end in torch.aminmax(weight))]
+    broken = [name for name, weight in weights if not is_finite(weight)]
     if broken:
         raise UserError(
             f"{path}: {len(broken)} weights have values that are NaN or infinite, such as {shown(broken[0])}: "

@@ -80,7 +80,7 @@ def _is_quantizable(name: str, module: nn.Module, components: Components) -> boo
 def check_quantized(model: Any, path: str) -> None:
     """Make a model that was loaded with `quantization_config` safe to train.
 
-    Raises UserError where a layer outside the language model is quantized, or a weight is not finite.
+    Raises UserError where a layer outside the language model is quantized.
     """
     components = Components(model)
     for name, module in model.named_modules():
@@ -88,13 +88,8 @@ def check_quantized(model: Any, path: str) -> None:
             continue
         if not _is_quantizable(name, module, components):
             raise UserError(f"{path}: model.quantization: {shown(name)} is quantized, which is no language layer")
-        # with it, bitsandbytes converts the weight to a format without gradients at the first call under no_grad
+        # with it, bitsandbytes converts the weight to a format without gradients in an evaluation
         module.support_avx512bf16_for_cpu = False
-        if not torch.isfinite(module.weight.quant_state.offset):  # the mean of all scales
-            raise UserError(
-                f"{path}: {shown(name)} has weights that are NaN or infinite: "
-                "expected finite numbers; copy or convert the model again"
-            )
 
 
 def config_as_code(model: Any) -> str | None:

@@ -16,11 +16,11 @@ def is_quantized(module: nn.Module) -> bool:
 def num_weights(parameter: Tensor) -> int:
     """How many weights a parameter stores: of a quantized one, `numel()` counts the bytes."""
     state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else math.prod(state.shape)
+    return parameter.numel() if state is None else int(math.prod(state.shape))
 
 
 def num_bytes(parameter: Tensor) -> int:
     """Bytes of a parameter in memory, with the scales of a quantized one."""
     state = getattr(parameter, "quant_state", None)
-    scales = () if state is None else (state.absmax, state.state2.absmax)
+    scales: tuple[Tensor, ...] = () if state is None else (state.absmax, state.state2.absmax)
     return parameter.numel() * parameter.element_size() + sum(tensor.nbytes for tensor in scales)

@@ -1,11 +1,15 @@
-"""Refuses a step in which a trainable parameter has no gradient although the loss depends on it.
+"""Refuses a step whose gradients are incomplete although its loss looks normal.
 
 autograd leaves `grad` at None for a parameter that a micro-batch does not use, such as one of vision in a step of text
 or of an expert without tokens. It does the same where a module computes its result without autograd, and then the
-parameter is never trained although the loss looks normal. A trial distinguishes the two: the parameters are changed,
-and the loss is computed again.
+parameter is never trained. A trial distinguishes the two: the parameters are changed, and the loss is computed again.
+
+Where an operator has no gradient but others around it do, such as those of a residual connection, the gradients are
+there and wrong. torch only warns then; here it is an error.
 """
 
+import re
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -20,6 +24,28 @@ _ROUNDING = 1e-2
 """Largest relative change (L2) of the negative log-likelihoods that counts as rounding: two forward passes on a GPU
 need not give the same bits. The trial changes parameters by far more than that."""
 
+_NO_GRADIENT = "an autograd kernel was not registered"
+"""In what torch warns of when the backward pass meets an operator that has no gradient."""
+
+
+def backward(loss: Tensor, step: int) -> None:
+    """Add the gradients of `loss` () to the parameters'; nothing where it depends on none of them.
+
+    Raises LostGradientError, naming the operator, where one has no gradient.
+    """
+    if not loss.requires_grad:
+        return
+    try:
+        torch.autograd.backward(loss)
+    except UserWarning as warning:
+        if _NO_GRADIENT not in str(warning):
+            raise
+        operator = shown(str(warning).partition(": ")[0])
+        raise LostGradientError(
+            f"step {step}: the operator {operator} of the model has no gradient; nothing of the step is saved; "
+            "try run.kernels: off and run.compile: false"
+        ) from None
+
 
 class LostGradients:
     """Checks the gradients of `parameters`, by name, after each micro-batch.
@@ -32,6 +58,7 @@ class LostGradients:
     def __init__(self, parameters: dict[str, nn.Parameter], components: Components) -> None:
         self._parameters, self._components = parameters, components
         self._unused: set[tuple[str, bool]] = set()
+        warnings.filterwarnings("error", f".*{re.escape(_NO_GRADIENT)}", UserWarning)
 
     def check(self, step: int, has_images: bool, compute: Callable[[], Tensor]) -> None:
         """`compute` gives the (num_supervised,) negative log-likelihoods of the micro-batch once more.

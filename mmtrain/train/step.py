@@ -19,7 +19,7 @@ from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.shard import whole
 from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.gradients import branch_of, flatten, put_back, sum_running, sum_tree
-from mmtrain.train.lost_gradients import LostGradients
+from mmtrain.train.lost_gradients import LostGradients, backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +110,7 @@ def _backward(learner: Learner, batch: Batch | None, num_supervised: int, step: 
     learner.runtime.activity.set("forward")
     with learner.clock.at(step, batch):
         nll = _nll(learner, batch)
-        if nll.requires_grad:  # else no sample touches what is trainable
-            torch.autograd.backward(nll.sum() / num_supervised)
+        backward(nll.sum() / num_supervised, step)
         if len(nll):
             has_images = any(segment.num_images for segment in batch.segments)
             learner.lost_gradients.check(step, has_images, lambda: _nll(learner, batch))
