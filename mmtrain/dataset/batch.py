@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmtrain.dataset.image_inputs import ImageCache, PictureInputs, picture_inputs
-from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.images import decode
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
@@ -109,9 +109,7 @@ def _image_inputs(encoded: Sequence[Encoded], processor: ChatProcessor) -> dict[
 
 
 class Samples(Protocol):
-    """What a loader needs of a set of samples."""
-
-    encoder: Encoder
+    """Samples by index."""
 
     def encoded(self, index: int) -> Encoded: ...
 
@@ -124,6 +122,7 @@ class Loader:
     def __init__(
         self,
         samples: Samples,
+        processor: ChatProcessor,
         packing: bool,
         store: ImageCache | None = None,
         row_multiple: int = 1,
@@ -131,6 +130,7 @@ class Loader:
         ahead: int = 4,
     ) -> None:
         self._samples = samples
+        self._processor = processor
         self._packing = packing
         self._store = store
         self._row_multiple = row_multiple
@@ -169,8 +169,7 @@ class Loader:
             raise UserError(f"{places}: the samples cannot be laid out together: {error}") from None
 
     def _make(self, numbers: Sequence[int], encoded: Sequence[Encoded]) -> Batch:
-        processor = self._samples.encoder.processor
-        return make_batch(numbers, encoded, processor, self._packing, self._store, self._row_multiple)
+        return make_batch(numbers, encoded, self._processor, self._packing, self._store, self._row_multiple)
 
     @contextmanager
     def _named(self, number: int) -> Iterator[None]:

@@ -20,6 +20,7 @@ _SETTLED_SECONDS = 2.0
 
 _TABLE = "file_hashes (path BLOB PRIMARY KEY, size INTEGER, changed INTEGER, status_changed INTEGER, sha256 TEXT)"
 
+Version = tuple[int, int, int]
 Key = tuple[str, int, int, int]
 
 
@@ -63,9 +64,15 @@ def file_hashes(paths: list[Path]) -> Iterator[str]:
 
 
 def file_key(path: Path) -> Key:
-    """What tells a file from another version of it without reading it."""
-    status = path.stat()
-    return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    """A file's resolved path and its version. Raises OSError."""
+    return str(path.resolve()), *file_version(path)
+
+
+def file_version(path: str | Path) -> Version:
+    """Size and times of a file in nanoseconds, which differ between its versions: found without reading it.
+    Raises OSError."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def open_cache(table: str) -> sqlite3.Connection:

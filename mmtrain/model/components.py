@@ -101,6 +101,8 @@ class PartReport:
     num_modules: int
     trainable: int
     frozen: int
+    quantized: int = 0
+    """Those of the frozen weights that are stored in 4 bits."""
 
 
 def targets_of(model: Any, components: Components, part: str, lora: Lora) -> list[str]:
@@ -214,5 +216,6 @@ def _report(model: Any, components: Components, tune: Tune, targets: dict[str, l
             trainable = sum(p.numel() for _, p in own if p.requires_grad)
             total = sum(num_weights(p) for _, p in own)
             modules = targets.get(part) or {base_name(name).rpartition(".")[0] for name, p in own if p.requires_grad}
-            rows.append(PartReport(part, mode.mode, len(modules), trainable, total - trainable))
+            quantized = sum(num_weights(p) for _, p in own if hasattr(p, "quant_state"))
+            rows.append(PartReport(part, mode.mode, len(modules), trainable, total - trainable, quantized))
     return rows

@@ -6,7 +6,6 @@ Dettmers et al. 2023, "QLoRA: Efficient finetuning of quantized LLMs", section 3
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 
 from mmtrain.errors import UserError
 from mmtrain.model.components import Components
-from mmtrain.model.quantized_weights import is_quantized, num_bytes, num_weights
+from mmtrain.model.quantized_weights import is_quantized
 from mmtrain.safe_text import shown
 
 _PACKAGE = "bitsandbytes"
@@ -105,15 +104,3 @@ def config_as_code(model: Any) -> str | None:
         "llm_int8_skip_modules": found.llm_int8_skip_modules,
     }
     return "".join(f"\n    {name}={value!r}," for name, value in arguments.items()) + "\n"
-
-
-def quantization_lines(model: Any) -> Iterator[str]:
-    """A line for the start of a run with a quantized model, none for another model."""
-    quantized = [module for module in model.modules() if is_quantized(module)]
-    if quantized:
-        weights, size = (sum(count(m.weight) for m in quantized) for count in (num_weights, num_bytes))
-        total = sum(num_weights(p) for p in model.parameters())
-        yield (
-            f"quantization: nf4, {len(quantized)} linear layers of the language model: "
-            f"{weights / 1e6:,.1f} of {total / 1e6:,.1f} M weights in {size / 1e6:,.1f} MB"
-        )

@@ -1,4 +1,4 @@
-"""What a run's result depends on beside its config: the bytes of its data, its pictures and its base model."""
+"""What a run's result depends on besides its config: the bytes of its data, its images and its base model."""
 
 import hashlib
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from mmtrain.train.dataset import Dataset
 def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> dict[str, str]:
     """A SHA-256 for each thing, by the name under which a change of it is refused; for what quantizes the model, its
     name and version. `tick` is called for every file."""
-    template = str(dataset.train.encoder.processor.template)
+    template = str(dataset.encoder.processor.template)
     found = model_fingerprints(config.model.path, tick)
     if config.model.quantization is not None:
         found["model.quantizer"] = quantizer(config.model.quantization)
     found["model.template"] = hashlib.sha256(template.encode()).hexdigest()
     for number in range(len(config.data.train)):
-        found[f"data.train.{number}.records"] = digest(dataset.train.files_of(number), tick)
-    found["data.train.pictures"] = digest(sorted(dataset.checked.picture_files), tick)
+        found[f"data.train.{number}.records"] = digest(dataset.train.records.files_of(number), tick)
+    found["data.train.pictures"] = digest(sorted(dataset.checked.image_files), tick)
     return found

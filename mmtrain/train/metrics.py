@@ -127,10 +127,13 @@ def make_console(quiet: bool) -> Console:
 
 def show_parts(parts: Sequence[PartReport], console: Console) -> None:
     """The table of what learns."""
-    table = Table("part", "mode", "modules", "trainable", "frozen", box=None, pad_edge=False)
+    quantized = any(row.quantized for row in parts)
+    columns = ["part", "mode", "modules", "trainable", "frozen", *(["in 4 bits"] if quantized else [])]
+    table = Table(*columns, box=None, pad_edge=False)
     for column in table.columns[2:]:
         column.justify = "right"
     for row in parts:
         modules = f"{row.num_modules:,}" if row.trainable else "–"
-        table.add_row(row.part, row.mode, modules, f"{row.trainable:,}", f"{row.frozen:,}")
+        numbers = [row.trainable, row.frozen, *([row.quantized] if quantized else [])]
+        table.add_row(row.part, row.mode, modules, *(f"{number:,}" for number in numbers))
     console.print(table)

@@ -24,7 +24,7 @@ from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.install import install
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.load import checkpoint_activations, compile_layers, load_model
-from mmtrain.model.quantization import check_installed, quantization_lines
+from mmtrain.model.quantization import check_installed
 from mmtrain.model.root import Root
 from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.shard import Filled, num_held, shard, share, whole
@@ -137,9 +137,7 @@ def make_learner(
 def layout_lines(config: Config, learner: Learner) -> Iterator[str]:
     """How the weights are held, and whether another number of processes gives the same bits."""
     settings, runtime = config.run, learner.runtime
-    yield from quantization_lines(learner.model)
-    held, total = num_held(learner.model)
-    count, threads = runtime.num_processes, runtime.num_threads
+    (held, total), count, threads = num_held(learner.model), runtime.num_processes, runtime.num_threads
     yield (
         f"weights {'spread over' if learner.sharded else 'whole on each of'} {count} process{'es' * (count > 1)}: "
         f"{held / 1e6:,.1f} of {total / 1e6:,.1f} MB, {threads} CPU thread{'s' * (threads > 1)}"
@@ -198,7 +196,8 @@ class TrainingLoop:
         settings, last, activity = self._config.run, self._dataset.num_steps, self._learner.runtime.activity
         samples = self._dataset.train if self._filled is None else self._filled
         cuts = (cut for step in range(first, last + 1) for cut in self._cut(step).own if cut)
-        batches = Loader(samples, self._learner.packing, self._learner.make_inputs.store, ROW_MULTIPLE).batches(cuts)
+        learner, processor = self._learner, self._dataset.encoder.processor
+        batches = Loader(samples, processor, learner.packing, learner.make_inputs.store, ROW_MULTIPLE).batches(cuts)
         metrics = MetricsFile(self._output_dir / METRICS, first - 1, self._learner.runtime.is_main)
         with Reporter(last, first - 1, self._console) as reporter, metrics:
             self._evaluate(first - 1, metrics, reporter, self._evaluated)  # at the start what the model knew before
@@ -221,7 +220,8 @@ class TrainingLoop:
         runtime.activity.set("exporting" if runtime.is_main else "waiting")
         if runtime.is_main or self._learner.sharded:
             used = self._dataset.checked.used
-            batch = Loader(self._dataset.train, self._learner.packing, row_multiple=ROW_MULTIPLE).load([int(used[0])])
+            loader = Loader(self._dataset.train, processor, self._learner.packing, row_multiple=ROW_MULTIPLE)
+            batch = loader.load([int(used[0])])
             line = export(self._learner, self._config, processor, batch, len(used))
             self._console.print(line, highlight=False, soft_wrap=True)
         runtime.activity.set("waiting")
