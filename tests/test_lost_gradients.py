@@ -44,7 +44,7 @@ def test_a_gradient_that_is_lost_stops_the_step(make_config: Make, microbatches:
     layer = "model.language_model.layers.1.self_attn.o_proj"
     without_autograd(adapter(learner, layer))
     before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
-    batches = Loader(dataset.train, packing=True).batches([TEXT_ONLY, WITH_IMAGES])
+    batches = Loader(dataset.train, dataset.encoder.processor, packing=True).batches([TEXT_ONLY, WITH_IMAGES])
     with pytest.raises(LostGradientError) as caught:
         train_step(learner, batches, 10, 7, 1.0)
     (line,) = caught.value.faults
