@@ -29,6 +29,7 @@ from mmtrain.evaluate.command import Evaluation, Options
 from mmtrain.inspect_labels.losses import token_losses
 from mmtrain.model.components import prepare_learning
 from mmtrain.model.cost import cost_model
+from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
 from mmtrain.scoring.statistics import summary
 from mmtrain.train import run as loop
@@ -127,6 +128,27 @@ def test_no_cut_changes_loss_or_gradient(kind: str, variant: str, make_quantized
             assert relative_l2(other_gradients, gradients) <= 1e-5  # measured: at most 1e-6
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_and_checkpointing_compute_the_same(dtype: str, make_quantized: Make) -> None:
+    """Adapters and gates have kernels on quantized layers too."""
+    settings_of: dict[str, dict[str, Any]] = {
+        "plain": {"kernels": "off"},
+        "kernels": {},
+        "checkpointing": {"activation_checkpointing": True},
+    }
+    found = {}
+    for name, settings in settings_of.items():
+        learner, dataset = learner_for(make_quantized("text", dtype=dtype, **settings))
+        kernels = [type(kernel).__name__ for one in learner.model.modules() if (kernel := kernel_of(one)) is not None]
+        assert (kernels.count("Adapted"), kernels.count("Gated")) == ((0, 0) if name == "plain" else (14, 2))
+        found[name] = step_of(learner, dataset, CUTS["3+5"], packing=True)
+    loss, gradients = found["plain"]
+    for other_loss, other_gradients in found.values():
+        assert other_loss == pytest.approx(loss, rel={"float32": 1e-6, "bfloat16": 2e-3}[dtype])
+        assert relative_l2(other_gradients, gradients) < {"float32": 1e-5, "bfloat16": 0.03}[dtype]
+    assert relative_l2(found["checkpointing"][1], found["kernels"][1]) == 0
+
+
 def test_only_language_layers_are_quantized(kind: str, make_quantized: Make) -> None:
     config = make_quantized(kind)
     model = load_model(config.model.path, "float32", load_processor(config.model.path), "nf4")
@@ -204,7 +226,7 @@ def switch_repacking_on(model: Any) -> None:
 def test_an_evaluation_takes_no_gradients_away(dtype: str, make_quantized: Make) -> None:
     """bitsandbytes repacks the weights at the first call without gradients, unless it is switched off."""
     for repacks in (False, True):
-        learner, dataset = learner_for(make_quantized("text", dtype=dtype))
+        learner, dataset = learner_for(make_quantized("text", dtype=dtype, kernels="off"))
         if repacks:
             switch_repacking_on(learner.model)
         batch = Loader(dataset.train, dataset.encoder.processor, packing=True).load([0])

@@ -5,6 +5,7 @@ A quantized parameter of bitsandbytes stores two weights in a byte; its `quant_s
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 
@@ -17,6 +18,13 @@ def num_weights(parameter: Tensor) -> int:
     """How many weights a parameter stores: of a quantized one, `numel()` counts the bytes."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(math.prod(state.shape))
+
+
+def dtype_of(parameter: Tensor) -> torch.dtype:
+    """The type of a parameter's values: of a quantized one, the type that they are converted back to."""
+    state = getattr(parameter, "quant_state", None)
+    found: torch.dtype = parameter.dtype if state is None else state.dtype
+    return found
 
 
 def num_bytes(parameter: Tensor) -> int:
