@@ -144,13 +144,13 @@ class Experts(nn.Module):
 
 def test_an_expert_without_tokens_is_no_fault_and_one_with_tokens_is() -> None:
     model = Experts()
-    check = LostGradients(dict(model.named_parameters()), _all_language())
+    check = LostGradients(model, _all_language())
     for step, chosen in enumerate((0, 1)):
         model(chosen).sum().backward()
         check.check(step, False, partial(model, chosen))
         assert (model.experts[1].weight.grad is None) == (chosen == 0)
         model.zero_grad()
-    check = LostGradients(dict(model.named_parameters()), _all_language())
+    check = LostGradients(model, _all_language())
     model.loses_gradients = True
     with pytest.raises(LostGradientError, match=r"step 2: tune\.language: 'experts\.1\.(weight|bias)'"):
         check.check(2, False, lambda: model(1))

@@ -25,14 +25,15 @@ from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import LostGradientError, UserError
-from mmtrain.evaluate.command import Evaluation, Options
+from mmtrain.evaluate.evaluation import Evaluation
 from mmtrain.inspect_labels.losses import token_losses
 from mmtrain.model.components import prepare_learning
 from mmtrain.model.cost import cost_model
+from mmtrain.model.family import probe_family
 from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
 from mmtrain.scoring.statistics import summary
-from mmtrain.train import run as loop
+from mmtrain.train import run as run_module
 from mmtrain.train.export import export
 from mmtrain.train.run import train
 from support.learning import LORA, MIXED, learner_for, relative_l2, step_of
@@ -164,9 +165,10 @@ def test_weights_are_counted_as_if_they_were_not_quantized(kind: str, make_quant
     processor, found = load_processor(config.model.path), []
     for quantized in (None, "nf4"):
         base = load_model(config.model.path, "float32", processor, quantized)
-        model, components, report = prepare_learning(base, config.tune)
+        family = probe_family(base, processor, print)
+        model, report = prepare_learning(base, family.components, config.tune)
         language = report[-1]
-        found.append(([replace(row, quantized=0) for row in report], cost_model(base, components, config.tune)))
+        found.append(([replace(row, quantized=0) for row in report], cost_model(base, family, config.tune)))
         weights = model.get_base_model().get_decoder().layers[0].mlp.down_proj.base_layer.weight
     assert found[0] == found[1]
     modules = model.get_base_model().named_modules()
@@ -258,7 +260,7 @@ def test_the_code_of_the_card_loads_the_adapter_on_the_quantized_base(
         trained.append(learner.model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]]), use_cache=False).logits[0].clone())
         return export(learner, *args)
 
-    monkeypatch.setattr(loop, "export", noting)
+    monkeypatch.setattr(run_module, "export", noting)
     train(config)
     folder = Path(config.run.output_dir) / "adapter"
     card = (folder / "README.md").read_text()
@@ -281,9 +283,9 @@ def test_evaluation_and_token_losses_use_the_quantized_model(make_quantized: Mak
     train(config)
     output = Path(config.run.output_dir)
     last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
-    evaluation = Evaluation(config, Options(adapter=output))
-    with evaluation.adapter(str(output)):
-        assert summary(evaluation.scores())["nll"] == pytest.approx(last["nll"], rel=1e-6)
+    evaluation = Evaluation(config, adapters=[str(output)])
+    with evaluation.model(str(output)) as model:
+        assert summary(evaluation.scores(model))["nll"] == pytest.approx(last["nll"], rel=1e-6)
     losses = token_losses(config, output, evaluation.samples, evaluation.encoder.processor, range(8))
     values = [value for of_sample in losses.values() for value in of_sample.values()]
     assert sum(values) / len(values) == pytest.approx(last["nll"], rel=1e-6)

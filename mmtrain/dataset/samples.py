@@ -1,4 +1,4 @@
-"""Samples by index: read from the store, which training does, or encoded when they are asked for."""
+"""Samples by index: read from the store, which training does, or encoded on access."""
 
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ class StoredSamples:
 
 @dataclass(frozen=True, slots=True)
 class FreshSamples:
-    """Records, each encoded when it is asked for: to look at a few of a set that is not stored."""
+    """Records, each encoded on access: to look at a few samples of a set that is not stored."""
 
     records: RecordSet
     encoder: Encoder

@@ -127,7 +127,7 @@ def write_store(path: Path, chunks: Iterable[EncodedChunk], advance: Callable[[i
     """Write the file of all `chunks`, whose ids go through temporary files: there are more than fit into memory.
     `advance` is given the number of samples of each chunk. Raises CannotWriteError.
     """
-    parts: dict[str, list[Any]] = {name: [] for name in _OF_CHUNKS}
+    arrays: dict[str, list[Any]] = {name: [] for name in _OF_CHUNKS}
     files: set[str] = set()
     faults: list[Fault] = []
     notes: list[dict[str, Note]] = []
@@ -135,8 +135,8 @@ def write_store(path: Path, chunks: Iterable[EncodedChunk], advance: Callable[[i
         with writing():
             ids, supervised = (stack.enter_context(tempfile.TemporaryFile(dir=path.parent)) for _ in range(2))
         for chunk in chunks:
-            for name, arrays in parts.items():
-                arrays.append(getattr(chunk, name))
+            for name, own in arrays.items():
+                own.append(getattr(chunk, name))
             files.update(chunk.image_files)
             faults += chunk.faults
             notes.append(chunk.notes)
@@ -145,7 +145,7 @@ def write_store(path: Path, chunks: Iterable[EncodedChunk], advance: Callable[[i
                 supervised.write(chunk.supervised.tobytes())
             advance(len(chunk.num_tokens))
         with writing():
-            tensors = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+            tensors = {name: np.concatenate(own) for name, own in arrays.items()}
             tensors |= {"ids": _mapped(ids, np.int32), "supervised": _mapped(supervised, np.bool_)}
             tensors |= _image_tensors(files) | {"faults": _bytes(json.dumps([astuple(one) for one in faults]).encode())}
             _save(path, tensors, merge_notes(notes))

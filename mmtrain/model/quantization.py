@@ -67,7 +67,7 @@ def quantization_config(skeleton: Any, dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=components.names_outside_language(),
+        llm_int8_skip_modules=[*components.roots("vision"), *components.roots("projector"), components.head_name],
     )
 
 

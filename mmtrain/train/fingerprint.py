@@ -12,7 +12,7 @@ from mmtrain.train.dataset import Dataset
 def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> dict[str, str]:
     """A SHA-256 for each thing, by the name under which a change of it is refused; for what quantizes the model, its
     name and version. `tick` is called for every file."""
-    template = str(dataset.encoder.processor.template)
+    template = dataset.encoder.processor.template.source
     found = model_fingerprints(config.model.path, tick)
     if config.model.quantization is not None:
         found["model.quantizer"] = quantizer(config.model.quantization)

@@ -11,6 +11,7 @@ there and wrong. torch only warns then; here it is an error.
 import re
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from mmtrain.errors import LostGradientError
 from mmtrain.model.components import Components, base_name
 from mmtrain.runtime.shard import whole
 from mmtrain.safe_text import shown
+from mmtrain.train.checkpoint import trainable_parameters
 
 _ROUNDING = 1e-2
 """Largest relative change (L2) of the negative log-likelihoods that counts as rounding: two forward passes on a GPU
@@ -48,17 +50,22 @@ def backward(loss: Tensor, step: int) -> None:
 
 
 class LostGradients:
-    """Checks the gradients of `parameters`, by name, after each micro-batch.
+    """Checks the gradients of a model's trainable parameters after each micro-batch.
 
     Looking for gradients that are None needs no device. Only where there is one that was not tried yet, the micro-batch
     is computed twice more, once for batches with images and once for batches without. An expert that was not used
     then is not tried again.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], components: Components) -> None:
-        self._parameters, self._components = parameters, components
+    def __init__(self, model: nn.Module, components: Components) -> None:
+        self._model, self._components = model, components
         self._unused: set[tuple[str, bool]] = set()
         warnings.filterwarnings("error", f".*{re.escape(_NO_GRADIENT)}", UserWarning)
+
+    @cached_property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """Found at the first step: sharding replaces the parameters of a model."""
+        return trainable_parameters(self._model)
 
     def check(self, step: int, has_images: bool, compute: Callable[[], Tensor]) -> None:
         """`compute` gives the (num_supervised,) negative log-likelihoods of the micro-batch once more.
