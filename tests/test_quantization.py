@@ -27,7 +27,7 @@ from mmtrain.encoding.load import load_processor
 from mmtrain.errors import LostGradientError, UserError
 from mmtrain.evaluate.evaluation import Evaluation
 from mmtrain.inspect_labels.losses import token_losses
-from mmtrain.model.components import prepare_learning
+from mmtrain.model.components import apply_tune
 from mmtrain.model.cost import cost_model
 from mmtrain.model.family import probe_family
 from mmtrain.model.kernels.trial import kernel_of
@@ -141,7 +141,7 @@ def test_kernels_and_checkpointing_compute_the_same(dtype: str, make_quantized: 
     for name, settings in settings_of.items():
         learner, dataset = learner_for(make_quantized("text", dtype=dtype, **settings))
         kernels = [type(kernel).__name__ for one in learner.model.modules() if (kernel := kernel_of(one)) is not None]
-        assert (kernels.count("Adapted"), kernels.count("Gated")) == ((0, 0) if name == "plain" else (14, 2))
+        assert (kernels.count("AdaptedLinear"), kernels.count("Gated")) == ((0, 0) if name == "plain" else (14, 2))
         found[name] = step_of(learner, dataset, CUTS["3+5"], packing=True)
     loss, gradients = found["plain"]
     for other_loss, other_gradients in found.values():
@@ -152,7 +152,7 @@ def test_kernels_and_checkpointing_compute_the_same(dtype: str, make_quantized: 
 
 def test_only_language_layers_are_quantized(kind: str, make_quantized: Make) -> None:
     config = make_quantized(kind)
-    model = load_model(config.model.path, "float32", load_processor(config.model.path), "nf4")
+    model = load_model(config.model.path, "float32", load_processor(config.model.path), quantization="nf4")
     found = {name for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
     expected = {name for name, _ in model.named_modules() if re.fullmatch(LANGUAGE_LAYER[kind], name)}
     assert found == expected
@@ -164,9 +164,9 @@ def test_weights_are_counted_as_if_they_were_not_quantized(kind: str, make_quant
     config = make_quantized(kind, None if kind == "text" else MIXED)
     processor, found = load_processor(config.model.path), []
     for quantized in (None, "nf4"):
-        base = load_model(config.model.path, "float32", processor, quantized)
+        base = load_model(config.model.path, "float32", processor, quantization=quantized)
         family = probe_family(base, processor, print)
-        model, report = prepare_learning(base, family.components, config.tune)
+        model, report = apply_tune(base, family.components, config.tune)
         language = report[-1]
         found.append(([replace(row, quantized=0) for row in report], cost_model(base, family, config.tune)))
         weights = model.get_base_model().get_decoder().layers[0].mlp.down_proj.base_layer.weight
@@ -329,7 +329,7 @@ def test_weights_that_are_stored_quantized_are_refused(
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"stored quantized \('bitsandbytes'\): expected the original model"):
-        load_model(str(folder), "float32", load_processor(str(folder)), wanted)
+        load_model(str(folder), "float32", load_processor(str(folder)), quantization=wanted)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -341,4 +341,4 @@ def test_a_quantized_weight_that_is_not_finite_is_refused(
     weights["model.layers.1.mlp.up_proj.weight"][7, 5] = value
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj.*NaN or infinite"):
-        load_model(str(folder), "float32", load_processor(str(folder)), "nf4")
+        load_model(str(folder), "float32", load_processor(str(folder)), quantization="nf4")

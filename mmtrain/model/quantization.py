@@ -72,7 +72,7 @@ def quantization_config(skeleton: Any, dtype: torch.dtype) -> Any:
 
 
 def _is_quantizable(name: str, module: nn.Module, components: Components) -> bool:
-    is_language = components.part_of(name) == "language" and name != components.head_name
+    is_language = components.component_of(name) == "language" and name != components.head_name
     return isinstance(module, nn.Linear) and is_language
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mmtrain.errors import LostGradientError
 from mmtrain.model.components import Components, base_name
+from mmtrain.runtime.device import wide
 from mmtrain.runtime.shard import whole
 from mmtrain.safe_text import shown
 from mmtrain.train.checkpoint import trainable_parameters
@@ -81,8 +82,9 @@ class LostGradients:
             return
         if self._matter(names, compute):
             lost = self._one_that_matters(names, compute)
+            component = self._components.component_of(base_name(lost))
             raise LostGradientError(
-                f"step {step}: tune.{self._components.part_of(base_name(lost))}: {shown(lost, 120)} has no gradient, "
+                f"step {step}: tune.{component}: {shown(lost, 120)} has no gradient, "
                 "but the loss depends on it: a module computes its result without autograd; "
                 "nothing of the step is saved; try run.kernels: off and run.compile: false"
             )
@@ -106,5 +108,5 @@ class LostGradients:
         finally:
             for name in names:
                 self._parameters[name].copy_(before[name])
-        difference, size = (float(whole(value.double().norm())) for value in (found - expected, expected))
+        difference, size = (float(whole(wide(value).norm())) for value in (found - expected, expected))
         return not difference <= _ROUNDING * size
