@@ -36,9 +36,15 @@ class AdaptedModels:
         cache_images: bool = True,
     ) -> None:
         self._processor, self._runtime, self._progress, self._adapters = processor, runtime, progress, adapters
+        settings = config.model
         with loading_faults():
             self._model = load_model(
-                config.model.path, config.model.dtype, processor, runtime.device, runtime.activity.tick
+                settings.path,
+                settings.dtype,
+                processor,
+                runtime.device,
+                runtime.activity.tick,
+                settings.quantization,
             )
         self._model.requires_grad_(False)
         self._family = probe_family(self._model, processor, progress.say)

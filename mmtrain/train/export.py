@@ -20,6 +20,7 @@ from mmtrain.errors import UserError, storage_faults
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.load import auto_class, load_model
+from mmtrain.model.quantization import config_as_code
 from mmtrain.runtime.shard import whole
 from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.dataset import Dataset
@@ -54,7 +55,8 @@ def export(learner: Learner, config: Config, dataset: Dataset) -> str:
         settings = {"save_embedding_layers": False} if is_adapter else {}
         model.save_pretrained(made, state_dict=weights, **settings)
         _copy_processor(model_directory(config.model.path), made)
-        card = model_card(config, auto_class(model.config).__name__, is_adapter, len(dataset.checked.used))
+        name, quantization = auto_class(model.config).__name__, config_as_code(model)
+        card = model_card(config, name, is_adapter, len(dataset.checked.used), quantization)
         (made / "README.md").write_text(card, encoding="utf-8")
         move_into_place(target, made)
     if weights is not None:

@@ -48,6 +48,7 @@ def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, pro
         runtime=runtime,
         optimizer=make_optimizer(model, made.family.components, config),
         dropout=made.dropout,
+        lost_gradients=made.lost_gradients,
         costs=costs,
         component_reports=made.component_reports,
         exact=settings.microbatches != "auto" and not sharded,

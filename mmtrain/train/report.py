@@ -28,12 +28,15 @@ def start_report(config: Config, dataset: Dataset, learner: Learner) -> Iterator
 
 def _component_table(reports: Sequence[ComponentReport]) -> Table:
     """What is trainable."""
-    table = Table("component", "mode", "modules", "trainable", "frozen", box=None, pad_edge=False)
+    quantized = any(row.quantized for row in reports)
+    columns = ["component", "mode", "modules", "trainable", "frozen", *(["in 4 bits"] if quantized else [])]
+    table = Table(*columns, box=None, pad_edge=False)
     for column in table.columns[2:]:
         column.justify = "right"
     for row in reports:
         modules = f"{row.num_modules:,}" if row.trainable else "–"
-        table.add_row(row.component, row.mode, modules, f"{row.trainable:,}", f"{row.frozen:,}")
+        numbers = [row.trainable, row.frozen, *([row.quantized] if quantized else [])]
+        table.add_row(row.component, row.mode, modules, *(f"{number:,}" for number in numbers))
     return table
 
 
