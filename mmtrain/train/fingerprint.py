@@ -1,19 +1,25 @@
-"""What a run's result depends on beside its config: the bytes of its data, its pictures and its base model."""
+"""What a run's result depends on besides its config: the bytes of its data, images and base model; dropout masks."""
 
 import hashlib
 from collections.abc import Callable
 
 from mmtrain.config import Config
+from mmtrain.config.schema import Lora
 from mmtrain.dataset.hashes import digest, model_fingerprints
+from mmtrain.model.dropout import MASKS
 from mmtrain.train.dataset import Dataset
 
 
 def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> dict[str, str]:
-    """A SHA-256 for each thing, by the name under which a change of it is refused. `tick` is called for every file."""
+    """A SHA-256 for each thing, by the name under which a change of it is refused, and how dropout masks are made.
+    `tick` is called for every file."""
     template = str(dataset.train.encoder.processor.template)
     found = model_fingerprints(config.model.path, tick)
     found["model.template"] = hashlib.sha256(template.encode()).hexdigest()
     for number in range(len(config.data.train)):
         found[f"data.train.{number}.records"] = digest(dataset.train.files_of(number), tick)
     found["data.train.pictures"] = digest(sorted(dataset.checked.picture_files), tick)
+    for component, tuned in config.tune.parts.items():
+        if isinstance(tuned, Lora) and tuned.dropout > 0:
+            found[f"tune.{component}.dropout.masks"] = MASKS
     return found

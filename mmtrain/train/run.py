@@ -107,7 +107,7 @@ def make_learner(
     if settings.activation_checkpointing:
         checkpoint_activations(base)
     clock = DropoutClock(seed)
-    install_dropout(model, components, config.tune, clock)
+    install_dropout(model, components, config.tune, clock, runtime.device, say)
     root = Root(model)
     sharded = settings.weights == "shard" and runtime.num_processes > 1
     if not sharded:
