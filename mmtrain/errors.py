@@ -1,6 +1,7 @@
 """The errors that are shown to the user without a traceback, each with the exit code of its kind."""
 
 import errno
+import os
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -80,6 +81,12 @@ def storage_faults(what: str | Callable[[], str]) -> Iterator[None]:
             raise
         reported = what if isinstance(what, str) else what()
         raise StorageError(f"{reported}: {error.strerror}; {remedy}") from None
+
+
+def system_error(error: Exception) -> OSError | None:
+    """The error of the system that safetensors gives as text, `… (os error 28)`; None where it is another error."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return None if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 MAX_ALIKE = 3

@@ -69,7 +69,7 @@ def test_the_light_rooms_import_nothing_heavy(name: str) -> None:
 
 
 FLOORS = [
-    ["errors", "safe_text", "regular_files", "parent_death"],
+    ["errors", "safe_text", "regular_files", "atomic_files", "file_locks", "parent_death"],
     ["config"],
     ["records"],
     ["encoding"],

@@ -57,8 +57,6 @@ def test_padded_rows_are_filled_up_on_the_right_to_the_longest() -> None:
 class Samples:
     """Three samples; number 1 is read last, whenever it is asked for, and number 7 cannot be read."""
 
-    encoder: Any = SimpleNamespace(processor=PROCESSOR)
-
     def __init__(self) -> None:
         self.asked: list[int] = []
         self.others_read = threading.Event()
@@ -78,21 +76,21 @@ class Samples:
 
 
 def test_batches_come_in_order_whichever_is_ready_first() -> None:
-    batches = Loader(Samples(), packing=True, num_threads=2).batches([[0], [1], [2], [0, 2]])
+    batches = Loader(Samples(), PROCESSOR, packing=True, num_threads=2).batches([[0], [1], [2], [0, 2]])
     assert [[segment.sample for segment in batch.segments] for batch in batches] == [[0], [1], [2], [0, 2]]
 
 
 def test_no_more_are_read_ahead_than_asked() -> None:
     samples = Samples()
-    batches = Loader(samples, packing=True, num_threads=1, ahead=2).batches([[0]] * 50)
+    batches = Loader(samples, PROCESSOR, packing=True, num_threads=1, ahead=2).batches([[0]] * 50)
     next(batches)
     batches.close()  # type: ignore[attr-defined]
     assert 1 <= len(samples.asked) <= 3
-    assert len(list(Loader(samples, packing=True, ahead=2).batches([[0]] * 5))) == 5
+    assert len(list(Loader(samples, PROCESSOR, packing=True, ahead=2).batches([[0]] * 5))) == 5
 
 
 def test_a_sample_that_cannot_be_read_is_named_by_its_place() -> None:
-    batches = Loader(Samples(), packing=True).batches([[0], [2, 7]])
+    batches = Loader(Samples(), PROCESSOR, packing=True).batches([[0], [2, 7]])
     assert next(batches).segments[0].sample == 0
     with pytest.raises(UserError, match=r"data\.jsonl:8: it is gone"):
         next(batches)

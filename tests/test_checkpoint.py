@@ -240,13 +240,13 @@ def test_a_disk_that_does_not_keep_what_was_written_is_noticed_and_the_one_befor
 ) -> None:
     folder = CheckpointFolder(tmp_path, 1)
     folder.save(2, small, STATE)
-    write = checkpoint.write_folder
+    move = checkpoint.move_into_place
 
     def lossy(target: Path, made: Path) -> None:
-        write(target, made)
+        move(target, made)
         spoil(target, "byte")
 
-    monkeypatch.setattr(checkpoint, "write_folder", lossy)
+    monkeypatch.setattr(checkpoint, "move_into_place", lossy)
     with pytest.raises(StorageError, match=r"step-000004: read back, optimizer\.safetensors is not what was"):
         folder.save(4, small, STATE)
     assert folder.newest()[0] == tmp_path / "step-000002"

@@ -17,11 +17,12 @@ from mmtrain.checks.content import image_notes
 from mmtrain.checks.findings import IGNORED, Finding
 from mmtrain.checks.labels import Checker
 from mmtrain.config.schema import TrainSource
-from mmtrain.dataset.samples import SampleSet
+from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation, Image, Message, Part, Role, Text
+from mmtrain.records.record_set import RecordSet
 from support.builders import ROOT, SHAPES, TINY, mixed_rows, write_jsonl
 from support.label_models import OTHER_TEMPLATES, TEMPLATES, TOKENIZERS, make_directory
 
@@ -296,13 +297,13 @@ def test_the_quickstart_has_no_faults(file: str) -> None:
 
 
 def found_in(path: str, processor: ChatProcessor, train_on: str, end_of_turn: bool, num: int) -> list[Finding]:
-    samples = SampleSet([TrainSource(path=path)], Encoder(processor, train_on, end_of_turn))
+    samples = FreshSamples(RecordSet([TrainSource(path=path)]), Encoder(processor, train_on, end_of_turn))
     checker, found = Checker(processor, train_on, end_of_turn), []
     for index in range(min(num, len(samples))):
         encoded = samples.encoded(index)
         labels = [int(token) if on else IGNORED for token, on in zip(encoded.ids, encoded.supervised, strict=True)]
         sizes = [span.picture.size for span in encoded.images]
-        found += checker.check(encoded.ids.tolist(), labels, samples.conversation(index), sizes)
+        found += checker.check(encoded.ids.tolist(), labels, samples.records.conversation(index), sizes)
     assert len(samples) >= min(num, 8)
     return [finding for finding in found if finding.is_fault]
 

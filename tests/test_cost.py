@@ -79,7 +79,7 @@ def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Cal
         tokens, images = checked.num_tokens[sample], checked.num_image_tokens[sample]
         if name == "vision alone" and not images:
             continue  # nothing learns from it
-        found = measured(model, make_inputs, Loader(dataset.train, True).load([sample]))
+        found = measured(model, make_inputs, Loader(dataset.train, dataset.encoder.processor, True).load([sample]))
         if name == "language lora" or (name != "all full" and not images):
             found += float(tokens) * first_inputs(base)
         found -= costs.token_pair * float(tokens) ** 2  # what lies behind the causal mask is computed here
@@ -93,7 +93,7 @@ def test_a_learned_token_costs_what_torch_counts_in_the_head(kind: str, make_con
     learner, dataset = learner_for(config)
     base = learner.model.get_base_model()
     costs = cost_model(base, Components(base), config.tune)
-    batch = Loader(dataset.train, True).load([1])
+    batch = Loader(dataset.train, dataset.encoder.processor, True).load([1])
     with counter_of_products() as counter:
         nll, _ = supervised_nll(learner.model, learner.head_kind, learner.make_inputs(batch), batch)
         nll.sum().backward()

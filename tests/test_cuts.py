@@ -54,7 +54,7 @@ def test_dropout_drops_the_share_it_should_and_keeps_the_mean(make_config: Calla
     from mmtrain.model.dropout import DropoutClock, SampleDropout
 
     _, dataset = learner_for(make_config("text", {"language": LORA}))
-    batch = Loader(dataset.train, True).load(list(range(8)))
+    batch = Loader(dataset.train, dataset.encoder.processor, True).load(list(range(8)))
     clock = DropoutClock(0)
     dropout = SampleDropout(0.25, "layer", "language", clock)
     ones = torch.ones(*batch.input_ids.shape, 256)
@@ -83,7 +83,9 @@ def test_what_fills_a_row_up_belongs_to_no_sample_and_changes_nothing(
     learner, dataset = learner_for(make_config(kind, {"language": LORA | {"dropout": 0.2}}))
     found, fillings = {}, {}
     for multiple in (1, 32, 500):
-        batch = next(Loader(dataset.train, packing=True, row_multiple=multiple).batches([[0, 3, 5]]))
+        batch = next(
+            Loader(dataset.train, dataset.encoder.processor, packing=True, row_multiple=multiple).batches([[0, 3, 5]])
+        )
         length = batch.input_ids.shape[1]
         assert length % multiple == 0
         fillings[multiple] = length - batch.num_tokens

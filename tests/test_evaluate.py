@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from mmtrain.cli import app
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config
-from mmtrain.dataset.samples import SampleSet
+from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.images import decode
 from mmtrain.encoding.load import load_processor
@@ -23,6 +23,7 @@ from mmtrain.errors import UserError
 from mmtrain.evaluate.changed_images import ChangedPictures
 from mmtrain.evaluate.command import Evaluation, Options
 from mmtrain.model.load import load_model
+from mmtrain.records.record_set import RecordSet
 from mmtrain.train.run import train
 from support.builders import SHAPES, TINY, write_jsonl
 from support.learning import LORA
@@ -38,7 +39,7 @@ def with_eval(config: Config, *paths: str) -> Config:
 def plain_sums(config: Config) -> dict[int, tuple[float, int, int]]:
     """Sample → sum of nll, learned tokens, right ones: one sample at a time, full logits, shifted, float32."""
     processor = load_processor(config.model.path)
-    samples = SampleSet(config.data.eval, Encoder(processor))
+    samples = FreshSamples(RecordSet(config.data.eval), Encoder(processor))
     model = load_model(config.model.path, "float32", processor)
     found = {}
     for number in range(len(samples)):
@@ -149,17 +150,17 @@ def test_what_the_pictures_are_worth(make_config: MakeConfig, tmp_path: Path) ->
 def test_swapped_pictures_are_never_the_sample_s_own(make_config: MakeConfig) -> None:
     config = with_eval(make_config("qwen2_5_vl"))
     evaluation = Evaluation(config, Options())
-    changed = ChangedPictures(evaluation.samples, "swapped", evaluation.numbers)
+    changed = ChangedPictures(evaluation.samples, evaluation.encoder, "swapped", evaluation.numbers)
     assert changed.numbers is not None
     assert set(changed.numbers.tolist()) == {0, 2, 3, 5, 6, 7}
     for number in changed.numbers.tolist():
-        own = {image.name for image in evaluation.samples.conversation(number).images}
+        own = {image.name for image in evaluation.samples.records.conversation(number).images}
         shown = [span.picture.name for span in changed.encoded(number).images]
         assert not own & set(shown)
-        assert len(shown) == len(evaluation.samples.conversation(number).images)
-    none = ChangedPictures(evaluation.samples, "none", evaluation.numbers)
+        assert len(shown) == len(evaluation.samples.records.conversation(number).images)
+    none = ChangedPictures(evaluation.samples, evaluation.encoder, "none", evaluation.numbers)
     assert not none.encoded(3).images
-    grey = ChangedPictures(evaluation.samples, "grey", evaluation.numbers).encoded(3)
+    grey = ChangedPictures(evaluation.samples, evaluation.encoder, "grey", evaluation.numbers).encoded(3)
     assert [span.picture.size for span in grey.images] == [(50, 120), (64, 64)]
     assert {decode(span.picture).getpixel((1, 1)) for span in grey.images} == {(128, 128, 128)}
 

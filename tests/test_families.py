@@ -21,7 +21,8 @@ from transformers import (
 from transformers.models.auto.processing_auto import processor_class_from_name
 
 from mmtrain.config.schema import Config
-from mmtrain.dataset.encode_all import Recipe
+from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.store import open_store
 from mmtrain.dataset.validate import LengthLimit, check_samples
 from mmtrain.encoding.encode import Encoded, Encoder
@@ -303,12 +304,12 @@ def written(name: str, root: Path, folder: Path) -> tuple[Config, list[Conversat
 def test_training_reads_what_is_shown_and_what_the_family_makes(name: str, root: Path, tmp_path: Path) -> None:
     """The check before the first step finds no fault, and its ids are the family's own, sample by sample."""
     config, tried = written(name, root, tmp_path)
-    recipe, processor = Recipe.of(config, config.data.train), encoder(name).processor
-    trained, _ = check_samples(recipe, processor, LengthLimit(10_000, "data.max_length"))
-    shown = recipe.samples(processor)
-    shown.use(open_store(recipe, shown, lambda number: None, lambda: None))
+    spec, processor = EncodingSpec.of(config, config.data.train), encoder(name).processor
+    trained, _ = check_samples(spec, processor, LengthLimit(10_000, "data.max_length"))
+    records = spec.records()
+    shown = StoredSamples(records, open_store(spec, records, processor, lambda number: None, lambda: None))
     for index, conversation in enumerate(tried):
-        encoded, view = trained.encoded(index), view_sample(shown, index)
+        encoded, view = trained.encoded(index), view_sample(shown, spec.encoder(processor), index)
         assert [token.id for token in view.tokens] == encoded.ids.tolist()
         assert [token.supervised for token in view.tokens] == encoded.supervised.tolist()
         assert without_added_ends(name, encoded)[0] == own_ids(name, as_messages(name, conversation, root))

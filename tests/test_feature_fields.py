@@ -15,7 +15,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from mmtrain.dataset.image_inputs import PictureInputs
+from mmtrain.dataset.image_inputs import ImageInputs
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.image_cache.features import PictureFeatures, find_fields
@@ -113,7 +113,7 @@ def test_logits_from_kept_features_are_those_from_pixels(make: Callable[[], tupl
     pictures = [PIL.Image.new("RGB", size) for size in sizes]
     pixels, ids = processor.image_inputs(pictures)
     alone = [
-        PictureInputs(str(number), own.count(IMAGE), inputs, None)
+        ImageInputs(str(number), own.count(IMAGE), inputs, None)
         for number, picture in enumerate(pictures)
         for inputs, own in [processor.image_inputs([picture])]
     ]

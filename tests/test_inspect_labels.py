@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from mmtrain.cli import app
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config
-from mmtrain.dataset.samples import SampleSet
+from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import StorageError, UserError
@@ -28,20 +28,21 @@ from mmtrain.inspect_labels.command import Options, inspect_labels
 from mmtrain.inspect_labels.pixels import seen_pixels
 from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.inspect_labels.view import view_sample
+from mmtrain.records.record_set import RecordSet
 from mmtrain.safe_text import visible
 from support.builders import write_jsonl
 
 MakeConfig = Callable[..., Config]
 
 
-def samples_of(config: Config) -> SampleSet:
-    return SampleSet(config.data.train, Encoder(load_processor(config.model.path)))
+def samples_of(config: Config) -> FreshSamples:
+    return FreshSamples(RecordSet(config.data.train), Encoder(load_processor(config.model.path)))
 
 
 def test_tokens_and_labels_are_those_of_training(kind: str, make_config: MakeConfig) -> None:
     samples = samples_of(make_config(kind))
     for index in range(len(samples)):
-        view, encoded = view_sample(samples, index), samples.encoded(index)
+        view, encoded = view_sample(samples, samples.encoder, index), samples.encoded(index)
         assert [token.id for token in view.tokens] == encoded.ids.tolist()
         labels = torch.where(torch.tensor(encoded.supervised), torch.tensor(encoded.ids, dtype=torch.long), -100)
         assert [token.label for token in view.tokens] == labels.tolist()
@@ -51,7 +52,7 @@ def test_tokens_and_labels_are_those_of_training(kind: str, make_config: MakeCon
 def test_spans_cover_every_token_once_and_hold_the_words_of_their_turn(kind: str, make_config: MakeConfig) -> None:
     samples = samples_of(make_config(kind))
     for index in range(len(samples)):
-        view = view_sample(samples, index)
+        view = view_sample(samples, samples.encoder, index)
         assert [p for span in view.spans for p in range(span.start, span.end)] == list(range(len(view.tokens)))
         for turn, message in enumerate(view.conversation.messages):
             own = [span for span in view.spans if span.turn == turn and span.role == message.role]
@@ -74,7 +75,7 @@ def test_spans_cover_every_token_once_and_hold_the_words_of_their_turn(kind: str
 )
 def test_sizes_and_grids_of_pictures(kind: str, sizes: dict[str, object], make_config: MakeConfig) -> None:
     samples = samples_of(make_config(kind))
-    rows = [image for index in (0, 2) for image in view_sample(samples, index).row()["images"]]
+    rows = [image for index in (0, 2) for image in view_sample(samples, samples.encoder, index).row()["images"]]
     found = {Path(row["path"]).name: (row["size"], row["used_size"], row["grid"]) for row in rows}
     assert found == sizes
 
@@ -125,8 +126,8 @@ def test_words_of_any_script_stay_on_their_line(make_config: MakeConfig, tmp_pat
     data = write_jsonl(tmp_path / "data" / "any.jsonl", rows)
     config = make_config("text")
     config = Config.model_validate(config.model_dump() | {"data": {"train": [{"path": str(data)}]}})
-    out = io.StringIO()
-    print_sample(view_sample(samples_of(config), 0), Console(file=out, width=80, emoji=False))
+    samples, out = samples_of(config), io.StringIO()
+    print_sample(view_sample(samples, samples.encoder, 0), Console(file=out, width=80, emoji=False))
     shown = out.getvalue()
     assert "\x1b" not in shown
     assert "\\u{1b}[31m⇥end⏎" in shown
@@ -188,7 +189,7 @@ def test_losses_equal_a_plain_forward(make_config: MakeConfig, tmp_path: Path) -
 
     config = make_config("text")
     samples = samples_of(config)
-    found = token_losses(config, None, samples, [2, 6])
+    found = token_losses(config, None, samples, samples.encoder.processor, [2, 6])
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     for index in (2, 6):
         ids = torch.tensor(samples.encoded(index).ids, dtype=torch.long)[None]
@@ -204,7 +205,7 @@ def test_losses_equal_a_plain_forward(make_config: MakeConfig, tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])
 def test_the_pixels_shown_are_those_the_encoder_gets(kind: str, make_config: MakeConfig) -> None:
     samples = samples_of(make_config(kind))
-    image = view_sample(samples, 2).images[0]  # 96 x 48
+    image = view_sample(samples, samples.encoder, 2).images[0]  # 96 x 48
     shown = np.asarray(seen_pixels(samples.encoder.processor)(image)).astype(float)
     original = PIL.Image.open(Path(samples.place(2).file).parent / image.picture.name).convert("RGB")
     if kind == "llava":  # CLIP: the shorter edge to 28, then the middle

@@ -72,7 +72,9 @@ def test_loss_and_gradients_equal_the_reference(
     total, count = torch.zeros(()), 0
     root = Path(config.data.train[0].path).parent
     for number in range(8):
-        nll, tokens = reference_nll(learner.model, Path(config.model.path), dataset.train.conversation(number), root)
+        nll, tokens = reference_nll(
+            learner.model, Path(config.model.path), dataset.train.records.conversation(number), root
+        )
         total, count = total + nll, count + tokens
     (total / count).backward()  # type: ignore[no-untyped-call]
     learning = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}

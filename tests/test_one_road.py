@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders
 from mmtrain.checks.findings import MARK, WORDS
 from mmtrain.config.schema import Config
 from mmtrain.dataset import decoded_images as image_check
-from mmtrain.dataset.encode_all import Recipe
-from mmtrain.dataset.samples import SampleSet
+from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.store import find_store
 from mmtrain.dataset.validate import LengthLimit, check_samples
 from mmtrain.encoding.images import decode
@@ -36,8 +36,8 @@ def config_for(model: Path, data: Path, **keys: Any) -> Config:
     )
 
 
-def checked(config: Config) -> SampleSet:
-    return check_samples(Recipe.of(config, config.data.train), load_processor(config.model.path), LIMIT)[0]
+def checked(config: Config) -> StoredSamples:
+    return check_samples(EncodingSpec.of(config, config.data.train), load_processor(config.model.path), LIMIT)[0]
 
 
 def chat(question: str, answer: str, **keys: Any) -> dict[str, Any]:
@@ -47,14 +47,13 @@ def chat(question: str, answer: str, **keys: Any) -> dict[str, Any]:
 def test_what_is_shown_is_what_training_reads(tmp_path: Path, model_dirs: dict[str, Path], kind: str) -> None:
     data = write_jsonl(tmp_path / "mixed.jsonl", mixed_rows(tmp_path, with_images=kind != "text"))
     config = config_for(model_dirs[kind], data)
-    recipe = Recipe.of(config, config.data.train)
-    trained = checked(config)
-    shown = recipe.samples(load_processor(recipe.model_path))
-    store = find_store(recipe, shown)
+    spec, processor = EncodingSpec.of(config, config.data.train), load_processor(config.model.path)
+    trained, records = checked(config), spec.records()
+    store = find_store(spec, records, processor)
     assert store is not None
-    shown.use(store)
+    shown = StoredSamples(records, store)
     for index in range(len(shown)):
-        view, encoded = view_sample(shown, index), trained.encoded(index)
+        view, encoded = view_sample(shown, spec.encoder(processor), index), trained.encoded(index)
         assert [token.id for token in view.tokens] == encoded.ids.tolist()
         assert [token.supervised for token in view.tokens] == encoded.supervised.tolist()
 
@@ -144,10 +143,9 @@ def test_an_image_is_decoded_once_whatever_its_name(broken: Path, monkeypatch: p
 def test_where_every_sample_is_dropped_each_is_named_with_the_reason(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "data.jsonl", [chat("what?", "red"), chat("what is it?", "blue")])
     config = config_for(TINY, data)
+    spec = EncodingSpec.of(config, config.data.train)
     with pytest.raises(UserError) as caught:
-        check_samples(
-            Recipe.of(config, config.data.train), load_processor(str(TINY)), LengthLimit(5, "data.max_length"), "drop"
-        )
+        check_samples(spec, load_processor(str(TINY)), LengthLimit(5, "data.max_length"), "drop")
     assert len(caught.value.faults) == 2
     for line, fault in enumerate(caught.value.faults, start=1):
         assert fault.startswith(f"{data}:{line}: dropped, no sample is left: ")

@@ -17,12 +17,13 @@ import PIL.Image
 import pytest
 
 from mmtrain.config.schema import Source
-from mmtrain.dataset.samples import SampleSet
+from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.inspect_labels.page import _cells, write_page
 from mmtrain.inspect_labels.page_parts import clusters
 from mmtrain.inspect_labels.view import SampleView, TokenView, view_sample
+from mmtrain.records.record_set import RecordSet
 from support.builders import TINY, write_jsonl
 
 MARKUP = "</script><img src=x onerror=alert(1)>"
@@ -97,8 +98,8 @@ def views(tmp_path_factory: pytest.TempPathFactory) -> list[SampleView]:
         },
     ]
     data = write_jsonl(folder / f"{MARKUP}.jsonl", rows)
-    samples = SampleSet([Source(path=str(data), root=str(folder))], Encoder(load_processor(str(TINY))))
-    return [view_sample(samples, index) for index in range(len(samples))]
+    samples = FreshSamples(RecordSet([Source(path=str(data), root=str(folder))]), Encoder(load_processor(str(TINY))))
+    return [view_sample(samples, samples.encoder, index) for index in range(len(samples))]
 
 
 def losses_of(views: list[SampleView]) -> dict[int, dict[int, float]]:
@@ -190,8 +191,8 @@ def test_a_picture_that_changes_shape_has_no_grid(model_dirs: dict[str, Path], t
     PIL.Image.linear_gradient("L").resize((200, 80)).save(tmp_path / "wide.png")
     messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "a"}]
     data = write_jsonl(tmp_path / "data.jsonl", [{"messages": messages, "images": ["wide.png"]}])
-    samples = SampleSet([Source(path=str(data))], Encoder(load_processor(str(model_dirs["llava"]))))
-    view = view_sample(samples, 0)
+    samples = FreshSamples(RecordSet([Source(path=str(data))]), Encoder(load_processor(str(model_dirs["llava"]))))
+    view = view_sample(samples, samples.encoder, 0)
     write_page(tmp_path / "whole.html", [view])
     text = (tmp_path / "whole.html").read_text(encoding="utf-8")
     assert not Page(text).named("svg")

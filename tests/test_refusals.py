@@ -9,10 +9,11 @@ import pytest
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
-from mmtrain.dataset.samples import SampleSet
+from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
+from mmtrain.records.record_set import RecordSet
 from mmtrain.train.run import train
 from support.builders import SHAPES, TINY, make_text, write_jsonl
 
@@ -83,7 +84,7 @@ def test_every_fault_is_named_before_the_first_step(tmp_path: Path) -> None:
 def test_a_picture_that_breaks_later_is_named_at_its_step(make_config: Callable[..., Config]) -> None:
     config = make_config("qwen2_5_vl")
     encoder = Encoder(load_processor(config.model.path))
-    samples = SampleSet(config.data.train, encoder)
+    samples = FreshSamples(RecordSet(config.data.train), encoder)
     data = Path(config.data.train[0].path)
     picture = data.parent / "images" / "0.png"
     whole = bytearray(picture.read_bytes())
@@ -92,7 +93,7 @@ def test_a_picture_that_breaks_later_is_named_at_its_step(make_config: Callable[
     picture.write_bytes(whole)
     samples.encoded(0)
     with pytest.raises(UserError, match=r"mixed\.jsonl:1: the image 'images/0.png' does not decode"):
-        list(Loader(samples, True).batches([[1], [4, 0]]))
+        list(Loader(samples, samples.encoder.processor, True).batches([[1], [4, 0]]))
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -104,10 +105,10 @@ def test_a_picture_that_changed_its_size_is_refused_with_both_sizes(
     from mmtrain.dataset import batch
 
     config = make_config("qwen2_5_vl")
-    samples = SampleSet(config.data.train, Encoder(load_processor(config.model.path)))
+    samples = FreshSamples(RecordSet(config.data.train), Encoder(load_processor(config.model.path)))
     monkeypatch.setattr(batch, "decode", lambda picture: PIL.Image.new("RGB", (160, 160)))
     with pytest.raises(UserError, match=r"mixed\.jsonl:1: .*16 tokens were laid out .* makes 100"):
-        Loader(samples, packing).load([1, 0])
+        Loader(samples, samples.encoder.processor, packing).load([1, 0])
 
 
 def test_samples_that_only_together_cannot_be_laid_out_are_all_named(
@@ -115,7 +116,7 @@ def test_samples_that_only_together_cannot_be_laid_out_are_all_named(
 ) -> None:
     config = make_config("qwen2_5_vl")
     processor = load_processor(config.model.path)
-    samples = SampleSet(config.data.train, Encoder(processor))
+    samples = FreshSamples(RecordSet(config.data.train), Encoder(processor))
     lay_out = processor.image_inputs
 
     def of_one_alone(images: list[Any]) -> Any:
@@ -123,11 +124,11 @@ def test_samples_that_only_together_cannot_be_laid_out_are_all_named(
         return inputs, ids if len(images) == 1 else ids[1:]
 
     monkeypatch.setattr(processor, "image_inputs", of_one_alone)
-    assert Loader(samples, True).load([0]).segments
+    assert Loader(samples, samples.encoder.processor, True).load([0]).segments
     with pytest.raises(
         UserError, match=r"mixed\.jsonl:1, .*mixed\.jsonl:2, .*mixed\.jsonl:6: the samples cannot be laid"
     ):
-        Loader(samples, True).load([0, 1, 5])
+        Loader(samples, samples.encoder.processor, True).load([0, 1, 5])
 
 
 def test_pictures_for_a_model_without_them_are_refused(make_config: Callable[..., Config], tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def expected_rows(dataset: Any, numbers: list[int]) -> list[Row]:
     """From the stored ids and the conversations alone; an answer is a run of supervised tokens."""
     rows: list[Row] = []
     for number in numbers:
-        encoded, conversation = dataset.train.encoded(number), dataset.train.conversation(number)
+        encoded, conversation = dataset.train.encoded(number), dataset.train.records.conversation(number)
         runs: list[list[int]] = []
         for i, (id_, on) in enumerate(zip(encoded.ids.tolist(), encoded.supervised.tolist(), strict=True)):
             if on and (i == 0 or not encoded.supervised[i - 1]):
@@ -65,7 +65,7 @@ class Process:
 
 def score(learner: Learner, dataset: Any, numbers: list[int], runtime: Any, **settings: Any) -> Scores | None:
     lengths = dataset.checked.num_tokens[numbers].tolist()
-    scorer = Scorer(dataset.train, np.array(numbers), lengths)
+    scorer = Scorer(dataset.train, dataset.encoder, np.array(numbers), lengths)
     settings = {"microbatch_tokens": 120, "packing": True, **settings}
     return scorer.score(by_id, "own", learner.make_inputs, runtime, **settings)  # type: ignore[arg-type]
 

@@ -31,7 +31,8 @@ def made(make_config: Callable[..., Config]) -> Made:
 
 
 def batches(made: Made) -> Any:
-    return Loader(made[1].train, packing=True).batches([SAMPLES])
+    dataset = made[1]
+    return Loader(dataset.train, dataset.encoder.processor, packing=True).batches([SAMPLES])
 
 
 def weights(learner: Learner) -> dict[str, Tensor]:
@@ -148,7 +149,7 @@ def test_the_micro_batches_of_a_step_are_summed_in_any_way(made: Made, exact: bo
     loss, expected = step_of(*made, [SAMPLES], packing=True)
     learner.optimizer.zero_grad(set_to_none=True)
     cuts = [[0], [4, 1], [5]]
-    of_cut: list[Any] = [*Loader(dataset.train, packing=True).batches(cuts), None]
+    of_cut: list[Any] = [*Loader(dataset.train, dataset.encoder.processor, packing=True).batches(cuts), None]
     count = int(dataset.checked.num_supervised[SAMPLES].sum())
     found, signum = accumulate_gradients(dataclasses.replace(learner, exact=exact), of_cut, count, step=3)
     gradients = {n: p.grad for n, p in learner.model.named_parameters() if p.requires_grad and p.grad is not None}

@@ -1,4 +1,4 @@
-"""Encoded samples and their pixels, laid into the tensors of one micro-batch."""
+"""Encoded samples and their pixels as the tensors of one micro-batch."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmtrain.dataset.image_inputs import ImageCache, PictureInputs, picture_inputs
-from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.dataset.image_inputs import ImageCache, ImageInputs, load_image_inputs
+from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.images import decode
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
@@ -22,7 +22,7 @@ from mmtrain.records.sources import Place
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Where one sample lies: input_ids[row, start : start + length], and its pictures among the batch's."""
+    """The position of one sample: input_ids[row, start : start + length], and of its images among the batch's."""
 
     sample: int
     row: int
@@ -34,8 +34,8 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch, on the CPU. Packed: one row, the samples one after the other, and the
-    tokens of no sample that fill it up; otherwise a row a sample, padded on the right."""
+    """One micro-batch, on the CPU. Packed: one row, the samples one after the other, then padding; otherwise a row for
+    each sample, padded on the right."""
 
     input_ids: Tensor
     """(rows, length) int64"""
@@ -44,9 +44,9 @@ class Batch:
     segments: tuple[Segment, ...]
     packed: bool
     image_inputs: dict[str, Tensor]
-    """What the model takes for the pictures, as its processor made it; without pixels where features are kept."""
-    pictures: tuple[PictureInputs, ...] = ()
-    """Each picture on its own, where features are kept; otherwise none."""
+    """The model's inputs for the images, as its processor made them; without pixels where features are cached."""
+    images: tuple[ImageInputs, ...] = ()
+    """Each image on its own where features are cached; otherwise none."""
 
     @property
     def num_tokens(self) -> int:
@@ -61,10 +61,11 @@ def make_batch(
     store: ImageCache | None = None,
     row_multiple: int = 1,
 ) -> Batch:
-    """Lay samples into one batch and decode their images, but those whose features `store` has. A packed row is filled
-    up to a multiple of `row_multiple` tokens.
+    """One batch of the samples, with their images decoded, except those whose features are in `store`. A packed row is
+    padded to a multiple of `row_multiple` tokens.
 
-    Raises SampleError where a picture does not decode or the processor lays it out otherwise than it was measured.
+    `numbers`: the samples' indices. Raises SampleError where an image does not decode, or the processor makes other ids
+    for it than when it was encoded.
     """
     segments = []
     at = first_image = 0
@@ -84,13 +85,13 @@ def make_batch(
     if store is None:
         return Batch(*tensors, tuple(segments), packing, _image_inputs(encoded, processor))
     spans = [(span, sample.ids[span.start : span.start + span.length]) for sample in encoded for span in sample.images]
-    pictures = tuple(picture_inputs(span, ids.tolist(), processor, store) for span, ids in spans)
-    return Batch(*tensors, tuple(segments), packing, _beside(pictures), pictures)
+    images = tuple(load_image_inputs(span, ids.tolist(), processor, store) for span, ids in spans)
+    return Batch(*tensors, tuple(segments), packing, _other_inputs(images), images)
 
 
-def _beside(pictures: Sequence[PictureInputs]) -> dict[str, Tensor]:
-    """What the model takes beside the features, of all pictures in order."""
-    each = [picture.beside for picture in pictures]
+def _other_inputs(images: Sequence[ImageInputs]) -> dict[str, Tensor]:
+    """The inputs other than pixels, of all images in order."""
+    each = [image.other_inputs for image in images]
     return {name: torch.cat([one[name] for one in each]) for name in (each[0] if each else ())}
 
 
@@ -109,9 +110,7 @@ def _image_inputs(encoded: Sequence[Encoded], processor: ChatProcessor) -> dict[
 
 
 class Samples(Protocol):
-    """What a loader needs of a set of samples."""
-
-    encoder: Encoder
+    """Samples by index."""
 
     def encoded(self, index: int) -> Encoded: ...
 
@@ -119,11 +118,12 @@ class Samples(Protocol):
 
 
 class Loader:
-    """Makes batches in threads ahead of their use: reading, decoding and resizing leave the interpreter free."""
+    """Makes batches ahead of their use, in threads: reading, decoding and resizing release the interpreter lock."""
 
     def __init__(
         self,
         samples: Samples,
+        processor: ChatProcessor,
         packing: bool,
         store: ImageCache | None = None,
         row_multiple: int = 1,
@@ -131,6 +131,7 @@ class Loader:
         ahead: int = 4,
     ) -> None:
         self._samples = samples
+        self._processor = processor
         self._packing = packing
         self._store = store
         self._row_multiple = row_multiple
@@ -138,7 +139,7 @@ class Loader:
         self._ahead = ahead
 
     def batches(self, cuts: Iterable[Sequence[int]]) -> Iterator[Batch]:
-        """A batch for each list of sample numbers, in order. Raises UserError naming the sample that fails."""
+        """A batch for each list of sample indices, in order. Raises UserError naming the sample that fails."""
         pending: deque[Future[Batch]] = deque()
         with ThreadPoolExecutor(self._num_threads, "mmtrain-loader") as pool:
             try:
@@ -164,13 +165,12 @@ class Loader:
             for number, sample in zip(numbers, encoded, strict=True):
                 with self._named(number):
                     self._make([number], [sample])
-            # each alone is well: an image changed meanwhile, or the processor lays several out in another way
+            # each alone is fine: an image has just changed, or the processor makes other ids for several at once
             places = ", ".join(str(self._samples.place(number)) for number in numbers)
             raise UserError(f"{places}: the samples cannot be laid out together: {error}") from None
 
     def _make(self, numbers: Sequence[int], encoded: Sequence[Encoded]) -> Batch:
-        processor = self._samples.encoder.processor
-        return make_batch(numbers, encoded, processor, self._packing, self._store, self._row_multiple)
+        return make_batch(numbers, encoded, self._processor, self._packing, self._store, self._row_multiple)
 
     @contextmanager
     def _named(self, number: int) -> Iterator[None]:

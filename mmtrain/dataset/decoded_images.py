@@ -1,6 +1,6 @@
-"""Every image decoded once before the first step: a file can be broken in the middle, its header and end being sound.
+"""Decodes every image once before the first step: a file can be broken in the middle and have a sound header and end.
 
-Which bytes decoded is kept in the user's cache by their SHA-256, so the same image costs a look-up from then on.
+The SHA-256 of each image that decodes is stored in the user's cache, so the same image is not decoded again.
 """
 
 import hashlib
@@ -20,28 +20,26 @@ _TABLE = "decoded (sha256 TEXT, pillow TEXT, width INTEGER, height INTEGER, PRIM
 _Row = tuple[str, str, int, int]
 
 
-def images_that_fail(pictures: Iterable[Picture], num_threads: int) -> dict[Path | bytes, str]:
+def images_that_fail(images: Iterable[Picture], num_threads: int) -> dict[Path | bytes, str]:
     """By source, why an image does not decode to the size that its header says."""
-    by_source = {picture.source: picture for picture in pictures}
+    by_source = {image.source: image for image in images}
     rows = {source: (own, PIL.__version__, *by_source[source].size) for source, own in _hashes(list(by_source)).items()}
     with closing(open_cache(_TABLE)) as cache, ThreadPoolExecutor(num_threads) as pool:
-        new = [
-            picture for source, picture in by_source.items() if source not in rows or not _is_known(cache, rows[source])
-        ]
-        reasons = dict(zip([picture.source for picture in new], pool.map(_reason, new), strict=True))
-        with suppress(sqlite3.Error), cache:  # a cache that cannot be written costs time, no more
+        new = [image for source, image in by_source.items() if source not in rows or not _is_known(cache, rows[source])]
+        reasons = dict(zip([image.source for image in new], pool.map(_reason, new), strict=True))
+        with suppress(sqlite3.Error), cache:  # a cache that cannot be written only costs time
             sound = [rows[source] for source, reason in reasons.items() if reason is None and source in rows]
             cache.executemany("INSERT OR IGNORE INTO decoded VALUES (?, ?, ?, ?)", sound)
     return {source: reason for source, reason in reasons.items() if reason is not None}
 
 
 def _hashes(sources: Sequence[Path | bytes]) -> dict[Path | bytes, str]:
-    """Of each source but files that cannot be read."""
+    """The SHA-256 of each source, except of files that cannot be read."""
     found: dict[Path | bytes, str] = {
         data: hashlib.sha256(data).hexdigest() for data in sources if isinstance(data, bytes)
     }
     files = [path for path in sources if isinstance(path, Path)]
-    with suppress(OSError):  # one has gone meanwhile: decoding says which
+    with suppress(OSError):  # one has just been deleted: decoding says which
         found |= dict(zip(files, file_hashes(files), strict=True))
     return found
 
@@ -51,9 +49,10 @@ def _is_known(cache: sqlite3.Connection, row: _Row) -> bool:
     return cache.execute(f"SELECT 1 FROM decoded WHERE {where}", row).fetchone() is not None
 
 
-def _reason(picture: Picture) -> str | None:
+def _reason(image: Picture) -> str | None:
+    """Why an image does not decode, None where it does."""
     try:
-        decode(picture)
+        decode(image)
     except SampleError as error:
         return str(error)
     return None

@@ -1,4 +1,4 @@
-"""A set of samples encoded and checked part by part, by several processes where it is large."""
+"""All samples of a record set encoded and checked, chunk by chunk, by several processes where there are many."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from mmtrain.checks.labels import Checker
 from mmtrain.config import Config
 from mmtrain.config.schema import Source
 from mmtrain.dataset.decoded_images import images_that_fail
-from mmtrain.dataset.samples import SampleSet
 from mmtrain.dataset.workers import map_in_processes, num_cores
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation, SampleError
+from mmtrain.records.record_set import RecordSet
 
 _CHUNK = 256
 _MANY = 16_000
@@ -25,8 +25,8 @@ _MANY = 16_000
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """What samples are encoded from and how: all that another process needs to do the same."""
+class EncodingSpec:
+    """What is encoded and how: all that another process needs to do the same."""
 
     model_path: str
     sources: tuple[Source, ...]
@@ -37,7 +37,7 @@ class Recipe:
     """Keys of records, and marks in their text, that need not be understood."""
 
     @classmethod
-    def of(cls, config: Config, sources: Sequence[Source]) -> "Recipe":
+    def of(cls, config: Config, sources: Sequence[Source]) -> "EncodingSpec":
         labels, data = config.labels, config.data
         return cls(
             config.model.path,
@@ -48,11 +48,24 @@ class Recipe:
             tuple(sorted(data.ignore_fields)),
         )
 
-    def samples(self, processor: ChatProcessor) -> SampleSet:
-        return SampleSet(self.sources, Encoder(processor, self.train_on, self.end_of_turn), frozenset(self.ignored))
+    def records(self) -> RecordSet:
+        """The records, their files opened. Raises UserError where one cannot be read."""
+        return RecordSet(self.sources, frozenset(self.ignored))
+
+    def encoder(self, processor: ChatProcessor) -> Encoder:
+        return Encoder(processor, self.train_on, self.end_of_turn)
 
     def checker(self, processor: ChatProcessor) -> Checker:
         return Checker(processor, self.train_on, self.end_of_turn, self.ignored)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why training refuses a sample."""
+
+    index: int
+    kind: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,71 +77,83 @@ class Note:
     reason: str
 
 
-@dataclass(slots=True)
-class Part:
-    """Some samples, encoded: their ids one behind the other, and a row for each picture."""
+@dataclass(frozen=True, slots=True)
+class EncodedChunk:
+    """Some samples, encoded: their ids one after the other, and a row for each image."""
 
     num_tokens: npt.NDArray[np.int32]
     """(num_samples,) 0 where a sample is refused."""
     num_supervised: npt.NDArray[np.int32]
     """(num_samples,)"""
-    num_pictures: npt.NDArray[np.int32]
+    num_images: npt.NDArray[np.int32]
     """(num_samples,)"""
     ids: npt.NDArray[np.int32]
     """(num_tokens,)"""
     supervised: npt.NDArray[np.bool_]
     """(num_tokens,)"""
     spans: npt.NDArray[np.int32]
-    """(num_pictures, 5) start, length, placeholders, width, height"""
-    files: tuple[str, ...]
-    """Of the pictures that are files."""
-    faults: tuple[tuple[int, str, str], ...]
-    """(number of the sample, kind, reason): training refuses these samples."""
+    """(num_images, 5) start, length, placeholders, width, height"""
+    image_files: tuple[str, ...]
+    """The paths of the images that are files, resolved."""
+    faults: tuple[Fault, ...]
     notes: dict[str, Note]
     """By kind."""
 
 
-class PartEncoder:
-    """Encodes samples of one set and checks what came out, by checks that do not know the encoder."""
+class ChunkEncoder:
+    """Encodes samples and checks the result, by checks that do not know the encoder."""
 
-    def __init__(self, recipe: Recipe, processor: ChatProcessor, num_threads: int | None = None) -> None:
+    def __init__(
+        self, spec: EncodingSpec, records: RecordSet, processor: ChatProcessor, num_threads: int | None = None
+    ) -> None:
         """`num_threads`: for decoding images; None: as many as there are cores."""
-        self.samples = recipe.samples(processor)
-        self._checker = recipe.checker(processor)
-        self._decode, self._num_threads = recipe.decode_images, num_threads or num_cores()
+        self._records = records
+        self._encoder, self._checker = spec.encoder(processor), spec.checker(processor)
+        self._decode, self._num_threads = spec.decode_images, num_threads or num_cores()
 
-    def encode(self, numbers: Sequence[int]) -> Part:
-        found = self.samples.encode_many(numbers)
-        made = [one for _, one in found if isinstance(one, Encoded)]
-        failing = self._failing(made)
+    def encode(self, indices: Sequence[int]) -> EncodedChunk:
+        found = self._encode_each(indices)
+        encoded = [one for _, one in found if isinstance(one, Encoded)]
+        failing = self._failing_images(encoded)
         findings = [
-            (number, finding)
-            for number, (conversation, one) in zip(numbers, found, strict=True)
+            (index, finding)
+            for index, (conversation, one) in zip(indices, found, strict=True)
             for finding in self._findings(conversation, one, failing)
         ]
-        spans = [span for one in made for span in one.images]
+        spans = [span for one in encoded for span in one.images]
         rows = [(s.start, s.length, s.num_placeholders, *s.picture.size) for s in spans]
         sizes = [
             (one.num_tokens, one.num_supervised, len(one.images)) if isinstance(one, Encoded) else (0, 0, 0)
             for _, one in found
         ]
-        num_tokens, num_supervised, num_pictures = np.array(sizes, np.int32).reshape(-1, 3).T
-        return Part(
+        num_tokens, num_supervised, num_images = np.array(sizes, np.int32).reshape(-1, 3).T
+        return EncodedChunk(
             num_tokens,
             num_supervised,
-            num_pictures,
-            np.concatenate([np.zeros(0, np.int32), *(one.ids for one in made)]),
-            np.concatenate([np.zeros(0, np.bool_), *(one.supervised for one in made)]),
+            num_images,
+            np.concatenate([np.zeros(0, np.int32), *(one.ids for one in encoded)]),
+            np.concatenate([np.zeros(0, np.bool_), *(one.supervised for one in encoded)]),
             np.array(rows, np.int32).reshape(-1, 5),
             tuple(str(span.picture.source) for span in spans if isinstance(span.picture.source, Path)),
-            tuple((number, one.kind, one.reason) for number, one in findings if one.is_fault),
-            merge_notes([{one.kind: Note(1, number, one.reason)} for number, one in findings if not one.is_fault]),
+            tuple(Fault(index, one.kind, one.reason) for index, one in findings if one.is_fault),
+            merge_notes([{one.kind: Note(1, index, one.reason)} for index, one in findings if not one.is_fault]),
         )
 
-    def _failing(self, made: Sequence[Encoded]) -> dict[Path | bytes, str]:
+    def _encode_each(self, indices: Sequence[int]) -> list[tuple[Conversation | None, Encoded | SampleError]]:
+        """Each sample's conversation, None where the record is none, and its encoding or why it cannot be used."""
+        read: list[tuple[Conversation, Path] | SampleError] = []
+        for index in indices:
+            try:
+                read.append((self._records.conversation(index), self._records.root(index)))
+            except SampleError as error:
+                read.append(error)
+        encoded = iter(self._encoder.encode_many(one for one in read if not isinstance(one, SampleError)))
+        return [(None, one) if isinstance(one, SampleError) else (one[0], next(encoded)) for one in read]
+
+    def _failing_images(self, encoded: Sequence[Encoded]) -> dict[Path | bytes, str]:
         if not self._decode:
             return {}
-        return images_that_fail((span.picture for one in made for span in one.images), self._num_threads)
+        return images_that_fail((span.picture for one in encoded for span in one.images), self._num_threads)
 
     def _findings(
         self, conversation: Conversation | None, one: Encoded | SampleError, failing: dict[Path | bytes, str]
@@ -149,7 +174,7 @@ class PartEncoder:
 
 
 def merge_notes(each: Sequence[dict[str, Note]]) -> dict[str, Note]:
-    """The notes of parts, in their order, as one."""
+    """The notes of chunks, in their order, as one."""
     merged: dict[str, Note] = {}
     for notes in each:
         for kind, note in notes.items():
@@ -158,22 +183,23 @@ def merge_notes(each: Sequence[dict[str, Note]]) -> dict[str, Note]:
     return merged
 
 
-def encode_all(recipe: Recipe, samples: SampleSet) -> Iterator[Part]:
-    """Every sample of the set that `recipe` gives, in order."""
-    chunks = [range(len(samples))[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK)]
-    workers = num_cores() if len(samples) >= _MANY else 1
+def encode_all(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor) -> Iterator[EncodedChunk]:
+    """Every record encoded as `spec` says, in order."""
+    chunks = [range(len(records))[start : start + _CHUNK] for start in range(0, len(records), _CHUNK)]
+    workers = num_cores() if len(records) >= _MANY else 1
     if workers == 1:
-        encoder = PartEncoder(recipe, samples.encoder.processor)
+        encoder = ChunkEncoder(spec, records, processor)
         return (encoder.encode(chunk) for chunk in chunks)
-    return map_in_processes(_encode_in_pool, chunks, workers, _start_worker, (recipe,), __name__)
+    return map_in_processes(_encode_in_worker, chunks, workers, _start_worker, (spec,), __name__)
 
 
-_of_worker: list[PartEncoder] = []  # the one of this process, where it is a pool's
+_of_worker: list[ChunkEncoder] = []  # the one of this process, where it is a worker
 
 
-def _start_worker(recipe: Recipe) -> None:
-    _of_worker[:] = [PartEncoder(recipe, load_processor(recipe.model_path, tried=True), 1)]
+def _start_worker(spec: EncodingSpec) -> None:
+    processor = load_processor(spec.model_path, tried=True)
+    _of_worker[:] = [ChunkEncoder(spec, spec.records(), processor, num_threads=1)]
 
 
-def _encode_in_pool(numbers: range) -> Part:
-    return _of_worker[0].encode(numbers)
+def _encode_in_worker(indices: range) -> EncodedChunk:
+    return _of_worker[0].encode(indices)

@@ -1,4 +1,4 @@
-"""SHA-256 of files. A file is hashed once: its hash is kept in the user's cache by path, size and time of change."""
+"""SHA-256 of files, stored in the user's cache by path, size and times, so that a file is hashed once."""
 
 import hashlib
 import os
@@ -16,20 +16,21 @@ from mmtrain.encoding.directory import files_in, model_directory, processor_file
 _WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _THREADS = 4
 _SETTLED_SECONDS = 2.0
-"""A file that changed so short ago may change again within the same tick of its clock: its hash is not kept."""
+"""A file that changed within so many seconds may change again without a new time: its hash is not stored."""
 
 _TABLE = "file_hashes (path BLOB PRIMARY KEY, size INTEGER, changed INTEGER, status_changed INTEGER, sha256 TEXT)"
 
+Version = tuple[int, int, int]
 Key = tuple[str, int, int, int]
 
 
 def cache_folder() -> Path:
-    """The user's folder for what can be made again: under XDG_CACHE_HOME where that is set, as the system has it."""
+    """The user's cache folder, under XDG_CACHE_HOME where that is set."""
     return platformdirs.user_cache_path("mmtrain")
 
 
 def digest(paths: Iterable[Path], tick: Callable[[], None] = lambda: None) -> str:
-    """One hash over the files' hashes, in their order. `tick` is called for every file."""
+    """One hash over the files' hashes, in their order. `tick` is called for every file. Raises OSError."""
     together = hashlib.sha256()
     for own in file_hashes(list(paths)):
         together.update(bytes.fromhex(own))
@@ -56,20 +57,25 @@ def file_hashes(paths: list[Path]) -> Iterator[str]:
             yield known[key] or made[key].result()
         fresh = [(*_row(key), future.result()) for key, future in made.items()]
         settled = time.time_ns() - _SETTLED_SECONDS * 1e9
-        with suppress(sqlite3.Error), cache:  # a cache that cannot be written costs time, no more
+        with suppress(sqlite3.Error), cache:  # a cache that cannot be written only costs time
             cache.executemany(
                 "INSERT OR REPLACE INTO file_hashes VALUES (?, ?, ?, ?, ?)", [r for r in fresh if r[2] < settled]
             )
 
 
 def file_key(path: Path) -> Key:
-    """What tells a file from another version of it without reading it."""
-    status = path.stat()
-    return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    """A file's resolved path and its version. Raises OSError."""
+    return str(path.resolve()), *file_version(path)
+
+
+def file_version(path: str | Path) -> Version:
+    """A file's size in bytes and its times in nanoseconds, which change when the file does. Raises OSError."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def open_cache(table: str) -> sqlite3.Connection:
-    """The user's cache of what files were found to be, with `table`; in memory where it cannot be written."""
+    """The user's cache of facts about files, with `table`; in memory where it cannot be written."""
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +100,7 @@ def _look_up(cache: sqlite3.Connection, key: Key) -> str | None:
 
 
 def _row(key: Key) -> tuple[bytes, int, int, int]:
-    """The key as the cache has it: a file name need not be text."""
+    """The key as it is stored: a file name need not be text."""
     path, size, changed, status_changed = key
     return os.fsencode(path), size, changed, status_changed
 

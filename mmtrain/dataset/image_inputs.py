@@ -14,11 +14,11 @@ from mmtrain.records.chat import SampleError
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What a frozen vision tower and projector make of one picture, on the CPU."""
+    """The output of a frozen vision tower and projector for one image, on the CPU."""
 
     tensors: dict[str, Tensor]
     inputs: dict[str, Tensor]
-    """What the model takes beside them, such as the grid of patches."""
+    """The model's other inputs for the image, such as the grid of patches."""
     num_placeholders: int
 
     @property
@@ -27,33 +27,33 @@ class Features:
 
 
 class ImageCache(Protocol):
-    """Where features are looked for."""
+    """Stored features by the SHA-256 of the image."""
 
     def find(self, key: str) -> Features | None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class PictureInputs:
-    """One picture of a batch, on its own: its features where they are kept, otherwise what they are made of."""
+class ImageInputs:
+    """One image of a batch: its cached features, or the pixels that they are computed from."""
 
     key: str
     """The SHA-256 of its bytes."""
     num_placeholders: int
     inputs: dict[str, Tensor]
-    """What the model takes for this picture alone; without its pixels where there are features."""
+    """The model's inputs for this image alone; without its pixels where there are features."""
     features: Features | None
 
     @property
-    def beside(self) -> dict[str, Tensor]:
-        """What the model takes beside pixels or features, such as the grid of patches."""
+    def other_inputs(self) -> dict[str, Tensor]:
+        """The inputs other than pixels, such as the grid of patches."""
         return {name: value for name, value in self.inputs.items() if not name.startswith("pixel")}
 
 
-def picture_inputs(span: ImageSpan, ids: list[int], processor: ChatProcessor, cache: ImageCache) -> PictureInputs:
-    """The picture of `span`, whose ids in the sample are `ids`: decoded only where its features are not kept.
+def load_image_inputs(span: ImageSpan, ids: list[int], processor: ChatProcessor, cache: ImageCache) -> ImageInputs:
+    """The image of `span`, whose ids in the sample are `ids`; decoded only where its features are not in `cache`.
 
-    Its bytes are read once, so that key and pixels are of the same picture even while the file is written over.
-    Raises SampleError where it does not decode or the processor lays it out otherwise than it was measured.
+    Its bytes are read once, so that key and pixels are of the same image even if the file is overwritten meanwhile.
+    Raises SampleError where it does not decode, or the processor makes other ids for it than when it was encoded.
     """
     data = read_bytes(span.picture)
     key = hashlib.sha256(data).hexdigest()
@@ -61,10 +61,10 @@ def picture_inputs(span: ImageSpan, ids: list[int], processor: ChatProcessor, ca
     if found is not None:
         if found.num_placeholders != span.num_placeholders:
             raise SampleError(f"the image {span.picture.name} changed while it was read")
-        return PictureInputs(key, span.num_placeholders, found.inputs, found)
+        return ImageInputs(key, span.num_placeholders, found.inputs, found)
     inputs, laid_out = processor.image_inputs([decode(replace(span.picture, source=data))])
     if laid_out != ids:
         raise SampleError(
             f"{len(ids)} tokens were laid out for {span.picture.name} and the image processor makes {len(laid_out)}"
         )
-    return PictureInputs(key, span.num_placeholders, inputs, None)
+    return ImageInputs(key, span.num_placeholders, inputs, None)

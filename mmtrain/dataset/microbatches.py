@@ -1,4 +1,4 @@
-"""How a step is cut into micro-batches: it decides how the step is computed and how long, never what comes out."""
+"""How a step is divided into micro-batches: this affects how long the step takes, never its result."""
 
 import bisect
 import heapq
@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 Cut = list[list[int]]
-"""Micro-batches: lists of places in the step."""
+"""Micro-batches: lists of positions in the step."""
 Cost = Callable[[list[int]], float]
-"""What a micro-batch costs."""
+"""The cost of a micro-batch."""
 
 
 def cut_step(
@@ -21,12 +21,12 @@ def cut_step(
     multiple: int = 1,
     costs: Sequence[float] | None = None,
 ) -> Cut:
-    """Cut a step into the fewest micro-batches that fit, their number a multiple of `multiple`, of nearly equal cost.
+    """Divide a step into micro-batches of nearly equal cost: the fewest that fit, in a multiple of `multiple`.
 
-    `lengths`: tokens of each sample; `costs`: what each costs, its length if not given. A micro-batch holds at most
+    `lengths`: tokens of each sample; `costs`: the cost of each, its length if not given. A micro-batch has at most
     `max_tokens` (packed: the sum of its lengths; padded: rows times the longest), or is one longer sample alone. Where
-    there are fewer samples than `multiple` some are empty. Any run of consecutive micro-batches that is a share of
-    `multiple` costs nearly the same as the others: a process computes one such run.
+    there are fewer samples than `multiple`, some are empty. A process computes a run of consecutive micro-batches; the
+    runs of all processes cost nearly the same.
     """
     if not lengths:
         return []
@@ -63,7 +63,7 @@ def _pack(lengths: Sequence[int], costs: Sequence[float], max_tokens: int, multi
 
 
 def _best_fit(order: list[int], lengths: Sequence[int], max_tokens: int) -> Cut:
-    """Each into the fullest micro-batch that has room: longest first, near the fewest that there can be."""
+    """Best fit decreasing: each sample, longest first, into the fullest micro-batch that has room."""
     cuts: Cut = []
     rooms: list[tuple[int, int]] = []  # (tokens left, micro-batch), ascending
     for i in order:
@@ -79,7 +79,7 @@ def _best_fit(order: list[int], lengths: Sequence[int], max_tokens: int) -> Cut:
 def _cheapest_fit(
     order: list[int], lengths: Sequence[int], costs: Sequence[float], max_tokens: int, count: int
 ) -> Cut | None:
-    """Each, longest first, into the cheapest of `count` micro-batches that has room; None where one does not go in."""
+    """Each sample, longest first, into the cheapest of `count` micro-batches with room; None where one fits none."""
     cuts: Cut = [[] for _ in range(count)]
     room = [max_tokens] * count
     cheapest = [(0.0, n) for n in range(count)]
@@ -100,18 +100,19 @@ def _cheapest_fit(
 
 
 def _pad(lengths: Sequence[int], costs: Sequence[float], max_tokens: int, multiple: int) -> tuple[Cut, Cost]:
-    """Neighbours in length together, so that little is padded; the dearest is as cheap as their number allows."""
-    padding = sum(costs) / sum(lengths)  # what a place costs, on average
+    """Samples of similar length together, so that there is little padding. By bisection, the most expensive micro-batch
+    is as cheap as their number allows."""
+    padding = sum(costs) / sum(lengths)  # the cost of a padding token: that of an average token
 
     def cost(cut: list[int]) -> float:
-        held = [lengths[i] for i in cut]
-        return sum([costs[i] for i in cut]) + padding * (len(cut) * max(held, default=0) - sum(held))
+        own = [lengths[i] for i in cut]
+        return sum([costs[i] for i in cut]) + padding * (len(cut) * max(own, default=0) - sum(own))
 
     order = _longest_first(lengths, costs)
     widths, unpadded = [lengths[i] for i in order], [costs[i] - padding * lengths[i] for i in order]
 
     def bounded(bound: float) -> Cut:
-        """Cut where a micro-batch would be too large or cost more than `bound`."""
+        """Begin a micro-batch where the last one would be too large or cost more than `bound`."""
         starts = [0]
         total, start, row = 0.0, 0, padding * widths[0]
         most = max_tokens // widths[0]
@@ -134,7 +135,7 @@ def _pad(lengths: Sequence[int], costs: Sequence[float], max_tokens: int, multip
 
 
 def _split(cuts: Cut, cost: Cost, count: int) -> Cut:
-    """Halve the dearest that can be halved until there are `count`, or nothing is left to halve."""
+    """Halve the most expensive that has several samples until there are `count`, or none has several."""
     if len(cuts) >= count:
         return cuts
     heap = [(-cost(cut), cut) for cut in cuts if len(cut) > 1]
@@ -142,30 +143,31 @@ def _split(cuts: Cut, cost: Cost, count: int) -> Cut:
     heapq.heapify(heap)
     while heap and len(heap) + len(done) < count:
         _, cut = heapq.heappop(heap)
-        for part in (cut[::2], cut[1::2]):
-            if len(part) > 1:
-                heapq.heappush(heap, (-cost(part), part))
+        for half in (cut[::2], cut[1::2]):
+            if len(half) > 1:
+                heapq.heappush(heap, (-cost(half), half))
             else:
-                done.append(part)
+                done.append(half)
     return [cut for _, cut in heap] + done
 
 
 def _deal(items: Sequence[int], cost_of: Sequence[float], ways: int) -> list[list[int]]:
-    """As many to each of `ways` groups, of nearly the same cost: the dearest first, to the cheapest group."""
+    """Equally many items to each of `ways` groups of nearly the same cost: the most expensive first, to the cheapest
+    group."""
     groups: list[list[int]] = [[] for _ in range(ways)]
     heap = [(0.0, 0, g) for g in range(ways)]  # cost, items, group
     for n in sorted(items, key=lambda n: (-cost_of[n], n)):
-        cost, held, g = heapq.heappop(heap)
+        cost, num_items, g = heapq.heappop(heap)
         groups[g].append(n)
-        if held + 1 < len(items) // ways:
-            heapq.heappush(heap, (cost + cost_of[n], held + 1, g))
+        if num_items + 1 < len(items) // ways:
+            heapq.heappush(heap, (cost + cost_of[n], num_items + 1, g))
     return groups
 
 
 def _nested(runs: Sequence[int], cost_of: Sequence[float]) -> list[int]:
     """Order runs so that halves, quarters and so on cost the same as well: one order for any number of processes.
 
-    Dealt to the smallest prime's groups and again within each.
+    They are divided into as many groups as the smallest prime factor of their number, and each group again.
     """
     ways = next((n for n in range(2, len(runs) + 1) if len(runs) % n == 0), 1)
     if ways == 1:

@@ -1,16 +1,18 @@
 """The check of every sample before the first step."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from mmtrain.checks.findings import REFUSED
-from mmtrain.dataset.encode_all import Recipe
-from mmtrain.dataset.samples import Indices, SampleSet
-from mmtrain.dataset.store import Store, open_store
+from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.plan import Indices
+from mmtrain.dataset.samples import StoredSamples
+from mmtrain.dataset.store import open_store
+from mmtrain.dataset.store_file import EncodedStore
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 
@@ -27,21 +29,22 @@ class LengthLimit:
         return f"{num_tokens:,} tokens, over the {self.num_tokens:,} allowed ({self.source})"
 
 
-@dataclass(slots=True)
-class Checked:
-    """What the check of a sample set found: the lengths by which steps are cut, and what stays out."""
+@dataclass(frozen=True, slots=True)
+class CheckedSamples:
+    """What the check of samples found: which ones are used, and their sizes, by which steps are cut."""
 
     num_tokens: npt.NDArray[np.int32]
-    """(num_samples,) 0 where the sample is not used."""
+    """(num_samples,) 0 where the sample is not used, as in all of these."""
     num_supervised: npt.NDArray[np.int32]
-    """(num_samples,) also 0 there, as what follows."""
+    """(num_samples,)"""
     num_image_tokens: npt.NDArray[np.int32]
-    """(num_samples,) placeholders of its pictures"""
+    """(num_samples,) placeholders of its images"""
     image_token_pairs: npt.NDArray[np.float64]
-    """(num_samples,) the sum of the squares of its pictures' placeholders: what attention among them costs"""
+    """(num_samples,) the sum of the squares of its images' placeholders: what attention among them costs"""
     num_images: int
-    picture_files: set[Path]
-    dropped: list[tuple[int, str]] = field(default_factory=list)
+    image_files: frozenset[Path]
+    dropped: tuple[tuple[int, str], ...] = ()
+    """Sample index and reason of each sample that is left out as too long."""
 
     @property
     def used(self) -> Indices:
@@ -49,45 +52,47 @@ class Checked:
 
 
 def check_samples(
-    recipe: Recipe,
+    spec: EncodingSpec,
     processor: ChatProcessor,
     limit: LengthLimit,
     too_long: str = "error",
     advance: Callable[[int], None] = lambda number: None,
     tick: Callable[[], None] = lambda: None,
-) -> tuple[SampleSet, Checked]:
-    """The set that `recipe` gives, every sample of it encoded once. `advance` and `tick`: see `open_store`.
+) -> tuple[StoredSamples, CheckedSamples]:
+    """Every sample of `spec`, encoded once. `advance` and `tick`: see `open_store`.
 
     Raises UserError naming the file, the line and the reason of every sample that cannot be used; one that is too
-    long is dropped instead where `too_long` says so.
+    long is dropped instead where `too_long` is "drop".
     """
-    samples = recipe.samples(processor)
-    store = open_store(recipe, samples, advance, tick)
-    faults = [(index, reason if kind == REFUSED else f"{kind}: {reason}") for index, kind, reason in store.faults]
-    dropped: list[tuple[int, str]] = []
-    for index in np.flatnonzero(store.num_tokens > limit.num_tokens).tolist():
-        reason = limit.reason(store.num_tokens[index])
-        if too_long == "drop":
-            dropped.append((index, reason))
-        else:
-            faults.append((index, f"{reason}; or set data.too_long to drop"))
+    records = spec.records()
+    store = open_store(spec, records, processor, advance, tick)
+    faults = [(one.index, one.reason if one.kind == REFUSED else f"{one.kind}: {one.reason}") for one in store.faults]
+    over = np.flatnonzero(store.num_tokens > limit.num_tokens).tolist()
+    long = [(index, limit.reason(store.num_tokens[index])) for index in over]
+    if too_long != "drop":
+        faults += [(index, f"{reason}; or set data.too_long to drop") for index, reason in long]
     if faults:
-        raise UserError([f"{samples.place(index)}: {reason}" for index, reason in sorted(faults)])
-    checked = _checked(store, dropped)
+        raise UserError([f"{records.place(index)}: {reason}" for index, reason in sorted(faults)])
+    checked = _without(store, long)
     if not checked.num_tokens.any():
-        raise UserError([f"{samples.place(index)}: dropped, no sample is left: {reason}" for index, reason in dropped])
-    samples.use(store)
-    return samples, checked
+        raise UserError([f"{records.place(index)}: dropped, no sample is left: {reason}" for index, reason in long])
+    return StoredSamples(records, store), checked
 
 
-def _checked(store: Store, dropped: list[tuple[int, str]]) -> Checked:
-    stays_out = np.zeros(len(store.num_tokens), np.bool_)
-    stays_out[[index for index, _ in dropped]] = True
-    of_sample = np.repeat(np.arange(len(store.num_tokens)), store.num_pictures)
+def _without(store: EncodedStore, dropped: list[tuple[int, str]]) -> CheckedSamples:
+    is_dropped = np.zeros(len(store.num_tokens), np.bool_)
+    is_dropped[[index for index, _ in dropped]] = True
+    sample_of_image = np.repeat(np.arange(len(store.num_tokens)), store.num_images)
     placeholders = store.spans[:, 2].astype(np.float64)
     image_tokens, pairs = (
-        np.bincount(of_sample, values, minlength=len(stays_out)) for values in (placeholders, placeholders**2)
+        np.bincount(sample_of_image, values, minlength=len(is_dropped)) for values in (placeholders, placeholders**2)
     )
-    found = [np.where(stays_out, 0, v) for v in (store.num_tokens, store.num_supervised, image_tokens, pairs)]
-    num_images = int(store.num_pictures[~stays_out].sum())
-    return Checked(found[0], found[1], found[2].astype(np.int32), found[3], num_images, store.picture_files, dropped)
+    return CheckedSamples(
+        np.where(is_dropped, 0, store.num_tokens),
+        np.where(is_dropped, 0, store.num_supervised),
+        np.where(is_dropped, 0, image_tokens).astype(np.int32),
+        np.where(is_dropped, 0, pairs),
+        int(store.num_images[~is_dropped].sum()),
+        frozenset(store.image_files),
+        tuple(dropped),
+    )

@@ -1,4 +1,4 @@
-"""Worker processes for work on samples. They end with the process that asked for them, however it ends."""
+"""Worker processes. They end with the process that started them, however it ends."""
 
 import multiprocessing
 import os
@@ -28,26 +28,26 @@ def map_in_processes(
     arguments: tuple[Any, ...],
     module: str,
 ) -> Iterator[Result]:
-    """`call` of each task, in their order, a few ahead. Every worker begins with `start(*arguments)`; `module`, in
-    which both stand, is imported once for all of them."""
+    """`call` of each task, in order, a few tasks ahead. Every worker begins with `start(*arguments)`. `module` defines
+    both functions and is imported once for all workers."""
     ways = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
     context.set_forkserver_preload([module])
     with ProcessPoolExecutor(workers, context, _start, (start, arguments)) as pool:
-        under_way: deque[Future[Result]] = deque()
+        pending: deque[Future[Result]] = deque()
         try:
             for task in tasks:
-                under_way.append(pool.submit(call, task))
-                if len(under_way) > 4 * workers:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                pending.append(pool.submit(call, task))
+                if len(pending) > 4 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     end_with_parent()
-    torch.set_num_threads(1)  # more would only get in the way of the other processes
+    torch.set_num_threads(1)  # each worker has a core of its own
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     start(*arguments)

@@ -8,9 +8,9 @@ import numpy as np
 import PIL.Image
 
 from mmtrain.dataset.plan import Indices
-from mmtrain.dataset.samples import SampleSet
-from mmtrain.encoding.encode import Encoded
-from mmtrain.encoding.images import Picture
+from mmtrain.dataset.samples import StoredSamples
+from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.images import Picture, find_picture
 from mmtrain.records.chat import Conversation, Image, SampleError
 from mmtrain.records.sources import Place
 
@@ -25,9 +25,10 @@ class ChangedPictures:
     Placeholders are laid out anew for the new pictures; words and labels stay.
     """
 
-    def __init__(self, samples: SampleSet, change: Change, numbers: Indices, seed: int = 0) -> None:
-        self.encoder = samples.encoder
-        self._samples = samples
+    def __init__(
+        self, samples: StoredSamples, encoder: Encoder, change: Change, numbers: Indices, seed: int = 0
+    ) -> None:
+        self._samples, self._encoder = samples, encoder
         self._change = change
         self._donors = _donors(samples, numbers, seed) if change == "swapped" else {}
 
@@ -41,24 +42,29 @@ class ChangedPictures:
 
     def encoded(self, index: int) -> Encoded:
         """Raises SampleError where the changed sample cannot be encoded."""
-        conversation = self._samples.conversation(index)
+        conversation = self._samples.records.conversation(index)
         if self._change == "none":
-            return self.encoder.encode_with(_without_images(conversation), ())
-        pictures = self._samples.pictures(index)
+            return self._encoder.encode_with(_without_images(conversation), ())
+        pictures = self._images_of(index)
         if self._change == "grey":
-            return self.encoder.encode_with(conversation, [_grey(picture) for picture in pictures])
-        pool = [picture for donor in self._donors[index] for picture in self._samples.pictures(donor)]
-        return self.encoder.encode_with(conversation, [pool[i % len(pool)] for i in range(len(pictures))])
+            return self._encoder.encode_with(conversation, [_grey(picture) for picture in pictures])
+        pool = [picture for donor in self._donors[index] for picture in self._images_of(donor)]
+        return self._encoder.encode_with(conversation, [pool[i % len(pool)] for i in range(len(pictures))])
+
+    def _images_of(self, index: int) -> list[Picture]:
+        """The images of a sample, found and measured."""
+        records = self._samples.records
+        return [find_picture(image, records.root(index)) for image in records.conversation(index).images]
 
 
-def _donors(samples: SampleSet, numbers: Indices, seed: int) -> dict[int, list[int]]:
+def _donors(samples: StoredSamples, numbers: Indices, seed: int) -> dict[int, list[int]]:
     """For each sample the samples whose pictures it gets: the next ones, on a random circle of its source, that have
     none of its own pictures. A sample without such a donor is left out."""
-    names = {int(number): _names(samples.conversation(int(number))) for number in numbers}
+    names = {int(number): _names(samples.records.conversation(int(number))) for number in numbers}
     by_source: dict[int, list[int]] = {}
     for number, own in names.items():
         if own:
-            by_source.setdefault(samples.source(number), []).append(number)
+            by_source.setdefault(samples.records.source(number), []).append(number)
     donors: dict[int, list[int]] = {}
     for source, circle in by_source.items():
         order = np.random.default_rng([seed, source]).permutation(circle).tolist()

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mmtrain.config import Config
 from mmtrain.config.schema import EvalSource
-from mmtrain.dataset.encode_all import Recipe
+from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.validate import check_samples
 from mmtrain.encoding.load import load_processor
@@ -70,8 +70,9 @@ class Evaluation:
         self._processor = load_processor(config.model.path)
         self._limit = length_limit(config.model.path, config.data.max_length)
         self.names = [source.name or Path(source.path).name for source in sources]
-        recipe = Recipe.of(config, sources)
-        self.samples, checked = check_samples(recipe, self._processor, self._limit, config.data.too_long)
+        spec = EncodingSpec.of(config, sources)
+        self.encoder = spec.encoder(self._processor)
+        self.samples, checked = check_samples(spec, self._processor, self._limit, config.data.too_long)
         self.numbers = checked.used
         self.dropped = [{"place": str(self.samples.place(index)), "reason": why} for index, why in checked.dropped]
         for entry in self.dropped:
@@ -92,19 +93,19 @@ class Evaluation:
         return self._runtime.is_main
 
     def scores(self) -> Scores:
-        return self._score(Scorer(self.samples, self.numbers, self._lengths))
+        return self._score(Scorer(self.samples, self.encoder, self.numbers, self._lengths))
 
     def changed_scores(self, change: Any) -> tuple[Scores, Indices, int] | None:
         """The scores with changed pictures, the samples they are of, and how many with pictures are left out because
         they cannot be changed so; None where no sample can."""
-        with_images = self.numbers[[bool(self.samples.conversation(int(n)).images) for n in self.numbers]]
-        changed = ChangedPictures(self.samples, change, with_images)
+        with_images = self.numbers[[bool(self.samples.records.conversation(int(n)).images) for n in self.numbers]]
+        changed = ChangedPictures(self.samples, self.encoder, change, with_images)
         numbers, lengths = encodable(
             changed, with_images if changed.numbers is None else changed.numbers, self._limit.num_tokens
         )
         if not len(numbers):
             return None
-        scores = self._score(Scorer(self.samples, numbers, lengths, changed))
+        scores = self._score(Scorer(self.samples, self.encoder, numbers, lengths, changed))
         return scores, numbers, len(with_images) - len(numbers)
 
     @contextmanager

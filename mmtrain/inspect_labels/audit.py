@@ -18,9 +18,10 @@ from rich.text import Text as Plain
 from mmtrain.checks.findings import REFUSED, Finding
 from mmtrain.config import Config
 from mmtrain.config.schema import Source
-from mmtrain.dataset.encode_all import Recipe
-from mmtrain.dataset.samples import SampleSet
-from mmtrain.dataset.store import Store, open_store
+from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.samples import StoredSamples
+from mmtrain.dataset.store import open_store
+from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.images import Picture
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError, grouped
@@ -172,26 +173,26 @@ def _bars(title: str, bins: list[dict[str, int]]) -> Iterator[str]:
 class _Counting:
     """Adds samples up, one after the other."""
 
-    def __init__(self, samples: SampleSet, store: Store, config: Config, split: str) -> None:
+    def __init__(self, samples: StoredSamples, config: Config, split: str) -> None:
         self.report = AuditReport(split, [SourceReport(source.path) for source in _sources(config, split)])
-        self._samples, self._store = samples, store
+        self._samples = samples
         self._same: dict[bytes, list[int]] = {}
-        for kind, note in store.notes.items():
+        for kind, note in samples.store.notes.items():
             self.report.notes[kind] = note.count
             self.report.first_notes[kind] = (str(samples.place(note.first)), note.reason)
         self._faults: dict[int, list[Finding]] = {}
-        for index, kind, reason in store.faults:
-            self._faults.setdefault(index, []).append(Finding(kind, True, reason))
+        for fault in samples.store.faults:
+            self._faults.setdefault(fault.index, []).append(Finding(fault.kind, True, fault.reason))
 
     def add(self, index: int, too_long: Finding | None) -> list[Finding]:
         """Count sample `index`, with what is said of its length. Gives all that is said of it."""
-        report, store, place = self.report, self._store, str(self._samples.place(index))
-        source, num_tokens = report.sources[self._samples.source(index)], int(store.num_tokens[index])
+        report, store, place = self.report, self._samples.store, str(self._samples.place(index))
+        source, num_tokens = report.sources[self._samples.records.source(index)], int(store.num_tokens[index])
         source.num_samples += 1
         source.num_refused += not num_tokens
         source.num_tokens += num_tokens
         source.num_supervised += int(store.num_supervised[index])
-        source.num_images += int(store.num_pictures[index])
+        source.num_images += int(store.num_images[index])
         found = self._faults.get(index, []) + ([] if too_long is None else [too_long])
         for finding in found:
             if finding.is_fault:
@@ -200,7 +201,7 @@ class _Counting:
             else:
                 report.notes[finding.kind] += 1
                 report.first_notes.setdefault(finding.kind, (place, finding.reason))
-        report.image_sides.update(store.pictures(index)[:, 3:].max(axis=1).tolist())
+        report.image_sides.update(store.spans_of(index)[:, 3:].max(axis=1).tolist())
         if num_tokens:
             report.lengths[num_tokens] += 1
             report.longest.append((num_tokens, place))
@@ -227,7 +228,7 @@ class _Counting:
 
     def _digest(self, index: int, with_bytes: bool = False) -> bytes:
         pictures = [span.picture for span in self._samples.encoded(index).images]
-        return _digest(self._samples.conversation(index), pictures, with_bytes)
+        return _digest(self._samples.records.conversation(index), pictures, with_bytes)
 
 
 def audit(
@@ -241,30 +242,32 @@ def audit(
     `on_row` gets each sample's JSON object, in order, `with_tokens` or without. Raises UserError where a source cannot
     be read.
     """
-    recipe = Recipe.of(config, _sources(config, split))
-    samples, console = recipe.samples(load_processor(config.model.path)), Console(stderr=True)
+    spec, processor = EncodingSpec.of(config, _sources(config, split)), load_processor(config.model.path)
+    records, encoder, console = spec.records(), spec.encoder(processor), Console(stderr=True)
     limit = length_limit(config.model.path, config.data.max_length)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(f"checking {split}", total=len(samples))
-        store = open_store(recipe, samples, lambda number: progress.advance(bar, number), lambda: None)
-        samples.use(store)
-        counting = _Counting(samples, store, config, split)
+        bar = progress.add_task(f"checking {split}", total=len(records))
+        store = open_store(spec, records, processor, lambda number: progress.advance(bar, number), lambda: None)
+        samples = StoredSamples(records, store)
+        counting = _Counting(samples, config, split)
         bar = progress.add_task(f"auditing {split}", total=len(samples))
         for index in range(len(samples)):
             num_tokens = int(store.num_tokens[index])
             is_too_long, is_fault = num_tokens > limit.num_tokens, config.data.too_long == "error"
             found = counting.add(index, Finding(TOO_LONG, is_fault, limit.reason(num_tokens)) if is_too_long else None)
             if on_row is not None:
-                on_row(_row(samples, index, found, with_tokens))
+                on_row(_row(samples, encoder, index, found, with_tokens))
             progress.advance(bar)
     return counting.finish()
 
 
-def _row(samples: SampleSet, index: int, found: Sequence[Finding], with_tokens: bool) -> dict[str, Any]:
+def _row(
+    samples: StoredSamples, encoder: Encoder, index: int, found: Sequence[Finding], with_tokens: bool
+) -> dict[str, Any]:
     """The sample as one JSON object, with its faults where it has any."""
     place = samples.place(index)
     for finding in found:
         if finding.kind == REFUSED:
             return {"source": str(place.file), "line": place.line, "index": index, "refused": finding.reason}
     faults = [{"kind": finding.kind, "reason": finding.reason} for finding in found if finding.is_fault]
-    return view_sample(samples, index).row(with_tokens) | ({"faults": faults} if faults else {})
+    return view_sample(samples, encoder, index).row(with_tokens) | ({"faults": faults} if faults else {})

@@ -2,22 +2,15 @@
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from mmtrain.checks.findings import REFUSED
 from mmtrain.config import Config
-from mmtrain.dataset.encode_all import PartEncoder, Recipe
-from mmtrain.dataset.samples import SampleSet
-from mmtrain.dataset.store import find_store
-from mmtrain.encoding.load import load_processor
 from mmtrain.errors import StorageError, UserError, grouped
+from mmtrain.inspect_labels.chosen import ChosenSamples, look_at
 from mmtrain.inspect_labels.terminal import print_sample
-from mmtrain.inspect_labels.view import SampleView, view_sample
-from mmtrain.records.chat import SampleError
 from mmtrain.safe_text import shown, visible
 
 
@@ -45,35 +38,27 @@ def inspect_labels(config: Config, options: Options) -> int:
     sources = config.data.train if options.split == "train" else config.data.eval
     if not sources:
         raise UserError(f"data.{options.split}: there are no sources in the config")
-    recipe, processor = Recipe.of(config, sources), load_processor(config.model.path)
-    part_encoder = PartEncoder(recipe, processor)
-    samples = part_encoder.samples
-    if (store := find_store(recipe, samples)) is not None:
-        samples.use(store)  # the very encoding that training reads
-    chosen = _chosen(len(samples), options)
-    found = part_encoder.encode(chosen).faults
-    faults = [f"{samples.place(index)}: {kind}: {reason}" for index, kind, reason in found]
-    views = _views(samples, chosen, {index for index, kind, _ in found if kind == REFUSED})
-    losses = _losses(config, options, samples, views)
+    chosen = look_at(config, sources, lambda num_samples: _chosen(num_samples, options))
+    losses = _losses(config, options, chosen)
     if options.html is not None:
         from mmtrain.inspect_labels.page import write_page
         from mmtrain.inspect_labels.pixels import seen_pixels
 
         try:
-            write_page(options.html, views, losses, pixels=seen_pixels(processor))
+            write_page(options.html, chosen.views, losses, pixels=seen_pixels(chosen.processor))
         except OSError as error:
             raise StorageError(f"--html {shown(options.html)}: cannot be written: {error.strerror}") from None
-        print(f"wrote {visible(str(options.html))}: {len(views)} samples")
+        print(f"wrote {visible(str(options.html))}: {len(chosen.views)} samples")
     elif options.json:
-        for view in views:
+        for view in chosen.views:
             _print_json(view.row(options.tokens))
     else:
         console = Console(highlight=False, emoji=False, markup=False)
-        for view in views:
+        for view in chosen.views:
             print_sample(view, console, losses.get(view.index) if losses else None)
-    for fault in grouped(faults):
+    for fault in grouped(chosen.faults):
         Console(stderr=True, soft_wrap=True).print(fault, markup=False, highlight=False)
-    return 1 if faults else 0
+    return 1 if chosen.faults else 0
 
 
 def _check_page(path: Path) -> None:
@@ -103,22 +88,13 @@ def _chosen(num_samples: int, options: Options) -> list[int]:
     return list(options.indices) or [i * num_samples // num for i in range(num)]
 
 
-def _views(samples: SampleSet, indices: Sequence[int], refused: set[int]) -> list[SampleView]:
-    """Of the samples that can be encoded. Raises UserError where one is no longer what is stored for training."""
-    try:
-        return [view_sample(samples, index) for index in indices if index not in refused]
-    except SampleError as error:
-        raise UserError(f"data: {error}; run the command again once the data has stopped changing") from None
-
-
-def _losses(
-    config: Config, options: Options, samples: SampleSet, views: Sequence[SampleView]
-) -> dict[int, dict[int, float]] | None:
+def _losses(config: Config, options: Options, chosen: ChosenSamples) -> dict[int, dict[int, float]] | None:
     if not options.losses:
         return None
     from mmtrain.inspect_labels.losses import token_losses
 
-    return token_losses(config, options.adapter, samples, [view.index for view in views])
+    indices = [view.index for view in chosen.views]
+    return token_losses(config, options.adapter, chosen.samples, chosen.processor, indices)
 
 
 def _audit(config: Config, options: Options) -> int:

@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 from mmtrain.config import Config
-from mmtrain.dataset.batch import Loader
-from mmtrain.dataset.samples import SampleSet
+from mmtrain.dataset.batch import Loader, Samples
+from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.adapter import load_adapter, read_adapter
 from mmtrain.model.head import find_head_kind
 from mmtrain.model.inputs import InputMaker
@@ -22,7 +22,7 @@ from mmtrain.scoring.packing import choose_packing
 
 @torch.no_grad()
 def token_losses(
-    config: Config, adapter: Path | None, samples: SampleSet, indices: Iterable[int]
+    config: Config, adapter: Path | None, samples: Samples, processor: ChatProcessor, indices: Iterable[int]
 ) -> dict[int, dict[int, float]]:
     """Negative log-likelihood in nats: sample number → position of the learned token → value.
 
@@ -31,7 +31,6 @@ def token_losses(
     found_adapter = None if adapter is None else read_adapter(adapter)
     runtime = Runtime(config.model.dtype)
     say = functools.partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
-    processor = samples.encoder.processor
     model = load_model(config.model.path, config.model.dtype, processor)
     head_kind = find_head_kind(model, say)
     if found_adapter is not None:
@@ -40,7 +39,8 @@ def token_losses(
     packing = choose_packing(model, processor, config, runtime, say)
     make_inputs = InputMaker(model, processor.image_token_id)
     found = {}
-    for batch in Loader(samples, packing, row_multiple=ROW_MULTIPLE).batches([index] for index in indices):
+    loader = Loader(samples, processor, packing, row_multiple=ROW_MULTIPLE)
+    for batch in loader.batches([index] for index in indices):
         with runtime.autocast():
             nll, _ = supervised_nll(model, head_kind, make_inputs(batch), batch)
         positions = batch.supervised[0].nonzero()[:, 0].tolist()

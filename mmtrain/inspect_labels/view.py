@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from mmtrain.dataset.samples import SampleSet
-from mmtrain.encoding.encode import Traced
+from mmtrain.dataset.samples import FreshSamples, StoredSamples
+from mmtrain.encoding.encode import Encoder, Traced
 from mmtrain.encoding.images import Picture
 from mmtrain.encoding.processor import ChatProcessor, ImageTokens
 from mmtrain.records.chat import Conversation
@@ -94,16 +94,17 @@ class SampleView:
         return row
 
 
-def view_sample(samples: SampleSet, index: int) -> SampleView:
-    """Raises SampleError where the sample cannot be used."""
-    traced = samples.traced(index)
-    processor = samples.encoder.processor
-    tokens = tuple(_tokens(traced, processor, samples.conversation(index)))
+def view_sample(samples: StoredSamples | FreshSamples, encoder: Encoder, index: int) -> SampleView:
+    """The ids and labels of `samples`. Raises SampleError where the sample cannot be used, or where `encoder` now makes
+    others."""
+    conversation, processor = samples.records.conversation(index), encoder.processor
+    traced = encoder.trace(conversation, samples.encoded(index))
+    tokens = tuple(_tokens(traced, processor, conversation))
     images = tuple(
         ImageView(span.picture, processor.image_tokens(span.picture.size), span.start) for span in traced.encoded.images
     )
     spans = tuple(_spans(tokens, {image.start for image in images}, processor))
-    return SampleView(samples.place(index), index, samples.conversation(index), tokens, spans, images)
+    return SampleView(samples.place(index), index, conversation, tokens, spans, images)
 
 
 def _tokens(traced: Traced, processor: ChatProcessor, conversation: Conversation) -> Iterator[TokenView]:

@@ -9,6 +9,7 @@ does not know on to every layer and its attention, also when activations are com
 attends across the samples of a row: `packing_trial` finds that out, and its rows are padded.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -27,6 +28,8 @@ NAME = "mmtrain_segments"
 KEYWORD = "packed_row"
 """The argument of the model's forward that holds a `PackedRow`."""
 _KINDS = {"full_attention", "sliding_attention"}
+_HAS_GQA_FLAG = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""torch 2.11 has no such argument: its kernel takes fewer key heads than query heads as they come."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,9 +145,8 @@ def _varlen(
     """All samples in one kernel, which takes (length, heads, width)."""
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     left = -1 if window is None else window - 1
-    out = varlen_attn(
-        q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1]
-    )
+    grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if _HAS_GQA_FLAG else {}
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0), **grouped)
     assert isinstance(out, Tensor)
     return out[None]
 

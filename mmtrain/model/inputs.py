@@ -46,8 +46,8 @@ class InputMaker:
         types = self._token_types(batch.input_ids)
         inputs |= {key: types for key in ("mm_token_type_ids", "token_type_ids") if key in self._takes}
         inputs = {key: on_device(v, device) if isinstance(v, Tensor) else v for key, v in inputs.items()}
-        if self.features is not None and batch.pictures:
-            inputs |= self.features.of(batch.pictures)
+        if self.features is not None and batch.images:
+            inputs |= self.features.of(batch.images)
         return inputs
 
     @property

@@ -1,8 +1,10 @@
 """Whether the samples of a row leave each other alone: tried on the loaded model before it is trained.
 
 Rows of random samples go through the model as training lays them out, and each sample goes through it alone, with an
-attention mask, as in inference. The logits must agree. A leak has many causes that no config names: another kind of
-attention, a mask that is made without the positions, recurrent layers, images attended to in both directions.
+attention mask, as in inference. The logits must agree, up to rounding, which grows with the model: padded rows show how
+much it is. And where one sample of a packed row is replaced, the logits of the other must stay. A leak has many causes
+that no config names: another kind of attention, a mask that is made without the positions, recurrent layers, images
+attended to in both directions.
 """
 
 import io
@@ -25,14 +27,18 @@ from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.safe_text import one_line
 
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Largest relative difference (L2) of the logits of a stretch of a sample that counts as rounding.
 
-Measured with random weights, 2 to 24 layers, dense and mixture of experts. Rounding: 7e-7 in float32, 0.012 in bfloat16
-(0.03 for a single token). Leaks, the same in both: 0.6 to 1.5 where a sample attends to the one before, 0.7 to 1.2
-where it sees one token of it, 0.3 to 1.4 through recurrent layers, 0.2 to 1 through a convolution over three tokens.
-Images of 8 tokens that are attended to in both directions in one layout alone: 0.13 to 0.2 in the image, 0.03 after it.
+Measured with random weights, 2 to 28 layers, dense and mixture of experts. Rounding: 7e-7 in float32; in bfloat16 it
+grows with the model, from 0.012 (0.03 for a single token) to 0.033 with a width of 1,792 and 28 layers. Leaks, the same
+in both: 0.6 to 1.5 where a sample attends to the one before, 0.7 to 1.2 where it sees one token of it, 0.3 to 1.4 in
+recurrent layers, 0.2 to 1 through a convolution over three tokens. Images of 8 tokens that are attended to in both
+directions in one layout alone: 0.13 to 0.2 in the image, 0.03 after it.
 """
+_ROUNDING = 4.0
+"""How many times as far as padded rows packed ones may be off, where that is more than the tolerance: 1.7 to 1.9 times
+was measured in bfloat16 with widths of 896 and 1,792."""
 _REFUSED = 4
 """Tolerances by which padded rows may be off: a model that is refused for rounding could not be trained at all."""
 _NUM_TOKENS = (60, 24)
@@ -72,15 +78,16 @@ def packing_fault(model: Any, processor: ChatProcessor, dtype: torch.dtype, pack
     if trial.too_far:
         return f"this model attends within {trial.too_far:,} tokens, which is too long to try"
     try:
-        packed = max(
-            _difference(trial.logits([0, 1], packing=True), first + second),
-            _difference(trial.logits([1, 0], packing=True), second + first),
-        )
+        forward, backward = trial.logits([0, 1], packing=True), trial.logits([1, 0], packing=True)
+        packed = max(_difference(forward, first + second), _difference(backward, second + first))
+        leaked = trial.leaked(forward)
     except Exception as error:
         return f"this model cannot run packed rows: {_named(error)}"
-    if packed <= trial.tolerance:
-        return None
-    return f"in a packed row the logits of this model differ by {packed:.0%} from those of each sample alone"
+    if packed > max(trial.tolerance, _ROUNDING * padded):
+        return f"in a packed row the logits of this model differ by {packed:.0%} from those of each sample alone"
+    if leaked > trial.tolerance:
+        return f"in a packed row the logits of this model change by {leaked:.0%} with the other sample"
+    return None
 
 
 def _named(error: Exception) -> str:
@@ -89,7 +96,7 @@ def _named(error: Exception) -> str:
 
 
 class _Trial:
-    """A model and two random samples of it."""
+    """A model, two random samples of it, and two more of the same lengths."""
 
     def __init__(self, model: Any, processor: ChatProcessor, dtype: torch.dtype) -> None:
         self._model, self._processor, self._dtype = model, processor, dtype
@@ -100,7 +107,11 @@ class _Trial:
         """The window of an attention that is not ours, where it is too long to try."""
         first, second = _NUM_TOKENS
         first += reach if reach <= longest else 0
-        self._samples = list(_samples(model, processor, (first, second)))
+        self._samples = [
+            sample
+            for seed in (0, 1)
+            for sample in _samples(model, processor, (first, second), np.random.default_rng(seed))
+        ]
 
     def logits(self, order: Sequence[int], packing: bool) -> list[Tensor]:
         """(num_compared, vocabulary) float32 for each stretch of the samples, which are laid out in this order."""
@@ -117,6 +128,16 @@ class _Trial:
             logits = self._model(**inputs, logits_to_keep=keep.to(device)).logits
         sizes = [int(sample.supervised[stretch].sum()) for sample in samples for stretch in _stretches(sample)]
         return list(torch.split(logits.flatten(0, -2).float(), sizes))
+
+    def leaked(self, row: list[Tensor]) -> float:
+        """By how much the logits of either sample of the packed `row` of both change when the other one is replaced.
+
+        The same kernels run on the same shapes, so rounding is no reason: it is 0 but for experts, whose products
+        depend on how many tokens each gets.
+        """
+        middle = len(row) // 2
+        after, before = self.logits([2, 1], packing=True), self.logits([0, 3], packing=True)
+        return max(_difference(after[middle:], row[middle:]), _difference(before[:middle], row[:middle]))
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -141,12 +162,13 @@ def _longest(model: Any) -> int:
     return max(_NUM_TOKENS[0] // 2, int(limit / sum(parameter.numel() for parameter in model.parameters())))
 
 
-def _samples(model: Any, processor: ChatProcessor, num_tokens: Sequence[int]) -> Iterator[Encoded]:
+def _samples(
+    model: Any, processor: ChatProcessor, num_tokens: Sequence[int], noise: np.random.Generator
+) -> Iterator[Encoded]:
     """Random samples with so many text tokens, each with an image of noise where the model takes images.
 
     `supervised` says which tokens are compared, here also in an image.
     """
-    noise = np.random.default_rng(0)
     size = min(len(processor.tokenizer), model.get_input_embeddings().num_embeddings)
     ordinary = [n for n in range(size) if not processor.is_special(n) and n != processor.image_token_id]
     for count, image_size in zip(num_tokens, _SIZES, strict=True):

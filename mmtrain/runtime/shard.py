@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mmtrain.dataset.samples import SampleSet
-from mmtrain.dataset.validate import Checked
-from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.dataset.samples import StoredSamples
+from mmtrain.dataset.validate import CheckedSamples
+from mmtrain.encoding.encode import Encoded
 from mmtrain.records.sources import Place
 
 FILLER = -1
@@ -74,9 +74,8 @@ def num_held(model: Any) -> tuple[int, int]:
 class Filled:
     """A set of samples with one more, `FILLER`, that has pictures if any sample has, and nothing to learn."""
 
-    def __init__(self, samples: SampleSet, checked: Checked) -> None:
+    def __init__(self, samples: StoredSamples, checked: CheckedSamples) -> None:
         self._samples = samples
-        self.encoder: Encoder = samples.encoder
         self._has_images = checked.num_image_tokens > 0
         self._images_needed = bool(self._has_images.any())
         candidates = np.flatnonzero(self._has_images) if self._images_needed else checked.used

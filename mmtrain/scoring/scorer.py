@@ -8,7 +8,8 @@ from rich.progress import track
 from mmtrain.dataset.batch import Batch, Loader, Samples
 from mmtrain.dataset.microbatches import cut_step
 from mmtrain.dataset.plan import Indices
-from mmtrain.dataset.samples import SampleSet
+from mmtrain.dataset.samples import StoredSamples
+from mmtrain.encoding.encode import Encoder
 from mmtrain.model.head import HeadKind
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
@@ -22,21 +23,29 @@ from mmtrain.scoring.scores import Scores
 class Scorer:
     """Scores answers of the samples `numbers` (sorted), whose lengths in tokens are known.
 
-    `shown` gives the samples as the model gets them, `samples` what they are: they differ where pictures are changed.
+    `shown` gives the samples as the model gets them, `samples` what they are: they differ where images are changed.
     """
 
-    def __init__(self, samples: SampleSet, numbers: Indices, lengths: list[int], shown: Samples | None = None) -> None:
+    def __init__(
+        self,
+        samples: StoredSamples,
+        encoder: Encoder,
+        numbers: Indices,
+        lengths: list[int],
+        shown: Samples | None = None,
+    ) -> None:
         self._numbers = numbers
         self._lengths = lengths
         self._shown: Samples = shown if shown is not None else samples
+        self._processor = encoder.processor
         rows: list[tuple[int, int, int, bool, int]] = []
         self._first: dict[int, int] = {}
         for number in numbers.tolist():
-            conversation = samples.conversation(number)
+            conversation = samples.records.conversation(number)
             self._first[number] = len(rows)
-            for answer, turn in enumerate(samples.encoder.trained_turns(conversation.messages), start=1):
+            for answer, turn in enumerate(encoder.trained_turns(conversation.messages), start=1):
                 size = len(conversation.messages[turn].text.encode())
-                rows.append((number, samples.source(number), answer, bool(conversation.images), size))
+                rows.append((number, samples.records.source(number), answer, bool(conversation.images), size))
         self._rows = np.array(rows, np.int64).reshape(-1, 5)
 
     @torch.no_grad()
@@ -60,9 +69,8 @@ class Scorer:
         own = [self._numbers[cut].tolist() for cut in cuts[runtime.index * share : (runtime.index + 1) * share]]
         own = [cut for cut in own if cut] if filled is None else [filled.fill(cut) for cut in own]
         sums = np.zeros((len(self._rows), 3))
-        batches = Loader(self._shown if filled is None else filled, packing, make_inputs.store, ROW_MULTIPLE).batches(
-            own
-        )
+        samples = self._shown if filled is None else filled
+        batches = Loader(samples, self._processor, packing, make_inputs.store, ROW_MULTIPLE).batches(own)
         quiet = console is None or not console.is_terminal
         for batch in track(batches, "scoring", len(own), console=console, transient=True, disable=quiet):
             with runtime.autocast():

@@ -6,8 +6,6 @@ It is made in a folder beside, flushed to the disk, and renamed; `manifest.json`
 """
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmtrain.atomic_files import flush, move_into_place, temporary_path
 from mmtrain.dataset.hashes import sha256_of
-from mmtrain.errors import NoCheckpointError, StorageError, UserError, storage_faults
+from mmtrain.errors import NoCheckpointError, StorageError, UserError, storage_faults, system_error
 from mmtrain.safe_text import shown
 
 _MANIFEST = "manifest.json"
@@ -31,30 +30,6 @@ _NUM_MOMENTS = 2
 def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     """What learns, by name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def write_folder(target: Path, made: Path) -> None:
-    """Put the folder `made`, written beside `target`, in its place in one rename, its files flushed first."""
-    for path in [*made.rglob("*"), made]:
-        _flush(path)
-    if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        made.rename(target)
-        _flush(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        made.rename(target)
-        _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,25 +92,19 @@ class CheckpointFolder:
         Raises StorageError, with the checkpoints before untouched, where it cannot be written.
         """
         target = self._folder / f"step-{step:06d}"
-        made = target.with_name(f".{target.name}.new")
         size = sum(value.nbytes for part in (held.weights, held.moments) for value in part.values())
         with storage_faults(lambda: self._needs(target, size)):
             self._folder.mkdir(parents=True, exist_ok=True)
-            _flush(self._folder.parent)
+            flush(self._folder.parent)
             self.sweep()
-            if made.exists():
-                shutil.rmtree(made)  # says why it could not be swept
-            try:
+            with temporary_path(target) as made:
                 made.mkdir()
                 _write_tensors(held.weights, made / "trainable.safetensors")
                 _write_tensors(held.moments, made / "optimizer.safetensors")
                 (made / "state.json").write_text(json.dumps(state, indent=2))
                 sums = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
                 (made / _MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=2))
-                write_folder(target, made)
-            except OSError:
-                shutil.rmtree(made, ignore_errors=True)
-                raise
+                move_into_place(target, made)
         fault = _fault(target)
         if fault is not None:
             raise StorageError(f"{target}: read back, {fault}: the disk did not keep what was written")
@@ -195,10 +164,7 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+        raise system_error(error) or error from None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""What a run learns from and is measured on: checked before the first step, and cut into steps."""
+"""What a run is trained and evaluated on: checked before the first step, and cut into steps."""
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from mmtrain.config import Config
-from mmtrain.config.schema import Run, Source
-from mmtrain.dataset.encode_all import Recipe
+from mmtrain.config.schema import EvalSource, Run, Train
+from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.microbatches import cut_step
-from mmtrain.dataset.plan import Indices, Plan
-from mmtrain.dataset.samples import SampleSet
-from mmtrain.dataset.validate import Checked, check_samples
+from mmtrain.dataset.plan import Plan
+from mmtrain.dataset.samples import StoredSamples
+from mmtrain.dataset.validate import CheckedSamples, check_samples
+from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.cost import CostModel
@@ -29,8 +30,8 @@ class EvalSet:
     """One source of `data.eval`, checked and ready to be scored."""
 
     name: str
-    samples: SampleSet
-    checked: Checked
+    samples: StoredSamples
+    checked: CheckedSamples
     scorer: Scorer
 
 
@@ -55,19 +56,16 @@ class Dataset:
     def __init__(
         self, config: Config, processor: ChatProcessor, console: Console, tick: Callable[[], None] = lambda: None
     ) -> None:
-        data, settings = config.data, config.train
-        limit = length_limit(config.model.path, data.max_length)
-        sets: dict[str, Sequence[Source]] = {source.name or Path(source.path).name: [source] for source in data.eval}
-        if len(sets) < len(data.eval):
-            raise UserError("data.eval: two sources have the same name: give each its own `name`")
-        recipes = [Recipe.of(config, sources) for sources in (data.train, *sets.values())]
-        check = functools.partial(check_samples, processor=processor, limit=limit, too_long=data.too_long)
-        (self.train, self.checked), *found = _check_all(["train", *sets], recipes, check, console, tick)
-        self.eval = [_eval_set(name, *one) for name, one in zip(sets, found, strict=True)]
-        weights = [source.weight for source in data.train]
-        self.plan = Plan(_by_source(self.train, self.checked), weights, settings.batch_size, settings.seed)
-        by_epochs = max(1, math.ceil((settings.epochs or 1.0) * self.plan.steps_per_epoch))
-        self.num_steps = settings.steps if settings.steps is not None else by_epochs
+        sources = _eval_sources(config)
+        specs = {f"evaluation set {name}": EncodingSpec.of(config, [source]) for name, source in sources.items()}
+        train_spec = EncodingSpec.of(config, config.data.train)
+        limit = length_limit(config.model.path, config.data.max_length)
+        check = functools.partial(check_samples, processor=processor, limit=limit, too_long=config.data.too_long)
+        (self.train, self.checked), *found = _check_all({"train": train_spec, **specs}, check, console, tick)
+        self.encoder = train_spec.encoder(processor)
+        self.eval = [_eval_set(name, self.encoder, *one) for name, one in zip(sources, found, strict=True)]
+        self.plan = _plan(config, self.train, self.checked)
+        self.num_steps = _num_steps(config.train, self.plan)
 
     def cut(
         self, step: int, settings: Run, packing: bool, costs: CostModel, process: int, num_processes: int
@@ -90,13 +88,13 @@ class Dataset:
         tokens, supervised = self.checked.num_tokens.sum(), self.checked.num_supervised.sum()
         line = (
             f"{len(used):,} samples, {self.checked.num_images:,} images, {tokens:,} tokens "
-            f"({supervised / tokens:.1%} learned); {self.num_steps:,} steps, {self.plan.steps_per_epoch:,} an epoch"
+            f"({supervised / tokens:.1%} trained on); {self.num_steps:,} steps, {self.plan.steps_per_epoch:,} an epoch"
         )
         dropped = len(self.dropped_rows())
         return line + (f"; {dropped:,} samples dropped as too long, listed in dropped.jsonl" if dropped else "")
 
     def dropped_rows(self) -> list[dict[str, Any]]:
-        """A row for each sample that stays out under `data.too_long: drop`."""
+        """A row for each sample that is left out by `data.too_long: drop`."""
         sets = [(self.train, self.checked), *((e.samples, e.checked) for e in self.eval)]
         return [
             {"file": str(samples.place(index).file), "line": samples.place(index).line, "reason": reason}
@@ -105,17 +103,24 @@ class Dataset:
         ]
 
 
+def _eval_sources(config: Config) -> dict[str, EvalSource]:
+    """By name. Raises UserError where two have the same."""
+    found = {source.name or Path(source.path).name: source for source in config.data.eval}
+    if len(found) < len(config.data.eval):
+        raise UserError("data.eval: two sources have the same name: give each its own `name`")
+    return found
+
+
 def _check_all(
-    names: list[str],
-    recipes: list[Recipe],
-    check: Callable[..., tuple[SampleSet, Checked]],
+    specs: dict[str, EncodingSpec],
+    check: Callable[..., tuple[StoredSamples, CheckedSamples]],
     console: Console,
     tick: Callable[[], None],
-) -> list[tuple[SampleSet, Checked]]:
-    """Check every set, with the faults of all of them together. `tick` is called again and again meanwhile."""
+) -> list[tuple[StoredSamples, CheckedSamples]]:
+    """Check each, by name, and raise the faults of all of them together. `tick` is called again and again meanwhile."""
     found, faults = [], []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for name, recipe in zip(names, recipes, strict=True):
+        for name, spec in specs.items():
             bar = progress.add_task(f"checking {name}", total=None)
 
             def advance(number: int, bar: TaskID = bar) -> None:
@@ -123,7 +128,7 @@ def _check_all(
                 progress.advance(bar, number)
 
             try:
-                found.append(check(recipe, advance=advance, tick=tick))
+                found.append(check(spec, advance=advance, tick=tick))
             except UserError as error:
                 faults += error.faults
     if faults:
@@ -131,12 +136,19 @@ def _check_all(
     return found
 
 
-def _eval_set(name: str, samples: SampleSet, checked: Checked) -> EvalSet:
-    scorer = Scorer(samples, checked.used, checked.num_tokens[checked.used].tolist())
+def _eval_set(name: str, encoder: Encoder, samples: StoredSamples, checked: CheckedSamples) -> EvalSet:
+    scorer = Scorer(samples, encoder, checked.used, checked.num_tokens[checked.used].tolist())
     return EvalSet(name, samples, checked, scorer)
 
 
-def _by_source(samples: SampleSet, checked: Checked) -> list[Indices]:
-    """The used sample numbers of each source. Raises UserError where a source has none."""
-    of = samples.sources(checked.used)
-    return [checked.used[of == number] for number in range(samples.num_sources)]
+def _plan(config: Config, samples: StoredSamples, checked: CheckedSamples) -> Plan:
+    """The steps over the used samples. Raises UserError where a source has none of them."""
+    source_of = samples.records.sources_of(checked.used)
+    by_source = [checked.used[source_of == number] for number in range(samples.records.num_sources)]
+    weights = [source.weight for source in config.data.train]
+    return Plan(by_source, weights, config.train.batch_size, config.train.seed)
+
+
+def _num_steps(settings: Train, plan: Plan) -> int:
+    by_epochs = max(1, math.ceil((settings.epochs or 1.0) * plan.steps_per_epoch))
+    return settings.steps if settings.steps is not None else by_epochs

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.config import Config
 from mmtrain.dataset.batch import Batch
 from mmtrain.encoding.directory import model_directory, processor_files
@@ -19,7 +20,7 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.model.load import auto_class, load_model
 from mmtrain.runtime.shard import whole
-from mmtrain.train.checkpoint import trainable_parameters, write_folder
+from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.model_card import model_card
 from mmtrain.train.step import Learner
 
@@ -44,9 +45,7 @@ def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Ba
         return ""
     if not is_adapter and weights is None:
         model.to(dtype)
-    made = target.with_name(f".{target.name}.new")
-    with storage_faults(f"{target}: it cannot be written"):
-        shutil.rmtree(made, ignore_errors=True)
+    with storage_faults(f"{target}: it cannot be written"), temporary_path(target) as made:
         if is_adapter and Path(config.model.path).is_dir():  # to be found from any directory
             model.peft_config["default"].base_model_name_or_path = str(Path(config.model.path).resolve())
         # peft would ask the hub whether the vocabulary has grown, and save the base model's head where it has LoRA
@@ -55,7 +54,7 @@ def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Ba
         _copy_processor(model_directory(config.model.path), made)
         card = model_card(config, auto_class(model.config).__name__, is_adapter, num_samples)
         (made / "README.md").write_text(card, encoding="utf-8")
-        write_folder(target, made)
+        move_into_place(target, made)
     if weights is not None:
         _check_equal(target, model, weights)
         return f"saved {target}; read back, every weight is the one that was trained"

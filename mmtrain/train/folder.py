@@ -1,6 +1,5 @@
 """The directory of a run: one run at a time may write to it. Knows nothing of torch, so that it is asked at once."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmtrain.errors import UserError, storage_faults
+from mmtrain.file_locks import try_lock
 from mmtrain.safe_text import visible
 
 _LOCK = ".lock"
@@ -34,14 +34,14 @@ def locked(output_dir: Path) -> Iterator[None]:
         raise UserError(f"run.output_dir: the directory {name} cannot be made: {why}") from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            is_free = try_lock(file)
+        except OSError as error:
+            raise UserError(f"{name}: the file system does not lock files ({error.strerror}): use another") from None
+        if not is_free:
             raise UserError(
                 f"{name}: another run is writing there ({_holder(output_dir / _LOCK)}); "
                 "wait for it, stop it, or take another run.output_dir"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{name}: the file system does not lock files ({error.strerror}): use another") from None
+            )
         file.truncate(0)
         with suppress(OSError):  # no room for the name: the lock itself needs none
             os.write(file.fileno(), json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())

@@ -193,7 +193,8 @@ class TrainingLoop:
         settings, last, activity = self._config.run, self._dataset.num_steps, self._learner.runtime.activity
         samples = self._dataset.train if self._filled is None else self._filled
         cuts = (cut for step in range(first, last + 1) for cut in self._cut(step).own if cut)
-        batches = Loader(samples, self._learner.packing, self._learner.make_inputs.store, ROW_MULTIPLE).batches(cuts)
+        learner, processor = self._learner, self._dataset.encoder.processor
+        batches = Loader(samples, processor, learner.packing, learner.make_inputs.store, ROW_MULTIPLE).batches(cuts)
         metrics = MetricsFile(self._output_dir / METRICS, first - 1, self._learner.runtime.is_main)
         with Reporter(last, first - 1, self._console) as reporter, metrics:
             self._evaluate(first - 1, metrics, reporter, self._evaluated)  # at the start what the model knew before
@@ -216,7 +217,8 @@ class TrainingLoop:
         runtime.activity.set("exporting" if runtime.is_main else "waiting")
         if runtime.is_main or self._learner.sharded:
             used = self._dataset.checked.used
-            batch = Loader(self._dataset.train, self._learner.packing, row_multiple=ROW_MULTIPLE).load([int(used[0])])
+            loader = Loader(self._dataset.train, processor, self._learner.packing, row_multiple=ROW_MULTIPLE)
+            batch = loader.load([int(used[0])])
             line = export(self._learner, self._config, processor, batch, len(used))
             self._console.print(line, highlight=False, soft_wrap=True)
         runtime.activity.set("waiting")

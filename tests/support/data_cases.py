@@ -99,7 +99,7 @@ def refused_case(world: World, rank: int) -> list[str]:
     command goes on to what a run without the fault leaves."""
     folder, config = world.new_folder(), with_pictures(world)
     more = ("train.steps=8", "run.checkpoint_every=100")
-    refused = patch("mmtrain.dataset.batch.picture_inputs", "refuse", folder / "done", nth=9)
+    refused = patch("mmtrain.dataset.batch.load_image_inputs", "refuse", folder / "done", nth=9)
     group = world.server.start(folder, world.words(folder, *more, config=config), 2, {rank: [refused]})
     try:
         codes, text = group.wait(60), group.text

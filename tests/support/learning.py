@@ -41,7 +41,9 @@ def step_of(
     learner.optimizer.zero_grad(set_to_none=True)
     samples = [number for cut in cuts for number in cut]
     count = int(dataset.checked.num_supervised[samples].sum())
-    batches = Loader(dataset.train, packing, learner.make_inputs.store, row_multiple).batches(cuts)
+    batches = Loader(
+        dataset.train, dataset.encoder.processor, packing, learner.make_inputs.store, row_multiple
+    ).batches(cuts)
     loss, _ = accumulate_gradients(learner, batches, count, step=3)
     named: dict[str, Any] = dict(learner.model.named_parameters())
     return float(loss), {

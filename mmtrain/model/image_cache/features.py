@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from mmtrain.dataset.image_inputs import Features, PictureInputs
+from mmtrain.dataset.image_inputs import Features, ImageInputs
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.image_cache.store import FeatureStore
@@ -59,14 +59,14 @@ class PictureFeatures:
         self._fields = fields
 
     @torch.no_grad()
-    def of(self, pictures: Sequence[PictureInputs]) -> dict[str, Any]:
+    def of(self, pictures: Sequence[ImageInputs]) -> dict[str, Any]:
         """The argument of the model's forward, on its device. To be called under the autocast of the training."""
         each = [self._features(picture).tensors for picture in pictures]
         device = self._model.device
         on_device = [{name: value.to(device, non_blocking=True) for name, value in own.items()} for own in each]
         return {_KEYWORD: {"image": self._fields.join(on_device)}}
 
-    def _features(self, picture: PictureInputs) -> Features:
+    def _features(self, picture: ImageInputs) -> Features:
         # an earlier micro-batch may have had the same picture while this one was decoded ahead
         found = picture.features or self.store.find(picture.key)
         if found is None:
@@ -75,7 +75,7 @@ class PictureFeatures:
                 raise UserError(
                     f"{picture.num_placeholders} placeholders for {_num_rows(tensors)} features of pictures"
                 )
-            found = Features(tensors, picture.beside, picture.num_placeholders)
+            found = Features(tensors, picture.other_inputs, picture.num_placeholders)
             self.store.keep(picture.key, found)
         return found
 
@@ -107,11 +107,11 @@ def _found_fields(model: Any, processor: ChatProcessor) -> Fields | None:
     pictures = [PIL.Image.fromarray(noise.integers(0, 256, (h, w, 3), np.uint8)) for w, h in _SIZES]
     pixels, ids = processor.image_inputs(pictures)
     made = [processor.image_inputs([picture]) for picture in pictures]
-    alone = [PictureInputs("", own.count(processor.image_token_id or -1), inputs, None) for inputs, own in made]
+    alone = [ImageInputs("", own.count(processor.image_token_id or -1), inputs, None) for inputs, own in made]
     expected = _given_to_decoder(model, ids, pixels)
     joint = _output(model, pixels)
     read = _Read(joint)
-    beside = {name: torch.cat([one.beside[name] for one in alone]) for name in alone[0].beside}
+    beside = {name: torch.cat([one.other_inputs[name] for one in alone]) for name in alone[0].other_inputs}
     _given_to_decoder(model, ids, beside | {_KEYWORD: {"image": read}})
     with torch.enable_grad():
         outputs = [_output(model, picture.inputs) for picture in alone]

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.dataset.image_inputs import Features
 
 _SCAN_SHARE = 8
@@ -59,17 +60,15 @@ class FeatureFolder:
         if not self._writing:
             return
         raw, path = _pack(key, features), self._path(key)
-        beside = path.with_name(f".{key}.{os.getpid()}")
         try:
             if not self._has_room(len(raw)):
                 self._stop(f"{self._limit / 2**30:,.1f} GiB (run.image_cache.disk_gib) are full")
                 return
             self._folder.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(raw)
-            beside.replace(path)
+            with temporary_path(path, str(os.getpid())) as made:
+                made.write_bytes(raw)
+                move_into_place(path, made, durable=False)  # it is checked when it is read
         except OSError as error:
-            with suppress(OSError):
-                beside.unlink()
             self._stop(error.strerror or str(error))
 
     def _path(self, key: str) -> Path:

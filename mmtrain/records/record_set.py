@@ -1,0 +1,78 @@
+"""The records of several sources as one list."""
+
+from bisect import bisect_right
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mmtrain.config.schema import Source
+from mmtrain.records.chat import Conversation
+from mmtrain.records.formats import read_record
+from mmtrain.records.sources import Place, RecordFile, open_records
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenFile:
+    records: RecordFile
+    root: Path
+    record_format: str
+    source: int
+
+
+class RecordSet:
+    """Random access to every record of several sources. A sample index counts them in the order of the config."""
+
+    def __init__(self, sources: Sequence[Source], ignored: Set[str] = frozenset()) -> None:
+        """`ignored`: keys of records that need not be understood. Raises UserError where a source cannot be read."""
+        self._ignored = ignored
+        self.num_sources = len(sources)
+        self._files: list[_OpenFile] = []
+        for number, source in enumerate(sources):
+            for records in open_records(source.path):
+                root = Path(source.root) if source.root is not None else records.path.parent
+                self._files.append(_OpenFile(records, root, source.format, number))
+        self._ends = list(accumulate(len(file.records) for file in self._files))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def files(self) -> list[tuple[Path, Path, str]]:
+        """Each file of records, the folder of its images, and its format, in order."""
+        return [(file.records.path, file.root, file.record_format) for file in self._files]
+
+    def files_of(self, source: int) -> list[Path]:
+        """The files of one source."""
+        return [file.records.path for file in self._files if file.source == source]
+
+    def source(self, index: int) -> int:
+        """The source of a sample, as a position in the config's list."""
+        return self._find(index)[0].source
+
+    def sources_of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The source of each sample."""
+        of_file = np.array([file.source for file in self._files])
+        return of_file[np.searchsorted(self._ends, indices, side="right")]
+
+    def place(self, index: int) -> Place:
+        """The file and line of a sample."""
+        file, local = self._find(index)
+        return file.records.place(local)
+
+    def root(self, index: int) -> Path:
+        """The folder that a sample's image paths are relative to."""
+        return self._find(index)[0].root
+
+    def conversation(self, index: int) -> Conversation:
+        """Raises SampleError where the record is not a conversation."""
+        file, local = self._find(index)
+        return read_record(file.records.record(local), file.record_format, self._ignored)
+
+    def _find(self, index: int) -> tuple[_OpenFile, int]:
+        number = bisect_right(self._ends, index)
+        file = self._files[number]
+        return file, index - (self._ends[number] - len(file.records))
