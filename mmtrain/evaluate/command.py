@@ -26,6 +26,7 @@ from mmtrain.model.head import find_head_kind
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import length_limit, load_model
 from mmtrain.model.root import Root
+from mmtrain.model.vision import prepare_vision
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring import statistics
 from mmtrain.scoring.image_cache import find_features, make_store
@@ -126,8 +127,10 @@ class Evaluation:
         self._model.to(self._runtime.device)
         same = is_as_loaded(self._model, self._components, ("vision", "projector"))  # with any adapter
         store = self._store if same else None
-        features = find_features(self._model, self._processor, self._runtime, store, self._say)
-        make_inputs = InputMaker(self._model, self._processor.image_token_id, features)
+        with self._runtime.autocast():
+            vision = prepare_vision(self._model, self._processor, self._say)
+        features = find_features(self._model, self._processor, self._config, self._runtime, store, vision, self._say)
+        make_inputs = InputMaker(self._model, self._processor.image_token_id, features, vision)
         scores = scorer.score(
             Root(self._model),
             self._head_kind,

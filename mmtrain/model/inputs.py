@@ -11,18 +11,28 @@ from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.model.attention import KEYWORD, PackedRow, install_attention
 from mmtrain.model.image_cache.features import PictureFeatures
 from mmtrain.model.image_cache.store import FeatureStore
+from mmtrain.model.transfer import all_on_device
+from mmtrain.model.vision import VisionInputs
 
 
 class InputMaker:
     """Makes the arguments that one model takes.
 
-    `features`: where a batch's pictures come one by one, what is put in the place of their pixels.
+    `features`: where a batch's images come one by one, what is put in the place of their pixels; `vision`: where their
+    pixels go otherwise.
     """
 
-    def __init__(self, model: Any, image_token_id: int | None, features: PictureFeatures | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        image_token_id: int | None,
+        features: PictureFeatures | None = None,
+        vision: VisionInputs | None = None,
+    ) -> None:
         self.features = features
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         self._model = model
+        self._vision = vision or VisionInputs(model)
         self._get_rope_index = getattr(model.base_model, "get_rope_index", None)
         self.attends_by_sample = install_attention(model)
         """Whether the attention is ours, which attends to one sample of a packed row at a time."""
@@ -37,7 +47,7 @@ class InputMaker:
         `use_cache` off (left at its default, the samples of a row see each other without a word).
         """
         device = self._model.device
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False, **batch.image_inputs}
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         inputs["position_ids"] = self._positions(batch)
         if not batch.packed:
             inputs["attention_mask"] = _padding_mask(batch)
@@ -45,7 +55,7 @@ class InputMaker:
             inputs[KEYWORD] = PackedRow.of(batch, device)
         types = self._token_types(batch.input_ids)
         inputs |= {key: types for key in ("mm_token_type_ids", "token_type_ids") if key in self._takes}
-        inputs = {key: on_device(v, device) if isinstance(v, Tensor) else v for key, v in inputs.items()}
+        inputs = all_on_device(inputs, device) | self._vision(batch.image_inputs)
         if self.features is not None and batch.images:
             inputs |= self.features.of(batch.images)
         return inputs
@@ -83,11 +93,6 @@ class InputMaker:
             return torch.arange(segment.length, device=ids.device).expand(3, -1)
         positions: Tensor = self._get_rope_index(input_ids=ids, mm_token_type_ids=self._token_types(ids), **grids)[0]
         return positions[:, 0]
-
-
-def on_device(value: Tensor, device: torch.device) -> Tensor:
-    """`value`, of the CPU, there; without waiting for what the device does meanwhile."""
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def _padding_mask(batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmtrain.dataset.batch import Batch
 from mmtrain.model.attention import KEYWORD
 from mmtrain.model.head import FrozenHeadNLL, HeadKind, before_head, frozen_head
-from mmtrain.model.inputs import on_device
+from mmtrain.model.transfer import on_device
 
 
 def supervised_nll(model: Any, head_kind: HeadKind, inputs: dict[str, Any], batch: Batch) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.image_cache.features import PictureFeatures, find_fields
 from mmtrain.model.image_cache.files import FeatureFolder
 from mmtrain.model.image_cache.store import FeatureStore
+from mmtrain.model.vision import VisionInputs
 from mmtrain.runtime.processes import Runtime
 
 GIB = 2**30
@@ -42,7 +43,13 @@ def make_store(config: Config, runtime: Runtime, say: Callable[[str], None]) -> 
 
 
 def find_features(
-    model: Any, processor: ChatProcessor, runtime: Runtime, store: FeatureStore | None, say: Callable[[str], None]
+    model: Any,
+    processor: ChatProcessor,
+    config: Config,
+    runtime: Runtime,
+    store: FeatureStore | None,
+    vision: VisionInputs,
+    say: Callable[[str], None],
 ) -> PictureFeatures | None:
     """What puts kept features into `model`, which is on its device; None where there is no store or the model's cannot
     be kept."""
@@ -50,7 +57,18 @@ def find_features(
         return None
     with runtime.autocast():
         fields = find_fields(model, processor, say)
-    return None if fields is None else PictureFeatures(model, store, fields)
+    if fields is None:
+        return None
+    together = _encodes_together(config, runtime)
+    if together and not fields.can_be_split:
+        say("image cache: images outside it are encoded one by one, because their tensors do not join")
+    return PictureFeatures(model, store, fields, vision, together)
+
+
+def _encodes_together(config: Config, runtime: Runtime) -> bool:
+    """Whether images that are missing are encoded at once. Not on the CPU, where that gains nothing, nor where bits are
+    promised: those of an image would depend on which others were missing."""
+    return runtime.device.type == "cuda" and config.run.microbatches == "auto"
 
 
 def _model_key(config: Config, runtime: Runtime) -> str:
@@ -60,4 +78,6 @@ def _model_key(config: Config, runtime: Runtime) -> str:
     )
     versions = {"mmtrain": __version__, "transformers": transformers.__version__, "pillow": PIL.__version__}
     made_by = {"dtype": config.model.dtype, "threads": runtime.num_threads, **runtime.kernels, **versions}
+    if _encodes_together(config, runtime):
+        made_by["images"] = "together"
     return hashlib.sha256(json.dumps([json.loads(files), made_by], sort_keys=True).encode()).hexdigest()

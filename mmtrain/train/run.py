@@ -25,6 +25,7 @@ from mmtrain.model.kernels.install import install
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.load import checkpoint_activations, compile_layers, load_model
 from mmtrain.model.root import Root
+from mmtrain.model.vision import VisionInputs, prepare_vision
 from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.shard import Filled, num_held, shard, share, whole
 from mmtrain.scoring.image_cache import find_features, keeps_features, make_store
@@ -114,6 +115,8 @@ def make_learner(
         model.to(runtime.device)
     if settings.kernels == "auto":
         say(install(model).line)
+    with runtime.autocast():
+        vision = VisionInputs(base) if sharded else prepare_vision(base, processor, say)
     costs = cost_model(base, components, config.tune)
     packing = choose_packing(model, processor, config, runtime, say)  # on the CPU where weights are sharded later
     if settings.compile:
@@ -122,8 +125,8 @@ def make_learner(
         shard(root, runtime.device)
         model.to(runtime.device)
     store = make_store(config, runtime, say) if keeps_features(config, runtime.num_processes) else None
-    features = find_features(model, processor, runtime, store, say)
-    make_inputs = InputMaker(model, processor.image_token_id, features)
+    features = find_features(model, processor, config, runtime, store, vision, say)
+    make_inputs = InputMaker(model, processor.image_token_id, features, vision)
     exact = settings.microbatches != "auto" and not sharded
     optimizer = make_optimizer(model, components, config)
     learner = Learner(model, root, make_inputs, head_kind, optimizer, clock, runtime, exact, sharded, packing)

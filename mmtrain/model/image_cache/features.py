@@ -7,7 +7,7 @@ are put together, is not known here but found out: the decoder must be given the
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from mmtrain.dataset.image_inputs import Features, ImageInputs
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.image_cache.store import FeatureStore
+from mmtrain.model.transfer import PinnedMemory, all_on_device
 from mmtrain.safe_text import one_line
 
 _KEYWORD = "mm_encoder_outputs"
@@ -35,12 +36,27 @@ Layout = str | tuple["Layout", ...]
 other, or a list whose places each have a layout."""
 
 
+Place = Callable[[dict[str, Tensor]], dict[str, Any]]
+"""Puts the inputs of images where a model wants them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fields:
     """What a forward reads of its picture features."""
 
     kind: type
     layouts: dict[str, Layout]
+    can_be_split: bool = False
+    """Whether what is computed of several images at once is that of each, one after the other."""
+
+    def split(self, output: Any, num_placeholders: Sequence[int]) -> list[dict[str, Tensor]]:
+        """The tensors of each image, by path, of what the model makes of images with so many placeholders. Raises
+        ValueError where they do not come apart."""
+        each: list[dict[str, Tensor]] = [{} for _ in num_placeholders]
+        for name, layout in self.layouts.items():
+            for own, value in zip(each, _split(layout, getattr(output, name), num_placeholders), strict=True):
+                own |= _flat(value, name)
+        return each
 
     def join(self, each: Sequence[dict[str, Tensor]]) -> Any:
         """The model's own output for pictures whose tensors are `each`."""
@@ -51,38 +67,61 @@ class Fields:
 
 
 class PictureFeatures:
-    """Gives the features of a batch's pictures: those that `store` has, and the others computed and kept."""
+    """Gives the features of a batch's images: those that `store` has, and the others computed and, where there is room,
+    kept.
 
-    def __init__(self, model: Any, store: FeatureStore, fields: Fields) -> None:
-        self._model = _base(model)
+    `together`: images that are missing go through the frozen components at once, which is faster; one by one, their
+    bits do not depend on each other.
+    """
+
+    def __init__(
+        self, model: Any, store: FeatureStore, fields: Fields, place: Place | None = None, together: bool = False
+    ) -> None:
+        self._model = base_model(model)
         self.store = store
         self._fields = fields
+        self._place = place or _placing(self._model)
+        self._together = together and fields.can_be_split
+        self._memory = PinnedMemory()
 
     @torch.no_grad()
-    def of(self, pictures: Sequence[ImageInputs]) -> dict[str, Any]:
+    def of(self, images: Sequence[ImageInputs]) -> dict[str, Any]:
         """The argument of the model's forward, on its device. To be called under the autocast of the training."""
-        each = [self._features(picture).tensors for picture in pictures]
+        # an earlier micro-batch may have had the same image while this one was decoded ahead
+        found = {image.key: image.features or self.store.find(image.key) for image in images}
+        missing = list({image.key: image for image in images if found[image.key] is None}.values())
+        groups = [missing] if self._together and missing else [[image] for image in missing]
         device = self._model.device
-        on_device = [{name: value.to(device, non_blocking=True) for name, value in own.items()} for own in each]
-        return {_KEYWORD: {"image": self._fields.join(on_device)}}
+        tensors = {key: all_on_device(own.tensors, device) for key, own in found.items() if own is not None}
+        for group in groups:
+            tensors |= zip((image.key for image in group), self._computed(group), strict=True)
+        for image in missing:
+            self._keep(image, tensors[image.key])
+        return {_KEYWORD: {"image": self._fields.join([tensors[image.key] for image in images])}}
 
-    def _features(self, picture: ImageInputs) -> Features:
-        # an earlier micro-batch may have had the same picture while this one was decoded ahead
-        found = picture.features or self.store.find(picture.key)
-        if found is None:
-            tensors = self._fields_of(_output(self._model, picture.inputs))
-            if _num_rows(tensors) != picture.num_placeholders:
-                raise UserError(
-                    f"{picture.num_placeholders} placeholders for {_num_rows(tensors)} features of pictures"
-                )
-            found = Features(tensors, picture.other_inputs, picture.num_placeholders)
-            self.store.keep(picture.key, found)
+    def _computed(self, images: Sequence[ImageInputs]) -> list[dict[str, Tensor]]:
+        """What is kept of each image, by path, on the device."""
+        names = images[0].inputs
+        inputs = {name: torch.cat([image.inputs[name] for image in images]) for name in names} if images[1:] else names
+        output = _output(self._model, inputs, self._place)
+        counts = [image.num_placeholders for image in images]
+        found = self._fields.split(output, counts)
+        for image, tensors in zip(images, found, strict=True):
+            if _num_rows(tensors) != image.num_placeholders:
+                raise UserError(f"{image.num_placeholders} placeholders for {_num_rows(tensors)} features of images")
         return found
 
-    def _fields_of(self, output: Any) -> dict[str, Tensor]:
-        """The tensors that are kept, by path; on the CPU, sharing memory with nothing."""
-        flat = {path: value for name in self._fields.layouts for path, value in _flat(getattr(output, name), name)}
-        return {path: torch.empty_like(value, device="cpu").copy_(value) for path, value in flat.items()}
+    def _keep(self, image: ImageInputs, tensors: dict[str, Tensor]) -> None:
+        """On the CPU, sharing memory with nothing, and without waiting for a GPU unless a file is written."""
+        features = Features(tensors, image.other_inputs, image.num_placeholders)
+        if not self.store.wants(features.num_bytes):
+            return
+        wait = self.store.is_on_disk or self._model.device.type != "cuda"
+        own = {
+            name: torch.empty_like(value, device="cpu").copy_(value) if wait else self._memory.copy_of(value)
+            for name, value in tensors.items()
+        }
+        self.store.keep(image.key, replace(features, tensors=own))
 
 
 @torch.no_grad()
@@ -92,7 +131,7 @@ def find_fields(model: Any, processor: ChatProcessor, say: Callable[[str], None]
     None where the model's features cannot be kept: the forward does not take them, or takes something else beside
     them, or they depend on weights that learn. `say` is told where the trial itself failed.
     """
-    base = _base(model)
+    base = base_model(model)
     if processor.image_token is None or _KEYWORD not in inspect.signature(base.forward).parameters:
         return None
     try:
@@ -108,13 +147,14 @@ def _found_fields(model: Any, processor: ChatProcessor) -> Fields | None:
     pixels, ids = processor.image_inputs(pictures)
     made = [processor.image_inputs([picture]) for picture in pictures]
     alone = [ImageInputs("", own.count(processor.image_token_id or -1), inputs, None) for inputs, own in made]
-    expected = _given_to_decoder(model, ids, pixels)
-    joint = _output(model, pixels)
+    place = _placing(model)
+    expected = given_to_decoder(model, ids, place(pixels))
+    joint = _output(model, pixels, place)
     read = _Read(joint)
-    beside = {name: torch.cat([one.other_inputs[name] for one in alone]) for name in alone[0].other_inputs}
-    _given_to_decoder(model, ids, beside | {_KEYWORD: {"image": read}})
+    beside = place({name: torch.cat([one.other_inputs[name] for one in alone]) for name in alone[0].other_inputs})
+    given_to_decoder(model, ids, beside | {_KEYWORD: {"image": read}})
     with torch.enable_grad():
-        outputs = [_output(model, picture.inputs) for picture in alone]
+        outputs = [_output(model, image.inputs, place) for image in alone]
     layouts = {
         name: _layout(value, [getattr(output, name) for output in outputs])
         for name in read.names
@@ -126,8 +166,30 @@ def _found_fields(model: Any, processor: ChatProcessor) -> Fields | None:
         return None
     if [_num_rows(own) for own in tensors] != [picture.num_placeholders for picture in alone]:
         return None
-    found = _given_to_decoder(model, ids, beside | {_KEYWORD: {"image": fields.join(tensors)}})
-    return fields if _are_equal(found, expected) else None
+    found = given_to_decoder(model, ids, beside | {_KEYWORD: {"image": fields.join(tensors)}})
+    if not _are_equal(found, expected):
+        return None
+    return replace(fields, can_be_split=_can_be_split(fields, joint, pixels, alone, tensors))
+
+
+def _can_be_split(
+    fields: Fields,
+    joint: Any,
+    inputs: dict[str, Tensor],
+    alone: Sequence[ImageInputs],
+    each: Sequence[dict[str, Tensor]],
+) -> bool:
+    """Whether the inputs of several images are those of each, one after the other, and so is what `joint` holds."""
+    try:
+        if any(not torch.equal(torch.cat([one.inputs[name] for one in alone]), all_) for name, all_ in inputs.items()):
+            return False
+        found = fields.split(joint, [one.num_placeholders for one in alone])
+    except (RuntimeError, ValueError):  # tensors that cannot be joined, or do not come apart
+        return False
+    return all(
+        own.keys() == other.keys() and _are_equal(list(own.values()), list(other.values()))
+        for own, other in zip(found, each, strict=True)
+    )
 
 
 class _Read:
@@ -149,21 +211,22 @@ class _Reached(Exception):
         self.given = given
 
 
-def _given_to_decoder(model: Any, ids: list[int], inputs: dict[str, Any]) -> list[Tensor]:
-    """Every tensor that the decoder gets. Raises ValueError where it is not called."""
+def given_to_decoder(model: Any, ids: list[int], inputs: dict[str, Any]) -> list[Tensor]:
+    """Every tensor that the decoder gets for one row of `ids` and `inputs`, which are on the model's device, but for
+    these inputs themselves. Raises ValueError where it is not called."""
+    passed_on = {id(value) for value in inputs.values()}
 
     def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
-        raise _Reached([value for _, value in _flat([list(args), kwargs], "")])
+        raise _Reached([value for _, value in _flat([list(args), kwargs], "") if id(value) not in passed_on])
 
     input_ids = torch.tensor([ids], device=model.device)
     types = (input_ids == model.config.image_token_id).long()
     takes = inspect.signature(model.forward).parameters
-    moved = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    moved |= {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in takes}
+    inputs = inputs | {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in takes}
     positions = torch.arange(len(ids), device=model.device)[None]
     hook = model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model(input_ids=input_ids, position_ids=positions, use_cache=False, **moved)
+        model(input_ids=input_ids, position_ids=positions, use_cache=False, **inputs)
     except _Reached as reached:
         return reached.given
     finally:
@@ -171,14 +234,19 @@ def _given_to_decoder(model: Any, ids: list[int], inputs: dict[str, Any]) -> lis
     raise ValueError("the decoder was not reached")
 
 
-def _base(model: Any) -> Any:
+def _placing(model: Any) -> Place:
+    return lambda inputs: all_on_device(inputs, model.device)
+
+
+def base_model(model: Any) -> Any:
+    """`model` without the wrapper of its adapters."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _output(model: Any, inputs: dict[str, Tensor]) -> Any:
-    """What the vision tower and the projector make of the pictures in `inputs`."""
+def _output(model: Any, inputs: dict[str, Tensor], place: Place) -> Any:
+    """What the vision tower and the projector make of the images in `inputs`."""
     takes = inspect.signature(model.get_image_features).parameters
-    own = {name: value.to(model.device) for name, value in inputs.items() if name in takes}
+    own = place({name: value for name, value in inputs.items() if name in takes})
     return model.get_image_features(**own, return_dict=True)
 
 
@@ -217,6 +285,19 @@ def _join(layout: Layout, values: Sequence[Any]) -> Any:
     if layout == "pictures":
         return tuple(inner for value in values for inner in value)
     return [_join(inner, own) for inner, *own in zip(layout, *values, strict=True)]
+
+
+def _split(layout: Layout, value: Any, shares: Sequence[int]) -> list[Any]:
+    """What `_join` puts together; rows in proportion to `shares`."""
+    if len(shares) == 1:
+        return [value]
+    if layout == "rows":
+        sizes = [len(value) * share // sum(shares) for share in shares]
+        return list(torch.split(value, sizes))
+    if layout == "pictures":
+        return [(inner,) for inner in value]
+    parts = [_split(inner, own, shares) for inner, own in zip(layout, value, strict=True)]
+    return [list(own) for own in zip(*parts, strict=True)]
 
 
 def _num_rows(tensors: dict[str, Tensor]) -> int:

@@ -32,6 +32,15 @@ class FeatureStore:
                 self._remember(key, found)
         return found
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether what is kept is also written to files."""
+        return self._folder is not None and self._folder.is_writing
+
+    def wants(self, num_bytes: int) -> bool:
+        """Whether there is room for features of this size."""
+        return num_bytes <= self._room or self.is_on_disk
+
     def keep(self, key: str, features: Features) -> None:
         """Keep them where there is room. What cannot be written is not kept on disk, and no fault."""
         self._remember(key, features)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmtrain.model.transfer import on_device
+
 PER_COUNTER = 16
 _LEVELS = 2**16
 _AT_ONCE = 4096
@@ -40,8 +42,7 @@ class Rows:
             for sample, start, stop in self.spans:
                 origins[start:stop, 0] = sample
                 origins[start:stop, 1] = torch.arange(stop - start)
-            pinned = origins.pin_memory() if device.type == "cuda" else origins
-            self._on_device[device] = pinned.to(device, non_blocking=True)
+            self._on_device[device] = on_device(origins, device)
         return self._on_device[device]
 
 
@@ -71,10 +72,8 @@ class Mask:
             origins = self._of_selected(self.rows.on(device))
             settings = self.key, self.step, self._threshold, self._scale, PER_COUNTER
             return [kernel(x, origins, *settings) for x in tensors]
-        dropped = torch.from_numpy(_dropped(self.rows, width, self.key, self.step, self._threshold))
-        if device.type != "cpu":
-            dropped = (dropped.pin_memory() if device.type == "cuda" else dropped).to(device, non_blocking=True)
-        dropped = self._of_selected(dropped)
+        every = torch.from_numpy(_dropped(self.rows, width, self.key, self.step, self._threshold))
+        dropped = self._of_selected(on_device(every, device))
         return [(x * self._scale).masked_fill_(dropped, 0.0) for x in tensors]
 
     def _of_selected(self, rows: Tensor) -> Tensor:
