@@ -78,6 +78,8 @@ FLOORS = [
     ["model"],
     ["runtime"],
     ["scoring"],
+    ["generate"],
+    ["answers"],
     ["train"],
     ["evaluate", "inspect_labels"],
     ["cli"],
