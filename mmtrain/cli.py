@@ -105,6 +105,17 @@ def inspect_labels(
     raise typer.Exit(run(loaded, options))
 
 
+@app.command()
+def inspect_model(
+    path: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or an id in the local hub cache.")],
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Show what a model is made of, how it takes text and images, and what can be trained."""
+    from mmtrain.inspect_model.command import inspect_model as run
+
+    run(path, json)
+
+
 @eval_app.command()
 def perplexity(
     config: ConfigPath,

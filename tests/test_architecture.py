@@ -81,7 +81,7 @@ FLOORS = [
     ["generate"],
     ["answers"],
     ["train"],
-    ["evaluate", "inspect_labels"],
+    ["evaluate", "inspect_labels", "inspect_model"],
     ["cli"],
     ["__main__"],
 ]

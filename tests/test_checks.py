@@ -57,7 +57,7 @@ class Sample:
         self.checker = Checker(processor, train_on, end_of_turn)
         self.ids = [int(token) for token in encoded.ids]
         self.labels = [token if on else IGNORED for token, on in zip(self.ids, encoded.supervised, strict=True)]
-        self.sizes = [span.picture.size for span in encoded.images]
+        self.sizes = [span.image.size for span in encoded.images]
 
     def check(self) -> list[Finding]:
         return self.checker.check(self.ids, self.labels, self.conversation, self.sizes)
@@ -92,7 +92,7 @@ class Sample:
 
     def replace(self, start: int, end: int, text: str) -> None:
         """ids[start:end] become `text`, learned if ids[start] was."""
-        new = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        new = self.processor.tokenizer.wrapped(text, add_special_tokens=False)["input_ids"]
         self.labels[start:end] = new if self.labels[start] != IGNORED else [IGNORED] * len(new)
         self.ids[start:end] = new
 
@@ -168,9 +168,9 @@ def other_question(sample: Sample) -> None:
 
 def other_tokens(sample: Sample) -> None:
     """The same text of the first question in other tokens than inference's."""
-    decode = sample.processor.decode
+    decode = sample.processor.tokenizer.decode
     position = max(i for i in range(sample.runs()[0][0]) if "please" in decode([sample.ids[i]]))
-    new = [sample.processor.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in " please"]
+    new = [sample.processor.tokenizer.wrapped(letter, add_special_tokens=False)["input_ids"] for letter in " please"]
     assert "".join(decode(token) for token in new) == decode([sample.ids[position]])
     sample.ids[position : position + 1] = [token for letter in new for token in letter]
     sample.labels[position : position + 1] = [IGNORED] * len(new)
@@ -302,7 +302,7 @@ def found_in(path: str, processor: ChatProcessor, train_on: str, end_of_turn: bo
     for index in range(min(num, len(samples))):
         encoded = samples.encoded(index)
         labels = [int(token) if on else IGNORED for token, on in zip(encoded.ids, encoded.supervised, strict=True)]
-        sizes = [span.picture.size for span in encoded.images]
+        sizes = [span.image.size for span in encoded.images]
         found += checker.check(encoded.ids.tolist(), labels, samples.records.conversation(index), sizes)
     assert len(samples) >= min(num, 8)
     return [finding for finding in found if finding.is_fault]
@@ -339,7 +339,7 @@ def test_lost_white_space_is_a_fault(tokenizer: str, template: str, tmp_path: Pa
     made = Sample(load_processor(str(path)), talk(("user", "what?"), ("assistant", "a list:\n\n\n")))
     assert made.faults == set()
     run = made.runs()[0]
-    newlines = [i for i in run if made.processor.decode([made.ids[i]]).isspace()]
+    newlines = [i for i in run if made.processor.tokenizer.decode([made.ids[i]]).isspace()]
     position = newlines[-1]
     del made.ids[position], made.labels[position]
     assert findings.WORDS in made.faults

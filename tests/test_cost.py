@@ -15,6 +15,7 @@ from mmtrain.dataset.batch import Batch, Loader
 from mmtrain.encoding.load import load_processor
 from mmtrain.model.components import Components, prepare_learning
 from mmtrain.model.cost import cost_model
+from mmtrain.model.family import Family, probe_family
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
 from mmtrain.model.loss import supervised_nll
@@ -72,9 +73,10 @@ def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Cal
     dataset = Dataset(config, processor, QUIET)
     base = load_model(config.model.path, "float32", processor)
     base.set_attn_implementation("eager")  # the one that torch counts on every device
-    model, components, _ = prepare_learning(base, config.tune)
-    costs = cost_model(base, components, config.tune)
-    make_inputs, checked = InputMaker(model, processor.image_token_id), dataset.checked
+    family = probe_family(base, processor, print)
+    model, _ = prepare_learning(base, family.components, config.tune)
+    costs = cost_model(base, family, config.tune)
+    make_inputs, checked = InputMaker(model, processor), dataset.checked
     for sample in (1, 2, 3, 5):
         tokens, images = checked.num_tokens[sample], checked.num_image_tokens[sample]
         if name == "vision alone" and not images:
@@ -92,7 +94,7 @@ def test_a_learned_token_costs_what_torch_counts_in_the_head(kind: str, make_con
     config = make_config(kind, {"language": LORA})
     learner, dataset = learner_for(config)
     base = learner.model.get_base_model()
-    costs = cost_model(base, Components(base), config.tune)
+    costs = cost_model(base, Family(Components(base), "plain"), config.tune)
     batch = Loader(dataset.train, dataset.encoder.processor, True).load([1])
     with counter_of_products() as counter:
         nll, _ = supervised_nll(learner.model, learner.head_kind, learner.make_inputs(batch), batch)
@@ -114,7 +116,7 @@ def test_what_is_looked_up_costs_nothing() -> None:
     components = Components(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(components.part_of(name) == "language")
-    costs = cost_model(model, components, tune)
+    costs = cost_model(model, Family(components, "plain", patches_per_token=4), tune)
     assert costs.token == 3 * 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 352)
     assert costs.token_pair == 3 * 4 * 128
     vision = 4 * (4 * (4 * 96 * 96 + 3 * 96 * 256) + 384 * 96 + 2 * 2 * 64 * 96)
@@ -127,4 +129,5 @@ def test_the_width_of_attention_is_that_of_its_heads(model_dirs: dict[str, Path]
     config = AutoConfig.from_pretrained(model_dirs["text"], head_dim=32)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert cost_model(model, Components(model), Tune.model_validate({"language": LORA})).token_pair == 3 * 2 * 4 * 32
+    costs = cost_model(model, Family(Components(model), "plain"), Tune.model_validate({"language": LORA}))
+    assert costs.token_pair == 3 * 2 * 4 * 32

@@ -56,7 +56,7 @@ def test_dropout_drops_the_share_it_should_and_keeps_the_mean(make_config: Calla
     _, dataset = learner_for(make_config("text", {"language": LORA}))
     batch = Loader(dataset.train, dataset.encoder.processor, True).load(list(range(8)))
     clock = DropoutClock(0)
-    dropout = SampleDropout(0.25, "layer", "language", clock)
+    dropout = SampleDropout(0.25, "layer", "language", None, clock)
     ones = torch.ones(*batch.input_ids.shape, 256)
     assert torch.equal(dropout(ones), ones)  # off outside of `at`: evaluation has no dropout
     with clock.at(1, batch):

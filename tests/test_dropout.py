@@ -26,7 +26,7 @@ def masks(
 ) -> list[Tensor]:
     """(LENGTH, 8) bool: where each sample's values are dropped."""
     clock, batch = DropoutClock(seed), batch_of(samples, packed)
-    dropout = SampleDropout(0.5, module, "language", clock)
+    dropout = SampleDropout(0.5, module, "language", None, clock)
     with clock.at(step, batch):
         out = dropout(torch.ones(*batch.input_ids.shape, 8))
     return list((out == 0).reshape(len(samples), LENGTH, 8))
@@ -53,7 +53,7 @@ def test_the_mask_of_a_sample_is_the_same_in_every_cut() -> None:
 
 def test_dropout_is_off_again_after_a_micro_batch_that_fails() -> None:
     clock, ones = DropoutClock(0), torch.ones(1, LENGTH, 8)
-    dropout = SampleDropout(0.5, "a", "language", clock)
+    dropout = SampleDropout(0.5, "a", "language", None, clock)
     try:
         with clock.at(1, batch_of((5,))):
             assert not torch.equal(dropout(ones), ones)

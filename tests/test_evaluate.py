@@ -45,7 +45,7 @@ def plain_sums(config: Config) -> dict[int, tuple[float, int, int]]:
     for number in range(len(samples)):
         encoded = samples.encoded(number)
         ids = torch.tensor(encoded.ids, dtype=torch.long)[None]
-        pictures = [decode(span.picture) for span in encoded.images]
+        pictures = [decode(span.image) for span in encoded.images]
         inputs: dict[str, Any] = processor.image_inputs(pictures)[0] if pictures else {}
         if "image_grid_thw" in inputs:
             inputs["mm_token_type_ids"] = torch.eq(ids, torch.tensor(processor.image_token_id)).int()
@@ -155,14 +155,14 @@ def test_swapped_pictures_are_never_the_sample_s_own(make_config: MakeConfig) ->
     assert set(changed.numbers.tolist()) == {0, 2, 3, 5, 6, 7}
     for number in changed.numbers.tolist():
         own = {image.name for image in evaluation.samples.records.conversation(number).images}
-        shown = [span.picture.name for span in changed.encoded(number).images]
+        shown = [span.image.name for span in changed.encoded(number).images]
         assert not own & set(shown)
         assert len(shown) == len(evaluation.samples.records.conversation(number).images)
     none = ChangedPictures(evaluation.samples, evaluation.encoder, "none", evaluation.numbers)
     assert not none.encoded(3).images
     grey = ChangedPictures(evaluation.samples, evaluation.encoder, "grey", evaluation.numbers).encoded(3)
-    assert [span.picture.size for span in grey.images] == [(50, 120), (64, 64)]
-    assert {decode(span.picture).getpixel((1, 1)) for span in grey.images} == {(128, 128, 128)}
+    assert [span.image.size for span in grey.images] == [(50, 120), (64, 64)]
+    assert {decode(span.image).getpixel((1, 1)) for span in grey.images} == {(128, 128, 128)}
 
 
 def test_compare_gives_paired_differences(make_config: MakeConfig, tmp_path: Path) -> None:

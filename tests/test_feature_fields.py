@@ -21,6 +21,8 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.image_cache.features import PictureFeatures, find_fields
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.load import load_model
+from mmtrain.runtime.processes import Runtime
+from mmtrain.scoring.image_cache import find_features
 
 IMAGE = 5
 TEXT = {
@@ -39,7 +41,6 @@ VISION = {"hidden_size": 32, "intermediate_size": 48}
 class Processor:
     """As much of a family's processor as features need: random pixels that follow from the picture's size."""
 
-    image_token = "<image>"
     image_token_id = IMAGE
 
     def __init__(self, lay_out: Callable[[Sequence[tuple[int, int]]], tuple[dict[str, Tensor], list[int]]]) -> None:
@@ -107,7 +108,7 @@ def test_logits_from_kept_features_are_those_from_pixels(make: Callable[[], tupl
     model, processor = make()
     prepared(model)
     fields = find_fields(model, processor)
-    assert fields is not None
+    assert not isinstance(fields, str)
     assert fields.layouts.keys() == names
     sizes = [(140, 84), (56, 112), (90, 56)]
     pictures = [PIL.Image.new("RGB", size) for size in sizes]
@@ -132,7 +133,7 @@ def test_logits_from_kept_features_are_those_from_pixels(make: Callable[[], tupl
 def qwen(model_dirs: dict[str, Path]) -> tuple[Any, ChatProcessor]:
     processor = load_processor(str(model_dirs["qwen2_5_vl"]))
     model = load_model(str(model_dirs["qwen2_5_vl"]), "float32", processor).requires_grad_(False)
-    assert find_fields(model, processor) is not None
+    assert not isinstance(find_fields(model, processor), str)
     return model, processor
 
 
@@ -150,7 +151,7 @@ def test_features_that_depend_on_the_other_pictures_are_not_kept(
         return output
 
     monkeypatch.setattr(inner, "get_image_features", mixed)
-    assert find_fields(model, processor) is None
+    assert find_fields(model, processor) == "cached features give the language model other inputs than pixels"
 
 
 def test_a_trial_that_fails_says_why(model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,9 +161,7 @@ def test_a_trial_that_fails_says_why(model_dirs: dict[str, Path], monkeypatch: p
         raise RuntimeError("no such\nthing")
 
     monkeypatch.setattr(model.base_model, "get_image_features", broken)
-    said: list[str] = []
-    assert find_fields(model, processor, said.append) is None
-    assert said == ["image cache: its trial ended with RuntimeError: no such thing"]
+    assert find_fields(model, processor) == "its trial failed with RuntimeError: no such thing"
 
 
 def test_features_that_a_learning_weight_went_into_are_not_kept(model_dirs: dict[str, Path]) -> None:
@@ -170,7 +169,7 @@ def test_features_that_a_learning_weight_went_into_are_not_kept(model_dirs: dict
     model, processor = qwen(model_dirs)
     weight = next(p for name, p in model.named_parameters() if "merger" in name)
     weight.requires_grad_(True)
-    assert find_fields(model, processor) is None
+    assert find_fields(model, processor) == "the features depend on trainable weights"
 
 
 def test_a_forward_that_takes_no_features_gets_none(
@@ -178,6 +177,20 @@ def test_a_forward_that_takes_no_features_gets_none(
 ) -> None:
     model, processor = qwen(model_dirs)
     monkeypatch.setattr(model, "forward", lambda input_ids=None, pixel_values=None: None)
-    assert find_fields(model, processor) is None
+    assert find_fields(model, processor) == "models of this family do not take cached features"
     text = load_processor(str(model_dirs["text"]))
-    assert find_fields(load_model(str(model_dirs["text"]), "float32", text), text) is None
+    assert find_fields(load_model(str(model_dirs["text"]), "float32", text), text) == "this model takes no images"
+
+
+def test_a_model_without_cached_features_is_named_in_one_line_and_a_text_model_in_none(
+    model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = qwen(model_dirs)
+    monkeypatch.setattr(model, "forward", lambda input_ids=None, pixel_values=None: None)
+    said: list[str] = []
+    runtime, store = Runtime("float32"), FeatureStore(1e6)
+    assert find_features(model, processor, runtime, store, said.append) is None
+    assert said == ["image cache: off, models of this family do not take cached features"]
+    text = load_processor(str(model_dirs["text"]))
+    assert find_features(None, text, runtime, store, said.append) is None
+    assert len(said) == 1

@@ -18,7 +18,7 @@ import PIL.ImageOps
 import pytest
 
 from mmtrain.encoding import images
-from mmtrain.encoding.images import MAX_PIXELS, decode, find_picture
+from mmtrain.encoding.images import MAX_PIXELS, decode, find_image
 from mmtrain.records.chat import Image, SampleError
 
 BAD = Path(__file__).parents[2] / "shared" / "data" / "bad_inputs"
@@ -35,7 +35,7 @@ SIX: Pixels = np.array(
 
 def read(path: Path) -> Pixels:
     """The pixels (height, width, 3), having checked that they are as many as were measured."""
-    picture = find_picture(Image(path.name), path.parent)
+    picture = find_image(Image(path.name), path.parent)
     decoded = decode(picture)
     assert decoded.mode == "RGB"
     assert decoded.size == picture.size
@@ -44,7 +44,7 @@ def read(path: Path) -> Pixels:
 
 def refusal(name: str, root: Path, data: bytes | None = None) -> str:
     with pytest.raises(SampleError) as caught:
-        find_picture(Image(name, data), root)
+        find_image(Image(name, data), root)
     assert str(caught.value).isprintable()
     return str(caught.value)
 
@@ -248,7 +248,7 @@ def test_tiny_and_narrow_pictures_are_read(tmp_path: Path, width: int, height: i
 def test_the_bytes_of_a_data_uri_are_read(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     PIL.Image.fromarray(SIX).save(buffer, "PNG")
-    picture = find_picture(Image("data URI", buffer.getvalue()), tmp_path)
+    picture = find_image(Image("data URI", buffer.getvalue()), tmp_path)
     assert picture.size == (3, 2)
     assert (np.asarray(decode(picture)) == SIX).all()
     assert "cannot be read" in refusal("data URI", tmp_path, b"")
@@ -352,10 +352,10 @@ PEAK = """
 import sys
 from pathlib import Path
 from mmtrain.records.chat import Image
-from mmtrain.encoding.images import decode, find_picture
+from mmtrain.encoding.images import decode, find_image
 peak = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 before = peak()
-decode(find_picture(Image(sys.argv[2]), Path(sys.argv[1])))
+decode(find_image(Image(sys.argv[2]), Path(sys.argv[1])))
 print(peak() - before)
 """
 
@@ -380,10 +380,10 @@ def test_pillow_prints_nothing_of_its_own(tmp_path: Path) -> None:
     palette.save(tmp_path / "palette.png", transparency=bytes([255, 0, 51]))
     code = (
         "import sys, warnings\nfrom pathlib import Path\nfrom mmtrain.records.chat import Image, SampleError\n"
-        "from mmtrain.encoding.images import decode, find_picture\n"
+        "from mmtrain.encoding.images import decode, find_image\n"
         "import PIL.Image\n"
         "for name in sys.argv[2:]:\n"
-        "    try: decode(find_picture(Image(name), Path(sys.argv[1])))\n"
+        "    try: decode(find_image(Image(name), Path(sys.argv[1])))\n"
         "    except SampleError as error: print(error)\n"
     )
     odd = [row["file"] for row in ROWS if "DecompressionBomb" in str(row) or row["file"].endswith((".tif", ".tiff"))]
@@ -402,7 +402,7 @@ def test_a_text_that_unpacks_to_megabytes_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_changed_since_it_was_measured_is_refused(tmp_path: Path) -> None:
-    picture = find_picture(Image("a.png"), save(SIX, tmp_path / "a.png").parent)
+    picture = find_image(Image("a.png"), save(SIX, tmp_path / "a.png").parent)
     save(noise(9, 9), tmp_path / "a.png")
     with pytest.raises(SampleError, match="changed"):
         decode(picture)
@@ -426,13 +426,13 @@ def root(tmp_path: Path) -> Path:
 def test_a_picture_in_the_folder_is_found_by_any_path_that_stays_inside(root: Path) -> None:
     (root / "link.png").symlink_to("in.png")
     for name in ("in.png", "./in.png", "deeper/../in.png", "link.png", str(root / "in.png")):
-        assert find_picture(Image(name), root).size == (3, 2)
+        assert find_image(Image(name), root).size == (3, 2)
 
 
 def test_the_folder_may_itself_be_a_link(root: Path) -> None:
     other = root.parent / "other"
     other.symlink_to(root)
-    assert find_picture(Image("in.png"), other).size == (3, 2)
+    assert find_image(Image("in.png"), other).size == (3, 2)
 
 
 @pytest.mark.parametrize(
@@ -491,7 +491,7 @@ def test_strange_names_are_read_and_told_on_one_line(root: Path, name: str) -> N
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
 def test_an_odd_picture_is_decoded_upright_or_refused(row: dict[str, Any]) -> None:
     try:
-        picture = find_picture(Image(row["file"]), BAD)
+        picture = find_image(Image(row["file"]), BAD)
         decoded = decode(picture)
     except SampleError as error:
         told = str(error)

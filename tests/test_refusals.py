@@ -117,13 +117,14 @@ def test_samples_that_only_together_cannot_be_laid_out_are_all_named(
     config = make_config("qwen2_5_vl")
     processor = load_processor(config.model.path)
     samples = FreshSamples(RecordSet(config.data.train), Encoder(processor))
-    lay_out = processor.image_inputs
+    assert processor.images is not None
+    lay_out = processor.images.inputs
 
     def of_one_alone(images: list[Any]) -> Any:
         inputs, ids = lay_out(images)
         return inputs, ids if len(images) == 1 else ids[1:]
 
-    monkeypatch.setattr(processor, "image_inputs", of_one_alone)
+    monkeypatch.setattr(processor.images, "inputs", of_one_alone)
     assert Loader(samples, samples.encoder.processor, True).load([0]).segments
     with pytest.raises(
         UserError, match=r"mixed\.jsonl:1, .*mixed\.jsonl:2, .*mixed\.jsonl:6: the samples cannot be laid"
@@ -154,7 +155,7 @@ def test_a_template_that_prints_the_date_prints_a_fixed_one(tmp_path: Path) -> N
     path = make_text(tmp_path / "model")
     template = (path / "chat_template.jinja").read_text()
     (path / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + template)
-    said = load_processor(str(path)).render([{"role": "user", "content": [{"type": "text", "text": "hello"}]}])
+    said = load_processor(str(path)).template.render([{"role": "user", "content": [{"type": "text", "text": "hello"}]}])
     assert said.startswith("01 Jan 2025<|im_start|>")
 
 

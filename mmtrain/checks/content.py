@@ -31,7 +31,7 @@ def image_notes(sizes: Sequence[tuple[int, int]], processor: ChatProcessor) -> I
 def literal_specials(messages: Sequence[Message], processor: ChatProcessor) -> Iterator[Finding]:
     """Special tokens that somebody typed."""
     for turn, message in enumerate(messages, start=1):
-        if match := processor.special_tokens.search(message.text):
+        if match := processor.tokenizer.traits.special_tokens.search(message.text):
             yield Finding(LITERAL, False, f"turn {turn} holds {shown(match.group())}, which stays characters")
 
 

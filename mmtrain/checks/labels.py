@@ -62,7 +62,7 @@ class Checker:
         ignored: Collection[str] = (),
     ) -> None:
         """`ignored`: marks that may stand in text as they are, from `data.ignore_fields`."""
-        self._marks = [] if processor.image_token is None else [mark for mark in MARKS if mark not in ignored]
+        self._marks = [] if processor.images is None else [mark for mark in MARKS if mark not in ignored]
         self._processor = processor
         self._train_on = train_on
         self._end_of_turn = end_of_turn
@@ -132,12 +132,12 @@ class Checker:
 
     def _outside(self, sample: _Sample, turn: int, span: _Span) -> Finding:
         where = f"turn {turn + 1} ({sample.messages[turn].role})" if turn >= 0 else "outside the answers"
-        text = self._processor.decode(sample.ids[slice(*span)])
+        text = self._processor.tokenizer.decode(sample.ids[slice(*span)])
         return Finding(OUTSIDE, True, f"{where} is not to be trained on, and {shown(text)} is")
 
     def _by_place(self, sample: _Sample, trained: list[int]) -> dict[int, list[_Span]]:
         """Each span under the assistant's turn that it overlaps most, or -1: counted in characters, space left out."""
-        render, messages = self._processor.render, _messages(sample.messages)
+        render, messages = self._processor.template.render, _messages(sample.messages)
         places: dict[int, tuple[int, int]] = {}
         for turn, message in enumerate(sample.messages):
             if message.role == "assistant" and turn > 0:
@@ -154,11 +154,11 @@ class Checker:
         return found
 
     def _num_characters(self, ids: list[int]) -> int:
-        return len(_squeezed(self._processor.decode(ids)))
+        return len(_squeezed(self._processor.tokenizer.decode(ids)))
 
     def _prompt(self, sample: _Sample, turn: int, span: _Span) -> Iterator[Finding]:
         """Whether the ids before an answer are those that inference would feed."""
-        prompt = self._processor.render(_messages(sample.messages[:turn]), add_generation_prompt=True)
+        prompt = self._processor.template.render(_messages(sample.messages[:turn]), add_generation_prompt=True)
         expected = self._inference_ids(prompt)
         start = span[0]
         actual = sample.ids[:start]
@@ -172,7 +172,7 @@ class Checker:
         if actual == expected:
             return
         literal = any(literal_specials(sample.messages[:turn], self._processor))
-        decode = self._processor.decode
+        decode = self._processor.tokenizer.decode
         one, two = _normal(decode(actual)), _normal(decode(expected))
         loose = literal or added  # a special token, or its absence, can move a space of SentencePiece
         same = _squeezed(one) == _squeezed(two) if loose else one == two
@@ -201,7 +201,7 @@ class Checker:
         frames = [self._frame(form_of(sample.messages), turn) for turn in trained]
         if all(frame.end or frame.other_end for frame in frames):
             return sample.ids[:end]
-        eos = self._processor.tokenizer.eos_token_id
+        eos = self._processor.tokenizer.traits.eos_id
         ends = {last - 1 for _, last in sample.spans if sample.ids[last - 1] == eos}
         return [token for i, token in enumerate(sample.ids[:end]) if i not in ends]
 
@@ -226,7 +226,7 @@ class Checker:
         labels = labels[: len(labels) - num_end]
         start = spans[0][0]
         before = sample.ids[max(0, start - _WINDOW) : start]
-        text = self._processor.decode(before + labels)[len(self._processor.decode(before)) :]
+        text = self._processor.tokenizer.decode(before + labels)[len(self._processor.tokenizer.decode(before)) :]
         if not text.strip():
             yield Finding(NO_WORDS, True, f"{name}: nothing of {shown(message.text)} is trained on")
             return
@@ -240,7 +240,7 @@ class Checker:
         """How many of the labels are the reply's end: the template's, or one that was added where it has none."""
         if frame.end:
             return len(frame.end) if tuple(labels[-len(frame.end) :]) == frame.end else 0
-        return int(labels[-1] in self._processor.eos_ids)
+        return int(labels[-1] in self._processor.tokenizer.traits.eos_ids)
 
     def _as_written(self, sample: _Sample, turn: int, frame: ReplyFrame, text: str) -> str | None:
         """None where `text` is what the template makes of the turn's words, otherwise what it should be."""
@@ -251,20 +251,20 @@ class Checker:
         if not outer or text == whole:
             return None if text == whole else whole
         messages = _messages(sample.messages)
-        prompt = self._processor.render(messages[:turn], add_generation_prompt=True)
-        rest = _normal(self._processor.render(messages)[len(prompt) :])
+        prompt = self._processor.template.render(messages[:turn], add_generation_prompt=True)
+        rest = _normal(self._processor.template.render(messages)[len(prompt) :])
         behind, closing = rest[len(text) :], frame.around[-1]
         closed = len(behind) - len(behind.lstrip()) == len(closing) - len(closing.lstrip())
         return None if rest.startswith(text) and closed and _squeezed(text) == _squeezed(whole) else whole
 
     def _inference_ids(self, text: str) -> list[int]:
         """Ids as inference makes them: a processor's tokenizer puts its prefix there, unless `text` has the BOS."""
-        processor, tokenizer = self._processor, self._processor.tokenizer
-        if processor.image_token is not None:  # some families write another for the placeholder
-            text = text.replace(processor.image_token, processor.placeholder or processor.image_token)
-        has_bos = tokenizer.bos_token and text.startswith(tokenizer.bos_token)
-        add = processor.image_token is not None and not has_bos
-        ids: list[int] = tokenizer(text, add_special_tokens=add)["input_ids"]
+        tokenizer, images = self._processor.tokenizer, self._processor.images
+        if images is not None:  # some families write another for the placeholder
+            text = text.replace(images.token, images.placeholder)
+        has_bos = tokenizer.traits.bos and text.startswith(tokenizer.traits.bos)
+        add = images is not None and not has_bos
+        ids: list[int] = tokenizer.wrapped(text, add_special_tokens=add)["input_ids"]
         return ids
 
 

@@ -36,19 +36,19 @@ def reply_frame(processor: ChatProcessor, form: Form, turn: int) -> ReplyFrame:
         texts = (f"Yv{number}v{i}vY" for i in range(len(kinds)))
         content = [{"type": kind, "text": text} for kind, text in zip(kinds, texts, strict=True)]
         messages.append({"role": role, "content": content})
-    prompt = processor.render(messages[:turn], add_generation_prompt=True)
-    rest = processor.render(messages)[len(prompt) :]
-    alone = processor.render(messages[: turn + 1])[len(prompt) :]
+    prompt = processor.template.render(messages[:turn], add_generation_prompt=True)
+    rest = processor.template.render(messages)[len(prompt) :]
+    alone = processor.template.render(messages[: turn + 1])[len(prompt) :]
     around = []
     for part in messages[turn]["content"]:
         before, _, rest = rest.partition(part["text"])
         _, _, alone = alone.partition(part["text"])
         around.append(before)
-    to_id = processor.tokenizer.convert_tokens_to_ids
+    to_id = processor.tokenizer.id_of
     end, other_end = _special_run(processor, alone.lstrip()), False
     if not end or not rest.lstrip().startswith("".join(end)):
         own = _special_run(processor, rest)
-        stops = bool(own) and to_id(own[-1]) in processor.eos_ids
+        stops = bool(own) and to_id(own[-1]) in processor.tokenizer.traits.eos_ids
         end, other_end = own if stops else [], bool(end and own) and not stops
     return ReplyFrame((*around, rest), tuple(map(to_id, end)), other_end)
 
@@ -56,8 +56,8 @@ def reply_frame(processor: ChatProcessor, form: Form, turn: int) -> ReplyFrame:
 def _special_run(processor: ChatProcessor, text: str) -> list[str]:
     """The special tokens that `text` begins with, to the one that stops generation; the first alone without one."""
     run = list[str]()
-    while match := processor.special_tokens.match(text, sum(map(len, run))):
+    while match := processor.tokenizer.traits.special_tokens.match(text, sum(map(len, run))):
         run.append(match.group())
-        if processor.tokenizer.convert_tokens_to_ids(run[-1]) in processor.eos_ids:
+        if processor.tokenizer.id_of(run[-1]) in processor.tokenizer.traits.eos_ids:
             return run
     return run[:1]

@@ -57,7 +57,7 @@ def model_directory(path: str) -> Path:
         raise UserError(f"{shown(path)}: there is no such directory, and it is not a hub id (name/model)") from None
     except (OSError, ValueError):
         raise UserError(
-            f"{shown(path)}: not in the local hub cache, and nothing is fetched: run `hf download {path}`"
+            f"{shown(path)}: no such directory, and not in the local hub cache: run `hf download {path}`"
         ) from None
 
 

@@ -10,7 +10,7 @@ import PIL.Image
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.encoding.encode import Encoded, Encoder
-from mmtrain.encoding.images import Picture, find_picture
+from mmtrain.encoding.images import FoundImage, find_image
 from mmtrain.records.chat import Conversation, Image, SampleError
 from mmtrain.records.sources import Place
 
@@ -51,10 +51,10 @@ class ChangedPictures:
         pool = [picture for donor in self._donors[index] for picture in self._images_of(donor)]
         return self._encoder.encode_with(conversation, [pool[i % len(pool)] for i in range(len(pictures))])
 
-    def _images_of(self, index: int) -> list[Picture]:
+    def _images_of(self, index: int) -> list[FoundImage]:
         """The images of a sample, found and measured."""
         records = self._samples.records
-        return [find_picture(image, records.root(index)) for image in records.conversation(index).images]
+        return [find_image(image, records.root(index)) for image in records.conversation(index).images]
 
 
 def _donors(samples: StoredSamples, numbers: Indices, seed: int) -> dict[int, list[int]]:
@@ -95,10 +95,10 @@ def _without_images(conversation: Conversation) -> Conversation:
     )
 
 
-def _grey(picture: Picture) -> Picture:
+def _grey(picture: FoundImage) -> FoundImage:
     buffer = io.BytesIO()
     PIL.Image.new("RGB", picture.size, _GREY).save(buffer, "PNG")
-    return Picture(picture.name, buffer.getvalue(), picture.size)
+    return FoundImage(picture.name, buffer.getvalue(), picture.size)
 
 
 def encodable(samples: ChangedPictures, numbers: Indices, max_length: int) -> tuple[Indices, list[int]]:

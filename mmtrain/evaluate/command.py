@@ -21,8 +21,8 @@ from mmtrain.errors import UserError
 from mmtrain.evaluate.changed_images import CHANGES, ChangedPictures, encodable
 from mmtrain.evaluate.report import image_verdict, print_comparison, print_report
 from mmtrain.model.adapter import load_adapter, read_adapter
-from mmtrain.model.components import Components, is_as_loaded
-from mmtrain.model.head import find_head_kind
+from mmtrain.model.components import is_as_loaded
+from mmtrain.model.family import probe_family
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import length_limit, load_model
 from mmtrain.model.root import Root
@@ -80,10 +80,9 @@ class Evaluation:
         self._lengths: list[int] = checked.num_tokens[self.numbers].tolist()
         self._base = load_model(config.model.path, config.model.dtype, self._processor)
         self._base.requires_grad_(False)
-        self._components = Components(self._base)
+        self._family = probe_family(self._base, self._processor, self._say)
         self._base.to(self._runtime.device)
         self._packing = choose_packing(self._base, self._processor, config, self._runtime, self._say)
-        self._head_kind = find_head_kind(self._base, self._say)
         self._store = make_store(config, self._runtime, self._say)
         self._model: Any = self._base
         self._num_loaded = 0
@@ -124,13 +123,15 @@ class Evaluation:
 
     def _score(self, scorer: Scorer) -> Scores:
         self._model.to(self._runtime.device)
-        same = is_as_loaded(self._model, self._components, ("vision", "projector"))  # with any adapter
+        same = is_as_loaded(self._model, self._family.components, ("vision", "projector"))  # with any adapter
         store = self._store if same else None
         features = find_features(self._model, self._processor, self._runtime, store, self._say)
-        make_inputs = InputMaker(self._model, self._processor.image_token_id, features)
+        if same and features is None:
+            self._store = None  # it is the same with every adapter
+        make_inputs = InputMaker(self._model, self._processor, features)
         scores = scorer.score(
             Root(self._model),
-            self._head_kind,
+            self._family.head_kind,
             make_inputs,
             self._runtime,
             self._config.run.microbatch_tokens,

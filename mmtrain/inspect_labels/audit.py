@@ -22,7 +22,7 @@ from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.store import open_store
 from mmtrain.encoding.encode import Encoder
-from mmtrain.encoding.images import Picture
+from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError, grouped
 from mmtrain.inspect_labels.view import view_sample
@@ -40,7 +40,7 @@ def _sources(config: Config, split: str) -> Sequence[Source]:
     return sources
 
 
-def _digest(conversation: Conversation, pictures: list[Picture], with_bytes: bool = False) -> bytes:
+def _digest(conversation: Conversation, pictures: list[FoundImage], with_bytes: bool = False) -> bytes:
     """A hash of the words and, of the pictures, of their sizes and numbers of bytes; or of the bytes themselves."""
     made = hashlib.blake2b(digest_size=16)
     for message in conversation.messages:
@@ -227,7 +227,7 @@ class _Counting:
         return [group for group in groups.values() if len(group) > 1]
 
     def _digest(self, index: int, with_bytes: bool = False) -> bytes:
-        pictures = [span.picture for span in self._samples.encoded(index).images]
+        pictures = [span.image for span in self._samples.encoded(index).images]
         return _digest(self._samples.records.conversation(index), pictures, with_bytes)
 
 

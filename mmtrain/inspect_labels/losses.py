@@ -37,7 +37,7 @@ def token_losses(
         model = load_adapter(model, found_adapter)
     model.to(runtime.device)
     packing = choose_packing(model, processor, config, runtime, say)
-    make_inputs = InputMaker(model, processor.image_token_id)
+    make_inputs = InputMaker(model, processor)
     found = {}
     loader = Loader(samples, processor, packing, row_multiple=ROW_MULTIPLE)
     for batch in loader.batches([index] for index in indices):

@@ -20,7 +20,8 @@ def seen_pixels(processor: ChatProcessor) -> Pixels:
         values = inputs.get("pixel_values")
         if values is None or values.ndim != 4 or len(values) != 1:
             return resized(image)
-        mean, std = (np.array(of)[:, None, None] for of in processor.normalisation)
+        assert processor.images is not None  # there is an image
+        mean, std = (np.array(of)[:, None, None] for of in processor.images.normalisation)
         colours = np.clip((values[0].numpy() * std + mean) * 255, 0, 255)
         return PIL.Image.fromarray(colours.round().astype(np.uint8).transpose(1, 2, 0))
 

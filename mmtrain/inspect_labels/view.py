@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from mmtrain.dataset.samples import FreshSamples, StoredSamples
 from mmtrain.encoding.encode import Encoder, Traced
-from mmtrain.encoding.images import Picture
-from mmtrain.encoding.processor import ChatProcessor, ImageTokens
+from mmtrain.encoding.image_processor import ImageTokens
+from mmtrain.encoding.images import FoundImage
+from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation
 from mmtrain.records.sources import Place
 
@@ -50,7 +51,7 @@ class SpanView:
 class ImageView:
     """A picture and its place among the tokens. Sizes are (width, height): of the file, and of the pixels used."""
 
-    picture: Picture
+    picture: FoundImage
     tokens: ImageTokens
     start: int
 
@@ -101,7 +102,7 @@ def view_sample(samples: StoredSamples | FreshSamples, encoder: Encoder, index: 
     traced = encoder.trace(conversation, samples.encoded(index))
     tokens = tuple(_tokens(traced, processor, conversation))
     images = tuple(
-        ImageView(span.picture, processor.image_tokens(span.picture.size), span.start) for span in traced.encoded.images
+        ImageView(span.image, processor.image_tokens(span.image.size), span.start) for span in traced.encoded.images
     )
     spans = tuple(_spans(tokens, {image.start for image in images}, processor))
     return SampleView(samples.place(index), index, conversation, tokens, spans, images)
@@ -115,12 +116,12 @@ def _tokens(traced: Traced, processor: ChatProcessor, conversation: Conversation
         kind: TokenKind = "text"
         if position in in_image:
             kind = "image"
-        elif processor.is_special(token_id):
+        elif processor.tokenizer.is_special(token_id):
             kind = "special"
         yield TokenView(
             position,
             token_id,
-            processor.decode([token_id]),
+            processor.tokenizer.decode([token_id]),
             token_id if traced.encoded.supervised[position] else IGNORED,
             conversation.messages[piece.turn].role if piece is not None and written else "template",
             piece.turn if piece is not None else None,
@@ -133,7 +134,7 @@ def _spans(tokens: tuple[TokenView, ...], images: set[int], processor: ChatProce
     starts = [0] + [b.position for a, b in pairwise(tokens) if _differ(a, b) or b.position in images]
     for start, end in pairwise([*starts, len(tokens)]):
         first = tokens[start]
-        text = processor.decode([token.id for token in tokens[start:end]])
+        text = processor.tokenizer.decode([token.id for token in tokens[start:end]])
         kind: TokenKind = "image" if first.kind == "image" else "text"
         yield SpanView(first.role, first.turn, start, end, text, first.supervised, kind)
 

@@ -47,6 +47,10 @@ class Components:
                 return self._roots.get("", "language")
         return self._roots[name]
 
+    def roots(self, part: str) -> list[str]:
+        """Names of the modules that a part was found at; empty for a model of text alone."""
+        return [name for name, own in self._roots.items() if own == part and name]
+
     def whole_modules(self, model: Any, part: str) -> list[str]:
         """Names of the largest modules that hold all of a part and nothing else (never a bare list of modules)."""
         return list(self._whole(model, "", part))
@@ -130,13 +134,12 @@ def _pattern(names: list[str]) -> str:
     return "^(?:" + "|".join(map(re.escape, names)) + ")$"
 
 
-def prepare_learning(model: Any, tune: Tune) -> tuple[Any, Components, list[PartReport]]:
-    """Freeze all but what `tune` names, add the adapters, hold what learns in float32.
+def prepare_learning(model: Any, components: Components, tune: Tune) -> tuple[Any, list[PartReport]]:
+    """Freeze all but what `tune` names, add the adapters, keep trainable weights in float32.
 
-    Gives the model to train (a PeftModel if any part is LoRA), its components and a row a part for the table.
-    Raises UserError where a part that should learn has no module.
+    Gives the model to train (a PeftModel if any component is LoRA) and a row a component for the table.
+    Raises UserError where a component that should be trained has no module.
     """
-    components = Components(model)
     present = {components.part_of(name) for name, _ in model.named_parameters()}
     for part in tune.learning:
         if part not in present:
@@ -163,7 +166,7 @@ def prepare_learning(model: Any, tune: Tune) -> tuple[Any, Components, list[Part
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return model, components, _report(model, components, tune, targets)
+    return model, _report(model, components, tune, targets)
 
 
 def _lora_config(loras: dict[str, Lora], targets: dict[str, list[str]], saved: list[str]) -> LoraConfig:

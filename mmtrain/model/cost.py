@@ -15,6 +15,7 @@ from torch import nn
 
 from mmtrain.config.schema import Frozen, Tune
 from mmtrain.model.components import Components, base_name
+from mmtrain.model.family import Family
 from mmtrain.model.kernels.last_layer import last_mlp
 
 Values = npt.NDArray[np.float64]
@@ -47,12 +48,12 @@ class CostModel:
         return np.asarray(language + pictures + self.supervised * num_supervised)
 
 
-def cost_model(model: Any, components: Components, tune: Tune) -> CostModel:
-    """The costs in a model whose parts learn as `tune` says."""
-    products, passes = _products(model, components, tune), _passes(tune)
+def cost_model(model: Any, family: Family, tune: Tune) -> CostModel:
+    """The costs in a model whose components are trained as `tune` says."""
+    products, passes = _products(model, family.components, tune), _passes(tune)
     config = model.config
     text, vision = config.get_text_config(), getattr(config, "vision_config", None)
-    patches = _patches_per_token(config)
+    patches = family.patches_per_token
     whole, windows = (0.0, 0.0) if vision is None else _picture_attention(vision)
     attention = 1.0 if passes["vision"] == 1 else 3.0
     head, last = model.get_output_embeddings().weight, last_mlp(model)
@@ -110,9 +111,3 @@ def _depth(config: Any) -> int:
 def _width(config: Any) -> int:
     head = getattr(config, "head_dim", None)
     return int(head * config.num_attention_heads if head else config.hidden_size)
-
-
-def _patches_per_token(config: Any) -> float:
-    """Patches of the vision tower that become one token of the language model."""
-    merge = getattr(config.vision_config, "spatial_merge_size", 1) if hasattr(config, "vision_config") else 1
-    return float(int(merge) ** 2 * int(getattr(config, "scale_factor", None) or 1) ** 2)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mmtrain.config.schema import Lora, Tune
 from mmtrain.dataset.batch import Batch
-from mmtrain.model.components import Components, base_name
+from mmtrain.model.components import base_name
+from mmtrain.model.family import Family
 
 
 class DropoutClock:
@@ -48,9 +49,9 @@ class DropoutClock:
 class SampleDropout(nn.Module):
     """Inverted dropout of the input of one adapter, masked sample by sample."""
 
-    def __init__(self, p: float, name: str, part: str, clock: DropoutClock) -> None:
+    def __init__(self, p: float, name: str, part: str, grid_key: str | None, clock: DropoutClock) -> None:
         super().__init__()
-        self._p, self._name, self._part, self._clock = p, name, part, clock
+        self._p, self._name, self._part, self._grid_key, self._clock = p, name, part, grid_key, clock
 
     def forward(self, x: Tensor) -> Tensor:
         batch = self._clock.batch
@@ -71,7 +72,7 @@ class SampleDropout(nn.Module):
         if self._part == "language":
             length = batch.input_ids.shape[1]
             return [(s.sample, s.row * length + s.start, s.row * length + s.start + s.length) for s in batch.segments]
-        sizes = _image_sizes(batch)
+        sizes = _image_sizes(batch, self._grid_key)
         scale = num_rows / sum(sizes)
         rows, at = [], 0
         for segment in batch.segments:
@@ -81,23 +82,22 @@ class SampleDropout(nn.Module):
         return rows
 
 
-def _image_sizes(batch: Batch) -> list[int]:
-    """A number for each picture in proportion to the rows it takes in the vision tower."""
-    for key, value in batch.image_inputs.items():
-        if key.endswith("_thw"):
-            return [int(n) for n in value.prod(-1).tolist()]
+def _image_sizes(batch: Batch, grid_key: str | None) -> list[int]:
+    """A number for each image in proportion to the rows it takes in the vision tower."""
+    if grid_key in batch.image_inputs:
+        return [int(n) for n in batch.image_inputs[grid_key].prod(-1).tolist()]
     return [1] * sum(segment.num_images for segment in batch.segments)
 
 
-def install_dropout(model: Any, components: Components, tune: Tune, clock: DropoutClock) -> None:
+def install_dropout(model: Any, family: Family, tune: Tune, clock: DropoutClock) -> None:
     """Give every adapter of a part with dropout its own `SampleDropout`."""
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         own = base_name(name)
-        part = components.part_of(own)
+        part = family.components.part_of(own)
         lora = tune.parts[part]
         if isinstance(lora, Lora) and lora.dropout > 0:
             for adapter in list(module.lora_dropout):
-                module.lora_dropout[adapter] = SampleDropout(lora.dropout, own, part, clock)
+                module.lora_dropout[adapter] = SampleDropout(lora.dropout, own, part, family.grid_key, clock)
             module.training = True  # DoRA skips its dropout in eval mode; this layer's flag alone, not the model's

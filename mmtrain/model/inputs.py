@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from mmtrain.dataset.batch import Batch, Segment
+from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.attention import KEYWORD, PackedRow, install_attention
 from mmtrain.model.image_cache.features import PictureFeatures
 from mmtrain.model.image_cache.store import FeatureStore
@@ -19,7 +20,7 @@ class InputMaker:
     `features`: where a batch's pictures come one by one, what is put in the place of their pixels.
     """
 
-    def __init__(self, model: Any, image_token_id: int | None, features: PictureFeatures | None = None) -> None:
+    def __init__(self, model: Any, processor: ChatProcessor, features: PictureFeatures | None = None) -> None:
         self.features = features
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         self._model = model
@@ -27,7 +28,7 @@ class InputMaker:
         self.attends_by_sample = install_attention(model)
         """Whether the attention is ours, which attends to one sample of a packed row at a time."""
         self._takes = frozenset(inspect.signature(model.forward).parameters)
-        self._image_token_id = image_token_id
+        self._image_token_id, self._grid_key = processor.image_token_id, processor.grid_key
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
         """The arguments for `batch`, on the model's device. They are made on the CPU: a look at a value on the device
@@ -78,7 +79,7 @@ class InputMaker:
         assert self._get_rope_index is not None
         ids = batch.input_ids[segment.row : segment.row + 1, span]
         images = slice(segment.first_image, segment.first_image + segment.num_images)
-        grids = {key: value[images] for key, value in batch.image_inputs.items() if key.endswith("_thw")}
+        grids = {key: value[images] for key, value in batch.image_inputs.items() if key == self._grid_key}
         if not segment.num_images:
             return torch.arange(segment.length, device=ids.device).expand(3, -1)
         positions: Tensor = self._get_rope_index(input_ids=ids, mm_token_type_ids=self._token_types(ids), **grids)[0]

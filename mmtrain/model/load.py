@@ -33,6 +33,16 @@ def auto_class(config: Any) -> Any:
     return AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
 
 
+def model_structure(path: str) -> Any:
+    """The model without its weights: every tensor is on the meta device, which stores no values."""
+    config = load_config(path)
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(config).eval()
+    except Exception as error:  # a broken config makes transformers raise anything
+        raise UserError(f"{path}: the model cannot be made: {type(error).__name__}: {one_line(error)}") from None
+
+
 def length_limit(path: str, max_length: int) -> LengthLimit:
     """The longest sample: `max_length` tokens, or fewer where the model was made for fewer positions."""
     positions = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
@@ -115,7 +125,7 @@ def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:
             "warning: %s: %d weights are not used by the model, such as %s", path, len(unused), shown(unused[0])
         )
     num_embeddings = model.get_input_embeddings().num_embeddings
-    largest = max(processor.tokenizer.get_vocab().values())
+    largest = max(processor.tokenizer.wrapped.get_vocab().values())
     if largest >= num_embeddings:
         raise UserError(f"{path}: the tokenizer has ids up to {largest} and the model embeddings for {num_embeddings}")
     return model.eval()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmtrain.dataset.batch import make_batch
 from mmtrain.encoding.encode import Encoded, ImageSpan
-from mmtrain.encoding.images import Picture
+from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.inputs import InputMaker
@@ -100,7 +100,7 @@ class _Trial:
 
     def __init__(self, model: Any, processor: ChatProcessor, dtype: torch.dtype) -> None:
         self._model, self._processor, self._dtype = model, processor, dtype
-        self._make_inputs = InputMaker(model, processor.image_token_id)
+        self._make_inputs = InputMaker(model, processor)
         self.tolerance = _TOLERANCE[dtype]
         reach, longest = _reach(model), _longest(model)
         self.too_far = reach if reach > longest and not self._make_inputs.attends_by_sample else None
@@ -169,12 +169,12 @@ def _samples(
 
     `supervised` says which tokens are compared, here also in an image.
     """
-    size = min(len(processor.tokenizer), model.get_input_embeddings().num_embeddings)
-    ordinary = [n for n in range(size) if not processor.is_special(n) and n != processor.image_token_id]
+    size = min(len(processor.tokenizer.wrapped), model.get_input_embeddings().num_embeddings)
+    ordinary = [n for n in range(size) if not processor.tokenizer.is_special(n) and n != processor.image_token_id]
     for count, image_size in zip(num_tokens, _SIZES, strict=True):
         text, image = noise.choice(ordinary, count), np.zeros(0, np.int64)
         spans: tuple[ImageSpan, ...] = ()
-        if processor.image_token is not None:
+        if processor.images is not None:
             tokens = processor.image_tokens(image_size)
             image = np.array(tokens.ids)
             spans = (ImageSpan(_noise_image(noise, image_size), _NUM_BEFORE, len(image), tokens.num_placeholders),)
@@ -193,8 +193,8 @@ def _stretches(sample: Encoded) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
-def _noise_image(noise: np.random.Generator, size: tuple[int, int]) -> Picture:
+def _noise_image(noise: np.random.Generator, size: tuple[int, int]) -> FoundImage:
     width, height = size
     file = io.BytesIO()
     PIL.Image.fromarray(noise.integers(0, 256, (height, width, 3), np.uint8)).save(file, "PNG")
-    return Picture("noise", file.getvalue(), size)
+    return FoundImage("noise", file.getvalue(), size)

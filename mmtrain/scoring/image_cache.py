@@ -44,13 +44,16 @@ def make_store(config: Config, runtime: Runtime, say: Callable[[str], None]) -> 
 def find_features(
     model: Any, processor: ChatProcessor, runtime: Runtime, store: FeatureStore | None, say: Callable[[str], None]
 ) -> PictureFeatures | None:
-    """What puts kept features into `model`, which is on its device; None where there is no store or the model's cannot
-    be kept."""
-    if store is None:
+    """What puts cached features into `model`, which is on its device; None where there is no store, no image, or where
+    the features cannot be cached: `say` is given the one line that says why."""
+    if store is None or processor.images is None:
         return None
     with runtime.autocast():
-        fields = find_fields(model, processor, say)
-    return None if fields is None else PictureFeatures(model, store, fields)
+        fields = find_fields(model, processor)
+    if isinstance(fields, str):
+        say(f"image cache: off, {fields}")
+        return None
+    return PictureFeatures(model, store, fields)
 
 
 def _model_key(config: Config, runtime: Runtime) -> str:

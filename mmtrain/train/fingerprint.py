@@ -10,7 +10,7 @@ from mmtrain.train.dataset import Dataset
 
 def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> dict[str, str]:
     """A SHA-256 for each thing, by the name under which a change of it is refused. `tick` is called for every file."""
-    template = str(dataset.encoder.processor.template)
+    template = dataset.encoder.processor.template.source
     found = model_fingerprints(config.model.path, tick)
     found["model.template"] = hashlib.sha256(template.encode()).hexdigest()
     for number in range(len(config.data.train)):

@@ -19,7 +19,7 @@ from mmtrain.errors import NonFiniteError, Stopped, StorageError, UserError, sto
 from mmtrain.model.components import PartReport, prepare_learning
 from mmtrain.model.cost import CostModel, cost_model
 from mmtrain.model.dropout import DropoutClock, install_dropout
-from mmtrain.model.head import find_head_kind
+from mmtrain.model.family import probe_family
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.install import install
 from mmtrain.model.kernels.products import ROW_MULTIPLE
@@ -102,19 +102,19 @@ def make_learner(
     torch.manual_seed(seed)
     base = load_model(config.model.path, config.model.dtype, processor)
     runtime.activity.set("preparing the model")
-    head_kind = find_head_kind(base, say)
-    model, components, parts = prepare_learning(base, config.tune)
+    family = probe_family(base, processor, say)
+    model, parts = prepare_learning(base, family.components, config.tune)
     if settings.activation_checkpointing:
         checkpoint_activations(base)
     clock = DropoutClock(seed)
-    install_dropout(model, components, config.tune, clock)
+    install_dropout(model, family, config.tune, clock)
     root = Root(model)
     sharded = settings.weights == "shard" and runtime.num_processes > 1
     if not sharded:
         model.to(runtime.device)
     if settings.kernels == "auto":
         say(install(model).line)
-    costs = cost_model(base, components, config.tune)
+    costs = cost_model(base, family, config.tune)
     packing = choose_packing(model, processor, config, runtime, say)  # on the CPU where weights are sharded later
     if settings.compile:
         compile_layers(base)
@@ -123,10 +123,10 @@ def make_learner(
         model.to(runtime.device)
     store = make_store(config, runtime, say) if keeps_features(config, runtime.num_processes) else None
     features = find_features(model, processor, runtime, store, say)
-    make_inputs = InputMaker(model, processor.image_token_id, features)
+    make_inputs = InputMaker(model, processor, features)
     exact = settings.microbatches != "auto" and not sharded
-    optimizer = make_optimizer(model, components, config)
-    learner = Learner(model, root, make_inputs, head_kind, optimizer, clock, runtime, exact, sharded, packing)
+    optimizer = make_optimizer(model, family.components, config)
+    learner = Learner(model, root, make_inputs, family.head_kind, optimizer, clock, runtime, exact, sharded, packing)
     return learner, parts, costs
 
 
@@ -145,11 +145,9 @@ def layout_lines(config: Config, learner: Learner) -> Iterator[str]:
         why = "the weights are sharded" if learner.sharded else "run.microbatches is auto"
         why = f"{count} is no power of two" if learner.exact else why
         yield f"bits: others than on another number of processes ({why})"
-    kept, limits = learner.make_inputs.features is not None, settings.image_cache
-    if kept:
+    limits = settings.image_cache
+    if learner.make_inputs.features is not None:
         yield f"image cache: on, {limits.memory_gib:g} GiB in memory and {limits.disk_gib:g} GiB on disk"
-    elif keeps_features(config, count) and getattr(learner.model.config, "vision_config", None) is not None:
-        yield "image cache: off, models of this family do not take cached features"
 
 
 class TrainingLoop:

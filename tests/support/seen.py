@@ -19,7 +19,7 @@ from torch.distributed import HashStore
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.model.components import prepare_learning
+from mmtrain.model.components import Components, prepare_learning
 from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
 from mmtrain.runtime import processes
@@ -83,7 +83,8 @@ def frozen_types(config: Config) -> set[torch.dtype]:
 
 def tuned(config: Config) -> tuple[Any, Any]:
     base = load_model(config.model.path, config.model.dtype, load_processor(config.model.path))
-    model, components, _ = prepare_learning(base, config.tune)
+    components = Components(base)
+    model, _ = prepare_learning(base, components, config.tune)
     return model, make_optimizer(model, components, config)
 
 

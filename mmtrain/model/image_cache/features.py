@@ -6,7 +6,7 @@ are put together, is not known here but found out: the decoder must be given the
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,28 +86,27 @@ class PictureFeatures:
 
 
 @torch.no_grad()
-def find_fields(model: Any, processor: ChatProcessor, say: Callable[[str], None] = lambda line: None) -> Fields | None:
-    """What the forward of `model` reads of features, by trying with two pictures of noise.
-
-    None where the model's features cannot be kept: the forward does not take them, or takes something else beside
-    them, or they depend on weights that learn. `say` is told where the trial itself failed.
+def find_fields(model: Any, processor: ChatProcessor) -> Fields | str:
+    """What the forward of `model` reads of features, by trying with two images of noise; or why the features cannot be
+    cached: the forward does not take them, or takes something else next to them, or they depend on trainable weights.
     """
-    base = _base(model)
-    if processor.image_token is None or _KEYWORD not in inspect.signature(base.forward).parameters:
-        return None
+    base, token_id = _base(model), processor.image_token_id
+    if token_id is None:
+        return "this model takes no images"
+    if _KEYWORD not in inspect.signature(base.forward).parameters:
+        return "models of this family do not take cached features"
     try:
-        return _found_fields(base, processor)
-    except Exception as error:  # a family that does otherwise can raise anything; its pictures then go in as pixels
-        say(f"image cache: its trial ended with {type(error).__name__}: {one_line(error)}")
-        return None
+        return _found_fields(base, processor, token_id)
+    except Exception as error:  # a family that does otherwise can raise anything; its images then go in as pixels
+        return f"its trial failed with {type(error).__name__}: {one_line(error)}"
 
 
-def _found_fields(model: Any, processor: ChatProcessor) -> Fields | None:
+def _found_fields(model: Any, processor: ChatProcessor, token_id: int) -> Fields | str:
     noise = np.random.default_rng(0)
     pictures = [PIL.Image.fromarray(noise.integers(0, 256, (h, w, 3), np.uint8)) for w, h in _SIZES]
     pixels, ids = processor.image_inputs(pictures)
     made = [processor.image_inputs([picture]) for picture in pictures]
-    alone = [ImageInputs("", own.count(processor.image_token_id or -1), inputs, None) for inputs, own in made]
+    alone = [ImageInputs("", own.count(token_id), inputs, None) for inputs, own in made]
     expected = _given_to_decoder(model, ids, pixels)
     joint = _output(model, pixels)
     read = _Read(joint)
@@ -123,11 +122,11 @@ def _found_fields(model: Any, processor: ChatProcessor) -> Fields | None:
     fields = Fields(type(joint), layouts)
     tensors = [dict(item for name in layouts for item in _flat(getattr(output, name), name)) for output in outputs]
     if any(value.requires_grad for own in tensors for value in own.values()):
-        return None
-    if [_num_rows(own) for own in tensors] != [picture.num_placeholders for picture in alone]:
-        return None
+        return "the features depend on trainable weights"
+    if (rows := [_num_rows(own) for own in tensors]) != (counts := [picture.num_placeholders for picture in alone]):
+        return f"trial images have {rows} features for {counts} placeholders"
     found = _given_to_decoder(model, ids, beside | {_KEYWORD: {"image": fields.join(tensors)}})
-    return fields if _are_equal(found, expected) else None
+    return fields if _are_equal(found, expected) else "cached features give the language model other inputs than pixels"
 
 
 class _Read:
