@@ -142,7 +142,7 @@ def test_squad_tokens_lose_case_punctuation_and_articles() -> None:
     assert squad_tokens("The U.S. President, an old man") == ["us", "president", "old", "man"]
 
 
-@pytest.mark.parametrize()
+@pytest.mark.parametrize(("one", "other", "num"), [("", "", 0), ("", "ab", 2), ("flaw", "lawn", 2), ("ab", "ba", 2)])
 def test_levenshtein(one: str, other: str, num: int) -> None:
     assert levenshtein(one, other) == levenshtein(other, one) == num
 
