@@ -116,6 +116,54 @@ def inspect_model(
     run(path, json)
 
 
+@app.command()
+def generate(
+    path: Annotated[
+        str, typer.Argument(metavar="RUN", help="The directory of a run, an adapter or a model.", show_default=False)
+    ],
+    question: Annotated[str | None, typer.Argument(help="What to ask.", show_default=False)] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="An image for the question; may be repeated.")
+    ] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Chat with the model.")] = False,
+    system: Annotated[str | None, typer.Option(help="A system prompt.", show_default=False)] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Answer all questions of a data file; may be repeated.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="With --data: where the answers go.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The base model of an adapter.", show_default="the one it names")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="The type of the weights.", show_default="the run's, or bfloat16"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --data: questions at a time.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest reply, in tokens.")] = 256,
+    do_sample: Annotated[bool, typer.Option("--do-sample", help="Sample instead of the most likely token.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="With --do-sample.", show_default="1.0")] = None,
+    top_p: Annotated[float | None, typer.Option(help="With --do-sample.", show_default="1.0")] = None,
+    top_k: Annotated[int | None, typer.Option(help="With --do-sample.", show_default="50")] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams of a beam search.")] = 1,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 repetition is penalized.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="With --do-sample: decides what is sampled.")] = 0,
+) -> None:
+    """Ask a trained model: one question, a chat (-i), or all questions of a file (--data)."""
+    from mmtrain.generate.command import Options
+    from mmtrain.generate.command import generate as run
+    from mmtrain.generate.sampling import Sampling
+
+    sampling = Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, num_beams, repetition_penalty, seed)
+    run(
+        Options(
+            path, question, tuple(image or ()), interactive, system, tuple(data or ()), output, base, dtype,
+            batch_size, sampling,
+        )
+    )  # fmt: skip
+
+
 @eval_app.command()
 def perplexity(
     config: ConfigPath,

@@ -22,15 +22,24 @@ from mmtrain.model.load import load_model
 from mmtrain.records.chat import Conversation
 from mmtrain.records.record_set import RecordSet
 from support.builders import mixed_rows, write_jsonl
+from support.families_grid import GRID
+from support.families_text import TEXT_ONLY
+from support.families_tile import TILE
+from support.family_models import make_family
 
+ALL_FAMILIES = {**GRID, **TILE, **TEXT_ONLY}
+FAMILIES = (
+    *("qwen3_vl", "gemma3", "gemma4", "aya_vision", "idefics3", "internvl", "llava_next"),
+    *("cohere2", "gpt_oss", "lfm2", "granite"),
+)
 GREEDY = Sampling(max_new_tokens=6)
 
 
 class Case:
-    """A model of one kind, and the prompts of the mixed samples."""
+    """A model, and the prompts of the mixed samples."""
 
-    def __init__(self, kind: str, path: Path, folder: Path) -> None:
-        data = write_jsonl(folder / "mixed.jsonl", mixed_rows(folder, with_images=kind != "text"))
+    def __init__(self, path: Path, folder: Path, with_images: bool) -> None:
+        data = write_jsonl(folder / "mixed.jsonl", mixed_rows(folder, with_images))
         processor = load_processor(str(path))
         self.encoder = Encoder(processor)
         self.model = load_model(str(path), "float32", processor)
@@ -64,7 +73,7 @@ def by_full_forwards(model: Any, encoder: Encoder, prompt: Encoded, num: int, st
 
 @pytest.fixture(scope="module")
 def case(kind: str, model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(kind, model_dirs[kind], tmp_path_factory.mktemp("data"))
+    return Case(model_dirs[kind], tmp_path_factory.mktemp("data"), with_images=kind != "text")
 
 
 def test_a_prompt_is_what_training_has_before_the_reply(case: Case) -> None:
@@ -89,6 +98,16 @@ def test_a_prompt_is_what_training_has_before_the_reply(case: Case) -> None:
 def test_greedy_is_a_loop_of_full_forwards(case: Case) -> None:
     replies = [reply.ids for reply in case.generator.replies(case.prompts, GREEDY)]
     assert [list(ids) for ids in replies] == [case.greedy(prompt, 6) for prompt in case.prompts]
+
+
+@pytest.mark.slow("eleven families of models; the three kinds are always tried")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_is_a_loop_of_full_forwards_in_many_families(name: str, tmp_path: Path) -> None:
+    family = ALL_FAMILIES[name]
+    case = Case(make_family(family, tmp_path / name), tmp_path / "data", with_images=bool(family.images))
+    replies = [list(reply.ids) for reply in case.generator.replies(case.prompts, GREEDY)]
+    assert replies == [case.greedy(prompt, 6) for prompt in case.prompts]
+    assert len({tuple(ids) for ids in replies}) > 3
 
 
 def test_a_batch_of_1_gives_what_a_batch_of_16_gives(case: Case) -> None:
