@@ -1,6 +1,6 @@
 """`mmtrain generate`: a reply to one question, a chat, or the answers to all questions of a file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmtrain.errors import UserError
@@ -25,7 +25,7 @@ class Options:
     base: str | None = None
     dtype: str | None = None
     batch_size: int = 16
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
 
     def check(self) -> None:
         """Raises UserError, before anything is loaded, where the options do not go together."""

@@ -1,7 +1,7 @@
 """What `mmtrain generate` is asked to run: the directory of a run, of an adapter or of a model."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Target:
     model: str
     """A model directory or the id of a model in the local hub cache."""
     adapter: Path | None = None
-    labels: Labels = Labels()
+    labels: Labels = field(default_factory=Labels)
     dtype: str = "bfloat16"
 
     @property
@@ -52,7 +52,7 @@ def find_target(path: str, base: str | None = None, dtype: str | None = None) ->
         raise UserError(f"--base: {visible(path)} has no {CONFIG}: --base is for the directory of an adapter")
     if (folder / "model" / "config.json").is_file():
         return Target(str(folder / "model"), None, labels, dtype)
-    if (folder / "checkpoints").is_dir():
+    if (folder / "checkpoints").is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{visible(path)}: the run has not saved its model yet: finish it with `mmtrain train`")
     return Target(path, None, labels, dtype)
 
@@ -68,8 +68,10 @@ def _named_base(adapter: Path) -> str:
 
 
 def _config_of_run(folder: Path) -> Config | None:
-    """The config in the newest checkpoint of the run in `folder`, None where it is no run."""
-    states = sorted(folder.glob("checkpoints/step-*/state.json"))
+    """The config in the newest checkpoint of the run in `folder`, or of the run that saved its adapter or model there;
+    None where there is no run."""
+    runs = (folder, folder.parent) if folder.name in ("adapter", "model") else (folder,)
+    states = [state for run in runs for state in sorted(run.glob("checkpoints/step-*/state.json"))]
     if not states:
         return None
     try:
