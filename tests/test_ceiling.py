@@ -10,8 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmtrain.config.schema import Config
-from mmtrain.train import ceiling
-from mmtrain.train import run as loop
+from mmtrain.train import ceiling, loop
 from mmtrain.train.run import train
 
 

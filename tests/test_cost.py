@@ -19,9 +19,10 @@ from mmtrain.model.family import Family, probe_family
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
 from mmtrain.model.loss import supervised_nll
+from mmtrain.progress import QUIET
 from mmtrain.train.dataset import Dataset
 from support.builders import TINY
-from support.learning import ALL_FULL, LORA, MIXED, QUIET, learner_for
+from support.learning import ALL_FULL, LORA, MIXED, learner_for
 
 FULL = {"mode": "full"}
 TUNES: dict[str, dict[str, Any]] = {

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset import image_inputs as data_features
-from mmtrain.evaluate.command import Evaluation, Options
+from mmtrain.evaluate.evaluation import Evaluation
 from mmtrain.model.components import Components, is_as_loaded
-from mmtrain.scoring.image_cache import keeps_features
-from mmtrain.train import run as loop
+from mmtrain.scoring.image_cache import caches_features
+from mmtrain.train import loop
 from mmtrain.train.run import train
 from mmtrain.train.step import Learner
 from support.learning import LORA, MIXED, learner_for, relative_l2, step_of
@@ -264,9 +264,9 @@ def test_nothing_is_kept_of_what_learns(tune: dict[str, Any], make_config: MakeC
 
 def test_nothing_is_kept_where_weights_are_spread(make_config: MakeConfig) -> None:
     config = make_config("llava", LANGUAGE, weights="shard")
-    assert keeps_features(config, 1)
-    assert not keeps_features(config, 2)
-    assert keeps_features(make_config("llava", LANGUAGE), 2)
+    assert caches_features(config, 1)
+    assert not caches_features(config, 2)
+    assert caches_features(make_config("llava", LANGUAGE), 2)
 
 
 def test_evaluation_is_that_of_pixels_and_sees_an_adapter_of_the_vision_tower(
@@ -278,11 +278,11 @@ def test_evaluation_is_that_of_pixels_and_sees_an_adapter_of_the_vision_tower(
         if name == "kept":
             train(config)
         path = str(Path(config.run.output_dir) / "adapter")
-        evaluation = Evaluation(config, Options(compare=("base", path), data=(config.data.train[0].path,)))
+        evaluation = Evaluation(config, [config.data.train[0].path], [path])
         found[name] = []
-        for model in ("base", "base", path):
-            with evaluation.adapter(model):
-                found[name].append(evaluation.scores().nll)
+        for adapter in ("base", "base", path):
+            with evaluation.model(adapter) as model:
+                found[name].append(evaluation.scores(model).nll)
     for kept, pixels in zip(found["kept"], found["pixels"], strict=True):
         assert kept == pytest.approx(pixels, rel=1e-5)
     assert abs(found["kept"][2] - found["kept"][0]).max() > 1e-3

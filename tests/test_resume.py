@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mmtrain.config.schema import Config
 from mmtrain.errors import UserError
+from mmtrain.progress import Progress
 from mmtrain.train.checkpoint import CheckpointFolder, Snapshot
 from mmtrain.train.resume import Resume, find_resume
 
@@ -37,8 +38,8 @@ class Run:
     ) -> Resume:
         said = io.StringIO()
         now = {"threads": 1, "device": "A", **layout}
-        folder, console = CheckpointFolder(self.folder, 2), Console(file=said, width=60)
-        found = find_resume(folder, config or self.config, hashes, now, accept, console)
+        folder, progress = CheckpointFolder(self.folder, 2), Progress(console=Console(file=said, width=60))
+        found = find_resume(folder, config or self.config, hashes, now, accept, progress)
         self.said[:] = said.getvalue().splitlines()
         return found
 
@@ -110,7 +111,7 @@ def test_other_bytes_are_refused_without_their_hashes(key: str, run: Run) -> Non
         run.find(hashes=HASHES | {key: "cc"})
     (fault,) = refused.value.faults[:-1]
     assert fault.startswith(f"{key}: ")
-    assert "bytes" in fault
+    assert "the content has changed" in fault
     assert "cc" not in fault
 
 

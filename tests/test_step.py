@@ -139,7 +139,7 @@ def test_gradients_are_summed_over_processes_once(made: Made, settings: dict[str
     assert relative_l2(gradients, {name: times * value for name, value in alone.items()}) < 1e-6
     assert two.agreed == [0 if found.exact else 1]  # the tree adds the losses, too, in its own order
     found.optimizer.zero_grad(set_to_none=True)
-    assert train_step(found, batches(made), 10, 1, 1.0).asked == 15
+    assert train_step(found, batches(made), 10, 1, 1.0).stop_signal == 15
 
 
 @pytest.mark.parametrize("exact", [False, True])

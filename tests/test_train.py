@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from mmtrain.config import load_config
 from mmtrain.config.schema import Config
 from mmtrain.errors import NonFiniteError, UserError
-from mmtrain.train import run as loop
+from mmtrain.train import loop
 from mmtrain.train.folder import start_over
 from mmtrain.train.run import train
 from mmtrain.train.step import StepResult, train_step
@@ -200,7 +200,7 @@ def test_a_change_of_the_data_is_refused(shared_run: Config) -> None:
     content = data.read_text()
     data.write_text("\n".join(content.splitlines()[:-1]))
     try:
-        with pytest.raises(UserError, match=r"data\.train\.0\.records: not the bytes"):
+        with pytest.raises(UserError, match=r"data\.train\.0\.records: the content has changed"):
             train(shared_run)
     finally:
         data.write_text(content)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text as Plain
 
@@ -27,6 +26,7 @@ from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError, grouped
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.model.load import length_limit
+from mmtrain.progress import Progress
 from mmtrain.records.chat import Conversation, Text
 
 TOO_LONG = "too long"
@@ -243,21 +243,20 @@ def audit(
     be read.
     """
     spec, processor = EncodingSpec.of(config, _sources(config, split)), load_processor(config.model.path)
-    records, encoder, console = spec.records(), spec.encoder(processor), Console(stderr=True)
+    records, encoder, progress = spec.records(), spec.encoder(processor), Progress()
     limit = length_limit(config.model.path, config.data.max_length)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(f"checking {split}", total=len(records))
-        store = open_store(spec, records, processor, lambda number: progress.advance(bar, number), lambda: None)
-        samples = StoredSamples(records, store)
-        counting = _Counting(samples, config, split)
-        bar = progress.add_task(f"auditing {split}", total=len(samples))
+    with progress.task(f"checking {split}"):
+        store = open_store(spec, records, processor, progress)
+    samples = StoredSamples(records, store)
+    counting = _Counting(samples, config, split)
+    with progress.task(f"auditing {split}", len(samples)) as task:
         for index in range(len(samples)):
             num_tokens = int(store.num_tokens[index])
             is_too_long, is_fault = num_tokens > limit.num_tokens, config.data.too_long == "error"
             found = counting.add(index, Finding(TOO_LONG, is_fault, limit.reason(num_tokens)) if is_too_long else None)
             if on_row is not None:
                 on_row(_row(samples, encoder, index, found, with_tokens))
-            progress.advance(bar)
+            task.advance()
     return counting.finish()
 
 

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from mmtrain.config import Config, load_config
 from mmtrain.dataset.microbatches import Cut, cut_step
@@ -37,6 +36,7 @@ from mmtrain.model.components import prepare_learning
 from mmtrain.model.cost import CostModel, cost_model
 from mmtrain.model.family import probe_family
 from mmtrain.model.load import model_structure
+from mmtrain.progress import QUIET
 from mmtrain.train.dataset import Dataset
 
 HEAD = ("processes", "micro-batches each", "waiting", "at best", "as they come", "padding", "seconds a cut")
@@ -87,7 +87,7 @@ class Simulation:
         self.settings = config.run
         self.packing = config.run.packing is not False  # auto: the model that would be tried is not loaded
         processor = load_processor(config.model.path)
-        self.dataset = Dataset(config, processor, Console(quiet=True))
+        self.dataset = Dataset(config, processor, QUIET)
         self.costs = costs_in(config, processor)
 
     def row(self, processes: int, each: int, steps: int) -> tuple[str, ...]:

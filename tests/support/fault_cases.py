@@ -15,7 +15,7 @@ from support.builders import make_text, mixed_rows, write_jsonl
 from support.forked import Group, Patch, Server, patch, release, until
 
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}
-NLL = "mmtrain.train.step.supervised_nll"
+NLL = "mmtrain.scoring.loaded_model.supervised_nll"
 """Called once for each micro-batch, in the phase `forward`."""
 
 
@@ -36,11 +36,11 @@ class Phase:
 
 PHASES = {
     "checking": Phase("mmtrain.train.dataset.check_samples", "checking the data", 0),
-    "loading": Phase("mmtrain.train.run.load_model", "loading the model", 0),
+    "loading": Phase("mmtrain.train.trainable.load_model", "loading the model", 0),
     "data": Phase("mmtrain.dataset.batch.Future.result", "step 3, data", 3, step=3),
     "forward": Phase(NLL, "step 3, forward", 3, step=3),
     "gradients": Phase(NLL, "step 3, gradients", 3, step=3, holder="other"),
-    "evaluating": Phase("mmtrain.scoring.scorer.supervised_nll", "step 2, evaluating", 2, step=2),
+    "evaluating": Phase("mmtrain.scoring.scorer.Scorer._answers", "step 2, evaluating", 2, step=2),
     "saving": Phase(
         "mmtrain.train.checkpoint.save_file", "step 2, saving", 2, 2, "first", waiting="step 2, awaiting the save"
     ),

@@ -22,12 +22,13 @@ from mmtrain.errors import UserError
 from mmtrain.model.components import Components, prepare_learning
 from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
+from mmtrain.progress import QUIET
 from mmtrain.runtime import processes
 from mmtrain.runtime.processes import Runtime
-from mmtrain.train import run as loop
+from mmtrain.train import learner, loop, run
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.optimizer import make_optimizer, set_rate
-from support.learning import QUIET, learner_for, step_of
+from support.learning import learner_for, step_of
 
 REFUSED = "refused"
 
@@ -141,7 +142,7 @@ def computes_without_dropout(config: Config, component: str) -> bool:
 
 def folders_written(config: Config) -> list[str]:
     before = set(Path().glob("*/metrics.jsonl"))
-    loop.train(config)
+    run.train(config)
     return [path.parent.name for path in set(Path().glob("*/metrics.jsonl")) - before]
 
 
@@ -154,12 +155,12 @@ def rows(config: Config) -> list[dict[str, Any]]:
 
 
 def saved_steps(config: Config) -> list[int]:
-    loop.train(config)
+    run.train(config)
     return sorted(int(path.name[5:]) for path in (Path(config.run.output_dir) / "checkpoints").glob("step-*"))
 
 
 def steps_evaluated(config: Config) -> list[int]:
-    loop.train(config)
+    run.train(config)
     return [row["step"] for row in rows(config) if "eval" in row]
 
 
@@ -174,7 +175,7 @@ def rate_at(step: int) -> Callable[[Config], Any]:
     """The rate by which the update of `step` moved the adapters' B, which is zero before the first one."""
 
     def seen(config: Config) -> Any:
-        loop.train(config)
+        run.train(config)
         now = checkpoint(config, step, "trainable")
         before = (
             checkpoint(config, step - 1, "trainable") if step > 1 else {n: torch.zeros_like(w) for n, w in now.items()}
@@ -189,7 +190,7 @@ def rate_at(step: int) -> Callable[[Config], Any]:
 
 def weight_decay(config: Config) -> Any:
     """What the second update took from the adapters' A besides the step along Adam's direction."""
-    loop.train(config)
+    run.train(config)
     before, now = checkpoint(config, 1, "trainable"), checkpoint(config, 2, "trainable")
     name, rate = next(name for name in now if "lora_A" in name), config.train.learning_rate
     decayed = before[name] - now[name] - rate * adam_direction(config, 2, name)
@@ -198,7 +199,7 @@ def weight_decay(config: Config) -> Any:
 
 def norm_of_the_first_gradient(config: Config) -> Any:
     """As AdamW got it: its first moment is then a tenth of the gradient. None where it is the norm before clipping."""
-    loop.train(config)
+    run.train(config)
     moments = checkpoint(config, 1, "optimizer")
     norm = 10 * math.sqrt(sum(float(m.pow(2).sum()) for name, m in moments.items() if name.endswith("|exp_avg")))
     whole = next(row["grad_norm"] for row in rows(config) if row["step"] == 1 and "eval" not in row)
@@ -233,7 +234,7 @@ def microbatches(config: Config) -> list[tuple[int, bool]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", watched)
-        loop.train(config)
+        run.train(config)
     return found[:1]
 
 
@@ -242,13 +243,13 @@ def num_shardings(config: Config) -> int:
     runtime, calls = Runtime("float32"), []
     runtime.num_processes, runtime._store = 2, HashStore()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "shard", lambda *arguments: calls.append(arguments))
-        loop.make_learner(config, load_processor(config.model.path), runtime)
+        patch.setattr(learner, "shard", lambda *arguments: calls.append(arguments))
+        learner.make_learner(config, load_processor(config.model.path), runtime, QUIET)
     return len(calls)
 
 
 def num_threads(config: Config) -> int:
-    loop.train(config)
+    run.train(config)
     return torch.get_num_threads()
 
 
@@ -262,7 +263,7 @@ def seconds_of_the_supervisor(config: Config) -> list[float]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "Supervisor", Watched)
-        loop.train(config)
+        run.train(config)
     return found
 
 

@@ -1,0 +1,56 @@
+"""The model that is trained, on its device, with its optimizer."""
+
+from mmtrain.config import Config
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.model.cost import cost_model
+from mmtrain.model.inputs import InputMaker
+from mmtrain.model.kernels.install import install
+from mmtrain.model.load import compile_layers
+from mmtrain.model.root import Root
+from mmtrain.progress import Progress
+from mmtrain.runtime.processes import Runtime
+from mmtrain.runtime.shard import shard
+from mmtrain.scoring.image_cache import caches_features, find_features, make_store
+from mmtrain.scoring.packing import choose_packing
+from mmtrain.train.optimizer import make_optimizer
+from mmtrain.train.step import Learner
+from mmtrain.train.trainable import make_trainable
+
+
+def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress) -> Learner:
+    """Load the model, add its trainable parameters, and decide how it is computed; `progress` says what was decided.
+
+    Packing and the image cache are tried before the weights are sharded or the layers compiled.
+    """
+    made = make_trainable(config, processor, runtime.activity, progress)
+    model, settings = made.model, config.run
+    root = Root(model)
+    sharded = settings.weights == "shard" and runtime.num_processes > 1
+    if not sharded:
+        model.to(runtime.device)
+    if settings.kernels == "auto":
+        progress.say(install(model).line)
+    costs = cost_model(made.base, made.family, config.tune)
+    packing = choose_packing(model, processor, config, runtime, progress.say)
+    store = make_store(config, runtime, progress) if caches_features(config, runtime.num_processes) else None
+    features = find_features(model, processor, runtime, store, progress.say)
+    if settings.compile:
+        compile_layers(made.base)
+    if sharded:
+        shard(root, runtime.device)
+        model.to(runtime.device)
+    return Learner(
+        model=model,
+        processor=processor,
+        root=root,
+        make_inputs=InputMaker(model, processor, features),
+        head_kind=made.family.head_kind,
+        packing=packing,
+        runtime=runtime,
+        optimizer=make_optimizer(model, made.family.components, config),
+        clock=made.clock,
+        costs=costs,
+        component_reports=made.component_reports,
+        exact=settings.microbatches != "auto" and not sharded,
+        sharded=sharded,
+    )
