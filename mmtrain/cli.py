@@ -190,6 +190,34 @@ def perplexity(
     eval_perplexity(loaded, Options(adapter, tuple(compared), tuple(data or ()), images == "all", json))
 
 
+@eval_app.command()
+def answers(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="A run or an adapter; without it the base model.", show_default=False),
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="A data file instead of data.eval; may be repeated.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="How answers are scored.", show_default="each source's, or one that suits it")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Every figure as one JSON object.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 16,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest answer.", show_default="twice the longest reference")
+    ] = None,
+) -> None:
+    """How good the answers are, and whether they are better than blind guessing."""
+    from mmtrain.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from mmtrain.answers.command import Options, eval_answers
+
+    eval_answers(loaded, Options(adapter, tuple(data or ()), metric, html, json, batch_size, max_new_tokens))
+
+
 @config_app.command()
 def schema() -> None:
     """Print the JSON Schema of a config file."""

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from mmtrain.config import Config
 from mmtrain.errors import UserError
-from mmtrain.evaluate.changed_images import CHANGES
 from mmtrain.evaluate.evaluation import BASE, Evaluation
 from mmtrain.evaluate.report import image_verdict, print_comparison, print_report
 from mmtrain.scoring import statistics
+from mmtrain.scoring.changed_images import CHANGES
 from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.scoring.scores import Scores
 

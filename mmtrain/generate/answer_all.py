@@ -6,9 +6,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
 from mmtrain.config.schema import Source
 from mmtrain.dataset.hashes import digest, model_fingerprints
 from mmtrain.errors import UserError
@@ -18,6 +15,7 @@ from mmtrain.generate.replies import batched
 from mmtrain.generate.sampling import Sampling
 from mmtrain.generate.target import Loaded, Target
 from mmtrain.model.adapter import CONFIG, WEIGHTS
+from mmtrain.progress import Progress
 from mmtrain.records.chat import SampleError
 from mmtrain.records.data_files import find_data_files
 from mmtrain.safe_text import visible
@@ -29,16 +27,17 @@ def answer_all(loaded: Loaded, data: Sequence[str], output: Path, batch_size: in
     The batches are the same whether the command was stopped before or not, and so are the answers.
     Raises UserError for what the user can fix and StorageError where the file cannot be written.
     """
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    progress = Progress()
     questions = Questions([Source(path=path) for path in data], loaded.encoder)
     answers = AnswersFile(output, _made_with(loaded.target, data, batch_size, sampling))
     if answers.done:
-        console.print(f"{visible(str(output))}: {len(answers.done):,} of {len(questions):,} answers are there")
+        progress.say(f"{visible(str(output))}: {len(answers.done):,} of {len(questions):,} answers are there")
     batches = [batch for batch in batched(len(questions), batch_size) if not answers.done.issuperset(batch)]
-    quiet = not console.is_terminal
-    for batch in track(batches, "answering", console=console, transient=True, disable=quiet):
-        answers.add(_rows(loaded, sampling, questions, batch))
-    console.print(f"{visible(str(output))}: {len(questions):,} answers")
+    with progress.task("answering", len(questions), len(answers.done)) as task:
+        for batch in batches:
+            rows = _rows(loaded, sampling, questions, batch)
+            task.advance(answers.add(rows))
+    progress.say(f"{visible(str(output))}: {len(questions):,} answers")
 
 
 def _rows(loaded: Loaded, sampling: Sampling, questions: Questions, batch: Collection[int]) -> list[Row]:

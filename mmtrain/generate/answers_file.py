@@ -53,10 +53,12 @@ class AnswersFile:
             raise UserError(f"{where}: question {question} is there twice: delete the file or name another one with -o")
         return question
 
-    def add(self, rows: Iterable[Row]) -> None:
-        """Append the rows, by their `question_index`, that are not there yet. Raises StorageError."""
+    def add(self, rows: Iterable[Row]) -> int:
+        """Append the rows, by their `question_index`, that are not there yet, and give their number. Raises
+        StorageError."""
         fresh = [row for row in rows if row["question_index"] not in self.done]
         with storage_faults(f"{self._name}: it cannot be written"), self._path.open("a", encoding="utf-8") as file:
             for row in fresh:
                 file.write(json.dumps({**row, "made_with": self._made_with}, ensure_ascii=False) + "\n")
         self.done |= {row["question_index"] for row in fresh}
+        return len(fresh)

@@ -45,16 +45,27 @@ def find_target(path: str, base: str | None = None, dtype: str | None = None) ->
     config = _config_of_run(folder)
     labels = Labels() if config is None else config.labels
     dtype = dtype or ("bfloat16" if config is None else config.model.dtype)
-    adapter = next((one for one in (folder, folder / "adapter") if (one / CONFIG).is_file()), None)
+    adapter = find_adapter(folder)
     if adapter is not None:
         return Target(base or _named_base(adapter), adapter, labels, dtype)
     if base is not None:
         raise UserError(f"--base: {visible(path)} has no {CONFIG}: --base is for the directory of an adapter")
-    if (folder / "model" / "config.json").is_file():
-        return Target(str(folder / "model"), None, labels, dtype)
-    if (folder / "checkpoints").is_dir() and not (folder / "config.json").is_file():
+    model = find_model(folder)
+    if model is not None:
+        return Target(str(model), None, labels, dtype)
+    if (folder / "checkpoints").is_dir():
         raise UserError(f"{visible(path)}: the run has not saved its model yet: finish it with `mmtrain train`")
     return Target(path, None, labels, dtype)
+
+
+def find_adapter(folder: Path) -> Path | None:
+    """The directory of the adapter that `folder` is, or that the run in it saved; None where there is none."""
+    return next((one for one in (folder, folder / "adapter") if (one / CONFIG).is_file()), None)
+
+
+def find_model(folder: Path) -> Path | None:
+    """The same for a model that was saved whole."""
+    return next((one for one in (folder, folder / "model") if (one / "config.json").is_file()), None)
 
 
 def _named_base(adapter: Path) -> str:
