@@ -200,7 +200,8 @@ def answers(
     ] = None,
     data: Annotated[list[str] | None, typer.Option(help="A data file instead of data.eval; may be repeated.")] = None,
     metric: Annotated[
-        str | None, typer.Option(help="How answers are scored.", show_default="each source's, or one that suits it")
+        str | None,
+        typer.Option(help="How answers are scored.", show_default="each source's, or one that suits it"),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Every figure as one JSON object.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", show_default=False)] = None,

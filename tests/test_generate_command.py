@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mmtrain.cli import app
+from mmtrain.config import dump_config
 from mmtrain.config.schema import Config, Source
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
@@ -109,21 +110,15 @@ def test_answers_that_were_made_otherwise_are_not_continued(
     if change == "model":
         (path / "tokenizer_config.json").write_text((path / "tokenizer_config.json").read_text() + " ")
     if change == "labels":
-        write_state(path, {"config": config_of(path, data, train_on="last")})
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "config.yaml").write_text(config_of(path, data, train_on="last"))
     with pytest.raises(UserError, match=r"answers.jsonl:1: made with another model, data or options: delete the file"):
         generate(Options(str(path), data=(str(data),), output=output, dtype="float32", sampling=sampling))
 
 
-def config_of(model: Path, data: Path, **labels: Any) -> dict[str, Any]:
+def config_of(model: Path, data: Path, **labels: Any) -> str:
     sections = {"model": {"path": str(model), "dtype": "float32"}, "data": {"train": [{"path": str(data)}]}}
-    config = Config.model_validate({**sections, "labels": labels, "run": {"output_dir": "run"}})
-    return config.model_dump(mode="json")
-
-
-def write_state(run: Path, state: dict[str, Any]) -> None:
-    folder = run / "checkpoints" / "step-000001"
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps(state))
+    return dump_config(Config.model_validate({**sections, "labels": labels, "run": {"output_dir": "run"}}))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from mmtrain.answers.evaluation import AnswerEvaluation, Replies
 from mmtrain.answers.figures import figures
+from mmtrain.answers.metrics import METRICS
 from mmtrain.answers.report import print_report
 from mmtrain.config import Config
 from mmtrain.config.schema import EvalSource
@@ -36,6 +37,8 @@ class Options:
 
 def eval_answers(config: Config, options: Options) -> None:
     """Generate, score, compare, and print. Raises UserError for what the user can fix."""
+    if options.metric is not None and options.metric not in METRICS:
+        raise UserError(f"--metric {shown(options.metric)}: expected one of {', '.join(METRICS)}")
     sources = [EvalSource(path=path) for path in options.data] or list(config.data.eval)
     if not sources:
         raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")

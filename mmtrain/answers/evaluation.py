@@ -1,10 +1,9 @@
 """The questions of a config's evaluation sources, and a model's replies to them, with their images and with others."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from mmtrain.answers.judged import AskedQuestion
-from mmtrain.answers.metrics import METRICS, find_metric
+from mmtrain.answers.asked import check_forms, choose_metrics
 from mmtrain.config import Config
 from mmtrain.config.schema import EvalSource
 from mmtrain.dataset.batch import Samples
@@ -19,7 +18,6 @@ from mmtrain.generate.sampling import Sampling
 from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
 from mmtrain.records.chat import SampleError
-from mmtrain.safe_text import shown
 from mmtrain.scoring.changed_images import Change, ChangedImages, encodable
 
 Replies = dict[int, Reply]
@@ -55,39 +53,12 @@ class AnswerEvaluation:
         names = [source.name or Path(source.path).name for source in sources]
         own = [names[records.source(question.sample)] for question in self._questions]
         metrics = dict(zip(names, (metric or source.metric for source in sources), strict=True))
-        self.reasons: dict[str, str] = {}
-        """Why each source that has a question has its metric, by the source's name."""
-        chosen = self._choose(metrics, own)
-        self.questions = [
-            AskedQuestion(question.sample, name, question.text, question.reference or "", chosen[name])
-            for question, name in zip(self._questions, own, strict=True)
-        ]
+        self.questions, self.reasons = choose_metrics(self._questions, own, metrics)
         self.places = [str(self.samples.place(question.sample)) for question in self._questions]
-        self._check_forms()
+        check_forms(self.questions, self.places)
         longest = max(int(checked.num_supervised[question.sample]) for question in self._questions)
         self.max_new_tokens = min(max(2 * longest, _LEAST_NEW_TOKENS), _MOST_NEW_TOKENS)
         """Twice what the longest reference needs: a longer answer is wrong however it goes on."""
-
-    def _choose(self, metrics: Mapping[str, str | None], own: Sequence[str]) -> dict[str, str]:
-        chosen = {}
-        for name, given in metrics.items():
-            references = [q.reference or "" for q, source in zip(self._questions, own, strict=True) if source == name]
-            if references:
-                found, reason = find_metric(references) if given is None else (given, "as configured")
-                chosen[name], self.reasons[name] = found, reason
-        return chosen
-
-    def _check_forms(self) -> None:
-        faults = []
-        for question, place in zip(self.questions, self.places, strict=True):
-            is_of_form = METRICS[question.metric].is_of_form
-            if is_of_form is not None and not is_of_form(question.reference):
-                faults.append(
-                    f"{place}: {question.metric} cannot compare {shown(question.reference)}: "
-                    "set another `metric` for the source"
-                )
-        if faults:
-            raise UserError(faults)
 
     def replies(self, generator: Generator, name: str, batch_size: int, max_new_tokens: int) -> Replies:
         """The greedy reply to every question; `name` is shown while they are generated."""

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mmtrain.answers.judged import JUDGED, AskedQuestion, JudgedAnswers
+from mmtrain.answers.asked import AskedQuestion
+from mmtrain.answers.judged import JUDGED, JudgedAnswers
 from mmtrain.answers.metrics import METRICS
 from mmtrain.answers.normalize import as_written
 from mmtrain.answers.text_metrics import chrf

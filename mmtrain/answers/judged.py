@@ -1,10 +1,10 @@
 """Answers of several kinds to the same questions (the model's, blind ones, those with other images) as scores."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from mmtrain.answers.asked import AskedQuestion
 from mmtrain.answers.blind import best_blind_answers
 from mmtrain.answers.metrics import METRICS
 from mmtrain.answers.normalize import as_written
@@ -20,19 +20,6 @@ Figure = dict[str, float]
 """By metric."""
 Intervals = dict[str, list[float]]
 """By metric, [low, high]."""
-
-
-@dataclass(frozen=True, slots=True)
-class AskedQuestion:
-    """One question with its reference, and how its answers are scored."""
-
-    sample: int
-    """The index of its sample."""
-    source: str
-    text: str
-    reference: str
-    metric: str
-    """The metric of its source."""
 
 
 class JudgedAnswers:

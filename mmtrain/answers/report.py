@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmtrain.safe_text import visible
+from mmtrain.safe_text import shortened, visible
 
 KINDS = {
     "model": "the model",
@@ -85,7 +85,7 @@ def _example(example: Mapping[str, Any]) -> str:
 
 
 def _short(text: str, limit: int) -> str:
-    return visible(text if len(text) <= limit else text[: limit - 1] + "…")
+    return visible(shortened(text, limit))
 
 
 def _say(line: str, console: Console) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mmtrain.config.schema import Config, Labels
+from mmtrain.config.yaml_file import read_yaml
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
@@ -15,7 +16,7 @@ from mmtrain.generate.replies import Generator
 from mmtrain.model.adapter import CONFIG, load_adapter, read_adapter
 from mmtrain.model.load import length_limit, load_model
 from mmtrain.runtime.processes import Runtime
-from mmtrain.safe_text import shown, visible
+from mmtrain.safe_text import one_line, visible
 
 _ANY_LENGTH = 10**9
 
@@ -38,7 +39,7 @@ class Target:
 def find_target(path: str, base: str | None = None, dtype: str | None = None) -> Target:
     """What is at `path`; `base`: the base model of an adapter, without it the one that the adapter names.
 
-    The labels and the type of the weights are those of the run's newest checkpoint, or else the defaults of a config.
+    The labels and the type of the weights are those of the run's config, or else a config's defaults.
     Raises UserError where there is nothing to run.
     """
     folder = Path(path)
@@ -79,18 +80,16 @@ def _named_base(adapter: Path) -> str:
 
 
 def _config_of_run(folder: Path) -> Config | None:
-    """The config in the newest checkpoint of the run in `folder`, or of the run that saved its adapter or model there;
-    None where there is no run."""
-    runs = (folder, folder.parent) if folder.name in ("adapter", "model") else (folder,)
-    states = [state for run in runs for state in sorted(run.glob("checkpoints/step-*/state.json"))]
-    if not states:
+    """The config of the run in `folder`, or of the one that saved its adapter or model there; None where there is no
+    run."""
+    run = folder.parent if folder.name in ("adapter", "model") else folder
+    file = run / "config.yaml"
+    if not (run / "checkpoints").is_dir() or not file.is_file():
         return None
     try:
-        return Config.model_validate(json.loads(states[-1].read_bytes())["config"])
-    except (OSError, ValueError, KeyError, TypeError, ValidationError):
-        raise UserError(
-            f"{shown(str(states[-1]))}: the run's config cannot be read: give the directory of its adapter or model"
-        ) from None
+        return Config.model_validate(read_yaml(file)[0])
+    except ValidationError as error:
+        raise UserError(f"{visible(str(file))}: not the config of a run: {one_line(error)}") from None
 
 
 @dataclass(frozen=True, slots=True)
