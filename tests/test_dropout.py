@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmtrain.dataset.batch import Batch, Segment
-from mmtrain.model.dropout import DropoutClock, SampleDropout
+from mmtrain.model.dropout import DropoutContext, SampleDropout
 
 LENGTH = 40
 
@@ -25,9 +25,9 @@ def masks(
     seed: int = 0, step: int = 1, samples: tuple[int, ...] = (5,), module: str = "a", packed: bool = True
 ) -> list[Tensor]:
     """(LENGTH, 8) bool: where each sample's values are dropped."""
-    clock, batch = DropoutClock(seed), batch_of(samples, packed)
-    dropout = SampleDropout(0.5, module, "language", None, clock)
-    with clock.at(step, batch):
+    context, batch = DropoutContext(seed), batch_of(samples, packed)
+    dropout = SampleDropout(0.5, module, "language", None, context)
+    with context.at(step, batch):
         out = dropout(torch.ones(*batch.input_ids.shape, 8))
     return list((out == 0).reshape(len(samples), LENGTH, 8))
 
@@ -52,10 +52,10 @@ def test_the_mask_of_a_sample_is_the_same_in_every_cut() -> None:
 
 
 def test_dropout_is_off_again_after_a_micro_batch_that_fails() -> None:
-    clock, ones = DropoutClock(0), torch.ones(1, LENGTH, 8)
-    dropout = SampleDropout(0.5, "a", "language", None, clock)
+    context, ones = DropoutContext(0), torch.ones(1, LENGTH, 8)
+    dropout = SampleDropout(0.5, "a", "language", None, context)
     try:
-        with clock.at(1, batch_of((5,))):
+        with context.at(1, batch_of((5,))):
             assert not torch.equal(dropout(ones), ones)
             raise ValueError
     except ValueError:

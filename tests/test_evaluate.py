@@ -1,4 +1,4 @@
-"""eval perplexity against plain forwards with full logits, over cuts, and with pictures changed."""
+"""eval perplexity against plain forwards with full logits, over cuts, and with images changed."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def with_eval(config: Config, *paths: str) -> Config:
 
 
 def plain_sums(config: Config) -> dict[int, tuple[float, int, int]]:
-    """Sample → sum of nll, learned tokens, right ones: one sample at a time, full logits, shifted, float32."""
+    """Sample → sum of nll, supervised tokens, right ones: one sample at a time, full logits, shifted, float32."""
     processor = load_processor(config.model.path)
     samples = FreshSamples(RecordSet(config.data.eval), Encoder(processor))
     model = load_model(config.model.path, "float32", processor)
@@ -117,7 +117,7 @@ def shapes_rows(number: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow("trains and evaluates the tiny model")
-def test_what_the_pictures_are_worth(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_what_the_images_are_worth(make_config: MakeConfig, tmp_path: Path) -> None:
     """The shipped model looks; the same with its projector's output at zero cannot."""
     data = tmp_path / "open.json"
     data.write_text(json.dumps(shapes_rows(120)))
@@ -147,7 +147,7 @@ def test_what_the_pictures_are_worth(make_config: MakeConfig, tmp_path: Path) ->
     assert "ignores the images" in blind["verdict"]
 
 
-def test_swapped_pictures_are_never_the_sample_s_own(make_config: MakeConfig) -> None:
+def test_swapped_images_are_never_the_sample_s_own(make_config: MakeConfig) -> None:
     config = with_eval(make_config("qwen2_5_vl"))
     evaluation = Evaluation(config)
     changed = ChangedImages(evaluation.samples, evaluation.encoder, "swapped", evaluation.indices)

@@ -1,4 +1,4 @@
-"""What a forward reads of its picture features is found out; where it cannot be put together, nothing is kept."""
+"""What a forward reads of its image features is found out; where it cannot be put together, nothing is kept."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers import (
 from mmtrain.dataset.image_inputs import ImageInputs
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model.image_cache.features import PictureFeatures, find_fields
+from mmtrain.model.image_cache.features import ImageFeatures, find_fields
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.load import load_model
 from mmtrain.runtime.processes import Runtime
@@ -39,7 +39,7 @@ VISION = {"hidden_size": 32, "intermediate_size": 48}
 
 
 class Processor:
-    """As much of a family's processor as features need: random pixels that follow from the picture's size."""
+    """As much of a family's processor as features need: random pixels that follow from the image's size."""
 
     image_token_id = IMAGE
 
@@ -78,7 +78,7 @@ def with_layers_of_features() -> tuple[Any, Any]:
 
 
 def with_tiles() -> tuple[Any, Any]:
-    """Idefics3: a picture is several tiles, all in one row of a batch."""
+    """Idefics3: an image is several tiles, all in one row of a batch."""
 
     def lay_out(sizes: Sequence[tuple[int, int]]) -> tuple[dict[str, Tensor], list[int]]:
         tiles = [noise(width, 2 if width > 100 else 1, 3, 28, 28) for width, _ in sizes]
@@ -122,7 +122,7 @@ def test_logits_from_kept_features_are_those_from_pixels(make: Callable[[], tupl
     if "image_grid_thw" in pixels:
         common["mm_token_type_ids"] = (common["input_ids"] == IMAGE).long()
     expected = model(**common, **pixels).logits
-    features = PictureFeatures(model, FeatureStore(1e6), fields)
+    features = ImageFeatures(model, FeatureStore(1e6), fields)
     for _ in range(2):  # computed, and kept
         found = model(**common, **features.of(alone)).logits
         assert (found - expected).norm() <= 1e-5 * expected.norm()
@@ -137,7 +137,7 @@ def qwen(model_dirs: dict[str, Path]) -> tuple[Any, ChatProcessor]:
     return model, processor
 
 
-def test_features_that_depend_on_the_other_pictures_are_not_kept(
+def test_features_that_depend_on_the_other_images_are_not_kept(
     model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = qwen(model_dirs)
@@ -164,7 +164,7 @@ def test_a_trial_that_fails_says_why(model_dirs: dict[str, Path], monkeypatch: p
     assert find_fields(model, processor) == "its trial failed with RuntimeError: no such thing"
 
 
-def test_features_that_a_learning_weight_went_into_are_not_kept(model_dirs: dict[str, Path]) -> None:
+def test_features_that_depend_on_a_trainable_weight_are_not_cached(model_dirs: dict[str, Path]) -> None:
     """Such as LLaVA-NeXT's newline between rows, which stands outside tower and projector."""
     model, processor = qwen(model_dirs)
     weight = next(p for name, p in model.named_parameters() if "merger" in name)

@@ -2,6 +2,7 @@
 
 import inspect
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def by_full_forwards(model: Any, encoder: Encoder, prompt: Encoded, num: int, st
     images = [decode(span.image) for span in prompt.images]
     inputs: dict[str, Any] = processor.image_inputs(images)[0] if images else {}
     known = inspect.signature(model.forward).parameters
-    ids = prompt.ids.tolist()
+    ids: list[int] = prompt.ids.tolist()
     for _ in range(num):
         tensor = torch.tensor([ids])
         types = torch.tensor([[int(id_ == processor.image_token_id) for id_ in ids]])
@@ -180,4 +181,4 @@ def test_a_prompt_without_room_for_its_reply_is_refused(case: Case) -> None:
 @pytest.mark.parametrize("option", ["temperature", "top_p", "top_k"])
 def test_an_option_without_effect_is_refused(option: str) -> None:
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} 1: .*without --do-sample"):
-        Sampling(**{option: 1}).check()
+        replace(Sampling(), **{option: 1}).check()

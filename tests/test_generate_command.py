@@ -57,7 +57,7 @@ def test_a_question_is_answered_as_in_the_file(
     model_dirs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copyfile(IMAGE, tmp_path / "a.png")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"messages": [{"role": "user", "content": "<image>What shape?"}], "images": ["a.png"]},
         {"messages": [{"role": "user", "content": "What shape?"}]},
     ]
@@ -92,7 +92,12 @@ def test_nothing_is_computed_for_answers_that_are_there(
     output.write_text("".join(lines[:5]), encoding="utf-8")
     computed = []
     real = module._rows
-    monkeypatch.setattr(module, "_rows", lambda *args: computed.append(list(args[-1])) or real(*args))
+
+    def counted(*args: Any) -> Any:
+        computed.append(list(args[-1]))
+        return real(*args)
+
+    monkeypatch.setattr(module, "_rows", counted)
     answers(model_dirs["llava"], data, output, batch_size=4)
     assert computed == [[4, 5, 6, 7], [8, 9, 10]]
 
@@ -138,7 +143,7 @@ def test_a_file_that_is_no_file_of_these_answers_is_left_alone(content: str, mes
 
 
 def test_every_faulty_record_is_named(model_dirs: dict[str, Path], tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"messages": [{"role": "user", "content": "1?"}]},
         {"messages": [{"role": "user", "content": "<image>2?"}], "images": ["gone.png"]},
         {"messages": [{"role": "assistant", "content": "3"}]},
@@ -198,7 +203,7 @@ def test_a_chat_remembers_its_turns(
     first, second, alone, seen = told.out.splitlines()
     assert len({second, alone, seen}) == 3
     assert "image gone.png: cannot be read: No such file" in told.err
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"messages": [{"role": "user", "content": "One?"}]},
         {
             "messages": [

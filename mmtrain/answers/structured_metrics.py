@@ -60,7 +60,8 @@ def json_accuracy(answer: str, reference: str) -> float:
     if given is None or wanted is None:
         return 0.0
     one, other = dict(_fields(given)), dict(_fields(wanted))
-    return sum(path in one and one[path] == value for path, value in other.items()) / len(one.keys() | other.keys())
+    num_equal = sum(bool(path in one and one[path] == value) for path, value in other.items())
+    return num_equal / len(one.keys() | other.keys())
 
 
 def _fields(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:

@@ -37,7 +37,7 @@ class Evaluation:
         if not sources:
             raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")
         read = {path: read_adapter(path) for path in adapters}
-        runtime = Runtime(config.model.dtype)
+        runtime = Runtime(config.model.dtype, device=config.run.device)
         self.is_main = runtime.is_main
         self._microbatch_tokens = config.run.microbatch_tokens
         self._progress = Progress(runtime.activity.tick, quiet=not runtime.is_main)

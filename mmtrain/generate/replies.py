@@ -16,7 +16,7 @@ from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.errors import UserError
 from mmtrain.generate.prompts import trained_end
 from mmtrain.generate.sampling import Sampling
-from mmtrain.model.inputs import on_device
+from mmtrain.model.transfer import on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,8 @@ class Generator:
         self._model = model.get_base_model() if isinstance(model, PeftModel) else model
         self._autocast, self._max_positions = autocast, max_positions
         self._processor = encoder.processor
-        self.stop_ids = self._processor.tokenizer.traits.eos_ids | ({trained_end(encoder)} - {None})
+        end = trained_end(encoder)
+        self.stop_ids: frozenset[int] = self._processor.tokenizer.traits.eos_ids | (set() if end is None else {end})
         self._takes = frozenset(inspect.signature(self._model.forward).parameters)
 
     @torch.no_grad()
@@ -98,7 +99,7 @@ class Generator:
         return Reply(text, tuple(own), end is not None, mean)
 
 
-class _Confidence(LogitsProcessor):
+class _Confidence(LogitsProcessor):  # type: ignore[misc]
     """Notes the log-probability of the most likely token at each step, and changes nothing."""
 
     def __init__(self) -> None:

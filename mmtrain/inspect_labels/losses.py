@@ -1,4 +1,4 @@
-"""How sure a model is of each supervised token, by the cross-entropy that training uses."""
+"""A model's loss on each supervised token, by the same cross-entropy as in training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +20,11 @@ def token_losses(
 ) -> dict[int, dict[int, float]]:
     """Negative log-likelihood in nats: sample index → position of the supervised token → value.
 
-    Raises UserError where the adapter cannot be loaded.
+    Raises UserError if the adapter cannot be loaded.
     """
     name = None if adapter is None else str(adapter)
     adapters = {} if name is None else {name: read_adapter(name)}
-    runtime = Runtime(config.model.dtype)
+    runtime = Runtime(config.model.dtype, device=config.run.device)
     progress = Progress(runtime.activity.tick)
     models = AdaptedModels(config, processor, runtime, progress, adapters, cache_images=False)
     found = {}

@@ -14,6 +14,7 @@ from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
 from mmtrain.model.root import Root
 from mmtrain.progress import Progress
+from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.image_cache import find_features, make_store
 from mmtrain.scoring.loaded_model import LoadedModel
@@ -36,10 +37,12 @@ class AdaptedModels:
         cache_images: bool = True,
     ) -> None:
         self._processor, self._runtime, self._progress, self._adapters = processor, runtime, progress, adapters
-        self._model = load_model(config.model.path, config.model.dtype, processor)
+        with loading_faults():
+            self._model = load_model(
+                config.model.path, config.model.dtype, processor, runtime.device, runtime.activity.tick
+            )
         self._model.requires_grad_(False)
         self._family = probe_family(self._model, processor, progress.say)
-        self._model.to(runtime.device)
         self._packing = choose_packing(self._model, processor, config, runtime, progress.say)
         self._store = make_store(config, runtime, progress) if cache_images else None
         self._num_loaded = 0

@@ -13,7 +13,7 @@ from mmtrain.config import Config
 from mmtrain.config.schema import Frozen
 from mmtrain.dataset.hashes import cache_folder, model_fingerprints
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model.image_cache.features import PictureFeatures, find_fields
+from mmtrain.model.image_cache.features import ImageFeatures, find_fields
 from mmtrain.model.image_cache.files import FeatureFolder
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.progress import Progress
@@ -47,7 +47,7 @@ def make_store(config: Config, runtime: Runtime, progress: Progress) -> FeatureS
 
 def find_features(
     model: Any, processor: ChatProcessor, runtime: Runtime, store: FeatureStore | None, say: Callable[[str], None]
-) -> PictureFeatures | None:
+) -> ImageFeatures | None:
     """What puts cached features into `model`, which is on its device; None where there is no store, no image, or where
     the features cannot be cached: `say` is given the one line that says why."""
     if store is None or processor.images is None:
@@ -57,7 +57,7 @@ def find_features(
     if isinstance(fields, str):
         say(f"image cache: off, {fields}")
         return None
-    return PictureFeatures(model, store, fields)
+    return ImageFeatures(model, store, fields)
 
 
 def _model_key(config: Config, runtime: Runtime, progress: Progress) -> str:

@@ -11,6 +11,7 @@ from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.progress import Progress
+from mmtrain.runtime.device import microbatch_faults, wide
 from mmtrain.runtime.shard import Filled
 from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.scoring.scores import Scores
@@ -57,9 +58,10 @@ class Scorer:
         sums = np.zeros((len(self._rows), 3))
         with progress.task("scoring", len(own)) as task:
             for batch in loaded.batches(self._inputs if filled is None else filled, own):
-                nll, right = loaded.nll(batch)
+                with microbatch_faults("evaluation", batch):
+                    nll, right = loaded.nll(batch)
                 rows = self._answers(batch)
-                for column, values in enumerate((nll.double(), torch.ones_like(nll), right)):
+                for column, values in enumerate((wide(nll), torch.ones_like(nll), right)):
                     np.add.at(sums[:, column], rows, values.cpu().numpy())
                 task.advance()
                 if runtime.should_break(together=filled is not None):

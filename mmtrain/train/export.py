@@ -101,7 +101,7 @@ def _difference(learner: Learner, target: Path, config: Config, batch: Batch) ->
         model.set_adapter("default")
         model.delete_adapter("saved")
     else:
-        saved = load_model(str(target), config.model.dtype, learner.processor).to(model.device)
+        saved = load_model(str(target), config.model.dtype, learner.processor, model.device)
         after = _logits(saved, learner, batch)
     return float((before - after).norm() / before.norm())
 

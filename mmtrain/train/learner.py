@@ -14,7 +14,7 @@ from mmtrain.scoring.image_cache import caches_features, find_features, make_sto
 from mmtrain.scoring.packing import choose_packing
 from mmtrain.train.optimizer import make_optimizer
 from mmtrain.train.step import Learner
-from mmtrain.train.trainable import make_trainable
+from mmtrain.train.trainable import is_sharded, make_trainable
 
 
 def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress) -> Learner:
@@ -22,14 +22,14 @@ def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, pro
 
     Packing and the image cache are tried before the weights are sharded or the layers compiled.
     """
-    made = make_trainable(config, processor, runtime.activity, progress)
+    if config.run.microbatches != "auto":
+        runtime.make_deterministic()
+    made = make_trainable(config, processor, runtime, progress)
     model, settings = made.model, config.run
     root = Root(model)
-    sharded = settings.weights == "shard" and runtime.num_processes > 1
-    if not sharded:
-        model.to(runtime.device)
+    sharded = is_sharded(config, runtime)
     if settings.kernels == "auto":
-        progress.say(install(model).line)
+        progress.say(install(model, runtime.device, progress.tick).line)
     costs = cost_model(made.base, made.family, config.tune)
     packing = choose_packing(model, processor, config, runtime, progress.say)
     store = make_store(config, runtime, progress) if caches_features(config, runtime.num_processes) else None
@@ -48,7 +48,7 @@ def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, pro
         packing=packing,
         runtime=runtime,
         optimizer=make_optimizer(model, made.family.components, config),
-        clock=made.clock,
+        dropout=made.dropout,
         costs=costs,
         component_reports=made.component_reports,
         exact=settings.microbatches != "auto" and not sharded,

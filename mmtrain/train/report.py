@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from mmtrain.config import Config
-from mmtrain.model.components import PartReport
+from mmtrain.model.components import ComponentReport
 from mmtrain.progress import Progress, Task
 from mmtrain.runtime.shard import num_held
 from mmtrain.train.dataset import Dataset
@@ -26,14 +26,14 @@ def start_report(config: Config, dataset: Dataset, learner: Learner) -> Iterator
     yield from _image_cache_lines(config, learner)
 
 
-def _component_table(reports: Sequence[PartReport]) -> Table:
+def _component_table(reports: Sequence[ComponentReport]) -> Table:
     """What is trainable."""
-    table = Table("part", "mode", "modules", "trainable", "frozen", box=None, pad_edge=False)
+    table = Table("component", "mode", "modules", "trainable", "frozen", box=None, pad_edge=False)
     for column in table.columns[2:]:
         column.justify = "right"
     for row in reports:
         modules = f"{row.num_modules:,}" if row.trainable else "–"
-        table.add_row(row.part, row.mode, modules, f"{row.trainable:,}", f"{row.frozen:,}")
+        table.add_row(row.component, row.mode, modules, f"{row.trainable:,}", f"{row.frozen:,}")
     return table
 
 
@@ -50,7 +50,10 @@ def _bits_lines(config: Config, learner: Learner) -> Iterator[str]:
     """Whether another number of processes gives the same bits."""
     count = learner.runtime.num_processes
     if learner.exact and is_exact(int(config.run.microbatches), count):
-        yield "bits: the same on 1, 2, 4 … processes of this kind of machine"
+        slower = ", with deterministic kernels, which are slower" if learner.runtime.device.type == "cuda" else ""
+        yield f"bits: the same on 1, 2, 4 … processes of this kind of machine{slower}"
+    elif learner.runtime.device.type == "cuda" and config.run.microbatches == "auto":
+        yield "bits: differ from run to run within rounding; with a number in run.microbatches they do not"
     elif count > 1:
         why = "the weights are sharded" if learner.sharded else "run.microbatches is auto"
         why = f"{count} is no power of two" if learner.exact else why

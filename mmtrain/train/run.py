@@ -26,7 +26,7 @@ def train(config: Config, accept: Sequence[str] = (), on_step: OnStep = lambda r
 
     Raises UserError for what the user can mend, and Stopped where a signal asked to stop.
     """
-    runtime = Runtime(config.model.dtype, config.run.hang_timeout, config.run.num_threads)
+    runtime = Runtime(config.model.dtype, config.run.hang_timeout, config.run.num_threads, config.run.device)
     progress = Progress(runtime.activity.tick, quiet=not runtime.is_main)
     with runtime.supervised(Path(config.run.output_dir) / "stacks"):
         _train(config, accept, on_step, runtime, progress)

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from mmtrain.dataset.batch import Batch
 from mmtrain.errors import NonFiniteError
-from mmtrain.model.components import PartReport
+from mmtrain.model.components import ComponentReport
 from mmtrain.model.cost import CostModel
-from mmtrain.model.dropout import DropoutClock
+from mmtrain.model.dropout import DropoutContext
+from mmtrain.runtime.device import device_faults, microbatch_faults, wide
+from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.shard import whole
 from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.train.checkpoint import trainable_parameters
@@ -23,10 +25,10 @@ class Learner(LoadedModel):
     """A model that is trained, its optimizer, and how its steps are computed."""
 
     optimizer: torch.optim.Optimizer
-    clock: DropoutClock
+    dropout: DropoutContext
     costs: CostModel
     """What samples cost to compute, by which a step is cut."""
-    component_reports: list[PartReport]
+    component_reports: list[ComponentReport]
     """What is trainable of each component."""
     exact: bool
     """Micro-batches are summed in a tree that does not depend on the number of processes."""
@@ -62,7 +64,7 @@ def accumulate_gradients(
         if not learner.sharded:
             sum_running(parameters, runtime)
     runtime.activity.set("gradients")
-    own = torch.stack(nlls) if nlls else torch.zeros(1, dtype=torch.float64, device=runtime.device)
+    own = torch.stack(nlls or [_nothing(runtime)])
     if learner.exact and runtime.num_processes > 1:
         total, stop_signal = branch_of(runtime.gather(own).flatten()), runtime.agree(own[:0])[1]
     else:
@@ -97,13 +99,16 @@ def _accumulate_tree(
 def _backward(learner: Learner, batch: Batch | None, num_supervised: int, step: int) -> Tensor:
     """() float64: a micro-batch's sum of negative log-likelihoods; its gradients are added to the parameters'."""
     if batch is None:
-        return torch.zeros((), dtype=torch.float64, device=learner.runtime.device)
+        return _nothing(learner.runtime)
     learner.runtime.activity.set("forward")
-    with learner.clock.at(step, batch):
+    with learner.dropout.at(step, batch), microbatch_faults(f"step {step}", batch):
         nll, _ = learner.nll(batch)
         torch.autograd.backward(nll.sum() / num_supervised)
-    total: Tensor = nll.detach().double().sum()
-    return total
+    return wide(nll.detach()).sum()
+
+
+def _nothing(runtime: Runtime) -> Tensor:
+    return wide(torch.zeros((), device=runtime.device))
 
 
 def train_step(
@@ -118,9 +123,10 @@ def train_step(
     parameters = trainable_parameters(learner.model).values()
     clipped = whole(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
     # the one place of a step that waits for the device: weights are only touched where both are finite
-    loss, norm = torch.stack([total.to(clipped.device), clipped.double()]).tolist()
+    loss, norm = torch.stack([total, wide(clipped).to(total.device)]).tolist()
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise NonFiniteError(f"step {step}: the loss is {loss} and the gradient's norm {norm}")
-    learner.optimizer.step()
+    with device_faults(lambda: f"step {step}, the update", "train fewer weights, or set run.weights to shard"):
+        learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, norm, stop_signal)

@@ -29,7 +29,7 @@ class StepCuts:
         learner, runtime = self._learner, self._learner.runtime
         # from the second epoch on every image was seen; a rule that follows from the step alone, as the cut must
         is_cached = learner.make_inputs.store is not None and step > self._dataset.plan.steps_per_epoch
-        costs = learner.costs.with_kept_features if is_cached else learner.costs
+        costs = learner.costs.with_cached_features if is_cached else learner.costs
         packing, index, count = learner.packing, runtime.index, runtime.num_processes
         cut = self._dataset.cut(step, self._settings, packing, costs, index, count)
         return cut if self._filled is None else replace(cut, own=tuple(map(self._filled.fill, cut.own)))

@@ -14,21 +14,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.model.components import Components, prepare_learning
+from mmtrain.model.components import Components, apply_tune
 from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
 from mmtrain.progress import QUIET
 from mmtrain.runtime import processes
 from mmtrain.runtime.processes import Runtime
+from mmtrain.runtime.supervisor import Supervisor
 from mmtrain.train import learner, loop, run
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.optimizer import make_optimizer, set_rate
+from mmtrain.train.step import train_step
 from support.learning import learner_for, step_of
 
 REFUSED = "refused"
@@ -93,7 +95,7 @@ def frozen_types(config: Config) -> set[torch.dtype]:
 def tuned(config: Config) -> tuple[Any, Any]:
     base = load_model(config.model.path, config.model.dtype, load_processor(config.model.path))
     components = Components(base)
-    model, _ = prepare_learning(base, components, config.tune)
+    model, _ = apply_tune(base, components, config.tune)
     return model, make_optimizer(model, components, config)
 
 
@@ -233,7 +235,7 @@ def same_as_seed_0(config: Config) -> tuple[bool, bool]:
 def microbatches(config: Config) -> list[tuple[int, bool]]:
     """The number of micro-batches of the first step, and whether their samples are packed."""
     found = []
-    take = loop.train_step
+    take = train_step
 
     def watched(learner: Any, own: Any, *others: Any) -> Any:
         batches = list(own)
@@ -256,6 +258,23 @@ def num_shardings(config: Config) -> int:
     return len(calls)
 
 
+def device(config: Config) -> str:
+    """On a machine without a GPU."""
+    found = list[str]()
+
+    def stop(*arguments: Any) -> None:
+        found.append(str(arguments[3].device))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(run, "_train", stop)
+        try:
+            run.train(config)
+        except UserError:
+            return REFUSED
+    return found[0]
+
+
 def num_threads(config: Config) -> int:
     run.train(config)
     return torch.get_num_threads()
@@ -264,7 +283,7 @@ def num_threads(config: Config) -> int:
 def seconds_of_the_supervisor(config: Config) -> list[float]:
     found: list[float] = []
 
-    class Watched(processes.Supervisor):
+    class Watched(Supervisor):
         def __init__(self, *arguments: Any) -> None:
             found.extend(one for one in arguments if isinstance(one, float))
             super().__init__(*arguments)

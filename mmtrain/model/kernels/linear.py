@@ -13,7 +13,7 @@ from mmtrain.model.kernels.trial import Kernel, example_for
 
 
 @dataclass(frozen=True)
-class Adapted(Kernel):
+class AdaptedLinear(Kernel):
     """W x + b + scaling B A dropout(x), as in Hu et al. 2021, "LoRA", section 4.1: added in place, scaled as B is."""
 
     while_compiling: ClassVar[bool] = True
@@ -22,7 +22,7 @@ class Adapted(Kernel):
         (name,) = module.active_adapters
         if module.disable_adapters or module.merged:
             return module.base_layer(x)  # type: ignore[no-any-return]
-        rows = x.flatten(0, -2)  # what is added to in place must be no view, or its gradient is copied
+        rows = x.flatten(0, -2)  # the tensor changed in place must not be a view, or its gradient is copied
         out = module.base_layer(rows)
         inner = module.lora_A[name](module.lora_dropout[name](x)).flatten(0, -2)
         outer = (module.lora_B[name].weight * module.scaling[name]).to(out.dtype)
@@ -34,7 +34,7 @@ class Adapted(Kernel):
 
 @dataclass(frozen=True)
 class Frozen(Kernel):
-    """W x + b by the library that is fastest at it."""
+    """W x + b by the fastest library."""
 
     def compute(self, module: Any, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not x.dtype == module.weight.dtype == torch.float32:
@@ -47,14 +47,14 @@ class Frozen(Kernel):
 
 
 def linear_kernel(module: nn.Module) -> Kernel | None:
-    """The kernel to try on `module`; None where it is no linear layer, or a trainable one."""
+    """The kernel to try on `module`; None if it is not a linear layer, or is trainable."""
     if isinstance(module, LoraLinear):
-        return Adapted() if _has_one_adapter(module) else None
+        return AdaptedLinear() if _has_one_adapter(module) else None
     return Frozen() if is_frozen(module) else None
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """A linear layer whose own weights are frozen, alone or with an adapter that has no dropout."""
+    """Whether it is a linear layer with frozen weights, alone or with an adapter without dropout."""
     if isinstance(module, LoraLinear):
         has_dropout = not all(isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values())
         return _has_one_adapter(module) and not has_dropout and is_frozen(module.get_base_layer())
@@ -62,7 +62,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def _has_one_adapter(module: LoraLinear) -> bool:
-    """One adapter that is the product of two matrices, next to a linear layer."""
+    """Whether it is a linear layer with one adapter, which is the product of two matrices."""
     names = module.active_adapters
     base = module.get_base_layer()
     is_product = len(names) == 1 and names[0] not in module.lora_variant and not module.lora_bias[names[0]]

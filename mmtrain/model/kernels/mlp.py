@@ -1,8 +1,8 @@
-"""A gated MLP with the normalization before it and the adapters in it, as one function.
+"""A gated MLP with the normalization before it and its adapters, as one function.
 
-It keeps what the backward pass cannot compute again cheaply: its input, the gate and what is gated. Neither the
-normalized input nor the product is kept, and adapters with one input are multiplied at once. Formulas: Shazeer 2020,
-"GLU variants improve transformer", section 2 (SwiGLU); Hu et al. 2021, "LoRA", section 4.1.
+It saves for the backward pass only what is expensive to compute again: the input, gate and up. The normalized input and
+the product of gate and up are computed again. Adapters that share an input are multiplied together. Formulas: Shazeer
+2020, "GLU variants improve transformer", section 2 (SwiGLU); Hu et al. 2021, "LoRA", section 4.1.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Projection:
     """(out, in)"""
     bias: Tensor | None
     a: Tensor | None = None
-    """(rank, in), as it is trained: float32, whatever the weight is."""
+    """(rank, in), always float32, the type in which it is trained."""
     b: Tensor | None = None
     """(out, rank)"""
     scaling: float = 1.0
@@ -42,7 +42,7 @@ class Projection:
 
     @property
     def down(self) -> Tensor:
-        """(rank, in) A, in the weight's type; without an adapter the rank is 0."""
+        """(rank, in) A, in the weight's type. Without an adapter the rank is 0."""
         return self.weight[:0] if self.a is None else self.a.to(self.weight.dtype)
 
     @property
@@ -55,7 +55,7 @@ class Projection:
         return product(x, self.weight, self.bias).addmm_(inner, self.up.t())
 
     def gradients(self, outer: Tensor, inner: Tensor, to_inner: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
-        """Of `tensors`, from the gradients of the result and of `inner`."""
+        """The gradients of `tensors`, from those of the result (`outer`) and of `inner`."""
         if self.a is None:
             return None, None, None, None
         to_b = torch.mm(outer.t(), inner).float() * self.scaling
@@ -64,19 +64,19 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """How a gate and what it gates come from the projections of the input: from one each, or as halves of one."""
+    """How gate and up come from the projections of the input: from one each, or as halves of one."""
 
     activation: Activation
     up_first: bool = False
-    """What is gated comes before the gate."""
+    """Whether up comes before the gate."""
 
     def split(self, projected: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Gate and up, (..., inner width), from what one or two projections give."""
+        """Gate and up, (..., inner width), from the results of one or two projections."""
         first, second = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
         return (second, first) if self.up_first else (first, second)
 
     def join(self, gate: Tensor, up: Tensor, num_projections: int) -> list[Tensor]:
-        """What `split` takes, from what it gives."""
+        """The inverse of `split`."""
         pair = [up, gate] if self.up_first else [gate, up]
         return pair if num_projections == 2 else [torch.cat(pair, dim=-1)]
 
@@ -94,7 +94,7 @@ class NormedMLP(torch.autograd.Function):
         scalings: Sequence[float],
         *tensors: Tensor | None,
     ) -> Tensor:
-        """`tensors`: those of the projections of n and of the last, one after the other; `scalings`: theirs."""
+        """`tensors`: those of the projections of n and of down, one after the other; `scalings`: one per projection."""
         *inputs, down = _projections(tensors, scalings)
         normed, inverse = (x.contiguous(), None) if norm_weight is None else normalize(x, norm_weight, eps)
         inner = product(normed, _downs(*inputs))
@@ -140,10 +140,10 @@ class NormedMLP(torch.autograd.Function):
 
 
 def _projections(tensors: Sequence[Tensor | None], scalings: Sequence[float]) -> list[Projection]:
-    """Back from their tensors, which autograd must see one by one."""
+    """The projections from their tensors. Autograd needs the tensors as separate arguments."""
     return [Projection(*tensors[4 * i : 4 * i + 4], scaling) for i, scaling in enumerate(scalings)]  # type: ignore
 
 
 def _downs(*projections: Projection) -> Tensor:
-    """(sum of ranks, in) the A of projections with one input."""
+    """(sum of ranks, in) the A of projections that share an input."""
     return torch.cat([projection.down for projection in projections])
