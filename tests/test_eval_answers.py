@@ -1,5 +1,6 @@
 """`mmtrain eval answers`: figures worked out by hand, and a model that looks at its images next to one that cannot."""
 
+import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -16,6 +18,7 @@ from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.answers.figures import figures
 from mmtrain.answers.metrics import METRICS
 from mmtrain.answers.page import write_page
+from mmtrain.answers.report import print_report
 from mmtrain.cli import app
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config, MetricName
@@ -110,6 +113,26 @@ def test_surprising_are_the_wrong_answers_that_the_model_is_sure_of() -> None:
     assert [example["index"] for example in row["surprising"]] == [0, 2, 3]
     assert row["surprising"][0]["probability"] == 1
     assert row["num_incomplete"] == 1
+
+
+def test_the_report_says_everything() -> None:
+    answers = ["red"] * 10 + ["[bold]x\x1b[/bold]"] * 10
+    row = judged(asked(COLOURS, "[i]colour?"), model=answers, base=["no"] * 20)
+    console = Console(file=io.StringIO(), width=80, highlight=False, emoji=False, markup=False)
+    print_report(row, console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "\x1b" not in text
+    for words in (
+        "held-out: exact_match (as configured), 20 answers",
+        "the model",
+        "best blind answer",
+        "the base model",
+    ):
+        assert words in text
+    assert "swapped" not in text
+    assert "eval.jsonl:11  [i]colour?  →  [bold]x\\u{1b}[/bold]  (reference: blue; score 0.00, 61% sure)" in text
+    assert "The model does not beat blind guessing" in text.splitlines()[-2]
 
 
 def test_the_config_knows_every_metric() -> None:

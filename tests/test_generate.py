@@ -2,7 +2,6 @@
 
 import inspect
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +177,14 @@ def test_a_prompt_without_room_for_its_reply_is_refused(case: Case) -> None:
         generator.replies(case.prompts[:1], GREEDY)
 
 
-@pytest.mark.parametrize("option", ["temperature", "top_p", "top_k"])
-def test_an_option_without_effect_is_refused(option: str) -> None:
-    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} 1: .*without --do-sample"):
-        replace(Sampling(), **{option: 1}).check()
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [
+        ("temperature", Sampling(temperature=1.0)),
+        ("top-p", Sampling(top_p=1.0)),
+        ("top-k", Sampling(top_k=1)),
+    ],
+)
+def test_an_option_without_effect_is_refused(name: str, sampling: Sampling) -> None:
+    with pytest.raises(UserError, match=f"--{name} 1.*without --do-sample"):
+        sampling.check()

@@ -25,7 +25,7 @@ def print_report(row: Mapping[str, Any], console: Console) -> None:
         _say(f"{visible(name)}: {source['metric']} ({source['reason']}), {source['num_answers']:,} answers", console)
         console.print(_source_table(source))
         if source["num_of_other_form"]:
-            _say(f"{source['num_of_other_form']:,} answers are not of the metric's form and count as wrong", console)
+            _say(f"Answers not of the metric's form, which count as wrong: {source['num_of_other_form']:,}", console)
         console.print()
     if row["questions"]:
         console.print(_question_table(row))
@@ -43,11 +43,11 @@ def summary_lines(row: Mapping[str, Any]) -> Iterator[str]:
     """The last lines: what all figures together say."""
     metrics, blind = row["metrics"], row["blind"]
     yield (
-        f"exact match {metrics['exact_match']:.1%}, best blind answer {blind['exact_match']:.1%}; normalized by the "
+        f"Exact match {metrics['exact_match']:.1%}, best blind answer {blind['exact_match']:.1%}; normalized by the "
         f"rules of VQA {metrics['vqa_match']:.1%} and {blind['vqa_match']:.1%}."
     )
     if row["num_incomplete"]:
-        yield f"{row['num_incomplete']:,} answers were cut off by --max-new-tokens."
+        yield f"Answers cut off by --max-new-tokens: {row['num_incomplete']:,}."
     yield f"The model {row['verdict']}."
 
 
