@@ -100,7 +100,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Any) -> None:
         operator = func.overloadpacket
         if operator in _COPIES:
-            self._count_copy(operator.__name__, given[-1], out)
+            non_blocking = kwargs.get("non_blocking", len(args) > 2 and args[2])
+            self._count_copy(operator.__name__, given[-1], out, non_blocking)
         elif operator in _INDEXED and any(index is not None and not self._is_here(index) for index in args[1]):
             self.pageable[self._line(operator.__name__)] += 1
         elif self._has_answer(operator, args, given, kwargs):
@@ -120,10 +121,12 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return any(index.dtype in (torch.bool, torch.uint8) for index in indices)
         return operator in _ANSWERS and any(map(self._is_here, given))
 
-    def _count_copy(self, name: str, source: Tensor, target: Tensor) -> None:
+    def _count_copy(self, name: str, source: Tensor, target: Tensor, non_blocking: bool) -> None:
         if source.device.type == target.device.type or not source.numel():
             return
         if self._is_here(source):
+            if non_blocking and target.is_pinned():
+                return
             self.waits[self._line(name)] += 1
         elif not source.is_pinned():
             self.pageable[self._line(name)] += 1
