@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from mmtrain.generate.answers_file import AnswersFile
 from mmtrain.generate.command import Options, generate
 from mmtrain.generate.questions import Questions
 from mmtrain.generate.sampling import Sampling
-from mmtrain.generate.target import find_target
+from mmtrain.generate.target import find_target, load_target
+from mmtrain.runtime.processes import Runtime
 from mmtrain.train.run import train
 from support.builders import SHAPES, write_jsonl
 
@@ -167,6 +169,29 @@ def test_a_run_is_found_with_its_adapter_labels_and_dtype(make_config: MakeConfi
     assert find_target(str(run), dtype="bfloat16").dtype == "bfloat16"
     with pytest.raises(UserError, match=r"--base: .* has no adapter_config.json"):
         find_target(config.model.path, base="other")
+
+
+def test_the_base_of_a_run_is_quantized_as_it_was_in_training(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = make_config("text").model_dump()
+    config = Config.model_validate(given | {"model": given["model"] | {"quantization": "nf4"}})
+    for name in ("checkpoints", "adapter"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    target = find_target(str(tmp_path))
+    assert (target.model, target.quantization) == ("base", "nf4")
+    asked: list[Any] = []
+
+    def loaded(*args: Any) -> Any:
+        asked.append(args[-1])
+        raise UserError("asked for")
+
+    monkeypatch.setattr("mmtrain.generate.target.load_model", loaded)
+    with pytest.raises(UserError, match="asked for"):
+        load_target(replace(target, model=config.model.path, adapter=None), Runtime("float32"))
+    assert asked == ["nf4"]
 
 
 def test_the_adapter_changes_the_answers(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,13 +61,16 @@ def eval_answers(config: Config, options: Options) -> None:
 
 def _target(config: Config, path: Path | None) -> Target:
     """What is evaluated: the base model, an adapter on it, or the model that a run saved."""
-    base = Target(config.model.path, None, config.labels, config.model.dtype)
+    settings = config.model
+    base = Target(settings.path, None, config.labels, settings.dtype, settings.quantization)
     if path is None:
         return base
     adapter, model = find_adapter(path), find_model(path)
     if adapter is None and model is None:
         raise UserError(f"--adapter {visible(str(path))}: expected the directory of an adapter or of a finished run")
-    return replace(base, adapter=adapter) if adapter is not None else replace(base, model=str(model))
+    if adapter is not None:
+        return replace(base, adapter=adapter)
+    return replace(base, model=str(model), quantization=None)
 
 
 def _replies(evaluation: AnswerEvaluation, loaded: Loaded, options: Options) -> dict[str, Replies]:

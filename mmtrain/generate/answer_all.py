@@ -72,7 +72,7 @@ def _made_with(target: Target, data: Sequence[str], batch_size: int, sampling: S
         "adapter": digest(adapter),
         "data": digest([file for path in data for file in find_data_files(path)]),
         "labels": target.labels.model_dump(),
-        "dtype": target.dtype,
+        "dtype": [target.dtype, target.quantization],
         "batch_size": batch_size,
         "sampling": asdict(sampling),
     }

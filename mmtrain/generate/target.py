@@ -15,6 +15,7 @@ from mmtrain.errors import UserError
 from mmtrain.generate.replies import Generator
 from mmtrain.model.adapter import CONFIG, load_adapter, read_adapter
 from mmtrain.model.load import length_limit, load_model
+from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import one_line, visible
 
@@ -30,6 +31,8 @@ class Target:
     adapter: Path | None = None
     labels: Labels = field(default_factory=Labels)
     dtype: str = "bfloat16"
+    quantization: str | None = None
+    """How the base model of an adapter is quantized, as in the run that trained the adapter."""
 
     @property
     def name(self) -> str:
@@ -39,7 +42,8 @@ class Target:
 def find_target(path: str, base: str | None = None, dtype: str | None = None) -> Target:
     """What is at `path`; `base`: the base model of an adapter, without it the one that the adapter names.
 
-    The labels and the type of the weights are those of the run's config, or else a config's defaults.
+    The labels, the type of the weights and their quantization are those of the run's config, or else a config's
+    defaults.
     Raises UserError where there is nothing to run.
     """
     folder = Path(path)
@@ -48,7 +52,8 @@ def find_target(path: str, base: str | None = None, dtype: str | None = None) ->
     dtype = dtype or ("bfloat16" if config is None else config.model.dtype)
     adapter = find_adapter(folder)
     if adapter is not None:
-        return Target(base or _named_base(adapter), adapter, labels, dtype)
+        quantization = None if config is None else config.model.quantization
+        return Target(base or _named_base(adapter), adapter, labels, dtype, quantization)
     if base is not None:
         raise UserError(f"--base: {visible(path)} has no {CONFIG}: --base is for the directory of an adapter")
     model = find_model(folder)
@@ -108,9 +113,12 @@ def load_target(target: Target, runtime: Runtime) -> Loaded:
     adapter = None if target.adapter is None else read_adapter(target.adapter)
     processor = load_processor(target.model)
     encoder = Encoder(processor, target.labels.train_on, target.labels.end_of_turn)
-    model = load_model(target.model, target.dtype, processor)
+    with loading_faults():
+        model = load_model(
+            target.model, target.dtype, processor, runtime.device, runtime.activity.tick, target.quantization
+        )
     if adapter is not None:
         model = load_adapter(model, adapter)
-    model.to(runtime.device)
+        model.to(runtime.device)
     limit = length_limit(target.model, _ANY_LENGTH).num_tokens
     return Loaded(target, model, encoder, Generator(model, encoder, runtime.autocast, limit), runtime)
