@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mmtrain.dataset.batch import Batch
 from mmtrain.model.kernels.block_attention import BlockAttention
+from mmtrain.model.transfer import on_device
 
 NAME = "mmtrain_segments"
 KEYWORD = "packed_row"
@@ -48,10 +49,10 @@ class PackedRow:
     def of(cls, batch: Batch, device: torch.device) -> Self:
         """The row of a packed batch, for a model on `device`."""
         lengths = _lengths(batch)
-        if not _has_varlen(device):
+        if not has_varlen(device):
             return cls(lengths)
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(lengths, ends.pin_memory().to(device, non_blocking=True))
+        return cls(lengths, on_device(ends, device))
 
 
 def _lengths(batch: Batch) -> tuple[int, ...]:
@@ -59,7 +60,8 @@ def _lengths(batch: Batch) -> tuple[int, ...]:
     return (*(segment.length for segment in batch.segments), *([padding] if padding else []))
 
 
-def _has_varlen(device: torch.device) -> bool:
+def has_varlen(device: torch.device) -> bool:
+    """Whether `device` has torch's variable-length kernel."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -98,7 +100,7 @@ def _attention(
         raise RuntimeError(f"{query.shape[2]} tokens in a row whose samples have {sum(lengths)}")
     window = kwargs.get("sliding_window")
     if packed_row.ends is not None:
-        query, key, value = _autocast(query, key, value)
+        query, key, value = autocast(query, key, value)
         if fits_varlen(query, key, value):
             return _varlen(packed_row.ends, max(lengths), query, key, value, scaling, window), None
     if _in_blocks(query, value) and (window is None or max(lengths) <= window):
@@ -117,7 +119,7 @@ def fits_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return is_narrow and key.dtype == value.dtype == dtype and value.shape[-1] == width
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as autocast casts the inputs of torch's attention; it does not know `varlen_attn`."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
@@ -146,10 +148,24 @@ def _varlen(
     """All samples in one kernel, which takes (length, heads, width)."""
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     left = -1 if window is None else window - 1
-    grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if _HAS_GQA_FLAG else {}
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0), **grouped)
+    return varlen(q, k, v, ends, longest, scaling, (left, 0))[None]
+
+
+def varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor,
+    longest: int,
+    scaling: float | None,
+    window: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """`varlen_attn` of query (length, heads, width), key and value (length, key heads, width), within the stretches
+    between `ends` (1 + stretches,) int32; `window`: how many tokens before and after are seen, -1 all."""
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _HAS_GQA_FLAG else {}
+    out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=window, **grouped)
     assert isinstance(out, Tensor)
-    return out[None]
+    return out
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

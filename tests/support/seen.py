@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
@@ -62,6 +63,13 @@ steps_of_an_epoch = or_refused(lambda dataset: dataset.plan.steps_per_epoch)
 eval_name = or_refused(lambda dataset: dataset.eval[0].name)
 
 
+def metric_of_answers(config: Config) -> str:
+    processor = load_processor(config.model.path)
+    evaluation = AnswerEvaluation(config, config.data.eval, processor, QUIET)
+    (metric,) = {question.metric for question in evaluation.questions}
+    return metric
+
+
 num_dropped = or_refused(lambda dataset: len(dataset.checked.dropped))
 
 
@@ -84,8 +92,13 @@ def frozen_types(config: Config) -> set[torch.dtype]:
     return {parameter.dtype for parameter in tuned(config)[0].parameters() if not parameter.requires_grad}
 
 
+def quantized_layers(config: Config) -> int:
+    return sum("Linear4bit" in repr(type(one)) and not hasattr(one, "lora_A") for one in tuned(config)[0].modules())
+
+
 def tuned(config: Config) -> tuple[Any, Any]:
-    base = load_model(config.model.path, config.model.dtype, load_processor(config.model.path))
+    processor, quantization = load_processor(config.model.path), config.model.quantization
+    base = load_model(config.model.path, config.model.dtype, processor, quantization=quantization)
     components = Components(base)
     model, _ = apply_tune(base, components, config.tune)
     return model, make_optimizer(model, components, config)
