@@ -59,6 +59,8 @@ def files(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
     write_jsonl(tmp_path / "extra.jsonl", [{"messages": turns, "bbox": [1, 2]}])
     llava = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "one"}]
     write_jsonl(tmp_path / "llava.jsonl", [{"conversations": llava}])
+    faulty = [{"question": question, "answer": "one"} for question in ("a?", 5, "b?")]
+    write_jsonl(tmp_path / "faulty.jsonl", faulty)
     write_jsonl(tmp_path / "columns.jsonl", [{"q": "a?", "a": "one"}])
     image = [{"role": "user", "content": "<image>a?"}, {"role": "assistant", "content": "one"}]
     for name in ("small", "large", "broken"):
@@ -142,6 +144,8 @@ def sources(at: str, number: Callable[[Config], Any], tokens: Callable[[Config],
     }
 
 
+SKIP = {"data.on_fault": "skip"}
+SKIP_ONE = {"data.max_skipped": 1}
 ONE_IMAGE = {"data.train.0.path": "small/one.jsonl", "train.batch_size": 1}
 DATA = {
     "model.path": Key(seen.model_type, [("text", "qwen3"), (QWEN, QWEN)]),
@@ -153,6 +157,14 @@ DATA = {
     "data.eval.0.name": Key(seen.eval_name, [(None, "three.jsonl"), ("held-out", "held-out")]),
     "data.eval.0.metric": Key(seen.metric_of_answers, [(None, "exact_match"), ("chrf", "chrf"), ("anls", "anls")]),
     "data.max_length": Key(seen.num_samples, [(4096, 8), (5, REFUSED)]),
+    "data.on_fault": Key(
+        seen.num_skipped, [("error", REFUSED), ("skip", 1)], {"data.train.0.path": "faulty.jsonl", **SKIP_ONE}
+    ),
+    "data.max_skipped": Key(
+        seen.num_skipped,
+        [(0, REFUSED), (0.2, REFUSED), (0.4, 1), (1, 1)],
+        {"data.train.0.path": "faulty.jsonl", **SKIP},
+    ),
     "data.too_long": Key(seen.num_dropped, [("error", REFUSED), ("drop", 1)], {"data.max_length": 89}),
     "data.decode_images": Key(
         seen.num_samples, [(True, REFUSED), (False, 1)], {"data.train.0.path": "broken/one.jsonl"}, QWEN

@@ -14,7 +14,7 @@ from mmtrain.dataset import decoded_images as image_check
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.store import find_store
-from mmtrain.dataset.validate import LengthLimit, check_samples
+from mmtrain.dataset.validate import FaultPolicy, LengthLimit, check_samples
 from mmtrain.encoding.images import decode
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
@@ -145,7 +145,7 @@ def test_where_every_sample_is_dropped_each_is_named_with_the_reason(tmp_path: P
     config = config_for(TINY, data)
     spec = EncodingSpec.of(config, config.data.train)
     with pytest.raises(UserError) as caught:
-        check_samples(spec, load_processor(str(TINY)), LengthLimit(5, "data.max_length"), "drop")
+        check_samples(spec, load_processor(str(TINY)), LengthLimit(5, "data.max_length"), FaultPolicy("drop"))
     assert len(caught.value.faults) == 2
     for line, fault in enumerate(caught.value.faults, start=1):
         assert fault.startswith(f"{data}:{line}: dropped, no sample is left: ")

@@ -18,7 +18,7 @@ from mmtrain.dataset import encode_all, store
 from mmtrain.dataset.encode_all import EncodedChunk, EncodingSpec, Fault, Note
 from mmtrain.dataset.samples import FreshSamples, StoredSamples
 from mmtrain.dataset.store_file import EncodedStore, write_store
-from mmtrain.dataset.validate import CheckedSamples, LengthLimit, check_samples
+from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, LengthLimit, check_samples
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import StorageError, UserError
@@ -249,7 +249,7 @@ def test_the_limit_of_length_is_no_part_of_it(make_config: MakeConfig, home: Pat
     limit = int(whole.num_tokens.max()) - 1
     with pytest.raises(UserError, match="allowed"):
         check_samples(spec, processor, LengthLimit(limit, "data.max_length"))
-    _, kept = check_samples(spec, processor, LengthLimit(limit, "data.max_length"), "drop")
+    _, kept = check_samples(spec, processor, LengthLimit(limit, "data.max_length"), FaultPolicy("drop"))
     longest = int(whole.num_tokens.argmax())
     assert longest in [index for index, _ in kept.dropped]
     assert kept.num_tokens[longest] == kept.num_supervised[longest] == 0

@@ -8,7 +8,7 @@ from mmtrain.config import Config
 from mmtrain.config.schema import EvalSource
 from mmtrain.dataset.batch import Samples
 from mmtrain.dataset.encode_all import EncodingSpec
-from mmtrain.dataset.validate import check_samples
+from mmtrain.dataset.validate import FaultPolicy, check_samples
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.generate.prompts import prompts_of
@@ -42,9 +42,9 @@ class AnswerEvaluation:
         self._limit = length_limit(config.model.path, config.data.max_length)
         spec = EncodingSpec.of(config, sources)
         self._encoder = spec.encoder(processor)
-        self.samples, checked = check_samples(spec, processor, self._limit, config.data.too_long, progress)
+        self.samples, checked = check_samples(spec, processor, self._limit, FaultPolicy.of(config.data), progress)
         self._indices = checked.used
-        self.dropped = [{"place": str(self.samples.place(index)), "reason": why} for index, why in checked.dropped]
+        self.dropped = [{"place": str(self.samples.place(index)), "reason": why} for index, why in checked.left_out]
         records = self.samples.records
         self._questions: list[Question] = []
         for index in self._indices.tolist():

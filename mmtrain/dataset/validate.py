@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmtrain.checks.findings import REFUSED
+from mmtrain.config.schema import Data
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import StoredSamples
@@ -30,6 +31,30 @@ class LengthLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class FaultPolicy:
+    """What happens to samples that cannot be used, as the config says."""
+
+    too_long: str = "error"
+    on_fault: str = "error"
+    max_skipped: int | float = 0
+    """A number of samples, or below 1 a share of them."""
+
+    @classmethod
+    def of(cls, data: Data) -> "FaultPolicy":
+        return cls(data.too_long, data.on_fault, data.max_skipped)
+
+    def too_many(self, num_faulty: int, num_samples: int) -> str | None:
+        """Why so many samples may not be skipped, None where they may."""
+        allowed = int(self.max_skipped * num_samples) if isinstance(self.max_skipped, float) else self.max_skipped
+        if num_faulty <= allowed:
+            return None
+        return (
+            f"data.max_skipped: {num_faulty:,} of {num_samples:,} samples have faults, over the {allowed:,} that "
+            "may be skipped: correct them, or raise it"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class CheckedSamples:
     """What the check of samples found: which ones are used, and their sizes, by which steps are cut."""
 
@@ -45,6 +70,13 @@ class CheckedSamples:
     image_files: frozenset[Path]
     dropped: tuple[tuple[int, str], ...] = ()
     """Sample index and reason of each sample that is left out as too long."""
+    skipped: tuple[tuple[int, str], ...] = ()
+    """Sample index and reason of each sample that is left out because it has a fault."""
+
+    @property
+    def left_out(self) -> list[tuple[int, str]]:
+        """Sample index and reason of each sample that is not used, in order."""
+        return sorted([*self.dropped, *self.skipped])
 
     @property
     def used(self) -> Indices:
@@ -55,32 +87,49 @@ def check_samples(
     spec: EncodingSpec,
     processor: ChatProcessor,
     limit: LengthLimit,
-    too_long: str = "error",
+    policy: FaultPolicy | None = None,
     progress: Progress = QUIET,
 ) -> tuple[StoredSamples, CheckedSamples]:
     """Every sample of `spec`, encoded once.
 
-    Raises UserError naming the file, the line and the reason of every sample that cannot be used; one that is too
-    long is dropped instead where `too_long` is "drop".
+    Raises UserError naming the file, the line and the reason of every sample that cannot be used, except those that
+    `policy` drops or skips; without it all of them.
     """
+    policy = policy or FaultPolicy()
     records = spec.records()
     store = open_store(spec, records, processor, progress)
     faults = [(one.index, one.reason if one.kind == REFUSED else f"{one.kind}: {one.reason}") for one in store.faults]
-    over = np.flatnonzero(store.num_tokens > limit.num_tokens).tolist()
+    faulty = {index for index, _ in faults}
+    over = [i for i in np.flatnonzero(store.num_tokens > limit.num_tokens).tolist() if i not in faulty]
     long = [(index, limit.reason(store.num_tokens[index])) for index in over]
-    if too_long != "drop":
-        faults += [(index, f"{reason}; or set data.too_long to drop") for index, reason in long]
-    if faults:
-        raise UserError([f"{records.place(index)}: {reason}" for index, reason in sorted(faults)])
-    checked = _without(store, long)
+    skipped = _skipped(faults, len(records), policy)
+    refused = [] if skipped else faults
+    if policy.too_long != "drop":
+        refused = refused + [(index, f"{reason}; or set data.too_long to drop") for index, reason in long]
+    if refused:
+        too_many = policy.too_many(len(faulty), len(records)) if faults and policy.on_fault == "skip" else None
+        lines = [f"{records.place(index)}: {reason}" for index, reason in sorted(refused)]
+        raise UserError([*lines, *([too_many] if too_many else [])])
+    checked = _without(store, long, skipped)
     if not checked.num_tokens.any():
-        raise UserError([f"{records.place(index)}: dropped, no sample is left: {reason}" for index, reason in long])
+        reasons = sorted([*long, *skipped])
+        raise UserError([f"{records.place(index)}: dropped, no sample is left: {reason}" for index, reason in reasons])
     return StoredSamples(records, store), checked
 
 
-def _without(store: EncodedStore, dropped: list[tuple[int, str]]) -> CheckedSamples:
+def _skipped(faults: list[tuple[int, str]], num_samples: int, policy: FaultPolicy) -> list[tuple[int, str]]:
+    """The samples with faults, each with all its reasons, where `policy` skips them."""
+    by_sample: dict[int, list[str]] = {}
+    for index, reason in faults:
+        by_sample.setdefault(index, []).append(reason)
+    if policy.on_fault != "skip" or policy.too_many(len(by_sample), num_samples):
+        return []
+    return [(index, "; ".join(reasons)) for index, reasons in sorted(by_sample.items())]
+
+
+def _without(store: EncodedStore, dropped: list[tuple[int, str]], skipped: list[tuple[int, str]]) -> CheckedSamples:
     is_dropped = np.zeros(len(store.num_tokens), np.bool_)
-    is_dropped[[index for index, _ in dropped]] = True
+    is_dropped[[index for index, _ in (*dropped, *skipped)]] = True
     sample_of_image = np.repeat(np.arange(len(store.num_tokens)), store.num_images)
     placeholders = store.spans[:, 2].astype(np.float64)
     image_tokens, pairs = (
@@ -94,4 +143,5 @@ def _without(store: EncodedStore, dropped: list[tuple[int, str]]) -> CheckedSamp
         int(store.num_images[~is_dropped].sum()),
         frozenset(store.image_files),
         tuple(dropped),
+        tuple(skipped),
     )

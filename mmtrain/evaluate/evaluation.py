@@ -8,7 +8,7 @@ from mmtrain.config import Config
 from mmtrain.config.schema import EvalSource
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Indices
-from mmtrain.dataset.validate import check_samples
+from mmtrain.dataset.validate import FaultPolicy, check_samples
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.model.adapter import read_adapter
@@ -46,10 +46,10 @@ class Evaluation:
         self.names = [source.name or Path(source.path).name for source in sources]
         spec = EncodingSpec.of(config, sources)
         self.encoder = spec.encoder(processor)
-        self.samples, checked = check_samples(spec, processor, self._limit, config.data.too_long, self._progress)
+        self.samples, checked = check_samples(spec, processor, self._limit, FaultPolicy.of(config.data), self._progress)
         self.indices = checked.used
         """Of the samples that are scored."""
-        self.dropped = [{"place": str(self.samples.place(index)), "reason": why} for index, why in checked.dropped]
+        self.dropped = [{"place": str(self.samples.place(index)), "reason": why} for index, why in checked.left_out]
         for entry in self.dropped:
             self._progress.say(f"dropped: {entry['place']}: {entry['reason']}")
         self._lengths: list[int] = checked.num_tokens[self.indices].tolist()

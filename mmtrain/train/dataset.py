@@ -12,7 +12,7 @@ from mmtrain.config.schema import EvalSource, Train
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Plan
 from mmtrain.dataset.samples import StoredSamples
-from mmtrain.dataset.validate import CheckedSamples, check_samples
+from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, check_samples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
@@ -42,7 +42,7 @@ class Dataset:
         specs = {f"evaluation set {name}": EncodingSpec.of(config, [source]) for name, source in sources.items()}
         train_spec = EncodingSpec.of(config, config.data.train)
         limit = length_limit(config.model.path, config.data.max_length)
-        check = functools.partial(check_samples, processor=processor, limit=limit, too_long=config.data.too_long)
+        check = functools.partial(check_samples, processor=processor, limit=limit, policy=FaultPolicy.of(config.data))
         (self.train, self.checked), *found = _check_all({"train": train_spec, **specs}, check, progress)
         self.encoder = train_spec.encoder(processor)
         self.eval = [_eval_set(name, self.encoder, *one) for name, one in zip(sources, found, strict=True)]
@@ -57,17 +57,30 @@ class Dataset:
             f"{len(used):,} samples, {self.checked.num_images:,} images, {tokens:,} tokens "
             f"({supervised / tokens:.1%} trained on); {self.num_steps:,} steps, {self.plan.steps_per_epoch:,} an epoch"
         )
-        dropped = len(self.dropped_rows())
-        return line + (f"; {dropped:,} samples dropped as too long, listed in dropped.jsonl" if dropped else "")
+        long, faulty = (sum(len(getattr(one, name)) for one in self._all_checked) for name in ("dropped", "skipped"))
+        left_out = [
+            f"{number:,} samples {why}"
+            for number, why in ((long, "dropped as too long"), (faulty, "skipped because of faults"))
+            if number
+        ]
+        if not left_out:
+            return line
+        num_read = sum(len(one.num_tokens) for one in self._all_checked)
+        return f"{line}; of {num_read:,} read, {', '.join(left_out)}, listed in dropped.jsonl"
 
     def dropped_rows(self) -> list[dict[str, Any]]:
-        """A row for each sample that is left out by `data.too_long: drop`."""
-        sets = [(self.train, self.checked), *((e.samples, e.checked) for e in self.eval)]
+        """A row for each sample that is left out by `data.too_long: drop` or `data.on_fault: skip`."""
+        sets = [self.train, *(one.samples for one in self.eval)]
         return [
-            {"file": str(samples.place(index).file), "line": samples.place(index).line, "reason": reason}
-            for samples, checked in sets
-            for index, reason in checked.dropped
+            {"file": str(place.file), "line": place.line, "place": str(place), "reason": reason}
+            for samples, checked in zip(sets, self._all_checked, strict=True)
+            for index, reason in checked.left_out
+            for place in [samples.place(index)]
         ]
+
+    @property
+    def _all_checked(self) -> list[CheckedSamples]:
+        return [self.checked, *(one.checked for one in self.eval)]
 
 
 def _eval_sources(config: Config) -> dict[str, EvalSource]:

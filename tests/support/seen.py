@@ -71,6 +71,7 @@ def metric_of_answers(config: Config) -> str:
 
 
 num_dropped = or_refused(lambda dataset: len(dataset.checked.dropped))
+num_skipped = or_refused(lambda dataset: len(dataset.checked.skipped))
 
 
 def text_trained_on(config: Config) -> str:
