@@ -1,4 +1,4 @@
-"""The commands. Each imports what it needs when it runs, so that `--help` is quick."""
+"""The commands. Each imports its modules when it runs, so that `--help` is fast."""
 
 import io
 import sys
@@ -16,14 +16,14 @@ MAX_LINES_SHOWN = 100
 
 app = typer.Typer(
     name="mmtrain",
-    help="Fine-tune vision-language models on your own image-text chats.",
+    help="Fine-tune vision-language models on your own image-text conversations.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-eval_app = typer.Typer(help="Measure a model on held-out chats.", no_args_is_help=True)
+eval_app = typer.Typer(help="Measure a model on held-out conversations.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
-config_app = typer.Typer(help="About config files.", no_args_is_help=True)
+config_app = typer.Typer(help="Show which keys a config can have.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
@@ -47,16 +47,16 @@ def train(
         typer.Option(metavar="KEY", help="Resume although KEY changed since the checkpoint; may be repeated."),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Processes on this node.", show_default="one a GPU, or one")
+        int | None, typer.Option(min=1, max=1024, help="Processes on this node.", show_default="one per GPU, or one")
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the run; start the command on each.")] = 1,
-    node_rank: Annotated[int, typer.Option(min=0, help="Which of the nodes this is.")] = 0,
+    node_rank: Annotated[int, typer.Option(min=0, help="The number of this node, from 0.")] = 0,
     rendezvous: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where the nodes meet: on node 0.", show_default=False)
+        str | None, typer.Option(metavar="HOST:PORT", help="The address of node 0, a free port.", show_default=False)
     ] = None,
-    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts when a process dies.")] = 3,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts after a process has died.")] = 3,
 ) -> None:
-    """Train what CONFIG says; run again, it continues from its newest checkpoint."""
+    """Train a model. The same command resumes from the newest checkpoint."""
     from mmtrain.config import load_config
     from mmtrain.runtime import launch
     from mmtrain.train.folder import locked, start_over
@@ -71,10 +71,10 @@ def train(
         if fresh and launch.may_write(node_rank) and not launch.is_restart():
             start_over(output_dir)
         if not takes_part:
-            here = processes or launch.num_local_gpus() or 1
-            if here * nodes > 1:
-                words = [str(config), *(overrides or []), *(f"--accept-change={key}" for key in accept_change or [])]
-                raise typer.Exit(launch.launch(layout, here, ["train", *words]))
+            num_local = processes or launch.num_local_gpus(loaded.run.device) or 1
+            if num_local * nodes > 1:
+                args = [str(config), *(overrides or []), *(f"--accept-change={key}" for key in accept_change or [])]
+                raise typer.Exit(launch.launch(layout, num_local, ["train", *args]))
         from mmtrain.train.run import train as run
 
         run(loaded, accept_change or [])
@@ -84,17 +84,17 @@ def train(
 def inspect_labels(
     config: ConfigPath,
     overrides: Overrides = None,
-    index: Annotated[list[int] | None, typer.Option(help="The number of a sample to show; may be repeated.")] = None,
-    num: Annotated[int, typer.Option(min=1, help="How many samples to show, evenly spread.")] = 3,
-    split: Annotated[Literal["train", "eval"], typer.Option(help="Which sources to look at.")] = "train",
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a sample on standard output.")] = False,
-    tokens: Annotated[bool, typer.Option("--tokens", help="With --json: every token too.")] = False,
-    audit: Annotated[bool, typer.Option("--all", help="Audit every sample; exit 1 if any is at fault.")] = False,
-    losses: Annotated[bool, typer.Option("--losses", help="Load the model: how sure it is of each token.")] = False,
+    index: Annotated[list[int] | None, typer.Option(help="The index of a sample to show; may be repeated.")] = None,
+    num: Annotated[int, typer.Option(min=1, help="How many samples to show, evenly spaced.")] = 3,
+    split: Annotated[Literal["train", "eval"], typer.Option(help="The sources: data.train or data.eval.")] = "train",
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page.", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per sample.")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="With --json: include every token.")] = False,
+    audit: Annotated[bool, typer.Option("--all", help="Check every sample; exit 1 if any has a fault.")] = False,
+    losses: Annotated[bool, typer.Option("--losses", help="Load the model and show each token's loss.")] = False,
     adapter: Annotated[Path | None, typer.Option(help="With --losses: an adapter.", show_default=False)] = None,
 ) -> None:
-    """Show what the model is taught, token by token; or audit all of it."""
+    """Show which tokens are trained on, or check every sample."""
     from mmtrain.config import load_config
 
     loaded = load_config(config, overrides or [])
@@ -105,11 +105,22 @@ def inspect_labels(
     raise typer.Exit(run(loaded, options))
 
 
+@app.command()
+def inspect_model(
+    path: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or an id in the local hub cache.")],
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Show what a model is made of, how it takes text and images, and what can be trained."""
+    from mmtrain.inspect_model.command import inspect_model as run
+
+    run(path, json)
+
+
 @eval_app.command()
 def perplexity(
     config: ConfigPath,
     overrides: Overrides = None,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter; without it the base.", show_default=False)] = None,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter; default: none.", show_default=False)] = None,
     compare: Annotated[
         str | None,
         typer.Option(metavar="ADAPTER...", help="Adapters, or `base`, on the same tokens; the first is the reference."),
@@ -118,9 +129,9 @@ def perplexity(
     images: Annotated[
         Literal["right", "all"], typer.Option(help="all: also with swapped, grey and no images.")
     ] = "right",
-    json: Annotated[bool, typer.Option("--json", help="Every figure as one JSON object.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON object.")] = False,
 ) -> None:
-    """How likely the right answers are, and whether the model looks at the pictures."""
+    """Measure how likely the right answers are, and whether the model uses the images."""
     from mmtrain.config import load_config
 
     words = overrides or []
@@ -150,16 +161,16 @@ def docs() -> None:
 
 
 def main() -> None:
-    """The entry point: a user's mistake is told in lines without a traceback."""
+    """The entry point. A UserError is printed without a traceback."""
     set_environment()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # as standard error already does: a name must not end a command
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: an odd file name must not make a command fail
         sys.stdout.reconfigure(errors="backslashreplace")
-    # peft calls transformers by names that are going away: nothing that a user can act on
+    # peft uses deprecated names of transformers: a user cannot act on these warnings
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     try:
         app()
     except UserError as error:
-        lines = [] if error.told else grouped(error.faults)
+        lines = [] if error.already_reported else grouped(error.faults)
         for line in lines[:MAX_LINES_SHOWN]:
             print(f"mmtrain: {line}", file=sys.stderr)
         if len(lines) > MAX_LINES_SHOWN:

@@ -1,4 +1,4 @@
-"""Text from outside (file names, values, words of samples) made safe to print on one line."""
+"""Makes text from outside (file names, values, text of samples) safe to print on one line."""
 
 import unicodedata
 
@@ -7,7 +7,7 @@ _ISOLATE, _END_ISOLATE = "\u2068", "\u2069"
 
 
 def shown(text: object, limit: int = 80) -> str:
-    """`text` from outside (a file name, a value) in quotes: on one line, control characters escaped, shortened."""
+    """`text` (a file name, a value) in quotes, on one line, control characters escaped, at most `limit` characters."""
     plain = str(text)
     if len(plain) > limit:
         plain = plain[: limit - 1] + "…"
@@ -15,10 +15,10 @@ def shown(text: object, limit: int = 80) -> str:
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of an exception on one line: its lines joined, control characters escaped, shortened to `limit`
-    characters. The name of its class where it has no message.
+    """The message of an exception on one line: its lines joined, control characters escaped, at most `limit`
+    characters. The name of its class if it has no message.
 
-    A message may come in several lines and end its first with a colon, so the first line alone can be cut off.
+    All lines are used, because the first line of a message can end with a colon and explain nothing.
     """
     words = " ".join(str(error).split()) or type(error).__name__
     plain = "".join(char if _printable(char) else f"\\u{{{ord(char):x}}}" for char in words)
@@ -26,7 +26,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def visible(text: str) -> str:
-    """`text` on one line with white space and control characters shown; right-to-left words kept to themselves."""
+    """`text` on one line, with visible white space and control characters. Right-to-left text is isolated."""
     plain = "".join(_SIGNS.get(char) or (char if _printable(char) else f"\\u{{{ord(char):x}}}") for char in text)
     is_rtl = any(unicodedata.bidirectional(char) in ("R", "AL") for char in plain)
     return f"{_ISOLATE}{plain}{_END_ISOLATE}" if is_rtl else plain

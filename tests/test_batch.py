@@ -21,7 +21,7 @@ def sample(*ids: int) -> Encoded:
 
 
 SAMPLES = [sample(1, 2, 4), sample(3, 6), sample(5, 7, 8, 10, 12)]
-PROCESSOR: Any = SimpleNamespace(pad_id=PAD)
+PROCESSOR: Any = SimpleNamespace(tokenizer=SimpleNamespace(traits=SimpleNamespace(pad_id=PAD)))
 
 
 def test_a_packed_row_holds_the_samples_one_after_the_other_and_padding_of_none() -> None:

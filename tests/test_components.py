@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mmtrain.config.schema import Config, Tune
 from mmtrain.errors import UserError
-from mmtrain.model.components import Components, base_name, prepare_learning
+from mmtrain.model.components import ComponentReport, Components, apply_tune, base_name
 from mmtrain.train.optimizer import make_optimizer
 from support.attention_models import TEXT_MODELS
 from support.learning import LORA
 
-# Where each part's parameters lie in each architecture, written down from the models' own module trees.
-PARTS = {
+# Where each component's parameters lie in each architecture, written down from the models' own module trees.
+PATTERNS = {
     "qwen2_5_vl": {
         "vision": r"model\.visual\.(?!merger)",
         "projector": r"model\.visual\.merger\.",
@@ -37,39 +37,45 @@ def load(kind: str, model_dirs: dict[str, Path]) -> Any:
     return auto.from_pretrained(model_dirs[kind], dtype=torch.float32)
 
 
+def prepared(model: Any, tune: Tune) -> tuple[Any, list[ComponentReport]]:
+    return apply_tune(model, Components(model), tune)
+
+
 def test_every_parameter_is_of_the_part_it_should_be(kind: str, model_dirs: dict[str, Path]) -> None:
     model = load(kind, model_dirs)
     components = Components(model)
     for name, _ in model.named_parameters():
-        expected = next(part for part, pattern in PARTS[kind].items() if re.match(pattern, name))
-        assert components.part_of(name) == expected, name
+        expected = next(component for component, pattern in PATTERNS[kind].items() if re.match(pattern, name))
+        assert components.component_of(name) == expected, name
 
 
-@pytest.mark.parametrize("part", ["vision", "projector", "language"])
+@pytest.mark.parametrize("component", ["vision", "projector", "language"])
 @pytest.mark.parametrize("mode", ["lora", "full"])
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])
-def test_only_the_named_part_learns(kind: str, part: str, mode: str, model_dirs: dict[str, Path]) -> None:
-    tune = Tune.model_validate({part: LORA if mode == "lora" else {"mode": "full"}})
+def test_only_the_named_component_is_trainable(
+    kind: str, component: str, mode: str, model_dirs: dict[str, Path]
+) -> None:
+    tune = Tune.model_validate({component: LORA if mode == "lora" else {"mode": "full"}})
     base = load(kind, model_dirs)
     total = sum(p.numel() for p in base.parameters())
-    model, _, report = prepare_learning(base, tune)
+    model, report = prepared(base, tune)
     own = [(base_name(name), p) for name, p in model.named_parameters() if p.requires_grad]
     learning = {name for name, _ in own}
     assert learning
-    assert all(re.match(PARTS[kind][part], name) for name in learning)
+    assert all(re.match(PATTERNS[kind][component], name) for name in learning)
     if mode == "full":
         fresh = dict(load(kind, model_dirs).named_parameters())
-        wanted = {name for name in fresh if re.match(PARTS[kind][part], name)}
+        wanted = {name for name in fresh if re.match(PATTERNS[kind][component], name)}
         assert learning == wanted
-    row = next(row for row in report if row.part == part)
+    row = next(row for row in report if row.component == component)
     assert row.trainable == sum(p.numel() for _, p in own) > 0
     assert row.num_modules > 0
     assert sum(row.frozen for row in report) == total - (row.trainable if mode == "full" else 0)
 
 
-def test_a_full_part_beside_lora_is_saved_whole_and_alone(model_dirs: dict[str, Path]) -> None:
+def test_a_full_component_next_to_lora_is_saved_complete_and_alone(model_dirs: dict[str, Path]) -> None:
     tune = Tune.model_validate({"vision": {"mode": "full"}, "language": LORA})
-    model, _, _ = prepare_learning(load("qwen2_5_vl", model_dirs), tune)
+    model, _ = prepared(load("qwen2_5_vl", model_dirs), tune)
     saved = set(model.peft_config["default"].modules_to_save)
     assert saved == {"model.visual.patch_embed", "model.visual.blocks.0", "model.visual.blocks.1"}
     assert re.fullmatch(model.peft_config["default"].target_modules, "model.language_model.layers.0.self_attn.q_proj")
@@ -78,7 +84,7 @@ def test_a_full_part_beside_lora_is_saved_whole_and_alone(model_dirs: dict[str, 
 
 def test_targets_are_literal_names(model_dirs: dict[str, Path]) -> None:
     tune = Tune.model_validate({"language": {**LORA, "targets": ["q_proj", "mlp.down_proj"]}})
-    model, _, _ = prepare_learning(load("llava", model_dirs), tune)
+    model, _ = prepared(load("llava", model_dirs), tune)
     hit = {base_name(name) for name, p in model.named_parameters() if p.requires_grad}
     assert {name.rsplit(".", 2)[-2] for name in hit} == {"q_proj", "down_proj"}
     assert all(name.startswith("model.language_model.") for name in hit)
@@ -89,18 +95,18 @@ def test_targets_are_literal_names(model_dirs: dict[str, Path]) -> None:
     [
         ({"language": {**LORA, "targets": ["q_porj"]}}, "no linear layer is called q_porj"),
         ({"language": {**LORA, "targets": [".*"]}}, "no linear layer is called"),
-        ({"vision": LORA}, "the model has no vision part"),
-        ({"projector": {"mode": "full"}}, "the model has no projector part"),
+        ({"vision": LORA}, "the model has no vision component"),
+        ({"projector": {"mode": "full"}}, "the model has no projector component"),
     ],
 )
 def test_nothing_hit_is_an_error(tune: dict[str, Any], reason: str, model_dirs: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=re.escape(reason)):
-        prepare_learning(load("text", model_dirs), Tune.model_validate(tune))
+        prepared(load("text", model_dirs), Tune.model_validate(tune))
 
 
 def test_ranks_of_two_parts_may_differ(model_dirs: dict[str, Path]) -> None:
     tune = Tune.model_validate({"vision": {**LORA, "rank": 2, "alpha": 6.0}, "language": {**LORA, "rank": 5}})
-    model, _, _ = prepare_learning(load("llava", model_dirs), tune)
+    model, _ = prepared(load("llava", model_dirs), tune)
     for name, p in model.named_parameters():
         if "lora_A" in name:
             assert p.shape[0] == (2 if "vision_tower" in name else 5)
@@ -111,7 +117,7 @@ def test_ranks_of_two_parts_may_differ(model_dirs: dict[str, Path]) -> None:
 @pytest.mark.parametrize(("variant", "scaling"), [("lora", 2.0), ("rslora", 4.0), ("dora", 2.0)])
 def test_variants(variant: str, scaling: float, model_dirs: dict[str, Path]) -> None:
     tune = Tune.model_validate({"language": {**LORA, "variant": variant}})
-    model, _, _ = prepare_learning(load("text", model_dirs), tune)
+    model, _ = prepared(load("text", model_dirs), tune)
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     assert layer.scaling["default"] == pytest.approx(scaling)  # alpha 8 over rank 4, or over its square root
     assert (variant == "dora") == any("magnitude" in name for name, _ in model.named_parameters())
@@ -121,7 +127,8 @@ def test_each_part_has_its_rate_and_decay_falls_on_matrices(make_config: Callabl
     tune = {"projector": {"mode": "full", "learning_rate": 3e-4}, "language": LORA}
     config = make_config("llava", tune, weight_decay=0.1)
     base = AutoModelForImageTextToText.from_pretrained(config.model.path, dtype=torch.float32)
-    model, components, _ = prepare_learning(base, config.tune)
+    components = Components(base)
+    model, _ = apply_tune(base, components, config.tune)
     optimizer = make_optimizer(model, components, config)
     names = {id(p): name for name, p in model.named_parameters()}
     seen = set()
@@ -137,10 +144,10 @@ def test_each_part_has_its_rate_and_decay_falls_on_matrices(make_config: Callabl
 def test_layers_that_peft_refuses_are_named_in_one_line() -> None:
     tune = Tune.model_validate({"language": LORA})
     with pytest.raises(
-        UserError, match=r"tune\.language: peft refuses: .*out_proj.*; name other layers in `targets`"
+        UserError, match=r"tune\.language: peft refuses it: .*out_proj.*; name other layers in `targets`"
     ) as refused:
-        prepare_learning(TEXT_MODELS["mamba"](), tune)
+        prepared(TEXT_MODELS["mamba"](), tune)
     assert "\n" not in str(refused.value)
     others = Tune.model_validate({"language": LORA | {"targets": ["x_proj", "in_proj"]}})
-    _, _, (report,) = prepare_learning(TEXT_MODELS["mamba"](), others)
+    _, (report,) = prepared(TEXT_MODELS["mamba"](), others)
     assert report.num_modules == 4

@@ -182,6 +182,7 @@ RUN = {
     "run.microbatches": Key(seen.microbatches, [("auto", [(1, True)]), (2, [(2, True)])]),
     "run.packing": Key(seen.microbatches, [("auto", [(1, True)]), (True, [(1, True)]), (False, [(1, False)])]),
     "run.weights": Key(seen.num_shardings, [("replicate", 0), ("shard", 1)]),
+    "run.device": Key(seen.device, [("cpu", "cpu"), ("cuda", REFUSED)]),
     "run.threads": Key(seen.num_threads, [(1, 1), (2, 2)]),
     "run.hang_timeout": Key(seen.seconds_of_the_supervisor, [(100.0, [100.0]), (200.0, [200.0])]),
     "run.activation_checkpointing": Key(seen.forward_passes_of_a_layer, [(False, 1), (True, 2)]),

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.errors import UserError
-from mmtrain.model.dropout import DropoutClock, SampleDropout
+from mmtrain.model.dropout import DropoutContext, SampleDropout
 from mmtrain.model.kernels.masks import Mask, Rows
 from support.learning import LORA, learner_for, relative_l2, step_of
 
@@ -37,9 +37,9 @@ def masks(
     seed: int = 0, step: int = 1, samples: tuple[int, ...] = (5,), module: str = "a", packed: bool = True
 ) -> list[Tensor]:
     """(LENGTH, 8) bool: where each sample's values are dropped."""
-    clock, batch = DropoutClock(seed), batch_of(samples, packed)
-    dropout = SampleDropout(0.5, module, "language", clock)
-    with clock.at(step, batch):
+    context, batch = DropoutContext(seed), batch_of(samples, packed)
+    dropout = SampleDropout(0.5, module, "language", None, context)
+    with context.at(step, batch):
         out = dropout(torch.ones(*batch.input_ids.shape, 8))
     return list((out == 0).reshape(len(samples), LENGTH, 8))
 
@@ -64,10 +64,10 @@ def test_the_mask_of_a_sample_is_the_same_in_every_cut() -> None:
 
 
 def test_dropout_is_off_again_after_a_micro_batch_that_fails() -> None:
-    clock, ones = DropoutClock(0), torch.ones(1, LENGTH, 8)
-    dropout = SampleDropout(0.5, "a", "language", clock)
+    context, ones = DropoutContext(0), torch.ones(1, LENGTH, 8)
+    dropout = SampleDropout(0.5, "a", "language", None, context)
     try:
-        with clock.at(1, batch_of((5,))):
+        with context.at(1, batch_of((5,))):
             assert not torch.equal(dropout(ones), ones)
             raise ValueError
     except ValueError:
@@ -108,9 +108,9 @@ def test_the_generator_below_is_the_published_one(
 def test_every_value_is_dropped_by_its_own_number(width: int) -> None:
     """From the docstring of the masks, with the generator above: counters, and which number is whose."""
     seed, step, sample, p = 11, 2**31 + 5, 9, 0.3
-    clock, batch = DropoutClock(seed), batch_of((4, sample))
-    dropout = SampleDropout(p, "some.module", "language", clock)
-    with clock.at(step, batch):
+    context, batch = DropoutContext(seed), batch_of((4, sample))
+    dropout = SampleDropout(p, "some.module", "language", None, context)
+    with context.at(step, batch):
         found = dropout(torch.ones(*batch.input_ids.shape, width)).reshape(2, LENGTH, width)[1]
     key = int.from_bytes(hashlib.blake2b(b"11 some.module", digest_size=8).digest(), "little")
     num_blocks = -(-width // 16)
@@ -138,12 +138,12 @@ def test_every_share_drops_something_and_keeps_something(p: float) -> None:
 
 
 def test_the_gradient_passes_where_the_value_did() -> None:
-    clock, batch = DropoutClock(0), batch_of((5, 6))
-    dropout = SampleDropout(0.4, "a", "language", clock)
+    context, batch = DropoutContext(0), batch_of((5, 6))
+    dropout = SampleDropout(0.4, "a", "language", None, context)
     x = torch.ones(*batch.input_ids.shape, 24, requires_grad=True)
-    with clock.at(1, batch):
+    with context.at(1, batch):
         out = dropout(x)
-    with clock.at(2, batch):  # by now it is another step
+    with context.at(2, batch):  # by now it is another step
         out.sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, out.detach())
@@ -151,9 +151,12 @@ def test_the_gradient_passes_where_the_value_did() -> None:
 
 def test_a_module_that_does_not_see_every_token_is_refused() -> None:
     """Which tokens it sees would be known to the micro-batch alone."""
-    clock = DropoutClock(0)
-    dropout = SampleDropout(0.5, "layers.0.experts.1.up", "language", clock)
-    with clock.at(1, batch_of((5,))), pytest.raises(UserError, match=r"layers\.0\.experts\.1\.up gets 7 of 40 tokens"):
+    context = DropoutContext(0)
+    dropout = SampleDropout(0.5, "layers.0.experts.1.up", "language", None, context)
+    with (
+        context.at(1, batch_of((5,))),
+        pytest.raises(UserError, match=r"experts\.1\.up gets 7 of 40 tokens"),
+    ):
         dropout(torch.ones(7, 8))
 
 

@@ -129,14 +129,14 @@ def test_every_image_has_its_own_span(vision: ChatProcessor, folder: Path) -> No
     """Its ids stand where the span says, and the images are in their order."""
     images = (Image("0.png"), Text(" and "), Image("1.png"))
     encoded = Encoder(vision).encode(talk(Message("user", images), RED), folder)
-    placeholder = vision.tokenizer.convert_tokens_to_ids("<image>")
-    assert [span.picture.size for span in encoded.images] == [(64, 64), (40, 130)]
+    placeholder = vision.tokenizer.id_of("<image>")
+    assert [span.image.size for span in encoded.images] == [(64, 64), (40, 130)]
     assert [span.num_placeholders for span in encoded.images] == [NUM_PLACEHOLDERS] * 2
     spans = [encoded.ids[span.start : span.start + span.length].tolist() for span in encoded.images]
     assert spans == [[placeholder] * NUM_PLACEHOLDERS] * 2
     assert encoded.ids.tolist().count(placeholder) == 2 * NUM_PLACEHOLDERS
-    assert encoded.ids[0] == vision.tokenizer.bos_token_id
-    assert (encoded.ids.dtype, encoded.supervised.dtype) == (np.int32, np.bool_)
+    assert encoded.ids[0] == vision.tokenizer.wrapped.bos_token_id
+    assert (encoded.ids.dtype, encoded.supervised.dtype) == (np.dtype(np.int32), np.dtype(np.bool_))
     traced = Encoder(vision).trace(talk(Message("user", images), RED), encoded)
     pieces = [i for i, piece in enumerate(traced.pieces) if piece.kind == "image"]
     owners = [traced.owners[span.start : span.start + span.length] for span in encoded.images]
@@ -180,7 +180,7 @@ def test_every_id_is_traced_to_the_text_it_comes_from(chatml: ChatProcessor) -> 
 def test_an_end_that_the_template_lacks_comes_from_no_text(folder: Path, tmp_path: Path) -> None:
     encoder = Encoder(template(tmp_path, TEMPLATES["no_end"].text))
     encoded = encoder.encode(talk(USER, RED, USER, RED), Path())
-    eos = encoder.processor.tokenizer.eos_token_id
+    eos = encoder.processor.tokenizer.traits.eos_id
     owners = encoder.trace(talk(USER, RED, USER, RED), encoded).owners
     assert [i for i, owner in enumerate(owners) if owner == -1] == [
         i for i, id_ in enumerate(encoded.ids) if id_ == eos
@@ -222,7 +222,7 @@ def test_an_added_end_does_not_change_what_follows(tokenizer: str, tmp_path: Pat
     processor = load_processor(str(path), tried=True)
     without = Encoder(processor, end_of_turn=False).encode(spoken(*SPOKEN), Path())
     encoded = Encoder(processor).encode(spoken(*SPOKEN), Path())
-    eos = processor.tokenizer.eos_token_id
+    eos = processor.tokenizer.traits.eos_id
     assert eos not in without.ids
     assert [id_ for id_ in encoded.ids if id_ != eos] == without.ids.tolist()
     ends = [i for i, id_ in enumerate(encoded.ids) if id_ == eos]
@@ -236,10 +236,10 @@ def test_a_special_token_in_the_words_is_text(tokenizer: str, tmp_path: Path) ->
     path = make_directory(tmp_path, tokenizer, TEMPLATES["chatml"].text)
     processor = load_processor(str(path), tried=True)
     plain, literal = (Encoder(processor).encode(spoken(word, f"so {word}"), Path()) for word in ("word", "</s>"))
-    special = set(processor.tokenizer.convert_tokens_to_ids(["</s>", "<|im_start|>", "<|im_end|>"]))
+    special = set(processor.tokenizer.wrapped.convert_tokens_to_ids(["</s>", "<|im_start|>", "<|im_end|>"]))
     assert [id_ for id_ in plain.ids if id_ in special] == [id_ for id_ in literal.ids if id_ in special]
-    trained = processor.tokenizer.decode(literal.ids[literal.supervised], clean_up_tokenization_spaces=False)
+    trained = processor.tokenizer.wrapped.decode(literal.ids[literal.supervised], clean_up_tokenization_spaces=False)
     assert trained.strip() == "so </s><|im_end|>"
     traced = Encoder(processor).trace(spoken("</s>", "so </s>"), literal)
     words = [id_ for id_, owner in zip(literal.ids, traced.owners, strict=True) if traced.pieces[owner].kind == "words"]
-    assert processor.tokenizer.decode(words, clean_up_tokenization_spaces=False).count("</s>") == 2
+    assert processor.tokenizer.wrapped.decode(words, clean_up_tokenization_spaces=False).count("</s>") == 2

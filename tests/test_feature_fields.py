@@ -1,4 +1,4 @@
-"""What a forward reads of its picture features is found out; where it cannot be put together, nothing is kept."""
+"""What a forward reads of its image features is found out; where it cannot be put together, nothing is kept."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,13 +16,17 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from mmtrain.config.schema import Config
 from mmtrain.dataset.image_inputs import ImageInputs
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model.image_cache.features import PictureFeatures, find_fields
+from mmtrain.model.image_cache.features import ImageFeatures, find_fields
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.load import load_model
 from mmtrain.model.transfer import PinnedMemory
+from mmtrain.model.vision import VisionInputs
+from mmtrain.runtime.processes import Runtime
+from mmtrain.scoring.image_cache import find_features
 
 IMAGE = 5
 TEXT = {
@@ -39,9 +43,8 @@ VISION = {"hidden_size": 32, "intermediate_size": 48}
 
 
 class Processor:
-    """As much of a family's processor as features need: random pixels that follow from the picture's size."""
+    """As much of a family's processor as features need: random pixels that follow from the image's size."""
 
-    image_token = "<image>"
     image_token_id = IMAGE
 
     def __init__(self, lay_out: Callable[[Sequence[tuple[int, int]]], tuple[dict[str, Tensor], list[int]]]) -> None:
@@ -79,7 +82,7 @@ def with_layers_of_features() -> tuple[Any, Any]:
 
 
 def with_tiles() -> tuple[Any, Any]:
-    """Idefics3: a picture is several tiles, all in one row of a batch."""
+    """Idefics3: an image is several tiles, all in one row of a batch."""
 
     def lay_out(sizes: Sequence[tuple[int, int]]) -> tuple[dict[str, Tensor], list[int]]:
         tiles = [noise(width, 2 if width > 100 else 1, 3, 28, 28) for width, _ in sizes]
@@ -109,7 +112,7 @@ def test_logits_from_kept_features_are_those_from_pixels(make: Callable[[], tupl
     model, processor = make()
     prepared(model)
     fields = find_fields(model, processor)
-    assert fields is not None
+    assert not isinstance(fields, str)
     assert fields.layouts.keys() == names
     sizes = [(140, 84), (56, 112), (90, 56)]
     pictures = [PIL.Image.new("RGB", size) for size in sizes]
@@ -123,7 +126,7 @@ def test_logits_from_kept_features_are_those_from_pixels(make: Callable[[], tupl
     if "image_grid_thw" in pixels:
         common["mm_token_type_ids"] = (common["input_ids"] == IMAGE).long()
     expected = model(**common, **pixels).logits
-    features = PictureFeatures(model, FeatureStore(1e6), fields)
+    features = ImageFeatures(model, FeatureStore(1e6), fields)
     for _ in range(2):  # computed, and kept
         found = model(**common, **features.of(alone)).logits
         assert (found - expected).norm() <= 1e-5 * expected.norm()
@@ -134,11 +137,11 @@ def test_logits_from_kept_features_are_those_from_pixels(make: Callable[[], tupl
 def qwen(model_dirs: dict[str, Path]) -> tuple[Any, ChatProcessor]:
     processor = load_processor(str(model_dirs["qwen2_5_vl"]))
     model = load_model(str(model_dirs["qwen2_5_vl"]), "float32", processor).requires_grad_(False)
-    assert find_fields(model, processor) is not None
+    assert not isinstance(find_fields(model, processor), str)
     return model, processor
 
 
-def test_features_that_depend_on_the_other_pictures_are_not_kept(
+def test_features_that_depend_on_the_other_images_are_not_kept(
     model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = qwen(model_dirs)
@@ -152,7 +155,7 @@ def test_features_that_depend_on_the_other_pictures_are_not_kept(
         return output
 
     monkeypatch.setattr(inner, "get_image_features", mixed)
-    assert find_fields(model, processor) is None
+    assert find_fields(model, processor) == "cached features give the language model other inputs than pixels"
 
 
 def test_a_trial_that_fails_says_why(model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,17 +165,15 @@ def test_a_trial_that_fails_says_why(model_dirs: dict[str, Path], monkeypatch: p
         raise RuntimeError("no such\nthing")
 
     monkeypatch.setattr(model.base_model, "get_image_features", broken)
-    said: list[str] = []
-    assert find_fields(model, processor, said.append) is None
-    assert said == ["image cache: its trial ended with RuntimeError: no such thing"]
+    assert find_fields(model, processor) == "its trial failed with RuntimeError: no such thing"
 
 
-def test_features_that_a_learning_weight_went_into_are_not_kept(model_dirs: dict[str, Path]) -> None:
+def test_features_that_depend_on_a_trainable_weight_are_not_cached(model_dirs: dict[str, Path]) -> None:
     """Such as LLaVA-NeXT's newline between rows, which stands outside tower and projector."""
     model, processor = qwen(model_dirs)
     weight = next(p for name, p in model.named_parameters() if "merger" in name)
     weight.requires_grad_(True)
-    assert find_fields(model, processor) is None
+    assert find_fields(model, processor) == "the features depend on trainable weights"
 
 
 def test_a_forward_that_takes_no_features_gets_none(
@@ -180,9 +181,24 @@ def test_a_forward_that_takes_no_features_gets_none(
 ) -> None:
     model, processor = qwen(model_dirs)
     monkeypatch.setattr(model, "forward", lambda input_ids=None, pixel_values=None: None)
-    assert find_fields(model, processor) is None
+    assert find_fields(model, processor) == "models of this family do not take cached features"
     text = load_processor(str(model_dirs["text"]))
-    assert find_fields(load_model(str(model_dirs["text"]), "float32", text), text) is None
+    assert find_fields(load_model(str(model_dirs["text"]), "float32", text), text) == "this model takes no images"
+
+
+def test_a_model_without_cached_features_is_named_in_one_line_and_a_text_model_in_none(
+    model_dirs: dict[str, Path], make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("qwen2_5_vl")
+    model, processor = qwen(model_dirs)
+    monkeypatch.setattr(model, "forward", lambda input_ids=None, pixel_values=None: None)
+    said: list[str] = []
+    runtime, store = Runtime("float32"), FeatureStore(1e6)
+    assert find_features(model, processor, config, runtime, store, VisionInputs(model), said.append) is None
+    assert said == ["image cache: off, models of this family do not take cached features"]
+    text = load_processor(str(model_dirs["text"]))
+    assert find_features(None, text, config, runtime, store, VisionInputs(model), said.append) is None
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("room", [1e6, 0.0])
@@ -191,7 +207,7 @@ def test_missing_images_go_through_the_tower_at_once(
 ) -> None:
     model, processor = qwen(model_dirs)
     fields = find_fields(model, processor)
-    assert fields is not None
+    assert not isinstance(fields, str)
     assert fields.can_be_split
     noise = np.random.default_rng(1)
     images = []
@@ -200,15 +216,20 @@ def test_missing_images_go_through_the_tower_at_once(
         inputs, ids = processor.image_inputs([pixels])
         images.append(ImageInputs(str(number), ids.count(processor.image_token_id or -1), inputs, None))
     images.insert(1, images[3])  # an image that comes twice
-    one_by_one = PictureFeatures(model, FeatureStore(1e6), fields)
+    one_by_one = ImageFeatures(model, FeatureStore(1e6), fields)
     (expected,) = one_by_one.of(images)["mm_encoder_outputs"].values()
     calls: list[int] = []
     model.get_encoder(modality="image").register_forward_hook(lambda *_: calls.append(1))
     store = FeatureStore(room)
-    together = PictureFeatures(model, store, fields, together=True)
+    together = ImageFeatures(model, store, fields, together=True)
     together.of(images[:1])  # one is stored where there is room
     copied: list[Tensor] = []
-    monkeypatch.setattr(torch, "empty_like", lambda value, **_: copied.append(value) or value.clone())
+
+    def empty_like(value: Tensor, **_: Any) -> Tensor:
+        copied.append(value)
+        return value.clone()
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
     (found,) = together.of(images)["mm_encoder_outputs"].values()
     assert len(calls) == 2
     assert len(copied) == (3 if room else 0)  # nothing is copied for a store that is full
@@ -221,7 +242,7 @@ def test_missing_images_go_through_the_tower_at_once(
 def test_tiles_that_are_padded_to_the_most_of_a_batch_go_one_by_one() -> None:
     model, processor = with_tiles()
     fields = find_fields(prepared(model), processor)
-    assert fields is not None
+    assert not isinstance(fields, str)
     assert not fields.can_be_split
 
 

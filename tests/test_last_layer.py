@@ -50,7 +50,7 @@ def test_what_nobody_looks_at_is_left_out(
     assert relative_l2(found[1], expected[1]) < 1e-6  # measured: 7e-8
 
 
-def test_behind_a_step_the_model_computes_every_token_again(make_config: Callable[..., Config]) -> None:
+def test_after_a_step_the_model_computes_every_token_again(make_config: Callable[..., Config]) -> None:
     learner, dataset = learner_for(make_config("qwen2_5_vl", MIXED))
     ids = torch.arange(10, 30)[None]
     before = learner.model(input_ids=ids, use_cache=False).logits

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mmtrain.encoding.layout import Answer, Layout, Piece, Skeleton
+from mmtrain.encoding.template import ChatTemplate, TemplateTraits
 from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
 
 END, EOT = "<end>", "<eot>"
@@ -15,18 +16,20 @@ Turn = tuple[str, list[Any]]
 Render = Callable[[Any], str]
 
 
-class Processor:
-    """A chat template in Python; `<end>` and `<eot>` are special tokens, and only `<end>` stops generation."""
+TOKENIZER = SimpleNamespace(
+    traits=SimpleNamespace(special_tokens=re.compile("<end>|<eot>|<image>"), eos_ids=frozenset({1})),
+    id_of=lambda token: {END: 1, EOT: 2}[token],
+)
+"""`<end>` and `<eot>` are special tokens, and only `<end>` stops generation."""
 
-    special_tokens = re.compile("<end>|<eot>|<image>")
-    eos_ids = frozenset({1})
-    tokenizer = SimpleNamespace(convert_tokens_to_ids=lambda token: {END: 1, EOT: 2}[token])
 
-    def __init__(self, render: Render, prompt: str, image_token: str | None) -> None:
-        self._render, self._prompt, self.image_token = render, prompt, image_token
+def template(render: Render, prompt: str, image_token: str | None) -> ChatTemplate:
+    """A chat template in Python."""
 
-    def render(self, messages: Any, add_generation_prompt: bool = False) -> str:
-        return self._render(messages) + (self._prompt if add_generation_prompt else "")
+    def make_text(messages: Any, add_generation_prompt: bool) -> str:
+        return render(messages) + (prompt if add_generation_prompt else "")
+
+    return ChatTemplate("", TemplateTraits(frozenset(), True, prompt), make_text, image_token)
 
 
 def words(message: Any) -> str:
@@ -44,7 +47,7 @@ def lay_out(
     for role, parts in turns:
         content = tuple(part if isinstance(part, Image) else Text(part) for part in parts)
         messages.append(Message(role, content))  # type: ignore[arg-type]
-    made: Any = Processor(render, prompt, image_token)
+    made: Any = SimpleNamespace(tokenizer=TOKENIZER, template=template(render, prompt, image_token))
     return Layout(made).lay_out(Conversation(tuple(messages)))
 
 

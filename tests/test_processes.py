@@ -68,7 +68,7 @@ def test_two_processes_equal_one(batch_size: int, make_config: Callable[..., Con
 
 @SLOW
 def test_two_processes_keep_features_and_give_the_same_bits(make_config: Callable[..., Config], tmp_path: Path) -> None:
-    """Three epochs; each process keeps the features of the pictures that came to it."""
+    """Three epochs; each process keeps the features of the images that came to it."""
     settings = {"steps": 6, "batch_size": 4, "microbatches": 2, "learning_rate": 1e-3}
     config = make_config("qwen2_5_vl", {"language": {**LORA, "dropout": 0.1}}, **settings)
     one_rows, one = run(config, 1, tmp_path / "one")

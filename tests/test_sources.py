@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from mmtrain.encoding.images import find_picture
+from mmtrain.encoding.images import find_image
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.formats import read_record
@@ -245,7 +245,7 @@ def plainly(record: Any, root: Path) -> None:
     """What is done with a parsed record: nothing but SampleError may come of it."""
     try:
         for image in read_record(record, "auto").images:
-            find_picture(image, root)
+            find_image(image, root)
     except SampleError as error:
         told = str(error)
         assert told.isprintable()
@@ -377,7 +377,7 @@ def test_a_strange_image_path_is_refused_plainly(tmp_path: Path, name: str) -> N
     record = parse_json(OPENING + name.encode() + b'"}]}]}')
     try:
         (image,) = read_record(record, "auto").images
-        find_picture(image, tmp_path)
+        find_image(image, tmp_path)
         pytest.fail("the image was found")
     except SampleError as error:
         told = str(error)

@@ -232,7 +232,7 @@ def test_nothing_supervised_is_an_error(rows: list[Row]) -> None:
             call(empty)
 
 
-def test_an_answer_without_learned_tokens_counts_for_nothing() -> None:
+def test_an_answer_without_supervised_tokens_counts_for_nothing() -> None:
     scores = scores_of([*BY_HAND, (9, 1, 1, False, 0.0, 0, 0, 1000)])
     assert summary(scores) == summary(scores_of(BY_HAND))
     assert by_length(scores) == by_length(scores_of(BY_HAND))
@@ -274,7 +274,7 @@ def printed(show: Callable[[Console], None]) -> list[str]:
     return capture.get().splitlines()
 
 
-def pictures(more: float) -> dict[str, Any]:
+def images(more: float) -> dict[str, Any]:
     a = uneven(40, seed=8)
     noise = np.random.default_rng(9).normal(0, 0.2, len(a.nll))
     found = difference(a, replace(a, nll=a.nll + more * a.num_supervised + noise))
@@ -313,7 +313,7 @@ def test_verdict_in_words() -> None:
 
 
 def test_report_says_everything_in_80_columns() -> None:
-    row = report(images=pictures(0.5))
+    row = report(images=images(0.5))
     lines = printed(lambda console: print_report(row, console))
     text = "\n".join(lines)
     assert max(map(len, lines)) <= 80
@@ -327,7 +327,7 @@ def test_report_says_everything_in_80_columns() -> None:
     assert "the images are worth" in " ".join(text.lower().split())
 
 
-def test_report_without_pictures() -> None:
+def test_report_without_images() -> None:
     lines = printed(lambda console: print_report(report(bits_per_byte=None), console))
     assert not any("swapped" in line or "None" in line for line in lines)
     assert any(line.split()[:4] == ["bits", "per", "byte", "–"] for line in lines)

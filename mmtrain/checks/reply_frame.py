@@ -1,4 +1,4 @@
-"""What a chat template writes around the words of one reply, seen with stand-ins for the words."""
+"""What a chat template writes around the text of a reply, found by rendering stand-ins for the text."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,15 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Image, Message, Messages
 
 Form = tuple[tuple[str, tuple[str, ...]], ...]
-"""The role of each turn, and the kinds of its parts."""
+"""The role of each turn, and the kinds of its content parts."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplyFrame:
-    """What the template writes around the words of one reply: before, between its parts, after.
+    """What the template writes around the text of a reply: before, between and after its content parts.
 
-    `end`: the special tokens that it writes right after the words, to the one that stops generation or else the first
-    alone; none where it lacks an end token. `other_end`: where others follow, it writes another special token there.
+    `end`: the special tokens right after the text, up to the one that stops generation, or only the first if none does;
+    empty if the template has no end token. `other_end`: the template writes another token there if turns follow.
     """
 
     around: tuple[str, ...]
@@ -30,34 +30,34 @@ def form_of(messages: tuple[Message, ...]) -> Form:
 
 
 def reply_frame(processor: ChatProcessor, form: Form, turn: int) -> ReplyFrame:
-    """The template's own text around the reply of `turn`, seen with stand-ins for the words."""
+    """What the template writes around the reply of `turn`, in a conversation of this form."""
     messages: Messages = []
     for number, (role, kinds) in enumerate(form):
         texts = (f"Yv{number}v{i}vY" for i in range(len(kinds)))
         content = [{"type": kind, "text": text} for kind, text in zip(kinds, texts, strict=True)]
         messages.append({"role": role, "content": content})
-    prompt = processor.render(messages[:turn], add_generation_prompt=True)
-    rest = processor.render(messages)[len(prompt) :]
-    alone = processor.render(messages[: turn + 1])[len(prompt) :]
+    prompt = processor.template.render(messages[:turn], add_generation_prompt=True)
+    rest = processor.template.render(messages)[len(prompt) :]
+    alone = processor.template.render(messages[: turn + 1])[len(prompt) :]
     around = []
     for part in messages[turn]["content"]:
         before, _, rest = rest.partition(part["text"])
         _, _, alone = alone.partition(part["text"])
         around.append(before)
-    to_id = processor.tokenizer.convert_tokens_to_ids
+    to_id = processor.tokenizer.id_of
     end, other_end = _special_run(processor, alone.lstrip()), False
     if not end or not rest.lstrip().startswith("".join(end)):
         own = _special_run(processor, rest)
-        stops = bool(own) and to_id(own[-1]) in processor.eos_ids
+        stops = bool(own) and to_id(own[-1]) in processor.tokenizer.traits.eos_ids
         end, other_end = own if stops else [], bool(end and own) and not stops
     return ReplyFrame((*around, rest), tuple(map(to_id, end)), other_end)
 
 
 def _special_run(processor: ChatProcessor, text: str) -> list[str]:
-    """The special tokens that `text` begins with, to the one that stops generation; the first alone without one."""
+    """The special tokens at the start of `text`, up to the one that stops generation; only the first if none does."""
     run = list[str]()
-    while match := processor.special_tokens.match(text, sum(map(len, run))):
+    while match := processor.tokenizer.traits.special_tokens.match(text, sum(map(len, run))):
         run.append(match.group())
-        if processor.tokenizer.convert_tokens_to_ids(run[-1]) in processor.eos_ids:
+        if processor.tokenizer.id_of(run[-1]) in processor.tokenizer.traits.eos_ids:
             return run
     return run[:1]

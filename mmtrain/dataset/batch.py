@@ -75,7 +75,7 @@ def make_batch(
         at += sample.num_tokens
         first_image += len(sample.images)
     shape = (1, at + -at % row_multiple) if packing else (len(encoded), max(sample.num_tokens for sample in encoded))
-    input_ids = np.full(shape, processor.pad_id, np.int64)
+    input_ids = np.full(shape, processor.tokenizer.traits.pad_id, np.int64)
     supervised = np.zeros(shape, np.bool_)
     for segment, sample in zip(segments, encoded, strict=True):
         span = (segment.row, slice(segment.start, segment.start + segment.length))
@@ -99,10 +99,10 @@ def _image_inputs(encoded: Sequence[Encoded], processor: ChatProcessor) -> dict[
     spans = [(sample, span) for sample in encoded for span in sample.images]
     if not spans:
         return {}
-    inputs, laid_out = processor.image_inputs([decode(span.picture) for _, span in spans])
+    inputs, laid_out = processor.image_inputs([decode(span.image) for _, span in spans])
     measured = [int(id_) for sample, span in spans for id_ in sample.ids[span.start : span.start + span.length]]
     if laid_out != measured:
-        names = ", ".join(span.picture.name for _, span in spans)
+        names = ", ".join(span.image.name for _, span in spans)
         raise SampleError(
             f"{len(measured)} tokens were laid out for {names} and the image processor makes {len(laid_out)}"
         )

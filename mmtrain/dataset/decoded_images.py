@@ -13,14 +13,14 @@ from pathlib import Path
 import PIL
 
 from mmtrain.dataset.hashes import file_hashes, open_cache
-from mmtrain.encoding.images import Picture, decode
+from mmtrain.encoding.images import FoundImage, decode
 from mmtrain.records.chat import SampleError
 
 _TABLE = "decoded (sha256 TEXT, pillow TEXT, width INTEGER, height INTEGER, PRIMARY KEY (sha256, pillow))"
 _Row = tuple[str, str, int, int]
 
 
-def images_that_fail(images: Iterable[Picture], num_threads: int) -> dict[Path | bytes, str]:
+def images_that_fail(images: Iterable[FoundImage], num_threads: int) -> dict[Path | bytes, str]:
     """By source, why an image does not decode to the size that its header says."""
     by_source = {image.source: image for image in images}
     rows = {source: (own, PIL.__version__, *by_source[source].size) for source, own in _hashes(list(by_source)).items()}
@@ -49,7 +49,7 @@ def _is_known(cache: sqlite3.Connection, row: _Row) -> bool:
     return cache.execute(f"SELECT 1 FROM decoded WHERE {where}", row).fetchone() is not None
 
 
-def _reason(image: Picture) -> str | None:
+def _reason(image: FoundImage) -> str | None:
     """Why an image does not decode, None where it does."""
     try:
         decode(image)

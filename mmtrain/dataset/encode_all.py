@@ -121,7 +121,7 @@ class ChunkEncoder:
             for finding in self._findings(conversation, one, failing)
         ]
         spans = [span for one in encoded for span in one.images]
-        rows = [(s.start, s.length, s.num_placeholders, *s.picture.size) for s in spans]
+        rows = [(s.start, s.length, s.num_placeholders, *s.image.size) for s in spans]
         sizes = [
             (one.num_tokens, one.num_supervised, len(one.images)) if isinstance(one, Encoded) else (0, 0, 0)
             for _, one in found
@@ -134,7 +134,7 @@ class ChunkEncoder:
             np.concatenate([np.zeros(0, np.int32), *(one.ids for one in encoded)]),
             np.concatenate([np.zeros(0, np.bool_), *(one.supervised for one in encoded)]),
             np.array(rows, np.int32).reshape(-1, 5),
-            tuple(str(span.picture.source) for span in spans if isinstance(span.picture.source, Path)),
+            tuple(str(span.image.source) for span in spans if isinstance(span.image.source, Path)),
             tuple(Fault(index, one.kind, one.reason) for index, one in findings if one.is_fault),
             merge_notes([{one.kind: Note(1, index, one.reason)} for index, one in findings if not one.is_fault]),
         )
@@ -153,7 +153,7 @@ class ChunkEncoder:
     def _failing_images(self, encoded: Sequence[Encoded]) -> dict[Path | bytes, str]:
         if not self._decode:
             return {}
-        return images_that_fail((span.picture for one in encoded for span in one.images), self._num_threads)
+        return images_that_fail((span.image for one in encoded for span in one.images), self._num_threads)
 
     def _findings(
         self, conversation: Conversation | None, one: Encoded | SampleError, failing: dict[Path | bytes, str]
@@ -163,14 +163,14 @@ class ChunkEncoder:
             yield Finding(REFUSED, True, str(one))
             return
         labels = np.where(one.supervised, one.ids, IGNORED).tolist()
-        sizes = [span.picture.size for span in one.images]
+        sizes = [span.image.size for span in one.images]
         try:
             yield from self._checker.check(one.ids.tolist(), labels, conversation, sizes)
         except SampleError as error:
             yield Finding(UNCHECKED, True, str(error))
         for span in one.images:
-            if span.picture.source in failing:
-                yield Finding(UNDECODABLE, True, failing[span.picture.source])
+            if span.image.source in failing:
+                yield Finding(UNDECODABLE, True, failing[span.image.source])
 
 
 def merge_notes(each: Sequence[dict[str, Note]]) -> dict[str, Note]:

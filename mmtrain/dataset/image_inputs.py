@@ -55,16 +55,16 @@ def load_image_inputs(span: ImageSpan, ids: list[int], processor: ChatProcessor,
     Its bytes are read once, so that key and pixels are of the same image even if the file is overwritten meanwhile.
     Raises SampleError where it does not decode, or the processor makes other ids for it than when it was encoded.
     """
-    data = read_bytes(span.picture)
+    data = read_bytes(span.image)
     key = hashlib.sha256(data).hexdigest()
     found = cache.find(key)
     if found is not None:
         if found.num_placeholders != span.num_placeholders:
-            raise SampleError(f"the image {span.picture.name} changed while it was read")
+            raise SampleError(f"the image {span.image.name} changed while it was read")
         return ImageInputs(key, span.num_placeholders, found.inputs, found)
-    inputs, laid_out = processor.image_inputs([decode(replace(span.picture, source=data))])
+    inputs, laid_out = processor.image_inputs([decode(replace(span.image, source=data))])
     if laid_out != ids:
         raise SampleError(
-            f"{len(ids)} tokens were laid out for {span.picture.name} and the image processor makes {len(laid_out)}"
+            f"{len(ids)} tokens were laid out for {span.image.name} and the image processor makes {len(laid_out)}"
         )
     return ImageInputs(key, span.num_placeholders, inputs, None)

@@ -1,7 +1,7 @@
 """A conversation as token ids, with the supervised flag made while they are laid out.
 
 Supervised is what the model must write: from the place where inference's prompt ends to the end of the answer's
-words, and the token that ends the turn. A span of a picture is one indivisible run of ids.
+words, and the token that ends the turn. An image's span is one indivisible run of ids.
 """
 
 import functools
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mmtrain.encoding.images import Picture, find_picture
+from mmtrain.encoding.images import FoundImage, find_image
 from mmtrain.encoding.layout import Layout, Piece
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.segments import Segment, Segmenter
@@ -23,9 +23,9 @@ from mmtrain.records.chat import Conversation, Message, SampleError
 
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
-    """A picture's run of ids in a sample: ids[start : start + length]."""
+    """An image's run of ids in a sample: ids[start : start + length]."""
 
-    picture: Picture
+    image: FoundImage
     start: int
     length: int
     num_placeholders: int
@@ -38,7 +38,7 @@ class Encoded:
     ids: npt.NDArray[np.int32]
     """(num_tokens,)"""
     supervised: npt.NDArray[np.bool_]
-    """(num_tokens,) True where the token is learned. Never true for the first token or in a picture's span."""
+    """(num_tokens,) True where the token is trained on. Never true for the first token or in an image's span."""
     images: tuple[ImageSpan, ...]
 
     @property
@@ -62,7 +62,7 @@ class Traced:
 
 
 Placed = tuple[Segment, int, int]
-"""A segment and the places of its ids: ids[start:end]."""
+"""A segment and the positions of its ids: ids[start:end]."""
 LaidOut = tuple[list[Piece], Sequence[Segment]]
 
 
@@ -72,8 +72,9 @@ class Encoder:
     def __init__(self, processor: ChatProcessor, train_on: str = "assistant", end_of_turn: bool = True) -> None:
         self.processor = processor
         self._layout = Layout(processor)
-        self._segmenter = Segmenter(processor.special_tokens, processor.parting_tokens, end_of_turn)
-        self._constant = functools.lru_cache(maxsize=4096)(processor.encode)
+        traits = processor.tokenizer.traits
+        self._segmenter = Segmenter(traits.special_tokens, traits.parting_tokens, end_of_turn)
+        self._constant = functools.lru_cache(maxsize=4096)(processor.tokenizer.encode)
         self._train_on = train_on
 
     def encode(self, conversation: Conversation, root: Path) -> Encoded:
@@ -83,44 +84,44 @@ class Encoder:
             raise found
         return found
 
-    def encode_with(self, conversation: Conversation, pictures: Sequence[Picture]) -> Encoded:
+    def encode_with(self, conversation: Conversation, images: Sequence[FoundImage]) -> Encoded:
         """`encode`, with images that were found already (or others in their place)."""
-        return self._assemble_one(self._lay_out(conversation), pictures)[0]
+        return self._assemble_one(self._lay_out(conversation), images)[0]
 
     def encode_many(self, conversations: Iterable[tuple[Conversation, Path]]) -> list[Encoded | SampleError]:
         """`encode` of each (conversation, root), or the reason it cannot be used.
 
         All words go through the tokenizer in one call: that takes half as long as one by one.
         """
-        laid_out: list[tuple[LaidOut, list[Picture]] | SampleError] = []
+        laid_out: list[tuple[LaidOut, list[FoundImage]] | SampleError] = []
         for conversation, root in conversations:
             try:
-                pictures = self._find_pictures(conversation, root)
-                laid_out.append((self._lay_out(conversation), pictures))
+                images = self._find_images(conversation, root)
+                laid_out.append((self._lay_out(conversation), images))
             except SampleError as error:
                 laid_out.append(error)
         known = self._encode_words(one[0] for one in laid_out if not isinstance(one, SampleError))
         return [found if isinstance(found, SampleError) else self._try(*found, known) for found in laid_out]
 
     def _try(
-        self, laid_out: LaidOut, pictures: Sequence[Picture], known: Mapping[str, list[int]]
+        self, laid_out: LaidOut, images: Sequence[FoundImage], known: Mapping[str, list[int]]
     ) -> Encoded | SampleError:
         try:
-            return self._assemble(laid_out, pictures, known)[0]
+            return self._assemble(laid_out, images, known)[0]
         except SampleError as error:
             return error
 
-    def _assemble_one(self, laid_out: LaidOut, pictures: Sequence[Picture]) -> tuple[Encoded, list[Placed]]:
-        return self._assemble(laid_out, pictures, self._encode_words([laid_out]))
+    def _assemble_one(self, laid_out: LaidOut, images: Sequence[FoundImage]) -> tuple[Encoded, list[Placed]]:
+        return self._assemble(laid_out, images, self._encode_words([laid_out]))
 
     def _encode_words(self, laid_out: Iterable[LaidOut]) -> dict[str, list[int]]:
         """The ids of every text that is a conversation's own, in one call of the tokenizer."""
-        return self.processor.encode_batch({text for one in laid_out for text in _words(one)})
+        return self.processor.tokenizer.encode_batch({text for one in laid_out for text in _words(one)})
 
     def trace(self, conversation: Conversation, encoded: Encoded) -> Traced:
         """Where each id of `encoded` comes from. Raises SampleError where the conversation is not encoded so now."""
         pieces, segments = self._lay_out(conversation)
-        made, placed = self._assemble_one((pieces, segments), [span.picture for span in encoded.images])
+        made, placed = self._assemble_one((pieces, segments), [span.image for span in encoded.images])
         if not (np.array_equal(made.ids, encoded.ids) and np.array_equal(made.supervised, encoded.supervised)):
             raise SampleError("what is stored for training is not what the encoder makes of the sample now")
         owners: list[int] = []
@@ -132,7 +133,7 @@ class Encoder:
         return Traced(encoded, tuple(pieces), tuple(owners))
 
     def trained_turns(self, messages: Sequence[Message]) -> list[int]:
-        """Which turns are learned. Raises SampleError where there is none."""
+        """Which turns are trained on. Raises SampleError where there is none."""
         turns = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
         if self._train_on == "last":
             turns = turns[-1:]
@@ -143,11 +144,11 @@ class Encoder:
             raise SampleError("the conversation begins with the assistant: there is no prompt to answer")
         return turns
 
-    def _find_pictures(self, conversation: Conversation, root: Path) -> list[Picture]:
-        pictures = [find_picture(image, root) for image in conversation.images]
-        if pictures and self.processor.image_token is None:
+    def _find_images(self, conversation: Conversation, root: Path) -> list[FoundImage]:
+        images = [find_image(image, root) for image in conversation.images]
+        if images and self.processor.images is None:
             raise SampleError("the sample has images and this model takes none")
-        return pictures
+        return images
 
     def _lay_out(self, conversation: Conversation) -> tuple[list[Piece], Sequence[Segment]]:
         pieces, skeleton = self._layout.lay_out(conversation)
@@ -157,20 +158,20 @@ class Encoder:
         return pieces, self._segmenter.cut(pieces, skeleton, tuple(trained))
 
     def _assemble(
-        self, laid_out: LaidOut, pictures: Sequence[Picture], known: Mapping[str, list[int]]
+        self, laid_out: LaidOut, images: Sequence[FoundImage], known: Mapping[str, list[int]]
     ) -> tuple[Encoded, list[Placed]]:
-        """The segments' ids one behind the other. `known`: ids of texts that were encoded before."""
+        """The segments' ids one after the other. `known`: ids of texts that were encoded before."""
         pieces, segments = laid_out
         ids: list[int] = list(self._prefix(pieces))
         supervised = [False] * len(ids)
         after: int | None = None
-        images: list[ImageSpan] = []
+        spans: list[ImageSpan] = []
         placed: list[Placed] = []
         for segment in segments:
             if segment.kind == "image":
-                picture = pictures[len(images)]
-                tokens = self.processor.image_tokens(picture.size)
-                images.append(ImageSpan(picture, len(ids), len(tokens.ids), tokens.num_placeholders))
+                image = images[len(spans)]
+                tokens = self.processor.image_tokens(image.size)
+                spans.append(ImageSpan(image, len(ids), len(tokens.ids), tokens.num_placeholders))
                 new: Sequence[int] = tokens.ids
             else:
                 new = self._segment_ids(segment, pieces, after, known)
@@ -182,22 +183,23 @@ class Encoder:
         supervised[0] = False
         if not any(supervised):
             raise SampleError("no token of it is trained on")
-        return Encoded(np.array(ids, np.int32), np.array(supervised, np.bool_), tuple(images)), placed
+        return Encoded(np.array(ids, np.int32), np.array(supervised, np.bool_), tuple(spans)), placed
 
-    def _prefix(self, pieces: list[Piece]) -> list[int]:
-        bos = self.processor.tokenizer.bos_token
-        return [] if bos and pieces[0].text.startswith(bos) else self.processor.prefix_ids
+    def _prefix(self, pieces: list[Piece]) -> tuple[int, ...]:
+        traits = self.processor.tokenizer.traits
+        return () if traits.bos and pieces[0].text.startswith(traits.bos) else traits.prefix_ids
 
     def _segment_ids(
         self, segment: Segment, pieces: Sequence[Piece], after: int | None, known: Mapping[str, list[int]]
     ) -> Sequence[int]:
+        tokenizer = self.processor.tokenizer
         if segment.has_words:
             literal = segment.kind == "literal"
-            ids: Sequence[int] = self.processor.encode(segment.text(pieces), after, literal, {} if literal else known)
+            ids: Sequence[int] = tokenizer.encode(segment.text(pieces), after, literal, {} if literal else known)
         else:
             ids = self._constant(segment.text(pieces), after)
         if segment.ends_turn:
-            eos = self.processor.tokenizer.eos_token_id
+            eos = tokenizer.traits.eos_id
             if eos is None:
                 raise SampleError(
                     "neither the chat template nor the tokenizer has an end token: set labels.end_of_turn to false"
@@ -211,8 +213,8 @@ class Encoder:
             return [segment.spans[0].piece] * num_ids
         text = segment.text(pieces)
         ends = list(itertools.accumulate(len(span.text(pieces)) for span in segment.spans))
-        places = self.processor.token_places(text, after) if text else []
-        owners = [segment.spans[min(bisect_right(ends, place), len(ends) - 1)].piece for place in places]
+        last = self.processor.tokenizer.last_characters(text, after) if text else []
+        owners = [segment.spans[min(bisect_right(ends, position), len(ends) - 1)].piece for position in last]
         return owners + [-1] * (num_ids - len(owners))
 
 

@@ -14,9 +14,10 @@ import PIL.Image
 from torch import Tensor
 
 from mmtrain.encoding.encode import Encoded, Encoder
-from mmtrain.encoding.images import Picture
+from mmtrain.encoding.image_processor import TEXT_KEYS
+from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.layout import as_messages
-from mmtrain.encoding.processor import TEXT_KEYS, ChatProcessor
+from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.records.chat import Conversation, Image, Message, Part, SampleError, Text
 from mmtrain.safe_text import one_line, shown
@@ -35,17 +36,17 @@ class _Probe:
 def try_family(processor: ChatProcessor) -> None:
     """Raises UserError naming the first position that differs, or what the model's own processor refuses."""
     # without an end token a run can still train on replies alone (labels.end_of_turn: false)
-    encoder = Encoder(processor, end_of_turn=processor.tokenizer.eos_token_id is not None)
+    encoder = Encoder(processor, end_of_turn=processor.tokenizer.traits.eos_id is not None)
     refusals = []
-    probes = list(_probes(takes_images=processor.image_token is not None))
+    probes = list(_probes(takes_images=processor.images is not None))
     for probe in probes:
-        pictures = _pictures(probe.conversation)
+        images = _found_images(probe.conversation)
         try:
-            encoded = encoder.encode_with(probe.conversation, pictures)
+            encoded = encoder.encode_with(probe.conversation, images)
         except SampleError as error:  # a template may refuse a system turn or several replies: so are samples like that
             refusals.append(str(error))
             continue
-        _compare(processor, probe, encoded, pictures)
+        _compare(processor, probe, encoded, images)
     if len(refusals) == len(probes):
         raise UserError(f"every probe conversation is refused, the first because {refusals[0]}")
 
@@ -67,20 +68,20 @@ def _probes(takes_images: bool) -> Iterator[_Probe]:
         yield _Probe("with images among the words", Conversation((between, texts[1], last, texts[1])))
 
 
-def _pictures(conversation: Conversation) -> list[Picture]:
+def _found_images(conversation: Conversation) -> list[FoundImage]:
     sizes = [_SIZES[i % len(_SIZES)] for i in range(len(conversation.images))]
-    return [Picture(image.name, b"", size) for image, size in zip(conversation.images, sizes, strict=True)]
+    return [FoundImage(image.name, b"", size) for image, size in zip(conversation.images, sizes, strict=True)]
 
 
-def _image(size: tuple[int, int]) -> PIL.Image.Image:
+def _gradient(size: tuple[int, int]) -> PIL.Image.Image:
     return PIL.Image.linear_gradient("L").resize(size).convert("RGB")
 
 
-def _compare(processor: ChatProcessor, probe: _Probe, encoded: Encoded, pictures: Sequence[Picture]) -> None:
+def _compare(processor: ChatProcessor, probe: _Probe, encoded: Encoded, images: Sequence[FoundImage]) -> None:
     """Raises UserError where ids or tensors are not the model's own."""
     name = f"a probe conversation {probe.name}"
     try:
-        own = _own(processor, probe.conversation, [_image(picture.size) for picture in pictures])
+        own = _own(processor, probe.conversation, [_gradient(image.size) for image in images])
     except Exception as error:  # a family's processor can raise anything
         raise UserError(
             f"the model's own processor refuses {name}: {one_line(error)}; this family is not supported"
@@ -88,29 +89,29 @@ def _compare(processor: ChatProcessor, probe: _Probe, encoded: Encoded, pictures
     ids, expected = encoded.ids.tolist(), own["input_ids"]
     at = _first_difference(processor, encoded, expected)
     if at is not None:
-        here, there = (shown(processor.decode(found[max(0, at - 3) : at + 4])) for found in (ids, expected))
+        here, there = (shown(processor.tokenizer.decode(found[max(0, at - 3) : at + 4])) for found in (ids, expected))
         raise UserError(
             f"the ids of {name} differ from the model's own apply_chat_template at position {at}: {here} here, {there} "
             "there; this family is not supported"
         )
-    if pictures:
-        _compare_tensors(processor, name, own, pictures)
+    if images:
+        _compare_tensors(processor, name, own, images)
         _compare_types(processor, name, own)
 
 
 def _own(processor: ChatProcessor, conversation: Conversation, images: list[PIL.Image.Image]) -> dict[str, Any]:
     """What the model's own processor, or a text model's tokenizer, makes of the conversation."""
-    messages = processor.as_wanted(as_messages(conversation))
-    if processor.family is None:
-        ids = processor.tokenizer.apply_chat_template(messages, chat_template=processor.template, return_dict=False)
+    messages, template = processor.template.as_wanted(as_messages(conversation)), processor.template.source
+    if processor.images is None:
+        ids = processor.tokenizer.wrapped.apply_chat_template(messages, chat_template=template, return_dict=False)
         return {"input_ids": list(ids)}
     left = iter(images)
     for message in messages:
         for part in message["content"] if isinstance(message["content"], list) else ():
             if part["type"] == "image":
                 part["image"] = next(left)
-    made = processor.family.apply_chat_template(
-        messages, chat_template=processor.template, tokenize=True, return_dict=True, return_tensors="pt"
+    made = processor.images.processor.apply_chat_template(
+        messages, chat_template=template, tokenize=True, return_dict=True, return_tensors="pt"
     )
     return {**made, "input_ids": made["input_ids"][0].tolist()}
 
@@ -123,7 +124,7 @@ def _first_difference(processor: ChatProcessor, encoded: Encoded, expected: list
     while at < len(ids) or there < len(expected):
         if ids[at : at + 1] == expected[there : there + 1]:
             at, there = at + 1, there + 1
-        elif at + 1 in borders and at < len(ids) and ids[at] == processor.tokenizer.eos_token_id:
+        elif at + 1 in borders and at < len(ids) and ids[at] == processor.tokenizer.traits.eos_id:
             at += 1  # the end of a reply, which the template lacks
         else:
             step = _straddled(processor, ids[at:], expected[there:]) if _is_near(at, borders) else None
@@ -139,17 +140,18 @@ def _is_near(at: int, borders: list[int]) -> bool:
 
 def _straddled(processor: ChatProcessor, ours: list[int], theirs: list[int]) -> tuple[int, int] | None:
     """The fewest tokens of each that spell the same text; None where a few do not."""
+    decode = processor.tokenizer.decode
     for total in range(2, 2 * _STRADDLE + 1):
         for own in range(1, total):
             one, two = ours[:own], theirs[: total - own]
-            if len(one) == own and len(two) == total - own and processor.decode(one) == processor.decode(two):
+            if len(one) == own and len(two) == total - own and decode(one) == decode(two):
                 return own, total - own
     return None
 
 
-def _compare_tensors(processor: ChatProcessor, name: str, own: dict[str, Any], pictures: Sequence[Picture]) -> None:
-    """What goes into the model beside ids must not depend on the text around the images."""
-    ours, _ = processor.image_inputs([_image(picture.size) for picture in pictures])
+def _compare_tensors(processor: ChatProcessor, name: str, own: dict[str, Any], images: Sequence[FoundImage]) -> None:
+    """What goes into the model besides ids must not depend on the text around the images."""
+    ours, _ = processor.image_inputs([_gradient(image.size) for image in images])
     theirs = {key: value for key, value in own.items() if key not in TEXT_KEYS}
     wrong = sorted(ours.keys() ^ theirs.keys()) + [
         key for key in ours.keys() & theirs.keys() if not _equal(ours[key], theirs[key])

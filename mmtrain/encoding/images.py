@@ -1,6 +1,6 @@
-"""Pictures: found without leaving their folder, measured from the header, decoded the same way everywhere.
+"""Images: found without leaving their folder, measured from the header, decoded the same way everywhere.
 
-A picture becomes RGB as inference makes it: turned as its EXIF header says, laid on white where it is transparent.
+An image becomes RGB as inference makes it: turned as its EXIF header says, laid on white where it is transparent.
 16-bit greyscale is scaled to 8 bits; `convert("RGB")` alone turns it white.
 """
 
@@ -21,7 +21,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 50_000_000
 """Decoding takes up to 20 bytes of memory a pixel (WebP; other kinds 6 to 12): less than a GiB."""
-# What Pillow warns of and logs is refused or mended here. For good: threads share the filters, and one that sets and
+# What Pillow warns of and logs is refused or fixed here. For good: threads share the filters, and one that sets and
 # restores them would change those of the others.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -43,18 +43,18 @@ _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture that was found: where its bytes are, and its size (width, height) as trained on."""
+class FoundImage:
+    """An image that was found: where its bytes are, and its size (width, height) as trained on."""
 
     name: str
     source: Path | bytes
     size: tuple[int, int]
 
 
-def find_picture(image: Image, root: Path) -> Picture:
-    """Measure a picture from its header, without decoding it.
+def find_image(image: Image, root: Path) -> FoundImage:
+    """Measure an image from its header, without decoding it.
 
-    `root` is the folder that a path is relative to and may not leave. Raises SampleError where the picture is
+    `root` is the folder that a path is relative to and may not leave. Raises SampleError where the image is
     missing, outside, of no known kind, too large, or where its end shows that it is cut off.
     """
     source = image.data if image.data is not None else _inside(image.name, root)
@@ -65,47 +65,47 @@ def find_picture(image: Image, root: Path) -> Picture:
             size = opened.size if _orientation(opened) < 5 else (opened.height, opened.width)
             _white(opened)
             _check_length(opened, _num_bytes(source))
-            picture = Picture(image.name, source, size)
+            found = FoundImage(image.name, source, size)
             complete = _end_is_there(source, opened.format)
     except SampleError as error:
         raise SampleError(f"the image {shown(image.name)}: {error}") from None
     except Exception as error:  # Pillow's plugins raise anything on a broken file, SyntaxError included
         raise SampleError(f"the image {shown(image.name)} cannot be read: {_cause(error)}") from None
     if not complete:
-        decode(picture)
-    return picture
+        decode(found)
+    return found
 
 
-def locate(image: Image, root: Path, size: tuple[int, int]) -> Picture:
-    """A picture that was measured before; `decode` finds out whether it still is of that size.
+def locate(image: Image, root: Path, size: tuple[int, int]) -> FoundImage:
+    """An image that was measured before; `decode` finds out whether it still is of that size.
 
     Raises SampleError where it is missing or outside `root`.
     """
-    return Picture(image.name, image.data if image.data is not None else _inside(image.name, root), size)
+    return FoundImage(image.name, image.data if image.data is not None else _inside(image.name, root), size)
 
 
-def decode(picture: Picture) -> PIL.Image.Image:
-    """The picture as 8-bit RGB of the size measured before. Raises SampleError where it does not decode."""
+def decode(found: FoundImage) -> PIL.Image.Image:
+    """The image as 8-bit RGB of the size measured before. Raises SampleError where it does not decode."""
     try:
-        rgb, turn = _opened_rgb(picture.source)
+        rgb, turn = _opened_rgb(found.source)
     except SampleError:
         raise
     except Exception as error:
-        raise SampleError(f"the image {shown(picture.name)} does not decode: {_cause(error)}") from None
+        raise SampleError(f"the image {shown(found.name)} does not decode: {_cause(error)}") from None
     rgb = rgb if turn is None else rgb.transpose(turn)
-    if rgb.size != picture.size:
-        raise SampleError(f"the image {shown(picture.name)} changed: it was {picture.size} and is {rgb.size}")
+    if rgb.size != found.size:
+        raise SampleError(f"the image {shown(found.name)} changed: it was {found.size} and is {rgb.size}")
     return rgb
 
 
-def read_bytes(picture: Picture) -> bytes:
-    """The picture's file as it is. Raises SampleError where it cannot be read."""
-    if isinstance(picture.source, bytes):
-        return picture.source
+def read_bytes(found: FoundImage) -> bytes:
+    """The file's bytes. Raises SampleError where it cannot be read."""
+    if isinstance(found.source, bytes):
+        return found.source
     try:
-        return picture.source.read_bytes()
+        return found.source.read_bytes()
     except OSError as error:
-        raise SampleError(f"the image {shown(picture.name)} cannot be read: {_cause(error)}") from None
+        raise SampleError(f"the image {shown(found.name)} cannot be read: {_cause(error)}") from None
 
 
 def _inside(name: str, root: Path) -> Path:
@@ -139,9 +139,9 @@ def _opened_rgb(source: Path | bytes) -> tuple[PIL.Image.Image, PIL.Image.Transp
 
 
 def _orientation(opened: PIL.Image.Image) -> int:
-    """The EXIF orientation (1 to 8) that the header tells, 1 where it tells none.
+    """The EXIF orientation (1 to 8) in the header, 1 where there is none.
 
-    Read from the header alone: Pillow's own `exif_transpose` decodes some PNGs to look for it behind the pixels,
+    Read from the header alone: Pillow's own `exif_transpose` decodes some PNGs to look for it after the pixels,
     and raises on others.
     """
     exif = PIL.Image.Exif()
@@ -151,7 +151,7 @@ def _orientation(opened: PIL.Image.Image) -> int:
             header = bytes.fromhex("".join(raw.split("\n")[3:]))
         exif.load(header)
         value = exif.get(_ORIENTATION, 1)
-    except Exception:  # a broken EXIF block tells nothing about the pixels
+    except Exception:  # a broken EXIF block says nothing about the pixels
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -209,7 +209,7 @@ def _num_bytes(source: Path | bytes) -> int:
 
 
 def _end_is_there(source: Path | bytes, format_name: str | None) -> bool:
-    """False where a JPEG or PNG lacks its closing marker: then only decoding tells whether it is whole."""
+    """False where a JPEG or PNG lacks its closing marker: then only decoding shows whether it is whole."""
     marker = _ENDS.get(format_name or "")
     if marker is None:
         return True

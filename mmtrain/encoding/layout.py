@@ -23,7 +23,7 @@ Form = tuple[tuple[str, tuple[str, ...]], ...]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of the rendered text: the template's own, words of a turn, or the placeholder of a picture."""
+    """A stretch of the rendered text: the template's own, words of a turn, or the placeholder of an image."""
 
     kind: Kind
     text: str
@@ -67,7 +67,7 @@ class Layout:
         Raises SampleError where the template refuses the conversation or rewrites its words.
         """
         skeleton = self.skeleton(_form(conversation))
-        whole = self._processor.render(as_messages(conversation))
+        whole = self._processor.template.render(as_messages(conversation))
         words = [part.text for message in conversation.messages for part in message.parts if isinstance(part, Text)]
         pieces, at = [], 0
         for i, piece in enumerate(skeleton.pieces):
@@ -88,7 +88,7 @@ class Layout:
         return pieces, skeleton
 
     def _skeleton(self, form: Form) -> Skeleton:
-        render = self._processor.render
+        render = self._processor.template.render
         messages = _stand_ins(form)
         whole = render(messages)
         pieces = self._split(whole, form)
@@ -99,7 +99,7 @@ class Layout:
             prompt = render(messages[:turn], add_generation_prompt=True)
             closing = render(messages[: turn + 1])
             if not whole.startswith(prompt):
-                continue  # the template rewrites earlier turns: this one cannot be learned from the whole
+                continue  # the template rewrites earlier turns: this one cannot be trained on in the whole
             answers[turn] = self._answer(pieces, turn, len(prompt), closing)
         return Skeleton(tuple(pieces), answers)
 
@@ -107,7 +107,7 @@ class Layout:
         """The skeleton's text in pieces; the text of a words piece is the number of its text part."""
         turn_of = [turn for turn, (_, kinds) in enumerate(form) for kind in kinds if kind == "text"]
         image_turns = [turn for turn, (_, kinds) in enumerate(form) for kind in kinds if kind == "image"]
-        image = self._processor.image_token
+        image = self._processor.template.image_token
         pattern = _STAND_IN.pattern + (f"|({re.escape(image)})" if image else "|((?!))")
         pieces: list[Piece] = []
         seen_words: list[int] = []
@@ -168,10 +168,10 @@ class Layout:
 
     def _closing_tokens(self, text: str, at: int) -> Iterator[tuple[int, bool]]:
         """Where each of the special tokens one after the other from `at` ends, and whether it stops generation."""
-        processor = self._processor
-        while match := processor.special_tokens.match(text, at):
+        tokenizer = self._processor.tokenizer
+        while match := tokenizer.traits.special_tokens.match(text, at):
             at = match.end()
-            yield at, processor.tokenizer.convert_tokens_to_ids(match.group()) in processor.eos_ids
+            yield at, tokenizer.id_of(match.group()) in tokenizer.traits.eos_ids
 
 
 _STAND_IN = re.compile(r"Zq(\d+)qZ")

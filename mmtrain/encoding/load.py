@@ -5,7 +5,7 @@ from typing import Any
 from mmtrain.encoding.directory import load_parts, model_directory
 from mmtrain.encoding.family_trial import try_family
 from mmtrain.encoding.fast_template import chat_template, through_wrapper
-from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.processor import ChatProcessor, make_processor
 from mmtrain.encoding.template_trial import try_template
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
@@ -26,8 +26,7 @@ def load_processor(path: str, tried: bool = False) -> ChatProcessor:
         template = chat_template(parts.tokenizer, parts.processor)
         if not tried:
             try_template(template, through_wrapper(parts.tokenizer, template))
-        processor = ChatProcessor(parts)
-        processor.check()
+        processor = make_processor(parts)
         if not tried:
             try_family(processor)
     except (UserError, SampleError) as error:
@@ -36,7 +35,7 @@ def load_processor(path: str, tried: bool = False) -> ChatProcessor:
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
-    """Raises UserError where ordinary text does not survive: such a tokenizer would teach nonsense."""
+    """Raises UserError where ordinary text does not survive: labels made with such a tokenizer would be wrong."""
     for text in _ORDINARY_TEXT:
         ids = tokenizer.encode(text, add_special_tokens=False)
         back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,8 +1,8 @@
-"""Which runs of a laid out conversation are encoded in one go, and which of them are learned.
+"""Which runs of a laid out conversation are encoded in one go, and which of them are trained on.
 
-A run ends where inference's prompt ends, where a trained answer ends, at a picture, and around a special token that
+A run ends where inference's prompt ends, where a trained answer ends, at an image, and around a special token that
 stands literally in the words. It also ends around the template's own special tokens that take nothing of the text
-beside them, where every tokenizer parts its text anyway: what stands between the words is the same in every sample
+next to them, where every tokenizer parts its text anyway: what stands between the words is the same in every sample
 then, and need not be encoded again.
 """
 
@@ -34,13 +34,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Spans that are encoded in one go: text, or one literal special token, or one picture."""
+    """Spans that are encoded in one go: text, or one literal special token, or one image."""
 
     kind: Kind
     spans: tuple[Span, ...]
     supervised: bool = False
     ends_turn: bool = False
-    """An end token that the template lacks is put behind it."""
+    """An end token that the template lacks is put after it."""
     has_words: bool = True
     """False: its text is the template's alone, the same in every conversation of the form."""
 
@@ -57,7 +57,7 @@ class Segmenter:
         self._of_form = functools.lru_cache(maxsize=4096)(self._of_skeleton)
 
     def cut(self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...]) -> Sequence[Segment]:
-        """The segments of `pieces`, which follow `skeleton`; `trained` are the turns that are learned.
+        """The segments of `pieces`, which follow `skeleton`; `trained` are the turns that are trained on.
 
         Ordinary words do not change where the cuts lie: conversations of one form share theirs.
         """
@@ -112,7 +112,7 @@ class Segmenter:
         yield Segment("text", tuple(run), on)
 
     def _around_parting(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
-        """(piece, character) before the first and behind the last parting token of each of the template's pieces."""
+        """(piece, character) before the first and after the last parting token of each of the template's pieces."""
         for i, piece in enumerate(pieces):
             matches = list(self._parting_tokens.finditer(piece.text)) if piece.kind == "template" else []
             if matches:

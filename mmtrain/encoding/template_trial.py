@@ -39,7 +39,7 @@ def try_template(template: str | None, render: Callable[[Messages, bool], str]) 
     if not hasattr(os, "fork"):
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child only renders
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking next to threads: the child only renders
         child = os.fork()
     if not child:
         os._exit(_render_all(render))
@@ -74,7 +74,7 @@ def _render_all(render: Callable[[Messages, bool], str]) -> int:
                     return _OVER_OUTPUT
             except MemoryError:
                 return _OVER_MEMORY
-            except Exception:  # a template may refuse a conversation, in any way: that is told where it is used
+            except Exception:  # a template may refuse a conversation, in any way: that is reported where it is used
                 continue
     return 0
 

@@ -72,7 +72,7 @@ def prepare_vision(model: Any, processor: ChatProcessor, say: Callable[[str], No
     Nothing is changed on devices without the kernel, nor for a tower without stretches.
     """
     base = base_model(model)
-    tower = base.get_encoder(modality="image") if processor.image_token is not None else None
+    tower = base.get_encoder(modality="image") if processor.images is not None else None
     if not has_varlen(base.device) or not isinstance(tower, PreTrainedModel) or tower is base:
         return VisionInputs(base)
     return _prepared(base, tower, processor, say)
@@ -186,6 +186,7 @@ def _attention(
     out = varlen_attn(
         q, k, v, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     )
+    assert isinstance(out, Tensor)
     return out[None], None
 
 

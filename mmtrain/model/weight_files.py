@@ -1,4 +1,4 @@
-"""The files of a model directory, checked before transformers reads them: whole, safetensors alone, all inside."""
+"""Checks the weight files of a model directory before transformers reads them: complete, safetensors, inside it."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,12 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def check_weight_files(directory: Path) -> None:
-    """Raises UserError, naming the file, where weights are missing, cut off, outside of `directory` or no safetensors.
+    """Raises UserError, naming the file, if weights are missing, truncated, outside `directory` or not safetensors.
 
     Only headers are read.
     """
     where = visible(str(directory))
-    if (directory / "adapter_config.json").is_file():  # transformers would load it into the model without a word
+    if (directory / "adapter_config.json").is_file():  # transformers would silently load it into the model
         raise UserError(f"{where}: adapter_config.json is there: give the directory of a base model, not of an adapter")
     if (directory / _SINGLE).is_file():
         names = [_SINGLE]
@@ -32,7 +32,7 @@ def check_weight_files(directory: Path) -> None:
                 pass
         except (OSError, SafetensorError) as error:
             file = visible(str(directory / name))
-            raise UserError(f"{file}: not a whole safetensors file: {one_line(error)}; copy it again") from None
+            raise UserError(f"{file}: not a complete safetensors file: {one_line(error)}; copy it again") from None
 
 
 def _missing(directory: Path) -> str:
@@ -43,7 +43,7 @@ def _missing(directory: Path) -> str:
 
 
 def _indexed(index: Path) -> list[str]:
-    """The names of the files that an index lists. Raises UserError where it is broken or one of them is not there."""
+    """The names of the files that an index lists. Raises UserError if it is broken or one of the files is missing."""
     where = visible(str(index))
     try:
         found = json.loads(index.read_bytes())

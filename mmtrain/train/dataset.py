@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress, TaskID
-
 from mmtrain.config import Config
 from mmtrain.config.schema import EvalSource, Run, Train
 from mmtrain.dataset.encode_all import EncodingSpec
@@ -22,6 +19,7 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.cost import CostModel
 from mmtrain.model.load import length_limit
+from mmtrain.progress import Progress
 from mmtrain.scoring.scorer import Scorer
 
 
@@ -53,15 +51,13 @@ class Dataset:
     Raises UserError with every sample of every source that cannot be used.
     """
 
-    def __init__(
-        self, config: Config, processor: ChatProcessor, console: Console, tick: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, config: Config, processor: ChatProcessor, progress: Progress) -> None:
         sources = _eval_sources(config)
         specs = {f"evaluation set {name}": EncodingSpec.of(config, [source]) for name, source in sources.items()}
         train_spec = EncodingSpec.of(config, config.data.train)
         limit = length_limit(config.model.path, config.data.max_length)
         check = functools.partial(check_samples, processor=processor, limit=limit, too_long=config.data.too_long)
-        (self.train, self.checked), *found = _check_all({"train": train_spec, **specs}, check, console, tick)
+        (self.train, self.checked), *found = _check_all({"train": train_spec, **specs}, check, progress)
         self.encoder = train_spec.encoder(processor)
         self.eval = [_eval_set(name, self.encoder, *one) for name, one in zip(sources, found, strict=True)]
         self.plan = _plan(config, self.train, self.checked)
@@ -114,23 +110,16 @@ def _eval_sources(config: Config) -> dict[str, EvalSource]:
 def _check_all(
     specs: dict[str, EncodingSpec],
     check: Callable[..., tuple[StoredSamples, CheckedSamples]],
-    console: Console,
-    tick: Callable[[], None],
+    progress: Progress,
 ) -> list[tuple[StoredSamples, CheckedSamples]]:
-    """Check each, by name, and raise the faults of all of them together. `tick` is called again and again meanwhile."""
+    """Check each, by name, and raise the faults of all of them together."""
     found, faults = [], []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for name, spec in specs.items():
-            bar = progress.add_task(f"checking {name}", total=None)
-
-            def advance(number: int, bar: TaskID = bar) -> None:
-                tick()
-                progress.advance(bar, number)
-
-            try:
-                found.append(check(spec, advance=advance, tick=tick))
-            except UserError as error:
-                faults += error.faults
+    for name, spec in specs.items():
+        try:
+            with progress.task(f"checking {name}"):
+                found.append(check(spec, progress=progress))
+        except UserError as error:
+            faults += error.faults
     if faults:
         raise UserError(faults)
     return found

@@ -13,13 +13,13 @@ from mmtrain.train.dataset import Dataset
 def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> dict[str, str]:
     """A SHA-256 for each thing, by the name under which a change of it is refused, and how dropout masks are made.
     `tick` is called for every file."""
-    template = str(dataset.encoder.processor.template)
+    template = dataset.encoder.processor.template.source
     found = model_fingerprints(config.model.path, tick)
     found["model.template"] = hashlib.sha256(template.encode()).hexdigest()
     for number in range(len(config.data.train)):
         found[f"data.train.{number}.records"] = digest(dataset.train.records.files_of(number), tick)
     found["data.train.pictures"] = digest(sorted(dataset.checked.image_files), tick)
-    for component, tuned in config.tune.parts.items():
+    for component, tuned in config.tune.components.items():
         if isinstance(tuned, Lora) and tuned.dropout > 0:
             found[f"tune.{component}.dropout.masks"] = MASKS
     return found

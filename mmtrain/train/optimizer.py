@@ -28,12 +28,12 @@ def make_optimizer(model: Any, components: Components, config: Config) -> torch.
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((components.part_of(base_name(name)), parameter.ndim >= 2), []).append(parameter)
+            groups.setdefault((components.component_of(base_name(name)), parameter.ndim >= 2), []).append(parameter)
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
-                "base_rate": config.tune.learning[part].learning_rate or config.train.learning_rate,
+                "base_rate": config.tune.trainable[part].learning_rate or config.train.learning_rate,
                 "weight_decay": config.train.weight_decay if is_matrix else 0.0,
             }
             for (part, is_matrix), parameters in groups.items()

@@ -108,12 +108,12 @@ def write_inputs(work: Path, config: Path, settings: dict[str, Any]) -> tuple[li
     """
     from mmtrain.config import load_config
     from mmtrain.encoding.load import load_processor
+    from mmtrain.progress import QUIET
     from mmtrain.train.dataset import Dataset
-    from mmtrain.train.metrics import make_console
 
     processor = load_processor(settings["model"])
-    dataset = Dataset(load_config(config, settings["overrides"]), processor, make_console(quiet=True))
-    settings["pad_id"] = processor.pad_id
+    dataset = Dataset(load_config(config, settings["overrides"]), processor, QUIET)
+    settings["pad_id"] = processor.tokenizer.traits.pad_id
     lengths, supervised = [], []
     with (work / "samples.jsonl").open("w") as file:
         for step in range(1, settings["steps"] + 1):
@@ -126,7 +126,7 @@ def write_inputs(work: Path, config: Path, settings: dict[str, Any]) -> tuple[li
                 encoded = dataset.train.encoded(number)
                 labels = [int(i) if on else -100 for i, on in zip(encoded.ids, encoded.supervised, strict=True)]
                 types = [int(i == processor.image_token_id) for i in encoded.ids]
-                images = [str(span.picture.source) for span in encoded.images]
+                images = [str(span.image.source) for span in encoded.images]
                 row = {"ids": encoded.ids.tolist(), "labels": labels, "types": types, "images": images}
                 file.write(json.dumps(row) + "\n")
     return lengths, supervised, dataset.plan.steps_per_epoch

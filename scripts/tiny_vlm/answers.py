@@ -1,10 +1,10 @@
-"""Greedy answers of a Qwen2.5-VL model to single-turn questions about pictures, and how many are right.
+"""Greedy answers of a Qwen2.5-VL model to single-turn questions about images, and how many are right.
 
     python scripts/tiny_vlm/answers.py MODEL_DIR DATA [--adapter DIR] [--swap] [--show N] [--seen TRAIN]
 
 DATA is JSON or JSON Lines of ``messages`` + ``images`` rows or LLaVA ``conversations`` + ``image`` rows. The
 first question is asked and the first answer is the reference; an answer is right when it equals the reference.
-``--swap`` gives each question another row's picture: a model that looks must then fall to the blind rate.
+``--swap`` gives each question another row's image: a model that looks must then fall to the blind rate.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ IMAGE = "<|image_pad|>"
 
 @dataclass
 class Question:
-    """A question, the reference answer and the pictures it is about."""
+    """A question, the reference answer and the images it is about."""
 
     text: str
     answer: str
@@ -38,7 +38,7 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The first turn of each row; picture paths are relative to the file."""
+    """The first turn of each row; image paths are relative to the file."""
     content = path.read_text(encoding="utf-8")
     rows = json.loads(content) if path.suffix == ".json" else [json.loads(x) for x in content.splitlines() if x.strip()]
     questions = []
@@ -52,8 +52,8 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def swap_pictures(questions: list[Question], seed: int = 0) -> list[Question]:
-    """The same questions with the pictures moved round a random circle, so that no row keeps its own."""
+def swap_images(questions: list[Question], seed: int = 0) -> list[Question]:
+    """The same questions with the images moved round a random circle, so that no row keeps its own."""
     order = list(range(len(questions)))
     random.Random(seed).shuffle(order)
     moved = list(questions)
@@ -92,7 +92,7 @@ class Answerer:
         self.model = model.eval()
 
     def prompt(self, question: Question, counts: list[int]) -> str:
-        """The chat up to the answer, with one placeholder for each token of each picture."""
+        """The chat up to the answer, with one placeholder for each token of each image."""
         content = [{"type": "image"}] * len(counts) + [{"type": "text", "text": question.text}]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--seen", type=Path, help="training data, to find the best blind answers from")
     args = parser.parse_args()
     questions = read_questions(args.data)
-    asked = swap_pictures(questions) if args.swap else questions
+    asked = swap_images(questions) if args.swap else questions
     try:
         answerer = Answerer(args.model, args.adapter)
     except UserError as error:

@@ -118,12 +118,12 @@ def launcher_killed_case(world: World) -> tuple[list[str], float]:
         seconds = time.monotonic() - begun
     faults = [] if len(workers) == 2 else [f"{len(workers)} workers were found"]
     faults += [] if gone else ["workers are left after 5 s"]
-    # going on takes the lock
+    # continuing takes the lock
     return [f"launcher killed: {fault}" for fault in faults + world.check_going_on(folder, *LONG)], seconds
 
 
 def user_error_case(world: World, processes: int) -> list[str]:
-    """A picture that is not there: said once, exit 2, no restart."""
+    """An image that is not there: said once, exit 2, no restart."""
     folder = world.new_folder()
     folder.mkdir()
     data = folder / "bad.jsonl"

@@ -1,4 +1,4 @@
-"""Things that change between a checkpoint and the run that goes on from it: each is refused by name, or accepted."""
+"""Things that change between a checkpoint and the run that continues from it: each is refused by name, or accepted."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Features of pictures: what frozen parts make of them, computed once and taken by the forward pass in place of pixels.
+"""Image features: outputs of frozen vision and projector, computed once and given to the forward instead of pixels.
 
-Each picture goes through the frozen parts alone, so that the bits of its features do not depend on which others were
-missing when they were computed. Which fields of the output a family's forward reads, and how those of several pictures
-are put together, is not known here but found out: the decoder must be given the same as from pixels.
+Where bits are promised, each image goes through the frozen components alone, so the bits of its features do not depend
+on which other images were missing from the cache. A trial finds which fields of the output a family's forward reads and
+how the fields of several images are joined: the decoder must receive the same tensors as from pixels.
 """
 
 import inspect
@@ -26,14 +26,14 @@ from mmtrain.safe_text import one_line
 _KEYWORD = "mm_encoder_outputs"
 _SIZES = ((112, 84), (84, 168))
 _TOLERANCE = {torch.float32: 1e-4}
-"""Largest relative difference (L2) of what the decoder is given from two pictures at once and one by one. Rounding is
-1e-6 in float32; pictures that are mixed up differ by 1."""
+"""Largest relative difference (L2) of the decoder's inputs between two images at once and one by one. Rounding is 1e-6
+in float32; if images are confused, the difference is about 1."""
 _LOW_TOLERANCE = 0.1
-"""The same in types of fewer bits."""
+"""The same for types of fewer bits."""
 
 Layout = str | tuple["Layout", ...]
-"""How a field of several pictures comes from each one's: `rows` of a tensor or `pictures` of a list one behind the
-other, or a list whose places each have a layout."""
+"""How the fields of single images are joined: the `rows` of tensors or the `images` of lists one after another, or a
+list with a layout for each of its items."""
 
 
 Place = Callable[[dict[str, Tensor]], dict[str, Any]]
@@ -42,16 +42,16 @@ Place = Callable[[dict[str, Tensor]], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """What a forward reads of its picture features."""
+    """The fields of image features that a model's forward reads."""
 
     kind: type
     layouts: dict[str, Layout]
     can_be_split: bool = False
-    """Whether what is computed of several images at once is that of each, one after the other."""
+    """Whether what is computed of several images at once is that of each, one after another."""
 
     def split(self, output: Any, num_placeholders: Sequence[int]) -> list[dict[str, Tensor]]:
-        """The tensors of each image, by path, of what the model makes of images with so many placeholders. Raises
-        ValueError where they do not come apart."""
+        """The tensors of each image, by path, from the features of images with so many placeholders. Raises ValueError
+        if they cannot be taken apart."""
         each: list[dict[str, Tensor]] = [{} for _ in num_placeholders]
         for name, layout in self.layouts.items():
             for own, value in zip(each, _split(layout, getattr(output, name), num_placeholders), strict=True):
@@ -59,14 +59,14 @@ class Fields:
         return each
 
     def join(self, each: Sequence[dict[str, Tensor]]) -> Any:
-        """The model's own output for pictures whose tensors are `each`."""
+        """The features of several images, as the model's own output type. `each` has the tensors of one image."""
         values = {
             name: _join(layout, [_nested(tensors, name) for tensors in each]) for name, layout in self.layouts.items()
         }
         return self.kind(**values)
 
 
-class PictureFeatures:
+class ImageFeatures:
     """Gives the features of a batch's images: those that `store` has, and the others computed and, where there is room,
     kept.
 
@@ -96,7 +96,7 @@ class PictureFeatures:
         for group in groups:
             tensors |= zip((image.key for image in group), self._computed(group), strict=True)
         for image in missing:
-            self._keep(image, tensors[image.key])
+            self._cache(image, tensors[image.key])
         return {_KEYWORD: {"image": self._fields.join([tensors[image.key] for image in images])}}
 
     def _computed(self, images: Sequence[ImageInputs]) -> list[dict[str, Tensor]]:
@@ -111,48 +111,49 @@ class PictureFeatures:
                 raise UserError(f"{image.num_placeholders} placeholders for {_num_rows(tensors)} features of images")
         return found
 
-    def _keep(self, image: ImageInputs, tensors: dict[str, Tensor]) -> None:
+    def _cache(self, image: ImageInputs, tensors: dict[str, Tensor]) -> None:
         """On the CPU, sharing memory with nothing, and without waiting for a GPU unless a file is written."""
         features = Features(tensors, image.other_inputs, image.num_placeholders)
-        if not self.store.wants(features.num_bytes):
+        if not self.store.has_room(features.num_bytes):
             return
         wait = self.store.is_on_disk or self._model.device.type != "cuda"
         own = {
             name: torch.empty_like(value, device="cpu").copy_(value) if wait else self._memory.copy_of(value)
             for name, value in tensors.items()
         }
-        self.store.keep(image.key, replace(features, tensors=own))
+        self.store.add(image.key, replace(features, tensors=own))
 
 
 @torch.no_grad()
-def find_fields(model: Any, processor: ChatProcessor, say: Callable[[str], None] = lambda line: None) -> Fields | None:
-    """What the forward of `model` reads of features, by trying with two pictures of noise.
+def find_fields(model: Any, processor: ChatProcessor) -> Fields | str:
+    """The fields of image features that the forward of `model` reads, found by a trial with two images of noise.
 
-    None where the model's features cannot be kept: the forward does not take them, or takes something else beside
-    them, or they depend on weights that learn. `say` is told where the trial itself failed.
+    If features cannot be cached, the reason: the forward does not take them, or takes something else in addition, or
+    they depend on trainable weights.
     """
-    base = base_model(model)
-    if processor.image_token is None or _KEYWORD not in inspect.signature(base.forward).parameters:
-        return None
+    base, token_id = base_model(model), processor.image_token_id
+    if token_id is None:
+        return "this model takes no images"
+    if _KEYWORD not in inspect.signature(base.forward).parameters:
+        return "models of this family do not take cached features"
     try:
-        return _found_fields(base, processor)
-    except Exception as error:  # a family that does otherwise can raise anything; its pictures then go in as pixels
-        say(f"image cache: its trial ended with {type(error).__name__}: {one_line(error)}")
-        return None
+        return _found_fields(base, processor, token_id)
+    except Exception as error:  # an unusual family can raise anything; its images are then given as pixels
+        return f"its trial failed with {type(error).__name__}: {one_line(error)}"
 
 
-def _found_fields(model: Any, processor: ChatProcessor) -> Fields | None:
+def _found_fields(model: Any, processor: ChatProcessor, token_id: int) -> Fields | str:
     noise = np.random.default_rng(0)
-    pictures = [PIL.Image.fromarray(noise.integers(0, 256, (h, w, 3), np.uint8)) for w, h in _SIZES]
-    pixels, ids = processor.image_inputs(pictures)
-    made = [processor.image_inputs([picture]) for picture in pictures]
-    alone = [ImageInputs("", own.count(processor.image_token_id or -1), inputs, None) for inputs, own in made]
+    images = [PIL.Image.fromarray(noise.integers(0, 256, (h, w, 3), np.uint8)) for w, h in _SIZES]
+    pixels, ids = processor.image_inputs(images)
+    made = [processor.image_inputs([image]) for image in images]
+    alone = [ImageInputs("", own.count(token_id), inputs, None) for inputs, own in made]
     place = _placing(model)
     expected = given_to_decoder(model, ids, place(pixels))
     joint = _output(model, pixels, place)
     read = _Read(joint)
-    beside = place({name: torch.cat([one.other_inputs[name] for one in alone]) for name in alone[0].other_inputs})
-    given_to_decoder(model, ids, beside | {_KEYWORD: {"image": read}})
+    others = place({name: torch.cat([one.other_inputs[name] for one in alone]) for name in alone[0].other_inputs})
+    given_to_decoder(model, ids, others | {_KEYWORD: {"image": read}})
     with torch.enable_grad():
         outputs = [_output(model, image.inputs, place) for image in alone]
     layouts = {
@@ -163,12 +164,12 @@ def _found_fields(model: Any, processor: ChatProcessor) -> Fields | None:
     fields = Fields(type(joint), layouts)
     tensors = [dict(item for name in layouts for item in _flat(getattr(output, name), name)) for output in outputs]
     if any(value.requires_grad for own in tensors for value in own.values()):
-        return None
-    if [_num_rows(own) for own in tensors] != [picture.num_placeholders for picture in alone]:
-        return None
-    found = given_to_decoder(model, ids, beside | {_KEYWORD: {"image": fields.join(tensors)}})
+        return "the features depend on trainable weights"
+    if (rows := [_num_rows(own) for own in tensors]) != (counts := [image.num_placeholders for image in alone]):
+        return f"trial images have {rows} features for {counts} placeholders"
+    found = given_to_decoder(model, ids, others | {_KEYWORD: {"image": fields.join(tensors)}})
     if not _are_equal(found, expected):
-        return None
+        return "cached features give the language model other inputs than pixels"
     return replace(fields, can_be_split=_can_be_split(fields, joint, pixels, alone, tensors))
 
 
@@ -179,12 +180,12 @@ def _can_be_split(
     alone: Sequence[ImageInputs],
     each: Sequence[dict[str, Tensor]],
 ) -> bool:
-    """Whether the inputs of several images are those of each, one after the other, and so is what `joint` holds."""
+    """Whether the inputs of several images are those of each, one after another, and so is their output, `joint`."""
     try:
         if any(not torch.equal(torch.cat([one.inputs[name] for one in alone]), all_) for name, all_ in inputs.items()):
             return False
         found = fields.split(joint, [one.num_placeholders for one in alone])
-    except (RuntimeError, ValueError):  # tensors that cannot be joined, or do not come apart
+    except (RuntimeError, ValueError):  # tensors that cannot be joined or taken apart
         return False
     return all(
         own.keys() == other.keys() and _are_equal(list(own.values()), list(other.values()))
@@ -193,7 +194,7 @@ def _can_be_split(
 
 
 class _Read:
-    """An output that notes which of its fields are read."""
+    """An output that records which of its fields are read."""
 
     def __init__(self, output: Any) -> None:
         self.names: dict[str, None] = {}
@@ -205,15 +206,15 @@ class _Read:
 
 
 class _Reached(Exception):
-    """The decoder was called: what follows is not needed."""
+    """The decoder was called: the rest of the forward is not needed."""
 
     def __init__(self, given: list[Tensor]) -> None:
         self.given = given
 
 
 def given_to_decoder(model: Any, ids: list[int], inputs: dict[str, Any]) -> list[Tensor]:
-    """Every tensor that the decoder gets for one row of `ids` and `inputs`, which are on the model's device, but for
-    these inputs themselves. Raises ValueError where it is not called."""
+    """Every tensor that the decoder receives for one row of `ids` and `inputs`, which are on the model's device, except
+    these inputs themselves. Raises ValueError if it is not called."""
     passed_on = {id(value) for value in inputs.values()}
 
     def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -231,7 +232,7 @@ def given_to_decoder(model: Any, ids: list[int], inputs: dict[str, Any]) -> list
         return reached.given
     finally:
         hook.remove()
-    raise ValueError("the decoder was not reached")
+    raise ValueError("the decoder was not called")
 
 
 def _placing(model: Any) -> Place:
@@ -244,64 +245,63 @@ def base_model(model: Any) -> Any:
 
 
 def _output(model: Any, inputs: dict[str, Tensor], place: Place) -> Any:
-    """What the vision tower and the projector make of the images in `inputs`."""
+    """The output of vision tower and projector for the images in `inputs`."""
     takes = inspect.signature(model.get_image_features).parameters
     own = place({name: value for name, value in inputs.items() if name in takes})
     return model.get_image_features(**own, return_dict=True)
 
 
 def _flat(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested lists and dicts with its path."""
+    """Every tensor in nested lists and dicts, with its path."""
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, dict):
         for key in sorted(value):
             yield from _flat(value[key], f"{path}.{key}")
     elif isinstance(value, list | tuple):
-        for place, inner in enumerate(value):
-            yield from _flat(inner, f"{path}.{place}")
+        for index, inner in enumerate(value):
+            yield from _flat(inner, f"{path}.{index}")
 
 
 def _nested(tensors: dict[str, Tensor], path: str) -> Any:
-    """The value under `path` that `_flat` took apart."""
+    """The nested value at `path`, from the tensors of `_flat`."""
     if path in tensors:
         return tensors[path]
-    places = {int(name[len(path) + 1 :].partition(".")[0]) for name in tensors if name.startswith(f"{path}.")}
-    return [_nested(tensors, f"{path}.{place}") for place in sorted(places)]
+    indices = {int(name[len(path) + 1 :].partition(".")[0]) for name in tensors if name.startswith(f"{path}.")}
+    return [_nested(tensors, f"{path}.{index}") for index in sorted(indices)]
 
 
 def _layout(joint: Any, alone: Sequence[Any]) -> Layout:
-    """How `joint` comes from `alone`. Raises ValueError where it does not."""
+    """How `joint` is joined from `alone`. Raises ValueError if it is not."""
     if isinstance(joint, Tensor):
         return "rows"
     if len(joint) == sum(map(len, alone)):
-        return "pictures"
+        return "images"
     return tuple(_layout(inner, own) for inner, *own in zip(joint, *alone, strict=True))
 
 
 def _join(layout: Layout, values: Sequence[Any]) -> Any:
     if layout == "rows":
         return torch.cat(list(values))
-    if layout == "pictures":
+    if layout == "images":
         return tuple(inner for value in values for inner in value)
     return [_join(inner, own) for inner, *own in zip(layout, *values, strict=True)]
 
 
 def _split(layout: Layout, value: Any, shares: Sequence[int]) -> list[Any]:
-    """What `_join` puts together; rows in proportion to `shares`."""
+    """The inverse of `_join`; rows in proportion to `shares`."""
     if len(shares) == 1:
         return [value]
     if layout == "rows":
-        sizes = [len(value) * share // sum(shares) for share in shares]
-        return list(torch.split(value, sizes))
-    if layout == "pictures":
+        return list(torch.split(value, [len(value) * share // sum(shares) for share in shares]))
+    if layout == "images":
         return [(inner,) for inner in value]
     parts = [_split(inner, own, shares) for inner, own in zip(layout, value, strict=True)]
     return [list(own) for own in zip(*parts, strict=True)]
 
 
 def _num_rows(tensors: dict[str, Tensor]) -> int:
-    """Embeddings in the first field, of which each placeholder takes one."""
+    """The number of embeddings in the first field, one per placeholder."""
     first = next(iter(tensors)).partition(".")[0]
     return sum(value.numel() // value.shape[-1] for name, value in tensors.items() if name.partition(".")[0] == first)
 

@@ -15,7 +15,7 @@ from mmtrain.model.kernels.trial import Kernel, example_for
 
 
 @dataclass(frozen=True)
-class Adapted(Kernel):
+class AdaptedLinear(Kernel):
     """W x + b + scaling B A dropout(x), as in Hu et al. 2021, "LoRA", section 4.1: added in place, scaled as B is."""
 
     while_compiling: ClassVar[bool] = True
@@ -24,7 +24,7 @@ class Adapted(Kernel):
         (name,) = module.active_adapters
         if module.disable_adapters or module.merged:
             return module.base_layer(x)  # type: ignore[no-any-return]
-        rows = x.flatten(0, -2)  # what is added to in place must be no view, or its gradient is copied
+        rows = x.flatten(0, -2)  # the tensor changed in place must not be a view, or its gradient is copied
         out = module.base_layer(rows)
         inner = _inner(module.lora_A[name], x, rows, mask_of(module.lora_dropout[name], len(rows)))
         outer = (module.lora_B[name].weight * module.scaling[name]).to(out.dtype)
@@ -43,7 +43,7 @@ def _inner(down: Any, x: Tensor, rows: Tensor, mask: Mask | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Frozen(Kernel):
-    """W x + b by the library that is fastest at it."""
+    """W x + b by the fastest library."""
 
     def compute(self, module: Any, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not x.dtype == module.weight.dtype == torch.float32:
@@ -56,21 +56,22 @@ class Frozen(Kernel):
 
 
 def linear_kernel(module: nn.Module) -> Kernel | None:
-    """The kernel to try on `module`; None where it is no linear layer, or a trainable one."""
+    """The kernel to try on `module`; None if it is not a linear layer, or is trainable."""
     if isinstance(module, LoraLinear):
-        return Adapted() if _has_one_adapter(module) else None
+        return AdaptedLinear() if _has_one_adapter(module) else None
     return Frozen() if is_frozen(module) else None
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """A linear layer whose own weights are frozen, alone or with an adapter."""
+    """Whether it is a linear layer with frozen weights, alone or with an adapter."""
     if isinstance(module, LoraLinear):
         return _has_one_adapter(module) and is_frozen(module.get_base_layer())
     return type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters())
 
 
 def _has_one_adapter(module: LoraLinear) -> bool:
-    """One adapter that is the product of two matrices, next to a linear layer, with dropout of ours or none."""
+    """Whether it is a linear layer with one adapter, which is the product of two matrices and has mmtrain's dropout or
+    none."""
     names = module.active_adapters
     base = module.get_base_layer()
     is_product = len(names) == 1 and names[0] not in module.lora_variant and not module.lora_bias[names[0]]

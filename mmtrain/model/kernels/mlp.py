@@ -1,8 +1,8 @@
-"""A gated MLP with the normalization before it and the adapters in it, as one function.
+"""A gated MLP with the normalization before it and its adapters, as one function.
 
-It keeps what the backward pass cannot compute again cheaply: its input, the gate and what is gated. Neither the
-normalized input nor the product is kept, and adapters with one input are multiplied at once. Formulas: Shazeer 2020,
-"GLU variants improve transformer", section 2 (SwiGLU); Hu et al. 2021, "LoRA", section 4.1.
+It saves for the backward pass only what is expensive to compute again: the input, gate and up. The normalized input and
+the product of gate and up are computed again. Adapters that share an input are multiplied together. Formulas: Shazeer
+2020, "GLU variants improve transformer", section 2 (SwiGLU); Hu et al. 2021, "LoRA", section 4.1.
 """
 
 from collections.abc import Sequence
@@ -32,12 +32,12 @@ class Projection:
     """(out, in)"""
     bias: Tensor | None
     a: Tensor | None = None
-    """(rank, in), as it is trained: float32, whatever the weight is."""
+    """(rank, in), always float32, the type in which it is trained."""
     b: Tensor | None = None
     """(out, rank)"""
     scaling: float = 1.0
     mask: Mask | None = None
-    """What of the adapter's input is dropped."""
+    """What is dropped of the adapter's input."""
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -45,7 +45,7 @@ class Projection:
 
     @property
     def down(self) -> Tensor:
-        """(rank, in) A, in the weight's type; without an adapter the rank is 0."""
+        """(rank, in) A, in the weight's type. Without an adapter the rank is 0."""
         return self.weight[:0] if self.a is None else self.a.to(self.weight.dtype)
 
     @property
@@ -58,7 +58,7 @@ class Projection:
         return product(x, self.weight, self.bias).addmm_(inner, self.up.t())
 
     def gradients(self, outer: Tensor, inner: Tensor, to_inner: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
-        """Of `tensors`, from the gradients of the result and of `inner`."""
+        """The gradients of `tensors`, from those of the result (`outer`) and of `inner`."""
         if self.a is None:
             return None, None, None, None
         to_b = torch.mm(outer.t(), inner).float() * self.scaling
@@ -68,19 +68,19 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """How a gate and what it gates come from the projections of the input: from one each, or as halves of one."""
+    """How gate and up come from the projections of the input: from one each, or as halves of one."""
 
     activation: Activation
     up_first: bool = False
-    """What is gated comes before the gate."""
+    """Whether up comes before the gate."""
 
     def split(self, projected: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Gate and up, (..., inner width), from what one or two projections give."""
+        """Gate and up, (..., inner width), from the results of one or two projections."""
         first, second = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
         return (second, first) if self.up_first else (first, second)
 
     def join(self, gate: Tensor, up: Tensor, num_projections: int) -> list[Tensor]:
-        """What `split` takes, from what it gives."""
+        """The inverse of `split`."""
         pair = [up, gate] if self.up_first else [gate, up]
         return pair if num_projections == 2 else [torch.cat(pair, dim=-1)]
 
@@ -98,8 +98,8 @@ class NormedMLP(torch.autograd.Function):
         adapters: Sequence[tuple[float, Mask | None]],
         *tensors: Tensor | None,
     ) -> Tensor:
-        """`tensors`: those of the projections of n and of the last, one after the other; `adapters`: their scalings and
-        masks."""
+        """`tensors`: those of the projections of n and of down, one after the other; `adapters`: scaling and mask, one
+        pair per projection."""
         *inputs, down = _projections(tensors, adapters)
         normed, inverse = (x.contiguous(), None) if norm_weight is None else normalize(x, norm_weight, eps)
         inner = _inner(normed, inputs)
@@ -145,7 +145,7 @@ class NormedMLP(torch.autograd.Function):
 
 
 def _projections(tensors: Sequence[Tensor | None], adapters: Sequence[tuple[float, Mask | None]]) -> list[Projection]:
-    """Back from their tensors, which autograd must see one by one."""
+    """The projections from their tensors. Autograd needs the tensors as separate arguments."""
     return [Projection(*tensors[4 * i : 4 * i + 4], *adapter) for i, adapter in enumerate(adapters)]  # type: ignore
 
 
@@ -168,5 +168,5 @@ def _add_gradient(to_x: Tensor, to_inner: Tensor, projections: Sequence[Projecti
 
 
 def _downs(projections: Sequence[Projection]) -> Tensor:
-    """(sum of ranks, in) the A of projections with one input."""
+    """(sum of ranks, in) the A of projections that share an input."""
     return torch.cat([projection.down for projection in projections])

@@ -1,0 +1,1 @@
+"""`mmtrain inspect-model`: what mmtrain finds in a model directory."""

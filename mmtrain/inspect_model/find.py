@@ -1,0 +1,172 @@
+"""A model is loaded and tried as at the start of a training: what was found, as plain data."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmtrain.config.schema import Lora, Model, Tune
+from mmtrain.encoding.layout import Layout
+from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.errors import UserError
+from mmtrain.model.components import COMPONENTS, Components, apply_tune, targets_of
+from mmtrain.model.family import probe_family
+from mmtrain.model.image_cache.features import find_fields
+from mmtrain.model.load import load_model, model_structure
+from mmtrain.model.packing_trial import packing_fault
+from mmtrain.records.chat import SampleError
+from mmtrain.runtime.processes import Runtime
+
+SIZES = ((336, 336), (1000, 1000))
+"""(width, height) of the images whose tokens are counted."""
+_LORA: dict[str, Any] = {"mode": "lora"}
+_FULL: dict[str, Any] = {"mode": "full"}
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentFound:
+    """A component of the model. The adapters are those of LoRA without `targets`."""
+
+    name: str
+    modules: list[str]
+    num_parameters: int
+    num_adapted: int
+    """Linear layers that get an adapter."""
+    num_without_adapter: int
+    """Parameters of everything else."""
+    modes: dict[str, str | None]
+    """For each way to train it, why `tune` refuses it; None where it does not."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesFound:
+    placeholder: str
+    num_tokens: dict[str, int | str]
+    """By "WIDTHxHEIGHT": the tokens of an image, or why it is refused."""
+    num_placeholders: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateFound:
+    text_roles: list[str]
+    """The roles whose content is given as a string."""
+    takes_system: bool
+    generation_prompt: str | None
+    reply_end: str | None
+    """What the template writes at the end of a reply that stops generation; None where it writes nothing."""
+    added_end: str | None
+    """The token that is put there where the template has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFound:
+    """Everything that is printed."""
+
+    path: str
+    model_class: str
+    dtype: str
+    components: list[ComponentFound]
+    images: ImagesFound | None
+    template: TemplateFound
+    head: str
+    packing: str | None
+    """Why samples do not share a row; None where they do."""
+    image_cache: str | None
+    """Why features of images are not cached; None where they are."""
+
+
+def find(path: str, say: Callable[[str], None]) -> ModelFound:
+    """Load the model at `path`, in the dtype that a config has by default, and try it.
+
+    `say` is given the lines of what falls back. Raises UserError where the model cannot be trained at all.
+    """
+    dtype = Model(path=path).dtype
+    processor, runtime = load_processor(path), Runtime(dtype)
+    model = load_model(path, dtype, processor)
+    family = probe_family(model, processor, say)
+    model.requires_grad_(False)
+    components = list(_components(path, model, family.components))
+    model.to(runtime.device)
+    packing = packing_fault(model, processor, getattr(torch, dtype))
+    with runtime.autocast():
+        fields = find_fields(model, processor)
+    return ModelFound(
+        path=path,
+        model_class=type(model).__name__,
+        dtype=dtype,
+        components=components,
+        images=_images(processor),
+        template=_template(processor),
+        head=family.head_kind,
+        packing=packing,
+        image_cache=fields if isinstance(fields, str) else None,
+    )
+
+
+def _components(path: str, model: Any, components: Components) -> Iterator[ComponentFound]:
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    present = [part for part in COMPONENTS if any(components.component_of(name) == part for name in sizes)]
+    for part in present:
+        own = {name: size for name, size in sizes.items() if components.component_of(name) == part}
+        adapted = _adapted(model, components, part)
+        bare = [size for name, size in own.items() if name.rpartition(".")[0] not in adapted]
+        others = [other for other in present if other != part and _adapted(model, components, other)]
+        modes = {name: _refusal(path, tune) for name, tune in _tunes(part, others).items()}
+        yield ComponentFound(part, components.roots(part), sum(own.values()), len(adapted), sum(bare), modes)
+
+
+def _adapted(model: Any, components: Components, part: str) -> set[str]:
+    """The names of the linear layers of a component that LoRA adapts."""
+    try:
+        return set(targets_of(model, components, part, Lora(mode="lora")))
+    except UserError:  # it has none
+        return set()
+
+
+def _tunes(part: str, others: list[str]) -> dict[str, dict[str, Any]]:
+    """The ways to train a component: alone, and in full next to LoRA of another."""
+    ways = {"lora": {part: _LORA}, "full": {part: _FULL}}
+    return ways | ({"full next to lora": {part: _FULL, others[-1]: _LORA}} if others else {})
+
+
+def _refusal(path: str, tune: dict[str, Any]) -> str | None:
+    """Why `tune` is refused, tried on the model without its weights."""
+    model = model_structure(path)
+    try:
+        apply_tune(model, Components(model), Tune.model_validate(tune))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _images(processor: ChatProcessor) -> ImagesFound | None:
+    if processor.images is None:
+        return None
+    num_tokens: dict[str, int | str] = {}
+    num_placeholders: dict[str, int] = {}
+    for width, height in SIZES:
+        name = f"{width}x{height}"
+        try:
+            tokens = processor.images.tokens((width, height))
+        except SampleError as error:
+            num_tokens[name] = str(error)
+        else:
+            num_tokens[name], num_placeholders[name] = len(tokens.ids), tokens.num_placeholders
+    return ImagesFound(processor.images.placeholder, num_tokens, num_placeholders)
+
+
+def _template(processor: ChatProcessor) -> TemplateFound:
+    traits, tokenizer = processor.template.traits, processor.tokenizer
+    end = _reply_end(processor)
+    eos_id = tokenizer.traits.eos_id
+    added = None if end is not None or eos_id is None else tokenizer.decode([eos_id])
+    return TemplateFound(sorted(traits.text_roles), traits.takes_system, traits.generation_prompt, end, added)
+
+
+def _reply_end(processor: ChatProcessor) -> str | None:
+    """What the template writes after a reply, to the end of the token that stops generation."""
+    skeleton = Layout(processor).skeleton((("user", ("text",)), ("assistant", ("text",))))
+    end = skeleton.answers[1].end
+    return None if end is None else skeleton.pieces[end[0]].text[: end[1]]

@@ -1,0 +1,47 @@
+"""The properties of a loaded model, determined once: its components, its head and how it takes images.
+
+Properties that depend on the device and on what is trained are tried later: whether samples can share a row
+(`packing_trial`) and whether image features can be cached (`image_cache`).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.model.components import Components
+from mmtrain.model.head import HeadKind, find_head_kind
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The record of one loaded model."""
+
+    components: Components
+    head_kind: HeadKind
+    grid_key: str | None = None
+    """The name of the tensor with each image's patches in time, height and width, if there is one."""
+    patches_per_token: float = 1.0
+    """Patches of the vision tower for each placeholder in the text, measured on one image; 1 if unknown."""
+
+
+def probe_family(model: Any, processor: ChatProcessor, say: Callable[[str], None]) -> Family:
+    """The record of `model`, as it was loaded: without adapters, in eval mode.
+
+    If a slower head is used, `say` prints the reason in one line. Raises UserError if a component is not found.
+    """
+    return Family(
+        components=Components(model),
+        head_kind=find_head_kind(model, say),
+        grid_key=processor.grid_key,
+        patches_per_token=_patches_per_token(model.config, processor),
+    )
+
+
+def _patches_per_token(config: Any, processor: ChatProcessor) -> float:
+    patch = getattr(getattr(config, "vision_config", None), "patch_size", None)
+    pixels = None if processor.images is None else processor.images.traits.pixels_per_token
+    if patch is None or pixels is None:
+        return 1.0
+    return pixels / (math.prod(patch) if isinstance(patch, list | tuple) else patch**2)
