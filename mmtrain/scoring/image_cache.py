@@ -16,6 +16,7 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.image_cache.features import ImageFeatures, find_fields
 from mmtrain.model.image_cache.files import FeatureFolder
 from mmtrain.model.image_cache.store import FeatureStore
+from mmtrain.model.inputs import InputMaker
 from mmtrain.model.vision import VisionInputs
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
@@ -46,7 +47,22 @@ def make_store(config: Config, runtime: Runtime, progress: Progress) -> FeatureS
     return FeatureStore(limits.memory_gib * GIB, folder)
 
 
-def find_features(
+def input_maker(
+    model: Any,
+    processor: ChatProcessor,
+    config: Config,
+    runtime: Runtime,
+    store: FeatureStore | None,
+    vision: VisionInputs,
+    say: Callable[[str], None],
+) -> InputMaker:
+    """What makes the inputs of `model`, which is on its device: with cached features where there is a store and a trial
+    shows that the model can take them; `say` is given the line that says why it cannot."""
+    features = _find_features(model, processor, config, runtime, store, vision, say)
+    return InputMaker(model, processor, features, vision)
+
+
+def _find_features(
     model: Any,
     processor: ChatProcessor,
     config: Config,
@@ -55,8 +71,6 @@ def find_features(
     vision: VisionInputs,
     say: Callable[[str], None],
 ) -> ImageFeatures | None:
-    """What puts cached features into `model`, which is on its device; None where there is no store, no image, or where
-    the features cannot be cached: `say` is given the one line that says why."""
     if store is None or processor.images is None:
         return None
     with runtime.autocast():

@@ -15,6 +15,7 @@ from mmtrain.model.vision import VisionInputs, prepare_vision
 from mmtrain.progress import Progress
 from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
+from mmtrain.train.lost_gradients import LostGradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +30,17 @@ class TrainableModel:
     component_reports: list[ComponentReport]
     """A row for each component."""
     dropout: DropoutContext
+    lost_gradients: LostGradients
     vision: VisionInputs
 
 
 def make_trainable(config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress) -> TrainableModel:
     """Load the base model, freeze it, and add what is trainable, whose initial weights follow from the seed alone."""
     torch.manual_seed(config.train.seed)
+    settings = config.model
     home = torch.device("cpu") if is_sharded(config, runtime) else runtime.device
     with loading_faults():
-        base = load_model(config.model.path, config.model.dtype, processor, home, runtime.activity.tick)
+        base = load_model(settings.path, settings.dtype, processor, home, runtime.activity.tick, settings.quantization)
     runtime.activity.set("preparing the model")
     family = probe_family(base, processor, progress.say)
     model, reports = apply_tune(base, family.components, config.tune)
@@ -48,7 +51,8 @@ def make_trainable(config: Config, processor: ChatProcessor, runtime: Runtime, p
     model.to(home)
     with runtime.autocast():
         vision = prepare_vision(base, processor, progress.say)
-    return TrainableModel(base, model, family, reports, dropout, vision)
+    lost_gradients = LostGradients(model, family.components)
+    return TrainableModel(base, model, family, reports, dropout, lost_gradients, vision)
 
 
 def is_sharded(config: Config, runtime: Runtime) -> bool:

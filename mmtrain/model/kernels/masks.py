@@ -128,7 +128,7 @@ class Dropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Mask) -> Tensor:
         ctx.mask = mask
-        (dropped,) = mask.drop(x)
+        dropped: Tensor = mask.drop(x)[0]
         return dropped
 
     @staticmethod
