@@ -79,6 +79,8 @@ FLOORS = [
     ["model"],
     ["runtime"],
     ["scoring"],
+    ["generate"],
+    ["answers"],
     ["train"],
     ["evaluate", "inspect_labels", "inspect_model"],
     ["cli"],
