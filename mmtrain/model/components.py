@@ -13,6 +13,7 @@ from torch import nn
 
 from mmtrain.config.schema import Full, Lora, Tune
 from mmtrain.errors import UserError
+from mmtrain.model.lora_targets import is_linear, refused_by_peft
 from mmtrain.safe_text import one_line
 
 PARTS = ("vision", "projector", "language")
@@ -35,6 +36,9 @@ class Components:
         for name, _ in vision.named_children():
             if name in _INNER_PROJECTORS:
                 self._roots[f"{names[id(vision)]}.{name}"] = "projector"
+        if _is_inside(names[id(vision)], names[id(decoder)]):
+            depth = names[id(decoder)].count(".") + 2  # the decoder's child that the tower is in
+            self._roots[".".join(names[id(vision)].split(".")[:depth])] = "projector"
         for name, module in _siblings(model, decoder, names):
             if name not in self._roots and any(True for _ in module.parameters()):
                 self._roots[name] = "projector"
@@ -79,9 +83,15 @@ def _vision_tower(model: Any) -> nn.Module | None:
         return None
     tower = model.get_encoder(modality="image")
     if tower is None or tower is model or tower is model.get_decoder():
+        tower = next((m for m in model.modules() if getattr(m, "config", None) is model.config.vision_config), None)
+    if tower is None:
         raise UserError("the model's vision tower was not found: this family of models is not supported")
     assert isinstance(tower, nn.Module)
     return tower
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return name.startswith(f"{outer}.")
 
 
 def _siblings(model: Any, decoder: nn.Module, names: dict[int, str]) -> Iterator[tuple[str, nn.Module]]:
@@ -105,15 +115,13 @@ class PartReport:
 def targets_of(model: Any, components: Components, part: str, lora: Lora) -> list[str]:
     """Names of the linear layers of a part that get an adapter. Raises UserError where there is none.
 
-    The head is left out unless it is named: an adapter on it is rarely wanted and dear in memory.
+    Left out unless they are named: the head, because an adapter on it is rarely wanted and expensive in memory, and
+    layers that peft refuses.
     """
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and components.part_of(name) == part
-    ]
+    linear = [name for name, module in model.named_modules() if is_linear(module) and components.part_of(name) == part]
     if lora.targets is None:
-        chosen = [name for name in linear if name != components.head_name]
+        left_out = {components.head_name, *refused_by_peft(model.config, linear)}
+        chosen = [name for name in linear if name not in left_out]
         unknown = []
     else:
         chosen = [name for name in linear if any(_ends_with(name, target) for target in lora.targets)]
@@ -123,6 +131,29 @@ def targets_of(model: Any, components: Components, part: str, lora: Lora) -> lis
         what = f"no linear layer is called {', '.join(unknown)}" if unknown else "no linear layer was found"
         raise UserError(f"tune.{part}: {what}; the {part} part has: {found}")
     return chosen
+
+
+def without_adapter(model: Any, components: Components, tune: Tune) -> Iterator[str]:
+    """Lines about weights of `model`, a base model, that are multiplied and get no adapter though their component has
+    LoRA without `targets`: layers that peft refuses, and experts, whose weights are stacks of matrices."""
+    settings = model.config.get_text_config().to_dict()
+    num_experts = {value for key, value in settings.items() if key.endswith("experts") and type(value) is int}
+    for part, mode in tune.learning.items():
+        if not isinstance(mode, Lora) or mode.targets is not None:
+            continue
+        own = [(name, module) for name, module in model.named_modules() if components.part_of(name) == part]
+        refused = refused_by_peft(model.config, [name for name, module in own if is_linear(module)])
+        if refused:
+            kinds = ", ".join(sorted({name.rpartition(".")[2] for name in refused}))
+            yield f"tune.{part}: no adapter on {len(refused)} linear layers, which peft refuses in this family: {kinds}"
+        stacks = [p for _, module in own for p in module.parameters(recurse=False) if p.ndim == 3]
+        experts = [weight for weight in stacks if len(weight) in num_experts]
+        if experts:
+            size = sum(weight.numel() for weight in experts)
+            yield (
+                f"tune.{part}: no adapter on {len(experts)} weights of experts ({size:,} parameters): "
+                "LoRA is put on linear layers alone"
+            )
 
 
 def _ends_with(name: str, target: str) -> bool:

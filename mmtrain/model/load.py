@@ -4,13 +4,13 @@ import logging
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.logging import ERROR, disable_progress_bar, get_verbosity, set_verbosity
 
 from mmtrain.dataset.validate import LengthLimit
-from mmtrain.encoding.directory import model_directory
+from mmtrain.encoding.directory import model_directory, takes_images
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.weight_files import check_weight_files
@@ -29,8 +29,10 @@ def load_config(path: str) -> Any:
 
 def auto_class(config: Any) -> Any:
     """The class of transformers that loads a model with this configuration."""
-    takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
+    if not takes_images(config):
+        return AutoModelForCausalLM
+    is_image_text = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if is_image_text else AutoModelForMultimodalLM
 
 
 def model_structure(path: str) -> Any:

@@ -64,7 +64,8 @@ class Scorer:
 
         `filled`: the samples where weights are spread over the processes. `console` shows the progress.
         """
-        cuts = cut_step(self._lengths, microbatch_tokens, packing, runtime.num_processes)
+        limit = microbatch_tokens if self._processor.lays_out_together else 1
+        cuts = cut_step(self._lengths, limit, packing, runtime.num_processes)
         share = len(cuts) // runtime.num_processes
         own = [self._numbers[cut].tolist() for cut in cuts[runtime.index * share : (runtime.index + 1) * share]]
         own = [cut for cut in own if cut] if filled is None else [filled.fill(cut) for cut in own]

@@ -77,7 +77,8 @@ class Dataset:
         multiple = num_processes if settings.microbatches == "auto" else settings.microbatches
         supervised = checked.num_supervised[samples]
         cost = costs.of(lengths, checked.num_image_tokens[samples], checked.image_token_pairs[samples], supervised)
-        cuts = cut_step(lengths.tolist(), settings.microbatch_tokens, packing, multiple, cost.tolist())
+        limit = settings.microbatch_tokens if self.encoder.processor.lays_out_together else 1
+        cuts = cut_step(lengths.tolist(), limit, packing, multiple, cost.tolist())
         share = len(cuts) // num_processes
         own = tuple(tuple(samples[i] for i in cut) for cut in cuts[process * share : (process + 1) * share])
         return StepCut(tuple(samples), own, int(lengths.sum()), int(supervised.sum()), 2.0 * float(cost.sum()))

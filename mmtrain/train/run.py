@@ -16,7 +16,7 @@ from mmtrain.dataset.batch import Batch, Loader
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import NonFiniteError, Stopped, StorageError, UserError, storage_faults
-from mmtrain.model.components import PartReport, prepare_learning
+from mmtrain.model.components import PartReport, prepare_learning, without_adapter
 from mmtrain.model.cost import CostModel, cost_model
 from mmtrain.model.dropout import DropoutClock, install_dropout
 from mmtrain.model.family import probe_family
@@ -103,6 +103,8 @@ def make_learner(
     base = load_model(config.model.path, config.model.dtype, processor)
     runtime.activity.set("preparing the model")
     family = probe_family(base, processor, say)
+    for line in without_adapter(base, family.components, config.tune):
+        say(line)
     model, parts = prepare_learning(base, family.components, config.tune)
     if settings.activation_checkpointing:
         checkpoint_activations(base)

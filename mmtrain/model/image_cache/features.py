@@ -95,6 +95,10 @@ def find_fields(model: Any, processor: ChatProcessor) -> Fields | str:
         return "this model takes no images"
     if _KEYWORD not in inspect.signature(base.forward).parameters:
         return "models of this family do not take cached features"
+    if processor.images is not None and processor.images.traits.by_sample:
+        return "what the model makes of an image depends on the other images of its sample"
+    if not processor.lays_out_together:
+        return "inputs of this model for its images depend on the text"
     try:
         return _found_fields(base, processor, token_id)
     except Exception as error:  # a family that does otherwise can raise anything; its images then go in as pixels
@@ -104,14 +108,14 @@ def find_fields(model: Any, processor: ChatProcessor) -> Fields | str:
 def _found_fields(model: Any, processor: ChatProcessor, token_id: int) -> Fields | str:
     noise = np.random.default_rng(0)
     pictures = [PIL.Image.fromarray(noise.integers(0, 256, (h, w, 3), np.uint8)) for w, h in _SIZES]
-    pixels, ids = processor.image_inputs(pictures)
-    made = [processor.image_inputs([picture]) for picture in pictures]
+    pixels, ids = processor.image_inputs([pictures])
+    made = [processor.image_inputs([[picture]]) for picture in pictures]
     alone = [ImageInputs("", own.count(token_id), inputs, None) for inputs, own in made]
-    expected = _given_to_decoder(model, ids, pixels)
+    expected = _given_to_decoder(model, token_id, ids, pixels)
     joint = _output(model, pixels)
     read = _Read(joint)
     beside = {name: torch.cat([one.other_inputs[name] for one in alone]) for name in alone[0].other_inputs}
-    _given_to_decoder(model, ids, beside | {_KEYWORD: {"image": read}})
+    _given_to_decoder(model, token_id, ids, beside | {_KEYWORD: {"image": read}})
     with torch.enable_grad():
         outputs = [_output(model, picture.inputs) for picture in alone]
     layouts = {
@@ -125,7 +129,7 @@ def _found_fields(model: Any, processor: ChatProcessor, token_id: int) -> Fields
         return "the features depend on trainable weights"
     if (rows := [_num_rows(own) for own in tensors]) != (counts := [picture.num_placeholders for picture in alone]):
         return f"trial images have {rows} features for {counts} placeholders"
-    found = _given_to_decoder(model, ids, beside | {_KEYWORD: {"image": fields.join(tensors)}})
+    found = _given_to_decoder(model, token_id, ids, beside | {_KEYWORD: {"image": fields.join(tensors)}})
     return fields if _are_equal(found, expected) else "cached features give the language model other inputs than pixels"
 
 
@@ -148,14 +152,14 @@ class _Reached(Exception):
         self.given = given
 
 
-def _given_to_decoder(model: Any, ids: list[int], inputs: dict[str, Any]) -> list[Tensor]:
+def _given_to_decoder(model: Any, token_id: int, ids: list[int], inputs: dict[str, Any]) -> list[Tensor]:
     """Every tensor that the decoder gets. Raises ValueError where it is not called."""
 
     def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
         raise _Reached([value for _, value in _flat([list(args), kwargs], "")])
 
     input_ids = torch.tensor([ids], device=model.device)
-    types = (input_ids == model.config.image_token_id).long()
+    types = (input_ids == token_id).long()
     takes = inspect.signature(model.forward).parameters
     moved = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     moved |= {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in takes}
