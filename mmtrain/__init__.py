@@ -1,3 +1,3 @@
-"""mmtrain: teach a vision-language model from your own image-text chats."""
+"""mmtrain: fine-tune vision-language models on your own image-text conversations."""
 
 __version__ = "0.1.0"

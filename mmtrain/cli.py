@@ -1,4 +1,4 @@
-"""The commands. Each imports what it needs when it runs, so that `--help` is quick."""
+"""The commands. Each imports its modules when it runs, so that `--help` is fast."""
 
 import io
 import sys
@@ -16,14 +16,14 @@ MAX_LINES_SHOWN = 100
 
 app = typer.Typer(
     name="mmtrain",
-    help="Fine-tune vision-language models on your own image-text chats.",
+    help="Fine-tune vision-language models on your own image-text conversations.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-eval_app = typer.Typer(help="Measure a model on held-out chats.", no_args_is_help=True)
+eval_app = typer.Typer(help="Measure a model on held-out conversations.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
-config_app = typer.Typer(help="About config files.", no_args_is_help=True)
+config_app = typer.Typer(help="Show which keys a config can have.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
@@ -47,16 +47,16 @@ def train(
         typer.Option(metavar="KEY", help="Resume although KEY changed since the checkpoint; may be repeated."),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Processes on this node.", show_default="one a GPU, or one")
+        int | None, typer.Option(min=1, max=1024, help="Processes on this node.", show_default="one per GPU, or one")
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the run; start the command on each.")] = 1,
-    node_rank: Annotated[int, typer.Option(min=0, help="Which of the nodes this is.")] = 0,
+    node_rank: Annotated[int, typer.Option(min=0, help="The number of this node, from 0.")] = 0,
     rendezvous: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where the nodes meet: on node 0.", show_default=False)
+        str | None, typer.Option(metavar="HOST:PORT", help="The address of node 0, a free port.", show_default=False)
     ] = None,
-    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts when a process dies.")] = 3,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts after a process has died.")] = 3,
 ) -> None:
-    """Train what CONFIG says; run again, it continues from its newest checkpoint."""
+    """Train a model. The same command resumes from the newest checkpoint."""
     from mmtrain.config import load_config
     from mmtrain.runtime import launch
     from mmtrain.train.folder import locked, start_over
@@ -71,10 +71,10 @@ def train(
         if fresh and launch.may_write(node_rank) and not launch.is_restart():
             start_over(output_dir)
         if not takes_part:
-            here = processes or launch.num_local_gpus() or 1
-            if here * nodes > 1:
-                words = [str(config), *(overrides or []), *(f"--accept-change={key}" for key in accept_change or [])]
-                raise typer.Exit(launch.launch(layout, here, ["train", *words]))
+            num_local = processes or launch.num_local_gpus(loaded.run.device) or 1
+            if num_local * nodes > 1:
+                args = [str(config), *(overrides or []), *(f"--accept-change={key}" for key in accept_change or [])]
+                raise typer.Exit(launch.launch(layout, num_local, ["train", *args]))
         from mmtrain.train.run import train as run
 
         run(loaded, accept_change or [])
@@ -84,17 +84,17 @@ def train(
 def inspect_labels(
     config: ConfigPath,
     overrides: Overrides = None,
-    index: Annotated[list[int] | None, typer.Option(help="The number of a sample to show; may be repeated.")] = None,
-    num: Annotated[int, typer.Option(min=1, help="How many samples to show, evenly spread.")] = 3,
-    split: Annotated[Literal["train", "eval"], typer.Option(help="Which sources to look at.")] = "train",
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a sample on standard output.")] = False,
-    tokens: Annotated[bool, typer.Option("--tokens", help="With --json: every token too.")] = False,
-    audit: Annotated[bool, typer.Option("--all", help="Audit every sample; exit 1 if any is at fault.")] = False,
-    losses: Annotated[bool, typer.Option("--losses", help="Load the model: how sure it is of each token.")] = False,
+    index: Annotated[list[int] | None, typer.Option(help="The index of a sample to show; may be repeated.")] = None,
+    num: Annotated[int, typer.Option(min=1, help="How many samples to show, evenly spaced.")] = 3,
+    split: Annotated[Literal["train", "eval"], typer.Option(help="The sources: data.train or data.eval.")] = "train",
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page.", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per sample.")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="With --json: include every token.")] = False,
+    audit: Annotated[bool, typer.Option("--all", help="Check every sample; exit 1 if any has a fault.")] = False,
+    losses: Annotated[bool, typer.Option("--losses", help="Load the model and show each token's loss.")] = False,
     adapter: Annotated[Path | None, typer.Option(help="With --losses: an adapter.", show_default=False)] = None,
 ) -> None:
-    """Show what the model is taught, token by token; or audit all of it."""
+    """Show which tokens are trained on, or check every sample."""
     from mmtrain.config import load_config
 
     loaded = load_config(config, overrides or [])
@@ -116,11 +116,59 @@ def inspect_model(
     run(path, json)
 
 
+@app.command()
+def generate(
+    path: Annotated[
+        str, typer.Argument(metavar="RUN", help="The directory of a run, an adapter or a model.", show_default=False)
+    ],
+    question: Annotated[str | None, typer.Argument(help="What to ask.", show_default=False)] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="An image for the question; may be repeated.")
+    ] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Chat with the model.")] = False,
+    system: Annotated[str | None, typer.Option(help="A system prompt.", show_default=False)] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Answer all questions of a data file; may be repeated.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="With --data: where the answers go.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The base model of an adapter.", show_default="the one it names")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="The type of the weights.", show_default="the run's, or bfloat16"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --data: questions at a time.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest reply, in tokens.")] = 256,
+    do_sample: Annotated[bool, typer.Option("--do-sample", help="Sample instead of the most likely token.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="With --do-sample.", show_default="1.0")] = None,
+    top_p: Annotated[float | None, typer.Option(help="With --do-sample.", show_default="1.0")] = None,
+    top_k: Annotated[int | None, typer.Option(help="With --do-sample.", show_default="50")] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams of a beam search.")] = 1,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 repetition is penalized.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="With --do-sample: decides what is sampled.")] = 0,
+) -> None:
+    """Ask a trained model: one question, a chat (-i), or all questions of a file (--data)."""
+    from mmtrain.generate.command import Options
+    from mmtrain.generate.command import generate as run
+    from mmtrain.generate.sampling import Sampling
+
+    sampling = Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, num_beams, repetition_penalty, seed)
+    run(
+        Options(
+            path, question, tuple(image or ()), interactive, system, tuple(data or ()), output, base, dtype,
+            batch_size, sampling,
+        )
+    )  # fmt: skip
+
+
 @eval_app.command()
 def perplexity(
     config: ConfigPath,
     overrides: Overrides = None,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter; without it the base.", show_default=False)] = None,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter; default: none.", show_default=False)] = None,
     compare: Annotated[
         str | None,
         typer.Option(metavar="ADAPTER...", help="Adapters, or `base`, on the same tokens; the first is the reference."),
@@ -129,9 +177,9 @@ def perplexity(
     images: Annotated[
         Literal["right", "all"], typer.Option(help="all: also with swapped, grey and no images.")
     ] = "right",
-    json: Annotated[bool, typer.Option("--json", help="Every figure as one JSON object.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON object.")] = False,
 ) -> None:
-    """How likely the right answers are, and whether the model looks at the pictures."""
+    """Measure how likely the right answers are, and whether the model uses the images."""
     from mmtrain.config import load_config
 
     words = overrides or []
@@ -140,6 +188,35 @@ def perplexity(
     from mmtrain.evaluate.command import Options, eval_perplexity
 
     eval_perplexity(loaded, Options(adapter, tuple(compared), tuple(data or ()), images == "all", json))
+
+
+@eval_app.command()
+def answers(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="A run or an adapter; without it the base model.", show_default=False),
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="A data file instead of data.eval; may be repeated.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="How answers are scored.", show_default="each source's, or one that suits it"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Every figure as one JSON object.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 16,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest answer.", show_default="twice the longest reference")
+    ] = None,
+) -> None:
+    """How good the answers are, and whether they are better than blind guessing."""
+    from mmtrain.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from mmtrain.answers.command import Options, eval_answers
+
+    eval_answers(loaded, Options(adapter, tuple(data or ()), metric, html, json, batch_size, max_new_tokens))
 
 
 @config_app.command()
@@ -161,16 +238,16 @@ def docs() -> None:
 
 
 def main() -> None:
-    """The entry point: a user's mistake is told in lines without a traceback."""
+    """The entry point. A UserError is printed without a traceback."""
     set_environment()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # as standard error already does: a name must not end a command
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: an odd file name must not make a command fail
         sys.stdout.reconfigure(errors="backslashreplace")
-    # peft calls transformers by names that are going away: nothing that a user can act on
+    # peft uses deprecated names of transformers: a user cannot act on these warnings
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     try:
         app()
     except UserError as error:
-        lines = [] if error.told else grouped(error.faults)
+        lines = [] if error.already_reported else grouped(error.faults)
         for line in lines[:MAX_LINES_SHOWN]:
             print(f"mmtrain: {line}", file=sys.stderr)
         if len(lines) > MAX_LINES_SHOWN:

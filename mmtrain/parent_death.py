@@ -1,4 +1,4 @@
-"""Processes that end with the process that started them, however that ends."""
+"""Kills a process when the process that started it exits, however that happens."""
 
 import ctypes
 import os
@@ -10,9 +10,9 @@ _SET_PARENT_DEATH_SIGNAL = 1
 
 
 def end_with_parent(parent: int | None = None) -> bool:
-    """Have the kernel kill this process when its parent ends, where the kernel can (Linux).
+    """Make the kernel kill this process when its parent exits, if the kernel supports it (Linux).
 
-    False where `parent`, the process id that started this one, had ended before this was asked for.
+    Returns False if `parent`, the id of the process that started this one, has already exited.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)

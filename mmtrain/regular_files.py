@@ -1,4 +1,4 @@
-"""Opening files that others name: only regular ones, so that a pipe cannot hang and a device cannot fill the memory."""
+"""Opens only regular files, so that a pipe cannot hang the program and a device cannot fill the memory."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """`path` opened for reading. Raises OSError, also where it is a folder, a pipe, a device or a socket."""
+    """`path` opened for reading. Raises OSError, also if it is a folder, a pipe, a device or a socket."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without O_NONBLOCK a pipe waits for a writer
     mode = os.fstat(number).st_mode
     if not stat.S_ISREG(mode):

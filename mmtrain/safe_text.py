@@ -1,4 +1,4 @@
-"""Text from outside (file names, values, words of samples) made safe to print on one line."""
+"""Makes text from outside (file names, values, text of samples) safe to print on one line."""
 
 import unicodedata
 
@@ -7,26 +7,28 @@ _ISOLATE, _END_ISOLATE = "\u2068", "\u2069"
 
 
 def shown(text: object, limit: int = 80) -> str:
-    """`text` from outside (a file name, a value) in quotes: on one line, control characters escaped, shortened."""
-    plain = str(text)
-    if len(plain) > limit:
-        plain = plain[: limit - 1] + "…"
-    return repr(plain)
+    """`text` (a file name, a value) in quotes, on one line, control characters escaped, at most `limit` characters."""
+    return repr(shortened(str(text), limit))
+
+
+def shortened(text: str, limit: int) -> str:
+    """At most `limit` characters of `text`, an ellipsis in the place of the rest."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of an exception on one line: its lines joined, control characters escaped, shortened to `limit`
-    characters. The name of its class where it has no message.
+    """The message of an exception on one line: its lines joined, control characters escaped, at most `limit`
+    characters. The name of its class if it has no message.
 
-    A message may come in several lines and end its first with a colon, so the first line alone can be cut off.
+    All lines are used, because the first line of a message can end with a colon and explain nothing.
     """
     words = " ".join(str(error).split()) or type(error).__name__
     plain = "".join(char if _printable(char) else f"\\u{{{ord(char):x}}}" for char in words)
-    return plain if len(plain) <= limit else plain[: limit - 1] + "…"
+    return shortened(plain, limit)
 
 
 def visible(text: str) -> str:
-    """`text` on one line with white space and control characters shown; right-to-left words kept to themselves."""
+    """`text` on one line, with visible white space and control characters. Right-to-left text is isolated."""
     plain = "".join(_SIGNS.get(char) or (char if _printable(char) else f"\\u{{{ord(char):x}}}") for char in text)
     is_rtl = any(unicodedata.bidirectional(char) in ("R", "AL") for char in plain)
     return f"{_ISOLATE}{plain}{_END_ISOLATE}" if is_rtl else plain

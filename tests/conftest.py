@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from mmtrain.config.schema import Config
 from support.builders import MAKERS, mixed_rows, train_and_run, write_jsonl
@@ -26,13 +25,6 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.delenv("XDG_CACHE_HOME", raising=False)
         yield
-
-
-@pytest.fixture(autouse=True)
-def _one_accelerator_a_test() -> Iterator[None]:
-    """accelerate keeps its state for the whole process; every run is to begin with none."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session", params=sorted(MAKERS))

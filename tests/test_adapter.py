@@ -118,17 +118,17 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "list for a type": ({"peft_type": ["LORA"]}, "peft_type: expected 'LORA'"),
     "no type": ({"peft_type": None}, "peft_type: expected 'LORA'"),
     "task": ({"task_type": "SEQ_CLS"}, "task_type: expected 'CAUSAL_LM'"),
-    "unknown": ({"surprise": 1}, "'surprise' is not supported, and is set to '1'"),
+    "unknown": ({"surprise": 1}, "'surprise' is not supported, but is set to '1'"),
     "code": ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, "'auto_mapping' is not supported"),
     "base changed": ({"init_lora_weights": "pissa"}, "init_lora_weights: expected True"),
     "layers copied": ({"layer_replication": [[0, 2], [0, 2]]}, "'layer_replication' is not supported"),
-    "bias": ({"bias": "all"}, "'bias' is not supported, and is set to 'all'"),
+    "bias": ({"bias": "all"}, "'bias' is not supported, but is set to 'all'"),
     "lora bias": ({"lora_bias": True}, "'lora_bias' is not supported"),
     "rank as text": ({"r": "4"}, "r: expected a valid integer, not '4'"),
     "no rank": ({"r": 0}, "r: expected greater than 0, not '0'"),
     "true for a rank": ({"r": True}, "r: expected a valid integer"),
-    "huge rank": ({"r": 10**12}, "a rank of 1000000000000, and the weights have at most 4"),
-    "huge rank in a pattern": ({"rank_pattern": {"q_proj": 10**9}}, "a rank of 1000000000, and"),
+    "huge rank": ({"r": 10**12}, "r or rank_pattern is 1000000000000, but the rank of the weights is at most 4"),
+    "huge rank in a pattern": ({"rank_pattern": {"q_proj": 10**9}}, "r or rank_pattern is 1000000000, but"),
     "other rank": ({"r": 2}, "size mismatch"),
     "alpha": ({"lora_alpha": float("nan")}, "lora_alpha: expected a finite number"),
     "targets": ({"target_modules": 3}, "target_modules: expected"),
@@ -139,10 +139,10 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "regex in the pattern": ({"target_modules": r"^(?:(a+)+)$"}, "target_modules: expected"),
     "wildcard in the pattern": ({"target_modules": r"^(?:a.*b)$"}, "target_modules: expected"),
     "regex to exclude": ({"exclude_modules": r"(a+)+$"}, "exclude_modules: expected"),
-    "regex for ranks": ({"rank_pattern": {"(a+)+$": 4}}, "rank_pattern: expected names of modules as keys, and not"),
-    "regex for alphas": ({"alpha_pattern": {"(a+)+$": 4.0}}, "alpha_pattern: expected names of modules as keys"),
+    "regex for ranks": ({"rank_pattern": {"(a+)+$": 4}}, "rank_pattern: expected module names as keys, not"),
+    "regex for alphas": ({"alpha_pattern": {"(a+)+$": 4.0}}, "alpha_pattern: expected module names as keys"),
     "regex for layers": ({"layers_to_transform": [0], "layers_pattern": "(a+)+"}, "layers_pattern: expected plain"),
-    "regex to save": ({"modules_to_save": ["(a+)+"]}, "modules_to_save: expected plain names"),
+    "regex to save": ({"modules_to_save": ["(a+)+"]}, "modules_to_save: expected plain module names"),
     "ranks": ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern: expected a valid integer"),
     "layers": ({"layers_to_transform": "all"}, "layers_to_transform: expected a valid"),
     "nothing saved in full": ({"modules_to_save": ["up_proj"]}, "up_proj.weight' is missing"),
@@ -168,8 +168,8 @@ def test_a_faulty_config_is_refused(case: str, adapter: Path, model_dirs: dict[s
         (b"9" * 10_000, "adapter_config.json: not JSON"),
         (b"[]", "expected an object of keys, not '[]'"),
         (b'"LORA"', "expected an object of keys"),
-        (b"{}", "peft_type: required, and not given"),
-        (b'{"peft_type": "LORA"}', "r: required, and not given"),
+        (b"{}", "peft_type: required, but missing"),
+        (b'{"peft_type": "LORA"}', "r: required, but missing"),
     ],
 )
 def test_a_config_that_is_not_one_is_refused(content: bytes, reason: str, adapter: Path) -> None:
@@ -230,7 +230,7 @@ def with_nothing(weights: dict[str, Tensor]) -> None:
         (with_another_shape, "size mismatch for base_model.model.model.layers.0.self_attn.q_proj.lora_A"),
         (with_nan, f"{FIRST}' is not finite"),
         (with_integers, f"{FIRST}' is torch.int32"),
-        (with_nothing, "it holds no weights"),
+        (with_nothing, "it has no weights"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(
@@ -247,11 +247,11 @@ def test_half_a_weights_file_is_refused(adapter: Path) -> None:
     whole = file.read_bytes()
     for content in (b"", whole[:7], whole[:100], whole[: len(whole) // 2], whole[:-1], b"\xff" * 8 + whole[8:]):
         file.write_bytes(content)
-        check_refused(lambda: read_adapter(adapter), "adapter_model.safetensors: not a whole safetensors file")
+        check_refused(lambda: read_adapter(adapter), "adapter_model.safetensors: not a complete safetensors file")
 
 
 def test_pickled_weights_are_refused(adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     check_refused(lambda: read_adapter(adapter), "adapter_model.safetensors: not there")
     (adapter / "adapter_model.bin").write_bytes(b"anything")
-    check_refused(lambda: read_adapter(adapter), "adapter_model.bin is there, a pickle, which may run code")
+    check_refused(lambda: read_adapter(adapter), "only adapter_model.bin, a pickle, which may run code")

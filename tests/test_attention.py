@@ -32,7 +32,8 @@ def row_of(lengths: tuple[int, ...]) -> PackedRow:
 
 def attend(row: PackedRow | None, query: Tensor, key: Tensor, value: Tensor, **others: Any) -> Tensor:
     """What the attention gives without a mask, as for a packed row."""
-    return attention._attention(MODULE, query, key, value, None, packed_row=row, **others)[0]
+    out: Tensor = attention._attention(MODULE, query, key, value, None, packed_row=row, **others)[0]
+    return out
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 8, 9, 100])
@@ -47,8 +48,8 @@ def test_attention_within_samples_is_that_of_a_dense_mask(window: int | None, ke
     sample = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     back = torch.arange(length)[:, None] - torch.arange(length)
     mask = (sample[:, None] == sample) & (back >= 0) & (back < (window or length))
-    repeated = (tensor.repeat_interleave(4 // key_heads, 1) for tensor in (key, value))
-    expected = F.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3).transpose(1, 2)
+    keys, values = (tensor.repeat_interleave(4 // key_heads, 1) for tensor in (key, value))
+    expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=0.3).transpose(1, 2)
     assert torch.allclose(found, expected, atol=1e-6)
     weights = torch.randn_like(expected)
     gradients = [torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (found, expected)]
@@ -79,8 +80,8 @@ def test_older_gpus_have_no_such_kernel(
     capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert attention._has_varlen(torch.device("cuda", 0)) is expected
-    assert not attention._has_varlen(torch.device("cpu"))
+    assert attention.has_varlen(torch.device("cuda", 0)) is expected
+    assert not attention.has_varlen(torch.device("cpu"))
 
 
 class Varlen:
@@ -104,6 +105,7 @@ class Varlen:
         enable_gqa: bool,
     ) -> Tensor:
         self.dtypes += [query.dtype, key.dtype, value.dtype]
+        assert scale is not None
         assert enable_gqa == (query.shape[1] != key.shape[1])
         ends = query_ends.tolist()
         assert key_ends.tolist() == ends

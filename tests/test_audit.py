@@ -46,7 +46,7 @@ def printed(report: AuditReport) -> str:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     """a.png and its copy b.png, c.png of the same size and other pixels, and d.png, wider."""
     for name, size, colour in (("a", (60, 60), "red"), ("c", (60, 60), "blue"), ("d", (210, 90), "red")):
         PIL.Image.new("RGB", size, colour).save(tmp_path / f"{name}.png", compress_level=0)
@@ -65,19 +65,19 @@ def chat(question: str, answer: str) -> str:
     return f"{system}{user}<|im_start|>assistant\n{answer}<|im_end|>\n"
 
 
-def picture(num_placeholders: int) -> str:
+def image(num_placeholders: int) -> str:
     return f"<|vision_start|>{'<|image_pad|>' * num_placeholders}<|vision_end|>"
 
 
-def test_counts(pictures: Path) -> None:
-    one = write_jsonl(pictures / "one.jsonl", [ask("what?", "red"), ask("<image>what?", "a circle", "a.png")])
-    two = write_jsonl(pictures / "two.jsonl", [ask("<image>so?", "blue", "d.png"), ask("why?", "because" * 30)])
+def test_counts(images: Path) -> None:
+    one = write_jsonl(images / "one.jsonl", [ask("what?", "red"), ask("<image>what?", "a circle", "a.png")])
+    two = write_jsonl(images / "two.jsonl", [ask("<image>so?", "blue", "d.png"), ask("why?", "because" * 30)])
     report = audit(config_for(one, two))
     # a placeholder covers 16 x 16 pixels: 60x60 is used as 64x64, 4 x 4 of them, 210x90 as 208x96, 13 x 6
     lengths = [
         own_length(chat("what?", "red")),
-        own_length(chat(f"{picture(16)}what?", "a circle")),
-        own_length(chat(f"{picture(78)}so?", "blue")),
+        own_length(chat(f"{image(16)}what?", "a circle")),
+        own_length(chat(f"{image(78)}so?", "blue")),
         own_length(chat("why?", "because" * 30)),
     ]
     learned = [own_length(f"{answer}<|im_end|>") for answer in ("red", "a circle", "blue", "because" * 30)]
@@ -102,18 +102,18 @@ def test_counts(pictures: Path) -> None:
     assert json.loads(json.dumps(row)) == row
 
 
-def test_duplicates_have_the_same_words_and_the_same_pixels(pictures: Path) -> None:
+def test_duplicates_have_the_same_words_and_the_same_pixels(images: Path) -> None:
     rows = [
         ask("what?", "red"),
         ask("<image>what?", "red", "a.png"),
         ask("<image>what?", "red", "b.png"),  # another name, the same bytes
-        ask("<image>what?", "red", "c.png"),  # as large, and another picture
+        ask("<image>what?", "red", "c.png"),  # as large, and another image
         ask("what?", "red"),
         ask("what?", "red "),
         ask("what?", "red"),
     ]
-    assert (pictures / "a.png").stat().st_size == (pictures / "c.png").stat().st_size
-    path = write_jsonl(pictures / "rows.jsonl", rows)
+    assert (images / "a.png").stat().st_size == (images / "c.png").stat().st_size
+    path = write_jsonl(images / "rows.jsonl", rows)
     report = audit(config_for(path))
     assert report.num_duplicates == 3
     assert report.duplicates == [[f"{path}:1", f"{path}:5", f"{path}:7"], [f"{path}:2", f"{path}:3"]]
@@ -121,11 +121,11 @@ def test_duplicates_have_the_same_words_and_the_same_pixels(pictures: Path) -> N
 
 
 @pytest.fixture
-def bad(pictures: Path) -> Path:
+def bad(images: Path) -> Path:
     """Good samples at lines 1 and 5, and between them what is refused, broken and too long."""
-    whole = (pictures / "d.png").read_bytes()
+    whole = (images / "d.png").read_bytes()
     at = whole.index(b"IDAT") + 4
-    (pictures / "broken.png").write_bytes(whole[:at] + bytes(20) + whole[at + 20 :])  # header and end are there
+    (images / "broken.png").write_bytes(whole[:at] + bytes(20) + whole[at + 20 :])  # header and end are there
     lines = [
         json.dumps(ask("what?", "red")),
         "{not json",
@@ -135,7 +135,7 @@ def bad(pictures: Path) -> Path:
         json.dumps(ask("why?", "because " * 500)),
         json.dumps({"messages": [{"role": "user", "content": "what?"}]}),
     ]
-    path = pictures / "bad.jsonl"
+    path = images / "bad.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -161,7 +161,7 @@ def test_faults_name_their_place(bad: Path) -> None:
     assert "no assistant turn" in refused[2]
 
 
-def test_pictures_are_not_decoded_where_the_config_says_so(bad: Path) -> None:
+def test_images_are_not_decoded_where_the_config_says_so(bad: Path) -> None:
     assert findings.UNDECODABLE not in audit(config_for(bad, decode_images=False)).faults
 
 
@@ -184,7 +184,7 @@ def test_the_model_limits_the_length_too(model_dirs: dict[str, Path], tmp_path: 
 def test_a_fault_of_the_encoder_is_found(
     make_config: Callable[..., Config], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An encoder that forgets the last learned token of every sample: eight samples, eight ends."""
+    """An encoder that forgets the last supervised token of every sample: eight samples, eight ends."""
     assemble = encode.Encoder._assemble
 
     def forgetful(self: Any, *args: Any) -> Any:
@@ -221,11 +221,11 @@ def test_the_number_of_workers_changes_nothing(bad: Path, monkeypatch: pytest.Mo
     assert {"source", "line", "index", "refused"} == rows[0][25].keys()
 
 
-def test_the_other_split(pictures: Path) -> None:
-    path = write_jsonl(pictures / "one.jsonl", [ask("what?", "red"), ask("so?", "blue")])
+def test_the_other_split(images: Path) -> None:
+    path = write_jsonl(images / "one.jsonl", [ask("what?", "red"), ask("so?", "blue")])
     with pytest.raises(UserError, match=r"data\.eval"):
         audit(config_for(path), "eval")
-    other = write_jsonl(pictures / "two.jsonl", [ask("why?", "because")])
+    other = write_jsonl(images / "two.jsonl", [ask("why?", "because")])
     report = audit(config_for(path, eval=[{"path": str(other)}]), "eval")
     assert [(source.path, source.num_samples) for source in report.sources] == [(str(other), 1)]
 

@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmtrain.config.schema import Config
-from mmtrain.train import ceiling
-from mmtrain.train import run as loop
+from mmtrain.train import ceiling, loop
+from mmtrain.train.metrics import MetricsFile
 from mmtrain.train.run import train
 
 
@@ -36,7 +36,7 @@ def test_a_run_reports_its_share_of_the_ceiling(
     for rate in (1e9, 2e9):
         monkeypatch.setattr(loop, "matmul_rate", lambda device, dtype, rate=rate: rate)
         written: list[dict[str, float]] = []
-        monkeypatch.setattr(loop.MetricsFile, "write", lambda self, row, written=written: written.append(row))
+        monkeypatch.setattr(MetricsFile, "write", lambda self, row, written=written: written.append(row))
         train(
             make_config("text", steps=2, eval_every=1000, checkpoint_every=1, output_dir=str(tmp_path / f"{rate:.0f}"))
         )

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mmtrain.atomic_files import move_into_place
 from mmtrain.errors import NoCheckpointError, StorageError, UserError
 from mmtrain.train import checkpoint
 from mmtrain.train.checkpoint import CheckpointFolder, Snapshot, checkpoint_bytes, read_state, restore, snapshot
@@ -63,9 +64,11 @@ def test_a_snapshot_holds_what_is_trainable_and_its_moments_and_nothing_else() -
     ticks: list[int] = []
     found = snapshot(model, optimizer, lambda value: 2 * value, lambda: ticks.append(1))
     assert list(found.weights) == ["1.weight", "1.bias"]
-    assert torch.equal(found.weights["1.weight"], 2 * model[1].weight)
+    assert torch.equal(found.weights["1.weight"], 2 * model.get_parameter("1.weight"))
     assert sorted(found.moments) == ["1.weight|exp_avg", "1.weight|exp_avg_sq", "1.weight|step"]
-    assert torch.equal(found.moments["1.weight|exp_avg"], 2 * optimizer.state[model[1].weight]["exp_avg"])
+    assert torch.equal(
+        found.moments["1.weight|exp_avg"], 2 * optimizer.state[model.get_parameter("1.weight")]["exp_avg"]
+    )
     assert len(ticks) == 5  # once for each tensor, so that a slow gathering is no hanging one
     assert not any(value.requires_grad for value in found.weights.values())
 
@@ -74,7 +77,7 @@ def test_the_size_of_a_checkpoint_is_that_of_float32_weights_and_two_moments() -
     assert checkpoint_bytes(model_of(2, 4).half()) == 3 * 4 * (3 * 4 + 4)
 
 
-def test_a_restored_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_restored_run_continues_with_the_same_bits(tmp_path: Path) -> None:
     model = model_of(2, 4)
     optimizer = stepped(model)
     folder = tmp_path / "run" / "checkpoints"
@@ -94,20 +97,20 @@ def test_a_restored_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     assert (
         len(shares) == 4
     )  # two weights, and two moments of one of them; the step, a single number, is every process's
-    assert not again.state[other[1].bias]
+    assert not again.state[other.get_parameter("1.bias")]
     for own, taker in ((model, optimizer), (other, again)):
         torch.manual_seed(3)
         for parameter in own[1].parameters():
             parameter.grad = torch.randn_like(parameter)
         taker.step()
-    assert torch.equal(model[1].weight, other[1].weight)
-    assert torch.equal(model[1].bias, other[1].bias)
+    for name in ("1.weight", "1.bias"):
+        assert torch.equal(model.get_parameter(name), other.get_parameter(name))
 
 
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        (model_of(2, 5), r"2 weights are others than the model's, such as '1.bias' \(\(4,\) there, \(5,\) now\)"),
+        (model_of(2, 5), r"2 weights differ from the model's, such as '1.bias' \(\(4,\) there, \(5,\) now\)"),
         (model_of(2, 4, 4), r"2 weights .*such as '2.bias' \(none there, \(4,\) now\)"),
         (model_of(2), r"2 weights .*such as '1.bias' \(\(4,\) there, none now\)"),
     ],
@@ -240,7 +243,7 @@ def test_a_disk_that_does_not_keep_what_was_written_is_noticed_and_the_one_befor
 ) -> None:
     folder = CheckpointFolder(tmp_path, 1)
     folder.save(2, small, STATE)
-    move = checkpoint.move_into_place
+    move = move_into_place
 
     def lossy(target: Path, made: Path) -> None:
         move(target, made)

@@ -70,19 +70,19 @@ class Sample:
     def notes(self) -> list[str]:
         return [finding.kind for finding in self.check() if not finding.is_fault]
 
-    def learned(self) -> list[int]:
+    def supervised(self) -> list[int]:
         return [i for i, label in enumerate(self.labels) if label != IGNORED]
 
     def runs(self) -> list[list[int]]:
         found: list[list[int]] = []
-        for i in self.learned():
+        for i in self.supervised():
             if found and found[-1][-1] == i - 1:
                 found[-1].append(i)
             else:
                 found.append([i])
         return found
 
-    def learn(self, positions: list[int] | range) -> None:
+    def supervise(self, positions: list[int] | range) -> None:
         for i in positions:
             self.labels[i] = self.ids[i]
 
@@ -91,7 +91,7 @@ class Sample:
             self.labels[i] = IGNORED
 
     def replace(self, start: int, end: int, text: str) -> None:
-        """ids[start:end] become `text`, learned if ids[start] was."""
+        """ids[start:end] become `text`, trained on if ids[start] was."""
         new = self.processor.tokenizer.wrapped(text, add_special_tokens=False)["input_ids"]
         self.labels[start:end] = new if self.labels[start] != IGNORED else [IGNORED] * len(new)
         self.ids[start:end] = new
@@ -99,7 +99,7 @@ class Sample:
 
 @pytest.fixture
 def sample(kind: str, model_dirs: dict[str, Path], tmp_path: Path) -> Sample:
-    """Two questions and answers, the first with two pictures where the model takes them."""
+    """Two questions and answers, the first with two images where the model takes them."""
     for name, size in (("a.png", (84, 56)), ("b.png", (56, 112))):
         PIL.Image.new("RGB", size, "red").save(tmp_path / name)
     pictures: list[str | Image] = [] if kind == "text" else [Image("a.png"), Image("b.png")]
@@ -116,7 +116,7 @@ def test_an_untampered_sample_has_no_faults(sample: Sample) -> None:
 
 
 def no_labels(sample: Sample) -> None:
-    sample.ignore(sample.learned())
+    sample.ignore(sample.supervised())
 
 
 def drop_an_end(sample: Sample) -> None:
@@ -143,18 +143,18 @@ def drop_a_word_within(sample: Sample) -> None:
     sample.ignore(sample.runs()[0][2:3])
 
 
-def learn_a_question(sample: Sample) -> None:
+def supervise_a_question(sample: Sample) -> None:
     start = sample.runs()[1][0]
-    sample.learn(range(start - 6, start - 4))
+    sample.supervise(range(start - 6, start - 4))
 
 
-def learn_a_header(sample: Sample) -> None:
-    sample.learn([sample.runs()[0][0] - 1])
+def supervise_a_header(sample: Sample) -> None:
+    sample.supervise([sample.runs()[0][0] - 1])
 
 
-def learn_everything(sample: Sample) -> None:
+def supervise_everything(sample: Sample) -> None:
     image = sample.processor.image_token_id
-    sample.learn([i for i, token in enumerate(sample.ids) if token != image])
+    sample.supervise([i for i, token in enumerate(sample.ids) if token != image])
 
 
 def shift_labels(sample: Sample) -> None:
@@ -201,18 +201,18 @@ PLANTED: dict[Callable[[Sample], None], set[str]] = {
     no_labels: {findings.NO_LABEL},
     drop_an_end: {findings.NO_END},
     drop_the_last_end: {findings.NO_END},
-    drop_a_turn: {findings.NO_WORDS},
-    drop_the_words: {findings.NO_WORDS},
-    drop_the_first_word: {findings.WORDS, findings.PROMPT},
-    drop_a_word_within: {findings.WORDS},
-    learn_a_question: {findings.OUTSIDE},
-    learn_a_header: {findings.PROMPT, findings.WORDS},
+    drop_a_turn: {findings.NO_TEXT},
+    drop_the_words: {findings.NO_TEXT},
+    drop_the_first_word: {findings.REPLY, findings.PROMPT},
+    drop_a_word_within: {findings.REPLY},
+    supervise_a_question: {findings.OUTSIDE},
+    supervise_a_header: {findings.PROMPT, findings.REPLY},
     other_question: {findings.PROMPT},
     other_tokens: {findings.PROMPT},
     lost_header: {findings.PROMPT},
     doubled_bos: {findings.PROMPT},
-    other_answer: {findings.WORDS},
-    end_put_into_the_words: {findings.WORDS},
+    other_answer: {findings.REPLY},
+    end_put_into_the_words: {findings.REPLY},
 }
 
 
@@ -220,13 +220,13 @@ PLANTED: dict[Callable[[Sample], None], set[str]] = {
 def test_planted_faults(sample: Sample, kind: str, plant: Callable[[Sample], None]) -> None:
     plant(sample)
     assert PLANTED[plant] <= sample.faults
-    # an end token that the template lacks has no business in a text where it is not learned
+    # an end token that the template lacks has no business in a text where it is not trained on
     also = {findings.PROMPT} if kind == "llava" and plant in (drop_an_end, drop_a_turn) else set()
-    if plant in (no_labels, drop_an_end, drop_the_last_end, drop_a_turn, learn_a_question, drop_a_word_within):
+    if plant in (no_labels, drop_an_end, drop_the_last_end, drop_a_turn, supervise_a_question, drop_a_word_within):
         assert sample.faults == PLANTED[plant] | also  # and it is called by no other name
 
 
-@pytest.mark.parametrize("plant", [shift_labels, learn_everything], ids=lambda plant: plant.__name__)
+@pytest.mark.parametrize("plant", [shift_labels, supervise_everything], ids=lambda plant: plant.__name__)
 def test_labels_of_every_token_or_of_the_next_one(sample: Sample, plant: Callable[[Sample], None]) -> None:
     plant(sample)
     assert (findings.NOT_ITSELF in sample.faults) == (plant is shift_labels)
@@ -234,33 +234,33 @@ def test_labels_of_every_token_or_of_the_next_one(sample: Sample, plant: Callabl
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"], indirect=True)
-def test_planted_faults_of_pictures(sample: Sample) -> None:
+def test_planted_faults_of_images(sample: Sample) -> None:
     image = sample.processor.image_token_id
     places = [i for i, token in enumerate(sample.ids) if token == image]
-    sample.learn(places[:1])
+    sample.supervise(places[:1])
     assert sample.faults == {findings.PLACEHOLDER}
     sample.ignore(places[:1])
     del sample.ids[places[-1]], sample.labels[places[-1]]
-    assert findings.PICTURE in sample.faults
+    assert findings.NO_PLACEHOLDERS in sample.faults
     assert findings.PLACEHOLDER not in sample.faults
-    sample.learn(places[-2:-1])  # of the picture that is not whole any more
-    assert {findings.PICTURE, findings.PLACEHOLDER} <= sample.faults
+    sample.supervise(places[-2:-1])  # of the image that is not whole any more
+    assert {findings.NO_PLACEHOLDERS, findings.PLACEHOLDER} <= sample.faults
 
 
 def test_reasons_name_the_turn_and_the_words(sample: Sample) -> None:
     other_answer(sample)
-    (fault,) = [finding for finding in sample.check() if finding.kind == findings.WORDS]
+    (fault,) = [finding for finding in sample.check() if finding.kind == findings.REPLY]
     assert fault.reason.startswith("turn 4: the labels say ")
     assert "green" in fault.reason
     assert "a small square" in fault.reason
 
 
 @pytest.mark.parametrize("kind", KINDS, indirect=True)
-def test_turns_that_are_not_to_be_learned(sample: Sample, kind: str) -> None:
+def test_turns_that_are_not_to_be_trained_on(sample: Sample, kind: str) -> None:
     """Labels made for every turn, checked against a record or a config that says otherwise."""
     sample.checker = Checker(sample.processor, "last", True)
     reasons = {finding.kind: finding.reason for finding in sample.check() if finding.is_fault}
-    # the end token put behind a turn that is not learned is not in inference's text
+    # the end token put after a turn that is not trained on is not in inference's text
     assert reasons.keys() == {findings.OUTSIDE} | ({findings.PROMPT} if kind == "llava" else set())
     assert reasons[findings.OUTSIDE].startswith("turn 2 (assistant)")
     sample.checker = Checker(sample.processor, "assistant", True)
@@ -272,7 +272,7 @@ def test_turns_that_are_not_to_be_learned(sample: Sample, kind: str) -> None:
     assert sample.faults == set()
 
 
-def test_ends_are_learned_where_the_config_says_so(sample: Sample) -> None:
+def test_ends_are_trained_on_where_the_config_says_so(sample: Sample) -> None:
     sample.checker = Checker(sample.processor, end_of_turn=False)
     assert sample.faults == {findings.OUTSIDE}
 
@@ -342,7 +342,7 @@ def test_lost_white_space_is_a_fault(tokenizer: str, template: str, tmp_path: Pa
     newlines = [i for i in run if made.processor.tokenizer.decode([made.ids[i]]).isspace()]
     position = newlines[-1]
     del made.ids[position], made.labels[position]
-    assert findings.WORDS in made.faults
+    assert findings.REPLY in made.faults
 
 
 def notes_of(model: Path, conversation: Conversation) -> list[str]:
@@ -371,7 +371,7 @@ def test_the_three_exceptions_are_notes(model_dirs: dict[str, Path]) -> None:
         ("qwen2_5_vl", (112, 56), []),
     ],
 )
-def test_notes_on_pictures(kind: str, size: tuple[int, int], notes: list[str], model_dirs: dict[str, Path]) -> None:
+def test_notes_on_images(kind: str, size: tuple[int, int], notes: list[str], model_dirs: dict[str, Path]) -> None:
     assert [finding.kind for finding in image_notes([size], _loaded(model_dirs[kind]))] == notes
 
 

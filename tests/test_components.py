@@ -20,10 +20,10 @@ from transformers import (
 from mmtrain.config.schema import Config, Lora, Tune
 from mmtrain.errors import UserError
 from mmtrain.model.components import (
+    ComponentReport,
     Components,
-    PartReport,
+    apply_tune,
     base_name,
-    prepare_learning,
     targets_of,
     without_adapter,
 )
@@ -32,8 +32,8 @@ from support.attention_models import TEXT_MODELS
 from support.builders import DECODER_SIZES
 from support.learning import LORA
 
-# Where each part's parameters lie in each architecture, written down from the models' own module trees.
-PARTS = {
+# Where each component's parameters lie in each architecture, written down from the models' own module trees.
+PATTERNS = {
     "qwen2_5_vl": {
         "vision": r"model\.visual\.(?!merger)",
         "projector": r"model\.visual\.merger\.",
@@ -53,41 +53,43 @@ def load(kind: str, model_dirs: dict[str, Path]) -> Any:
     return auto.from_pretrained(model_dirs[kind], dtype=torch.float32)
 
 
-def prepared(model: Any, tune: Tune) -> tuple[Any, list[PartReport]]:
-    return prepare_learning(model, Components(model), tune)
+def prepared(model: Any, tune: Tune) -> tuple[Any, list[ComponentReport]]:
+    return apply_tune(model, Components(model), tune)
 
 
 def test_every_parameter_is_of_the_part_it_should_be(kind: str, model_dirs: dict[str, Path]) -> None:
     model = load(kind, model_dirs)
     components = Components(model)
     for name, _ in model.named_parameters():
-        expected = next(part for part, pattern in PARTS[kind].items() if re.match(pattern, name))
-        assert components.part_of(name) == expected, name
+        expected = next(component for component, pattern in PATTERNS[kind].items() if re.match(pattern, name))
+        assert components.component_of(name) == expected, name
 
 
-@pytest.mark.parametrize("part", ["vision", "projector", "language"])
+@pytest.mark.parametrize("component", ["vision", "projector", "language"])
 @pytest.mark.parametrize("mode", ["lora", "full"])
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])
-def test_only_the_named_part_learns(kind: str, part: str, mode: str, model_dirs: dict[str, Path]) -> None:
-    tune = Tune.model_validate({part: LORA if mode == "lora" else {"mode": "full"}})
+def test_only_the_named_component_is_trainable(
+    kind: str, component: str, mode: str, model_dirs: dict[str, Path]
+) -> None:
+    tune = Tune.model_validate({component: LORA if mode == "lora" else {"mode": "full"}})
     base = load(kind, model_dirs)
     total = sum(p.numel() for p in base.parameters())
     model, report = prepared(base, tune)
     own = [(base_name(name), p) for name, p in model.named_parameters() if p.requires_grad]
     learning = {name for name, _ in own}
     assert learning
-    assert all(re.match(PARTS[kind][part], name) for name in learning)
+    assert all(re.match(PATTERNS[kind][component], name) for name in learning)
     if mode == "full":
         fresh = dict(load(kind, model_dirs).named_parameters())
-        wanted = {name for name in fresh if re.match(PARTS[kind][part], name)}
+        wanted = {name for name in fresh if re.match(PATTERNS[kind][component], name)}
         assert learning == wanted
-    row = next(row for row in report if row.part == part)
+    row = next(row for row in report if row.component == component)
     assert row.trainable == sum(p.numel() for _, p in own) > 0
     assert row.num_modules > 0
     assert sum(row.frozen for row in report) == total - (row.trainable if mode == "full" else 0)
 
 
-def test_a_full_part_beside_lora_is_saved_whole_and_alone(model_dirs: dict[str, Path]) -> None:
+def test_a_full_component_next_to_lora_is_saved_complete_and_alone(model_dirs: dict[str, Path]) -> None:
     tune = Tune.model_validate({"vision": {"mode": "full"}, "language": LORA})
     model, _ = prepared(load("qwen2_5_vl", model_dirs), tune)
     saved = set(model.peft_config["default"].modules_to_save)
@@ -109,8 +111,8 @@ def test_targets_are_literal_names(model_dirs: dict[str, Path]) -> None:
     [
         ({"language": {**LORA, "targets": ["q_porj"]}}, "no linear layer is called q_porj"),
         ({"language": {**LORA, "targets": [".*"]}}, "no linear layer is called"),
-        ({"vision": LORA}, "the model has no vision part"),
-        ({"projector": {"mode": "full"}}, "the model has no projector part"),
+        ({"vision": LORA}, "the model has no vision component"),
+        ({"projector": {"mode": "full"}}, "the model has no projector component"),
     ],
 )
 def test_nothing_hit_is_an_error(tune: dict[str, Any], reason: str, model_dirs: dict[str, Path]) -> None:
@@ -142,7 +144,7 @@ def test_each_part_has_its_rate_and_decay_falls_on_matrices(make_config: Callabl
     config = make_config("llava", tune, weight_decay=0.1)
     base = AutoModelForImageTextToText.from_pretrained(config.model.path, dtype=torch.float32)
     components = Components(base)
-    model, _ = prepare_learning(base, components, config.tune)
+    model, _ = apply_tune(base, components, config.tune)
     optimizer = make_optimizer(model, components, config)
     names = {id(p): name for name, p in model.named_parameters()}
     seen = set()
@@ -158,7 +160,7 @@ def test_each_part_has_its_rate_and_decay_falls_on_matrices(make_config: Callabl
 def test_layers_that_peft_refuses_are_named_in_one_line() -> None:
     tune = Tune.model_validate({"language": LORA | {"targets": ["x_proj", "out_proj"]}})
     with pytest.raises(
-        UserError, match=r"tune\.language: peft refuses: .*out_proj.*; name other layers in `targets`"
+        UserError, match=r"tune\.language: peft refuses it: .*out_proj.*; name other layers in `targets`"
     ) as refused:
         prepared(TEXT_MODELS["mamba"](), tune)
     assert "\n" not in str(refused.value)
@@ -171,7 +173,7 @@ def test_what_gets_no_adapter_is_said_in_one_line_each() -> None:
     """By default peft's refusals are left out. Experts: 2 layers of 4 x 3 x 32 x 48 parameters."""
     tune = Tune.model_validate({"language": LORA})
     mamba = TEXT_MODELS["mamba"]()
-    refused = "tune.language: no adapter on 2 linear layers, which peft refuses in this family: out_proj"
+    refused = "tune.language: no adapter on 2 linear layers that peft refuses: out_proj"
     assert list(without_adapter(mamba, Components(mamba), tune)) == [refused]
     _, (report,) = prepared(mamba, tune)
     assert report.num_modules == 6  # in_proj, x_proj and dt_proj of two layers

@@ -109,7 +109,7 @@ def test_three_keys_are_enough_and_the_language_model_then_gets_lora(tmp_path: P
         f"model: {{path: {tmp_path}/model}}\ndata: {{train: [{{path: {tmp_path}/train.jsonl}}]}}\n"
         "run: {output_dir: out}\n",
     )
-    assert {name: part.mode for name, part in config.tune.parts.items()} == {
+    assert {name: part.mode for name, part in config.tune.components.items()} == {
         "vision": "frozen",
         "projector": "frozen",
         "language": "lora",
@@ -203,7 +203,7 @@ def test_a_fault_names_its_line_its_key_and_what_was_expected(
     assert text.count(right) == 1
     changed = text.replace(right, wrong)
     if wrong == "modle:":  # two faults: the wrong key, and the section that is not there any more
-        assert "c.yaml:1: model: required, and not given" in faults(tmp_path, changed)
+        assert "c.yaml:1: model: required, but missing" in faults(tmp_path, changed)
     (fault,) = [fault for fault in faults(tmp_path, changed) if fault.startswith(place)]
     for word in words:
         assert word in fault
@@ -303,7 +303,7 @@ def test_a_glob_a_folder_and_a_hub_id_are_taken(tmp_path: Path, text: str) -> No
     assert load(tmp_path, text, "model.path=Qwen/Qwen2.5-VL-7B-Instruct").model.path == "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
-def test_nothing_to_learn_is_a_fault(tmp_path: Path, text: str) -> None:
+def test_nothing_trainable_is_a_fault(tmp_path: Path, text: str) -> None:
     (fault,) = faults(tmp_path, text, "tune={language: {mode: frozen}}")
     assert fault.startswith("command line: tune: nothing is trainable")
 
@@ -554,7 +554,7 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path: Path, content
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"# only words\n", b"---\n", b"null\n", b"{}\n"])
 def test_an_empty_file_lacks_the_three_required_sections(tmp_path: Path, content: bytes) -> None:
     assert [fault.split(": ", 1)[1] for fault in faults(tmp_path, content)] == [
-        f"{section}: required, and not given" for section in ("model", "data", "run")
+        f"{section}: required, but missing" for section in ("model", "data", "run")
     ]
 
 

@@ -140,10 +140,12 @@ ONE_IMAGE = {"data.train.0.path": "small/one.jsonl", "train.batch_size": 1}
 DATA = {
     "model.path": Key(seen.model_type, [("text", "qwen3"), (QWEN, QWEN)]),
     "model.dtype": Key(seen.frozen_types, [("float32", {torch.float32}), ("bfloat16", {torch.bfloat16})]),
+    "model.quantization": Key(seen.quantized_layers, [(None, 0), ("nf4", 14)]),
     **sources("data.train.0", seen.num_samples, seen.image_tokens),
     **sources("data.eval.0", seen.num_eval_samples, seen.eval_image_tokens),
     "data.train.0.weight": Key(seen.steps_of_an_epoch, [(1.0, 4), (2.5, 10)]),
     "data.eval.0.name": Key(seen.eval_name, [(None, "three.jsonl"), ("held-out", "held-out")]),
+    "data.eval.0.metric": Key(seen.metric_of_answers, [(None, "exact_match"), ("chrf", "chrf"), ("anls", "anls")]),
     "data.max_length": Key(seen.num_samples, [(4096, 8), (5, REFUSED)]),
     "data.too_long": Key(seen.num_dropped, [("error", REFUSED), ("drop", 1)], {"data.max_length": 89}),
     "data.decode_images": Key(
@@ -182,6 +184,7 @@ RUN = {
     "run.microbatches": Key(seen.microbatches, [("auto", [(1, True)]), (2, [(2, True)])]),
     "run.packing": Key(seen.microbatches, [("auto", [(1, True)]), (True, [(1, True)]), (False, [(1, False)])]),
     "run.weights": Key(seen.num_shardings, [("replicate", 0), ("shard", 1)]),
+    "run.device": Key(seen.device, [("cpu", "cpu"), ("cuda", REFUSED)]),
     "run.threads": Key(seen.num_threads, [(1, 1), (2, 2)]),
     "run.hang_timeout": Key(seen.seconds_of_the_supervisor, [(100.0, [100.0]), (200.0, [200.0])]),
     "run.activation_checkpointing": Key(seen.forward_passes_of_a_layer, [(False, 1), (True, 2)]),
@@ -228,6 +231,8 @@ def test_every_key_of_the_schema_is_in_the_table() -> None:
 @pytest.mark.parametrize("name", KEYS)
 def test_a_key_does_what_it_says(name: str, files: None, tmp_path: Path) -> None:
     key = KEYS[name]
+    if name == "model.quantization":
+        pytest.importorskip("bitsandbytes")
     assert len(key.expected) >= 2
     assert len({repr(expected) for _, expected in key.expected}) >= 2  # a dead key cannot pass
     for number, (value, expected) in enumerate(key.expected):

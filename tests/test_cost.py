@@ -13,15 +13,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from mmtrain.config.schema import Config, Tune
 from mmtrain.dataset.batch import Batch, Loader
 from mmtrain.encoding.load import load_processor
-from mmtrain.model.components import Components, prepare_learning
+from mmtrain.model.components import Components, apply_tune
 from mmtrain.model.cost import cost_model
 from mmtrain.model.family import Family, probe_family
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
 from mmtrain.model.loss import supervised_nll
+from mmtrain.progress import QUIET
 from mmtrain.train.dataset import Dataset
 from support.builders import TINY
-from support.learning import ALL_FULL, LORA, MIXED, QUIET, learner_for
+from support.learning import ALL_FULL, LORA, MIXED, learner_for
 
 FULL = {"mode": "full"}
 TUNES: dict[str, dict[str, Any]] = {
@@ -65,7 +66,7 @@ def first_inputs(base: Any) -> int:
 
 @pytest.mark.parametrize("name", TUNES)
 def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Callable[..., Config]) -> None:
-    """Within 6 % (measured: 5.6, where pictures' parts learn); the first layer has no input to learn but pictures."""
+    """Within 6 % (measured: 5.6, where vision and projector are trainable); the first layer's only input is images."""
     if kind == "text" and name not in ("language lora", "all full"):
         pytest.skip("a model of text alone has one part")
     config = make_config(kind, {"language": TUNES[name]["language"]} if kind == "text" else TUNES[name])
@@ -74,7 +75,7 @@ def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Cal
     base = load_model(config.model.path, "float32", processor)
     base.set_attn_implementation("eager")  # the one that torch counts on every device
     family = probe_family(base, processor, print)
-    model, _ = prepare_learning(base, family.components, config.tune)
+    model, _ = apply_tune(base, family.components, config.tune)
     costs = cost_model(base, family, config.tune)
     make_inputs, checked = InputMaker(model, processor), dataset.checked
     for sample in (1, 2, 3, 5):
@@ -84,13 +85,13 @@ def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Cal
         found = measured(model, make_inputs, Loader(dataset.train, dataset.encoder.processor, True).load([sample]))
         if name == "language lora" or (name != "all full" and not images):
             found += float(tokens) * first_inputs(base)
-        found -= costs.token_pair * float(tokens) ** 2  # what lies behind the causal mask is computed here
+        found -= costs.token_pair * float(tokens) ** 2  # what lies after the causal mask is computed here
         assert found == pytest.approx(float(costs.of(tokens, images, checked.image_token_pairs[sample])), rel=0.06)
 
 
-def test_a_learned_token_costs_what_torch_counts_in_the_head(kind: str, make_config: Callable[..., Config]) -> None:
+def test_a_supervised_token_costs_what_torch_counts_in_the_head(kind: str, make_config: Callable[..., Config]) -> None:
     """Exactly: forward and backward for the input, which the chunks compute at once; and the last layer's MLP, with its
-    adapters' own gradients, where a token is learned and nowhere else."""
+    adapters' own gradients, where a token is trained on and nowhere else."""
     config = make_config(kind, {"language": LORA})
     learner, dataset = learner_for(config)
     base = learner.model.get_base_model()
@@ -98,7 +99,7 @@ def test_a_learned_token_costs_what_torch_counts_in_the_head(kind: str, make_con
     batch = Loader(dataset.train, dataset.encoder.processor, True).load([1])
     with counter_of_products() as counter:
         nll, _ = supervised_nll(learner.model, learner.head_kind, learner.make_inputs(batch), batch)
-        nll.sum().backward()
+        nll.sum().backward()  # type: ignore[no-untyped-call]
     body = measured(learner.model, learner.make_inputs, batch)
     num_supervised, num_tokens = int(batch.supervised.sum()), batch.input_ids.numel()
     mlp = base.get_decoder().layers[-1].mlp
@@ -109,13 +110,13 @@ def test_a_learned_token_costs_what_torch_counts_in_the_head(kind: str, make_con
 
 def test_what_is_looked_up_costs_nothing() -> None:
     """Worked out by hand from the tiny model's config: 4 layers, q and o of 128², k and v of 128 x 64, 3 of 128 x 352;
-    4 layers of pictures, 4 of 96² and 3 of 96 x 256, patches of 3 x 2 x 8², 4 patches a token, 2 layers in windows."""
+    4 layers of images, 4 of 96² and 3 of 96 x 256, patches of 3 x 2 x 8², 4 patches a token, 2 layers in windows."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(TINY))
     tune = Tune.model_validate({"language": {"mode": "full"}})
     components = Components(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(components.part_of(name) == "language")
+        parameter.requires_grad_(components.component_of(name) == "language")
     costs = cost_model(model, Family(components, "plain", patches_per_token=4), tune)
     assert costs.token == 3 * 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 352)
     assert costs.token_pair == 3 * 4 * 128

@@ -110,7 +110,7 @@ def test_work_is_equal_where_several_micro_batches_are_a_run(lengths: list[int],
 
 
 def mixed(number: int, seed: int) -> tuple[list[int], list[float]]:
-    """Words of some length, pictures of some size with few words, a few large pictures; pictures cost more a token."""
+    """Words of some length, images of some size with few words, a few large images; images cost more a token."""
     generator = np.random.Generator(np.random.Philox(seed))
     kind = generator.random(number)
     words = np.minimum(generator.lognormal(4.5, 0.8, number), 1200).astype(int) + 20

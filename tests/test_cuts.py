@@ -41,7 +41,7 @@ def test_dropout_changes_the_gradient_and_follows_the_seed_and_the_step(make_con
     for dropout, seed in ((0.0, 0), (0.1, 0), (0.1, 1)):
         config = make_config("qwen2_5_vl", with_dropout(MIXED, dropout), seed=0)
         learner, dataset = learner_for(config)
-        learner.clock._seed = seed
+        learner.dropout._seed = seed
         gradients[dropout, seed] = step_of(learner, dataset, CUTS["1x8"], True)[1]
     assert relative_l2(gradients[0.1, 0], gradients[0.0, 0]) > 0.05
     assert relative_l2(gradients[0.1, 1], gradients[0.1, 0]) > 0.05
@@ -51,15 +51,15 @@ def test_dropout_drops_the_share_it_should_and_keeps_the_mean(make_config: Calla
     import torch
 
     from mmtrain.dataset.batch import Loader
-    from mmtrain.model.dropout import DropoutClock, SampleDropout
+    from mmtrain.model.dropout import DropoutContext, SampleDropout
 
     _, dataset = learner_for(make_config("text", {"language": LORA}))
     batch = Loader(dataset.train, dataset.encoder.processor, True).load(list(range(8)))
-    clock = DropoutClock(0)
-    dropout = SampleDropout(0.25, "layer", "language", None, clock)
+    context = DropoutContext(0)
+    dropout = SampleDropout(0.25, "layer", "language", None, context)
     ones = torch.ones(*batch.input_ids.shape, 256)
     assert torch.equal(dropout(ones), ones)  # off outside of `at`: evaluation has no dropout
-    with clock.at(1, batch):
+    with context.at(1, batch):
         dropped = dropout(ones)
     assert torch.equal(dropout(ones), ones)
     assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)

@@ -1,4 +1,4 @@
-"""A path names files of records: nothing in a folder is left out in silence, and only regular files are opened."""
+"""A path names files of records: nothing in a folder is left out silently, and only regular files are opened."""
 
 import os
 import signal
@@ -60,7 +60,7 @@ def test_another_file_in_a_data_folder_is_refused_by_name(tmp_path: Path, name: 
 def test_a_folder_in_it_that_has_records_is_refused_by_name(tmp_path: Path, name: str) -> None:
     make(tmp_path, "a.jsonl", name)
     (fault,) = faults_of(tmp_path)
-    assert fault.startswith(f"{tmp_path}/{name}: in a folder below the data folder")
+    assert fault.startswith(f"{tmp_path}/{name}: in a subfolder of the data folder")
 
 
 def test_all_that_would_be_left_out_is_named_at_once(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_every_image_has_its_own_span(vision: ChatProcessor, folder: Path) -> No
     assert spans == [[placeholder] * NUM_PLACEHOLDERS] * 2
     assert encoded.ids.tolist().count(placeholder) == 2 * NUM_PLACEHOLDERS
     assert encoded.ids[0] == vision.tokenizer.wrapped.bos_token_id
-    assert (encoded.ids.dtype, encoded.supervised.dtype) == (np.int32, np.bool_)
+    assert (encoded.ids.dtype, encoded.supervised.dtype) == (np.dtype(np.int32), np.dtype(np.bool_))
     traced = Encoder(vision).trace(talk(Message("user", images), RED), encoded)
     pieces = [i for i, piece in enumerate(traced.pieces) if piece.kind == "image"]
     owners = [traced.owners[span.start : span.start + span.length] for span in encoded.images]

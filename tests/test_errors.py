@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtrain.errors import MAX_ALIKE, StorageError, UserError, grouped, storage_faults
+from mmtrain.errors import MAX_SIMILAR, StorageError, UserError, grouped, storage_faults
 from mmtrain.train.folder import locked, start_over
 from mmtrain.train.resume import _accepting
 
@@ -25,7 +25,7 @@ def test_faults_with_another_word_are_not_alike() -> None:
 
 
 def test_a_few_that_are_alike_are_printed_one_by_one() -> None:
-    faults = [f"a.jsonl:{n}: no turns" for n in range(MAX_ALIKE)]
+    faults = [f"a.jsonl:{n}: no turns" for n in range(MAX_SIMILAR)]
     assert grouped(faults) == faults
     assert len(grouped([*faults, "a.jsonl:9: no turns"])) == 1
 
@@ -66,7 +66,7 @@ def test_a_million_digits_are_no_trouble() -> None:
 
 @pytest.mark.parametrize(
     ("code", "remedy"),
-    [(errno.ENOSPC, "make room"), (errno.EACCES, "allow writing there"), (errno.EROFS, "allow writing there")],
+    [(errno.ENOSPC, "free space"), (errno.EACCES, "allow writing there"), (errno.EROFS, "allow writing there")],
 )
 def test_what_the_file_system_refuses_has_its_own_remedy(code: int, remedy: str) -> None:
     with pytest.raises(StorageError, match=f"it cannot be written: .*{remedy}"), storage_faults("it cannot be written"):

@@ -1,4 +1,4 @@
-"""eval perplexity against plain forwards with full logits, over cuts, and with pictures changed."""
+"""eval perplexity against plain forwards with full logits, over cuts, and with images changed."""
 
 import json
 import math
@@ -20,13 +20,13 @@ from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.images import decode
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.evaluate.changed_images import ChangedPictures
-from mmtrain.evaluate.command import Evaluation, Options
+from mmtrain.evaluate.evaluation import Evaluation
 from mmtrain.model.load import load_model
 from mmtrain.records.record_set import RecordSet
+from mmtrain.scoring.changed_images import ChangedImages
 from mmtrain.train.run import train
 from support.builders import SHAPES, TINY, write_jsonl
-from support.learning import LORA
+from support.learning import LORA, scores_of
 
 MakeConfig = Callable[..., Config]
 
@@ -37,7 +37,7 @@ def with_eval(config: Config, *paths: str) -> Config:
 
 
 def plain_sums(config: Config) -> dict[int, tuple[float, int, int]]:
-    """Sample → sum of nll, learned tokens, right ones: one sample at a time, full logits, shifted, float32."""
+    """Sample → sum of nll, supervised tokens, right ones: one sample at a time, full logits, shifted, float32."""
     processor = load_processor(config.model.path)
     samples = FreshSamples(RecordSet(config.data.eval), Encoder(processor))
     model = load_model(config.model.path, "float32", processor)
@@ -64,7 +64,7 @@ def test_scores_equal_plain_forwards_whatever_the_cut(
     kind: str, packing: bool, microbatch_tokens: int, make_config: MakeConfig
 ) -> None:
     config = with_eval(make_config(kind, packing=packing, microbatch_tokens=microbatch_tokens))
-    scores = Evaluation(config, Options()).scores()
+    scores = scores_of(config)
     for number, (nll, tokens, right) in plain_sums(config).items():
         own = scores.of(scores.sample[scores.sample == number])
         assert own.nll.sum() == pytest.approx(nll, rel=1e-5)
@@ -72,7 +72,7 @@ def test_scores_equal_plain_forwards_whatever_the_cut(
 
 
 def test_answers_are_told_apart_with_their_bytes(make_config: MakeConfig) -> None:
-    scores = Evaluation(with_eval(make_config("qwen2_5_vl")), Options()).scores()
+    scores = scores_of(with_eval(make_config("qwen2_5_vl")))
     sixth = scores.of(scores.sample[scores.sample == 6])
     assert sixth.answer.tolist() == [1, 2, 3]
     words = ["1", "2", "It is three, and more than three: 3333"]
@@ -117,7 +117,7 @@ def shapes_rows(number: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow("trains and evaluates the tiny model")
-def test_what_the_pictures_are_worth(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_what_the_images_are_worth(make_config: MakeConfig, tmp_path: Path) -> None:
     """The shipped model looks; the same with its projector's output at zero cannot."""
     data = tmp_path / "open.json"
     data.write_text(json.dumps(shapes_rows(120)))
@@ -147,20 +147,20 @@ def test_what_the_pictures_are_worth(make_config: MakeConfig, tmp_path: Path) ->
     assert "ignores the images" in blind["verdict"]
 
 
-def test_swapped_pictures_are_never_the_sample_s_own(make_config: MakeConfig) -> None:
+def test_swapped_images_are_never_the_sample_s_own(make_config: MakeConfig) -> None:
     config = with_eval(make_config("qwen2_5_vl"))
-    evaluation = Evaluation(config, Options())
-    changed = ChangedPictures(evaluation.samples, evaluation.encoder, "swapped", evaluation.numbers)
-    assert changed.numbers is not None
-    assert set(changed.numbers.tolist()) == {0, 2, 3, 5, 6, 7}
-    for number in changed.numbers.tolist():
+    evaluation = Evaluation(config)
+    changed = ChangedImages(evaluation.samples, evaluation.encoder, "swapped", evaluation.indices)
+    assert changed.indices is not None
+    assert set(changed.indices.tolist()) == {0, 2, 3, 5, 6, 7}
+    for number in changed.indices.tolist():
         own = {image.name for image in evaluation.samples.records.conversation(number).images}
         shown = [span.image.name for span in changed.encoded(number).images]
         assert not own & set(shown)
         assert len(shown) == len(evaluation.samples.records.conversation(number).images)
-    none = ChangedPictures(evaluation.samples, evaluation.encoder, "none", evaluation.numbers)
+    none = ChangedImages(evaluation.samples, evaluation.encoder, "none", evaluation.indices)
     assert not none.encoded(3).images
-    grey = ChangedPictures(evaluation.samples, evaluation.encoder, "grey", evaluation.numbers).encoded(3)
+    grey = ChangedImages(evaluation.samples, evaluation.encoder, "grey", evaluation.indices).encoded(3)
     assert [span.image.size for span in grey.images] == [(50, 120), (64, 64)]
     assert {decode(span.image).getpixel((1, 1)) for span in grey.images} == {(128, 128, 128)}
 

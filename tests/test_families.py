@@ -27,6 +27,7 @@ from mmtrain.errors import UserError
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.model.load import load_model
 from mmtrain.model.packing_trial import packing_fault
+from mmtrain.progress import QUIET
 from mmtrain.records.chat import Conversation, SampleError
 from support.builders import write_jsonl
 from support.family_reference import (
@@ -208,7 +209,7 @@ def test_training_reads_what_is_shown_and_what_the_family_makes(name: str, root:
     spec, processor = EncodingSpec.of(config, config.data.train), encoder(name).processor
     trained, _ = check_samples(spec, processor, LengthLimit(10_000, "data.max_length"))
     records = spec.records()
-    shown = StoredSamples(records, open_store(spec, records, processor, lambda number: None, lambda: None))
+    shown = StoredSamples(records, open_store(spec, records, processor, QUIET))
     for index, conversation in enumerate(tried):
         encoded, view = trained.encoded(index), view_sample(shown, spec.encoder(processor), index)
         assert [token.id for token in view.tokens] == encoded.ids.tolist()

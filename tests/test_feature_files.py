@@ -67,7 +67,7 @@ def test_no_flipped_bit_and_no_shortened_file_is_used(tmp_path: Path) -> None:
             assert not path.exists()
         else:
             assert_equal(found, features())
-    assert refused > 0.95 * (len(raw) + len(raw) / 13)  # the rest is white space behind the header
+    assert refused > 0.95 * (len(raw) + len(raw) / 13)  # the rest is white space after the header
 
 
 def test_features_under_another_name_are_not_used(tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_memory_keeps_its_limit(on_disk: bool, tmp_path: Path) -> None:
     assert size == 5 * 16 * 4 + 5 * 16 * 2 + 3 * 8
     store = FeatureStore(2.5 * size, folder(tmp_path)[0] if on_disk else None)
     for number in range(4):
-        store.keep(str(number), features(number))
-        store.keep(str(number), features(number))
+        store.add(str(number), features(number))
+        store.add(str(number), features(number))
     assert store.num_bytes == 2 * size
     found = [number for number in range(4) if store.find(str(number)) is not None]
     assert found == ([0, 1, 2, 3] if on_disk else [0, 1])

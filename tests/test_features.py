@@ -1,4 +1,4 @@
-"""Kept features of pictures: the same losses as from pixels, the same bits whatever was missing, nothing stale."""
+"""Kept features of images: the same losses as from pixels, the same bits whatever was missing, nothing stale."""
 
 import errno
 import json
@@ -10,17 +10,16 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset import image_inputs as data_features
-from mmtrain.evaluate.command import Evaluation, Options
+from mmtrain.evaluate.evaluation import Evaluation
 from mmtrain.model.components import Components, is_as_loaded
-from mmtrain.scoring.image_cache import keeps_features
-from mmtrain.train import run as loop
+from mmtrain.scoring.image_cache import caches_features
+from mmtrain.train import loop
 from mmtrain.train.run import train
-from mmtrain.train.step import Learner
+from mmtrain.train.step import Learner, train_step
 from support.learning import LORA, MIXED, learner_for, relative_l2, step_of
 
 MakeConfig = Callable[..., Config]
@@ -56,7 +55,7 @@ def adapter(config: Config) -> bytes:
     return (Path(config.run.output_dir) / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def pictures(config: Config) -> list[Path]:
+def images(config: Config) -> list[Path]:
     return sorted((Path(config.data.train[0].path).parent / "images").iterdir())
 
 
@@ -100,24 +99,24 @@ def test_a_run_of_three_epochs_goes_as_from_pixels(family: str, make_config: Mak
 
 
 @pytest.mark.parametrize("features", [{}, DISK])
-def test_each_picture_goes_through_the_tower_once_and_is_decoded_no_more(
+def test_each_image_goes_through_the_tower_once_and_is_decoded_no_more(
     family: str, features: dict[str, float], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(family, LANGUAGE, image_cache=features)
     learner, dataset = learner_for(config)
     towers = count_towers(learner)
-    shutil.copyfile(pictures(config)[0], pictures(config)[3])  # the same picture under two names
+    shutil.copyfile(images(config)[0], images(config)[3])  # the same image under two names
     step_of(learner, dataset, FIVE_THREE, True)
-    assert len(towers) == len({path.read_bytes() for path in pictures(config)}) == 4
+    assert len(towers) == len({path.read_bytes() for path in images(config)}) == 4
     monkeypatch.setattr(data_features, "decode", lambda picture: pytest.fail("decoded again"))
     step_of(learner, dataset, EACH, False)
     assert len(towers) == 4
 
 
-def test_the_bits_do_not_depend_on_which_pictures_were_missing(family: str, make_config: MakeConfig) -> None:
+def test_the_bits_do_not_depend_on_which_images_were_missing(family: str, make_config: MakeConfig) -> None:
     config = make_config(family, LANGUAGE)
     fresh, dataset = learner_for(config)
-    expected = step_of(fresh, dataset, FIVE_THREE, True)  # every picture of a micro-batch is missing
+    expected = step_of(fresh, dataset, FIVE_THREE, True)  # every image of a micro-batch is missing
     assert same_bits(step_of(fresh, dataset, FIVE_THREE, True), expected)  # and none
     other, _ = learner_for(config)
     step_of(other, dataset, [[0], [5]], True)
@@ -126,7 +125,7 @@ def test_the_bits_do_not_depend_on_which_pictures_were_missing(family: str, make
 
 @pytest.mark.slow("several runs per case")
 @pytest.mark.parametrize("features", [{}, DISK, {"memory_gib": 1e-5, "disk_gib": 0.0}])
-def test_a_stopped_run_goes_on_to_the_same_bits(
+def test_a_stopped_run_continues_to_the_same_bits(
     features: dict[str, float], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"steps": 6, "batch_size": 4, "checkpoint_every": 1, "microbatch_tokens": 120}
@@ -138,7 +137,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     class Stop(Exception):
         pass
 
-    take = loop.train_step
+    take = train_step
 
     def die(learner: Any, batches: Any, num_supervised: int, step: int, norm: float | None) -> Any:
         if step == 4:
@@ -168,13 +167,13 @@ def test_a_resume_without_keeping_says_that_bits_may_differ(
 
 
 @pytest.mark.parametrize("features", [{}, DISK])
-def test_a_picture_that_is_written_over_is_another_picture(
+def test_an_image_that_is_written_over_is_another_image(
     family: str, features: dict[str, float], make_config: MakeConfig
 ) -> None:
     config = make_config(family, LANGUAGE, image_cache=features)
     keeping, dataset = learner_for(config)
     before, _ = step_of(keeping, dataset, ONE, True)
-    path = pictures(config)[0]
+    path = images(config)[0]
     with PIL.Image.open(path) as opened:
         size = opened.size
     PIL.Image.effect_noise(size, 90).convert("RGB").save(path)
@@ -207,7 +206,6 @@ def test_other_weights_or_another_type_have_a_folder_of_their_own(make_config: M
     assert after == pytest.approx(loss(OFF), rel=1e-6)
     assert abs(after - before) > 1e-4 * before
     data["model"]["dtype"] = "bfloat16"
-    AcceleratorState._reset_state(reset_partial_state=True)
     loss()
     assert len(folders(tmp_path)) == 3
 
@@ -230,7 +228,7 @@ def test_a_broken_file_is_computed_again(make_config: MakeConfig, tmp_path: Path
 
 
 @pytest.mark.parametrize("fault", ["full", "no folder"])
-def test_where_nothing_can_be_written_the_run_goes_on(
+def test_where_nothing_can_be_written_the_run_continues(
     fault: str,
     make_config: MakeConfig,
     tmp_path: Path,
@@ -256,7 +254,7 @@ def test_where_nothing_can_be_written_the_run_goes_on(
 @pytest.mark.parametrize(
     "tune", [{"vision": LORA, **LANGUAGE}, {"projector": {"mode": "full"}, **LANGUAGE}, {"projector": LORA}, MIXED]
 )
-def test_nothing_is_kept_of_what_learns(tune: dict[str, Any], make_config: MakeConfig) -> None:
+def test_nothing_trainable_is_cached(tune: dict[str, Any], make_config: MakeConfig) -> None:
     learner, _ = learner_for(make_config("llava", tune))
     assert learner.make_inputs.features is None
     assert not is_as_loaded(learner.model, Components(learner.model.get_base_model()), ("vision", "projector"))
@@ -264,9 +262,9 @@ def test_nothing_is_kept_of_what_learns(tune: dict[str, Any], make_config: MakeC
 
 def test_nothing_is_kept_where_weights_are_spread(make_config: MakeConfig) -> None:
     config = make_config("llava", LANGUAGE, weights="shard")
-    assert keeps_features(config, 1)
-    assert not keeps_features(config, 2)
-    assert keeps_features(make_config("llava", LANGUAGE), 2)
+    assert caches_features(config, 1)
+    assert not caches_features(config, 2)
+    assert caches_features(make_config("llava", LANGUAGE), 2)
 
 
 def test_evaluation_is_that_of_pixels_and_sees_an_adapter_of_the_vision_tower(
@@ -278,17 +276,17 @@ def test_evaluation_is_that_of_pixels_and_sees_an_adapter_of_the_vision_tower(
         if name == "kept":
             train(config)
         path = str(Path(config.run.output_dir) / "adapter")
-        evaluation = Evaluation(config, Options(compare=("base", path), data=(config.data.train[0].path,)))
+        evaluation = Evaluation(config, [config.data.train[0].path], [path])
         found[name] = []
-        for model in ("base", "base", path):
-            with evaluation.adapter(model):
-                found[name].append(evaluation.scores().nll)
+        for adapter in ("base", "base", path):
+            with evaluation.model(adapter) as model:
+                found[name].append(evaluation.scores(model).nll)
     for kept, pixels in zip(found["kept"], found["pixels"], strict=True):
         assert kept == pytest.approx(pixels, rel=1e-5)
     assert abs(found["kept"][2] - found["kept"][0]).max() > 1e-3
 
 
-def test_from_the_second_epoch_on_pictures_cost_nothing(make_config: MakeConfig) -> None:
+def test_from_the_second_epoch_on_images_cost_nothing(make_config: MakeConfig) -> None:
     found = {}
     for name, features in (("kept", {}), ("pixels", OFF)):
         config = make_config("qwen2_5_vl", LANGUAGE, image_cache=features, steps=3, batch_size=8)

@@ -278,7 +278,7 @@ def test_a_faulty_record_is_refused_with_the_reason(name: str) -> None:
     ],
     ids=["images beside OpenAI messages", "an image beside a null list", "an image beside another"],
 )
-def test_a_picture_never_vanishes(record: dict[str, Any], record_format: str) -> None:
+def test_an_image_never_vanishes(record: dict[str, Any], record_format: str) -> None:
     assert "image" in refusal(record, record_format)
 
 
@@ -297,7 +297,7 @@ def test_a_system_text_never_vanishes(record: dict[str, Any]) -> None:
         assert conversation.messages[0] == Message("system", (Text(str(record["system"])),))
 
 
-def test_a_weight_of_zero_on_an_answer_is_not_learned_from_in_silence() -> None:
+def test_a_weight_of_zero_on_an_answer_does_not_pass_silently() -> None:
     """OpenAI's fine-tuning files say with "weight": 0 that an answer is not trained on."""
     try:
         conversation = read_record({"messages": [ASKED, {**SAID, "weight": 0}, ASKED, SAID]}, "auto")
@@ -452,7 +452,7 @@ def test_ignored_keys_are_as_if_they_were_not_there() -> None:
 
 
 def test_the_index_of_an_image_part_must_be_its_place_in_the_list() -> None:
-    """As in HuggingFaceH4/llava-instruct-mix-vsft; taking them in order would swap two images in silence."""
+    """As in HuggingFaceH4/llava-instruct-mix-vsft; taking them in order would swap two images silently."""
     parts = [{"type": "image", "text": None, "index": i} for i in (0, 1)]
     text = {"type": "text", "text": "Q", "index": None}
     assert read_record(marked([*parts, text], "a", "b"), "auto") == chat(Image("a"), Image("b"), Text("Q"))
@@ -537,7 +537,7 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def plain_turns(record: Any) -> list[tuple[str, str]]:
-    """Roles and words of a record, pictures left out: another way through the three shapes."""
+    """Roles and words of a record, images left out: another way through the three shapes."""
     turns = []
     for turn in record.get("messages") or record["conversations"]:
         role = turn.get("role") or turn["from"]

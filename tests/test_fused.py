@@ -27,7 +27,8 @@ def silu(x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    return x * (1 + torch.special.erf(x / 2**0.5)) / 2
+    result: Tensor = x * (1 + torch.special.erf(x / 2**0.5)) / 2
+    return result
 
 
 def gelu_by_tanh(x: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def test_the_gate_and_its_gradients_are_the_formulas(
     torch.manual_seed(0)
     gate, up = (torch.randn(1, rows, 48).to(dtype).requires_grad_() for _ in range(2))
     outer = torch.randn(1, rows, 48).to(dtype)
-    found = GatedActivation.apply(gate, up, activation)
+    found = GatedActivation.apply(gate, up, activation)  # type: ignore[no-untyped-call]
     gradients = torch.autograd.grad(found, (gate, up), outer)
 
     g, u = (value.detach().double().requires_grad_() for value in (gate, up))
@@ -84,10 +85,9 @@ def test_the_norm_and_its_gradient_are_the_formula(
 def test_off_the_cpu_nothing_is_copied_into_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate's formulas as they are there, on the device that computes nothing; each operation rounds by itself."""
     sizes = [torch.randn(70, 48).bfloat16() for _ in range(3)]
+    on_meta, out = [tensor.to("meta") for tensor in sizes], torch.empty(70, 48, dtype=torch.bfloat16, device="meta")
     with Operators() as called:
-        gate_up_gradients(
-            *(tensor.to("meta") for tensor in sizes), SILU, torch.empty(70, 48, dtype=torch.bfloat16, device="meta")
-        )
+        gate_up_gradients(on_meta[0], on_meta[1], on_meta[2], SILU, out)
     assert called.dtypes == {torch.bfloat16}
 
     gate, up = (value.clone().requires_grad_() for value in sizes[:2])

@@ -20,42 +20,44 @@ from transformers import (
 )
 
 from mmtrain.dataset.batch import Batch, Segment
-from mmtrain.model.head import TOKENS, WORDS, FrozenHeadNLL, HeadKind, find_head_kind, frozen_head
+from mmtrain.model.head import TOKEN_BLOCK, VOCABULARY_BLOCK, FrozenHeadNLL, HeadKind, find_head_kind, frozen_head
 from mmtrain.model.loss import supervised_nll
 from support.builders import DECODER_SIZES as SIZES
 
 
-def heads(num_tokens: int, num_words: int, with_bias: bool, size: float = 1.0) -> tuple[Any, ...]:
+def heads(num_tokens: int, vocabulary_size: int, with_bias: bool, size: float = 1.0) -> tuple[Any, ...]:
     """Hidden states, weight, bias and targets."""
     torch.manual_seed(0)
-    hidden, weight = size * torch.randn(num_tokens, 24), torch.randn(num_words, 24)
-    bias = 3.0 * torch.randn(num_words) if with_bias else None
-    return hidden.requires_grad_(), weight, bias, torch.randint(0, num_words, (num_tokens,))
+    hidden, weight = size * torch.randn(num_tokens, 24), torch.randn(vocabulary_size, 24)
+    bias = 3.0 * torch.randn(vocabulary_size) if with_bias else None
+    return hidden.requires_grad_(), weight, bias, torch.randint(0, vocabulary_size, (num_tokens,))
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, TOKENS, 2 * TOKENS + 7])
-@pytest.mark.parametrize("num_words", [101, WORDS, 2 * WORDS + 5])
+@pytest.mark.parametrize("num_tokens", [0, 1, TOKEN_BLOCK, 2 * TOKEN_BLOCK + 7])
+@pytest.mark.parametrize("vocabulary_size", [101, VOCABULARY_BLOCK, 2 * VOCABULARY_BLOCK + 5])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_blocks_give_the_loss_and_the_gradient_of_full_logits(num_tokens: int, num_words: int, with_bias: bool) -> None:
-    hidden, weight, bias, targets = heads(num_tokens, num_words, with_bias)
+def test_blocks_give_the_loss_and_the_gradient_of_full_logits(
+    num_tokens: int, vocabulary_size: int, with_bias: bool
+) -> None:
+    hidden, weight, bias, targets = heads(num_tokens, vocabulary_size, with_bias)
     outer = torch.rand(num_tokens)
-    nll, _ = FrozenHeadNLL.apply(hidden, weight, bias, targets)
+    nll, _ = FrozenHeadNLL.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
     (found,) = torch.autograd.grad((nll * outer).sum(), hidden)
 
     logits = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
     expected = F.cross_entropy(logits, targets, reduction="none")
     (gradient,) = torch.autograd.grad((expected * outer).sum(), hidden)
     assert torch.allclose(nll.double(), expected, atol=1e-5)
-    _, right = FrozenHeadNLL.apply(hidden.detach(), weight, bias, targets)
+    _, right = FrozenHeadNLL.apply(hidden.detach(), weight, bias, targets)  # type: ignore[no-untyped-call]
     assert torch.equal(right, logits.argmax(-1) == targets)
     assert torch.allclose(found.double(), gradient.double(), atol=1e-5)
 
 
-@pytest.mark.parametrize("num_words", [101, 2 * WORDS + 5])
-def test_a_word_that_wins_by_hundreds_overflows_nothing(num_words: int) -> None:
-    hidden, weight, _, targets = heads(40, num_words, False, size=50.0)
+@pytest.mark.parametrize("vocabulary_size", [101, 2 * VOCABULARY_BLOCK + 5])
+def test_a_word_that_wins_by_hundreds_overflows_nothing(vocabulary_size: int) -> None:
+    hidden, weight, _, targets = heads(40, vocabulary_size, False, size=50.0)
     targets[:20] = (hidden @ weight.t())[:20].argmax(-1)
-    nll, _ = FrozenHeadNLL.apply(hidden, weight, None, targets)
+    nll, _ = FrozenHeadNLL.apply(hidden, weight, None, targets)  # type: ignore[no-untyped-call]
     (found,) = torch.autograd.grad(nll.sum(), hidden)
     logits = hidden.double() @ weight.double().t()
     expected = F.cross_entropy(logits, targets, reduction="none")
@@ -66,19 +68,22 @@ def test_a_word_that_wins_by_hundreds_overflows_nothing(num_words: int) -> None:
 
 
 def test_the_right_word_is_found_in_any_block_and_the_first_of_equals_counts() -> None:
-    weight = torch.zeros(2 * WORDS + 5, 4)
-    weight[[3, WORDS + 3, 2 * WORDS + 3], 0] = 1.0
-    weight[WORDS + 9, 1] = weight[2 * WORDS + 4, 2] = 1.0
+    weight = torch.zeros(2 * VOCABULARY_BLOCK + 5, 4)
+    weight[[3, VOCABULARY_BLOCK + 3, 2 * VOCABULARY_BLOCK + 3], 0] = 1.0
+    weight[VOCABULARY_BLOCK + 9, 1] = weight[2 * VOCABULARY_BLOCK + 4, 2] = 1.0
     hidden = torch.eye(4)[:3]
-    for targets, expected in (([3, WORDS + 9, 2 * WORDS + 4], True), ([WORDS + 3, 9, 4], False)):
-        _, right = FrozenHeadNLL.apply(hidden, weight, None, torch.tensor(targets))
+    for targets, expected in (
+        ([3, VOCABULARY_BLOCK + 9, 2 * VOCABULARY_BLOCK + 4], True),
+        ([VOCABULARY_BLOCK + 3, 9, 4], False),
+    ):
+        _, right = FrozenHeadNLL.apply(hidden, weight, None, torch.tensor(targets))  # type: ignore[no-untyped-call]
         assert right.tolist() == [expected] * 3
 
 
 def test_in_bfloat16_only_the_products_are_rounded() -> None:
-    hidden, weight, _, targets = heads(300, 2 * WORDS + 5, False)
+    hidden, weight, _, targets = heads(300, 2 * VOCABULARY_BLOCK + 5, False)
     low, rounded = hidden.detach().bfloat16().requires_grad_(), weight.bfloat16()
-    nll, _ = FrozenHeadNLL.apply(low, rounded, None, targets)
+    nll, _ = FrozenHeadNLL.apply(low, rounded, None, targets)  # type: ignore[no-untyped-call]
     (found,) = torch.autograd.grad(nll.sum(), low)
     exact = low.detach().double().requires_grad_()
     expected = F.cross_entropy(exact @ rounded.double().t(), targets, reduction="none")
@@ -90,14 +95,14 @@ def test_in_bfloat16_only_the_products_are_rounded() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("odds", [3.0, 7.0, 14.0])
-def test_a_token_that_is_almost_certain_still_learns_the_right_thing(dtype: torch.dtype, odds: float) -> None:
-    """With a thousand words beside the target, each as likely as the others, but for their noise."""
+def test_a_token_that_is_almost_certain_still_has_the_right_gradient(dtype: torch.dtype, odds: float) -> None:
+    """With a thousand words next to the target, each as likely as the others, but for their noise."""
     torch.manual_seed(0)
     weight = torch.randn(1000, 64) * 0.1
     targets = torch.arange(0, 1000, 10)
     direction = weight[targets] / weight[targets].square().sum(-1, keepdim=True)
     hidden, rounded = ((odds + 6.9) * direction).to(dtype).requires_grad_(), weight.to(dtype)
-    nll, _ = FrozenHeadNLL.apply(hidden, rounded, None, targets)
+    nll, _ = FrozenHeadNLL.apply(hidden, rounded, None, targets)  # type: ignore[no-untyped-call]
     (found,) = torch.autograd.grad(nll.sum(), hidden)
     exact = hidden.detach().double().requires_grad_()
     expected = F.cross_entropy(exact @ rounded.double().t(), targets, reduction="none")
@@ -195,7 +200,7 @@ def test_a_model_that_does_not_run_on_one_token_gives_its_own_logits_and_says_so
 
 def test_logits_that_are_no_longer_those_of_the_head_are_refused() -> None:
     model = model_of("divided")
-    with pytest.raises(RuntimeError, match="not those of its head"):
+    with pytest.raises(RuntimeError, match="no longer the output of its head"):
         nll_of(model, batch_of(20), "plain")
     assert torch.allclose(nll_of(model, batch_of(20))[0], expected_nll(model, batch_of(20))[0], atol=1e-5)
 
@@ -204,7 +209,7 @@ def test_a_trained_head_gets_its_gradient() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
     assert frozen_head(model) is None
-    nll_of(model, batch_of(30))[0].sum().backward()
+    nll_of(model, batch_of(30))[0].sum().backward()  # type: ignore[no-untyped-call]
     assert model.lm_head.weight.grad.abs().sum() > 0
     with torch.no_grad():
         assert frozen_head(model) is model.lm_head

@@ -1,4 +1,4 @@
-"""Pictures are found inside their folder, measured from the header and decoded to RGB, or refused by name."""
+"""Images are found inside their folder, measured from the header and decoded to RGB, or refused by name."""
 
 import base64
 import io
@@ -90,8 +90,8 @@ def test_a_jpeg_is_decoded_near_to_what_was_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["png", "webp", "tiff", "jpg"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_turned_as_its_exif_header_says(tmp_path: Path, orientation: int, kind: str) -> None:
-    """The eight meanings in the EXIF standard, where row 0 and column 0 of the file lie in the picture."""
+def test_an_image_is_turned_as_its_exif_header_says(tmp_path: Path, orientation: int, kind: str) -> None:
+    """The eight meanings in the EXIF standard, where row 0 and column 0 of the file lie in the image."""
     upright = {
         1: SIX,
         2: SIX[:, ::-1],
@@ -232,7 +232,7 @@ def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
-def test_an_animated_picture_gives_its_first_frame(tmp_path: Path, kind: str) -> None:
+def test_an_animated_image_gives_its_first_frame(tmp_path: Path, kind: str) -> None:
     frames = [PIL.Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     options: dict[str, Any] = {"lossless": True} if kind == "webp" else {}
     frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:], **options)
@@ -240,7 +240,7 @@ def test_an_animated_picture_gives_its_first_frame(tmp_path: Path, kind: str) ->
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 3000), (3000, 1)])
-def test_tiny_and_narrow_pictures_are_read(tmp_path: Path, width: int, height: int) -> None:
+def test_tiny_and_narrow_images_are_read(tmp_path: Path, width: int, height: int) -> None:
     pixels = noise(height, width)
     assert (read(save(pixels, tmp_path / "a.png")) == pixels).all()
 
@@ -261,7 +261,7 @@ def test_the_bytes_of_a_data_uri_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
-def test_a_picture_that_is_cut_off_is_refused_when_it_is_found(tmp_path: Path, suffix: str, share: float) -> None:
+def test_an_image_that_is_cut_off_is_refused_when_it_is_found(tmp_path: Path, suffix: str, share: float) -> None:
     path = save(noise(64, 64), tmp_path / f"a.{suffix}")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
@@ -270,7 +270,7 @@ def test_a_picture_that_is_cut_off_is_refused_when_it_is_found(tmp_path: Path, s
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tiff", "ppm"])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.5, 0.8])
-def test_a_picture_that_is_cut_off_is_never_trained_on(tmp_path: Path, suffix: str, share: float) -> None:
+def test_an_image_that_is_cut_off_is_never_trained_on(tmp_path: Path, suffix: str, share: float) -> None:
     path = save(noise(64, 64), tmp_path / f"a.{suffix}")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
@@ -278,7 +278,7 @@ def test_a_picture_that_is_cut_off_is_never_trained_on(tmp_path: Path, suffix: s
         read(path)
 
 
-def test_a_picture_with_a_wrong_suffix_is_read_by_what_it_is(tmp_path: Path) -> None:
+def test_an_image_with_a_wrong_suffix_is_read_by_what_it_is(tmp_path: Path) -> None:
     for name in ("a.jpg", "b", "c.txt"):
         assert (read(save(SIX, tmp_path / name, format="PNG")) == SIX).all()
 
@@ -287,7 +287,7 @@ def test_a_picture_with_a_wrong_suffix_is_read_by_what_it_is(tmp_path: Path) -> 
     "content",
     [b"", b"\0", b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\n", b"%!PS-Adobe-3.0 EPSF"],
 )
-def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
     told = refusal("a.png", tmp_path)
     assert "'a.png'" in told
@@ -401,7 +401,7 @@ def test_a_text_that_unpacks_to_megabytes_is_refused(tmp_path: Path) -> None:
     assert "'a.png'" in refusal("a.png", tmp_path)
 
 
-def test_a_picture_that_changed_since_it_was_measured_is_refused(tmp_path: Path) -> None:
+def test_an_image_that_changed_since_it_was_measured_is_refused(tmp_path: Path) -> None:
     picture = find_image(Image("a.png"), save(SIX, tmp_path / "a.png").parent)
     save(noise(9, 9), tmp_path / "a.png")
     with pytest.raises(SampleError, match="changed"):
@@ -416,14 +416,14 @@ def test_a_picture_that_changed_since_it_was_measured_is_refused(tmp_path: Path)
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A folder with a picture, beside a picture that it must not reach."""
+    """A folder with an image, next to an image that it must not reach."""
     (tmp_path / "root" / "deeper").mkdir(parents=True)
     save(SIX, tmp_path / "root" / "in.png")
     save(SIX, tmp_path / "out.png")
     return tmp_path / "root"
 
 
-def test_a_picture_in_the_folder_is_found_by_any_path_that_stays_inside(root: Path) -> None:
+def test_an_image_in_the_folder_is_found_by_any_path_that_stays_inside(root: Path) -> None:
     (root / "link.png").symlink_to("in.png")
     for name in ("in.png", "./in.png", "deeper/../in.png", "link.png", str(root / "in.png")):
         assert find_image(Image(name), root).size == (3, 2)
@@ -483,13 +483,13 @@ def test_strange_names_are_read_and_told_on_one_line(root: Path, name: str) -> N
     assert (read(root / name) == SIX).all()
 
 
-# --- the odd pictures ---
+# --- the odd images ---
 
 
 @pytest.mark.skipif(not ROWS, reason="the shared data is not there")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
-def test_an_odd_picture_is_decoded_upright_or_refused(row: dict[str, Any]) -> None:
+def test_an_odd_image_is_decoded_upright_or_refused(row: dict[str, Any]) -> None:
     try:
         picture = find_image(Image(row["file"]), BAD)
         decoded = decode(picture)
@@ -511,6 +511,6 @@ def test_an_odd_picture_is_decoded_upright_or_refused(row: dict[str, Any]) -> No
 
 
 @pytest.mark.skipif(not ROWS, reason="the shared data is not there")
-def test_all_odd_pictures_are_in_the_table() -> None:
+def test_all_odd_images_are_in_the_table() -> None:
     assert sorted(NAMES) == sorted(path.name for path in (BAD / "images").iterdir())
     assert len(NAMES) == 67

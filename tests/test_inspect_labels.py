@@ -73,7 +73,7 @@ def test_spans_cover_every_token_once_and_hold_the_words_of_their_turn(kind: str
         ("llava", {"0.png": ((64, 64), (28, 28), (4, 4)), "1.png": ((96, 48), (28, 28), (4, 4))}),
     ],
 )
-def test_sizes_and_grids_of_pictures(kind: str, sizes: dict[str, object], make_config: MakeConfig) -> None:
+def test_sizes_and_grids_of_images(kind: str, sizes: dict[str, object], make_config: MakeConfig) -> None:
     samples = samples_of(make_config(kind))
     rows = [image for index in (0, 2) for image in view_sample(samples, samples.encoder, index).row()["images"]]
     found = {Path(row["path"]).name: (row["size"], row["used_size"], row["grid"]) for row in rows}
@@ -104,7 +104,7 @@ def test_json_has_the_keys_that_are_promised(make_config: MakeConfig, tmp_path: 
     assert row["num_supervised"] == sum(token["label"] != -100 for token in row["tokens"])
 
 
-def test_the_terminal_shows_what_is_learned_without_colour_in_80_columns(
+def test_the_terminal_shows_what_is_trained_on_without_colour_in_80_columns(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     code, out, _ = run(make_config("qwen2_5_vl"), tmp_path, "--index", "2", "--index", "3")
@@ -207,7 +207,7 @@ def test_the_pixels_shown_are_those_the_encoder_gets(kind: str, make_config: Mak
     samples = samples_of(make_config(kind))
     image = view_sample(samples, samples.encoder, 2).images[0]  # 96 x 48
     shown = np.asarray(seen_pixels(samples.encoder.processor)(image)).astype(float)
-    original = PIL.Image.open(Path(samples.place(2).file).parent / image.picture.name).convert("RGB")
+    original = PIL.Image.open(Path(samples.place(2).file).parent / image.found.name).convert("RGB")
     if kind == "llava":  # CLIP: the shorter edge to 28, then the middle
         original = original.resize((56, 28), PIL.Image.Resampling.BICUBIC).crop((14, 0, 42, 28))
     assert shown.shape[:2][::-1] == image.tokens.used_size

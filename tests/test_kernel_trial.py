@@ -59,14 +59,14 @@ WRONG = [Double(), WrongGradient(), NoGradientOfTheWeight(), HalfOfTheRows(), Wi
 def test_a_kernel_that_fails_its_trial_leaves_everything_as_it_was(kernel: Kernel, before: Kernel | None) -> None:
     layer, x = nn.Linear(6, 5), torch.randn(12, 6)
     trials = Trials()
-    assert before is None or trials.keep(layer, {"": before}, (x,))
+    assert before is None or trials.install(layer, {"": before}, (x,))
     attributes = dict(vars(layer))
-    assert not trials.keep(layer, {"": kernel}, (x,))
+    assert not trials.install(layer, {"": kernel}, (x,))
     assert vars(layer) == attributes
-    assert trials.keep(layer, {"": Same()}, (x,))
+    assert trials.install(layer, {"": Same()}, (x,))
 
 
 def test_nothing_is_proven_by_zeros() -> None:
     layer = nn.Linear(6, 5, bias=False)
     nn.init.zeros_(layer.weight)
-    assert not Trials().keep(layer.requires_grad_(False), {"": Double()}, (torch.randn(3, 6),))
+    assert not Trials().install(layer.requires_grad_(False), {"": Double()}, (torch.randn(3, 6),))

@@ -129,7 +129,8 @@ class TwoResults(LlamaRMSNorm):  # type: ignore[misc]
 
 class EpsilonOutside(LlamaRMSNorm):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+        result: Tensor = self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+        return result
 
 
 class Centred(LlamaRMSNorm):  # type: ignore[misc]
@@ -170,7 +171,8 @@ def test_adapters_that_do_more_are_left_to_peft() -> None:
 
 class Scaled(LlamaMLP):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
-        return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        result: Tensor = 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return result
 
 
 class Swapped(LlamaMLP):  # type: ignore[misc]

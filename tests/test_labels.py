@@ -1,6 +1,6 @@
-"""What is learned is the assistant's words and the end of the turn, and the ids are the model's own.
+"""What is trained on is the assistant's words and the end of the turn, and the ids are the model's own.
 
-References are transformers' `apply_chat_template` and, for what is learned, the templates' closings written by hand.
+References are transformers' `apply_chat_template` and, for what is trained on, the templates' closings written by hand.
 """
 
 import itertools
@@ -138,7 +138,7 @@ def own_ids(path: Path, conversation: Conversation, parts: bool, root: Path, pro
     return list(tokenizer(whole)["input_ids"])
 
 
-def learned_texts(path: Path, encoded: Encoded) -> list[str]:
+def supervised_texts(path: Path, encoded: Encoded) -> list[str]:
     """The text of each supervised run, read as what it adds to the text before it."""
     tokenizer = tokenizer_of(path)
     ids = encoded.ids.tolist()
@@ -180,7 +180,7 @@ WORDS = {
 @pytest.mark.parametrize("words", WORDS)
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_ids_are_the_templates_own_and_learned_is_each_answer(
+def test_ids_are_the_templates_own_and_supervised_is_each_answer(
     tokenizer: str, template: str, words: str, root: Path
 ) -> None:
     made, path = TEMPLATES[template], directory(tokenizer, template)
@@ -189,7 +189,7 @@ def test_ids_are_the_templates_own_and_learned_is_each_answer(
     conversation = talk(*([("system", "be brief")] if made.system else []), *turns)
     encoded = encoder(path).encode(conversation, root)
     normal = str.__str__ if tokenizer != "byte_level" else nfc
-    assert learned_texts(path, encoded) == [normal(made.learned(answer)), made.learned("blue.")]
+    assert supervised_texts(path, encoded) == [normal(made.supervised(answer)), made.supervised("blue.")]
     start = runs(encoded)[0][0]
     asked = Conversation(conversation.messages[:-3])
     assert encoded.ids[:start].tolist() == own_ids(path, asked, made.parts, root, prompt=True)
@@ -213,14 +213,14 @@ def nfc(text: str) -> str:
 @pytest.mark.parametrize("answer", ["\n\nred", " red", "  \n red", "\tred"])
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_leading_whitespace_of_an_answer_is_learned_behind_inferences_prompt(
+def test_leading_whitespace_of_an_answer_is_trained_on_after_inferences_prompt(
     tokenizer: str, template: str, answer: str, root: Path
 ) -> None:
     made, path = TEMPLATES[template], directory(tokenizer, template)
     encoded = encoder(path).encode(ask("what?", answer), root)
     prompt = own_ids(path, talk(("user", "what?")), made.parts, root, prompt=True)
     assert encoded.ids[: runs(encoded)[0][0]].tolist() == prompt
-    assert learned_texts(path, encoded) == [made.learned(answer)]
+    assert supervised_texts(path, encoded) == [made.supervised(answer)]
 
 
 IMAGE_TURNS = {
@@ -236,7 +236,7 @@ IMAGE_TURNS = {
 @pytest.mark.parametrize("turn", IMAGE_TURNS)
 @pytest.mark.parametrize("template", [name for name, made in TEMPLATES.items() if made.images])
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_pictures_are_spans_of_the_familys_own_ids(tokenizer: str, template: str, turn: str, root: Path) -> None:
+def test_images_are_spans_of_the_familys_own_ids(tokenizer: str, template: str, turn: str, root: Path) -> None:
     made, path = TEMPLATES[template], directory(tokenizer, template, vision=True)
     conversation = ask(IMAGE_TURNS[turn], "red and round")
     encoded = encoder(path).encode(conversation, root)
@@ -247,12 +247,12 @@ def test_pictures_are_spans_of_the_familys_own_ids(tokenizer: str, template: str
         assert ids == own
     else:
         assert ids[: ids.index(eos)] == own[: ids.index(eos)]
-    assert learned_texts(path, encoded) == [made.learned("red and round")]
+    assert supervised_texts(path, encoded) == [made.supervised("red and round")]
     check_spans(encoded, image, [NUM_PLACEHOLDERS] * len(conversation.images))
 
 
 def check_spans(encoded: Encoded, image: int, counts: list[int]) -> None:
-    """Every placeholder lies in one span, each span holds the family's count, and nothing in one is learned."""
+    """Every placeholder lies in one span, each span holds the family's count, and nothing in one is trained on."""
     assert [span.num_placeholders for span in encoded.images] == counts
     inside = [i for span in encoded.images for i in range(span.start, span.start + span.length)]
     assert len(inside) == len(set(inside))
@@ -281,12 +281,12 @@ def test_real_models_words(name: str, words: str, root: Path) -> None:
     encoded = encoder(path).encode(conversation, root)
     assert encoded.ids.tolist() == own_ids(path, conversation, True, root)
     answer = answer if name == "idefics3" else nfc(answer)
-    assert learned_texts(path, encoded) == [answer + REAL_END[name], "blue." + REAL_END[name]]
+    assert supervised_texts(path, encoded) == [answer + REAL_END[name], "blue." + REAL_END[name]]
 
 
 @pytest.mark.parametrize("name", REAL_NAMES)
 @pytest.mark.parametrize("turn", IMAGE_TURNS)
-def test_real_models_pictures(name: str, turn: str, root: Path) -> None:
+def test_real_models_images(name: str, turn: str, root: Path) -> None:
     path = real(name)
     conversation = ask(IMAGE_TURNS[turn], "red")
     encoded = encoder(path).encode(conversation, root)
@@ -298,7 +298,7 @@ def test_real_models_pictures(name: str, turn: str, root: Path) -> None:
         for picture in conversation.images
     }
     check_spans(encoded, image, [one[picture.name] for picture in conversation.images])
-    assert learned_texts(path, encoded) == ["red" + REAL_END[name]]
+    assert supervised_texts(path, encoded) == ["red" + REAL_END[name]]
 
 
 @IDEFICS_IS_SLOW
@@ -353,7 +353,7 @@ def test_real_records(name: str, records: str) -> None:
             continue
         encoded = encoder(path).encode(conversation, folder)
         assert encoded.ids.tolist() == own_ids(path, conversation, True, folder)
-        assert learned_texts(path, encoded) == [answer + REAL_END[name] for answer in answers]
+        assert supervised_texts(path, encoded) == [answer + REAL_END[name] for answer in answers]
         num_seen += 1
     assert num_seen
 
@@ -371,14 +371,14 @@ LITERAL = {
 
 
 def check_literal(path: Path, made: Template, turns: list[Turn], root: Path) -> None:
-    """Special tokens in the words stay characters: as many control tokens as for plain words, the same text learned."""
+    """Special tokens in the text stay characters: as many control tokens as for plain text, the same labels."""
     encoded = encoder(path).encode(talk(*turns), root)
     plain = encoder(path).encode(talk(*[(role, "word") for role, _ in turns]), root)
     tokenizer = tokenizer_of(path)
     control = {tokenizer.convert_tokens_to_ids(token) for token in SPECIALS[1:]}
     assert [i for i in encoded.ids.tolist() if i in control] == [i for i in plain.ids.tolist() if i in control]
     answers = [content for role, content in turns if role == "assistant"]
-    assert learned_texts(path, encoded) == [made.learned(answer) for answer in answers]
+    assert supervised_texts(path, encoded) == [made.supervised(answer) for answer in answers]
 
 
 @pytest.mark.parametrize("who", ["user", "assistant"])
@@ -396,7 +396,7 @@ def test_special_tokens_in_the_data_stay_characters(
 
 @pytest.mark.parametrize("is_special", [True, False])
 @pytest.mark.parametrize("content", [["a <image> b"], ["a <ima", "ge> b"]])
-def test_an_image_mark_typed_beside_a_picture_stays_text(
+def test_an_image_mark_typed_next_to_an_image_stays_text(
     content: list[str], is_special: bool, tmp_path: Path, root: Path
 ) -> None:
     path = make_directory(
@@ -405,10 +405,10 @@ def test_an_image_mark_typed_beside_a_picture_stays_text(
     encoded = encoder(path).encode(ask([*content, PICTURES[0], *content], "".join(content)), root)
     image = tokenizer_of(path).convert_tokens_to_ids("<image>")
     check_spans(encoded, image, [NUM_PLACEHOLDERS])
-    assert learned_texts(path, encoded) == ["a <image> b<|im_end|>"]
+    assert supervised_texts(path, encoded) == ["a <image> b<|im_end|>"]
 
 
-def test_a_special_token_split_by_a_picture_stays_text(root: Path) -> None:
+def test_a_special_token_split_by_an_image_stays_text(root: Path) -> None:
     path = directory("byte_level", "chatml", vision=True)
     encoded = encoder(path).encode(ask(["a <|im_", PICTURES[0], "end|> b"], "red"), root)
     assert encoded.ids.tolist() == own_ids(
@@ -426,7 +426,7 @@ def test_special_tokens_of_real_models_stay_characters(name: str, mark: str, roo
     control = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     ids = [encoder(path).encode(conversation, root).ids.tolist() for conversation in (typed, plain)]
     assert [i for i in ids[0] if i in control] == [i for i in ids[1] if i in control]
-    assert learned_texts(path, encoder(path).encode(typed, root)) == [f"{mark} z<|im_end|>"]
+    assert supervised_texts(path, encoder(path).encode(typed, root)) == [f"{mark} z<|im_end|>"]
 
 
 TURNS = [("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "two"), ("user", "3?"), ("assistant", "3")]
@@ -434,17 +434,17 @@ TURNS = [("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "tw
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("tokenizer", ["byte_level", "metaspace_first", "legacy"])
-def test_turns_that_are_not_learned(tokenizer: str, template: str, root: Path) -> None:
+def test_turns_that_are_not_trained_on(tokenizer: str, template: str, root: Path) -> None:
     made, path = TEMPLATES[template], directory(tokenizer, template)
 
-    def learned(train: tuple[bool, ...], train_on: str = "assistant") -> list[str]:
-        return learned_texts(path, encoder(path, train_on).encode(talk(*TURNS, train=train), root))
+    def supervised(train: tuple[bool, ...], train_on: str = "assistant") -> list[str]:
+        return supervised_texts(path, encoder(path, train_on).encode(talk(*TURNS, train=train), root))
 
-    assert learned((True, False, True)) == [made.learned("one"), made.learned("3")]
-    assert learned((False, True, False)) == [made.learned("two")]
-    assert learned((True, True, True), "last") == [made.learned("3")]
+    assert supervised((True, False, True)) == [made.supervised("one"), made.supervised("3")]
+    assert supervised((False, True, False)) == [made.supervised("two")]
+    assert supervised((True, True, True), "last") == [made.supervised("3")]
     with pytest.raises(SampleError, match="no assistant turn"):
-        learned((True, True, False), "last")
+        supervised((True, True, False), "last")
 
 
 @pytest.mark.parametrize("answer", ["one", ["one", "  "], ["o", "ne "], ["  ", "one"]])
@@ -458,10 +458,10 @@ def test_answers_in_parts_with_and_without_the_end(
     encoded = encoder(path, end_of_turn=end_of_turn).encode(
         talk(("user", "1?"), ("assistant", answer), *TURNS[2:]), root
     )
-    expected = [made.learned(content) for content in (answer, "two", "3")]
+    expected = [made.supervised(content) for content in (answer, "two", "3")]
     if not end_of_turn:
         expected = [text.removesuffix(made.end) for text in expected]
-    assert learned_texts(path, encoded) == expected
+    assert supervised_texts(path, encoded) == expected
     if not made.own_end:
         assert encoded.ids.tolist().count(tokenizer_of(path).eos_token_id) == 3 * end_of_turn
 
@@ -479,7 +479,7 @@ def test_questions_without_words(root: Path) -> None:
     conversation = talk(("user", []), ("assistant", "red"), ("user", [""]), ("assistant", "blue"))
     encoded = encoder(path).encode(conversation, root)
     assert encoded.ids.tolist() == own_ids(path, conversation, True, root)
-    assert learned_texts(path, encoded) == ["red<|im_end|>", "blue<|im_end|>"]
+    assert supervised_texts(path, encoded) == ["red<|im_end|>", "blue<|im_end|>"]
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -487,7 +487,7 @@ def test_special_tokens_that_swallow_whitespace(tokenizer: str, tmp_path: Path, 
     path = make_directory(tmp_path, tokenizer, TEMPLATES["chatml"].text, strips=True)
     encoded = encoder(path).encode(talk(*TURNS), root)
     assert encoded.ids.tolist() == own_ids(path, talk(*TURNS), True, root)
-    assert learned_texts(path, encoded) == ["one<|im_end|>", "two<|im_end|>", "3<|im_end|>"]
+    assert supervised_texts(path, encoded) == ["one<|im_end|>", "two<|im_end|>", "3<|im_end|>"]
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -501,18 +501,18 @@ def test_special_tokens_that_swallow_the_whitespace_before_them(tokenizer: str, 
 def test_a_closing_of_the_last_turn_that_differs(root: Path) -> None:
     path = directory("byte_level", "last_differs")
     encoded = encoder(path).encode(talk(*TURNS[:4]), root)
-    first, last = learned_texts(path, encoded)
+    first, last = supervised_texts(path, encoded)
     assert [first, last] == ["one", "two</s>"]  # the end that stands after the first reply does not stop generation
     assert encoded.ids.tolist() == own_ids(path, talk(*TURNS[:4]), False, root)
     single = encoder(path).encode(talk(*TURNS[:2]), root)
     assert single.ids.tolist() == own_ids(path, talk(*TURNS[:2]), False, root)
 
 
-def test_an_empty_thought_before_the_last_answer_is_learned(root: Path) -> None:
+def test_an_empty_thought_before_the_last_answer_is_trained_on(root: Path) -> None:
     path = directory("byte_level", "qwen3")
     encoded = encoder(path).encode(talk(*TURNS[:4]), root)
     assert encoded.ids.tolist() == own_ids(path, talk(*TURNS[:4]), False, root)
-    assert learned_texts(path, encoded) == ["one<|im_end|>", "<think>\n\n</think>\n\ntwo<|im_end|>"]
+    assert supervised_texts(path, encoded) == ["one<|im_end|>", "<think>\n\n</think>\n\ntwo<|im_end|>"]
 
 
 @pytest.mark.parametrize("before", [[], [("user", "0?"), ("assistant", "<think>\nhm\n</think>\n\nzero")]])
@@ -669,8 +669,8 @@ def test_random_conversations(tokenizer: str, template: str, data: st.DataObject
     turns = data.draw(_turns(spoken))
     encoded = encoder(path).encode(talk(*turns), Path())
     normal = nfc if tokenizer == "byte_level" else str.__str__
-    assert learned_texts(path, encoded) == [
-        normal(made.learned(content)) for role, content in turns if role == "assistant"
+    assert supervised_texts(path, encoded) == [
+        normal(made.supervised(content)) for role, content in turns if role == "assistant"
     ]
     if made.own_end and not straddles(tokenizer, template):
         assert encoded.ids.tolist() == own_ids(path, talk(*turns), made.parts, Path())

@@ -16,7 +16,7 @@ from support.learning import ALL_FULL, LORA, MIXED, learner_for, relative_l2, st
 
 
 def user_turn(message: Message, placeholders: list[str], llava: bool) -> str:
-    """A user's turn as the model's template writes it, its pictures' placeholders laid out."""
+    """A user's turn as the model's template writes it, its images' placeholders laid out."""
     left = iter(placeholders)
     if llava:
         return "USER: " + "".join(f"{span}\n" for span in placeholders) + f"{message.text} "

@@ -55,13 +55,13 @@ def check_refused(directory: Path, reason: str, capfd: pytest.CaptureFixture[str
 def test_a_cut_weights_file_is_refused(size: Any, directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
     content = (directory / SINGLE).read_bytes()
     (directory / SINGLE).write_bytes(content[: len(content) // 2 if size == "half" else size])
-    check_refused(directory, "model.safetensors: not a whole safetensors file", capfd)
+    check_refused(directory, "model.safetensors: not a complete safetensors file", capfd)
 
 
 def test_a_cut_shard_is_refused(sharded: tuple[Path, dict[str, Any]], capfd: pytest.CaptureFixture[str]) -> None:
     directory, _ = sharded
     (directory / FIRST).write_bytes((directory / FIRST).read_bytes()[:-1])
-    check_refused(directory, f"{FIRST}: not a whole safetensors file", capfd)
+    check_refused(directory, f"{FIRST}: not a complete safetensors file", capfd)
 
 
 def test_a_sharded_model_is_loaded(sharded: tuple[Path, dict[str, Any]], model_dirs: dict[str, Path]) -> None:
@@ -137,7 +137,7 @@ def change_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], 
 
 def test_weights_of_other_shapes_are_refused(directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
     change_weights(directory, lambda weights: weights.update({"model.norm.weight": torch.zeros(3, 5)}))
-    check_refused(directory, "1 weights have other shapes than config.json asks for, such as 'model.norm.w", capfd)
+    check_refused(directory, "1 weights have other shapes than config.json requires, such as 'model.norm.w", capfd)
     check_refused(directory, "(3, 5) in the file, (64,) expected", capfd)
 
 
@@ -161,7 +161,7 @@ def change_config(directory: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"hidden_size": 63}, "weights have other shapes than config.json asks for"),
+        ({"hidden_size": 63}, "weights have other shapes than config.json requires"),
         ({"num_hidden_layers": 3, "layer_types": None}, "weights are missing, such as 'model.layers.2"),
         ({"hidden_act": "os.system"}, "the model cannot be loaded: KeyError: 'os.system'"),
         ({"hidden_size": -1}, "the model cannot be loaded"),

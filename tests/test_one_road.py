@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 from tokenizers import Tokenizer, decoders
 
-from mmtrain.checks.findings import MARK, WORDS
+from mmtrain.checks.findings import MARK, REPLY
 from mmtrain.config.schema import Config
 from mmtrain.dataset import decoded_images as image_check
 from mmtrain.dataset.encode_all import EncodingSpec
@@ -86,9 +86,9 @@ def test_training_refuses_what_the_audit_calls_a_fault(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "data.jsonl", [chat("what?", "red"), chat("what?", "the▁word")])
     config = config_for(model, data)
     assert {kind: [place for place, _ in found] for kind, found in audit(config).faults.items()} == {
-        WORDS: [f"{data}:2"]
+        REPLY: [f"{data}:2"]
     }
-    with pytest.raises(UserError, match=rf"data\.jsonl:2: {WORDS}: .*the▁word"):
+    with pytest.raises(UserError, match=rf"data\.jsonl:2: {REPLY}: .*the▁word"):
         checked(config)
 
 

@@ -15,19 +15,21 @@ from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.evaluate.command import Evaluation, Options
 from mmtrain.inspect_labels.losses import token_losses
 from mmtrain.model import attention
 from mmtrain.model import packing_trial as packing
+from mmtrain.model.attention import KEYWORD
 from mmtrain.model.load import checkpoint_activations, load_model
 from mmtrain.model.packing_trial import packing_fault
+from mmtrain.progress import QUIET
 from mmtrain.records.record_set import RecordSet
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.packing import choose_packing
-from mmtrain.train.run import make_learner, train
+from mmtrain.train.learner import make_learner
+from mmtrain.train.run import train
 from support.attention_models import TEXT_MODELS, WINDOW, make_gemma3, make_text_family
 from support.builders import MAKERS
-from support.learning import LORA, learner_for, relative_l2, step_of
+from support.learning import LORA, learner_for, relative_l2, scores_of, step_of
 
 PACKS = {*MAKERS, "llama", "mixture", "windows"}
 LEAKS = {"gpt_oss", "mamba", "lfm2", "qwen3_next", "gemma3"}
@@ -165,7 +167,7 @@ def test_logits_that_are_not_finite_are_refused_and_equal_ones_are_no_fault(load
 
 def test_a_model_that_fails_in_packed_rows_alone_falls_back(load: Load) -> None:
     def fail(module: Any, args: Any, kwargs: Any) -> None:
-        if kwargs.get("attention_mask") is None:
+        if KEYWORD in kwargs:
             raise TypeError("first line:\nsecond line")
 
     model, processor = load("llama")
@@ -246,7 +248,7 @@ def test_the_other_commands_decide_alike(
 ) -> None:
     def nll(**settings: Any) -> Any:
         config = config_for(families["gpt_oss"], make_config, **settings)
-        return Evaluation(config, Options(data=(config.data.train[0].path,))).scores().nll
+        return scores_of(config, data=[config.data.train[0].path]).nll
 
     def losses(**settings: Any) -> Any:
         config = config_for(families["gpt_oss"], make_config, **settings)
@@ -283,8 +285,8 @@ def test_the_trial_changes_no_first_weight_and_nothing_drawn_later(
     for skipped in (False, True):
         with monkeypatch.context() as patch:
             if skipped:
-                patch.setattr("mmtrain.train.run.choose_packing", lambda *args: True)
-            learner, _, _ = make_learner(config, load_processor(config.model.path), Runtime("float32"))
+                patch.setattr("mmtrain.train.learner.choose_packing", lambda *args: True)
+            learner = make_learner(config, load_processor(config.model.path), Runtime("float32"), QUIET)
         weights.append({name: p.detach().clone() for name, p in learner.model.named_parameters()})
         weights[-1]["next"] = torch.rand(4)
     assert weights[0].keys() == weights[1].keys()

@@ -20,8 +20,8 @@ from mmtrain.config.schema import Source
 from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
-from mmtrain.inspect_labels.page import _cells, write_page
-from mmtrain.inspect_labels.page_parts import clusters
+from mmtrain.inspect_labels.page import write_page
+from mmtrain.inspect_labels.page_tokens import clusters, divide_text
 from mmtrain.inspect_labels.view import SampleView, TokenView, view_sample
 from mmtrain.records.record_set import RecordSet
 from support.builders import TINY, write_jsonl
@@ -133,12 +133,12 @@ def test_the_words_are_whole(views: list[SampleView], written: tuple[str, Path])
                 assert drawn == span.text.replace("\x1b", "").replace("\u202e", "")
 
 
-def test_learned_runs_and_turns(views: list[SampleView], written: tuple[str, Path]) -> None:
+def test_supervised_runs_and_turns(views: list[SampleView], written: tuple[str, Path]) -> None:
     page = Page(written[0])
     runs = [values for values in page.named("bdi") if "run" in (values.get("class") or "").split()]
     for values in runs:
-        learned = "learned" in (values["data-has"] or "").split()
-        assert learned == ("on" in (values["class"] or "").split())
+        supervised = "supervised" in (values["data-has"] or "").split()
+        assert supervised == ("on" in (values["class"] or "").split())
         assert values["data-role"] in (values["data-has"] or "").split()
     turns = [values["class"] for values in page.named("section")]
     assert turns == ["turn system", "turn user", "turn assistant", *["turn user", "turn assistant"] * 2]
@@ -171,7 +171,7 @@ def test_foreign_text_is_escaped(written: tuple[str, Path]) -> None:
     assert html.escape(MARKUP) in text
 
 
-def test_a_picture_is_shown_at_its_used_size_with_its_grid(views: list[SampleView], written: tuple[str, Path]) -> None:
+def test_an_image_is_shown_at_its_used_size_with_its_grid(views: list[SampleView], written: tuple[str, Path]) -> None:
     page = Page(written[0])
     images = [image for view in views for image in view.images]
     figures = page.named("figure")
@@ -186,8 +186,8 @@ def test_a_picture_is_shown_at_its_used_size_with_its_grid(views: list[SampleVie
     assert "image_pad" not in written[0]
 
 
-def test_a_picture_that_changes_shape_has_no_grid(model_dirs: dict[str, Path], tmp_path: Path) -> None:
-    """LLaVA's processor crops to a square: a grid over the whole picture would be wrong, one over the crop is right."""
+def test_an_image_that_changes_shape_has_no_grid(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    """LLaVA's processor crops to a square: a grid over the whole image would be wrong, one over the crop is right."""
     PIL.Image.linear_gradient("L").resize((200, 80)).save(tmp_path / "wide.png")
     messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "a"}]
     data = write_jsonl(tmp_path / "data.jsonl", [{"messages": messages, "images": ["wide.png"]}])
@@ -201,14 +201,14 @@ def test_a_picture_that_changes_shape_has_no_grid(model_dirs: dict[str, Path], t
     assert len(Page((tmp_path / "crop.html").read_text(encoding="utf-8")).named("svg")) == 1
 
 
-def test_a_picture_that_is_gone_is_said(views: list[SampleView], tmp_path: Path) -> None:
+def test_an_image_that_is_gone_is_said(views: list[SampleView], tmp_path: Path) -> None:
     image = views[0].images[0]
-    assert isinstance(image.picture.source, Path)
-    moved = image.picture.source.rename(tmp_path / "moved.png")
+    assert isinstance(image.found.source, Path)
+    moved = image.found.source.rename(tmp_path / "moved.png")
     try:
         write_page(tmp_path / "labels.html", views)
     finally:
-        moved.rename(image.picture.source)
+        moved.rename(image.found.source)
     assert 'class="broken"' in (tmp_path / "labels.html").read_text(encoding="utf-8")
 
 
@@ -255,7 +255,7 @@ def token(position: int, text: str) -> TokenView:
 )
 def test_text_is_shared_out_among_tokens(texts: list[str], whole: str, drawn: list[str]) -> None:
     tokens = [token(position, text) for position, text in enumerate(texts)]
-    cells = list(_cells(tokens, whole))
+    cells = list(divide_text(tokens, whole))
     assert [cell.token for cell in cells] == tokens
     assert [cell.text for cell in cells] == drawn
 
@@ -275,8 +275,8 @@ seen.all = count();
 find.value = "SURE of"; find.dispatchEvent(new Event("input"));
 seen.found = count(); seen.foundIs = samples.find((sample) => !sample.hidden).id;
 find.value = ""; find.dispatchEvent(new Event("input"));
-document.querySelector("[value=learned]").click();
-seen.onlyLearned = visible("article .run:not(.on)") === 0 && visible("article .run.on") > 0;
+document.querySelector("[value=supervised]").click();
+seen.onlySupervised = visible("article .run:not(.on)") === 0 && visible("article .run.on") > 0;
 document.querySelector(".surprising a").click();
 seen.reset = document.body.dataset.show;
 const chat = document.querySelector("#s1 .chat"); chat.focus();
@@ -312,7 +312,7 @@ def test_the_page_works_in_a_browser(
         "all": 2,
         "found": 1,
         "foundIs": "s1",
-        "onlyLearned": True,
+        "onlySupervised": True,
         "reset": "all",
         "wide": True,
         "ran": 0,

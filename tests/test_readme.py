@@ -47,7 +47,7 @@ def anchors(page: str) -> set[str]:
 
 
 def test_all_pages_are_found() -> None:
-    names = ["data", "models", "labels", "evaluation", "scaling", "runs", "speed", "config", "architecture"]
+    names = ["data", "models", "labels", "answers", "evaluation", "scaling", "runs", "speed", "config", "architecture"]
     assert {ROOT / "docs" / f"{name}.md" for name in names} <= set(PAGES)
 
 
@@ -136,7 +136,9 @@ run: {{output_dir: {folder}/run}}
 
 
 def test_every_shipped_config_loads_and_names_the_schema() -> None:
-    assert {"quickstart.yaml", "qwen2_5_vl_7b_lora.yaml", "llava_1_5_7b_lora.yaml"} <= {path.name for path in CONFIGS}
+    assert {"quickstart.yaml", "qwen2_5_vl_7b_lora.yaml", "qwen2_5_vl_7b_qlora.yaml", "llava_1_5_7b_lora.yaml"} <= {
+        path.name for path in CONFIGS
+    }
     for path in CONFIGS:
         load_config(path)
         assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
@@ -172,7 +174,7 @@ def test_the_way_from_labelled_images_to_an_evaluated_adapter(tmp_path: Path, mo
     (tmp_path / "my.yaml").write_text(config)
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^mmtrain ([^#\n]* my\.yaml[^#\n]*)", "\n".join(blocks(README, "bash")), re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["inspect-labels", "inspect-labels", "train", "eval"]
+    assert [command.split()[0] for command in commands] == ["inspect-labels", "inspect-labels", "train", "eval", "eval"]
     for command in commands:
         result = CliRunner().invoke(app, [*command.split(), f"model.path={TINY}", "model.dtype=float32"])
         assert result.exit_code == 0, result.exception or result.output

@@ -81,7 +81,7 @@ def test_every_fault_is_named_before_the_first_step(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_picture_that_breaks_later_is_named_at_its_step(make_config: Callable[..., Config]) -> None:
+def test_an_image_that_breaks_later_is_named_at_its_step(make_config: Callable[..., Config]) -> None:
     config = make_config("qwen2_5_vl")
     encoder = Encoder(load_processor(config.model.path))
     samples = FreshSamples(RecordSet(config.data.train), encoder)
@@ -97,7 +97,7 @@ def test_a_picture_that_breaks_later_is_named_at_its_step(make_config: Callable[
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_picture_that_changed_its_size_is_refused_with_both_sizes(
+def test_an_image_that_changed_its_size_is_refused_with_both_sizes(
     packing: bool, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import PIL.Image
@@ -132,7 +132,7 @@ def test_samples_that_only_together_cannot_be_laid_out_are_all_named(
         Loader(samples, samples.encoder.processor, True).load([0, 1, 5])
 
 
-def test_pictures_for_a_model_without_them_are_refused(make_config: Callable[..., Config], tmp_path: Path) -> None:
+def test_images_for_a_model_without_them_are_refused(make_config: Callable[..., Config], tmp_path: Path) -> None:
     (tmp_path / "ok.png").write_bytes(PICTURE.read_bytes())
     data = write_jsonl(tmp_path / "data.jsonl", [chat("<image>What?", "this", ["ok.png"])])
     config = make_config("text")

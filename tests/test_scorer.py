@@ -1,5 +1,6 @@
 """The scores of every answer: which tokens are whose, whatever the cut, the processes and the order."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Batch
+from mmtrain.progress import QUIET, Progress
 from mmtrain.scoring.packing import choose_packing
 from mmtrain.scoring.scorer import Scorer
 from mmtrain.scoring.scores import Scores
@@ -63,11 +65,11 @@ class Process:
         return values, self._signal
 
 
-def score(learner: Learner, dataset: Any, numbers: list[int], runtime: Any, **settings: Any) -> Scores | None:
+def score(learner: Learner, dataset: Any, numbers: list[int], runtime: Any, packing: bool = True) -> Scores | None:
     lengths = dataset.checked.num_tokens[numbers].tolist()
     scorer = Scorer(dataset.train, dataset.encoder, np.array(numbers), lengths)
-    settings = {"microbatch_tokens": 120, "packing": True, **settings}
-    return scorer.score(by_id, "own", learner.make_inputs, runtime, **settings)  # type: ignore[arg-type]
+    loaded = dataclasses.replace(learner, root=by_id, runtime=runtime, packing=packing)  # type: ignore[arg-type]
+    return scorer.score(loaded, 120, QUIET)
 
 
 @pytest.fixture
@@ -99,6 +101,15 @@ def test_processes_share_the_samples(made: tuple[Learner, Any]) -> None:
     assert ((counts > 0).sum(0) == 1).all()
     assert (counts > 0).any(1).all()
     assert sum(share.nll for share in shares if share is not None) == pytest.approx([row[4] for row in expected])
+
+
+def test_every_micro_batch_ticks_the_watchdog(made: tuple[Learner, Any]) -> None:
+    learner, dataset = made
+    ticks: list[int] = []
+    scorer = Scorer(dataset.train, dataset.encoder, np.arange(8), dataset.checked.num_tokens.tolist())
+    loaded = dataclasses.replace(learner, root=by_id)  # type: ignore[arg-type]
+    assert scorer.score(loaded, 1, Progress(lambda: ticks.append(1), quiet=True)) is not None
+    assert len(ticks) == 8  # one token is too few for any two samples
 
 
 def test_a_signal_leaves_no_scores(made: tuple[Learner, Any]) -> None:

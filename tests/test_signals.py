@@ -59,7 +59,7 @@ def test_a_stopped_process_is_named(rank: int, world: World) -> None:
     assert stop_case(world, 2, rank, 1.2, timeout=2.0)[0] == []
 
 
-def test_a_signal_is_answered_beside_a_stopped_process(world: World) -> None:
+def test_a_signal_is_answered_next_to_a_stopped_process(world: World) -> None:
     assert stop_then_signal_case(world, 1, grace=2.0)[0] == []
 
 

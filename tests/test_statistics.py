@@ -232,7 +232,7 @@ def test_nothing_supervised_is_an_error(rows: list[Row]) -> None:
             call(empty)
 
 
-def test_an_answer_without_learned_tokens_counts_for_nothing() -> None:
+def test_an_answer_without_supervised_tokens_counts_for_nothing() -> None:
     scores = scores_of([*BY_HAND, (9, 1, 1, False, 0.0, 0, 0, 1000)])
     assert summary(scores) == summary(scores_of(BY_HAND))
     assert by_length(scores) == by_length(scores_of(BY_HAND))
@@ -274,7 +274,7 @@ def printed(show: Callable[[Console], None]) -> list[str]:
     return capture.get().splitlines()
 
 
-def pictures(more: float) -> dict[str, Any]:
+def images(more: float) -> dict[str, Any]:
     a = uneven(40, seed=8)
     noise = np.random.default_rng(9).normal(0, 0.2, len(a.nll))
     found = difference(a, replace(a, nll=a.nll + more * a.num_supervised + noise))
@@ -287,8 +287,16 @@ def report(**changed: Any) -> dict[str, Any]:
     least, most = extremes(scores)
     rows: dict[str, Any] = {**summary(scores), "sources": by_source(scores, ["a", "b/[red]\x1b" + 40 * "x", "c"])}
     rows |= {"turns": by_answer(scores), "modality": by_image(scores), "lengths": by_length(scores)}
-    rows["least_likely"] = [{"place": f"least.jsonl:{number}", "nll": nll} for number, nll in least]
-    rows["most_likely"] = [{"place": f"most.jsonl:{number}", "nll": nll} for number, nll in most]
+    for key, found in (("least", least), ("most", most)):
+        rows[f"{key}_likely"] = [
+            {
+                "place": f"{key}.jsonl:{number}",
+                "nll": nll,
+                "question": f"What is {number}?",
+                "reference": 3 * f"\x1b{key} ",
+            }
+            for number, nll in found
+        ]
     return rows | {"images": None} | changed
 
 
@@ -313,7 +321,7 @@ def test_verdict_in_words() -> None:
 
 
 def test_report_says_everything_in_80_columns() -> None:
-    row = report(images=pictures(0.5))
+    row = report(images=images(0.5))
     lines = printed(lambda console: print_report(row, console))
     text = "\n".join(lines)
     assert max(map(len, lines)) <= 80
@@ -323,11 +331,16 @@ def test_report_says_everything_in_80_columns() -> None:
     for name in (*row["turns"], *row["modality"], *row["lengths"], "b/[red]", "swapped", "grey", "left out"):
         assert any(line.startswith(name) for line in lines), name
     for entry in row["least_likely"] + row["most_likely"]:
-        assert f"{entry['nll']:>10.4f}  {entry['place']}" in lines
+        at = lines.index(f"{entry['nll']:>10.4f}  {entry['place']}")
+        assert lines[at + 1].startswith(
+            f"            {entry['question']} → \\u{{1b}}{entry['place'].partition('.')[0]} "
+        )
+    assert "Likelihood is not accuracy" in text
+    assert "mmtrain eval answers" in " ".join(text.split())
     assert "the images are worth" in " ".join(text.lower().split())
 
 
-def test_report_without_pictures() -> None:
+def test_report_without_images() -> None:
     lines = printed(lambda console: print_report(report(bits_per_byte=None), console))
     assert not any("swapped" in line or "None" in line for line in lines)
     assert any(line.split()[:4] == ["bits", "per", "byte", "–"] for line in lines)

@@ -22,6 +22,7 @@ from mmtrain.dataset.validate import CheckedSamples, LengthLimit, check_samples
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import StorageError, UserError
+from mmtrain.progress import Progress, Task
 from mmtrain.records.chat import Conversation, SampleError, Text
 from mmtrain.records.record_set import RecordSet
 from support.builders import mixed_rows, write_jsonl
@@ -44,9 +45,9 @@ def opened(spec: EncodingSpec, **settings: Any) -> tuple[StoredSamples, CheckedS
     """The samples, what was checked, and how many were encoded for it."""
     counts: list[int] = []
     processor = load_processor(spec.model_path)
-    samples, checked = check_samples(
-        spec, processor, LengthLimit(4096, "data.max_length"), advance=counts.append, **settings
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Task, "advance", lambda self, number: counts.append(number))
+        samples, checked = check_samples(spec, processor, LengthLimit(4096, "data.max_length"), **settings)
     return samples, checked, sum(counts)
 
 
@@ -270,11 +271,9 @@ def test_several_at_once_make_it_once(make_config: MakeConfig, home: Path, monke
     checked = []
 
     def run() -> None:
-        checked.append(
-            check_samples(spec, processor, LengthLimit(4096, "data.max_length"), tick=lambda: waited.append(1))[
-                1
-            ].num_tokens.tolist()
-        )
+        progress = Progress(lambda: waited.append(1), quiet=True)
+        _, found = check_samples(spec, processor, LengthLimit(4096, "data.max_length"), progress=progress)
+        checked.append(found.num_tokens.tolist())
 
     threads = [threading.Thread(target=run) for _ in range(3)]
     for thread in threads:

@@ -38,9 +38,9 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torture.checkpoints, torture.layouts
 import mmtrain.train.checkpoint as checkpoint
-import mmtrain.train.run as loop
+import mmtrain.train.checkpointer as checkpointer
 
-restore, fault = loop.restore, checkpoint._fault
+restore, fault = checkpointer.restore, checkpoint._fault
 
 
 def forget_the_moments(path, model, optimizer, share):
@@ -48,9 +48,9 @@ def forget_the_moments(path, model, optimizer, share):
     optimizer.state.clear()
 
 
-loop.restore = forget_the_moments
+checkpointer.restore = forget_the_moments
 print(torture.layouts.resume(2)[1])
-loop.restore, checkpoint._fault = restore, lambda path: None
+checkpointer.restore, checkpoint._fault = restore, lambda path: None
 print(torture.checkpoints.histories(30)[1])
 """
 

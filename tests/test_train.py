@@ -1,4 +1,4 @@
-"""Whole runs: what they leave, that they go on exactly, and that what changes the result is refused."""
+"""Whole runs: what they leave, that they continue exactly, and that what changes the result is refused."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from mmtrain.config import load_config
 from mmtrain.config.schema import Config
 from mmtrain.errors import NonFiniteError, UserError
-from mmtrain.train import run as loop
+from mmtrain.train import loop
 from mmtrain.train.folder import start_over
 from mmtrain.train.run import train
 from mmtrain.train.step import StepResult, train_step
@@ -114,7 +114,7 @@ OTHER_STEPS = [pytest.param(step, marks=pytest.mark.slow("stops after other step
 
 
 @pytest.mark.parametrize("stop_at", [2, *OTHER_STEPS])
-def test_a_stopped_run_goes_on_to_the_same_bits(
+def test_a_stopped_run_continues_to_the_same_bits(
     stop_at: int, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tune = {"vision": LORA, "language": {**LORA, "dropout": 0.1}}
@@ -200,7 +200,7 @@ def test_a_change_of_the_data_is_refused(shared_run: Config) -> None:
     content = data.read_text()
     data.write_text("\n".join(content.splitlines()[:-1]))
     try:
-        with pytest.raises(UserError, match=r"data\.train\.0\.records: not the bytes"):
+        with pytest.raises(UserError, match=r"data\.train\.0\.records: the content has changed"):
             train(shared_run)
     finally:
         data.write_text(content)
@@ -317,7 +317,7 @@ def test_dropped_samples_are_counted_and_listed(make_config: MakeConfig, capsys:
     assert f"{len(listed)} samples dropped as too long" in capsys.readouterr().err
 
 
-def test_bfloat16_keeps_what_learns_in_float32(make_config: MakeConfig) -> None:
+def test_bfloat16_keeps_trainable_weights_in_float32(make_config: MakeConfig) -> None:
     config = make_config("qwen2_5_vl", MIXED, **SMALL)
     config = changed(config, "model.dtype", "bfloat16")
     train(config)

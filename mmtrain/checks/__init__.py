@@ -1,1 +1,1 @@
-"""Checks of encoded samples that do not know the encoder."""
+"""Checks of encoded samples, independent of the encoder."""

@@ -1,4 +1,4 @@
-"""What a sample's own words and images say, whatever its ids are."""
+"""Checks of a sample's text and images that do not depend on its ids."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,17 +8,17 @@ from mmtrain.records.chat import Message
 from mmtrain.safe_text import shown
 
 MARKS = ("<image>", "<video>", "<audio>")
-"""What stands in text for something else, in the formats that people have."""
+"""Placeholders for media in the text of common formats."""
 
 _LARGER, _OTHER_SHAPE = 4.0, 0.15
 
 
 def image_notes(sizes: Sequence[tuple[int, int]], processor: ChatProcessor) -> Iterator[Finding]:
-    """Images of which the model sees much less than the file holds; `sizes` are their (width, height) in order."""
+    """Images that the model sees much smaller than they are, or cropped; `sizes` are their (width, height) in order."""
     of_images = processor.image_tokens(sizes)
     for number, ((width, height), tokens) in enumerate(zip(sizes, of_images, strict=True), start=1):
         if len(tokens.ids) != tokens.num_placeholders:
-            continue  # cut into tiles: the size of one tells nothing about the picture
+            continue  # divided into tiles: the size of a tile is not that of the image
         used_width, used_height = tokens.used_size
         reason = f"image {number}: {width}x{height}, used as {used_width}x{used_height}"
         if width * height > _LARGER * used_width * used_height:
@@ -29,16 +29,16 @@ def image_notes(sizes: Sequence[tuple[int, int]], processor: ChatProcessor) -> I
 
 
 def literal_specials(messages: Sequence[Message], processor: ChatProcessor) -> Iterator[Finding]:
-    """Special tokens that somebody typed."""
+    """Special tokens in the text of the conversation."""
     for turn, message in enumerate(messages, start=1):
         if match := processor.tokenizer.traits.special_tokens.search(message.text):
-            yield Finding(LITERAL, False, f"turn {turn} holds {shown(match.group())}, which stays characters")
+            yield Finding(LITERAL, False, f"turn {turn} has {shown(match.group())}, which is encoded as plain text")
 
 
 def unmatched_marks(messages: Sequence[Message], marks: Sequence[str]) -> Iterator[Finding]:
-    """Any of `marks` left in the text: it was to be an image, and the sample would be trained on without it."""
+    """Any of `marks` left in the text: the sample would be trained on without the image that the mark stands for."""
     for turn, message in enumerate(messages, start=1):
         for mark in marks:
             if mark in message.text:
-                what = f"turn {turn} holds {mark!r} as text: give its image under 'images' or 'image'"
+                what = f"turn {turn} has {mark!r} as text: give its image under 'images' or 'image'"
                 yield Finding(MARK, True, f"{what}, or name {mark!r} in data.ignore_fields")

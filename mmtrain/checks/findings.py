@@ -1,4 +1,4 @@
-"""What can be wrong with a sample, or right and yet worth knowing, by kind."""
+"""The kinds of faults of a sample, and of notes about it."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,18 @@ REFUSED = "refused"
 UNCHECKED = "cannot be checked"
 UNDECODABLE = "does not decode"
 NO_LABEL = "no supervised token"
-NOT_ITSELF = "label is not its token"
+NOT_ITSELF = "label is another token"
 PLACEHOLDER = "supervised placeholder"
-PICTURE = "image without its placeholders"
-PROMPT = "text before the answer is not inference's"
-WORDS = "labels are not the assistant's words"
-NO_WORDS = "trained turn without supervised words"
+NO_PLACEHOLDERS = "image without its placeholders"
+PROMPT = "text before the reply is not inference's"
+REPLY = "labels are not the assistant's reply"
+NO_TEXT = "trained turn without supervised text"
 NO_END = "trained turn without its end"
 OUTSIDE = "supervised outside the trained turns"
-MARK = "mark that no image stands for"
+MARK = "mark without an image"
 LITERAL = "literal special token"
-WHITE_SPACE = "white space where an answer begins"
-OTHER_END = "reply whose end is another token than the last one's"
+WHITE_SPACE = "white space where a reply begins"
+OTHER_END = "reply with another end token than the last reply"
 ADDED_END = "end token that the template lacks"
 LARGE = "image far larger than used"
 CROPPED = "image cropped or stretched"
@@ -26,7 +26,7 @@ CROPPED = "image cropped or stretched"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A fault, or a note about what is right and yet worth knowing."""
+    """A fault of a sample, or a note: something that is right but worth knowing."""
 
     kind: str
     is_fault: bool

@@ -1,7 +1,7 @@
-"""Faults of labels, found without the encoder: from ids, labels, the conversation's words and the model's own parts.
+"""Finds faults of labels without the encoder: from ids, labels, conversation, and the model's tokenizer and template.
 
-What the encoder builds forwards is read backwards here: pictures are folded to one placeholder each; for every learned
-turn what inference would write before it is held against the ids, and what the labels decode to against the words.
+The check works backwards from the ids: each image is folded to one placeholder; for every trained turn, the ids before
+it are compared with those of inference, and the decoded labels with the text of the reply.
 """
 
 import functools
@@ -17,15 +17,15 @@ from mmtrain.checks.findings import (
     IGNORED,
     NO_END,
     NO_LABEL,
-    NO_WORDS,
+    NO_PLACEHOLDERS,
+    NO_TEXT,
     NOT_ITSELF,
     OTHER_END,
     OUTSIDE,
-    PICTURE,
     PLACEHOLDER,
     PROMPT,
+    REPLY,
     WHITE_SPACE,
-    WORDS,
     Finding,
 )
 from mmtrain.checks.reply_frame import ReplyFrame, form_of, reply_frame
@@ -34,7 +34,7 @@ from mmtrain.records.chat import Conversation, Image, Message, Messages, Part
 from mmtrain.safe_text import shown
 
 _WINDOW = 8
-"""Tokens before a span that are decoded with it: some tokenizers drop the space that a text begins with."""
+"""Tokens before a span that are decoded with it: some tokenizers drop a space at the start of a text."""
 
 
 _Span = tuple[int, int]
@@ -43,7 +43,7 @@ _Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """One sample with each picture folded to one placeholder."""
+    """One sample with each image folded to one placeholder."""
 
     messages: tuple[Message, ...]
     ids: list[int]
@@ -52,7 +52,7 @@ class _Sample:
 
 
 class Checker:
-    """Checks the samples of one model and one choice of labels."""
+    """Checks the samples of one model and one `labels` section of the config."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Checker:
         end_of_turn: bool = True,
         ignored: Collection[str] = (),
     ) -> None:
-        """`ignored`: marks that may stand in text as they are, from `data.ignore_fields`."""
+        """`ignored`: marks that are allowed in text, from `data.ignore_fields`."""
         self._marks = [] if processor.images is None else [mark for mark in MARKS if mark not in ignored]
         self._processor = processor
         self._train_on = train_on
@@ -73,8 +73,8 @@ class Checker:
     ) -> list[Finding]:
         """The faults and notes of one sample.
 
-        `labels` are unshifted, -100 where ignored; `sizes` are (width, height) of the pictures in order.
-        Raises SampleError where the template refuses the conversation or a picture's size.
+        `labels` are unshifted, -100 where ignored; `sizes` are the (width, height) of the images in order. Raises
+        SampleError if the template refuses the conversation, or the processor the size of an image.
         """
         if all(label == IGNORED for label in labels):
             return [Finding(NO_LABEL, True, "no token of it is trained on")]
@@ -89,7 +89,7 @@ class Checker:
     def _fold(
         self, ids: list[int], labels: list[int], sizes: Sequence[tuple[int, int]]
     ) -> tuple[list[int], list[int], list[Finding]]:
-        """The sample with one placeholder for each picture, and the faults of its spans."""
+        """Ids and labels with one placeholder for each image, and the faults of the images' spans."""
         image_id = self._processor.image_token_id or -1
         at, new_ids, new_labels, faults = 0, [], [], []
         of_images = self._processor.image_tokens(sizes)
@@ -98,10 +98,10 @@ class Checker:
             start = _find(ids, span, at)
             if start is None:
                 reason = f"image {number} of {size[0]}x{size[1]} should be {len(span)} tokens in a row: not found"
-                faults.append(Finding(PICTURE, True, reason))
+                faults.append(Finding(NO_PLACEHOLDERS, True, reason))
                 continue
-            if taught := sum(label != IGNORED for label in labels[start : start + len(span)]):
-                faults.append(Finding(PLACEHOLDER, True, f"{taught} tokens of image {number} are trained on"))
+            if supervised := sum(label != IGNORED for label in labels[start : start + len(span)]):
+                faults.append(Finding(PLACEHOLDER, True, f"{supervised} tokens of image {number} are trained on"))
             new_ids += [*ids[at:start], image_id]
             new_labels += [*labels[at:start], IGNORED]
             at = start + len(span)
@@ -116,40 +116,40 @@ class Checker:
         return [turn for turn in turns if messages[turn].train]
 
     def _turns(self, sample: _Sample) -> list[Finding]:
-        """The supervised spans matched with the turns that are to be learned."""
+        """Matches the supervised spans with the turns that are to be trained on, and checks them."""
         trained = self._trained(sample.messages)
-        if len(sample.spans) == len(trained):  # the usual case: in order, proven by the text before each
+        if len(sample.spans) == len(trained):  # the usual case: in order, as the text before each span proves
             pairs = {turn: [span] for turn, span in zip(trained, sample.spans, strict=True)}
             found = [finding for turn, spans in pairs.items() for finding in self._prompt(sample, turn, spans[0])]
             if not any(finding.is_fault for finding in found):
-                return found + [finding for turn in trained for finding in self._answer(sample, turn, pairs[turn])]
-        pairs, found = self._by_place(sample, trained), []
+                return found + [finding for turn in trained for finding in self._reply(sample, turn, pairs[turn])]
+        pairs, found = self._by_overlap(sample, trained), []
         for turn in trained:
             if pairs.get(turn):
                 found += self._prompt(sample, turn, pairs[turn][0])
-            found += self._answer(sample, turn, pairs.get(turn, []))
+            found += self._reply(sample, turn, pairs.get(turn, []))
         strays = [(turn, span) for turn, spans in pairs.items() if turn not in trained for span in spans]
         return found + [self._outside(sample, turn, span) for turn, span in strays]
 
     def _outside(self, sample: _Sample, turn: int, span: _Span) -> Finding:
-        where = f"turn {turn + 1} ({sample.messages[turn].role})" if turn >= 0 else "outside the answers"
+        where = f"turn {turn + 1} ({sample.messages[turn].role})" if turn >= 0 else "the text outside the replies"
         text = self._processor.tokenizer.decode(sample.ids[slice(*span)])
-        return Finding(OUTSIDE, True, f"{where} is not to be trained on, and {shown(text)} is")
+        return Finding(OUTSIDE, True, f"{where} is not to be trained on, but {shown(text)} is")
 
-    def _by_place(self, sample: _Sample, trained: list[int]) -> dict[int, list[_Span]]:
-        """Each span under the assistant's turn that it overlaps most, or -1: counted in characters, space left out."""
+    def _by_overlap(self, sample: _Sample, trained: list[int]) -> dict[int, list[_Span]]:
+        """The spans by the assistant turn that they overlap most, or -1; in characters without white space."""
         render, messages = self._processor.template.render, _messages(sample.messages)
-        places: dict[int, tuple[int, int]] = {}
+        replies: dict[int, tuple[int, int]] = {}
         for turn, message in enumerate(sample.messages):
             if message.role == "assistant" and turn > 0:
                 begin = render(messages[:turn], add_generation_prompt=True)
                 ids = (self._inference_ids(text) for text in (begin, render(messages[: turn + 1])))
                 first, last = map(self._num_characters, ids)
-                places[turn] = first, last
+                replies[turn] = first, last
         found: dict[int, list[_Span]] = {}
         for span in sample.spans:
             start, end = (self._num_characters(self._without_added_ends(sample, at, trained)) for at in span)
-            overlaps = {turn: min(end, last) - max(start, first) for turn, (first, last) in places.items()}
+            overlaps = {turn: min(end, last) - max(start, first) for turn, (first, last) in replies.items()}
             best = max(overlaps, key=overlaps.__getitem__, default=-1)
             found.setdefault(best if overlaps.get(best, 0) > 0 else -1, []).append(span)
         return found
@@ -158,7 +158,7 @@ class Checker:
         return len(_squeezed(self._processor.tokenizer.decode(ids)))
 
     def _prompt(self, sample: _Sample, turn: int, span: _Span) -> Iterator[Finding]:
-        """Whether the ids before an answer are those that inference would feed."""
+        """Checks that the ids before a reply are those that inference would give to the model."""
         prompt = self._processor.template.render(_messages(sample.messages[:turn]), add_generation_prompt=True)
         expected = self._inference_ids(prompt)
         start = span[0]
@@ -169,26 +169,26 @@ class Checker:
         actual = self._without_added_ends(sample, start, trained)
         added = len(actual) < start
         if added:
-            yield Finding(ADDED_END, False, f"turn {turn + 1} follows an end token that inference's text lacks")
+            yield Finding(ADDED_END, False, f"turn {turn + 1} follows an end token that is not in inference's text")
         if actual == expected:
             return
         literal = any(literal_specials(sample.messages[:turn], self._processor))
         decode = self._processor.tokenizer.decode
         one, two = _normal(decode(actual)), _normal(decode(expected))
-        loose = literal or added  # a special token, or its absence, can move a space of SentencePiece
+        loose = literal or added  # a special token, or a missing one, can move a space of SentencePiece
         same = _squeezed(one) == _squeezed(two) if loose else one == two
         if same and (loose or self._differ_at_borders(actual, expected, sample, start)):
             if not loose:
-                yield Finding(WHITE_SPACE, False, f"an answer before turn {turn + 1} has a border inside a token")
+                yield Finding(WHITE_SPACE, False, f"a reply before turn {turn + 1} has a border inside a token")
             return
         at = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
         here = f"{shown(one[max(0, at - 20) : at + 20])}, inference has {shown(two[max(0, at - 20) : at + 20])}"
         yield Finding(PROMPT, True, f"before turn {turn + 1} the ids have {here}")
 
     def _differ_at_borders(self, actual: list[int], expected: list[int], sample: _Sample, end: int) -> bool:
-        """Whether every difference touches a border of an earlier answer: ids are cut where inference's prompt ends.
+        """Whether every difference is at the border of an earlier reply: both sides of it are encoded separately.
 
-        They are cut behind an answer too, which is seen only where the template writes no end token there.
+        At the end of a reply this matters only if the template writes no end token there.
         """
         borders = [border for span in sample.spans for border in span if border < end]
         changes = SequenceMatcher(None, actual, expected, autojunk=False).get_opcodes()
@@ -198,7 +198,7 @@ class Checker:
         )
 
     def _without_added_ends(self, sample: _Sample, end: int, trained: list[int]) -> list[int]:
-        """ids[:end] without the end tokens behind learned answers, where the template writes none itself."""
+        """ids[:end] without the end tokens that were added after trained replies because the template has none."""
         frames = [self._frame(form_of(sample.messages), turn) for turn in trained]
         if all(frame.end or frame.other_end for frame in frames):
             return sample.ids[:end]
@@ -206,11 +206,11 @@ class Checker:
         ends = {last - 1 for _, last in sample.spans if sample.ids[last - 1] == eos}
         return [token for i, token in enumerate(sample.ids[:end]) if i not in ends]
 
-    def _answer(self, sample: _Sample, turn: int, spans: list[_Span]) -> Iterator[Finding]:
-        """Whether the labels of a turn are its words and its end."""
+    def _reply(self, sample: _Sample, turn: int, spans: list[_Span]) -> Iterator[Finding]:
+        """Checks that the labels of a turn are its text and its end."""
         name, message = f"turn {turn + 1}", sample.messages[turn]
         if not spans:
-            yield Finding(NO_WORDS, True, f"{name}: nothing of {shown(message.text)} is trained on")
+            yield Finding(NO_TEXT, True, f"{name}: nothing of {shown(message.text)} is trained on")
             return
         frame = self._frame(form_of(sample.messages), turn)
         labels = [label for span in spans for label in sample.labels[slice(*span)]]
@@ -221,47 +221,47 @@ class Checker:
         elif self._end_of_turn and not has_end:
             yield Finding(NO_END, True, f"{name}: the token that ends it is not trained on")
         if has_end and not self._end_of_turn:
-            yield Finding(OUTSIDE, True, f"{name}: its end is trained on, and labels.end_of_turn is false")
+            yield Finding(OUTSIDE, True, f"{name}: its end is trained on, although labels.end_of_turn is false")
         if self._end_of_turn and not frame.end and not frame.other_end:
-            yield Finding(ADDED_END, False, f"{name}: the template has no end token, the tokenizer's is put there")
+            yield Finding(ADDED_END, False, f"{name}: the template has no end token, so the tokenizer's is added")
         labels = labels[: len(labels) - num_end]
         start = spans[0][0]
         before = sample.ids[max(0, start - _WINDOW) : start]
         text = self._processor.tokenizer.decode(before + labels)[len(self._processor.tokenizer.decode(before)) :]
         if not text.strip():
-            yield Finding(NO_WORDS, True, f"{name}: nothing of {shown(message.text)} is trained on")
+            yield Finding(NO_TEXT, True, f"{name}: nothing of {shown(message.text)} is trained on")
             return
         written = self._as_written(sample, turn, frame, _normal(text))
         if written is not None:
-            yield Finding(WORDS, True, f"{name}: the labels say {shown(text)}, the assistant wrote {shown(written)}")
+            yield Finding(REPLY, True, f"{name}: the labels say {shown(text)}, the assistant wrote {shown(written)}")
         elif message.text[:1].isspace() and text[len(frame.around[0]) :][:1].isspace():
             yield Finding(WHITE_SPACE, False, f"{name} begins with white space")
 
     def _num_end(self, labels: list[int], frame: ReplyFrame) -> int:
-        """How many of the labels are the reply's end: the template's, or one that was added where it has none."""
+        """How many of the labels are the reply's end: the template's, or one that was added if it has none."""
         if frame.end:
             return len(frame.end) if tuple(labels[-len(frame.end) :]) == frame.end else 0
         return int(labels[-1] in self._processor.tokenizer.traits.eos_ids)
 
     def _as_written(self, sample: _Sample, turn: int, frame: ReplyFrame, text: str) -> str | None:
-        """None where `text` is what the template makes of the turn's words, otherwise what it should be."""
+        """None if `text` is what the template makes of the turn's text, otherwise what it should be."""
         parts = [part.text for part in sample.messages[turn].parts if not isinstance(part, Image)]
         pieces = [piece for pair in zip(frame.around, [*parts, ""], strict=True) for piece in pair][:-2]
-        whole = _normal("".join(pieces))
-        outer = any(part != part.strip() for part in parts)
-        if not outer or text == whole:
-            return None if text == whole else whole
+        expected = _normal("".join(pieces))
+        has_outer_space = any(part != part.strip() for part in parts)
+        if not has_outer_space or text == expected:
+            return None if text == expected else expected
         messages = _messages(sample.messages)
         prompt = self._processor.template.render(messages[:turn], add_generation_prompt=True)
         rest = _normal(self._processor.template.render(messages)[len(prompt) :])
-        behind, closing = rest[len(text) :], frame.around[-1]
-        closed = len(behind) - len(behind.lstrip()) == len(closing) - len(closing.lstrip())
-        return None if rest.startswith(text) and closed and _squeezed(text) == _squeezed(whole) else whole
+        after, closing = rest[len(text) :], frame.around[-1]
+        closed = len(after) - len(after.lstrip()) == len(closing) - len(closing.lstrip())
+        return None if rest.startswith(text) and closed and _squeezed(text) == _squeezed(expected) else expected
 
     def _inference_ids(self, text: str) -> list[int]:
-        """Ids as inference makes them: a processor's tokenizer puts its prefix there, unless `text` has the BOS."""
+        """Ids as inference makes them: a processor's tokenizer adds its prefix, unless `text` starts with the BOS."""
         tokenizer, images = self._processor.tokenizer, self._processor.images
-        if images is not None:  # some families write another for the placeholder
+        if images is not None:  # some families write another token for the placeholder
             text = text.replace(images.token, images.placeholder)
         has_bos = tokenizer.traits.bos and text.startswith(tokenizer.traits.bos)
         add = images is not None and not has_bos
@@ -272,7 +272,9 @@ class Checker:
 def _wrong_labels(ids: Sequence[int], labels: Sequence[int]) -> Iterator[Finding]:
     wrong = [i for i, (token, label) in enumerate(zip(ids, labels, strict=True)) if label not in (IGNORED, token)]
     if wrong:
-        yield Finding(NOT_ITSELF, True, f"{len(wrong)} labels are not their own token, the first at {wrong[0]}")
+        yield Finding(
+            NOT_ITSELF, True, f"{len(wrong)} labels are not the token they belong to, the first at {wrong[0]}"
+        )
 
 
 def _spans(labels: list[int]) -> list[_Span]:

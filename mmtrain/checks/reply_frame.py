@@ -1,4 +1,4 @@
-"""What a chat template writes around the words of one reply, seen with stand-ins for the words."""
+"""What a chat template writes around the text of a reply, found by rendering stand-ins for the text."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,15 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Image, Message, Messages
 
 Form = tuple[tuple[str, tuple[str, ...]], ...]
-"""The role of each turn, and the kinds of its parts."""
+"""The role of each turn, and the kinds of its content parts."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplyFrame:
-    """What the template writes around the words of one reply: before, between its parts, after.
+    """What the template writes around the text of a reply: before, between and after its content parts.
 
-    `end`: the special tokens that it writes right after the words, to the one that stops generation or else the first
-    alone; none where it lacks an end token. `other_end`: where others follow, it writes another special token there.
+    `end`: the special tokens right after the text, up to the one that stops generation, or only the first if none does;
+    empty if the template has no end token. `other_end`: the template writes another token there if turns follow.
     """
 
     around: tuple[str, ...]
@@ -30,7 +30,7 @@ def form_of(messages: tuple[Message, ...]) -> Form:
 
 
 def reply_frame(processor: ChatProcessor, form: Form, turn: int) -> ReplyFrame:
-    """The template's own text around the reply of `turn`, seen with stand-ins for the words."""
+    """What the template writes around the reply of `turn`, in a conversation of this form."""
     messages: Messages = []
     for number, (role, kinds) in enumerate(form):
         texts = (f"Yv{number}v{i}vY" for i in range(len(kinds)))
@@ -54,7 +54,7 @@ def reply_frame(processor: ChatProcessor, form: Form, turn: int) -> ReplyFrame:
 
 
 def _special_run(processor: ChatProcessor, text: str) -> list[str]:
-    """The special tokens that `text` begins with, to the one that stops generation; the first alone without one."""
+    """The special tokens at the start of `text`, up to the one that stops generation; only the first if none does."""
     run = list[str]()
     while match := processor.tokenizer.traits.special_tokens.match(text, sum(map(len, run))):
         run.append(match.group())

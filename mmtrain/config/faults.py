@@ -1,4 +1,4 @@
-"""What pydantic finds wrong in a config, in our words: one fault for each key path."""
+"""The faults that pydantic finds in a config, in mmtrain's words: one for each key path."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -31,11 +31,11 @@ _EXPECTED = {
     "less_than": "a number less than {lt}",
     "less_than_equal": "a number of at most {le:,}",
 }
-"""What a value should have been, for the kinds of errors that have nothing else to say."""
+"""The expected value, for kinds of errors that need no other explanation."""
 
 
 def schema_faults(errors: Sequence[ErrorDetails], data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """The key path and the reason of each fault. Where a value may be of several types, their errors are one fault."""
+    """The key path and the reason of each fault. If a value can have several types, their errors are one fault."""
     found: dict[KeyPath, list[ErrorDetails]] = {}
     for error in errors:
         if not _follows_from_another(error, data):
@@ -50,8 +50,8 @@ def schema_faults(errors: Sequence[ErrorDetails], data: dict[str, Any]) -> Itera
 
 
 def _follows_from_another(error: ErrorDetails, data: dict[str, Any]) -> bool:
-    """A list whose only item is at fault counts as too short for pydantic. The required key of `run` counts as missing
-    where it stands in its old place, which is reported."""
+    """Whether another error already reports this fault. For pydantic, a list whose only item is wrong is too short, and
+    a required key of `run` in its old place is missing."""
     if error["type"] == "missing" and error["loc"][0] == "run":
         train = data.get("train")
         return isinstance(train, dict) and "output_dir" in train
@@ -83,7 +83,7 @@ def _reason(error: ErrorDetails, at: KeyPath, data: dict[str, Any]) -> str:
     if kind == "extra_forbidden":
         return _unknown_key(at, data)
     if kind == "missing":
-        return "required, and not given"
+        return "required, but missing"
     if kind.startswith("union_tag"):
         mode = value.get("mode") if isinstance(value, dict) else value
         return "needs `mode: frozen`, `mode: lora` or `mode: full`" + (f", not {shown(mode)}" if mode else "")
@@ -115,7 +115,7 @@ def _unknown_key(at: KeyPath, data: dict[str, Any]) -> str:
 
 
 def _valid_keys(at: KeyPath, data: dict[str, Any]) -> list[str]:
-    """The keys that the section around the key path `at` may have."""
+    """The valid keys of the section that contains the key path `at`."""
     model: type[BaseModel] = Config
     here: Any = data
     for step in at[:-1]:

@@ -1,4 +1,4 @@
-"""Key paths found in the schema: what may change on resume, what affects bits, what moved."""
+"""Key paths from the schema: those that may change on resume, affect bits, or have moved."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from mmtrain.config.schema import Config, Marker, Run, Section
 
 
 def _marked(marker: Marker, section: type[Section] = Config, inside: str = "") -> Iterator[str]:
-    """The key paths of the fields that carry `marker`, in the order of the schema; nothing below such a field."""
+    """The key paths of the fields with `marker`, in the order of the schema, without the fields inside them."""
     for name, field in section.model_fields.items():
         if marker in field.metadata:
             yield inside + name
@@ -21,4 +21,4 @@ AFFECTS_BITS = tuple(_marked(Marker.AFFECTS_BITS, Run))
 """Keys of `run` whose change may change the bits of the result, within rounding."""
 
 MOVED = {f"train.{key}": f"run.{key}" for key in Run.model_fields} | {"train.features": "run.image_cache"}
-"""Old key paths, of configs and checkpoints written before there was a section `run`, and the new ones."""
+"""Old key paths of configs and checkpoints from before the section `run` existed, and the new ones."""

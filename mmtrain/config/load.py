@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` overrides to a `Config`, or to all faults at once, each with its line."""
+"""Makes a `Config` from a YAML file and `key=value` overrides, or reports all faults at once, each with its line."""
 
 import glob
 import os
@@ -16,7 +16,7 @@ from mmtrain.errors import UserError
 from mmtrain.safe_text import shown, visible
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))(?=.{3,96}$)[A-Za-z0-9](?:[\w.-]*\w)?/(?:[\w.-]*\w)", re.ASCII)
-"""What the hub takes as an id: `owner/name`."""
+"""A valid model id of the hub: `owner/name`."""
 _COMMAND_LINE = "command line"
 
 
@@ -46,12 +46,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The merged config as YAML, every key written out; loading it gives an equal `Config`."""
+    """The merged config as YAML with every key. Loading it gives an equal `Config`."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
 def _apply(override: str, data: dict[str, Any], where: dict[KeyPath, str]) -> None:
-    """Set one `section.key=value` in `data`; a number in the path is a place in a list that is there."""
+    """Set one `section.key=value` in `data`. A number in the path is the index in an existing list."""
     key, equals, text = override.partition("=")
     name = f"{_COMMAND_LINE}: {shown(override)}"
     if not equals or not key:
@@ -69,12 +69,12 @@ def _apply(override: str, data: dict[str, Any], where: dict[KeyPath, str]) -> No
     at.append(step := _step(last, target, name))
     target[step] = value
     for inner in [inner for inner in where if inner[: len(at)] == tuple(at)]:
-        del where[inner]  # lines of what the override replaced
+        del where[inner]  # the lines of values that the override replaced
     where[tuple(at)] = _COMMAND_LINE
 
 
 def _step(word: str, target: Any, name: str) -> str | int:
-    """One word of a key path as the key of a section or the place in a list."""
+    """One step of a key path: the key of a section or the index in a list."""
     if isinstance(target, dict):
         return word
     if word.isdecimal() and len(word) < 6 and int(word) < len(target):
@@ -83,7 +83,7 @@ def _step(word: str, target: Any, name: str) -> str | int:
 
 
 def _key(at: KeyPath) -> str:
-    """A key path on one printable line."""
+    """A key path as printable text on one line."""
     words = (str(step) if re.fullmatch(r"[\w-]{1,40}", str(step)) else shown(step, 40) for step in at)
     return ".".join(words) or "config"
 
@@ -94,7 +94,7 @@ def _place(at: KeyPath, where: dict[KeyPath, str], name: str) -> str:
 
 
 def _missing_files(data: dict[str, Any], where: dict[KeyPath, str], name: str) -> Iterator[str]:
-    """A fault for each path in the raw config that leads nowhere; what is not a path at all is left to the schema."""
+    """A fault for each path in the raw config that does not exist. The schema checks what is not a path at all."""
     for at, path in _paths(data):
         is_model = at == ("model", "path")
         if is_model:

@@ -7,7 +7,7 @@ from typing import Any
 from mmtrain.config.schema import json_schema
 
 Node = dict[str, Any]
-"""A part of a JSON Schema."""
+"""A node of a JSON Schema."""
 
 _INTRO = """\
 # Config reference
@@ -28,7 +28,7 @@ def reference() -> str:
 
 
 def _places(schema: Node) -> dict[str, list[str]]:
-    """By the name of a section in the schema, where it stands in a config; in the order of the keys."""
+    """For each section of the schema, by name, the places in a config that can have it; in the order of the keys."""
     found: dict[str, list[str]] = {}
 
     def visit(section: Node, prefix: str) -> None:
@@ -42,7 +42,7 @@ def _places(schema: Node) -> dict[str, list[str]]:
 
 
 def _sections(node: Node, key: str) -> Iterator[tuple[str, str]]:
-    """The sections that the value of `key` may be, each with its place."""
+    """The sections that the value of `key` can be, each with its place."""
     if "$ref" in node:
         yield _name(node), f"`{key}`"
     elif "$ref" in node.get("items", {}):
@@ -59,9 +59,9 @@ def _name(node: Node) -> str:
 def _table(name: str, places: list[str], schema: Node) -> str:
     section = schema["$defs"][name]
     path = places[0].strip("`")
-    whole = len(places) == 1 and " " not in path  # else the full key is not known
+    prefix = f"{path}." if len(places) == 1 and " " not in path else ""  # otherwise the full key is not known
     rows = [
-        f"| `{path + '.' if whole else ''}{key}` | {_type(node)} | {_default(key, node, section)} | {_meaning(node)} |"
+        f"| `{prefix}{key}` | {_type(node)} | {_default(key, node, section)} | {_meaning(node)} |"
         for key, node in section["properties"].items()
     ]
     description = schema["properties"].get(path, {}).get("description")
@@ -91,10 +91,10 @@ def _type(node: Node) -> str:
 
 
 def _range(node: Node) -> str:
-    whole = node["type"] == "integer"
+    is_integer = node["type"] == "integer"
     bounds = [
-        ("≥", node["exclusiveMinimum"] + 1 if whole and "exclusiveMinimum" in node else node.get("minimum")),
-        (">", None if whole else node.get("exclusiveMinimum")),
+        ("≥", node["exclusiveMinimum"] + 1 if is_integer and "exclusiveMinimum" in node else node.get("minimum")),
+        (">", None if is_integer else node.get("exclusiveMinimum")),
         ("≤", node.get("maximum")),
         ("<", node.get("exclusiveMaximum")),
     ]

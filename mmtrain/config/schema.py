@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 
 
 class Marker(Enum):
-    """What a change of a key does besides changing the result. A key without SAME_RESULT, in a section without it,
-    decides the result: a run does not resume with another value."""
+    """The effect of changing a key. If neither the key nor its section has SAME_RESULT, the key decides the result: a
+    run does not resume with another value."""
 
     SAME_RESULT = "a change does not change the result beyond rounding"
     AFFECTS_BITS = "a change may change the bits of the result, within rounding"
@@ -29,6 +29,10 @@ class Model(Section):
     """A directory in the transformers format, or the id of a model already in the local hub cache."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """The type of the frozen weights. Trainable weights are always float32."""
+    quantization: Literal["nf4"] | None = None
+    """`nf4`: store the language model's linear layers in 4 bits (QLoRA: NF4 with double quantization), a quarter of
+    bfloat16's memory. Vision, projector and head are not quantized. Products are computed in `dtype`. Needs
+    `pip install "mmtrain[qlora]"`, LoRA in at least one component, and a language model that is not trained in full."""
 
 
 class Frozen(Section):
@@ -61,33 +65,33 @@ class Lora(Section):
     """The kind of adapter."""
 
 
-Part = Annotated[Frozen | Lora | Full, Field(discriminator="mode")]
+ComponentMode = Annotated[Frozen | Lora | Full, Field(discriminator="mode")]
 
 
 class Tune(Section):
-    vision: Part = Frozen()
+    vision: ComponentMode = Frozen()
     """The image encoder."""
-    projector: Part = Frozen()
+    projector: ComponentMode = Frozen()
     """The layers that map image features to embeddings of the language model."""
-    language: Part = Frozen()
+    language: ComponentMode = Frozen()
     """The language model with its head."""
 
     @model_validator(mode="after")
-    def something_learns(self) -> "Tune":
-        if not self.learning:
+    def something_is_trainable(self) -> "Tune":
+        if not self.trainable:
             raise ValueError("nothing is trainable: set the mode of vision, projector or language to lora or full")
-        variants = {part.variant for part in self.learning.values() if isinstance(part, Lora)}
+        variants = {mode.variant for mode in self.trainable.values() if isinstance(mode, Lora)}
         if len(variants) > 1:
             raise ValueError(f"one adapter is of one variant, not {' and '.join(sorted(variants))}")
         return self
 
     @property
-    def parts(self) -> dict[str, Frozen | Lora | Full]:
+    def components(self) -> dict[str, Frozen | Lora | Full]:
         return {"vision": self.vision, "projector": self.projector, "language": self.language}
 
     @property
-    def learning(self) -> dict[str, Lora | Full]:
-        return {name: part for name, part in self.parts.items() if not isinstance(part, Frozen)}
+    def trainable(self) -> dict[str, Lora | Full]:
+        return {name: mode for name, mode in self.components.items() if not isinstance(mode, Frozen)}
 
 
 RecordFormat = Literal["auto", "openai", "messages", "conversations"]
@@ -108,9 +112,26 @@ class TrainSource(Source):
     """Passes over the source in one epoch: 2.5 is two whole passes and a random half."""
 
 
+MetricName = Literal[
+    "exact_match",
+    "vqa_match",
+    "anls",
+    "relaxed_accuracy",
+    "multiple_choice",
+    "token_f1",
+    "chrf",
+    "json_accuracy",
+    "box_iou",
+    "box_accuracy",
+]
+
+
 class EvalSource(Source):
     name: str | None = None
     """The name of the source in reports; without it the file's name."""
+    metric: MetricName | None = None
+    """How `mmtrain eval answers` scores a generated answer (see docs/answers.md); without it a metric that suits the
+    source's reference answers is chosen and named."""
 
 
 class Data(Section):
@@ -177,6 +198,10 @@ class ImageCache(Section):
 class Run(Section):
     output_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
     """The directory for everything that the run writes."""
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Marker.AFFECTS_BITS] = "auto"
+    """What the run computes on. `auto`: the GPU if torch finds one, else the CPU. `cuda`: NVIDIA GPUs with any dtype
+    from compute capability 8.0, with float32 below it. `mps` and, with `cuda`, ROCm are not tested, so they must be
+    named."""
     microbatch_tokens: Annotated[Count, Marker.AFFECTS_BITS] = 2048
     """Tokens that go through the model at once. Lower it when memory runs out, raise it where a large GPU has memory
     to spare."""
@@ -204,7 +229,8 @@ class Run(Section):
     before the first step. Needs a C++ compiler on the CPU."""
     kernels: Annotated[Literal["auto", "off"], Marker.AFFECTS_BITS] = "auto"
     """Replace modules of the model by faster equivalents, each one where a trial at the start shows that it computes
-    the same (`auto`), or compute everything with the model's own modules (`off`)."""
+    the same (`auto`), or compute everything with the model's own modules (`off`). On CUDA some are compiled at the
+    start."""
     image_cache: Annotated[ImageCache, Marker.AFFECTS_BITS] = ImageCache()
     """Where vision and projector are frozen, each image goes through them once and their outputs are cached. 0 for
     both sizes: no cache."""
@@ -235,6 +261,19 @@ class Config(Section):
     """What decides the result: steps, batch size, learning rate, seed."""
     run: Annotated[Run, Marker.SAME_RESULT]
     """How the run is executed. Nothing here changes the result beyond rounding, and all of it may change on resume."""
+
+    @model_validator(mode="after")
+    def quantization_fits(self) -> "Config":
+        if self.model.quantization is None:
+            return self
+        key = f"model.quantization: {self.model.quantization}"
+        if isinstance(self.tune.language, Full):
+            raise ValueError(f"{key} is for a frozen language model, and tune.language is full: set it to lora")
+        if not any(isinstance(part, Lora) for part in self.tune.trainable.values()):
+            raise ValueError(f"{key} needs an adapter to save, and no component has mode: lora; set one to lora")
+        if self.run.weights == "shard":
+            raise ValueError(f"{key} does not work with run.weights: shard; set it to replicate")
+        return self
 
 
 def json_schema() -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""YAML with line numbers: the JSON-like core of YAML 1.2, and nothing that surprises.
+"""YAML with line numbers: only the JSON-like core of YAML 1.2.
 
-PyYAML alone reads YAML 1.1: `1e-4` is a string, `no` is false, `010` is 8, the last of two equal keys wins, and a
-few aliases can stand for millions of values. Here numbers are numbers, and the rest is refused.
+PyYAML reads YAML 1.1: `1e-4` is a string, `no` is false, `010` is 8, the last of two equal keys wins, and a few aliases
+can expand to millions of values. Here numbers are numbers, and the rest is refused.
 """
 
 import re
@@ -34,7 +34,7 @@ _CONSTANTS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds the tree of nodes, refusing aliases, tags and deep nesting before they cost anything."""
+    """Builds the tree of nodes. Refuses aliases, tags and deep nesting before they take memory or time."""
 
     depth = 0
 
@@ -64,9 +64,9 @@ class _Refused(Exception):
 
 
 def parse_yaml(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
-    """`text` as plain data, and the line (from 1) on which each key path begins.
+    """`text` as plain data, and the first line (from 1) of each key path.
 
-    Raises UserError, naming `name` and the line, for anything that is not plain YAML.
+    Raises UserError with `name` and the line for anything that is not plain YAML.
     """
     try:
         node = _Loader(text).get_single_node()
@@ -86,7 +86,7 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
 
 
 def read_yaml(path: Path) -> tuple[Any, dict[KeyPath, int]]:
-    """`parse_yaml` of a file, with a plain message where it cannot be read."""
+    """`parse_yaml` of a file. Raises UserError also if it cannot be read."""
     name = visible(str(path))
     try:
         with open_regular(path) as file:
@@ -135,7 +135,7 @@ def _scalar(node: yaml.ScalarNode) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.2 would read as a number, which YAML 1.1 does not (`1e-4`)."""
+    """Also quotes text that is a number only in YAML 1.2, such as `1e-4`."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

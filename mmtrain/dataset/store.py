@@ -4,7 +4,6 @@ A store's name is a hash of everything that its content depends on. One that is 
 made again; one with faults is not kept. Whoever makes a store has a lock, so that the processes of a run make it once.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -20,13 +19,14 @@ import transformers
 
 import mmtrain
 from mmtrain.atomic_files import move_into_place, temporary_path
-from mmtrain.dataset.encode_all import EncodedChunk, EncodingSpec, encode_all
+from mmtrain.dataset.encode_all import EncodingSpec, encode_all
 from mmtrain.dataset.hashes import cache_folder, digest
 from mmtrain.dataset.store_file import CannotWriteError, EncodedStore, write_store, writing
 from mmtrain.encoding.directory import model_directory, processor_files
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import storage_faults
 from mmtrain.file_locks import wait_for_lock
+from mmtrain.progress import QUIET, Progress
 from mmtrain.records.record_set import RecordSet
 
 _VERSION = 4
@@ -35,39 +35,32 @@ _UNUSED_SECONDS = 30 * 24 * 3600
 """Stores that nobody opened for so long are removed when another one is made."""
 
 
-def open_store(
-    spec: EncodingSpec,
-    records: RecordSet,
-    processor: ChatProcessor,
-    advance: Callable[[int], None],
-    tick: Callable[[], None],
-) -> EncodedStore:
-    """The store of `records`, encoded as `spec` says, made if there is none. `advance` is given numbers of samples as
-    they are encoded, `tick` is called while anything else happens.
+def open_store(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor, progress: Progress) -> EncodedStore:
+    """The store of `records`, encoded as `spec` says, made if there is none.
 
     Raises StorageError where there is no room for it.
     """
-    name = _name(spec, records, processor, tick)
-    encode = functools.partial(encode_all, spec, records, processor)
+    name = _name(spec, records, processor, progress.tick)
+
+    def write(path: Path) -> None:
+        with progress.task("encoding", len(records)) as task:
+            write_store(path, encode_all(spec, records, processor), task.advance)
+
     with suppress(CannotWriteError):
-        return _find_or_make(cache_folder() / "encoded", name, encode, advance, tick)
+        return _find_or_make(cache_folder() / "encoded", name, write, progress.tick)
     with (
         storage_faults("the encoded samples can be written neither to the user's cache nor as temporary files"),
         tempfile.TemporaryDirectory(prefix="mmtrain-", ignore_cleanup_errors=True) as folder,
     ):
-        return _find_or_make(Path(folder), name, encode, advance, tick)  # what is mapped stays until the process ends
+        return _find_or_make(Path(folder), name, write, progress.tick)  # what is mapped stays until the process ends
 
 
 def find_store(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor) -> EncodedStore | None:
     """The store of `records`, encoded as `spec` says; None where there is none, or not of these files."""
     try:
-        return _find(_path(cache_folder() / "encoded", _name(spec, records, processor, _ignore)), _ignore)
+        return _find(_path(cache_folder() / "encoded", _name(spec, records, processor, QUIET.tick)), QUIET.tick)
     except OSError:
         return None
-
-
-def _ignore() -> None:
-    pass
 
 
 def _name(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor, tick: Callable[[], None]) -> str:
@@ -91,20 +84,14 @@ def _path(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
-def _find_or_make(
-    folder: Path,
-    name: str,
-    encode: Callable[[], Iterator[EncodedChunk]],
-    advance: Callable[[int], None],
-    tick: Callable[[], None],
-) -> EncodedStore:
+def _find_or_make(folder: Path, name: str, write: Callable[[Path], None], tick: Callable[[], None]) -> EncodedStore:
     path = _path(folder, name)
     with _locked(folder, name, tick):
         if (found := _find(path, tick)) is not None:
             return found
         _remove_unused(folder)
         with temporary_path(path) as made:
-            write_store(made, encode(), advance)
+            write(made)
             store = EncodedStore(made)
             if not store.faults:
                 with writing():

@@ -1,6 +1,5 @@
 """The check of every sample before the first step."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from mmtrain.dataset.store import open_store
 from mmtrain.dataset.store_file import EncodedStore
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
+from mmtrain.progress import QUIET, Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +56,15 @@ def check_samples(
     processor: ChatProcessor,
     limit: LengthLimit,
     too_long: str = "error",
-    advance: Callable[[int], None] = lambda number: None,
-    tick: Callable[[], None] = lambda: None,
+    progress: Progress = QUIET,
 ) -> tuple[StoredSamples, CheckedSamples]:
-    """Every sample of `spec`, encoded once. `advance` and `tick`: see `open_store`.
+    """Every sample of `spec`, encoded once.
 
     Raises UserError naming the file, the line and the reason of every sample that cannot be used; one that is too
     long is dropped instead where `too_long` is "drop".
     """
     records = spec.records()
-    store = open_store(spec, records, processor, advance, tick)
+    store = open_store(spec, records, processor, progress)
     faults = [(one.index, one.reason if one.kind == REFUSED else f"{one.kind}: {one.reason}") for one in store.faults]
     over = np.flatnonzero(store.num_tokens > limit.num_tokens).tolist()
     long = [(index, limit.reason(store.num_tokens[index])) for index in over]

@@ -57,10 +57,12 @@ def model_directory(path: str) -> Path:
     try:
         return Path(snapshot_download(path, local_files_only=True))
     except HFValidationError:
-        raise UserError(f"{shown(path)}: there is no such directory, and it is not a hub id (name/model)") from None
+        raise UserError(
+            f"{shown(path, 4096)}: there is no such directory, and it is not a hub id (name/model)"
+        ) from None
     except (OSError, ValueError):
         raise UserError(
-            f"{shown(path)}: no such directory, and not in the local hub cache: run `hf download {path}`"
+            f"{shown(path, 4096)}: no such directory, and not in the local hub cache: run `hf download {path}`"
         ) from None
 
 

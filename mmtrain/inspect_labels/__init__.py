@@ -1,1 +1,1 @@
-"""`mmtrain inspect-labels`: what the model is taught, token by token, from the very encoding that training uses."""
+"""`mmtrain inspect-labels`: which tokens are trained on, from the same stored encoding that training reads."""

@@ -1,6 +1,6 @@
-"""The audit of a whole data set: what training reads and what the checks of its labels found, counted.
+"""The audit of a data set: counts what training reads and what the checks of the labels found.
 
-Samples are encoded and checked once, when they are stored for training; the audit reads that store.
+Samples are encoded and checked once, when they are stored for training. The audit reads that store.
 """
 
 import hashlib
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text as Plain
 
@@ -27,6 +26,7 @@ from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError, grouped
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.model.load import length_limit
+from mmtrain.progress import Progress
 from mmtrain.records.chat import Conversation, Text
 
 TOO_LONG = "too long"
@@ -40,25 +40,25 @@ def _sources(config: Config, split: str) -> Sequence[Source]:
     return sources
 
 
-def _digest(conversation: Conversation, pictures: list[FoundImage], with_bytes: bool = False) -> bytes:
-    """A hash of the words and, of the pictures, of their sizes and numbers of bytes; or of the bytes themselves."""
+def _digest(conversation: Conversation, images: list[FoundImage], with_bytes: bool = False) -> bytes:
+    """A hash of the text and of the images' sizes and numbers of bytes; with `with_bytes` also of the bytes."""
     made = hashlib.blake2b(digest_size=16)
     for message in conversation.messages:
-        parts = [part.text if isinstance(part, Text) else None for part in message.parts]
-        made.update(repr((message.role, message.train, parts)).encode())
-    for picture in pictures:
-        data = picture.source
+        texts = [part.text if isinstance(part, Text) else None for part in message.parts]
+        made.update(repr((message.role, message.train, texts)).encode())
+    for image in images:
+        data = image.source
         if with_bytes:
             data = data.read_bytes() if isinstance(data, Path) else data
             made.update(hashlib.sha256(data).digest())
         num_bytes = data.stat().st_size if isinstance(data, Path) else len(data)
-        made.update(repr((picture.size, num_bytes)).encode())
+        made.update(repr((image.size, num_bytes)).encode())
     return made.digest()
 
 
 @dataclass(slots=True)
 class SourceReport:
-    """What one source of the config holds."""
+    """The counts of one source of the config."""
 
     path: str
     num_samples: int = 0
@@ -74,19 +74,19 @@ _COUNTS = [name for name in SourceReport.__slots__ if name != "path"]
 
 @dataclass(slots=True)
 class AuditReport:
-    """What the audit of one split found. Places are `file:line`."""
+    """The results of the audit of one split. Places are `file:line`."""
 
     split: str
     sources: list[SourceReport]
     lengths: Counter[int] = field(default_factory=Counter)
-    image_sides: Counter[int] = field(default_factory=Counter)  # the longer side of each picture
+    image_sides: Counter[int] = field(default_factory=Counter)  # the longer side of each image
     longest: list[tuple[int, str]] = field(default_factory=list)
     """(number of tokens, place), the longest first."""
     num_duplicates: int = 0
     """Samples that are the same as an earlier one."""
     duplicates: list[list[str]] = field(default_factory=list)  # the places of the first groups
     faults: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    """Of each kind (place, reason), in the order of the samples."""
+    """By kind, (place, reason) in the order of the samples."""
     notes: Counter[str] = field(default_factory=Counter)
     first_notes: dict[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -115,16 +115,16 @@ class AuditReport:
         }
 
     def print(self, console: Console) -> None:
-        """The report for a person, in 80 columns."""
+        """Print the report in 80 columns."""
         table = Table(box=None, pad_edge=False, title=f"Audit of data.{self.split}", title_justify="left")
         table.add_column("source", overflow="fold", max_width=26)
         for name in ("samples", "refused", "tokens", "trained on", "images", "faults"):
             table.add_column(name, justify="right", no_wrap=True)
         everything = SourceReport("all", *map(self.total, _COUNTS))
         for source in [*self.sources, everything] if len(self.sources) > 1 else self.sources:
-            samples, refused, tokens, learned, images, faults = (getattr(source, name) for name in _COUNTS)
+            samples, refused, tokens, supervised, images, faults = (getattr(source, name) for name in _COUNTS)
             counts = [f"{count:,}" for count in (samples, refused, tokens, images, faults)]
-            counts.insert(3, f"{learned / tokens if tokens else 0:.1%}")
+            counts.insert(3, f"{supervised / tokens if tokens else 0:.1%}")
             table.add_row(Plain(Path(source.path).name), *counts)
         console.print(table)
         for line in self._lines():
@@ -154,7 +154,7 @@ def _named(found: tuple[str, str]) -> dict[str, str]:
 
 
 def _histogram(counts: Counter[int]) -> list[dict[str, int]]:
-    """Bins from a power of two to the next: `from` and `to` are both in the bin. Empty bins between are kept."""
+    """Bins between powers of two; `from` and `to` are both in the bin. Empty bins between others are included."""
     bins: Counter[int] = Counter()
     for value, count in counts.items():
         bins[value.bit_length()] += count
@@ -171,7 +171,7 @@ def _bars(title: str, bins: list[dict[str, int]]) -> Iterator[str]:
 
 
 class _Counting:
-    """Adds samples up, one after the other."""
+    """Adds samples to a report, one after another."""
 
     def __init__(self, samples: StoredSamples, config: Config, split: str) -> None:
         self.report = AuditReport(split, [SourceReport(source.path) for source in _sources(config, split)])
@@ -185,7 +185,7 @@ class _Counting:
             self._faults.setdefault(fault.index, []).append(Finding(fault.kind, True, fault.reason))
 
     def add(self, index: int, too_long: Finding | None) -> list[Finding]:
-        """Count sample `index`, with what is said of its length. Gives all that is said of it."""
+        """Count sample `index`, with the finding about its length if there is one. Returns all its findings."""
         report, store, place = self.report, self._samples.store, str(self._samples.place(index))
         source, num_tokens = report.sources[self._samples.records.source(index)], int(store.num_tokens[index])
         source.num_samples += 1
@@ -205,30 +205,30 @@ class _Counting:
         if num_tokens:
             report.lengths[num_tokens] += 1
             report.longest.append((num_tokens, place))
-            report.longest.sort(key=lambda one: -one[0])  # stable: of equals the first comes first
+            report.longest.sort(key=lambda one: -one[0])  # stable: equal lengths stay in order
             del report.longest[_NUM_LONGEST:]
             self._same.setdefault(self._digest(index), []).append(index)
         return found
 
     def finish(self) -> AuditReport:
-        """The report, with the samples that are the same: the bytes of images are read only where all else is."""
+        """The report, with equal samples. The bytes of images are read only if everything else is equal."""
         report = self.report
         for indices in self._same.values():
-            for group in self._really_same(indices) if len(indices) > 1 else ():
+            for group in self._same_bytes(indices) if len(indices) > 1 else ():
                 report.num_duplicates += len(group) - 1
                 report.duplicates.append([str(self._samples.place(index)) for index in group])
         del report.duplicates[_NUM_DUPLICATES:]
         return report
 
-    def _really_same(self, indices: list[int]) -> list[list[int]]:
+    def _same_bytes(self, indices: list[int]) -> list[list[int]]:
         groups: dict[bytes, list[int]] = {}
         for index in indices:
             groups.setdefault(self._digest(index, with_bytes=True), []).append(index)
         return [group for group in groups.values() if len(group) > 1]
 
     def _digest(self, index: int, with_bytes: bool = False) -> bytes:
-        pictures = [span.image for span in self._samples.encoded(index).images]
-        return _digest(self._samples.records.conversation(index), pictures, with_bytes)
+        images = [span.image for span in self._samples.encoded(index).images]
+        return _digest(self._samples.records.conversation(index), images, with_bytes)
 
 
 def audit(
@@ -237,34 +237,33 @@ def audit(
     on_row: Callable[[dict[str, Any]], None] | None = None,
     with_tokens: bool = False,
 ) -> AuditReport:
-    """Look at every sample of `split` ("train" or "eval"), as it is stored for training.
+    """Audit every sample of `split` ("train" or "eval"), as it is stored for training.
 
-    `on_row` gets each sample's JSON object, in order, `with_tokens` or without. Raises UserError where a source cannot
-    be read.
+    `on_row` is called with the JSON object of each sample, in order, with or without tokens. Raises UserError if a
+    source cannot be read.
     """
     spec, processor = EncodingSpec.of(config, _sources(config, split)), load_processor(config.model.path)
-    records, encoder, console = spec.records(), spec.encoder(processor), Console(stderr=True)
+    records, encoder, progress = spec.records(), spec.encoder(processor), Progress()
     limit = length_limit(config.model.path, config.data.max_length)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(f"checking {split}", total=len(records))
-        store = open_store(spec, records, processor, lambda number: progress.advance(bar, number), lambda: None)
-        samples = StoredSamples(records, store)
-        counting = _Counting(samples, config, split)
-        bar = progress.add_task(f"auditing {split}", total=len(samples))
+    with progress.task(f"checking {split}"):
+        store = open_store(spec, records, processor, progress)
+    samples = StoredSamples(records, store)
+    counting = _Counting(samples, config, split)
+    with progress.task(f"auditing {split}", len(samples)) as task:
         for index in range(len(samples)):
             num_tokens = int(store.num_tokens[index])
             is_too_long, is_fault = num_tokens > limit.num_tokens, config.data.too_long == "error"
             found = counting.add(index, Finding(TOO_LONG, is_fault, limit.reason(num_tokens)) if is_too_long else None)
             if on_row is not None:
                 on_row(_row(samples, encoder, index, found, with_tokens))
-            progress.advance(bar)
+            task.advance()
     return counting.finish()
 
 
 def _row(
     samples: StoredSamples, encoder: Encoder, index: int, found: Sequence[Finding], with_tokens: bool
 ) -> dict[str, Any]:
-    """The sample as one JSON object, with its faults where it has any."""
+    """The sample as one JSON object, with its faults if it has any."""
     place = samples.place(index)
     for finding in found:
         if finding.kind == REFUSED:

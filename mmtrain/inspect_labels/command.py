@@ -1,4 +1,4 @@
-"""`mmtrain inspect-labels`: a few samples in the terminal or on a page, or all of them audited."""
+"""`mmtrain inspect-labels`: shows a few samples in the terminal or on a page, or checks all of them."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from mmtrain.safe_text import shown, visible
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line says beside the config."""
+    """The options of the command line."""
 
     split: str = "train"
     indices: tuple[int, ...] = ()
@@ -30,7 +30,7 @@ class Options:
 
 
 def inspect_labels(config: Config, options: Options) -> int:
-    """Show or audit; gives the exit code: 1 where a sample is at fault, 0 otherwise."""
+    """Show samples, or check all of them. Returns the exit code: 1 if a sample has a fault, 0 otherwise."""
     if options.html is not None:
         _check_page(options.html)
     if options.all:
@@ -62,15 +62,15 @@ def inspect_labels(config: Config, options: Options) -> int:
 
 
 def _check_page(path: Path) -> None:
-    """Raises UserError, before any work, where no file can be made."""
+    """Raises UserError, before any work, if the file cannot be created."""
     if path.is_dir():
         raise UserError(f"--html {shown(path)}: that is a folder: name a file in it")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"--html {shown(path)}: there is no folder {shown(path.absolute().parent)}: make it first")
+        raise UserError(f"--html {shown(path)}: there is no folder {shown(path.absolute().parent)}: create it first")
 
 
 def _print_json(row: object) -> None:
-    """One JSON object on a line; escaped where standard output cannot say it (a file name that is not UTF-8)."""
+    """One JSON object on a line, escaped if standard output cannot encode it (a file name that is not UTF-8)."""
     line = json.dumps(row, ensure_ascii=False)
     try:
         line.encode(sys.stdout.encoding or "utf-8")
@@ -80,7 +80,7 @@ def _print_json(row: object) -> None:
 
 
 def _chosen(num_samples: int, options: Options) -> list[int]:
-    """The samples asked for, or `num` of them evenly spread."""
+    """The indices that were given, or `num` evenly spaced ones."""
     wrong = [index for index in options.indices if not 0 <= index < num_samples]
     if wrong:
         raise UserError(f"--index {wrong[0]}: there are {num_samples:,} samples, 0 to {num_samples - 1}")

@@ -1,4 +1,4 @@
-"""A sample in the terminal: what is learned is plain at a glance, in 80 columns, with colour or without."""
+"""A sample in the terminal, in 80 columns: it is clear what is trained on, with or without colour."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -10,22 +10,22 @@ from rich.text import Text
 from mmtrain.inspect_labels.view import ImageView, SampleView, SpanView, TokenView
 from mmtrain.safe_text import visible
 
-LEARNED = "▌"
-"""Stands before what is learned, so that it shows without colour too."""
+SUPERVISED = "▌"
+"""Marks lines that are trained on, also without colour."""
 _STYLE = {True: "bold green", False: "dim"}
 NUM_SURPRISING = 5
 
 
 def print_sample(view: SampleView, console: Console, losses: Mapping[int, float] | None = None) -> None:
-    """The conversation laid out by turns, then the pairs of input and target that show the shift by one."""
+    """Print the conversation by turns, then pairs of input and target that show the shift by one."""
     share = view.num_supervised / len(view.tokens)
     console.print(Text(f"{visible(str(view.place))} · sample {view.index}", style="bold", overflow="fold"))
-    pictures = f", {len(view.images)} image{'s' * (len(view.images) != 1)}" if view.images else ""
-    console.print(f"{len(view.tokens)} tokens, {view.num_supervised} trained on ({share:.1%}){pictures}", style="dim")
-    console.print(_layout(view))
+    images = f", {len(view.images)} image{'s' * (len(view.images) != 1)}" if view.images else ""
+    console.print(f"{len(view.tokens)} tokens, {view.num_supervised} trained on ({share:.1%}){images}", style="dim")
+    console.print(_spans(view))
     console.print(_pairs(view.tokens))
     if losses:
-        console.print(_surprise(view.tokens, losses))
+        console.print(_highest_losses(view.tokens, losses))
     console.print()
 
 
@@ -37,18 +37,18 @@ def _grid() -> Table:
     return table
 
 
-def _layout(view: SampleView) -> Table:
+def _spans(view: SampleView) -> Table:
     images = {image.start: image for image in view.images}
     table = _grid()
-    for is_learned, group in groupby(view.spans, key=lambda span: span.supervised):
-        for role, text in _lines(list(group), images, is_learned):
-            table.add_row(LEARNED if is_learned else "", Text(role, style="dim"), text, style=_STYLE[is_learned])
+    for supervised, group in groupby(view.spans, key=lambda span: span.supervised):
+        for role, text in _lines(list(group), images, supervised):
+            table.add_row(SUPERVISED if supervised else "", Text(role, style="dim"), text, style=_STYLE[supervised])
     return table
 
 
-def _lines(spans: Sequence[SpanView], images: Mapping[int, ImageView], learned: bool) -> Iterable[tuple[str, Text]]:
-    """A line for each span; an answer and the token that ends its turn are one."""
-    if learned:
+def _lines(spans: Sequence[SpanView], images: Mapping[int, ImageView], supervised: bool) -> Iterable[tuple[str, Text]]:
+    """A line for each span; a reply and the token that ends its turn are one line."""
+    if supervised:
         yield spans[0].role, Text("".join(visible(span.text) for span in spans))
         return
     for span in spans:
@@ -56,20 +56,20 @@ def _lines(spans: Sequence[SpanView], images: Mapping[int, ImageView], learned: 
 
 
 def _image(image: ImageView) -> Text:
-    width, height = image.picture.size
+    width, height = image.found.size
     used_width, used_height = image.tokens.used_size
     grid = f", {image.tokens.grid[0]}×{image.tokens.grid[1]}" if image.tokens.grid else ""
     return Text(
-        f"▣ {visible(image.picture.name)}  {width}×{height} → {used_width}×{used_height}  "
+        f"▣ {visible(image.found.name)}  {width}×{height} → {used_width}×{used_height}  "
         f"{image.tokens.num_placeholders} placeholders{grid}",
         style="cyan",
     )
 
 
 def _pairs(tokens: Sequence[TokenView]) -> Table:
-    """The pairs around the first and the last learned token: the token at one position predicts the next."""
-    learned = [token.position for token in tokens if token.supervised]
-    around = {p + shift for p in (learned[0], learned[-1]) for shift in (-1, 0, 1)}
+    """The pairs around the first and the last supervised token: the token at one position predicts the next."""
+    supervised = [token.position for token in tokens if token.supervised]
+    around = {p + shift for p in (supervised[0], supervised[-1]) for shift in (-1, 0, 1)}
     chosen = sorted(p for p in around if 0 < p < len(tokens))
     table = Table.grid(padding=(0, 1))
     for justify in ("left", "right", "left", "left", "left"):
@@ -81,17 +81,17 @@ def _pairs(tokens: Sequence[TokenView]) -> Table:
             table.add_row("", "…", "", "", "", style="dim")
         last = p
         target = tokens[p]
-        sign = LEARNED if target.supervised else ""
+        mark = SUPERVISED if target.supervised else ""
         label = f"{visible(target.text)} ({target.id})" if target.supervised else f"{visible(target.text)} (-100)"
-        table.add_row(sign, str(p - 1), visible(tokens[p - 1].text), "→", label, style=_STYLE[target.supervised])
+        table.add_row(mark, str(p - 1), visible(tokens[p - 1].text), "→", label, style=_STYLE[target.supervised])
     return table
 
 
-def _surprise(tokens: Sequence[TokenView], losses: Mapping[int, float]) -> Table:
-    """The learned tokens the model is least sure of, in nats."""
+def _highest_losses(tokens: Sequence[TokenView], losses: Mapping[int, float]) -> Table:
+    """The supervised tokens with the highest losses, in nats."""
     mean = sum(losses.values()) / len(losses)
     table = _grid()
-    table.add_row("", "nats", f"mean {mean:.3f} over {len(losses)} supervised tokens; least sure of:", style="dim")
+    table.add_row("", "nats", f"mean {mean:.3f} over {len(losses)} supervised tokens; highest:", style="dim")
     for position in sorted(losses, key=lambda p: -losses[p])[:NUM_SURPRISING]:
         table.add_row("", f"{losses[position]:.3f}", f"{visible(tokens[position].text)} at {position}")
     return table

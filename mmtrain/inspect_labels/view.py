@@ -1,4 +1,4 @@
-"""One sample as a person reads it: every token with its label and role, spans, pictures."""
+"""One sample for display: every token with its label and role, spans, images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ TokenKind = Literal["text", "special", "image"]
 
 @dataclass(frozen=True, slots=True)
 class TokenView:
-    """One token. `label` is unshifted: its own id where it is learned, -100 where it is not."""
+    """One token. `label` is unshifted: the token's id if it is supervised, otherwise -100."""
 
     position: int
     id: int
@@ -36,7 +36,7 @@ class TokenView:
 
 @dataclass(frozen=True, slots=True)
 class SpanView:
-    """A run of tokens of one role and turn that are all learned or all not: tokens[start:end]."""
+    """Consecutive tokens of one role and turn that are all supervised or all not: tokens[start:end]."""
 
     role: str
     turn: int | None
@@ -49,16 +49,16 @@ class SpanView:
 
 @dataclass(frozen=True, slots=True)
 class ImageView:
-    """A picture and its place among the tokens. Sizes are (width, height): of the file, and of the pixels used."""
+    """An image and its first position among the tokens. Sizes are (width, height): of the file, and as used."""
 
-    picture: FoundImage
+    found: FoundImage
     tokens: ImageTokens
     start: int
 
     def row(self) -> dict[str, Any]:
         return {
-            "path": self.picture.name,
-            "size": self.picture.size,
+            "path": self.found.name,
+            "size": self.found.size,
             "used_size": self.tokens.used_size,
             "grid": self.tokens.grid,
             "start": self.start,
@@ -96,8 +96,8 @@ class SampleView:
 
 
 def view_sample(samples: StoredSamples | FreshSamples, encoder: Encoder, index: int) -> SampleView:
-    """The ids and labels of `samples`. Raises SampleError where the sample cannot be used, or where `encoder` now makes
-    others."""
+    """The sample with this index, as it is stored. Raises SampleError if it cannot be used, or if `encoder` now gives
+    other ids."""
     conversation, processor = samples.records.conversation(index), encoder.processor
     traced = encoder.trace(conversation, samples.encoded(index))
     tokens = tuple(_tokens(traced, processor, conversation))
@@ -112,7 +112,7 @@ def _tokens(traced: Traced, processor: ChatProcessor, conversation: Conversation
     in_image = {p for span in traced.encoded.images for p in range(span.start, span.start + span.length)}
     for position, (token_id, owner) in enumerate(zip(traced.encoded.ids.tolist(), traced.owners, strict=True)):
         piece = traced.pieces[owner] if owner >= 0 else None
-        written = piece is not None and piece.kind != "template"  # by the conversation, not by the template
+        is_content = piece is not None and piece.kind != "template"
         kind: TokenKind = "text"
         if position in in_image:
             kind = "image"
@@ -123,14 +123,14 @@ def _tokens(traced: Traced, processor: ChatProcessor, conversation: Conversation
             token_id,
             processor.tokenizer.decode([token_id]),
             token_id if traced.encoded.supervised[position] else IGNORED,
-            conversation.messages[piece.turn].role if piece is not None and written else "template",
+            conversation.messages[piece.turn].role if piece is not None and is_content else "template",
             piece.turn if piece is not None else None,
             kind,
         )
 
 
 def _spans(tokens: tuple[TokenView, ...], images: set[int], processor: ChatProcessor) -> Iterator[SpanView]:
-    """Neighbours of one role, turn and label together; a picture is a span of its own."""
+    """Consecutive tokens of the same role, turn and supervision are one span; each image is a separate span."""
     starts = [0] + [b.position for a, b in pairwise(tokens) if _differ(a, b) or b.position in images]
     for start, end in pairwise([*starts, len(tokens)]):
         first = tokens[start]

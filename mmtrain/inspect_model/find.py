@@ -11,7 +11,7 @@ from mmtrain.encoding.layout import Layout
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.model.components import PARTS, Components, prepare_learning, targets_of
+from mmtrain.model.components import COMPONENTS, Components, apply_tune, targets_of
 from mmtrain.model.family import probe_family
 from mmtrain.model.image_cache.features import find_fields
 from mmtrain.model.load import load_model, model_structure
@@ -107,9 +107,9 @@ def find(path: str, say: Callable[[str], None]) -> ModelFound:
 
 def _components(path: str, model: Any, components: Components) -> Iterator[ComponentFound]:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    present = [part for part in PARTS if any(components.part_of(name) == part for name in sizes)]
+    present = [part for part in COMPONENTS if any(components.component_of(name) == part for name in sizes)]
     for part in present:
-        own = {name: size for name, size in sizes.items() if components.part_of(name) == part}
+        own = {name: size for name, size in sizes.items() if components.component_of(name) == part}
         adapted = _adapted(model, components, part)
         bare = [size for name, size in own.items() if name.rpartition(".")[0] not in adapted]
         others = [other for other in present if other != part and _adapted(model, components, other)]
@@ -135,7 +135,7 @@ def _refusal(path: str, tune: dict[str, Any]) -> str | None:
     """Why `tune` is refused, tried on the model without its weights."""
     model = model_structure(path)
     try:
-        prepare_learning(model, Components(model), Tune.model_validate(tune))
+        apply_tune(model, Components(model), Tune.model_validate(tune))
     except UserError as error:
         return str(error)
     return None

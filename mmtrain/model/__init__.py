@@ -1,1 +1,1 @@
-"""The model: loading, its parts and what learns of them, positions, dropout."""
+"""The model: loading, its parts and what is trainable of them, positions, dropout."""

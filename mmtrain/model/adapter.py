@@ -1,7 +1,7 @@
-"""LoRA adapters in peft's format: read from a directory, checked, and loaded into a model as a whole.
+"""LoRA adapters in peft's format: read from a directory, checked, and loaded completely into a model.
 
-peft asks the hub where a directory is not there, reads pickle, runs any regex of a config, and only warns where the
-weights do not fit. Here nothing reaches peft that was not checked before.
+peft downloads from the hub if a directory is missing, reads pickle, runs any regex of a config, and only warns if the
+weights do not fit. Here everything is checked before peft gets it.
 """
 
 import json
@@ -29,13 +29,13 @@ _PATTERN = re.compile(r"\^\(\?:(?:\w|\\[.-]|\|)+\)\$")
 """`^(?:a|b)$` with escaped names, as mmtrain writes it. Any other regex could run for hours."""
 
 _RANKED = re.compile(r"\.lora_(?:embedding_)?A\b")
-"""Weights whose first dimension is the rank."""
+"""Names of weights whose first dimension is the rank."""
 
 
 def _as_names(value: str | list[str]) -> str | list[str]:
     names = [value] if isinstance(value, str) else value
     if not all(_NAME.fullmatch(name) for name in names):
-        raise ValueError("plain names of modules")
+        raise ValueError("plain module names")
     return value
 
 
@@ -50,7 +50,7 @@ def _as_targets(value: str | list[str]) -> str | list[str]:
 def _as_pattern_keys(value: dict[str, Any]) -> dict[str, Any]:
     for key in value:
         if not _NAME.fullmatch(key) and not _PATTERN.fullmatch(key):
-            raise ValueError(f"names of modules as keys, and not {shown(key)}")
+            raise ValueError(f"module names as keys, not {shown(key)}")
     return value
 
 
@@ -82,12 +82,12 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # the others change the base model's weights too
 }
 _WITHOUT_EFFECT = {"base_model_name_or_path", "revision", "peft_version", "inference_mode", "lora_dropout"}
-"""Keys that say where an adapter comes from or how it was trained."""
+"""Keys about where an adapter comes from or how it was trained."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA adapter that was read and is sound by itself; whether it fits a model is not known yet."""
+    """A LoRA adapter that was read and checked; whether it fits a model is not known yet."""
 
     folder: Path
     config: LoraConfig
@@ -96,9 +96,9 @@ class Adapter:
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """The adapter in the directory `path`, or in `path/adapter` where `path` is the directory of a run.
+    """The adapter in the directory `path`, or in `path/adapter` if `path` is the directory of a run.
 
-    Raises UserError where there is none or it is broken, of another kind than LoRA, or not safe to load.
+    Raises UserError if there is none, or if it is broken, not LoRA, or not safe to load.
     """
     folder = _find(Path(path))
     weights = _read_weights(folder)
@@ -106,10 +106,10 @@ def read_adapter(path: str | Path) -> Adapter:
 
 
 def load_adapter(model: Any, adapter: Adapter, name: str = "default") -> PeftModel:
-    """Put `adapter` into `model`, a base model or a PeftModel, which is changed, and make it the active one.
+    """Load `adapter` into `model`, a base model or a PeftModel, and make it the active one. `model` is changed.
 
-    Raises UserError unless every tensor of the file is then in the model, and every weight of the adapter in the model
-    came from the file.
+    Raises UserError unless every tensor of the file is in the model afterwards, and every weight of the adapter in the
+    model came from the file.
     """
     try:
         if isinstance(model, PeftModel):
@@ -130,9 +130,9 @@ def load_adapter(model: Any, adapter: Adapter, name: str = "default") -> PeftMod
 
 
 def _check_loaded(model: Any, adapter: Adapter, name: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-    """Raises UserError where the tensors of the file and the weights of the adapter in the model are not the same.
+    """Raises UserError if the tensors of the file and the weights of the adapter in the model are not the same.
 
-    In the model every weight of an adapter has the adapter's name in its own: what has not is the base model's.
+    In the model the name of every adapter weight contains the adapter's name; all other weights are the base model's.
     """
     file, keys = _file(adapter), model.state_dict().keys()
     own = {key for key in keys if f".{name}." in f"{key}." and (".lora_" in key or ".modules_to_save." in key)}
@@ -146,7 +146,7 @@ def _check_loaded(model: Any, adapter: Adapter, name: str, missing: Sequence[str
     if lost:
         raise UserError(f"{file}: {len(lost)} of {len(own)} tensors are missing, such as {shown(lost[0], 120)}")
     if len(own) != len(adapter.weights):
-        raise UserError(f"{file}: it holds {len(adapter.weights)} tensors and the model takes {len(own)}")
+        raise UserError(f"{file}: it has {len(adapter.weights)} tensors, but the model takes {len(own)}")
 
 
 def _file(adapter: Adapter) -> str:
@@ -167,19 +167,19 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     file = folder / WEIGHTS
     where = visible(str(file))
     if not os.path.isfile(file):
-        found = f"{PICKLE} is there, a pickle, which may run code" if os.path.exists(folder / PICKLE) else "not there"
+        found = f"only {PICKLE}, a pickle, which may run code" if os.path.exists(folder / PICKLE) else "not there"
         raise UserError(f"{where}: {found}: save the adapter as safetensors")
     try:
         weights = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{where}: not a whole safetensors file: {one_line(error)}") from None
+        raise UserError(f"{where}: not a complete safetensors file: {one_line(error)}") from None
     for key, value in weights.items():
         if value.dtype not in _DTYPES:
             raise UserError(f"{where}: {shown(key, 120)} is {value.dtype}: expected float32, float16 or bfloat16")
         if not value.isfinite().all():
             raise UserError(f"{where}: {shown(key, 120)} is not finite: the adapter is broken")
     if not weights:
-        raise UserError(f"{where}: it holds no weights")
+        raise UserError(f"{where}: it has no weights")
     return weights
 
 
@@ -204,7 +204,7 @@ def _read_config(file: Path, weights: dict[str, Tensor]) -> LoraConfig:
 
 
 def _check_others(where: str, found: dict[str, Any]) -> None:
-    """Raises UserError for a key that is unknown, or known to peft and not supported here, and has a value."""
+    """Raises UserError for a key with a value that is unknown, or that peft knows but mmtrain does not support."""
     defaults = LoraConfig().to_dict()
     known = _Settings.model_fields.keys() | _WITHOUT_EFFECT
     for key, value in found.items():
@@ -214,23 +214,23 @@ def _check_others(where: str, found: dict[str, Any]) -> None:
         if key in known or key in _ALLOWED or value == defaults.get(key):
             continue
         if value not in (None, False, [], {}):
-            raise UserError(f"{where}: {shown(key)} is not supported, and is set to {shown(value)}")
+            raise UserError(f"{where}: {shown(key)} is not supported, but is set to {shown(value)}")
     if "peft_type" not in found:
-        raise UserError(f"{where}: peft_type: required, and not given")
+        raise UserError(f"{where}: peft_type: required, but missing")
 
 
 def _check_rank(where: str, settings: _Settings, weights: dict[str, Tensor]) -> None:
-    """Raises UserError for a rank that no weight has: peft would take the memory for it first."""
+    """Raises UserError for a rank that no weight has: peft would allocate the memory for it first."""
     wanted = max([settings.r, *settings.rank_pattern.values()])
-    held = max((len(value) for key, value in weights.items() if _RANKED.search(key) and value.ndim), default=0)
-    if wanted > held:
-        raise UserError(f"{where}: r or rank_pattern asks for a rank of {wanted}, and the weights have at most {held}")
+    largest = max((len(value) for key, value in weights.items() if _RANKED.search(key) and value.ndim), default=0)
+    if wanted > largest:
+        raise UserError(f"{where}: r or rank_pattern is {wanted}, but the rank of the weights is at most {largest}")
 
 
 def _fault(error: ValidationError) -> str:
     item = error.errors()[0]
     key, message = str(item["loc"][0]), item["msg"]
     if item["type"] == "missing":
-        return f"{key}: required, and not given"
+        return f"{key}: required, but missing"
     expected = message.removeprefix("Value error, ").removeprefix("Input should be ")
     return f"{key}: expected {expected}, not {shown(item['input'])}"

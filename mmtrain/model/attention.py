@@ -1,12 +1,12 @@
-"""Attention within the samples of a packed row: no token attends to another sample, and nothing is computed for one.
+"""Attention within the samples of a packed row: no token attends to another sample, and no such scores are computed.
 
-Registered with transformers as an attention of its own. A packed row goes through `varlen_attn` on CUDA where that
-kernel takes it, in blocks on the CPU, and sample by sample elsewhere, so the cost is the sum of the samples' squares
-and not the square of their sum; padded rows go through transformers' own `sdpa`.
+It is registered with transformers as an attention function. A packed row uses `varlen_attn` on CUDA if that kernel
+supports it, blocks on the CPU, and one call per sample otherwise. The cost is the sum of the squared lengths of the
+samples, not the square of their sum. Padded rows use transformers' `sdpa`.
 
-Where the samples lie is an argument of the model's forward, `packed_row`. transformers passes the keywords that a model
-does not know on to every layer and its attention, also when activations are computed again. A family that drops them
-attends across the samples of a row: `packing_trial` finds that out, and its rows are padded.
+The borders of the samples are an argument of the model's forward, `packed_row`. transformers passes keywords that a
+model does not know on to every layer and its attention, also under activation checkpointing. In a family that drops
+them, tokens would attend across samples: `packing_trial` detects this, and its rows are padded.
 """
 
 import inspect
@@ -23,10 +23,11 @@ from transformers.masking_utils import sdpa_mask
 
 from mmtrain.dataset.batch import Batch
 from mmtrain.model.kernels.block_attention import BlockAttention
+from mmtrain.model.transfer import on_device
 
 NAME = "mmtrain_segments"
 KEYWORD = "packed_row"
-"""The argument of the model's forward that holds a `PackedRow`."""
+"""The argument of the model's forward for a `PackedRow`."""
 _KINDS = {"full_attention", "sliding_attention"}
 _HAS_GQA_FLAG = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """torch 2.11 has no such argument: its kernel takes fewer key heads than query heads as they come."""
@@ -34,37 +35,39 @@ _HAS_GQA_FLAG = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedRow:
-    """Where the samples of a packed row lie."""
+    """The borders of the samples in a packed row."""
 
     lengths: tuple[int, ...]
-    """Tokens of each sample, in order, and those that fill up the row."""
+    """Tokens of each sample, in order, and of the padding at the end of the row."""
     ends: Tensor | None = None
-    """(len(lengths) + 1,) int32, on the row's device: 0, and where each of them ends. None where the device has no
+    """(len(lengths) + 1,) int32, on the row's device: 0, then the end of each sample. None if the device has no
     variable-length kernel."""
     predicting: Tensor | None = None
-    """(num_supervised,) the positions at which the last layer's result is used; None: all."""
+    """(num_supervised,) the positions at which the output of the last layer is used; None: all."""
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> Self:
         """The row of a packed batch, for a model on `device`."""
         lengths = _lengths(batch)
-        if not _has_varlen(device):
+        if not has_varlen(device):
             return cls(lengths)
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(lengths, ends.pin_memory().to(device, non_blocking=True))
+        return cls(lengths, on_device(ends, device))
 
 
 def _lengths(batch: Batch) -> tuple[int, ...]:
-    filling = batch.input_ids.shape[1] - batch.num_tokens
-    return (*(segment.length for segment in batch.segments), *([filling] if filling else []))
+    padding = batch.input_ids.shape[1] - batch.num_tokens
+    return (*(segment.length for segment in batch.segments), *([padding] if padding else []))
 
 
-def _has_varlen(device: torch.device) -> bool:
+def has_varlen(device: torch.device) -> bool:
+    """Whether `device` has torch's variable-length kernel."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def install_attention(model: Any) -> bool:
-    """Give the language model attention by samples; False where its attention is of a kind that this cannot replace."""
+    """Give the language model attention by samples. Returns False if its attention is of a kind that this cannot
+    replace."""
     decoder = model.get_decoder()
     config = decoder.config
     if config._attn_implementation == NAME:
@@ -76,7 +79,7 @@ def install_attention(model: Any) -> bool:
     return True
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # where the samples end changes with every row, and would be compiled in
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the borders of the samples differ in every row and would be compiled in
 def _attention(
     module: Any,
     query: Tensor,
@@ -97,7 +100,7 @@ def _attention(
         raise RuntimeError(f"{query.shape[2]} tokens in a row whose samples have {sum(lengths)}")
     window = kwargs.get("sliding_window")
     if packed_row.ends is not None:
-        query, key, value = _autocast(query, key, value)
+        query, key, value = autocast(query, key, value)
         if fits_varlen(query, key, value):
             return _varlen(packed_row.ends, max(lengths), query, key, value, scaling, window), None
     if _in_blocks(query, value) and (window is None or max(lengths) <= window):
@@ -109,15 +112,15 @@ def _attention(
 
 
 def fits_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `varlen_attn` takes these tensors: one type of 16 bits, and one width of head, at most 256 and a multiple
-    of 8."""
+    """Whether `varlen_attn` supports these tensors: one 16-bit type, and one head width, at most 256 and a multiple of
+    8."""
     width, dtype = query.shape[-1], query.dtype
     is_narrow = dtype in (torch.float16, torch.bfloat16) and width <= 256 and width % 8 == 0
     return is_narrow and key.dtype == value.dtype == dtype and value.shape[-1] == width
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast makes of the inputs of torch's own attention; it does not know `varlen_attn`."""
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast casts the inputs of torch's attention; it does not know `varlen_attn`."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
@@ -130,7 +133,7 @@ def _in_blocks(query: Tensor, value: Tensor) -> bool:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    """One sample. Within a sliding window a token sees itself and the `window` - 1 tokens before it."""
+    """One sample. With a sliding window a token attends to itself and the `window` - 1 tokens before it."""
     length = query.shape[2]
     if window is None or length <= window:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
@@ -145,14 +148,28 @@ def _varlen(
     """All samples in one kernel, which takes (length, heads, width)."""
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     left = -1 if window is None else window - 1
-    grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if _HAS_GQA_FLAG else {}
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0), **grouped)
+    return varlen(q, k, v, ends, longest, scaling, (left, 0))[None]
+
+
+def varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor,
+    longest: int,
+    scaling: float | None,
+    window: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """`varlen_attn` of query (length, heads, width), key and value (length, key heads, width), within the stretches
+    between `ends` (1 + stretches,) int32; `window`: how many tokens before and after are seen, -1 all."""
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _HAS_GQA_FLAG else {}
+    out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=window, **grouped)
     assert isinstance(out, Tensor)
-    return out[None]
+    return out
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """None for a packed row, which is recognised by having no mask of its own; sdpa's for padded rows."""
+    """None for a packed row, which is given no mask; sdpa's mask for padded rows."""
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 

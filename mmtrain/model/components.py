@@ -1,6 +1,6 @@
-"""The three parts of a model (vision, projector, language) found on its module tree, and what learns of each.
+"""The three components of a model (vision, projector, language), found in its module tree, and what is trainable.
 
-The one place that knows how families name their parts.
+Only this module knows how families name their components.
 """
 
 import re
@@ -14,15 +14,16 @@ from torch import nn
 from mmtrain.config.schema import Full, Lora, Tune
 from mmtrain.errors import UserError
 from mmtrain.model.lora_targets import is_linear, refused_by_peft
+from mmtrain.model.quantized_weights import num_weights
 from mmtrain.safe_text import one_line
 
-PARTS = ("vision", "projector", "language")
+COMPONENTS = ("vision", "projector", "language")
 _INNER_PROJECTORS = ("merger", "merger_list", "deepstack_merger_list")
-"""Children of a vision tower that belong to the projector: they turn its features into the language model's."""
+"""Children of a vision tower that belong to the projector: they map its features to the language model's."""
 
 
 class Components:
-    """Which part each module and parameter of a base model belongs to."""
+    """The component of each module and parameter of a base model."""
 
     def __init__(self, model: Any) -> None:
         names = {id(module): name for name, module in model.named_modules()}
@@ -37,48 +38,49 @@ class Components:
             if name in _INNER_PROJECTORS:
                 self._roots[f"{names[id(vision)]}.{name}"] = "projector"
         if _is_inside(names[id(vision)], names[id(decoder)]):
-            depth = names[id(decoder)].count(".") + 2  # the decoder's child that the tower is in
+            depth = names[id(decoder)].count(".") + 2  # the child of the decoder that the tower is in
             self._roots[".".join(names[id(vision)].split(".")[:depth])] = "projector"
         for name, module in _siblings(model, decoder, names):
             if name not in self._roots and any(True for _ in module.parameters()):
                 self._roots[name] = "projector"
 
-    def part_of(self, name: str) -> str:
-        """The part of the module or parameter called `name` in the base model."""
+    def component_of(self, name: str) -> str:
+        """The component of the module or parameter with this name in the base model."""
         while name not in self._roots:
             name = name.rpartition(".")[0]
             if not name:
                 return self._roots.get("", "language")
         return self._roots[name]
 
-    def roots(self, part: str) -> list[str]:
-        """Names of the modules that a part was found at; empty for a model of text alone."""
-        return [name for name, own in self._roots.items() if own == part and name]
+    def roots(self, component: str) -> list[str]:
+        """Names of the modules where the component was found; empty for a text-only model."""
+        return [name for name, own in self._roots.items() if own == component and name]
 
-    def whole_modules(self, model: Any, part: str) -> list[str]:
-        """Names of the largest modules that hold all of a part and nothing else (never a bare list of modules)."""
-        return list(self._whole(model, "", part))
+    def largest_modules(self, model: Any, component: str) -> list[str]:
+        """Names of the largest modules that together are the component and nothing else (never a bare ModuleList)."""
+        return list(self._largest(model, "", component))
 
-    def _whole(self, module: nn.Module, name: str, part: str) -> Iterator[str]:
-        parts = {self.part_of(f"{name}.{inner}".strip(".")) for inner, _ in module.named_parameters()}
-        if part not in parts:
+    def _largest(self, module: nn.Module, name: str, component: str) -> Iterator[str]:
+        found = {self.component_of(f"{name}.{inner}".strip(".")) for inner, _ in module.named_parameters()}
+        if component not in found:
             return
-        if name and parts == {part} and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        if name and found == {component} and not isinstance(module, nn.ModuleList | nn.ModuleDict):
             yield name
             return
         if any(
-            self.part_of(f"{name}.{inner}".strip(".")) == part for inner, _ in module.named_parameters(recurse=False)
+            self.component_of(f"{name}.{inner}".strip(".")) == component
+            for inner, _ in module.named_parameters(recurse=False)
         ):
             raise UserError(
-                f"tune.{part}: {name or 'the model'} has weights of its own next to other components: "
+                f"tune.{component}: {name or 'the model'} has weights of its own next to other components: "
                 "it cannot be trained in full next to LoRA"
             )
         for inner, child in module.named_children():
-            yield from self._whole(child, f"{name}.{inner}".strip("."), part)
+            yield from self._largest(child, f"{name}.{inner}".strip("."), component)
 
 
 def _vision_tower(model: Any) -> nn.Module | None:
-    """The module that encodes pictures, None for a model of text alone."""
+    """The module that encodes images, None for a text-only model."""
     if getattr(model.config, "vision_config", None) is None:
         return None
     tower = model.get_encoder(modality="image")
@@ -95,30 +97,36 @@ def _is_inside(name: str, outer: str) -> bool:
 
 
 def _siblings(model: Any, decoder: nn.Module, names: dict[int, str]) -> Iterator[tuple[str, nn.Module]]:
-    """The modules beside the language model: whatever is not a known part belongs to the projector."""
+    """The modules next to the language model: those that are not a known component belong to the projector."""
     parent = names[id(decoder)].rpartition(".")[0]
     for name, module in model.get_submodule(parent).named_children():
         yield f"{parent}.{name}".strip("."), module
 
 
 @dataclass(frozen=True, slots=True)
-class PartReport:
+class ComponentReport:
     """One row of the table shown before the first step."""
 
-    part: str
+    component: str
     mode: str
     num_modules: int
     trainable: int
     frozen: int
+    quantized: int = 0
+    """Those of the frozen weights that are stored in 4 bits."""
 
 
-def targets_of(model: Any, components: Components, part: str, lora: Lora) -> list[str]:
-    """Names of the linear layers of a part that get an adapter. Raises UserError where there is none.
+def targets_of(model: Any, components: Components, component: str, lora: Lora) -> list[str]:
+    """Names of the linear layers of a component that get an adapter. Raises UserError if there is none.
 
-    Left out unless they are named: the head, because an adapter on it is rarely wanted and expensive in memory, and
-    layers that peft refuses.
+    Two kinds get one only if they are named: the head, because an adapter on it is rarely useful and takes much memory,
+    and layers that peft refuses.
     """
-    linear = [name for name, module in model.named_modules() if is_linear(module) and components.part_of(name) == part]
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module) and components.component_of(name) == component
+    ]
     if lora.targets is None:
         left_out = {components.head_name, *refused_by_peft(model.config, linear)}
         chosen = [name for name in linear if name not in left_out]
@@ -129,7 +137,7 @@ def targets_of(model: Any, components: Components, part: str, lora: Lora) -> lis
     if unknown or not chosen:
         found = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
         what = f"no linear layer is called {', '.join(unknown)}" if unknown else "no linear layer was found"
-        raise UserError(f"tune.{part}: {what}; the {part} part has: {found}")
+        raise UserError(f"tune.{component}: {what}; the linear layers of {component} are: {found}")
     return chosen
 
 
@@ -138,20 +146,20 @@ def without_adapter(model: Any, components: Components, tune: Tune) -> Iterator[
     LoRA without `targets`: layers that peft refuses, and experts, whose weights are stacks of matrices."""
     settings = model.config.get_text_config().to_dict()
     num_experts = {value for key, value in settings.items() if key.endswith("experts") and type(value) is int}
-    for part, mode in tune.learning.items():
+    for component, mode in tune.trainable.items():
         if not isinstance(mode, Lora) or mode.targets is not None:
             continue
-        own = [(name, module) for name, module in model.named_modules() if components.part_of(name) == part]
+        own = [(name, m) for name, m in model.named_modules() if components.component_of(name) == component]
         refused = refused_by_peft(model.config, [name for name, module in own if is_linear(module)])
         if refused:
             kinds = ", ".join(sorted({name.rpartition(".")[2] for name in refused}))
-            yield f"tune.{part}: no adapter on {len(refused)} linear layers, which peft refuses in this family: {kinds}"
+            yield f"tune.{component}: no adapter on {len(refused)} linear layers that peft refuses: {kinds}"
         stacks = [p for _, module in own for p in module.parameters(recurse=False) if p.ndim == 3]
         experts = [weight for weight in stacks if len(weight) in num_experts]
         if experts:
-            size = sum(weight.numel() for weight in experts)
+            size = sum(num_weights(weight) for weight in experts)
             yield (
-                f"tune.{part}: no adapter on {len(experts)} weights of experts ({size:,} parameters): "
+                f"tune.{component}: no adapter on {len(experts)} weights of experts ({size:,} parameters): "
                 "LoRA is put on linear layers alone"
             )
 
@@ -161,26 +169,26 @@ def _ends_with(name: str, target: str) -> bool:
 
 
 def _pattern(names: list[str]) -> str:
-    """One anchored pattern of literal names: a list of suffixes could match modules of other parts."""
+    """One anchored pattern of literal names. peft would match a list as suffixes, also in other components."""
     return "^(?:" + "|".join(map(re.escape, names)) + ")$"
 
 
-def prepare_learning(model: Any, components: Components, tune: Tune) -> tuple[Any, list[PartReport]]:
-    """Freeze all but what `tune` names, add the adapters, keep trainable weights in float32.
+def apply_tune(model: Any, components: Components, tune: Tune) -> tuple[Any, list[ComponentReport]]:
+    """Freeze all but what `tune` names, add the adapters, and cast trainable weights to float32.
 
-    Gives the model to train (a PeftModel if any component is LoRA) and a row a component for the table.
-    Raises UserError where a component that should be trained has no module.
+    Returns the model to train (a PeftModel if any component has LoRA) and a report for each component. Raises UserError
+    if the model lacks a component that is to be trained.
     """
-    present = {components.part_of(name) for name, _ in model.named_parameters()}
-    for part in tune.learning:
-        if part not in present:
-            raise UserError(f"tune.{part}: the model has no {part} part")
-    loras = {part: mode for part, mode in tune.learning.items() if isinstance(mode, Lora)}
-    fulls = [part for part, mode in tune.learning.items() if isinstance(mode, Full)]
-    targets = {part: targets_of(model, components, part, lora) for part, lora in loras.items()}
+    present = {components.component_of(name) for name, _ in model.named_parameters()}
+    for component in tune.trainable:
+        if component not in present:
+            raise UserError(f"tune.{component}: the model has no {component} component: remove the key")
+    loras = {component: mode for component, mode in tune.trainable.items() if isinstance(mode, Lora)}
+    fulls = [component for component, mode in tune.trainable.items() if isinstance(mode, Full)]
+    targets = {component: targets_of(model, components, component, lora) for component, lora in loras.items()}
     model.requires_grad_(False)
     if loras:
-        saved = [name for part in fulls for name in components.whole_modules(model, part)]
+        saved = [name for component in fulls for name in components.largest_modules(model, component)]
         if "language" in fulls and model.config.get_text_config().tie_word_embeddings:
             raise UserError(
                 "tune.language: full next to LoRA elsewhere would untie the model's tied embeddings; "
@@ -189,11 +197,11 @@ def prepare_learning(model: Any, components: Components, tune: Tune) -> tuple[An
         try:
             model = get_peft_model(model, _lora_config(loras, targets, saved))
         except (ValueError, NotImplementedError) as error:  # such as a layer that a family computes in its own kernel
-            parts = ", ".join(f"tune.{part}" for part in loras)
-            raise UserError(f"{parts}: peft refuses: {one_line(error)}; name other layers in `targets`") from None
+            keys = ", ".join(f"tune.{component}" for component in loras)
+            raise UserError(f"{keys}: peft refuses it: {one_line(error)}; name other layers in `targets`") from None
     else:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(components.part_of(name) in fulls)
+            parameter.requires_grad_(components.component_of(name) in fulls)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -208,12 +216,14 @@ def _lora_config(loras: dict[str, Lora], targets: dict[str, list[str]], saved: l
         modules_to_save=saved or None,
         r=first.rank,
         lora_alpha=first.alpha,
-        lora_dropout=0.0,  # ours is put in by `install_dropout`: it must not depend on the cut
+        lora_dropout=0.0,  # `install_dropout` adds dropout that does not depend on micro-batches
         use_rslora=first.variant == "rslora",
         use_dora=first.variant == "dora",
-        rank_pattern={_pattern(targets[part]): lora.rank for part, lora in loras.items() if lora.rank != first.rank},
+        rank_pattern={
+            _pattern(targets[component]): lora.rank for component, lora in loras.items() if lora.rank != first.rank
+        },
         alpha_pattern={
-            _pattern(targets[part]): lora.alpha for part, lora in loras.items() if lora.alpha != first.alpha
+            _pattern(targets[component]): lora.alpha for component, lora in loras.items() if lora.alpha != first.alpha
         },
     )
 
@@ -224,25 +234,29 @@ _WRAPPERS = re.compile(
 
 
 def base_name(name: str) -> str:
-    """A parameter's name in the base model: what peft's wrappers add to it taken off."""
+    """A parameter's name in the base model: without what peft's wrappers add."""
     return _WRAPPERS.sub("", name)
 
 
-def is_as_loaded(model: Any, components: Components, parts: Collection[str]) -> bool:
-    """Whether nothing of peft's was put into `parts` of `model`, a base model or one with adapters."""
+def is_as_loaded(model: Any, components: Components, names: Collection[str]) -> bool:
+    """Whether the components `names` have no adapters or copies by peft. `model` is a base model or a PeftModel."""
     own = ((name.removeprefix("base_model.model."), base_name(name)) for name, _ in model.named_parameters())
-    return not any(name != base and components.part_of(base) in parts for name, base in own)
+    return not any(name != base and components.component_of(base) in names for name, base in own)
 
 
-def _report(model: Any, components: Components, tune: Tune, targets: dict[str, list[str]]) -> list[PartReport]:
+def _report(model: Any, components: Components, tune: Tune, targets: dict[str, list[str]]) -> list[ComponentReport]:
     rows = []
-    for part, mode in tune.parts.items():
-        own = [(name, p) for name, p in model.named_parameters() if components.part_of(base_name(name)) == part]
+    for component, mode in tune.components.items():
+        own = [
+            (name, p) for name, p in model.named_parameters() if components.component_of(base_name(name)) == component
+        ]
         own = [(name, p) for name, p in own if ".original_module." not in name]
         if own:
             trainable = sum(p.numel() for _, p in own if p.requires_grad)
-            modules = targets.get(part) or {base_name(name).rpartition(".")[0] for name, p in own if p.requires_grad}
-            rows.append(
-                PartReport(part, mode.mode, len(modules), trainable, sum(p.numel() for _, p in own) - trainable)
-            )
+            total = sum(num_weights(p) for _, p in own)
+            modules = targets.get(component) or {
+                base_name(name).rpartition(".")[0] for name, p in own if p.requires_grad
+            }
+            quantized = sum(num_weights(p) for _, p in own if hasattr(p, "quant_state"))
+            rows.append(ComponentReport(component, mode.mode, len(modules), trainable, total - trainable, quantized))
     return rows

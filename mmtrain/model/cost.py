@@ -1,9 +1,10 @@
-"""What a sample costs to compute: the multiply-additions of one training step, by which micro-batches are balanced.
+"""The cost of a sample: the multiply-additions of one training step. Micro-batches are balanced by it.
 
-A linear layer of n weights takes n multiply-additions a token forward, n backward for its input and n for its weights
-(Kaplan et al. 2020, "Scaling laws for neural language models", section 2.1: 2 C_forward = 2 N operations). Attention
-over n tokens takes 2 n² d a layer for scores and values, half of it where it is causal, and twice that backward; d is
-the width of all heads. The head, vocabulary times width weights, is computed where there is a label, nowhere else.
+A linear layer with n weights takes n multiply-additions per token in the forward pass, and in the backward pass n for
+its input and n for its weights (Kaplan et al. 2020, "Scaling laws for neural language models", section 2.1:
+2 C_forward = 2 N operations). Attention over n tokens takes 2 n² d per layer for scores and values, half of that if it
+is causal, and twice as much backward; d is the width of all heads. The head, with vocabulary size times width weights,
+is computed only where there is a label.
 """
 
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from mmtrain.config.schema import Frozen, Tune
 from mmtrain.model.components import Components, base_name
 from mmtrain.model.family import Family
 from mmtrain.model.kernels.last_layer import last_mlp
+from mmtrain.model.quantized_weights import num_weights
 
 Values = npt.NDArray[np.float64]
 
@@ -26,26 +28,26 @@ class CostModel:
     """Multiply-additions of one sample's forward and backward pass."""
 
     token: float
-    """Per token, pictures' placeholders counted."""
+    """Per token, image placeholders included."""
     token_pair: float
     """Per squared token of the sample."""
     image_token: float
-    """Per placeholder: the patches behind it in the vision tower."""
+    """Per placeholder: its patches in the vision tower."""
     image_token_pair: float
-    """Per squared placeholder of each picture."""
+    """Per squared placeholder of each image."""
     supervised: float
-    """Per learned token: the head, and the last layer's MLP where it is left out elsewhere."""
+    """Per supervised token: the head, and the last layer's MLP if it is computed only there."""
 
     @property
-    def with_kept_features(self) -> "CostModel":
-        """The costs where nothing is computed for pictures."""
+    def with_cached_features(self) -> "CostModel":
+        """The costs when all image features are cached."""
         return replace(self, image_token=0.0, image_token_pair=0.0)
 
     def of(self, num_tokens: Any, num_image_tokens: Any, image_token_pairs: Any, num_supervised: Any = 0) -> Values:
-        """(num_samples,) the cost of each."""
+        """(num_samples,) the cost of each sample."""
         language = self.token * num_tokens + self.token_pair * np.square(num_tokens, dtype=np.float64)
-        pictures = self.image_token * num_image_tokens + self.image_token_pair * image_token_pairs
-        return np.asarray(language + pictures + self.supervised * num_supervised)
+        images = self.image_token * num_image_tokens + self.image_token_pair * image_token_pairs
+        return np.asarray(language + images + self.supervised * num_supervised)
 
 
 def cost_model(model: Any, family: Family, tune: Tune) -> CostModel:
@@ -54,31 +56,31 @@ def cost_model(model: Any, family: Family, tune: Tune) -> CostModel:
     config = model.config
     text, vision = config.get_text_config(), getattr(config, "vision_config", None)
     patches = family.patches_per_token
-    whole, windows = (0.0, 0.0) if vision is None else _picture_attention(vision)
+    full, windows = (0.0, 0.0) if vision is None else _image_attention(vision)
     attention = 1.0 if passes["vision"] == 1 else 3.0
     head, last = model.get_output_embeddings().weight, last_mlp(model)
     matrices = [] if last is None else [weight for weight in last.parameters() if weight.ndim >= 2]
-    at_labels = sum(passes["language"] * weight.numel() + _own(weight) for weight in matrices)
+    at_labels = sum(passes["language"] * num_weights(weight) + _own(weight) for weight in matrices)
     return CostModel(
         token=products["language"] - at_labels,
         token_pair=3.0 * _depth(text) * _width(text),
         image_token=patches * (products["vision"] + windows * attention) + products["projector"],
-        image_token_pair=whole * patches**2 * attention,
+        image_token_pair=full * patches**2 * attention,
         supervised=2.0 * head.numel() + _own(head) + at_labels,
     )
 
 
 def _products(model: Any, components: Components, tune: Tune) -> dict[str, float]:
-    """Of each part's linear layers and convolutions, for one row: what is looked up in a table is not computed."""
+    """Multiply-additions of each component's linear layers and convolutions for one row. Embedding tables cost none."""
     tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     products, passes = dict.fromkeys(("vision", "projector", "language"), 0.0), _passes(tune)
     for name, parameter in model.named_parameters():
         own, module = base_name(name), name.rpartition(".")[0]
-        in_place_of = ".original_module." in name  # what learns stands for it and is counted
+        is_replaced = ".original_module." in name  # its trainable copy is counted
         is_computed = parameter.ndim >= 2 and module not in tables and own.rpartition(".")[0] != components.head_name
-        if is_computed and not in_place_of:
-            part = components.part_of(own)
-            products[part] += passes[part] * parameter.numel() + _own(parameter)
+        if is_computed and not is_replaced:
+            component = components.component_of(own)
+            products[component] += passes[component] * num_weights(parameter) + _own(parameter)
     return products
 
 
@@ -88,15 +90,15 @@ def _own(weight: nn.Parameter) -> float:
 
 
 def _passes(tune: Tune) -> dict[str, float]:
-    """How often each part's weights are multiplied: forward, and backward for their inputs where gradients pass."""
-    passes = {part: 1.0 if isinstance(mode, Frozen) else 2.0 for part, mode in tune.parts.items()}
+    """How often each component's weights are multiplied: forward, and backward if gradients pass through them."""
+    passes = {component: 1.0 if isinstance(mode, Frozen) else 2.0 for component, mode in tune.components.items()}
     passes["language"] = 2.0
     passes["projector"] = max(passes["projector"], passes["vision"])
     return passes
 
 
-def _picture_attention(vision: Any) -> tuple[float, float]:
-    """Multiply-additions forward per pair of patches, and per patch where layers attend within windows of patches."""
+def _image_attention(vision: Any) -> tuple[float, float]:
+    """Forward multiply-additions per pair of patches, and per patch for layers that attend within windows."""
     if not hasattr(vision, "hidden_size") or not _depth(vision):  # a tower of another library: its products count alone
         return 0.0, 0.0
     depth, width = _depth(vision), _width(vision)

@@ -1,7 +1,7 @@
-"""What kind of model was loaded, found out once: its components, its head and how it takes images.
+"""The properties of a loaded model, determined once: its components, its head and how it takes images.
 
-What depends on the device and on what is trained is tried later: whether samples can share a row (`packing_trial`) and
-whether image features can be cached (`image_cache`).
+Properties that depend on the device and on what is trained are tried later: whether samples can share a row
+(`packing_trial`) and whether image features can be cached (`image_cache`).
 """
 
 import math
@@ -21,16 +21,15 @@ class Family:
     components: Components
     head_kind: HeadKind
     grid_key: str | None = None
-    """The name of the tensor with each image's patches in time, height and width; None where there is none."""
+    """The name of the tensor with each image's patches in time, height and width, if there is one."""
     patches_per_token: float = 1.0
-    """Patches of the vision tower for each placeholder in the text, measured on one image; 1 where it is not known."""
+    """Patches of the vision tower for each placeholder in the text, measured on one image; 1 if unknown."""
 
 
 def probe_family(model: Any, processor: ChatProcessor, say: Callable[[str], None]) -> Family:
     """The record of `model`, as it was loaded: without adapters, in eval mode.
 
-    `say` is given the one line that says why a slower head is used. Raises UserError where a component
-    is not found.
+    If a slower head is used, `say` prints the reason in one line. Raises UserError if a component is not found.
     """
     return Family(
         components=Components(model),

@@ -1,10 +1,10 @@
-"""The head and the cross-entropy together, in blocks: logits exist for 512 tokens and 2,048 words at a time.
+"""The head and the cross-entropy together, in blocks: logits exist for 512 tokens and 2,048 vocabulary entries at once.
 
-For a frozen head only the gradient of its input is kept: the mean of the other words under the softmax less the
-target's word, times the probability of those others. The mean grows with the softmax's sum from block to block, as
-attention's result does in Milakov and Gimelshein 2018, "Online normalizer calculation for softmax". So nothing is
-computed twice and a block is gone before the next. The target stays out of both sums: where it is almost certain, the
-gradient would be the small difference of two words that are nearly one, in bfloat16 no more than their rounding.
+With a frozen head only the gradient of its input is needed. It is (m - w) (1 - p), where p is the probability of the
+target, w its row of the head's weight, and m the mean of all other rows, weighted by their softmax probabilities. m and
+the softmax's sum are accumulated over the blocks as in Milakov and Gimelshein 2018, "Online normalizer calculation for
+softmax", so nothing is computed twice and only one block is in memory. The target is left out of both sums: if it is
+almost certain, the gradient would otherwise be the difference of two nearly equal rows, which bfloat16 rounds away.
 """
 
 import math
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from mmtrain.model.kernels.products import product
 from mmtrain.safe_text import one_line
 
-TOKENS = 512
-"""Tokens whose logits exist at once. With fewer the weights are fetched more often, which the CPU feels."""
-WORDS = 2048
-"""Words whose logits exist at once on the CPU, so that they stay in its cache; elsewhere all of them."""
+TOKEN_BLOCK = 512
+"""Tokens whose logits exist at once. With fewer, the weights are read more often, which is slow on the CPU."""
+VOCABULARY_BLOCK = 2048
+"""Vocabulary entries whose logits exist at once on the CPU, so that they stay in its cache; all of them elsewhere."""
 _LOG2E = math.log2(math.e)
 
 HeadKind = Literal["plain", "own"]
-"""`plain`: the logits are what the head, a linear layer, returns. `own`: the model does more with them, such as a scale
-or a cap, or its head is of another kind."""
+"""`plain`: the logits are the output of the head, a linear layer. `own`: the model changes them afterwards, such as
+by a scale or a cap, or its head is of another kind."""
 
 
 class FrozenHeadNLL(torch.autograd.Function):
@@ -37,20 +37,20 @@ class FrozenHeadNLL(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(n,) float32 nll and (n,) bool whether the target is the likeliest, found only where no gradient is wanted,
-        from hidden (n, width), weight (vocabulary, width) and targets (n,). The gradient of hidden is softmax(logits) -
-        onehot(target), times weight.
+        """(n,) float32 nll and (n,) bool whether the target is the likeliest, computed only if no gradient is required,
+        from hidden (n, width), weight (vocabulary, width) and targets (n,). The gradient of hidden is
+        (softmax(logits) - onehot(target)) @ weight.
         """
-        wanted = ctx.needs_input_grad[0]
+        needs_gradient = ctx.needs_input_grad[0]
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         right = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
-        gradient = torch.empty_like(hidden) if wanted else None
-        for start in range(0, len(hidden), TOKENS):
-            rows = slice(start, start + TOKENS)
-            softmax = _Softmax(hidden[rows].to(weight.dtype), targets[rows, None], wanted)
-            for first in range(0, len(weight), words := _words(weight)):
-                part = slice(first, first + words)
-                softmax.add(weight[part], None if bias is None else bias[part], first)
+        gradient = torch.empty_like(hidden) if needs_gradient else None
+        for start in range(0, len(hidden), TOKEN_BLOCK):
+            rows = slice(start, start + TOKEN_BLOCK)
+            softmax = _Softmax(hidden[rows].to(weight.dtype), targets[rows, None], needs_gradient)
+            for first in range(0, len(weight), size := _block_size(weight)):
+                block = slice(first, first + size)
+                softmax.add(weight[block], None if bias is None else bias[block], first)
             nll[rows] = softmax.nll
             if gradient is None:
                 right[rows] = softmax.right
@@ -68,20 +68,20 @@ class FrozenHeadNLL(torch.autograd.Function):
 
 
 class _Softmax:
-    """The softmax over words that come block by block, for hidden states (n, width) and their targets (n, 1); in
-    float32, and to the base of 2, whose powers the CPU takes in a third of the time."""
+    """The softmax over a vocabulary that is added block by block, for hidden states (n, width) and targets (n, 1). In
+    float32, and to the base of 2, because the CPU computes exp2 in a third of the time of exp."""
 
-    def __init__(self, hidden: Tensor, targets: Tensor, wanted: bool) -> None:
+    def __init__(self, hidden: Tensor, targets: Tensor, needs_gradient: bool) -> None:
         self._hidden, self._targets = hidden, targets
-        # of the words that are no target: the highest logit, the first word with it, the sum of the powers under it and
-        # that of the words themselves by their powers
+        # over all entries but the target: the highest logit, the first entry that has it, the sum of exp2(logit - top),
+        # and the sum of the weight's rows times exp2(logit - top)
         self._top = hidden.new_full((len(hidden), 1), -math.inf, dtype=torch.float32)
         self._rival = torch.zeros_like(targets)
         self._total, self._at_target = torch.zeros_like(self._top), torch.zeros_like(self._top)
-        self._sum = torch.zeros_like(hidden, dtype=torch.float32) if wanted else None
+        self._sum = torch.zeros_like(hidden, dtype=torch.float32) if needs_gradient else None
 
     def add(self, weight: Tensor, bias: Tensor | None, first: int) -> None:
-        """The words from `first` on, by their weight (words, width) and bias (words,)."""
+        """Add the vocabulary entries from `first` on, with their weight (size, width) and bias (size,)."""
         logits = product(self._hidden, weight, bias).float().mul_(_LOG2E)
         place = self._targets - first
         is_here, place = (place >= 0) & (place < len(weight)), place.clamp(0, len(weight) - 1)
@@ -89,8 +89,8 @@ class _Softmax:
         self._at_target = torch.where(is_here, at_place, self._at_target)
         logits.scatter_(-1, place, at_place.masked_fill(is_here, -math.inf))
         if self._sum is None:
-            highest, word = logits.max(-1, keepdim=True)
-            self._rival = torch.where(highest > self._top, word + first, self._rival)
+            highest, entry = logits.max(-1, keepdim=True)
+            self._rival = torch.where(highest > self._top, entry + first, self._rival)
         else:
             highest = logits.amax(-1, keepdim=True)
         top = torch.maximum(self._top, highest)
@@ -107,27 +107,27 @@ class _Softmax:
 
     @property
     def right(self) -> Tensor:
-        """(n,) where no gradient is wanted; of equals the first is the likeliest."""
+        """(n,) whether the target is the likeliest, if no gradient is required; of equal logits the first counts."""
         is_first = (self._at_target == self._top) & (self._targets < self._rival)
         return ((self._at_target > self._top) | is_first)[:, 0]
 
-    def gradient(self, words: Tensor) -> Tensor:
-        """(n, width) of the nll, where one is wanted, from the targets' words (n, width)."""
+    def gradient(self, target_rows: Tensor) -> Tensor:
+        """(n, width) the gradient of the nll, if it is required, from the weight's rows of the targets (n, width)."""
         assert self._sum is not None
-        return torch.sigmoid(self._odds) * (self._sum / self._total - words)
+        return torch.sigmoid(self._odds) * (self._sum / self._total - target_rows)
 
     @property
     def _odds(self) -> Tensor:
-        """(n, 1) the logarithm of the odds against the target, p = 1 / (1 + e^odds)."""
+        """(n, 1) the log odds against the target: p = 1 / (1 + e^odds)."""
         return (self._total.log2() + self._top - self._at_target) / _LOG2E
 
 
-def _words(weight: Tensor) -> int:
-    return WORDS if weight.device.type == "cpu" else len(weight)
+def _block_size(weight: Tensor) -> int:
+    return VOCABULARY_BLOCK if weight.device.type == "cpu" else len(weight)
 
 
 def frozen_head(model: Any) -> nn.Linear | None:
-    """The model's head where it is a linear layer that is not trained now, None otherwise."""
+    """The model's head if it is a linear layer that is not being trained, None otherwise."""
     head = model.get_output_embeddings()
     is_trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
     return head if type(head) is nn.Linear and not is_trained else None
@@ -135,10 +135,10 @@ def frozen_head(model: Any) -> nn.Linear | None:
 
 @torch.no_grad()
 def find_head_kind(model: Any, say: Callable[[str], None]) -> HeadKind:
-    """The kind of the model's head, tried on one token: to be called on the model as it was loaded.
+    """The kind of the model's head, tried on one token. Call it on the model as it was loaded.
 
-    Where the model does not run on one token of text it is `own`, which is slower and right for every model; `say` is
-    given the one line that says so.
+    If the model does not run on one text token, the kind is `own`, which is slower but right for every model, and `say`
+    prints one line.
     """
     head, device = model.get_output_embeddings(), model.device
     if type(head) is not nn.Linear:
@@ -147,18 +147,20 @@ def find_head_kind(model: Any, say: Callable[[str], None]) -> HeadKind:
     with torch.random.fork_rng([device] if device.type == "cuda" else []), _passing_on(head) as given:
         try:
             logits = model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False).logits
-        except Exception as error:  # a family that needs more than text can raise anything
+        except Exception as error:  # a family that requires more than text can raise anything
             say(f"head: all logits at once, the model fails on one token: {type(error).__name__}: {one_line(error)}")
             return "own"
     return "plain" if _is_only(logits, given) else "own"
 
 
 def before_head(model: Any, head: nn.Linear, inputs: dict[str, Any]) -> Tensor:
-    """What the model puts into its head, whose kind is `plain`."""
+    """The input of the model's head, whose kind is `plain`."""
     with _passing_on(head) as given:
         hidden: Tensor = model(**inputs).logits
     if not _is_only(hidden, given):
-        raise RuntimeError("the logits of the model are not those of its head, as they were when it was loaded")
+        raise RuntimeError(
+            "the logits of the model are no longer the output of its head, as they were when it was loaded"
+        )
     return hidden
 
 
@@ -168,7 +170,7 @@ def _is_only(logits: Any, given: list[Tensor]) -> bool:
 
 @contextmanager
 def _passing_on(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """Inside, the head returns its input; gives the list of what it was given."""
+    """Inside, the head returns its input unchanged. Yields the list of these inputs."""
     given: list[Tensor] = []
 
     def pass_on(hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A batch as the keyword arguments of a model's forward: positions, masks and the pictures' tensors."""
+"""A batch as the keyword arguments of a model's forward: positions, masks and the image tensors."""
 
 import inspect
 from typing import Any
@@ -10,60 +10,74 @@ from torch import Tensor
 from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.attention import KEYWORD, PackedRow, install_attention
-from mmtrain.model.image_cache.features import PictureFeatures
+from mmtrain.model.image_cache.features import ImageFeatures
 from mmtrain.model.image_cache.store import FeatureStore
+from mmtrain.model.transfer import all_on_device
+from mmtrain.model.vision import VisionInputs
+
+_READY_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+"""Stands for the mask of a packed row, which needs none. A mask of four dimensions is ready for transformers; without
+one it looks in the positions for where samples begin, and the host waits for the device in every micro-batch."""
 
 
 class InputMaker:
-    """Makes the arguments that one model takes.
+    """Makes the arguments of one model's forward.
 
-    `features`: where a batch's pictures come one by one, what is put in the place of their pixels.
+    `features` replaces the pixels of a batch whose images are given one by one; `vision` places the others.
     """
 
-    def __init__(self, model: Any, processor: ChatProcessor, features: PictureFeatures | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: ChatProcessor,
+        features: ImageFeatures | None = None,
+        vision: VisionInputs | None = None,
+    ) -> None:
         self.features = features
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         self._model = model
+        self._vision = vision or VisionInputs(model)
         self._get_rope_index = getattr(model.base_model, "get_rope_index", None)
         self.attends_by_sample = install_attention(model)
-        """Whether the attention is ours, which attends to one sample of a packed row at a time."""
+        """Whether the model uses mmtrain's attention, which keeps the samples of a packed row apart."""
         self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._image_token_id, self._grid_key = processor.image_token_id, processor.grid_key
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
-        """The arguments for `batch`, on the model's device. They are made on the CPU: a look at a value on the device
-        would wait for all that it still has to do.
+        """The arguments for `batch`, on the model's device. They are made on the CPU, because reading a value on the
+        device would wait for all its pending work.
 
-        Packed rows go without an attention mask: the restarts of the positions part the samples, and only with
-        `use_cache` off (left at its default, the samples of a row see each other without a word).
+        Packed rows have no attention mask: samples are separated where the positions restart. This needs `use_cache`
+        off; with the default, the samples of a row silently attend to each other.
         """
         device = self._model.device
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False, **batch.image_inputs}
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         inputs["position_ids"] = self._positions(batch)
         if not batch.packed:
             inputs["attention_mask"] = _padding_mask(batch)
         elif self.attends_by_sample:
             inputs[KEYWORD] = PackedRow.of(batch, device)
+            inputs["attention_mask"] = _READY_MASK
         types = self._token_types(batch.input_ids)
         inputs |= {key: types for key in ("mm_token_type_ids", "token_type_ids") if key in self._takes}
-        inputs = {key: on_device(v, device) if isinstance(v, Tensor) else v for key, v in inputs.items()}
+        inputs = all_on_device(inputs, device) | self._vision(batch.image_inputs)
         if self.features is not None and batch.images:
             inputs |= self.features.of(batch.images)
         return inputs
 
     @property
     def store(self) -> FeatureStore | None:
-        """Where loaders look for features."""
+        """The image cache, if there is one."""
         return None if self.features is None else self.features.store
 
     def _token_types(self, input_ids: Tensor) -> Tensor:
-        """(rows, length) 1 at a picture's placeholders, 0 elsewhere."""
+        """(rows, length) 1 at image placeholders, 0 elsewhere."""
         if self._image_token_id is None:
             return torch.zeros_like(input_ids)
         return (input_ids == self._image_token_id).long()
 
     def _positions(self, batch: Batch) -> Tensor:
-        """(rows, length), or (4, rows, length) for a model with M-RoPE: text positions first, then its three."""
+        """(rows, length), or (4, rows, length) for a model with M-RoPE: text positions, then the three of M-RoPE."""
         rows, length = batch.input_ids.shape
         depth = 1 if self._get_rope_index is None else 4
         positions = torch.zeros(depth, rows, length, dtype=torch.long, device=batch.input_ids.device)
@@ -75,7 +89,7 @@ class InputMaker:
         return positions[0] if depth == 1 else positions
 
     def _rope_positions(self, batch: Batch, segment: Segment, span: slice) -> Tensor:
-        """(3, length) the model's own positions of one sample."""
+        """(3, length) the M-RoPE positions of one sample, computed by the model."""
         assert self._get_rope_index is not None
         ids = batch.input_ids[segment.row : segment.row + 1, span]
         images = slice(segment.first_image, segment.first_image + segment.num_images)
@@ -86,13 +100,8 @@ class InputMaker:
         return positions[:, 0]
 
 
-def on_device(value: Tensor, device: torch.device) -> Tensor:
-    """`value`, of the CPU, there; without waiting for what the device does meanwhile."""
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
-
-
 def _padding_mask(batch: Batch) -> Tensor:
-    """(rows, length) 1 where there is a token of a sample, 0 at padding."""
+    """(rows, length) 1 at the tokens of samples, 0 at padding."""
     mask = torch.zeros_like(batch.input_ids)
     for segment in batch.segments:
         mask[segment.row, segment.start : segment.start + segment.length] = 1

@@ -1,22 +1,31 @@
 """The base model, from a directory in the transformers format or the local hub cache."""
 
 import logging
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.utils.logging import ERROR, disable_progress_bar, get_verbosity, set_verbosity
+from transformers.utils.logging import ERROR, disable_progress_bar, get_verbosity, set_tqdm_hook, set_verbosity
 
 from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.directory import model_directory, takes_images
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.model.weight_files import check_weight_files
+from mmtrain.model.quantization import (
+    check_installed,
+    check_not_stored_quantized,
+    check_quantized,
+    quantization_config,
+)
+from mmtrain.model.weight_files import check_finite_files, check_weight_files, is_finite
 from mmtrain.safe_text import one_line, shown
 
 _log = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
 
 
 def load_config(path: str) -> Any:
@@ -46,7 +55,7 @@ def model_structure(path: str) -> Any:
 
 
 def length_limit(path: str, max_length: int) -> LengthLimit:
-    """The longest sample: `max_length` tokens, or fewer where the model was made for fewer positions."""
+    """The longest sample: `max_length` tokens, or fewer if the model has fewer positions."""
     positions = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
     if positions and positions < max_length:
         return LengthLimit(positions, "the model's positions, max_position_embeddings in its config.json")
@@ -54,10 +63,11 @@ def length_limit(path: str, max_length: int) -> LengthLimit:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Have every layer computed again in the backward pass. Raises UserError where the model cannot.
+    """Compute the activations of every layer again in the backward pass. Raises UserError if the model does not support
+    it.
 
-    Where peft has added adapters, transformers makes the embeddings of tokens and of images require gradients, which
-    only reentrant checkpointing needs: a frozen vision tower would be computed twice and passed through backward.
+    If peft has added adapters, transformers makes the embeddings of tokens and images require gradients. Only reentrant
+    checkpointing needs that, and a frozen vision tower would run twice and have a backward pass, so it is undone.
     """
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -66,61 +76,106 @@ def checkpoint_activations(model: Any) -> None:
     model.disable_input_require_grads()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # it asks for this flag; its dropouts keep their own, which is off
+            module.training = True  # required for checkpointing; the dropouts inside have their own flag, which is off
 
 
 def compile_layers(model: Any) -> None:
-    """Compile the language model's repeated layers one by one: they share their code, so the first is the one that
-    takes time. The number of tokens is left open, as every micro-batch has another."""
+    """Compile the repeated layers of the language model one by one: they share their code, so only the first takes
+    time. The number of tokens stays dynamic, because it differs between micro-batches."""
     for module in model.get_decoder().modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)
 
 
-def _from_pretrained(path: str, config: Any, dtype: str) -> tuple[Any, dict[str, Any]]:
-    """The model, and what transformers found wrong with its weights: its own report is a table, in other words."""
-    disable_progress_bar()  # loading is a second of a run that has a bar of its own
+def _from_pretrained(
+    path: str, config: Any, dtype: str, device: torch.device, tick: Callable[[], None], **settings: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The model, and the faults of its weights that transformers found. Its own report of them is switched off."""
+    disable_progress_bar()  # the run has its own progress bar
     verbosity = get_verbosity()
     set_verbosity(ERROR)
+    hook = set_tqdm_hook(_ticking(tick))
     try:
         model, info = auto_class(config).from_pretrained(
             path,
+            # without a map weights stay mapped from the file where their type is the file's, so processes share them;
+            # quantized ones would go to a GPU
+            device_map=None if device.type == "cpu" and not settings else {"": device},
             dtype=getattr(torch, dtype),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **settings,
         )
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a broken directory makes transformers raise anything
         raise UserError(f"{path}: the model cannot be loaded: {type(error).__name__}: {one_line(error)}") from None
     finally:
         set_verbosity(verbosity)
+        set_tqdm_hook(hook)
     return model, info
 
 
-def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:
-    """The model on the CPU in `dtype`, in eval mode: the base model's own dropout is never on.
+def _quantized(path: str, config: Any, quantization: str, dtype: str) -> dict[str, Any]:
+    """What `_from_pretrained` needs to quantize the weights as they are read."""
+    check_installed(quantization)
+    check_finite_files(model_directory(path))
+    with torch.device("meta"):
+        skeleton = auto_class(config).from_config(deepcopy(config), trust_remote_code=False)
+    return {"quantization_config": quantization_config(skeleton, getattr(torch, dtype))}
 
-    Raises UserError where files are broken, weights are missing, not finite or of other shapes, or the tokenizer has
-    ids the model has no embedding for.
+
+def _ticking(tick: Callable[[], None]) -> Callable[..., Any]:
+    """A hook for the progress bars of transformers that calls `tick` at every weight."""
+
+    def each(values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            tick()
+            yield value
+
+    def bar(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return factory(*map(each, args[:1]), *args[1:], **kwargs)
+
+    return bar
+
+
+def load_model(
+    path: str,
+    dtype: str,
+    processor: ChatProcessor,
+    device: torch.device = _CPU,
+    tick: Callable[[], None] = lambda: None,
+    quantization: str | None = None,
+) -> Any:
+    """The model on `device` in `dtype`, in eval mode: the base model's own dropout is never on. On another device than
+    the CPU no weight waits in host memory for the others. `tick` is called as weights are read. With
+    `quantization` the language model's linear layers are quantized as they are read.
+
+    Raises torch.OutOfMemoryError if the device is too small, and UserError if files are broken, if weights are missing,
+    not finite or have wrong shapes, or if the tokenizer has ids without an embedding in the model.
     """
     config = load_config(path)
     check_weight_files(model_directory(path))
     if getattr(config, "transformers_weights", None) is not None:  # it may name a pickle
         raise UserError(f"{path}: config.json: transformers_weights is not supported: remove the key")
-    model, info = _from_pretrained(path, config, dtype)
+    check_not_stored_quantized(config, quantization, path)
+    settings = {} if quantization is None else _quantized(path, config, quantization, dtype)
+    model, info = _from_pretrained(path, config, dtype, device, tick, **settings)
     shapes = sorted(info["mismatched_keys"])
     if shapes:
         name, in_file, expected = shapes[0]
         raise UserError(
-            f"{path}: {len(shapes)} weights have other shapes than config.json asks for, such as {shown(name)}: "
+            f"{path}: {len(shapes)} weights have other shapes than config.json requires, such as {shown(name)}: "
             f"{tuple(in_file)} in the file, {tuple(expected)} expected"
         )
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"{path}: {len(missing)} weights are missing, such as {shown(missing[0])}")
-    _check_finite(model, path)
+    check_quantized(model, path)
+    _check_finite(model, path, tick)
     unused = sorted(info["unexpected_keys"])
     if unused:
         _log.warning(
@@ -129,14 +184,20 @@ def load_model(path: str, dtype: str, processor: ChatProcessor) -> Any:
     num_embeddings = model.get_input_embeddings().num_embeddings
     largest = max(processor.tokenizer.wrapped.get_vocab().values())
     if largest >= num_embeddings:
-        raise UserError(f"{path}: the tokenizer has ids up to {largest} and the model embeddings for {num_embeddings}")
+        raise UserError(
+            f"{path}: the tokenizer has ids up to {largest}, but the model has only {num_embeddings} embeddings"
+        )
     return model.eval()
 
 
-def _check_finite(model: Any, path: str) -> None:
-    """Raise UserError naming a weight that has a value which is NaN or infinite."""
+def _check_finite(model: Any, path: str, tick: Callable[[], None]) -> None:
+    """Raise UserError, naming a weight, if values are NaN or infinite."""
     weights = (item for item in model.state_dict().items() if item[1].is_floating_point() and item[1].numel())
-    broken = [name for name, weight in weights if not all(torch.isfinite(end) for end in torch.aminmax(weight))]
+    broken = []
+    for name, weight in weights:
+        tick()
+        if not is_finite(weight):
+            broken.append(name)
     if broken:
         raise UserError(
             f"{path}: {len(broken)} weights have values that are NaN or infinite, such as {shown(broken[0])}: "

@@ -6,11 +6,13 @@ from typing import Any
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from mmtrain.model.quantized_weights import is_quantized
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` computes a linear layer and nothing else: routers of experts, for example, inherit from
     `nn.Linear` and return more than its output."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or is_quantized(module))
 
 
 def refused_by_peft(config: Any, names: Iterable[str]) -> list[str]:

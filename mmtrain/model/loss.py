@@ -1,4 +1,4 @@
-"""The one shift and the one cross-entropy, shared by training and evaluation."""
+"""The shift by one token and the cross-entropy, for training and evaluation."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,17 +10,17 @@ from torch import Tensor
 from mmtrain.dataset.batch import Batch
 from mmtrain.model.attention import KEYWORD
 from mmtrain.model.head import FrozenHeadNLL, HeadKind, before_head, frozen_head
-from mmtrain.model.inputs import on_device
+from mmtrain.model.transfer import on_device
 
 
 def supervised_nll(model: Any, head_kind: HeadKind, inputs: dict[str, Any], batch: Batch) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each supervised token, and whether it was the likeliest: both (num_supervised,).
 
-    The second is meant for evaluation: where gradients are wanted and the head is frozen it is not looked for.
+    The second is for evaluation: it is not computed if the head is frozen and gradients are required.
 
-    The token at position t is predicted from position t - 1. Logits, (num_supervised, vocabulary), are made at those
-    positions alone, a few hundred at a time where the head is frozen, and the cross-entropy is taken in float32:
-    -log softmax(logits)[target], in nats. Tokens come row by row, in order.
+    The token at position t is predicted from position t - 1. Logits, (num_supervised, vocabulary), are computed only at
+    those positions, a few hundred at a time if the head is frozen. The cross-entropy is computed in float32:
+    -log softmax(logits)[target], in nats. Tokens are in the order of the rows.
     """
     device = inputs["input_ids"].device
     targets = on_device(batch.input_ids[batch.supervised], device)
@@ -37,9 +37,9 @@ def supervised_nll(model: Any, head_kind: HeadKind, inputs: dict[str, Any], batc
 
 
 def _predicting(batch: Batch) -> Tensor:
-    """The positions before the supervised ones: their places in the one row of a packed batch, a mask over padded rows.
+    """The positions before the supervised ones: indices for the one row of a packed batch, a mask for padded rows.
 
-    A mask makes the device count what it picks, and the program wait for the answer.
+    Indices are faster: with a mask, the program waits until the device has counted the selected positions.
     """
     if batch.packed:
         return batch.supervised[0].nonzero()[:, 0] - 1

@@ -1,10 +1,10 @@
-"""Whether the samples of a row leave each other alone: tried on the loaded model before it is trained.
+"""Whether the samples of a packed row stay independent, tried on the loaded model before training.
 
-Rows of random samples go through the model as training lays them out, and each sample goes through it alone, with an
-attention mask, as in inference. The logits must agree, up to rounding, which grows with the model: padded rows show how
-much it is. And where one sample of a packed row is replaced, the logits of the other must stay. A leak has many causes
-that no config names: another kind of attention, a mask that is made without the positions, recurrent layers, images
-attended to in both directions.
+The model computes rows of random samples as in training, and each sample alone with an attention mask, as in inference.
+The logits must agree up to rounding, which grows with the model: padded rows show its size. And if one sample of a
+packed row is replaced, the logits of the other must not change. Samples can affect each other for many reasons that no
+config names: another kind of attention, a mask made without the positions, recurrent layers, or bidirectional attention
+to images.
 """
 
 import io
@@ -25,40 +25,41 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
+from mmtrain.model.quantized_weights import num_weights
 from mmtrain.safe_text import one_line
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""Largest relative difference (L2) of the logits of a stretch of a sample that counts as rounding.
+"""Largest relative difference (L2) of the logits of a section of a sample that counts as rounding.
 
 Measured with random weights, 2 to 28 layers, dense and mixture of experts. Rounding: 7e-7 in float32; in bfloat16 it
 grows with the model, from 0.012 (0.03 for a single token) to 0.033 with a width of 1,792 and 28 layers. Leaks, the same
-in both: 0.6 to 1.5 where a sample attends to the one before, 0.7 to 1.2 where it sees one token of it, 0.3 to 1.4 in
-recurrent layers, 0.2 to 1 through a convolution over three tokens. Images of 8 tokens that are attended to in both
-directions in one layout alone: 0.13 to 0.2 in the image, 0.03 after it.
+in both: 0.6 to 1.5 if a sample attends to the one before it, 0.7 to 1.2 if it attends to one token of it, 0.3 to 1.4
+through recurrent layers, 0.2 to 1 through a convolution over three tokens. Images of 8 tokens with bidirectional
+attention only in packed or only in padded rows: 0.13 to 0.2 in the image, 0.03 after it.
 """
 _ROUNDING = 4.0
-"""How many times as far as padded rows packed ones may be off, where that is more than the tolerance: 1.7 to 1.9 times
-was measured in bfloat16 with widths of 896 and 1,792."""
+"""Packed rows may differ by this many times the difference of padded rows, if that exceeds the tolerance. Measured:
+1.7 to 1.9 times, in bfloat16 with widths of 896 and 1,792."""
 _REFUSED = 4
-"""Tolerances by which padded rows may be off: a model that is refused for rounding could not be trained at all."""
+"""Padded rows may differ by this many tolerances: a model refused because of rounding could not be trained at all."""
 _NUM_TOKENS = (60, 24)
 """Text tokens of the two samples."""
 _NUM_BEFORE = 5
-"""Those before the image. Each stretch is compared for itself, so what reaches a few tokens over the border shows."""
+"""Text tokens before the image. Each section is compared separately, so a leak over only a few tokens is noticed."""
 _NUM_COMPARED = 32
-"""Tokens of a stretch whose logits are compared: all of them would take gigabytes in a long sample."""
+"""Tokens of a section whose logits are compared: all of them would take gigabytes in a long sample."""
 _SIZES = ((112, 112), (84, 168))
 """(width, height) of the images, one in each sample: a square, which some families give no mask, and another."""
 _CPU_MULTIPLICATIONS, _GPU_MULTIPLICATIONS = 1e11, 1e14
-"""What the longer sample may cost, weights times tokens: seconds."""
+"""Limit for the cost of the longer sample, weights times tokens: it takes seconds."""
 
 
 def packing_fault(model: Any, processor: ChatProcessor, dtype: torch.dtype, packing: bool = True) -> str | None:
-    """Why the samples of `model` cannot share a row; None where they can, or where `packing` is False: then padded rows
-    alone are tried.
+    """The reason why samples of `model` cannot share a row; None if they can. With `packing` False only padded rows are
+    tried.
 
-    `model` is in eval mode, on the device where it is computed; `dtype` is that of its matrix products. Neither the
-    model nor the random state changes. Raises UserError where padded rows already fail or give other logits.
+    `model` is in eval mode, on the device that runs it; `dtype` is that of its matrix products. Neither the model nor
+    the random state changes. Raises UserError if padded rows already fail or give other logits.
     """
     if not processor.lays_out_together:
         return "the images of this model are laid out for one sample at a time"
@@ -106,7 +107,7 @@ class _Trial:
         self.tolerance = _TOLERANCE[dtype]
         reach, longest = _reach(model), _longest(model)
         self.too_far = reach if reach > longest and not self._make_inputs.attends_by_sample else None
-        """The window of an attention that is not ours, where it is too long to try."""
+        """The window of an attention that is not mmtrain's, if it is too long to try."""
         first, second = _NUM_TOKENS
         first += reach if reach <= longest else 0
         self._samples = [
@@ -116,7 +117,7 @@ class _Trial:
         ]
 
     def logits(self, order: Sequence[int], packing: bool) -> list[Tensor]:
-        """(num_compared, vocabulary) float32 for each stretch of the samples, which are laid out in this order."""
+        """(num_compared, vocabulary) float32 for each section of the samples, in this order."""
         samples = [self._samples[number] for number in order]
         batch = make_batch(order, samples, self._processor, packing, row_multiple=ROW_MULTIPLE)
         device, compared = self._model.device, batch.supervised
@@ -128,14 +129,14 @@ class _Trial:
             inputs = self._make_inputs(batch)
             keep = compared[0].nonzero()[:, 0] if packing else compared
             logits = self._model(**inputs, logits_to_keep=keep.to(device)).logits
-        sizes = [int(sample.supervised[stretch].sum()) for sample in samples for stretch in _stretches(sample)]
+        sizes = [int(sample.supervised[section].sum()) for sample in samples for section in _sections(sample)]
         return list(torch.split(logits.flatten(0, -2).float(), sizes))
 
     def leaked(self, row: list[Tensor]) -> float:
-        """By how much the logits of either sample of the packed `row` of both change when the other one is replaced.
+        """The change of the logits of each sample of the packed `row` if the other sample is replaced.
 
-        The same kernels run on the same shapes, so rounding is no reason: it is 0 but for experts, whose products
-        depend on how many tokens each gets.
+        The same kernels run on the same shapes, so there is no rounding: the change is 0, except with experts, whose
+        products depend on the number of tokens that each gets.
         """
         middle = len(row) // 2
         after, before = self.logits([2, 1], packing=True), self.logits([0, 3], packing=True)
@@ -143,15 +144,15 @@ class _Trial:
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative difference (L2) over the stretches, each token's mean taken off as softmax does; infinite
-    where a value is not finite."""
+    """The largest relative difference (L2) over the sections. Each token's mean is subtracted, because softmax ignores
+    it. Infinite if a value is not finite."""
     pairs = (tuple(x - x.mean(-1, keepdim=True) for x in pair) for pair in zip(found, expected, strict=True))
     values = [float((own - other).norm() / other.norm()) for own, other in pairs if not torch.equal(own, other)]
     return max((value if np.isfinite(value) else float("inf") for value in values), default=0.0)
 
 
 def _reach(model: Any) -> int:
-    """The longest window or chunk of tokens that the config names and a sample may exceed."""
+    """The longest window or chunk of tokens that the config names and a sample can exceed."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or float("inf")
     named = [value for key, value in config.to_dict().items() if re.search("window|chunk", key) and type(value) is int]
@@ -159,17 +160,17 @@ def _reach(model: Any) -> int:
 
 
 def _longest(model: Any) -> int:
-    """The longest window that may be tried."""
+    """The longest window that is tried."""
     limit = _CPU_MULTIPLICATIONS if model.device.type == "cpu" else _GPU_MULTIPLICATIONS
-    return max(_NUM_TOKENS[0] // 2, int(limit / sum(parameter.numel() for parameter in model.parameters())))
+    return max(_NUM_TOKENS[0] // 2, int(limit / sum(map(num_weights, model.parameters()))))
 
 
 def _samples(
     model: Any, processor: ChatProcessor, num_tokens: Sequence[int], noise: np.random.Generator
 ) -> Iterator[Encoded]:
-    """Random samples with so many text tokens, each with an image of noise where the model takes images.
+    """Random samples with these numbers of text tokens, each with an image of noise if the model takes images.
 
-    `supervised` says which tokens are compared, here also in an image.
+    `supervised` marks the tokens that are compared, here also in an image.
     """
     size = min(len(processor.tokenizer.wrapped), model.get_input_embeddings().num_embeddings)
     ordinary = [n for n in range(size) if not processor.tokenizer.is_special(n) and n != processor.image_token_id]
@@ -182,14 +183,14 @@ def _samples(
             spans = (ImageSpan(_noise_image(noise, image_size), _NUM_BEFORE, len(image), tokens.num_placeholders),)
         ids = np.concatenate([text[:_NUM_BEFORE], image, text[_NUM_BEFORE:]]).astype(np.int32)
         sample = Encoded(ids, np.zeros(len(ids), np.bool_), spans)
-        for stretch in _stretches(sample):
-            places = np.arange(len(ids))[stretch]
-            evenly = np.linspace(0, len(places) - 1, min(_NUM_COMPARED, len(places))).astype(int)
-            sample.supervised[places[evenly]] = True
+        for section in _sections(sample):
+            positions = np.arange(len(ids))[section]
+            evenly = np.linspace(0, len(positions) - 1, min(_NUM_COMPARED, len(positions))).astype(int)
+            sample.supervised[positions[evenly]] = True
         yield sample
 
 
-def _stretches(sample: Encoded) -> list[slice]:
+def _sections(sample: Encoded) -> list[slice]:
     """The text before the image, the image if there is one, and the text after it."""
     ends = [_NUM_BEFORE, *(span.start + span.length for span in sample.images), sample.num_tokens]
     return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]

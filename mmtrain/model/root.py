@@ -1,4 +1,4 @@
-"""The one module through which everything is computed."""
+"""The module through which every forward pass goes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,8 +7,7 @@ from torch import nn
 
 
 class Root(nn.Module):
-    """Runs a computation on the model inside one forward: where weights are spread over processes they are whole there
-    and nowhere else."""
+    """Runs a computation inside the forward of one module. Weights sharded over processes are complete only there."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -1,9 +1,11 @@
-"""The files of a model directory, checked before transformers reads them: whole, safetensors alone, all inside."""
+"""Checks the weight files of a model directory before transformers reads them: complete, safetensors, inside it."""
 
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from mmtrain.errors import UserError
 from mmtrain.safe_text import one_line, shown, visible
@@ -13,26 +15,50 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def check_weight_files(directory: Path) -> None:
-    """Raises UserError, naming the file, where weights are missing, cut off, outside of `directory` or no safetensors.
+    """Raises UserError, naming the file, if weights are missing, truncated, outside `directory` or not safetensors.
 
     Only headers are read.
     """
     where = visible(str(directory))
-    if (directory / "adapter_config.json").is_file():  # transformers would load it into the model without a word
+    if (directory / "adapter_config.json").is_file():  # transformers would silently load it into the model
         raise UserError(f"{where}: adapter_config.json is there: give the directory of a base model, not of an adapter")
-    if (directory / _SINGLE).is_file():
-        names = [_SINGLE]
-    elif (directory / _INDEX).is_file():
-        names = _indexed(directory / _INDEX)
-    else:
-        raise UserError(f"{where}: {_missing(directory)}")
-    for name in names:
+    for name in _names(directory):
         try:
             with safe_open(directory / name, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
             file = visible(str(directory / name))
-            raise UserError(f"{file}: not a whole safetensors file: {one_line(error)}; copy it again") from None
+            raise UserError(f"{file}: not a complete safetensors file: {one_line(error)}; copy it again") from None
+
+
+def check_finite_files(directory: Path) -> None:
+    """Raises UserError naming a weight in the files that has a value which is NaN or infinite.
+
+    For weights that are quantized as they are read: 4 bits cannot store such a value, so it would not show later.
+    """
+    for name in _names(directory):
+        with safe_open(directory / name, framework="pt") as file:
+            for key in file.offset_keys():
+                weight = file.get_tensor(key)
+                if weight.is_floating_point() and weight.numel() and not is_finite(weight):
+                    raise UserError(
+                        f"{visible(str(directory / name))}: {shown(key)} has values that are NaN or infinite: "
+                        "expected finite numbers; copy or convert the model again"
+                    )
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether no value of `weight`, which has some, is NaN or infinite."""
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(weight))
+
+
+def _names(directory: Path) -> list[str]:
+    """The names of the files with the weights. Raises UserError where there are none."""
+    if (directory / _SINGLE).is_file():
+        return [_SINGLE]
+    if (directory / _INDEX).is_file():
+        return _indexed(directory / _INDEX)
+    raise UserError(f"{visible(str(directory))}: {_missing(directory)}")
 
 
 def _missing(directory: Path) -> str:
@@ -43,7 +69,7 @@ def _missing(directory: Path) -> str:
 
 
 def _indexed(index: Path) -> list[str]:
-    """The names of the files that an index lists. Raises UserError where it is broken or one of them is not there."""
+    """The names of the files that an index lists. Raises UserError if it is broken or one of the files is missing."""
     where = visible(str(index))
     try:
         found = json.loads(index.read_bytes())

@@ -1,1 +1,1 @@
-"""From files of records to conversations."""
+"""Reads records from files and turns them into conversations."""

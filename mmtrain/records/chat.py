@@ -1,15 +1,15 @@
-"""A conversation as plain data: what every record format becomes, and all that the encoder sees."""
+"""A conversation as plain data: every record format is read into it, and the encoder sees nothing else."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
 Messages = list[dict[str, Any]]
-"""Turns as chat templates take them."""
+"""Turns in the form that chat templates take."""
 
 
 class SampleError(Exception):
-    """Why one sample cannot be used. Whoever knows the file and the line adds them."""
+    """The reason why a sample cannot be used. The caller adds the file and the line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A picture as the record names it: a path, or the bytes of a data URI."""
+    """An image as the record gives it: a path, or the bytes of a data URI."""
 
     name: str
     data: bytes | None = None
@@ -33,7 +33,7 @@ class Message:
     role: Role
     parts: tuple[Part, ...]
     train: bool = True
-    """False where the record says that this turn is not learned."""
+    """False if the record says not to train on this turn."""
 
     @property
     def text(self) -> str:

@@ -1,7 +1,7 @@
-"""Which files of records a path in the config names.
+"""The files of records that a path in the config names.
 
-In a folder nothing is left out in silence: a file that is neither read nor plainly something else is refused by name,
-and so is a folder in it that has files of records. A glob reads what it matches and nothing else.
+In a folder nothing is skipped silently: a file that is neither read nor plainly something else is refused by name, and
+so is a subfolder that has files of records. A glob reads only the files that it matches.
 """
 
 import glob
@@ -19,7 +19,7 @@ _OTHER = """
 _OTHER_THINGS = frozenset(_OTHER.split())
 """Endings of files that are plainly not records."""
 _ABOUT = ("license", "licence", "readme", "notice", "copying", "citation", "changelog", "authors", "contributing")
-"""What the names of files about the data begin with."""
+"""Beginnings of the names of files about the data."""
 _RECORDS = (
     *_READ,
     ".jsonlines",
@@ -40,7 +40,7 @@ _RECORDS = (
 def find_data_files(path: str) -> list[Path]:
     """The .json and .jsonl files that `path` names: a file, a folder or a glob, in the order of their names.
 
-    Raises UserError where there is none, or where one of them, or something else in the folder, is not read.
+    Raises UserError if there is none, or if one of them, or another file of the folder, is not read.
     """
     here = Path(path)
     if here.is_dir():
@@ -70,7 +70,7 @@ def _in_folder(folder: Path) -> list[Path]:
         if file.is_dir():
             inner = _first_records(file)
             if inner is not None:
-                faults.append(f"{visible(str(inner))}: in a folder below the data folder, where nothing is read")
+                faults.append(f"{visible(str(inner))}: in a subfolder of the data folder, which is not read")
         elif _is_read(file):
             found.append(file)
         elif file.suffix.lower() not in _OTHER_THINGS and not file.name.lower().startswith(_ABOUT):
@@ -83,7 +83,7 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def _first_records(folder: Path) -> Path | None:
-    """A file anywhere below `folder` whose name is that of a file of records."""
+    """A file in `folder` or its subfolders that has the name of a file of records."""
     for inside, _, names in os.walk(folder):
         for name in sorted(names):
             if name.lower().endswith(_RECORDS) and not name.startswith("."):

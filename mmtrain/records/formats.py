@@ -1,10 +1,10 @@
-"""The record shapes people have, each read into a `Conversation`.
+"""The common record formats, each read into a `Conversation`.
 
 `openai`         {"messages": [{"role", "content": text, or parts of type text / image_url / image}]}
 `messages`       the same with `<image>` marks in the text and an `images` list next to `messages`
 `conversations`  LLaVA and ShareGPT: {"conversations": [{"from", "value"}], "image": path or list}
 
-A mark is `<image>`; one newline between it and the text around it belongs to the mark, not to the text.
+A mark is `<image>`. One newline between it and the text next to it belongs to the mark, not to the text.
 A turn's `train`, `trainable`, `loss` or `weight` (true, false, 1, 0) says whether an assistant turn is trained on.
 """
 
@@ -43,15 +43,15 @@ _KEYS = {
     "messages": ("messages", "role", "content"),
     "conversations": ("conversations", "from", "value"),
 }
-"""Of each format: the key of the turns, and of a turn's role and content."""
+"""For each format the keys of the turns, of a turn's role and of its content."""
 _TRAIN_KEYS = ("train", "trainable", "loss", "weight")
 
 
 def read_record(record: Any, record_format: str, ignored: Set[str] = frozenset()) -> Conversation:
     """The conversation in one parsed record.
 
-    `ignored`: keys of records, turns and parts to read as if they were not there. Raises SampleError with the reason
-    where the record is not a conversation, or has a key that is neither understood nor metadata.
+    `ignored`: keys of records, turns and content parts to ignore. Raises SampleError with the reason if the record is
+    not a conversation, or has a key that is neither understood nor metadata.
     """
     if not isinstance(record, dict):
         raise SampleError(f"expected an object, not {shown(record)}")
@@ -65,7 +65,7 @@ def read_record(record: Any, record_format: str, ignored: Set[str] = frozenset()
     check_keys(record, understood, turns, {role_key, text_key, *_TRAIN_KEYS})
     images = _ImageList(record)
     if record_format == "openai" and images.num:
-        raise SampleError("there are images next to messages without marks: set format to messages to read them")
+        raise SampleError("there are images next to messages without marks: set `format: messages` to read them")
     messages = [_message(turn, role_key, text_key, None if record_format == "openai" else images) for turn in turns]
     if images.num_marks != images.num:
         raise SampleError(f"{_count(images.num_marks, '<image> mark')} but {_count(images.num, 'image')}")
@@ -91,7 +91,7 @@ def _recognise(record: Record) -> str:
 
 
 class _ImageList:
-    """The images of a record, the n-th of which stands for the n-th mark or part without a path of its own."""
+    """The images of a record. The n-th belongs to the n-th mark or image part without a path."""
 
     def __init__(self, record: Record) -> None:
         self._images = [_image(value) for value in _image_values(record)]
@@ -99,15 +99,15 @@ class _ImageList:
         self.num_marks = 0
 
     def next(self, index: Any = None) -> Image:
-        """`index`: the place in the list that a part names itself."""
+        """`index`: the index in the list that the part gives, if it does."""
         if index is not None and index != self.num_marks:
-            raise SampleError(f"an image part has the index {shown(index)} and is number {self.num_marks} of its kind")
+            raise SampleError(f"an image part has the index {shown(index)}, expected {self.num_marks} by its position")
         self.num_marks += 1
         return self._images[self.num_marks - 1] if self.num_marks <= self.num else Image("")
 
 
 def _message(turn: Record, role_key: str, text_key: str, images: _ImageList | None) -> Message:
-    """One turn; without `images` an `<image>` mark is text."""
+    """One turn. Without `images` an `<image>` mark is text."""
     name, content = turn.get(role_key), turn.get(text_key)
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
@@ -142,16 +142,16 @@ def _is_trained(turn: Record, role: Role) -> bool:
 
 
 def _split_marks(text: str) -> list[str | None]:
-    """The words between the marks, None for each mark; empty words are left out."""
+    """The texts between the marks, and None for each mark. Empty texts are left out."""
     if "<image>" not in text:
         return [text]
     pieces: list[str | None] = []
-    words = _MARK.split(text)
-    for i, piece in enumerate(words):
+    texts = _MARK.split(text)
+    for i, piece in enumerate(texts):
         if i > 0:
             pieces.append(None)
             piece = piece.removeprefix("\n")
-        if i < len(words) - 1:
+        if i < len(texts) - 1:
             piece = piece.removesuffix("\n")
         if piece:
             pieces.append(piece)
@@ -159,7 +159,7 @@ def _split_marks(text: str) -> list[str | None]:
 
 
 def _part(part: Any, images: _ImageList | None) -> Part:
-    """One entry of a content list; an image part without a path of its own takes the next of `images`."""
+    """One entry of a content list. An image part without a path takes the next of `images`."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         return Text(_text(_only(part, ("text", "value")), "text"))
@@ -172,7 +172,7 @@ def _part(part: Any, images: _ImageList | None) -> Part:
 
 
 def _only(part: Record, keys: tuple[str, ...]) -> Any:
-    """The value of the one key of `keys` that is given, None where there is none."""
+    """The value of the only key of `keys` that is given, None if there is none."""
     given = [key for key in keys if part.get(key) is not None]
     if len(given) > 1:
         raise SampleError(f"a part has both {shown(given[0])} and {shown(given[1])}: keep one")

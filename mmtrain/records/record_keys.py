@@ -1,7 +1,7 @@
 """The keys of a record: each is understood, plainly metadata, empty, ignored by name in the config, or refused.
 
-Metadata are the names in `METADATA` and all that end in `_id`. They say where a record comes from and never how it is
-trained on. Everything else that a reader does not use could matter (a loss flag, boxes, tools, a second image).
+Metadata are the names in `METADATA` and all that end in `_id`. They say where a record comes from, not how to train on
+it. Any other unused key could matter (a loss flag, boxes, tools, a second image), so it is refused.
 """
 
 import re
@@ -28,7 +28,7 @@ _PART_KEYS = {
     "image_url": frozenset({"type", "image_url", "path", "url", "value", "index", "detail"}),
 }
 IMAGE_KEYS = frozenset({"path", "url", "detail"})
-"""Of an image that is given as an object. `detail` is OpenAI's hint for its own service."""
+"""Keys of an image that is given as an object. `detail` is OpenAI's hint for its own service."""
 _SUFFIX = r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|avif|heic|mp4|avi|mov|mkv|webm|wav|mp3|flac)"
 _MEDIA = re.compile(rf"data:(image|video|audio)/|.*{_SUFFIX}$", re.IGNORECASE)
 
@@ -51,7 +51,7 @@ def _without_in_object(item: Any, ignored: Set[str], depth: int) -> Any:
 
 
 def check_keys(record: Record, understood: Set[str], turns: Iterable[Record], of_turn: Set[str]) -> None:
-    """Raises SampleError naming every key of the record, its turns and their parts that would be lost in silence."""
+    """Raises SampleError naming every key of the record, its turns and their parts that would silently be lost."""
     lost = [(shown(key, 40), value) for key, value in _unknown(record, understood)]
     for number, turn in enumerate(turns, start=1):
         lost += [(f"{shown(key, 40)} of turn {number}", value) for key, value in _unknown(turn, of_turn)]
@@ -64,7 +64,7 @@ def check_keys(record: Record, understood: Set[str], turns: Iterable[Record], of
 
 
 def refuse_keys(lost: list[tuple[str, Any]]) -> None:
-    """Raises SampleError where there are any of these (name, value)."""
+    """Raises SampleError if `lost`, a list of (name, value), is not empty."""
     if not lost:
         return
     names = ", ".join(name for name, _ in lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
@@ -93,11 +93,11 @@ def _unknown(found: Record, understood: Set[str]) -> list[tuple[str, Any]]:
 
 
 def check_no_image_is_lost(record: Record, understood: Set[str]) -> None:
-    """Of a record without images. Raises SampleError where its metadata name an image, video or sound."""
+    """For a record without images. Raises SampleError if its metadata name an image, video or sound."""
     for key, value in record.items():
         if key not in understood and _is_media(value):
             raise SampleError(
-                f"{shown(key, 40)} is {shown(value)} and the record has no image: give images under 'image' or "
+                f"{shown(key, 40)} is {shown(value)}, but the record has no image: give images under 'image' or "
                 f"'images', or name the key in data.ignore_fields"
             )
 

@@ -1,6 +1,6 @@
 """Files of records with random access, and the line of every record.
 
-A JSONL file costs sixteen bytes a record in memory, whatever its size: only the offsets of its lines are kept.
+A JSONL file takes sixteen bytes of memory per record, whatever its size: only the offsets of its lines are stored.
 """
 
 import functools
@@ -20,17 +20,17 @@ from mmtrain.regular_files import open_regular
 from mmtrain.safe_text import shown, visible
 
 MAX_RECORD = 32 * 2**20
-"""Bytes of one record: parsing takes up to 30 times as much memory."""
+"""The most bytes of one record. Parsing takes up to 30 times as much memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a record stands: said in every message about it."""
+    """The file and line of a record, for every message about it."""
 
     file: Path
     line: int
     item: int | None = None
-    """Counted from 1, where several records of a list share a line."""
+    """Counted from 1, if several records of a list are on the same line."""
 
     def __str__(self) -> str:
         return f"{visible(str(self.file))}:{self.line}" + (f" item {self.item}" if self.item is not None else "")
@@ -48,7 +48,7 @@ class JsonlFile:
             file.seek(offset)
             for number in itertools.count(1):
                 start, is_blank = offset, True
-                while chunk := file.readline(MAX_RECORD):  # the whole line, but where it is too long to be read
+                while chunk := file.readline(MAX_RECORD):  # the whole line, unless it is too long
                     offset += len(chunk)
                     is_blank = is_blank and chunk.isspace()
                     if chunk.endswith(b"\n"):
@@ -67,11 +67,11 @@ class JsonlFile:
         return Place(self.path, self._lines[index])
 
     def record(self, index: int) -> Any:
-        """The parsed record. Raises SampleError where the line is too long or not JSON."""
+        """The parsed record. Raises SampleError if the line is too long or not JSON."""
         start = self._offsets[index]
         end = self._offsets[index + 1] if index + 1 < len(self._offsets) else self._end
         try:
-            opened = _opened(self)  # kept while it is read: two threads may open at once, and one of them is dropped
+            opened = _opened(self)  # a reference while it is read: if two threads open it, the cache drops one of them
             line = os.pread(opened.file.fileno(), min(end - start, MAX_RECORD + 1), start)
         except OSError as error:
             raise SampleError(f"cannot be read: {error.strerror}") from None
@@ -81,7 +81,7 @@ class JsonlFile:
 
 
 class _Descriptor:
-    """A file that is open for reading as long as this lives."""
+    """A file that is open for reading as long as this object exists."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -92,12 +92,12 @@ class _Descriptor:
 
 @functools.lru_cache(maxsize=64)
 def _opened(file: JsonlFile) -> _Descriptor:
-    """Of a file of records that is read from: opening it for every record takes as long as parsing one."""
+    """The open file, cached: opening it for every record would take as long as parsing the record."""
     return _Descriptor(open_regular(file.path))
 
 
 class JsonFile:
-    """A file that is one JSON list of records, read whole."""
+    """A file that is one JSON list of records, read completely into memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -125,7 +125,7 @@ RecordFile = JsonlFile | JsonFile
 def open_records(path: str) -> list[RecordFile]:
     """The record files that `path` names: a file, a folder or a glob, in the order of their names.
 
-    Raises UserError where there is none, where one cannot be read, and where a file of the folder would be left out.
+    Raises UserError if there is none, if one cannot be read, or if a file of the folder would be left out.
     """
     files = [_open(file) for file in find_data_files(path)]
     if not any(len(file) for file in files):
@@ -163,7 +163,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_co
 
 
 def parse_json(line: bytes) -> Any:
-    """One JSON value; equal keys, NaN and deep nesting, which Python takes, are refused. Raises SampleError."""
+    """One JSON value. Raises SampleError also for what Python accepts: equal keys, NaN and very deep nesting."""
     try:
         return _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -177,7 +177,7 @@ def parse_json(line: bytes) -> Any:
 
 
 def _list_items(path: Path) -> Iterator[tuple[Any, int]]:
-    """Each item of the JSON list in `path`, with the line (from 1) it begins on. Raises UserError and OSError."""
+    """Each item of the JSON list in `path`, with its first line (from 1). Raises UserError and OSError."""
     name = visible(str(path))
     with open_regular(path) as file:
         content = file.read()

@@ -85,10 +85,11 @@ def is_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def num_local_gpus() -> int:
+def num_local_gpus(device: str) -> int:
+    """GPUs of this machine that a run on `device` (`run.device`) uses."""
     import torch
 
-    return torch.cuda.device_count()
+    return torch.cuda.device_count() if device in ("auto", "cuda") else 0
 
 
 def launch(layout: Layout, processes: int, words: Sequence[str]) -> int:

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from mmtrain.errors import STOP_SIGNALS, PeerError, UserError
 from mmtrain.runtime.activity import Activity
+from mmtrain.runtime.device import check_exchange, find_device, make_deterministic
 from mmtrain.runtime.host_memory import keep_freed_memory
 from mmtrain.runtime.peers import Peers
 from mmtrain.runtime.supervisor import Supervisor
@@ -33,57 +33,58 @@ class Runtime:
     `threads`: of the CPU, for this process; None leaves them to torch, shared among the processes of the machine.
     """
 
-    def __init__(self, dtype: str, timeout: float = _TIMEOUT_SECONDS, threads: int | None = None) -> None:
+    def __init__(
+        self, dtype: str, timeout: float = _TIMEOUT_SECONDS, threads: int | None = None, device: str = "auto"
+    ) -> None:
         self._store: Any = None
+        self._dtype = dtype
         self._timeout = timeout
         self.activity = Activity()
         self._supervisor: Supervisor | None = None
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        local, local_index = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+        self.device: torch.device = find_device(device, dtype, local_index)
+        self.num_processes, self.index = 1, 0
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self._meet()
+            self.num_processes, self.index = dist.get_world_size(), dist.get_rank()
         if threads is None and local > 1 and "OMP_NUM_THREADS" not in os.environ:
             threads = max(1, (os.cpu_count() or 1) // local)
-        # accelerate sets the threads of several processes by itself where this is not set
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads or torch.get_num_threads()))
-        self._accelerator = Accelerator(
-            mixed_precision="bf16" if dtype == "bfloat16" else "no", cpu=not torch.accelerator.is_available()
-        )
         if threads is not None:
             torch.set_num_threads(threads)
-        self.device: torch.device = self._accelerator.device
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.num_processes: int = self._accelerator.num_processes
-        self.index: int = self._accelerator.process_index
-        self.is_main: bool = self._accelerator.is_main_process
-        first = self.index - self._accelerator.local_process_index
+        self.is_main: bool = self.index == 0
+        first = self.index - local_index
         self._neighbours = range(first, min(first + local, self.num_processes))
 
     def _meet(self) -> None:
         """Join the other processes. Raises PeerError where they do not come: another start may find them."""
         seconds = datetime.timedelta(seconds=self._timeout + 60)
+        on_gpus = self.device.type == "cuda"
+        if on_gpus:
+            check_exchange(self.device, os.environ)
         try:
             self._store, rank, world_size = next(iter(rendezvous("env://", timeout=seconds)))
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 # the agent's store outlives a restart, and what the last start left in it is not for this one
                 attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
                 self._store = PrefixStore(f"mmtrain/{attempt}", self._store)
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if backend == "nccl" else None
-            if device is not None:
-                if int(device.index) >= torch.cuda.device_count():
-                    raise UserError(
-                        f"process {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}; "
-                        "start fewer processes"
-                    )
-                torch.cuda.set_device(device)
             dist.init_process_group(
-                backend, store=self._store, rank=rank, world_size=world_size, timeout=seconds, device_id=device
+                "nccl" if on_gpus else "gloo",
+                store=self._store,
+                rank=rank,
+                world_size=world_size,
+                timeout=seconds,
+                device_id=self.device if on_gpus else None,
             )
         except dist.DistError as error:
             raise PeerError(f"the processes of the run did not meet: {one_line(error)}") from None
         except ValueError as error:  # an address or a port is missing among the variables
             raise UserError(f"this process cannot join others: {one_line(error)}") from None
+
+    def make_deterministic(self) -> None:
+        """Have the device give the same bits for the same input."""
+        make_deterministic(self.device, os.environ)
 
     @property
     def num_threads(self) -> int:
@@ -110,7 +111,7 @@ class Runtime:
             yield
             self.wait()
         except UserError as error:
-            error.told = self._supervisor.tell(error)
+            error.already_reported = self._supervisor.tell(error)
             raise
         except Exception as error:
             failed = UserError(f"process {self.index} failed: {type(error).__name__}: {error}")
@@ -144,15 +145,16 @@ class Runtime:
             return self.agree(torch.zeros(0, dtype=torch.float64))[1] is not None
         return self.asked is not None
 
-    def autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 for matrix products where the config says so; the float32 adapters stay float32."""
-        context: AbstractContextManager[None] = self._accelerator.autocast()
-        return context
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._dtype == "bfloat16")
 
     def sum(self, values: Tensor) -> Tensor:
         """`values` summed over all processes."""
-        with self._together():
-            total: Tensor = self._accelerator.reduce(values, reduction="sum")
+        total = values.clone()
+        if self.num_processes > 1:
+            with self._together():
+                dist.all_reduce(total)
         return total
 
     def gather(self, values: Tensor) -> Tensor:
@@ -164,8 +166,9 @@ class Runtime:
 
     def wait(self) -> None:
         """Until every process is here."""
-        with self._together():
-            self._accelerator.wait_for_everyone()
+        if self.num_processes > 1:
+            with self._together():
+                dist.barrier()
 
     def from_first(self, key: str, make: Callable[[], str]) -> str:
         """What `make` gives in the first process; the others wait at the store, which a collective's timeout spares."""
@@ -201,6 +204,5 @@ class Runtime:
             self.activity.waiting = False
 
     def close(self) -> None:
-        self._accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()

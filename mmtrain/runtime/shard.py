@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.validate import CheckedSamples
 from mmtrain.encoding.encode import Encoded
+from mmtrain.model.quantized_weights import num_bytes
 from mmtrain.records.sources import Place
 
 FILLER = -1
@@ -38,6 +39,16 @@ def shard(root: nn.Module, device: torch.device) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+
+
+def reshard(root: nn.Module) -> None:
+    """Free the whole weights that a forward pass of sharded ones left, so that the next one gathers them again.
+
+    Without a backward pass after it FSDP2 keeps some, which do not change when the weights do.
+    """
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
@@ -67,8 +78,8 @@ def share(value: Tensor, like: Tensor) -> Tensor:
 def num_held(model: Any) -> tuple[int, int]:
     """Bytes of the weights that this process holds, and of all weights."""
     parameters = list(model.parameters())
-    held = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in parameters)
-    return held, sum(p.numel() * p.element_size() for p in parameters)
+    held = sum(num_bytes(p.to_local() if isinstance(p, DTensor) else p) for p in parameters)
+    return held, sum(map(num_bytes, parameters))
 
 
 class Filled:

@@ -1,4 +1,4 @@
-"""Whether features of pictures are kept, and where: what says which features are the same."""
+"""Whether the features of images are cached, where, and which of them are the same."""
 
 import hashlib
 import json
@@ -13,39 +13,64 @@ from mmtrain.config import Config
 from mmtrain.config.schema import Frozen
 from mmtrain.dataset.hashes import cache_folder, model_fingerprints
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model.image_cache.features import PictureFeatures, find_fields
+from mmtrain.model.image_cache.features import ImageFeatures, find_fields
 from mmtrain.model.image_cache.files import FeatureFolder
 from mmtrain.model.image_cache.store import FeatureStore
+from mmtrain.model.inputs import InputMaker
+from mmtrain.model.vision import VisionInputs
+from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 
 GIB = 2**30
 
 
-def keeps_features(config: Config, num_processes: int) -> bool:
-    """Whether a training keeps features, as far as the config says: the frozen parts' output is the same every time.
+def caches_features(config: Config, num_processes: int) -> bool:
+    """Whether training caches features, as far as the config says: frozen components give the same every time.
 
-    Not where weights are spread: all processes must then run the same modules, and each lacks other pictures.
+    Not where weights are sharded: all processes must then run the same modules, and each lacks other images.
     """
     tune, run = config.tune, config.run
     frozen = isinstance(tune.vision, Frozen) and isinstance(tune.projector, Frozen)
-    spread = run.weights == "shard" and num_processes > 1
-    return frozen and not spread and max(run.image_cache.memory_gib, run.image_cache.disk_gib) > 0
+    sharded = run.weights == "shard" and num_processes > 1
+    return frozen and not sharded and max(run.image_cache.memory_gib, run.image_cache.disk_gib) > 0
 
 
-def make_store(config: Config, runtime: Runtime, say: Callable[[str], None]) -> FeatureStore | None:
-    """Where features are kept, None where there is no room for any."""
+def make_store(config: Config, runtime: Runtime, progress: Progress) -> FeatureStore | None:
+    """Where features are stored, None where the config leaves no room for any."""
     limits = config.run.image_cache
+    if not max(limits.memory_gib, limits.disk_gib):
+        return None
     folder = None
     if limits.disk_gib:
-        folder = FeatureFolder(cache_folder() / "features", _model_key(config, runtime), limits.disk_gib * GIB, say)
-    return FeatureStore(limits.memory_gib * GIB, folder) if max(limits.memory_gib, limits.disk_gib) else None
+        key = _model_key(config, runtime, progress)
+        folder = FeatureFolder(cache_folder() / "features", key, limits.disk_gib * GIB, progress.say)
+    return FeatureStore(limits.memory_gib * GIB, folder)
 
 
-def find_features(
-    model: Any, processor: ChatProcessor, runtime: Runtime, store: FeatureStore | None, say: Callable[[str], None]
-) -> PictureFeatures | None:
-    """What puts cached features into `model`, which is on its device; None where there is no store, no image, or where
-    the features cannot be cached: `say` is given the one line that says why."""
+def input_maker(
+    model: Any,
+    processor: ChatProcessor,
+    config: Config,
+    runtime: Runtime,
+    store: FeatureStore | None,
+    vision: VisionInputs,
+    say: Callable[[str], None],
+) -> InputMaker:
+    """What makes the inputs of `model`, which is on its device: with cached features where there is a store and a trial
+    shows that the model can take them; `say` is given the line that says why it cannot."""
+    features = _find_features(model, processor, config, runtime, store, vision, say)
+    return InputMaker(model, processor, features, vision)
+
+
+def _find_features(
+    model: Any,
+    processor: ChatProcessor,
+    config: Config,
+    runtime: Runtime,
+    store: FeatureStore | None,
+    vision: VisionInputs,
+    say: Callable[[str], None],
+) -> ImageFeatures | None:
     if store is None or processor.images is None:
         return None
     with runtime.autocast():
@@ -53,14 +78,23 @@ def find_features(
     if isinstance(fields, str):
         say(f"image cache: off, {fields}")
         return None
-    return PictureFeatures(model, store, fields)
+    together = _encodes_together(config, runtime)
+    if together and not fields.can_be_split:
+        say("image cache: images that are not in it are encoded one by one, because their tensors cannot be joined")
+    return ImageFeatures(model, store, fields, vision, together)
 
 
-def _model_key(config: Config, runtime: Runtime) -> str:
-    """A SHA-256 over all that decides the bits of a picture's features beside the picture."""
-    files = runtime.from_first(
-        "features", lambda: json.dumps(model_fingerprints(config.model.path, runtime.activity.tick))
-    )
+def _encodes_together(config: Config, runtime: Runtime) -> bool:
+    """Whether images that are missing from the cache are encoded at once. Not on the CPU, where that gains nothing, nor
+    where bits are promised: those of an image would depend on which others were missing."""
+    return runtime.device.type == "cuda" and config.run.microbatches == "auto"
+
+
+def _model_key(config: Config, runtime: Runtime, progress: Progress) -> str:
+    """A SHA-256 over all that decides the bits of an image's features besides the image."""
+    files = runtime.from_first("features", lambda: json.dumps(model_fingerprints(config.model.path, progress.tick)))
     versions = {"mmtrain": __version__, "transformers": transformers.__version__, "pillow": PIL.__version__}
     made_by = {"dtype": config.model.dtype, "threads": runtime.num_threads, **runtime.kernels, **versions}
+    if _encodes_together(config, runtime):
+        made_by["images"] = "together"
     return hashlib.sha256(json.dumps([json.loads(files), made_by], sort_keys=True).encode()).hexdigest()

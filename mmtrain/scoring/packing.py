@@ -15,10 +15,10 @@ from mmtrain.runtime.processes import Runtime
 def choose_packing(
     model: Any, processor: ChatProcessor, config: Config, runtime: Runtime, say: Callable[[str], None]
 ) -> bool:
-    """Try `model`, as it is computed and with whole weights, in the first process, and decide for all of them.
+    """Try `model`, as it is computed and before its weights are sharded, in the first process, and decide for all.
 
-    `say` is given the one line that says why `auto` does not pack. Raises UserError where `run.packing` is true and
-    the samples of a row do not leave each other alone, and where not even padded rows can be trained.
+    `say` is given the line that says why `auto` does not pack. Raises UserError where `run.packing` is true and the
+    samples of a row affect each other, and where not even padded rows can be trained.
     """
     wanted, dtype = config.run.packing, getattr(torch, config.model.dtype)
 

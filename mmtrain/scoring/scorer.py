@@ -1,99 +1,91 @@
 """Scores of a model on a set of samples, by the encoding, the batches and the cross-entropy of training."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 
-from mmtrain.dataset.batch import Batch, Loader, Samples
+from mmtrain.dataset.batch import Batch, Samples
 from mmtrain.dataset.microbatches import cut_step
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.encoding.encode import Encoder
-from mmtrain.model.head import HeadKind
-from mmtrain.model.inputs import InputMaker
-from mmtrain.model.kernels.products import ROW_MULTIPLE
-from mmtrain.model.loss import supervised_nll
-from mmtrain.model.root import Root
-from mmtrain.runtime.processes import Runtime
+from mmtrain.progress import Progress
+from mmtrain.runtime.device import microbatch_faults, wide
 from mmtrain.runtime.shard import Filled
+from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.scoring.scores import Scores
 
 
 class Scorer:
-    """Scores answers of the samples `numbers` (sorted), whose lengths in tokens are known.
+    """Scores the answers of the samples `indices` (sorted), whose lengths in tokens are known.
 
-    `shown` gives the samples as the model gets them, `samples` what they are: they differ where images are changed.
+    `changed`: the same samples with other images, where a model is to be given those.
     """
 
     def __init__(
         self,
         samples: StoredSamples,
         encoder: Encoder,
-        numbers: Indices,
+        indices: Indices,
         lengths: list[int],
-        shown: Samples | None = None,
+        changed: Samples | None = None,
     ) -> None:
-        self._numbers = numbers
+        self._indices = indices
         self._lengths = lengths
-        self._shown: Samples = shown if shown is not None else samples
-        self._processor = encoder.processor
+        self._inputs: Samples = changed if changed is not None else samples
         rows: list[tuple[int, int, int, bool, int]] = []
         self._first: dict[int, int] = {}
-        for number in numbers.tolist():
-            conversation = samples.records.conversation(number)
-            self._first[number] = len(rows)
+        for index in indices.tolist():
+            conversation = samples.records.conversation(index)
+            self._first[index] = len(rows)
             for answer, turn in enumerate(encoder.trained_turns(conversation.messages), start=1):
                 size = len(conversation.messages[turn].text.encode())
-                rows.append((number, samples.records.source(number), answer, bool(conversation.images), size))
+                rows.append((index, samples.records.source(index), answer, bool(conversation.images), size))
         self._rows = np.array(rows, np.int64).reshape(-1, 5)
 
     @torch.no_grad()
     def score(
-        self,
-        root: Root,
-        head_kind: HeadKind,
-        make_inputs: InputMaker,
-        runtime: Runtime,
-        microbatch_tokens: int,
-        packing: bool,
-        filled: Filled | None = None,
-        console: Console | None = None,
+        self, loaded: LoadedModel, microbatch_tokens: int, progress: Progress, filled: Filled | None = None
     ) -> Scores | None:
         """Every answer's scores, each computed by one process and known to all; None where a signal asked to stop.
 
-        `filled`: the samples where weights are spread over the processes. `console` shows the progress.
+        `filled`: the samples where weights are sharded over the processes.
         """
-        limit = microbatch_tokens if self._processor.lays_out_together else 1
-        cuts = cut_step(self._lengths, limit, packing, runtime.num_processes)
-        share = len(cuts) // runtime.num_processes
-        own = [self._numbers[cut].tolist() for cut in cuts[runtime.index * share : (runtime.index + 1) * share]]
-        own = [cut for cut in own if cut] if filled is None else [filled.fill(cut) for cut in own]
+        runtime = loaded.runtime
+        own = self._own_microbatches(loaded, microbatch_tokens)
+        own = [indices for indices in own if indices] if filled is None else [filled.fill(indices) for indices in own]
         sums = np.zeros((len(self._rows), 3))
-        samples = self._shown if filled is None else filled
-        batches = Loader(samples, self._processor, packing, make_inputs.store, ROW_MULTIPLE).batches(own)
-        quiet = console is None or not console.is_terminal
-        for batch in track(batches, "scoring", len(own), console=console, transient=True, disable=quiet):
-            with runtime.autocast():
-                nll, right = root(supervised_nll, head_kind, make_inputs(batch), batch)
-            rows = self._answers(batch)
-            for column, values in enumerate((nll.double(), torch.ones_like(nll), right)):
-                np.add.at(sums[:, column], rows, values.cpu().numpy())
-            runtime.activity.tick()
-            if runtime.should_break(together=filled is not None):
-                break
-        total, asked = runtime.agree(torch.from_numpy(sums).flatten())
-        if asked is not None:
+        with progress.task("scoring", len(own)) as task:
+            for batch in loaded.batches(self._inputs if filled is None else filled, own):
+                with microbatch_faults("evaluation", batch):
+                    nll, right = loaded.nll(batch)
+                rows = self._answers(batch)
+                for column, values in enumerate((wide(nll), torch.ones_like(nll), right)):
+                    np.add.at(sums[:, column], rows, values.cpu().numpy())
+                task.advance()
+                if runtime.should_break(together=filled is not None):
+                    break
+        total, stop_signal = runtime.agree(torch.from_numpy(sums).flatten())
+        if stop_signal is not None:
             return None
         sums = total.numpy().reshape(sums.shape)
         sample, source, answer, has_image, num_bytes = self._rows.T
         counts = sums.round().astype(np.int64)
         return Scores(sample, source, answer, has_image > 0, sums[:, 0], counts[:, 1], counts[:, 2], num_bytes)
 
-    def _answers(self, batch: Batch) -> Indices:
-        """(num_supervised,) the row of the answer that each learned token of the batch belongs to.
+    def _own_microbatches(self, loaded: LoadedModel, microbatch_tokens: int) -> list[Sequence[int]]:
+        """The sample indices of each micro-batch of this process, some perhaps empty; every process has as many."""
+        index, num_processes = loaded.runtime.index, loaded.runtime.num_processes
+        limit = microbatch_tokens if loaded.processor.lays_out_together else 1
+        cuts = cut_step(self._lengths, limit, loaded.packing, num_processes)
+        share = len(cuts) // num_processes
+        return [self._indices[cut].tolist() for cut in cuts[index * share : (index + 1) * share]]
 
-        An answer is a run of learned tokens: between two of them the template always writes something.
+    def _answers(self, batch: Batch) -> Indices:
+        """(num_supervised,) the row of the answer that each supervised token of the batch belongs to.
+
+        An answer is a run of supervised tokens: between two of them the template always writes something.
         """
         rows = []
         for segment in batch.segments:

@@ -1,4 +1,4 @@
-"""What a run is trained and evaluated on: checked before the first step, and cut into steps."""
+"""What a run is trained and evaluated on, checked before the first step."""
 
 import functools
 import math
@@ -7,21 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress, TaskID
-
 from mmtrain.config import Config
-from mmtrain.config.schema import EvalSource, Run, Train
+from mmtrain.config.schema import EvalSource, Train
 from mmtrain.dataset.encode_all import EncodingSpec
-from mmtrain.dataset.microbatches import cut_step
 from mmtrain.dataset.plan import Plan
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.validate import CheckedSamples, check_samples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.model.cost import CostModel
 from mmtrain.model.load import length_limit
+from mmtrain.progress import Progress
 from mmtrain.scoring.scorer import Scorer
 
 
@@ -35,53 +31,23 @@ class EvalSet:
     scorer: Scorer
 
 
-@dataclass(frozen=True, slots=True)
-class StepCut:
-    """One step: its samples, and the micro-batches, some perhaps empty, that this process computes."""
-
-    samples: tuple[int, ...]
-    own: tuple[tuple[int, ...], ...]
-    num_tokens: int
-    num_supervised: int
-    operations: float
-    """What it must compute, over all processes: a multiplication and an addition are two."""
-
-
 class Dataset:
     """The training samples, the evaluation sets and the plan of steps of one config.
 
     Raises UserError with every sample of every source that cannot be used.
     """
 
-    def __init__(
-        self, config: Config, processor: ChatProcessor, console: Console, tick: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, config: Config, processor: ChatProcessor, progress: Progress) -> None:
         sources = _eval_sources(config)
         specs = {f"evaluation set {name}": EncodingSpec.of(config, [source]) for name, source in sources.items()}
         train_spec = EncodingSpec.of(config, config.data.train)
         limit = length_limit(config.model.path, config.data.max_length)
         check = functools.partial(check_samples, processor=processor, limit=limit, too_long=config.data.too_long)
-        (self.train, self.checked), *found = _check_all({"train": train_spec, **specs}, check, console, tick)
+        (self.train, self.checked), *found = _check_all({"train": train_spec, **specs}, check, progress)
         self.encoder = train_spec.encoder(processor)
         self.eval = [_eval_set(name, self.encoder, *one) for name, one in zip(sources, found, strict=True)]
         self.plan = _plan(config, self.train, self.checked)
         self.num_steps = _num_steps(config.train, self.plan)
-
-    def cut(
-        self, step: int, settings: Run, packing: bool, costs: CostModel, process: int, num_processes: int
-    ) -> StepCut:
-        """Step `step` (from 1) and this process's share of its micro-batches, as many as every other process's."""
-        samples = self.plan.step(step)
-        checked = self.checked
-        lengths = checked.num_tokens[samples]
-        multiple = num_processes if settings.microbatches == "auto" else settings.microbatches
-        supervised = checked.num_supervised[samples]
-        cost = costs.of(lengths, checked.num_image_tokens[samples], checked.image_token_pairs[samples], supervised)
-        limit = settings.microbatch_tokens if self.encoder.processor.lays_out_together else 1
-        cuts = cut_step(lengths.tolist(), limit, packing, multiple, cost.tolist())
-        share = len(cuts) // num_processes
-        own = tuple(tuple(samples[i] for i in cut) for cut in cuts[process * share : (process + 1) * share])
-        return StepCut(tuple(samples), own, int(lengths.sum()), int(supervised.sum()), 2.0 * float(cost.sum()))
 
     def summary(self) -> str:
         """What was read, in one line, and what was dropped."""
@@ -115,23 +81,16 @@ def _eval_sources(config: Config) -> dict[str, EvalSource]:
 def _check_all(
     specs: dict[str, EncodingSpec],
     check: Callable[..., tuple[StoredSamples, CheckedSamples]],
-    console: Console,
-    tick: Callable[[], None],
+    progress: Progress,
 ) -> list[tuple[StoredSamples, CheckedSamples]]:
-    """Check each, by name, and raise the faults of all of them together. `tick` is called again and again meanwhile."""
+    """Check each, by name, and raise the faults of all of them together."""
     found, faults = [], []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for name, spec in specs.items():
-            bar = progress.add_task(f"checking {name}", total=None)
-
-            def advance(number: int, bar: TaskID = bar) -> None:
-                tick()
-                progress.advance(bar, number)
-
-            try:
-                found.append(check(spec, advance=advance, tick=tick))
-            except UserError as error:
-                faults += error.faults
+    for name, spec in specs.items():
+        try:
+            with progress.task(f"checking {name}"):
+                found.append(check(spec, progress=progress))
+        except UserError as error:
+            faults += error.faults
     if faults:
         raise UserError(faults)
     return found

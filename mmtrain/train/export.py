@@ -1,4 +1,4 @@
-"""What a run leaves: an adapter in peft's own format, or a whole model, each loadable without mmtrain.
+"""Saves what was trained: an adapter in peft's own format, or a whole model, each loadable without mmtrain.
 
 What was saved is loaded back and must give the same logits.
 """
@@ -14,26 +14,29 @@ from torch import Tensor
 
 from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.config import Config
-from mmtrain.dataset.batch import Batch
+from mmtrain.dataset.batch import Batch, Loader
 from mmtrain.encoding.directory import model_directory, processor_files
-from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError, storage_faults
+from mmtrain.model.inputs import InputMaker
+from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.load import auto_class, load_model
+from mmtrain.model.quantization import config_as_code
 from mmtrain.runtime.shard import whole
 from mmtrain.train.checkpoint import trainable_parameters
+from mmtrain.train.dataset import Dataset
 from mmtrain.train.model_card import model_card
 from mmtrain.train.step import Learner
 
 MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 3e-2}
 """Largest relative difference (L2) of the logits once loaded back. In float32 it is 0 wherever kernels repeat
-themselves; in bfloat16 peft rounds parts trained in full to the base model's type as it loads them."""
+themselves; in bfloat16 peft rounds components trained in full to the base model's type as it loads them."""
 
 
-def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Batch, num_samples: int) -> str:
+def export(learner: Learner, config: Config, dataset: Dataset) -> str:
     """Write `adapter/` (or `model/` where nothing is LoRA) and load it back. Gives a line that says what was found.
 
-    `batch` is what the logits are compared on; `num_samples` were trained on, as the model card says. Where weights
-    are spread over the processes all of them must call this, and the first one writes.
+    The logits are compared on the first sample. Where weights are sharded all processes must call this, and the first
+    one writes.
     Raises UserError where what was saved is not what was trained, and StorageError where it cannot be written.
     """
     model, runtime = learner.model, learner.runtime
@@ -53,13 +56,16 @@ def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Ba
         settings = {"save_embedding_layers": False} if is_adapter else {}
         model.save_pretrained(made, state_dict=weights, **settings)
         _copy_processor(model_directory(config.model.path), made)
-        card = model_card(config, auto_class(model.config).__name__, is_adapter, num_samples)
+        name, quantization = auto_class(model.config).__name__, config_as_code(model)
+        card = model_card(config, name, is_adapter, len(dataset.checked.used), quantization)
         (made / "README.md").write_text(card, encoding="utf-8")
         move_into_place(target, made)
     if weights is not None:
         _check_equal(target, model, weights)
         return f"saved {target}; read back, every weight is the one that was trained"
-    difference = _difference(learner, target, config, processor, batch)
+    first = int(dataset.checked.used[0])
+    batch = Loader(dataset.train, learner.processor, learner.packing, row_multiple=ROW_MULTIPLE).load([first])
+    difference = _difference(learner, target, config, batch)
     if not difference <= MAX_DIFFERENCE[config.model.dtype]:
         raise UserError(
             f"{target}: loaded back, its logits differ by {difference:.1e} from the trained model's: do not use it"
@@ -68,7 +74,7 @@ def export(learner: Learner, config: Config, processor: ChatProcessor, batch: Ba
 
 
 def _whole_weights(model: Any, is_adapter: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What is saved, gathered on the CPU: what learns of an adapter, all of a model."""
+    """What is saved, gathered on the CPU: an adapter's trainable weights, or all of a model."""
     held = trainable_parameters(model) if is_adapter else model.state_dict()
     return {
         name: whole(value.detach()).cpu().to(torch.float32 if is_adapter else dtype) for name, value in held.items()
@@ -88,27 +94,27 @@ def _check_equal(target: Path, model: Any, weights: dict[str, Tensor]) -> None:
         raise UserError(f"{target}: read back, {len(wrong)} weights are not the trained ones: do not use it")
 
 
-def _difference(learner: Learner, target: Path, config: Config, processor: ChatProcessor, batch: Batch) -> float:
+def _difference(learner: Learner, target: Path, config: Config, batch: Batch) -> float:
     """Relative difference between the logits of the trained model and of what was saved."""
     model = learner.model
-    before = _logits(model, learner, batch)
+    before = _logits(model, learner, learner.make_inputs, batch)
     if isinstance(model, PeftModel):
         model.load_adapter(str(target), adapter_name="saved", torch_device=str(model.device))
         model.set_adapter("saved")
-        after = _logits(model, learner, batch)
+        after = _logits(model, learner, learner.make_inputs, batch)
         model.set_adapter("default")
         model.delete_adapter("saved")
     else:
-        saved = load_model(str(target), config.model.dtype, processor).to(model.device)
-        after = _logits(saved, learner, batch)
+        saved = load_model(str(target), config.model.dtype, learner.processor, model.device)
+        after = _logits(saved, learner, InputMaker(saved, learner.processor), batch)
     return float((before - after).norm() / before.norm())
 
 
 @torch.no_grad()
-def _logits(model: Any, learner: Learner, batch: Batch) -> Tensor:
+def _logits(model: Any, learner: Learner, make_inputs: InputMaker, batch: Batch) -> Tensor:
     """(num_supervised, vocabulary) at the batch's supervised tokens."""
     with learner.runtime.autocast():
-        inputs = learner.make_inputs(batch)
+        inputs = make_inputs(batch)
         kept = batch.supervised.to(inputs["input_ids"].device)
         logits: Tensor = model(**inputs, logits_to_keep=kept).logits
     return logits.float()

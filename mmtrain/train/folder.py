@@ -1,13 +1,14 @@
-"""The directory of a run: one run at a time may write to it. Knows nothing of torch, so that it is asked at once."""
+"""The directory of a run: one run at a time may write to it. Imports no torch, so that the lock is taken at once."""
 
 import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.file_locks import try_lock
@@ -18,9 +19,9 @@ _LOCK = ".lock"
 
 @contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
-    """Hold the directory's lock, which ends with the process however it ends.
+    """Hold the directory's lock, which is released when the process ends, however it ends.
 
-    Raises UserError naming the process that holds it, or why there can be no such directory, and StorageError.
+    Raises UserError naming the process that holds it, or why the directory cannot be made, and StorageError.
     """
     name = visible(str(output_dir))
     try:
@@ -49,7 +50,7 @@ def locked(output_dir: Path) -> Iterator[None]:
 
 
 def _holder(path: Path) -> str:
-    """Who holds the lock; its name is written a moment behind the lock itself."""
+    """Who holds the lock; its name is written a moment after the lock is taken."""
     for _ in range(10):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -66,3 +67,18 @@ def start_over(output_dir: Path) -> None:
     with storage_faults(f"{visible(str(output_dir))}: an earlier run cannot be deleted"):
         for name in ("metrics.jsonl", "dropped.jsonl"):
             (output_dir / name).unlink(missing_ok=True)
+
+
+def is_exported(output_dir: Path) -> bool:
+    return (output_dir / "adapter").is_dir() or (output_dir / "model").is_dir()
+
+
+def write_inputs(output_dir: Path, config: str, dropped: Sequence[dict[str, Any]]) -> None:
+    """Write the merged config, and a row for each dropped sample, next to the results."""
+    with storage_faults(f"{output_dir}: the config cannot be written"):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "config.yaml").write_text(config, encoding="utf-8")
+        path = output_dir / "dropped.jsonl"
+        path.unlink(missing_ok=True)
+        if dropped:
+            path.write_text("".join(json.dumps(row) + "\n" for row in dropped), encoding="utf-8")

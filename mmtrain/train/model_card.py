@@ -1,4 +1,4 @@
-"""README.md of what a run leaves: what it is, how good it is, and code that loads it; no path of this machine."""
+"""README.md of a saved adapter or model: what it is, how good it is, and how to load it; no path of this machine."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from mmtrain.train.metrics import METRICS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PATHS: Any = {"model": {"path"}, "data": {"train", "eval"}, "run": {"output_dir"}}
-"""What of a config is left out: where things lie on this machine."""
+"""Keys of a config that are left out: paths of this machine."""
 
 _LOAD_ADAPTER = """\
 import torch
@@ -26,6 +26,18 @@ base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
 model = {auto_class}.from_pretrained(base, dtype=torch.{dtype})
 model = PeftModel.from_pretrained(model, adapter).eval()
 """
+_LOAD_QUANTIZED = """\
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import BitsAndBytesConfig, {auto_class}
+
+adapter = "."  # this directory, or the id of this repository
+base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+quantization = BitsAndBytesConfig({settings})
+model = {auto_class}.from_pretrained(base, dtype=torch.{dtype}, quantization_config=quantization)
+model = PeftModel.from_pretrained(model, adapter).eval()
+"""
+_QUANTIZED = "The language model was quantized to 4 bits (NF4) in training. Load it quantized too, as shown below."
 _LOAD_MODEL = """\
 import torch
 from transformers import {auto_class}
@@ -34,16 +46,20 @@ model = {auto_class}.from_pretrained(".", dtype=torch.{dtype}).eval()  # this di
 """
 
 
-def model_card(config: Config, auto_class: str, is_adapter: bool, num_samples: int) -> str:
+def model_card(
+    config: Config, auto_class: str, is_adapter: bool, num_samples: int, quantization: str | None = None
+) -> str:
     """The text of the card. `auto_class`: the class of transformers that loads the base model; `num_samples`: what was
-    trained on. The other figures are read from the run's metrics."""
+    trained on; `quantization`: the arguments that quantize the base model as it was in training. The other figures are
+    read from the run's metrics."""
     base = hub_id(config.model.path)
     header = {
         **({} if base is None else {"base_model": base}),
         "library_name": "peft" if is_adapter else "transformers",
         "tags": ["mmtrain", "lora"] if is_adapter else ["mmtrain"],
     }
-    code = (_LOAD_ADAPTER if is_adapter else _LOAD_MODEL).format(auto_class=auto_class, dtype=config.model.dtype)
+    load = _LOAD_MODEL if not is_adapter else _LOAD_ADAPTER if quantization is None else _LOAD_QUANTIZED
+    code = load.format(auto_class=auto_class, dtype=config.model.dtype, settings=quantization)
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in header.items()),
@@ -52,6 +68,7 @@ def model_card(config: Config, auto_class: str, is_adapter: bool, num_samples: i
         f"# {'A LoRA adapter' if is_adapter else 'A model'} trained by mmtrain {__version__}",
         "",
         f"The base model is {base}." if base else "The base model was a directory that has no id on the hub.",
+        *([] if quantization is None else [_QUANTIZED]),
         "The files of its tokenizer and its processor are in this directory too.",
         "",
         *_figures(Path(config.run.output_dir) / METRICS, num_samples, config.train.batch_size),

@@ -1,4 +1,4 @@
-"""Whether a run goes on from a checkpoint, and whether it may."""
+"""Whether a run resumes from a checkpoint, and whether it may."""
 
 import difflib
 from collections.abc import Sequence
@@ -6,25 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from mmtrain.config import Config
 from mmtrain.config.keys import CHANGEABLE, MOVED
 from mmtrain.errors import UserError
+from mmtrain.progress import Progress
 from mmtrain.safe_text import shown
 from mmtrain.train.checkpoint import CheckpointFolder, read_state
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Where a run goes on: after `step` of `checkpoint`, or from the beginning."""
+    """Where a run resumes: after `step` of `checkpoint`, or from the beginning."""
 
     checkpoint: Path | None = None
     step: int = 0
     accepted: tuple[str, ...] = ()
-    """What was changed since the run began and accepted, in order."""
+    """What was changed since the run started and accepted, in order."""
     evaluated: tuple[str, ...] = ()
-    """Evaluation sets that were scored behind `step`."""
+    """Evaluation sets that were scored after `step`."""
 
 
 def find_resume(
@@ -33,18 +32,18 @@ def find_resume(
     fingerprints: dict[str, str],
     layout: dict[str, Any],
     accept: Sequence[str],
-    console: Console,
+    progress: Progress,
 ) -> Resume:
-    """The checkpoint to go on from. `layout` is what decides the bits beside the config; its changes are told.
+    """The checkpoint to resume from. `layout` is what decides the bits besides the config; its changes are reported.
 
     Raises UserError naming every change that would change the result and is not among `accept`, and NoCheckpointError
-    where no checkpoint is sound.
+    where no checkpoint is intact.
     """
     now = _flat(config.model_dump(mode="json")) | fingerprints
     _check_known(accept, now)
     checkpoint, broken = checkpoints.newest()
     for line in broken:
-        console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+        progress.say(f"warning: {line}")
     if checkpoint is None:
         return Resume()
     state = read_state(checkpoint)
@@ -57,24 +56,19 @@ def find_resume(
     if refused:
         raise UserError(
             [
-                *(f"{key}: {_told(key, before, now)}, which changes the result" for key in refused),
+                *(f"{key}: {_change(key, before, now)}, which changes the result" for key in refused),
                 f"{checkpoint}: the run cannot resume from here: undo the change, take another run.output_dir, start "
-                f"over with --fresh, or go on all the same with {_accepting(refused)}",
+                f"over with --fresh, or resume all the same with {_accepting(refused)}",
             ]
         )
-    accepted = [f"step {state['step']}: {key}: {_told(key, before, now)}" for key in changed]
+    accepted = [f"step {state['step']}: {key}: {_change(key, before, now)}" for key in changed]
     for line in accepted:
-        console.print(f"accepted: {line}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"continuing from {checkpoint}", highlight=False, soft_wrap=True)
+        progress.say(f"accepted: {line}")
+    progress.say(f"continuing from {checkpoint}")
     old: dict[str, Any] = state["layout"]
     others = [f"{key} {old[key]} → {layout[key]}" for key in layout if key in old and old[key] != layout[key]]
     if others:
-        console.print(
-            f"the result is the same within rounding, its bits may differ: {', '.join(others)}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        progress.say(f"the result is the same within rounding, its bits may differ: {', '.join(others)}")
     return Resume(checkpoint, int(state["step"]), (*state["accepted"], *accepted))
 
 
@@ -84,9 +78,9 @@ def _accepting(keys: Sequence[str]) -> str:
     return " ".join(f"--accept-change {name}" for name in names)
 
 
-def _told(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+def _change(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     if key.endswith((".records", ".pictures")) or key in ("model.weights", "model.processor", "model.template"):
-        return "not the bytes that the run began with"
+        return "the content has changed since the run started"
     was, is_now = ("not set" if found.get(key) is None else shown(found[key]) for found in (before, now))
     return f"was {was} and is {is_now}"
 

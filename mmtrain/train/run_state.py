@@ -1,4 +1,4 @@
-"""What a checkpoint tells of its run besides weights and moments, found by one process and known to all."""
+"""What a checkpoint records about its run, found by one process and known to all."""
 
 import json
 from collections.abc import Sequence
@@ -6,12 +6,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from mmtrain.config import Config
 from mmtrain.config.keys import AFFECTS_BITS
+from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
-from mmtrain.scoring.image_cache import keeps_features
+from mmtrain.scoring.image_cache import caches_features
 from mmtrain.train.checkpoint import CheckpointFolder
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.fingerprint import fingerprints
@@ -20,32 +19,36 @@ from mmtrain.train.resume import Resume, find_resume
 
 
 class RunState:
-    """What a checkpoint tells of its run beside weights and moments, and whether a run may go on from one."""
+    """What a checkpoint records about its run besides weights and moments, and whether a run may resume from one."""
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self._config, self._runtime = config, runtime
         self._fingerprints: dict[str, str] = {}
         self._accepted: tuple[str, ...] = ()
 
-    def find(self, dataset: Dataset, checkpoints: CheckpointFolder, accept: Sequence[str], console: Console) -> Resume:
-        """The first process's part: hash what the result depends on and look for a checkpoint."""
-        self._fingerprints = fingerprints(self._config, dataset, self._runtime.activity.tick)
-        found = find_resume(checkpoints, self._config, self._fingerprints, self._layout, accept, console)
+    def resume(
+        self, dataset: Dataset, checkpoints: CheckpointFolder, accept: Sequence[str], progress: Progress
+    ) -> Resume:
+        """Where the run resumes, found by the first process and reported to all. Raises what `find_resume` raises."""
+
+        def find() -> str:
+            found = self._find(dataset, checkpoints, accept, progress)
+            return json.dumps(asdict(found), default=str)
+
+        found = json.loads(self._runtime.from_first("resume", find))
+        return Resume(**found | {"checkpoint": found["checkpoint"] and Path(found["checkpoint"])})
+
+    def _find(
+        self, dataset: Dataset, checkpoints: CheckpointFolder, accept: Sequence[str], progress: Progress
+    ) -> Resume:
+        """Hash what the result depends on and look for a checkpoint."""
+        self._fingerprints = fingerprints(self._config, dataset, progress.tick)
+        found = find_resume(checkpoints, self._config, self._fingerprints, self._layout, accept, progress)
         self._accepted = found.accepted
         return replace(found, evaluated=evaluated_at(Path(self._config.run.output_dir) / METRICS, found.step))
 
-    def resume(self, find: Any) -> Resume:
-        """What the first process finds, in all processes."""
-
-        def make() -> str:
-            found = find()
-            return json.dumps(asdict(replace(found, checkpoint=found.checkpoint and str(found.checkpoint))))
-
-        told = json.loads(self._runtime.from_first("resume", make))
-        return Resume(**told | {"checkpoint": told["checkpoint"] and Path(told["checkpoint"])})
-
     def at(self, step: int) -> dict[str, Any]:
-        """What is written into the checkpoint behind `step`."""
+        """What is written into the checkpoint after `step`."""
         return {
             "step": step,
             "config": self._config.model_dump(mode="json"),
@@ -56,11 +59,11 @@ class RunState:
 
     @property
     def _layout(self) -> dict[str, Any]:
-        """What decides the bits of the result besides what decides the result: the keys of `run` that may change
-        them, as this run executes them, and the machine."""
+        """What decides the bits of the result, in addition to what decides the result itself: those keys of `run`, as
+        this run executes them, and the machine."""
         run, runtime = self._config.run, self._runtime
         keys = {key: getattr(run, key) for key in AFFECTS_BITS}
-        cached = keeps_features(self._config, runtime.num_processes)  # the sizes of the cache do not change a bit
+        cached = caches_features(self._config, runtime.num_processes)  # the sizes of the cache do not change a bit
         exact = run.weights == "replicate" and run.microbatches != "auto"
         processes = {} if exact else {"processes": runtime.num_processes}
         return keys | {"threads": runtime.num_threads, "image_cache": cached} | processes | runtime.kernels

@@ -3,42 +3,39 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmtrain.dataset.batch import Batch
 from mmtrain.errors import NonFiniteError
-from mmtrain.model.dropout import DropoutClock
-from mmtrain.model.head import HeadKind
-from mmtrain.model.inputs import InputMaker
-from mmtrain.model.loss import supervised_nll
-from mmtrain.model.root import Root
+from mmtrain.model.components import ComponentReport
+from mmtrain.model.cost import CostModel
+from mmtrain.model.dropout import DropoutContext
+from mmtrain.runtime.device import device_faults, microbatch_faults, wide
 from mmtrain.runtime.processes import Runtime
-from mmtrain.runtime.shard import whole
+from mmtrain.runtime.shard import reshard, whole
+from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.gradients import branch_of, flatten, put_back, sum_running, sum_tree
+from mmtrain.train.lost_gradients import LostGradients, backward
 
 
-@dataclass(frozen=True, slots=True)
-class Learner:
-    """A model that is ready to learn, and what a step needs beside it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learner(LoadedModel):
+    """A model that is trained, its optimizer, and how its steps are computed."""
 
-    model: Any
-    root: Root
-    """The model, as everything is computed through it."""
-    make_inputs: InputMaker
-    head_kind: HeadKind
     optimizer: torch.optim.Optimizer
-    clock: DropoutClock
-    runtime: Runtime
-    exact: bool = False
+    dropout: DropoutContext
+    costs: CostModel
+    """What samples cost to compute, by which a step is cut."""
+    component_reports: list[ComponentReport]
+    """What is trainable of each component."""
+    lost_gradients: LostGradients
+    exact: bool
     """Micro-batches are summed in a tree that does not depend on the number of processes."""
-    sharded: bool = False
+    sharded: bool
     """Gradients are summed by the backward pass itself."""
-    packing: bool = True
-    """The samples of a micro-batch share one row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +44,8 @@ class StepResult:
     """Before the update."""
     grad_norm: float
     """Before clipping."""
-    asked: int | None
-    """The signal by which all processes stop behind this step."""
+    stop_signal: int | None
+    """The signal that asked all processes to stop after this step."""
 
 
 def accumulate_gradients(
@@ -58,7 +55,7 @@ def accumulate_gradients(
 
     Gives the loss, () float64, the sum of the negative log-likelihoods of the step's supervised tokens divided by
     `num_supervised`, their count over all micro-batches and all processes: one division, so no cut changes it; and the
-    signal by which all processes stop.
+    signal that asked all processes to stop.
     """
     runtime, parameters = learner.runtime, list(trainable_parameters(learner.model).values())
     if learner.exact:
@@ -69,13 +66,13 @@ def accumulate_gradients(
         if not learner.sharded:
             sum_running(parameters, runtime)
     runtime.activity.set("gradients")
-    own = torch.stack(nlls) if nlls else torch.zeros(1, dtype=torch.float64, device=runtime.device)
+    own = torch.stack(nlls or [_nothing(runtime)])
     if learner.exact and runtime.num_processes > 1:
-        total, asked = branch_of(runtime.gather(own).flatten()), runtime.agree(own[:0])[1]
+        total, stop_signal = branch_of(runtime.gather(own).flatten()), runtime.agree(own[:0])[1]
     else:
-        sums, asked = runtime.agree(branch_of(own)[None])
+        sums, stop_signal = runtime.agree(branch_of(own)[None])
         total = sums[0]
-    return total / num_supervised, asked
+    return total / num_supervised, stop_signal
 
 
 def _accumulate_tree(
@@ -104,14 +101,27 @@ def _accumulate_tree(
 def _backward(learner: Learner, batch: Batch | None, num_supervised: int, step: int) -> Tensor:
     """() float64: a micro-batch's sum of negative log-likelihoods; its gradients are added to the parameters'."""
     if batch is None:
-        return torch.zeros((), dtype=torch.float64, device=learner.runtime.device)
+        return _nothing(learner.runtime)
     learner.runtime.activity.set("forward")
-    with learner.clock.at(step, batch):
-        with learner.runtime.autocast():
-            nll, _ = learner.root(supervised_nll, learner.head_kind, learner.make_inputs(batch), batch)
-        torch.autograd.backward(nll.sum() / num_supervised)
-    total: Tensor = nll.detach().double().sum()
-    return total
+    with learner.dropout.at(step, batch), microbatch_faults(f"step {step}", batch):
+        nll, _ = learner.nll(batch)
+        backward(nll.sum() / num_supervised, step)
+        if len(nll):
+            has_images = any(segment.num_images for segment in batch.segments)
+            learner.lost_gradients.check(step, has_images, lambda: _nll_again(learner, batch))
+    return wide(nll.detach()).sum()
+
+
+def _nll_again(learner: Learner, batch: Batch) -> Tensor:
+    """(num_supervised,) with the weights as they are now, which may have changed since the backward pass."""
+    reshard(learner.root)
+    nll, _ = learner.nll(batch)
+    reshard(learner.root)
+    return nll
+
+
+def _nothing(runtime: Runtime) -> Tensor:
+    return wide(torch.zeros((), device=runtime.device))
 
 
 def train_step(
@@ -119,16 +129,18 @@ def train_step(
 ) -> StepResult:
     """Gradients, clipping and the update.
 
-    Raises NonFiniteError, with the weights untouched, where the loss or the gradient's norm is not finite.
+    Raises, with the weights untouched, NonFiniteError where the loss or the gradient's norm is not finite, and
+    LostGradientError where a parameter that the loss depends on has no gradient.
     """
-    total, asked = accumulate_gradients(learner, batches, num_supervised, step)
+    total, stop_signal = accumulate_gradients(learner, batches, num_supervised, step)
     learner.runtime.activity.set("update")
     parameters = trainable_parameters(learner.model).values()
     clipped = whole(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
     # the one place of a step that waits for the device: weights are only touched where both are finite
-    loss, norm = torch.stack([total.to(clipped.device), clipped.double()]).tolist()
+    loss, norm = torch.stack([total, wide(clipped).to(total.device)]).tolist()
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise NonFiniteError(f"step {step}: the loss is {loss} and the gradient's norm {norm}")
-    learner.optimizer.step()
+    with device_faults(lambda: f"step {step}, the update", "train fewer weights, or set run.weights to shard"):
+        learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, norm, asked)
+    return StepResult(loss, norm, stop_signal)

@@ -26,17 +26,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from mmtrain.config import Config, load_config
 from mmtrain.dataset.microbatches import Cut, cut_step
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.model.components import prepare_learning
+from mmtrain.model.components import apply_tune
 from mmtrain.model.cost import CostModel, cost_model
 from mmtrain.model.family import probe_family
 from mmtrain.model.load import model_structure
+from mmtrain.progress import QUIET
 from mmtrain.train.dataset import Dataset
 
 HEAD = ("processes", "micro-batches each", "waiting", "at best", "as they come", "padding", "seconds a cut")
@@ -46,14 +46,14 @@ def costs_in(config: Config, processor: ChatProcessor) -> CostModel:
     """What samples cost in the config's model, made without its weights."""
     model = model_structure(config.model.path)
     with torch.device("meta"):
-        family = probe_family(model, processor, lambda line: None)
-        prepare_learning(model, family.components, config.tune)
+        family = probe_family(model, processor, QUIET.say)
+        apply_tune(model, family.components, config.tune)
     return cost_model(model, family, config.tune)
 
 
 @dataclass
 class Step:
-    """The samples of one step: their tokens, their pictures' tokens and those squared, and what each costs alone."""
+    """The samples of one step: their tokens, their images' tokens and those squared, and what each costs alone."""
 
     lengths: np.ndarray
     image_tokens: np.ndarray
@@ -87,7 +87,7 @@ class Simulation:
         self.settings = config.run
         self.packing = config.run.packing is not False  # auto: the model that would be tried is not loaded
         processor = load_processor(config.model.path)
-        self.dataset = Dataset(config, processor, Console(quiet=True))
+        self.dataset = Dataset(config, processor, QUIET)
         self.costs = costs_in(config, processor)
 
     def row(self, processes: int, each: int, steps: int) -> tuple[str, ...]:
@@ -141,7 +141,7 @@ class Simulation:
         return times
 
     def _add(self, lost: Lost, times: np.ndarray) -> None:
-        """Processes wait for each other behind every micro-batch (sharded weights), else once."""
+        """Processes wait for each other after every micro-batch (sharded weights), else once."""
         waits = times if self.settings.weights == "shard" else times.sum(1, keepdims=True)
         lost.add(waits.mean(0).sum(), waits.max(0).sum())
 

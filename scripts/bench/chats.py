@@ -25,7 +25,7 @@ WORDS = TEXT.split()
 
 
 def make_data(folder: Path, shape: Shape, num_samples: int) -> Path:
-    """A file of chats beside the folder of their images."""
+    """A file of chats next to the folder of their images."""
     rng = random.Random(7)
     path = folder / "chats.jsonl"
     (folder / "images").mkdir(parents=True, exist_ok=True)

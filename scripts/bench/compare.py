@@ -108,11 +108,11 @@ def write_inputs(work: Path, config: Path, settings: dict[str, Any]) -> tuple[li
     """
     from mmtrain.config import load_config
     from mmtrain.encoding.load import load_processor
+    from mmtrain.progress import QUIET
     from mmtrain.train.dataset import Dataset
-    from mmtrain.train.metrics import make_console
 
     processor = load_processor(settings["model"])
-    dataset = Dataset(load_config(config, settings["overrides"]), processor, make_console(quiet=True))
+    dataset = Dataset(load_config(config, settings["overrides"]), processor, QUIET)
     settings["pad_id"] = processor.tokenizer.traits.pad_id
     lengths, supervised = [], []
     with (work / "samples.jsonl").open("w") as file:

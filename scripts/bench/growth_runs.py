@@ -30,13 +30,13 @@ def open_data(config_path: Path, result: Path) -> None:
     keep_freed_memory()
     from mmtrain.config import load_config
     from mmtrain.encoding.load import load_processor
+    from mmtrain.progress import QUIET
     from mmtrain.train.dataset import Dataset
-    from mmtrain.train.metrics import make_console
 
     config = load_config(config_path)
     processor = load_processor(config.model.path)
     begun = time.perf_counter()
-    dataset = Dataset(config, processor, make_console(quiet=True))
+    dataset = Dataset(config, processor, QUIET)
     dataset.plan.step(1)
     seconds = time.perf_counter() - begun
     told = {"seconds": seconds, "samples": len(dataset.train), "tokens": int(dataset.checked.num_tokens.sum())}

@@ -22,7 +22,7 @@ set_environment()  # as the command does, before torch is imported
 from bench.shapes import build_model  # noqa: E402
 from bench.watch import Watch  # noqa: E402
 from mmtrain.config import load_config  # noqa: E402
-from mmtrain.train import run  # noqa: E402
+from mmtrain.train import run, trainable  # noqa: E402
 
 
 class Enough(BaseException):
@@ -44,11 +44,11 @@ def main() -> None:
             raise Enough
         watch.begin()
 
-    def built(path: str, dtype: str, processor: Any) -> Any:
+    def built(path: str, dtype: str, processor: Any, *others: Any) -> Any:
         return build_model(path, dtype, settings["device"], settings["seed"]).eval()
 
     if settings["built"]:  # its weights were never saved, so nothing can load them
-        run.load_model = built  # type: ignore[attr-defined]
+        trainable.load_model = built  # type: ignore[attr-defined, assignment]
     with contextlib.suppress(Enough):
         run.train(config, on_step=on_step)
     result_path.write_text(json.dumps({"rows": watch.rows, "matmul_rate": watch.rows[0]["ceiling"]}))

@@ -18,7 +18,7 @@ WARM_UP = 2
 
 
 def step_seconds(found: dict[str, Any], clock: str) -> list[float]:
-    """Of the steps behind the warm-up, data loading included: from the end of one step to the end of the next."""
+    """Of the steps after the warm-up, data loading included: from the end of one step to the end of the next."""
     times = [row[clock] for row in found["rows"]]
     return [after - before for before, after in itertools.pairwise(times[WARM_UP - 1 :])]
 

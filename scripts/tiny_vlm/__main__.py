@@ -2,10 +2,10 @@
 
     python scripts/tiny_vlm [TARGET] [--work FOLDER] [--scale X]
 
-Draws pictures of coloured shapes and writes questions about them, trains a small tokenizer, writes a Qwen2.5-VL
+Draws images of coloured shapes and writes questions about them, trains a small tokenizer, writes a Qwen2.5-VL
 with random weights, trains every part of it with ``mmtrain train``, first on easy questions, then on all, and
 copies the result to TARGET. Then it prints how often the answers are right on held-out images: with the right
-pictures, with the pictures swapped, and for the best answer from the question alone. Everything is seeded.
+images, with the images swapped, and for the best answer from the question alone. Everything is seeded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForCondition
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tiny_vlm import answers, data
+from tiny_vlm import data
 
 SAMPLES = Path(__file__).resolve().parents[2] / "data_samples"
 APACHE = SAMPLES / "licenses" / "Apache-2.0.txt"
@@ -33,8 +33,8 @@ SHAPES = SAMPLES / "shapes"
 LARGEST_BYTES = 8_000_000
 VOCABULARY = 1280
 PICTURES = 16_000
-# The phases of the training: data, optimizer steps and learning rate. Colours are learned within some hundred steps,
-# shapes only after a long plateau, so the easy questions come first and the rate is raised again once.
+# The phases of the training: data, optimizer steps and learning rate. Colours take a few hundred steps, shapes
+# only after a long plateau, so the easy questions come first and the rate is raised again once.
 PHASES = (("easy", 1000, 2e-3), ("easy", 800, 1.5e-3), ("all", 700, 7e-4))
 
 # Qwen2.5-VL's added tokens in its own order; the first fourteen are special, the others ordinary.
@@ -101,7 +101,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def make_data(work: Path) -> dict[str, list[Path]]:
-    """Draws the pictures and returns the training files, each list with easy-VQA's beside the project's own."""
+    """Draws the images and returns the training files, each list with easy-VQA's next to the project's own."""
     easy, everything = data.write_pretraining(work / "drawn", PICTURES)
     data.write_held_out(work / "held_out" / "held_out.jsonl", 400)
     open_questions("test.json", work / "open.json")
@@ -241,7 +241,7 @@ def make_random_model(target: Path) -> None:
             "do_sample": False,
         },
     )
-    # One token stands for 16 x 16 pixels: 16 tokens for a picture of 64 x 64, never more than 256.
+    # One token stands for 16 x 16 pixels: 16 tokens for an image of 64 x 64, never more than 256.
     write_json(
         target / "preprocessor_config.json",
         {
@@ -259,7 +259,7 @@ def make_random_model(target: Path) -> None:
 
 
 def source(file: Path) -> dict[str, str]:
-    """A data source; easy-VQA's pictures are where they ship, wherever the file is."""
+    """A data source; easy-VQA's images are where they ship, wherever the file is."""
     return {"path": str(file)} | ({"root": str(SHAPES)} if file.name.startswith("open") else {})
 
 
@@ -301,7 +301,7 @@ def train(work: Path, name: str, model: Path, files: list[Path], steps: int, lea
 
 
 def publish(trained: Path, random_model: Path, target: Path) -> None:
-    """Puts the trained weights beside the small files, adds the licences and checks the size of the whole."""
+    """Puts the trained weights next to the small files, adds the licences and checks the size of the whole."""
     target.mkdir(parents=True, exist_ok=True)
     Qwen2_5_VLForConditionalGeneration.from_pretrained(trained, dtype=torch.float32).save_pretrained(target)
     for name in (
@@ -321,20 +321,19 @@ def publish(trained: Path, random_model: Path, target: Path) -> None:
 
 
 def evaluate(model: Path, work: Path) -> None:
-    """Prints how many open questions about held-out images are answered right, and the two controls."""
-    answerer = answers.Answerer(model)
-    sets = [
-        ("easy-VQA, open questions", work / "open.json", SHAPES / "train.json"),
-        ("easy-VQA, all questions", SHAPES / "test.json", SHAPES / "train.json"),
-        ("drawn, open questions", work / "held_out" / "held_out.jsonl", work / "drawn" / "all.jsonl"),
+    """Prints how good the answers about held-out images are, next to blind guessing and to other images."""
+    sources = [
+        {"path": str(work / "open.json"), "root": str(SHAPES), "name": "easy-VQA, open questions"},
+        {"path": str(SHAPES / "test.json"), "name": "easy-VQA, all questions"},
+        {"path": str(work / "held_out" / "held_out.jsonl"), "name": "drawn, open questions"},
     ]
-    for name, path, seen in sets:
-        questions = answers.read_questions(path)
-        swapped = answers.swap_pictures(questions)
-        right = answers.exact_match(questions, answerer.answer_all(questions))
-        wrong_picture = answers.exact_match(swapped, answerer.answer_all(swapped))
-        blind = answers.blind_rate(questions, answers.read_questions(seen))
-        print(f"{name}: right {right:.3f}, pictures swapped {wrong_picture:.3f}, best blind answer {blind:.3f}")
+    config = {
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": [{"path": str(SHAPES / "train.json")}], "eval": sources},
+        "run": {"output_dir": str(work / "evaluated")},
+    }
+    write_json(work / "evaluate.yaml", config)  # JSON is YAML too
+    subprocess.run([sys.executable, "-m", "mmtrain", "eval", "answers", str(work / "evaluate.yaml")], check=True)
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Pictures of coloured shapes, questions about them, and the text the tiny tokenizer is trained on.
+"""Images of coloured shapes, questions about them, and the text the tiny tokenizer is trained on.
 
-Everything here follows from a seed: the same seed gives the same pictures and the same rows. A row is
+Everything here follows from a seed: the same seed gives the same images and the same rows. A row is
 ``{"messages": [...], "images": [...]}`` with ``<image>`` in the first user message.
 
-Run as a program, it writes the rows and pictures of the quickstart:
+Run as a program, it writes the rows and images of the quickstart:
 
     python scripts/tiny_vlm/data.py data_samples/quickstart
 """
@@ -46,7 +46,7 @@ Row = dict[str, list[Any]]
 
 @dataclass
 class Shape:
-    """One coloured shape; the box is (left, top, right, bottom) in pixels of the finished picture."""
+    """One coloured shape; the box is (left, top, right, bottom) in pixels of the finished image."""
 
     kind: str
     colour: str
@@ -62,7 +62,7 @@ class Shape:
 
 
 def random_shape(rng: random.Random, kind: str, colour: str, largest: float) -> Shape:
-    """A shape of random size and place that lies inside the picture."""
+    """A shape of random size and place that lies inside the image."""
     width = rng.uniform(8, largest)
     height = rng.uniform(8, largest) if kind == "rectangle" else width * (0.87 if kind == "triangle" else 1)
     left, top = rng.uniform(0, SIZE - width), rng.uniform(0, SIZE - height)
@@ -86,7 +86,7 @@ def random_scene(rng: random.Random, count: int) -> list[Shape]:
 
 
 def draw(shapes: list[Shape], rng: random.Random) -> Image.Image:
-    """The picture of the shapes on a pale background."""
+    """The image of the shapes on a pale background."""
     background = tuple(rng.randint(230, 255) for _ in range(3))
     picture = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), background)
     pen = ImageDraw.Draw(picture)
@@ -158,7 +158,7 @@ def presence_turn(shapes: list[Shape], rng: random.Random) -> Turn:
 
 
 def half_turn(shapes: list[Shape], rng: random.Random) -> Turn:
-    """Asks whether a shape lies in one half of the picture: this is what keeps places in the features."""
+    """Asks whether a shape lies in one half of the image: this is what keeps places in the features."""
     shape = rng.choice(shapes)
     side = rng.choice(["left", "right", "top", "bottom"])
     offset = (shape.x if side in ("left", "right") else shape.y) - SIZE / 2
@@ -195,7 +195,7 @@ def random_turn(shapes: list[Shape], rng: random.Random) -> Turn:
 
 
 def make_row(turns: list[Turn], images: list[str]) -> Row:
-    """A chat whose first message carries the pictures."""
+    """A chat whose first message carries the images."""
     messages = []
     for i, (question, answer) in enumerate(turns):
         prefix = "<image>" * len(images) if i == 0 else ""
@@ -205,7 +205,7 @@ def make_row(turns: list[Turn], images: list[str]) -> Row:
 
 
 def distinct_turns(shapes: list[Shape], rng: random.Random, count: int) -> list[Turn]:
-    """Several turns about one picture, no question twice."""
+    """Several turns about one image, no question twice."""
     turns: dict[str, str] = {}
     while len(turns) < count:
         question, answer = random_turn(shapes, rng)
@@ -214,7 +214,7 @@ def distinct_turns(shapes: list[Shape], rng: random.Random, count: int) -> list[
 
 
 def first_or_second(scenes: list[list[Shape]], names: list[str], rng: random.Random) -> Row | None:
-    """A question about two pictures of one shape each, or None where they do not differ in kind."""
+    """A question about two images of one shape each, or None where they do not differ in kind."""
     kinds = [scene[0].kind for scene in scenes]
     if kinds[0] == kinds[1]:
         return None
@@ -229,18 +229,18 @@ def write_rows(path: Path, rows: list[Row]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def write_pretraining(folder: Path, pictures: int, seed: int = 0) -> tuple[Path, Path]:
+def write_pretraining(folder: Path, images: int, seed: int = 0) -> tuple[Path, Path]:
     """Two files of rows: easy ones to learn to see from, and all sorts.
 
-    The easy rows ask for the shape or the colour where there is only one shape. Among the others each picture has
-    two chats, one of a single turn and one of three; some chats are about two pictures.
+    The easy rows ask for the shape or the colour where there is only one shape. Among the others each image has
+    two chats, one of a single turn and one of three; some chats are about two images.
     """
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     easy: list[Row] = []
     rows: list[Row] = []
     singles: list[tuple[list[Shape], str]] = []
-    for i in range(pictures):
+    for i in range(images):
         shapes = random_scene(rng, rng.choices([1, 2, 3], weights=[65, 25, 10])[0])
         name = f"images/{i:05d}.png"
         draw(shapes, rng).save(folder / name)
@@ -251,7 +251,7 @@ def write_pretraining(folder: Path, pictures: int, seed: int = 0) -> tuple[Path,
             # Shapes are much harder to learn than colours, so they are asked for more often.
             turn = rng.choices([kind_turn, colour_turn], weights=[65, 35])[0](shapes, rng)
             easy.append(make_row([turn], [name]))
-    for _ in range(pictures // 8):
+    for _ in range(images // 8):
         (scene_a, name_a), (scene_b, name_b) = rng.sample(singles, 2)
         row = first_or_second([scene_a, scene_b], [name_a, name_b], rng)
         rows += [row] if row else []
@@ -261,12 +261,12 @@ def write_pretraining(folder: Path, pictures: int, seed: int = 0) -> tuple[Path,
     return folder / "easy.jsonl", folder / "all.jsonl"
 
 
-def write_held_out(path: Path, pictures: int, seed: int = 1) -> Path:
-    """Single-turn open questions about pictures of their own, with one to three shapes."""
+def write_held_out(path: Path, images: int, seed: int = 1) -> Path:
+    """Single-turn open questions about images of their own, with one to three shapes."""
     rng = random.Random(seed)
     (path.parent / "images").mkdir(parents=True, exist_ok=True)
     rows = []
-    for i in range(pictures):
+    for i in range(images):
         shapes = random_scene(rng, rng.choices([1, 2, 3], weights=[55, 30, 15])[0])
         name = f"images/held_out_{i:04d}.png"
         draw(shapes, rng).save(path.parent / name)
@@ -276,7 +276,7 @@ def write_held_out(path: Path, pictures: int, seed: int = 1) -> Path:
 
 
 def write_quickstart(folder: Path, train: int = 600, held_out: int = 96, seed: int = 2) -> None:
-    """Pictures of one shape to describe, as in "a teal circle"; no chat of the pretraining asks for this."""
+    """Images of one shape to describe, as in "a teal circle"; no chat of the pretraining asks for this."""
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train), ("eval", held_out)):

@@ -41,7 +41,7 @@ DECODER_SIZES: dict[str, Any] = {
 }
 """Of a tiny decoder of any family."""
 
-# Written in the manner of LLaVA-1.5's: pictures first, a space behind every text, no end token, no BOS.
+# Written in the manner of LLaVA-1.5's: images first, a space after every text, no end token, no BOS.
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'] | upper }}: {% endif %}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
@@ -51,7 +51,7 @@ LLAVA_TEMPLATE = (
 
 
 def randomized(model: Any, path: Path) -> Path:
-    """Weights large enough for the pictures and the context to matter, so that a leak or a mix-up shows."""
+    """Weights large enough for the images and the context to matter, so that a leak or a mix-up shows."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -90,7 +90,7 @@ def make_qwen(path: Path) -> Path:
 
 
 def make_text(path: Path) -> Path:
-    """A causal language model without pictures (Qwen3's architecture)."""
+    """A causal language model without images (Qwen3's architecture)."""
     copy_text_tokenizer(path)
     vocabulary = Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab_size()
     config = Qwen3Config(
@@ -151,7 +151,7 @@ MAKERS = {"qwen2_5_vl": make_qwen, "llava": make_llava, "text": make_text}
 
 
 def mixed_rows(folder: Path, with_images: bool) -> list[dict[str, Any]]:
-    """Eight samples of unequal length: text only, one picture, two, several turns; pictures of unequal size."""
+    """Eight samples of unequal length: text only, one image, two, several turns; images of unequal size."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     names = []
     for i, (width, height) in enumerate([(64, 64), (96, 48), (50, 120), (64, 64), (80, 80)]):

@@ -12,7 +12,7 @@ from support.fault_cases import World, once, saved_step
 from support.forked import patch, until
 
 
-def with_pictures(world: World) -> Path:
+def with_images(world: World) -> Path:
     """A config over eight samples with a JPEG each."""
     folder = world.folder / f"pictures-{len(list(world.folder.glob('pictures-*')))}"
     (folder / "images").mkdir(parents=True)
@@ -60,13 +60,13 @@ def non_finite(folder: Path) -> list[str]:
 
 
 def loader_case(world: World, do: str, rank: int) -> tuple[list[str], float]:
-    """What happens in a thread that loads, in one process: a picture breaks behind the check, it raises, it hangs."""
+    """What happens in a thread that loads, in one process: an image breaks after the check, it raises, it hangs."""
     folder = world.new_folder()
     target, nth = (
         ("mmtrain.dataset.image_inputs.read_bytes", 1) if do == "break" else ("mmtrain.dataset.batch.Loader.load", 3)
     )
     flag = folder / "done"
-    words = world.words(folder, "run.hang_timeout=3", config=with_pictures(world))
+    words = world.words(folder, "run.hang_timeout=3", config=with_images(world))
     group = world.server.start(folder, words, 2, {rank: [patch(target, do, flag, nth=nth)]})
     try:
         until(flag)
@@ -96,8 +96,8 @@ def loader_case(world: World, do: str, rank: int) -> tuple[list[str], float]:
 
 def refused_case(world: World, rank: int) -> list[str]:
     """A batch in the middle of a run cannot be made, in one process: the last complete step is saved, and the same
-    command goes on to what a run without the fault leaves."""
-    folder, config = world.new_folder(), with_pictures(world)
+    command continues to what a run without the fault leaves."""
+    folder, config = world.new_folder(), with_images(world)
     more = ("train.steps=8", "run.checkpoint_every=100")
     refused = patch("mmtrain.dataset.batch.load_image_inputs", "refuse", folder / "done", nth=9)
     group = world.server.start(folder, world.words(folder, *more, config=config), 2, {rank: [refused]})
@@ -123,7 +123,7 @@ def refused_case(world: World, rank: int) -> list[str]:
 
 def refused_sharded_case(world: World, rank: int) -> list[str]:
     """The same where the weights are sharded: nothing can be saved, and that is said where a step is lost."""
-    folder, config = world.new_folder(), with_pictures(world)
+    folder, config = world.new_folder(), with_images(world)
     more = ("train.steps=8", "run.checkpoint_every=100", "run.weights=shard")
     refused = patch("mmtrain.dataset.batch.decode", "refuse", folder / "done", nth=17)
     group = world.server.start(folder, world.words(folder, *more, config=config), 2, {rank: [refused]})

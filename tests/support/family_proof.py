@@ -11,22 +11,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from mmtrain.config.schema import Config
-from mmtrain.dataset.batch import Loader
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.load import load_processor
-from mmtrain.model.components import PARTS, Components
+from mmtrain.model.components import COMPONENTS, Components
 from mmtrain.model.load import model_structure
+from mmtrain.progress import QUIET, Progress
 from mmtrain.records.chat import SampleError
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.export import export
-from mmtrain.train.run import make_learner
+from mmtrain.train.learner import make_learner
 from mmtrain.train.step import Learner
 from support.builders import write_jsonl
 from support.family_reference import (
@@ -38,7 +37,7 @@ from support.family_reference import (
     own_ids,
     own_inputs,
 )
-from support.learning import LORA, QUIET, relative_l2, step_of
+from support.learning import LORA, relative_l2, step_of
 
 EXACT, LOOSE, ROUNDED = 1e-5, 5e-5, 5e-3
 """The largest relative difference of the loss in float32, of all gradients as one vector and of its norm (plain
@@ -118,8 +117,10 @@ def _tune(name: str, mode: dict[str, Any]) -> dict[str, Any]:
         return {"language": mode}
     model = model_structure(str(directory(name)))
     components = Components(model)
-    has_linear = {components.part_of(key) for key, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return {part: mode if part in has_linear else {"mode": "full"} for part in PARTS}
+    has_linear = {
+        components.component_of(key) for key, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    return {part: mode if part in has_linear else {"mode": "full"} for part in COMPONENTS}
 
 
 def plain(name: str) -> Any:
@@ -134,8 +135,7 @@ def _lora(name: str, config: Config, samples: list[tuple[Encoded, Any]], proof: 
     fill_adapters(learner.model)
     order = _cuts(dataset)
     found = {packing: step_of(learner, dataset, order, packing) for packing in {learner.packing, False}}
-    batch = Loader(dataset.train, dataset.encoder.processor, packing=False).load(order[-1])
-    export(learner, config, dataset.encoder.processor, batch, len(samples))
+    export(learner, config, dataset)
     adapter = Path(config.run.output_dir) / "adapter"
     own = PeftModel.from_pretrained(plain(name), adapter, is_trainable=True).eval()
     loss, gradients = _reference(own, name, samples)
@@ -154,8 +154,7 @@ def _full(name: str, config: Config, samples: list[tuple[Encoded, Any]], proof: 
     proof.differences["full loss"] = _off(own_loss, loss)
     proof.differences["full gradient norm"] = _off(_norm(found), _norm(gradients))
     proof.differences["full, all gradients"] = relative_l2(found, gradients)
-    batch = Loader(dataset.train, dataset.encoder.processor, packing=False).load(order[-1])
-    export(learner, config, dataset.encoder.processor, batch, len(samples))
+    export(learner, config, dataset)
 
 
 def _cuts(dataset: Dataset) -> list[list[int]]:
@@ -165,11 +164,12 @@ def _cuts(dataset: Dataset) -> list[list[int]]:
 
 
 def _prepared(config: Config) -> tuple[Learner, Dataset, list[str]]:
-    AcceleratorState._reset_state(reset_partial_state=True)
     lines: list[str] = []
     processor = load_processor(config.model.path, tried=True)
     dataset = Dataset(config, processor, QUIET)
-    learner, _, _ = make_learner(config, processor, Runtime(config.model.dtype), lines.append)
+    progress = Progress(quiet=True)
+    progress.say = lines.append  # type: ignore[method-assign, assignment]
+    learner = make_learner(config, processor, Runtime(config.model.dtype, device="cpu"), progress)
     return learner, dataset, lines
 
 

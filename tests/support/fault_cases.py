@@ -15,7 +15,7 @@ from support.builders import make_text, mixed_rows, write_jsonl
 from support.forked import Group, Patch, Server, patch, release, until
 
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}
-NLL = "mmtrain.train.step.supervised_nll"
+NLL = "mmtrain.scoring.loaded_model.supervised_nll"
 """Called once for each micro-batch, in the phase `forward`."""
 
 
@@ -36,11 +36,11 @@ class Phase:
 
 PHASES = {
     "checking": Phase("mmtrain.train.dataset.check_samples", "checking the data", 0),
-    "loading": Phase("mmtrain.train.run.load_model", "loading the model", 0),
+    "loading": Phase("mmtrain.train.trainable.load_model", "loading the model", 0),
     "data": Phase("mmtrain.dataset.batch.Future.result", "step 3, data", 3, step=3),
     "forward": Phase(NLL, "step 3, forward", 3, step=3),
     "gradients": Phase(NLL, "step 3, gradients", 3, step=3, holder="other"),
-    "evaluating": Phase("mmtrain.scoring.scorer.supervised_nll", "step 2, evaluating", 2, step=2),
+    "evaluating": Phase("mmtrain.scoring.scorer.Scorer._answers", "step 2, evaluating", 2, step=2),
     "saving": Phase(
         "mmtrain.train.checkpoint.save_file", "step 2, saving", 2, 2, "first", waiting="step 2, awaiting the save"
     ),
@@ -49,7 +49,7 @@ PHASES = {
 
 
 class World:
-    """A model without pictures, data, a config of four steps in a folder, and what an uninterrupted run leaves."""
+    """A model without images, data, a config of four steps in a folder, and what an uninterrupted run leaves."""
 
     def __init__(self, folder: Path, server: Server) -> None:
         self.folder, self.server, self._number = folder, server, 0
@@ -113,7 +113,7 @@ class World:
 
 
 def losses(run: Path) -> list[Any]:
-    """What each step's row says beside its time; of evaluations that they are there, once, in their place."""
+    """What each step's row says next to its time; of evaluations that they are there, once, in their place."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row["eval"]) if "eval" in row else row | {"seconds": 0, "mfu": 0} for row in rows]
 
@@ -156,7 +156,7 @@ def signal_case(
         begun = time.monotonic()
         group.send(rank, signum)
         if phase.step is not None:  # what has begun is finished; before the first step it is left at once
-            time.sleep(1.0)  # the signal is heard before it goes on, also where the machine has other work
+            time.sleep(1.0)  # the signal is heard before it continues, also where the machine has other work
             release(flags[0])
         codes = group.wait(60)
         seconds = time.monotonic() - begun

@@ -35,7 +35,7 @@ def patch(target: str, do: str, flag: Path, step: int | None = None, nth: int = 
     """At the `nth` call of `target` (in step `step`): touch `flag` and then `do` one of
 
     mark: nothing; hold: wait for `flag` + ".go"; hang: wait for ever; raise: a RuntimeError; refuse: a SampleError;
-    nan: spoil what it gives; break: cut the file of the picture it is called with in its middle.
+    nan: spoil what it gives; break: cut the file of the image it is called with in its middle.
     """
     return {"target": target, "do": do, "flag": str(flag), "step": step, "nth": nth}
 

@@ -27,8 +27,6 @@ def _stop(*_: Any) -> None:
 
 def run(words: list[str]) -> dict[str, Any]:
     """The exit code, None for a hang, and the output of `mmtrain words`."""
-    from accelerate.state import AcceleratorState
-
     from mmtrain.cli import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -45,7 +43,6 @@ def run(words: list[str]) -> dict[str, Any]:
         except BaseException as error:  # what python would print as a traceback
             code, _ = 1, err.write(f"Traceback: {type(error).__name__}: {error}")
     signal.alarm(0)
-    AcceleratorState._reset_state(reset_partial_state=True)
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 

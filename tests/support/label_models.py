@@ -62,7 +62,7 @@ def byte_level() -> Tokenizer:
 
 
 def byte_level_split() -> Tokenizer:
-    """Llama 3's and GPT-4's manner: punctuation takes the newlines behind it."""
+    """Llama 3's and GPT-4's manner: punctuation takes the newlines after it."""
     return _byte_level(_GPT_SPLIT)
 
 
@@ -185,7 +185,7 @@ class Template:
     images: bool = False
     own_end: bool = True
 
-    def learned(self, content: str | list[str]) -> str:
+    def supervised(self, content: str | list[str]) -> str:
         parts = [content] if isinstance(content, str) else content
         words = self.between.join(parts)
         return self.before + (words.strip() if self.trims else words) + self.end
@@ -220,7 +220,7 @@ def make_directory(
 ) -> Path:
     """`bos_in_front`: the tokenizer's post-processor puts `<s>` before every text, as LLaVA-1.5's does.
 
-    `strips`: special tokens swallow the whitespace behind them, as Phi-3's do; "before": that before them.
+    `strips`: special tokens swallow the whitespace after them, as Phi-3's do; "before": that before them.
     """
     path.mkdir(parents=True, exist_ok=True)
     made = TOKENIZERS[tokenizer]()

@@ -1,31 +1,33 @@
 """A learner of a config, with LoRA's B non-zero, and the loss and gradients of one step cut in a given way."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
 from mmtrain.encoding.load import load_processor
+from mmtrain.evaluate.evaluation import Evaluation
 from mmtrain.model.kernels.products import ROW_MULTIPLE
+from mmtrain.progress import QUIET
 from mmtrain.runtime.processes import Runtime
+from mmtrain.scoring.scores import Scores
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.run import make_learner
+from mmtrain.train.learner import make_learner
 from mmtrain.train.step import Learner, accumulate_gradients
 
 LORA = {"mode": "lora", "rank": 4, "alpha": 8.0}
 MIXED = {"vision": LORA, "projector": {"mode": "full"}, "language": LORA}
 ALL_FULL = {"vision": {"mode": "full"}, "projector": {"mode": "full"}, "language": {"mode": "full"}}
-QUIET = Console(quiet=True)
 
 
 def learner_for(config: Config) -> tuple[Learner, Dataset]:
     processor = load_processor(config.model.path)
     dataset = Dataset(config, processor, QUIET)
-    learner, _, _ = make_learner(config, processor, Runtime(config.model.dtype))
+    learner = make_learner(config, processor, Runtime(config.model.dtype, device=config.run.device), QUIET)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in learner.model.named_parameters():
@@ -56,3 +58,10 @@ def relative_l2(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     assert found.keys() == expected.keys()
     difference = sum(float((found[name] - value).double().pow(2).sum()) for name, value in expected.items())
     return math.sqrt(difference / sum(float(value.double().pow(2).sum()) for value in expected.values()))
+
+
+def scores_of(config: Config, data: Sequence[str] = ()) -> Scores:
+    """The base model's scores on `data`, or on the config's evaluation sources."""
+    evaluation = Evaluation(config, data)
+    with evaluation.model(None) as model:
+        return evaluation.scores(model)

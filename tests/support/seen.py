@@ -14,20 +14,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.model.components import Components, prepare_learning
+from mmtrain.model.components import Components, apply_tune
 from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
+from mmtrain.progress import QUIET
 from mmtrain.runtime import processes
 from mmtrain.runtime.processes import Runtime
-from mmtrain.train import run as loop
+from mmtrain.runtime.supervisor import Supervisor
+from mmtrain.train import learner, loop, run
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.optimizer import make_optimizer, set_rate
-from support.learning import QUIET, learner_for, step_of
+from mmtrain.train.step import train_step
+from support.learning import learner_for, step_of
 
 REFUSED = "refused"
 
@@ -59,6 +63,13 @@ steps_of_an_epoch = or_refused(lambda dataset: dataset.plan.steps_per_epoch)
 eval_name = or_refused(lambda dataset: dataset.eval[0].name)
 
 
+def metric_of_answers(config: Config) -> str:
+    processor = load_processor(config.model.path)
+    evaluation = AnswerEvaluation(config, config.data.eval, processor, QUIET)
+    (metric,) = {question.metric for question in evaluation.questions}
+    return metric
+
+
 num_dropped = or_refused(lambda dataset: len(dataset.checked.dropped))
 
 
@@ -81,10 +92,15 @@ def frozen_types(config: Config) -> set[torch.dtype]:
     return {parameter.dtype for parameter in tuned(config)[0].parameters() if not parameter.requires_grad}
 
 
+def quantized_layers(config: Config) -> int:
+    return sum("Linear4bit" in repr(type(one)) and not hasattr(one, "lora_A") for one in tuned(config)[0].modules())
+
+
 def tuned(config: Config) -> tuple[Any, Any]:
-    base = load_model(config.model.path, config.model.dtype, load_processor(config.model.path))
+    processor, quantization = load_processor(config.model.path), config.model.quantization
+    base = load_model(config.model.path, config.model.dtype, processor, quantization=quantization)
     components = Components(base)
-    model, _ = prepare_learning(base, components, config.tune)
+    model, _ = apply_tune(base, components, config.tune)
     return model, make_optimizer(model, components, config)
 
 
@@ -141,7 +157,7 @@ def computes_without_dropout(config: Config, component: str) -> bool:
 
 def folders_written(config: Config) -> list[str]:
     before = set(Path().glob("*/metrics.jsonl"))
-    loop.train(config)
+    run.train(config)
     return [path.parent.name for path in set(Path().glob("*/metrics.jsonl")) - before]
 
 
@@ -154,12 +170,12 @@ def rows(config: Config) -> list[dict[str, Any]]:
 
 
 def saved_steps(config: Config) -> list[int]:
-    loop.train(config)
+    run.train(config)
     return sorted(int(path.name[5:]) for path in (Path(config.run.output_dir) / "checkpoints").glob("step-*"))
 
 
 def steps_evaluated(config: Config) -> list[int]:
-    loop.train(config)
+    run.train(config)
     return [row["step"] for row in rows(config) if "eval" in row]
 
 
@@ -174,7 +190,7 @@ def rate_at(step: int) -> Callable[[Config], Any]:
     """The rate by which the update of `step` moved the adapters' B, which is zero before the first one."""
 
     def seen(config: Config) -> Any:
-        loop.train(config)
+        run.train(config)
         now = checkpoint(config, step, "trainable")
         before = (
             checkpoint(config, step - 1, "trainable") if step > 1 else {n: torch.zeros_like(w) for n, w in now.items()}
@@ -189,7 +205,7 @@ def rate_at(step: int) -> Callable[[Config], Any]:
 
 def weight_decay(config: Config) -> Any:
     """What the second update took from the adapters' A besides the step along Adam's direction."""
-    loop.train(config)
+    run.train(config)
     before, now = checkpoint(config, 1, "trainable"), checkpoint(config, 2, "trainable")
     name, rate = next(name for name in now if "lora_A" in name), config.train.learning_rate
     decayed = before[name] - now[name] - rate * adam_direction(config, 2, name)
@@ -198,7 +214,7 @@ def weight_decay(config: Config) -> Any:
 
 def norm_of_the_first_gradient(config: Config) -> Any:
     """As AdamW got it: its first moment is then a tenth of the gradient. None where it is the norm before clipping."""
-    loop.train(config)
+    run.train(config)
     moments = checkpoint(config, 1, "optimizer")
     norm = 10 * math.sqrt(sum(float(m.pow(2).sum()) for name, m in moments.items() if name.endswith("|exp_avg")))
     whole = next(row["grad_norm"] for row in rows(config) if row["step"] == 1 and "eval" not in row)
@@ -224,7 +240,7 @@ def same_as_seed_0(config: Config) -> tuple[bool, bool]:
 def microbatches(config: Config) -> list[tuple[int, bool]]:
     """The number of micro-batches of the first step, and whether their samples are packed."""
     found = []
-    take = loop.train_step
+    take = train_step
 
     def watched(learner: Any, own: Any, *others: Any) -> Any:
         batches = list(own)
@@ -233,7 +249,7 @@ def microbatches(config: Config) -> list[tuple[int, bool]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", watched)
-        loop.train(config)
+        run.train(config)
     return found[:1]
 
 
@@ -242,27 +258,44 @@ def num_shardings(config: Config) -> int:
     runtime, calls = Runtime("float32"), []
     runtime.num_processes, runtime._store = 2, HashStore()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "shard", lambda *arguments: calls.append(arguments))
-        loop.make_learner(config, load_processor(config.model.path), runtime)
+        patch.setattr(learner, "shard", lambda *arguments: calls.append(arguments))
+        learner.make_learner(config, load_processor(config.model.path), runtime, QUIET)
     return len(calls)
 
 
+def device(config: Config) -> str:
+    """On a machine without a GPU."""
+    found = list[str]()
+
+    def stop(*arguments: Any) -> None:
+        found.append(str(arguments[3].device))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(run, "_train", stop)
+        try:
+            run.train(config)
+        except UserError:
+            return REFUSED
+    return found[0]
+
+
 def num_threads(config: Config) -> int:
-    loop.train(config)
+    run.train(config)
     return torch.get_num_threads()
 
 
 def seconds_of_the_supervisor(config: Config) -> list[float]:
     found: list[float] = []
 
-    class Watched(processes.Supervisor):
+    class Watched(Supervisor):
         def __init__(self, *arguments: Any) -> None:
             found.extend(one for one in arguments if isinstance(one, float))
             super().__init__(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "Supervisor", Watched)
-        loop.train(config)
+        run.train(config)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Things that change between a checkpoint and the run that goes on from it: each is refused by name, or accepted."""
+"""Things that change between a checkpoint and the run that continues from it: each is refused by name, or accepted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import PIL.Image
 
 from torture import runs
 
-FITS = "weights are others than the model's"
+FITS = "weights differ from the model's"
 """What is said where a change was accepted and the checkpoint's weights still have no place in the model."""
 
 

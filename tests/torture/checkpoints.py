@@ -63,7 +63,7 @@ def corrupt(flips: int = 1000, truncations: int = 200) -> tuple[str, bool]:
         f"{time.monotonic() - begun:.0f} s"
     )
     good = not silent and named == fell_back == len(cases) and resumed
-    clear = codes == [3] and "no checkpoint is sound" in said and "Traceback" not in said
+    clear = codes == [3] and "no checkpoint is intact" in said and "Traceback" not in said
     return line + unclear + ("" if clear else f"\n{said}"), good and clear
 
 
@@ -79,7 +79,7 @@ def _break(checkpoint: Path, draw: random.Random) -> None:
 
 
 def _taken_up(config: Path, output: Path, expected: str, draw: random.Random) -> bool:
-    """Whether the run goes on from the older checkpoint to the same bits, saying so."""
+    """Whether the run continues from the older checkpoint to the same bits, saying so."""
     shutil.rmtree(output / "adapter")
     _break(output / "checkpoints" / "step-000004", draw)
     said = runs.run(config).said
@@ -94,7 +94,7 @@ def _none_left(config: Path, output: Path, draw: random.Random) -> tuple[list[in
 
 
 class Death(BaseException):
-    """Stands for a process that is killed: nothing may tidy up behind it."""
+    """Stands for a process that is killed: nothing may tidy up after it."""
 
 
 def histories(histories: int = 1000) -> tuple[str, bool]:
@@ -123,7 +123,7 @@ class History:
     def __init__(self, folder: Path, draw: random.Random) -> None:
         self._folder, self._draw = folder, draw
         self._keep, self._every = draw.choice((2, 3)), draw.choice((1, 2, 5))
-        self._step = draw.choice((0, 999_990))  # names get longer behind step 999,999
+        self._step = draw.choice((0, 999_990))  # names get longer after step 999,999
         self._saved = False
         self.log: list[str] = []
         self.saves = self.faults = 0

@@ -157,7 +157,7 @@ def _workers(launcher: int) -> list[psutil.Process]:
 
 
 def _kill_the_launcher(output: Path, draw: random.Random, train: dict[str, int]) -> tuple[int, str]:
-    """How many workers are left 5 s behind their launcher's death, and what the same command then makes."""
+    """How many workers are left 5 s after their launcher's death, and what the same command then makes."""
     config = runs.write_config(output, SMALL_TUNE, **train)
     process = _launch(config, "--processes", "2")
     if _worker_behind(process, output, 3, draw) is None:

@@ -69,7 +69,7 @@ def _curve(found: Path, expected: Path, steps: int) -> float:
 
 
 def resume(steps: int = 24) -> tuple[str, bool]:
-    """A run that dies behind each of its steps and is taken up, and one that dies three times; epochs of two steps."""
+    """A run that dies after each of its steps and is taken up, and one that dies three times; epochs of two steps."""
     begun, folder = time.monotonic(), runs.empty("resume")
     train: dict[str, Any] = {"steps": steps, "batch_size": 5, "microbatch_tokens": 120}
     reference = folder / "reference"

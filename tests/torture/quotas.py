@@ -1,4 +1,4 @@
-"""Disks that are too small: a run that cannot save leaves what it has saved, and goes on once there is room."""
+"""Disks that are too small: a run that cannot save leaves what it has saved, and continues once there is room."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENOUGH = 64 * 2**20
 
 
 def quotas(sizes: int = 50) -> tuple[str, bool]:
-    """A run on disks of so many sizes; on every other one the disk fills up only behind the first look at its room."""
+    """A run on disks of so many sizes; on every other one the disk fills up only after the first look at its room."""
     begun, folder = time.monotonic(), runs.empty("quotas")
     train = {"steps": 4, "batch_size": 3}
     tune = {"language": {**runs.LORA, "dropout": 0.1}}

@@ -57,7 +57,7 @@ def model() -> Path:
 
 
 def data() -> Path:
-    """Eight samples: text alone, one picture, two, several turns."""
+    """Eight samples: text alone, one image, two, several turns."""
     path = WORK / "data" / "mixed.jsonl"
     if not path.exists():
         builders.write_jsonl(path, builders.mixed_rows(path.parent, with_images=True))
@@ -65,7 +65,7 @@ def data() -> Path:
 
 
 def write_config(output: Path, tune: dict[str, Any] | None = None, **more: Any) -> Path:
-    """A config that trains into `output`, written beside it; a checkpoint behind each step unless told otherwise."""
+    """A config that trains into `output`, written next to it; a checkpoint after each step unless told otherwise."""
     settings = {"steps": 8, "batch_size": 6, "learning_rate": 1e-2, "checkpoint_every": 1}
     config = {
         "model": {"path": str(model()), "dtype": "float32"},
@@ -202,7 +202,7 @@ def die_behind(step: int) -> Callable[[], None]:
 
 
 def stop_behind(config: Path, step: int, processes: int = 1) -> None:
-    """A run that dies behind the checkpoint of `step`, in all its processes."""
+    """A run that dies after the checkpoint of `step`, in all its processes."""
     group = start(config, processes, prepare=die_behind(step))
     while len(group.living()) == processes:
         time.sleep(0.005)

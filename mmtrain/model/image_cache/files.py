@@ -1,7 +1,7 @@
-"""Features of pictures as files: one a picture, whole or not at all, checked when read.
+"""Image features as files: one per image, written completely or not at all, checked when read.
 
-Processes and runs may share a folder. Nothing here is needed for a result, so nothing here can fail a run: a file that
-is broken is removed, and where nothing can be written nothing is kept.
+Processes and runs can share a folder. No result depends on the cache, so an error here never stops a run: a broken file
+is removed, and if writing fails nothing more is cached.
 """
 
 import hashlib
@@ -20,27 +20,29 @@ from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.dataset.image_inputs import Features
 
 _SCAN_SHARE = 8
-"""The folder is measured again once this part of the room found last is used: other processes write too."""
+"""The folder is measured again after 1 / _SCAN_SHARE of the last measured free space is used: other processes write
+too."""
 _LOWERED = 0.9
-"""To what share of the limit files are removed."""
+"""Files are removed down to this share of the limit."""
 
 
 class FeatureFolder:
-    """The files of one model, `root`/`model`, among those of all models, which together take `limit` bytes at most.
+    """The files of one model, in `root`/`model`. The files of all models in `root` take at most `limit` bytes.
 
-    Over the limit the least recently used go, but none that was used since this was made: every epoch needs them all.
-    `say` is told why nothing more is written.
+    Over the limit the least recently used are removed, but none that was used since this object was made: every epoch
+    needs them all. `say` prints the reason when nothing more is written.
     """
 
     def __init__(self, root: Path, model: str, limit: float, say: Callable[[str], None]) -> None:
         self._root, self._folder = root, root / model
         self._limit, self._say = limit, say
         self._begun = time.time()
-        self._writing = True
+        self.is_writing = True
+        """Until a file cannot be written."""
         self._budget = 0.0
 
     def read(self, key: str) -> Features | None:
-        """None where there is no file or a broken one, which is removed."""
+        """None if there is no file. A broken file is removed."""
         path = self._path(key)
         try:
             raw = path.read_bytes()
@@ -48,7 +50,7 @@ class FeatureFolder:
             return None
         try:
             found = _unpack(key, raw)
-        except Exception:  # whatever a broken file makes the reader raise
+        except Exception:  # a broken file can make the reader raise anything
             with suppress(OSError):
                 path.unlink()
             return None
@@ -57,7 +59,7 @@ class FeatureFolder:
         return found
 
     def write(self, key: str, features: Features) -> None:
-        if not self._writing:
+        if not self.is_writing:
             return
         raw, path = _pack(key, features), self._path(key)
         try:
@@ -75,7 +77,7 @@ class FeatureFolder:
         return self._folder / f"{key}.safetensors"
 
     def _stop(self, why: str) -> None:
-        self._writing = False
+        self.is_writing = False
         self._say(f"no more image features are cached in {self._folder}: {why}")
 
     def _has_room(self, size: int) -> bool:
@@ -88,7 +90,7 @@ class FeatureFolder:
         return True
 
     def _make_room(self, size: int) -> float:
-        """The bytes that may be written, after what is old was removed where `size` would go over the limit."""
+        """The bytes that may be written. Old files are removed first if `size` bytes more would exceed the limit."""
         found = sorted(_files(self._root))
         total = sum(num_bytes for _, num_bytes, _ in found)
         if total + size > self._limit:
@@ -102,7 +104,7 @@ class FeatureFolder:
 
 
 def _files(root: Path) -> list[tuple[float, int, str]]:
-    """When each file of all models was last used, its bytes and its path."""
+    """(time of last use, number of bytes, path) of each file of all models."""
     found = []
     for folder in os.scandir(root) if root.is_dir() else ():
         for entry in os.scandir(folder) if folder.is_dir() else ():
@@ -120,20 +122,20 @@ def _pack(key: str, features: Features) -> bytes:
 
 
 def _unpack(key: str, raw: bytes) -> Features:
-    """Raises anything where `raw` is not what `_pack` made for `key`."""
+    """Raises any exception if `raw` was not made by `_pack` for `key`."""
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
     tensors, count = load(raw), int(header["num_placeholders"])
     if header["sha256"] != _digest(key, count, tensors):
         raise ValueError("not the bytes that were written")
-    parts: dict[str, dict[str, Tensor]] = {"tensors": {}, "inputs": {}}
+    groups: dict[str, dict[str, Tensor]] = {"tensors": {}, "inputs": {}}
     for name, value in tensors.items():
-        part, _, own = name.partition("/")
-        parts[part][own] = value
-    return Features(parts["tensors"], parts["inputs"], count)
+        group, _, own = name.partition("/")
+        groups[group][own] = value
+    return Features(groups["tensors"], groups["inputs"], count)
 
 
 def _digest(key: str, num_placeholders: int, tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over all that is read back: a file under another picture's name is not taken for it."""
+    """SHA-256 of everything that is read back, and of `key`: a file under the name of another image is refused."""
     found = hashlib.sha256(f"{key} {num_placeholders}".encode())
     for name in sorted(tensors):
         value = tensors[name]

@@ -1,7 +1,7 @@
-"""What a frozen vision tower makes of pictures, kept: in memory, and on disk beyond it.
+"""Caches image features in memory, and on disk.
 
-Kept is what comes first, and nothing in memory makes way. Every epoch comes by every picture once, in another order:
-where half of them fit, throwing out the least recently used would find 15 % again, this finds half.
+The first features stay in memory, none is evicted. Every epoch uses every image once, in another order: if half of the
+features fit, evicting the least recently used would give 15 % hits, this gives 50 %.
 """
 
 import threading
@@ -11,7 +11,7 @@ from mmtrain.model.image_cache.files import FeatureFolder
 
 
 class FeatureStore:
-    """Features by the SHA-256 of the picture, for one model. Threads may share it."""
+    """Features by the SHA-256 of the image, for one model. Threads can share it."""
 
     def __init__(self, memory_bytes: float, folder: FeatureFolder | None = None) -> None:
         self._room = memory_bytes
@@ -21,7 +21,7 @@ class FeatureStore:
 
     @property
     def num_bytes(self) -> int:
-        """What is held in memory."""
+        """Bytes in memory."""
         return sum(features.num_bytes for features in self._kept.values())
 
     def find(self, key: str) -> Features | None:
@@ -32,8 +32,17 @@ class FeatureStore:
                 self._remember(key, found)
         return found
 
-    def keep(self, key: str, features: Features) -> None:
-        """Keep them where there is room. What cannot be written is not kept on disk, and no fault."""
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether features that are added are also written to files."""
+        return self._folder is not None and self._folder.is_writing
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether features of this size would be cached."""
+        return num_bytes <= self._room or self.is_on_disk
+
+    def add(self, key: str, features: Features) -> None:
+        """Cache them if there is room. Failing to write them to disk is not an error."""
         self._remember(key, features)
         if self._folder is not None:
             self._folder.write(key, features)

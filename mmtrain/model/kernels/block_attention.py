@@ -1,8 +1,8 @@
 """Causal attention within the samples of a packed row on the CPU, a block of queries at a time.
 
-torch's own kernel there takes 512 keys at once, so short samples pay for the half that a causal mask throws away, and
-its backward pass takes a sample in one piece. Here every block meets only the keys up to its own end. What is kept is
-what Dao et al. 2022, "FlashAttention", keep: no probabilities, but for each query the logarithm of their sum.
+torch's CPU kernel takes 512 keys at once, so for short samples it computes the half that a causal mask discards, and
+its backward pass takes a sample in one piece. Here every block uses only the keys up to its own end. As in Dao et al.
+2022, "FlashAttention", no probabilities are stored, only the logarithm of their sum for each query.
 """
 
 import math
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
-"""Queries at a time: fewer make the products too small, more compute more of what is masked."""
+"""Queries at a time: with fewer the products are too small, with more a larger share is masked."""
 _LOG2E = math.log2(math.e)
 
 
 class BlockAttention(torch.autograd.Function):
-    """softmax(scale q k') v over the tokens of the same sample up to a token itself."""
+    """softmax(scale q k') v for each token over the tokens of its sample up to itself."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: Sequence[int]) -> Tensor:
         """(1, tokens, heads, width) from query (1, heads, tokens, width), and key and value with a number of heads that
-        divides the query's; `lengths` are those of the samples. Logits are taken to the base of 2, in float32."""
+        divides the query's; `lengths` are those of the samples. Exponentials are to the base of 2, in float32."""
         (_, heads, tokens, width), groups = query.shape, key.shape[1]
         each = heads // groups
         queries = query[0].view(groups, each, tokens, width).transpose(1, 2).float().reshape(groups, -1, width)
@@ -48,15 +48,15 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outers: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """With p the probabilities and o their gradients v' y: the logits' are p (o - mean), where mean = sum(p o) is
-        the product of the result and its gradient y."""
+        """With y the gradient of the result, p the probabilities and o = v' y their gradients, those of the logits are
+        p (o - mean), where mean = sum(p o) is the product of the result and y."""
         queries, keys, values, out, log_sums = ctx.saved_tensors
         (_, tokens, heads, width), groups = out.shape, len(keys)
         each = heads // groups
         given = outers[0].float()
         outer, means = (
-            part.view(tokens, groups, each, -1).transpose(0, 1).reshape(groups, tokens * each, -1)
-            for part in (given, (given * out).sum(-1))
+            value.view(tokens, groups, each, -1).transpose(0, 1).reshape(groups, tokens * each, -1)
+            for value in (given, (given * out).sum(-1))
         )
         to_query = out.new_empty(1, tokens, heads, width)
         places = to_query.view(tokens, groups, each, width).transpose(0, 1)
@@ -76,13 +76,13 @@ class BlockAttention(torch.autograd.Function):
 
 
 def _future(each: int) -> Tensor:
-    """(BLOCK * each, BLOCK) what is added to the logits of a block's queries, `each` heads of one beside each other, at
-    its own keys: -inf at those that come later."""
+    """(BLOCK * each, BLOCK) the causal mask of a block's queries at its own keys, added to the logits: -inf at later
+    keys. The `each` heads of a query are next to each other."""
     return torch.full((BLOCK, BLOCK), -math.inf).triu(1).repeat_interleave(each, 0)
 
 
 def _blocks(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """The start of a block's sample, its first query and where it ends."""
+    """For each block the start of its sample, its first query and its end."""
     start = 0
     for length in lengths:
         for first in range(start, start + length, BLOCK):

@@ -1,7 +1,7 @@
-"""The MLPs of a language model's layers with the normalization before them and the adapters in them.
+"""Fuses the MLPs of a language model's layers with the normalization before them and their adapters.
 
-One run of the decoder shows which normalization an MLP is given the result of. That the result goes nowhere else is
-tried on the smallest module that holds both.
+One forward pass of the decoder shows which normalization gives the input of an MLP. A trial of the smallest module that
+contains both shows that nothing else uses its result.
 """
 
 import re
@@ -15,17 +15,18 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from mmtrain.model.dropout import mask_of
 from mmtrain.model.kernels.gated import Gated
 from mmtrain.model.kernels.last_layer import compute_at_predicting, rows_of
 from mmtrain.model.kernels.linear import is_frozen
 from mmtrain.model.kernels.mlp import NormedMLP, Projection
 from mmtrain.model.kernels.norms import RMSNorm
 from mmtrain.model.kernels.products import ROW_MULTIPLE
-from mmtrain.model.kernels.trial import Kernel, Trials, kernel_of, noise, undisturbed
+from mmtrain.model.kernels.trial import Kernel, Trials, example_ids, kernel_of, undisturbed
 
 
 @dataclass(frozen=True)
-class PassedOn(Kernel):
+class ComputedByMLP(Kernel):
     """A normalization that the MLP after it computes."""
 
     while_compiling: ClassVar[bool] = True
@@ -37,7 +38,7 @@ class PassedOn(Kernel):
 
 @dataclass(frozen=True)
 class Fused(Kernel):
-    """A gated MLP of frozen layers and their adapters, and the normalization before it where there is one."""
+    """A gated MLP of frozen layers and their adapters, and the normalization before it if there is one."""
 
     gated: Gated
     norm: RMSNorm | None = None
@@ -51,13 +52,14 @@ class Fused(Kernel):
 
     def compute(self, module: Any, x: Tensor) -> Tensor:
         """The MLP of x, (..., width)."""
-        projections = [_projection(getattr(module, name)) for name in (*self.gated.inputs, self.gated.down)]
-        tensors = [tensor for projection in projections for tensor in projection.tensors]
-        scalings = [projection.scaling for projection in projections]
         tokens, rows = x.flatten(0, -2), rows_of(module)
+        names = (*self.gated.inputs, self.gated.down)
+        projections = [_projection(getattr(module, name), len(tokens), rows) for name in names]
+        tensors = [tensor for projection in projections for tensor in projection.tensors]
+        adapters = [(projection.scaling, projection.mask) for projection in projections]
         own = tokens if rows is None else tokens[rows]
         weight, eps = (None, 0.0) if self.norm is None else (self.norm.weight(self.norm_module), self.norm.eps)
-        out = NormedMLP.apply(own, weight, eps, self.gated.gate, scalings, *tensors)  # type: ignore[no-untyped-call]
+        out = NormedMLP.apply(own, weight, eps, self.gated.gate, adapters, *tensors)  # type: ignore[no-untyped-call]
         if rows is not None:
             out = torch.zeros_like(tokens).index_copy(0, rows, out)
         return out.view_as(x)  # type: ignore[no-any-return]
@@ -66,31 +68,38 @@ class Fused(Kernel):
         return self.gated.example(module)
 
 
-def _projection(module: Any) -> Projection:
+def _projection(module: Any, num_rows: int, selected: Tensor | None) -> Projection:
+    """For `selected` of `num_rows` rows."""
     if not isinstance(module, LoraLinear):
         return Projection(module.weight, module.bias)
     base, (name,) = module.get_base_layer(), module.active_adapters
     if module.disable_adapters or module.merged:
         return Projection(base.weight, base.bias)
+    mask = mask_of(module.lora_dropout[name], num_rows)
     return Projection(
-        base.weight, base.bias, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+        base.weight,
+        base.bias,
+        module.lora_A[name].weight,
+        module.lora_B[name].weight,
+        module.scaling[name],
+        None if mask is None else mask.at(selected),
     )
 
 
 def fuse_mlps(decoder: Any, trials: Trials) -> None:
-    """Fuse the gated MLPs of `decoder`, each with the norm before it or, where that fails its trial, alone."""
+    """Fuse the gated MLPs of `decoder`, each with the norm before it or, if that fails its trial, alone."""
     mlps = [name for name, module in decoder.named_modules() if _can_be_fused(module)]
     if not mlps:
         return
     try:
         run = _Run(decoder, mlps)
-    except Exception:  # the decoder needs more than ids
+    except Exception:  # the decoder requires more than ids
         return
     for name in run.order:
         if not _fuse_with_norm(run, name, trials):
             mlp = decoder.get_submodule(name)
             kernel = Fused(_gated(mlp))
-            trials.keep(mlp, {"": kernel}, (kernel.example(mlp),))
+            trials.install(mlp, {"": kernel}, (kernel.example(mlp),))
     for name in run.order[-1:]:
         last, layer = decoder.get_submodule(name), re.match(r".*?\.\d+(?=\.)", name)
         if layer is not None and isinstance(kernel_of(last), Fused) and run.is_needed_by_row(last):
@@ -113,17 +122,17 @@ def _fuse_with_norm(run: "_Run", name: str, trials: Trials) -> bool:
     norm_name = run.norm_before.get(name)
     if norm_name is None:
         return False
-    mlp, norm = (run.decoder.get_submodule(part) for part in (name, norm_name))
-    whole, rms = _whole(name, norm_name), kernel_of(norm)
-    if whole not in run.calls or not isinstance(rms, RMSNorm):
+    mlp, norm = (run.decoder.get_submodule(module) for module in (name, norm_name))
+    parent, rms = _common_parent(name, norm_name), kernel_of(norm)
+    if parent not in run.calls or not isinstance(rms, RMSNorm):
         return False
-    kernels = {name: Fused(_gated(mlp), rms, norm), norm_name: PassedOn(rms)}
-    inner = {own.removeprefix(f"{whole}."): kernel for own, kernel in kernels.items()}
-    return trials.keep(run.decoder.get_submodule(whole), inner, *run.calls[whole])
+    kernels = {name: Fused(_gated(mlp), rms, norm), norm_name: ComputedByMLP(rms)}
+    inner = {own.removeprefix(f"{parent}."): kernel for own, kernel in kernels.items()}
+    return trials.install(run.decoder.get_submodule(parent), inner, *run.calls[parent])
 
 
-def _whole(name: str, other: str) -> str:
-    """The name of the smallest module that holds both."""
+def _common_parent(name: str, other: str) -> str:
+    """The name of the smallest module that contains both."""
     while not other.startswith(f"{name}."):
         name = name.rpartition(".")[0]
         if not name:
@@ -132,24 +141,23 @@ def _whole(name: str, other: str) -> str:
 
 
 class _Run:
-    """One run of the decoder on random ids: in what order its MLPs are called, each of them once, and with what."""
+    """One forward pass of the decoder on random ids: the order of its MLPs that are called once, and their inputs."""
 
     def __init__(self, decoder: Any, mlps: list[str]) -> None:
         self.decoder = decoder
         self.order: list[str] = []
         self.norm_before: dict[str, str] = {}
-        """By MLP, the norm that gave its input and was called only once."""
+        """For each MLP the norm that gave its input and was called only once."""
         self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        """What the modules around the MLPs were called with."""
+        """The arguments of the modules around the MLPs."""
         self._given: dict[int, tuple[str, Tensor]] = {}
-        """By identity, what each norm gave."""
+        """The results of the norms, by identity."""
         self._count: Counter[str] = Counter()
-        size = decoder.get_input_embeddings().num_embeddings
-        self._ids = noise(1, ROW_MULTIPLE).abs().mul(1e6).long().remainder(size).to(next(decoder.parameters()).device)
+        self._ids = example_ids(decoder)
         self._watch(mlps)
 
     def is_needed_by_row(self, mlp: nn.Module) -> bool:
-        """Whether a row of the decoder's result needs that row alone of what `mlp` gives."""
+        """Whether each row of the decoder's output depends only on the same row of the output of `mlp`."""
         rows = [ROW_MULTIPLE // 4, ROW_MULTIPLE // 2]
         kept = torch.zeros_like(self._ids).index_fill(1, torch.tensor(rows, device=self._ids.device), 1)
         handle = mlp.register_forward_hook(lambda module, args, out: out * kept[..., None])

@@ -1,8 +1,8 @@
 """Gated MLPs: the gate, its activation and the product in one pass.
 
-A gated MLP is found by what it has, not by its name: two projections of the input and one back, or one whose halves
-are gate and up; and an activation that is tried on a row of numbers, or SiLU where no attribute is one. Which
-projection is which is tried, too.
+A gated MLP is recognized by its structure, not by its name: two projections of the input and one back, or one whose
+halves are gate and up; and an activation that is recognized by its values, or SiLU if no attribute is one. Which
+projection is which is found by trial, too.
 """
 
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from mmtrain.model.kernels.linear import is_adapted_linear
 from mmtrain.model.kernels.mlp import Gate
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.kernels.rowwise import GELU, GELU_TANH, SILU, Activation, GatedActivation
@@ -40,8 +40,12 @@ class Gated(Kernel):
 
 
 def gated_kernels(module: nn.Module) -> Iterator[Gated]:
-    """The kernels to try on `module`, which differ in what they take for the gate; none where it is no gated MLP."""
-    linear = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear | LoraLinear)}
+    """The kernels to try on `module`, which differ in which half is the gate; none if it is not a gated MLP."""
+    linear: dict[str, Any] = {
+        name: child
+        for name, child in module.named_children()
+        if isinstance(child, nn.Linear) or is_adapted_linear(child)
+    }
     if len(linear) not in (2, 3) or _num_parameters(module) != sum(map(_num_parameters, linear.values())):
         return
     for down in reversed(linear):  # the last one, nearly always
@@ -58,7 +62,7 @@ def _num_parameters(module: nn.Module) -> int:
 
 
 def _activation(module: nn.Module) -> Activation:
-    """The one that a child or an attribute of `module` computes, SiLU where there is none."""
+    """The activation that a child or an attribute of `module` computes, SiLU if there is none."""
     children = [child for child in module.children() if not any(True for _ in child.parameters())]
     functions = [value for value in vars(module).values() if callable(value)]
     found = (activation for own in (*children, *functions) for activation in _ACTIVATIONS if _is(own, activation))
@@ -66,10 +70,10 @@ def _activation(module: nn.Module) -> Activation:
 
 
 def _is(function: Any, activation: Activation) -> bool:
-    """Tried on numbers; in float32 the approximations of GELU differ by 5e-4."""
+    """Whether both give the same values. In float32 the two kinds of GELU differ by 5e-4."""
     numbers = torch.linspace(-6, 6, 97)
     try:
         with torch.no_grad(), torch.random.fork_rng([]):
             return torch.allclose(function(numbers.clone()), activation.of(numbers), rtol=1e-5, atol=1e-6)
-    except Exception:  # it is no activation
+    except Exception:  # it is not an activation
         return False

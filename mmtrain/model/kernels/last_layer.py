@@ -1,4 +1,4 @@
-"""The last decoder layer's MLP computed only where a token is predicted: nothing uses its other rows."""
+"""Computes the last decoder layer's MLP only where a token is predicted: nothing uses its other rows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ from mmtrain.model.attention import KEYWORD
 
 
 class _LastLayer(nn.Module):
-    """Put before a layer's own class. Activation checkpointing recomputes the forward of the class, without hooks and
-    whatever else is set on the instance."""
+    """A base class before the class of a layer. Activation checkpointing computes the forward of the class again,
+    without hooks and attributes of the instance."""
 
     mlp_of_rows: tuple[nn.Module]
-    """In a tuple it is no child of a second module."""
+    """In a tuple, so that the MLP does not become a child of a second module."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         row = kwargs.get(KEYWORD)
@@ -35,7 +35,7 @@ def _rows(mlp: Any, rows: Tensor | None) -> Iterator[None]:
 
 
 def compute_at_predicting(layer: Any, mlp: nn.Module) -> None:
-    """Have `mlp`, which is in `layer`, the last one, find the rows of `PackedRow.predicting` through `rows_of`."""
+    """Make `mlp` in `layer`, the last one, find the rows of `PackedRow.predicting` through `rows_of`."""
     if not isinstance(layer, _LastLayer):
         own = type(layer)
         layer.__class__ = type(own.__name__, (_LastLayer, own), {})
@@ -43,7 +43,7 @@ def compute_at_predicting(layer: Any, mlp: nn.Module) -> None:
 
 
 def rows_of(mlp: Any) -> Tensor | None:
-    """The rows of the tokens at which `mlp` is needed in this call; None for all of them."""
+    """The rows that `mlp` has to compute in this call; None for all."""
     rows: Tensor | None = getattr(mlp, "rows", None)
     return rows
 

@@ -6,14 +6,18 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from mmtrain.model.dropout import SampleDropout, mask_of
+from mmtrain.model.kernels.masks import DroppedProduct, Mask
 from mmtrain.model.kernels.products import ROW_MULTIPLE, FrozenLinear
 from mmtrain.model.kernels.trial import Kernel, example_for
+from mmtrain.model.quantized_weights import is_quantized
 
 
 @dataclass(frozen=True)
-class Adapted(Kernel):
+class AdaptedLinear(Kernel):
     """W x + b + scaling B A dropout(x), as in Hu et al. 2021, "LoRA", section 4.1: added in place, scaled as B is."""
 
     while_compiling: ClassVar[bool] = True
@@ -22,9 +26,9 @@ class Adapted(Kernel):
         (name,) = module.active_adapters
         if module.disable_adapters or module.merged:
             return module.base_layer(x)  # type: ignore[no-any-return]
-        rows = x.flatten(0, -2)  # what is added to in place must be no view, or its gradient is copied
+        rows = x.flatten(0, -2)  # the tensor changed in place must not be a view, or its gradient is copied
         out = module.base_layer(rows)
-        inner = module.lora_A[name](module.lora_dropout[name](x)).flatten(0, -2)
+        inner = _inner(module.lora_A[name], x, rows, mask_of(module.lora_dropout[name], len(rows)))
         outer = (module.lora_B[name].weight * module.scaling[name]).to(out.dtype)
         return out.addmm_(inner.to(out.dtype), outer.t()).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
@@ -32,9 +36,16 @@ class Adapted(Kernel):
         return example_for(module, 1, ROW_MULTIPLE, module.in_features)
 
 
+def _inner(down: Any, x: Tensor, rows: Tensor, mask: Mask | None) -> Tensor:
+    """(rows, rank) A drop(x); without a mask x itself goes through the layer, which keeps its shape for others."""
+    if mask is None:
+        return down(x).flatten(0, -2)  # type: ignore[no-any-return]
+    return DroppedProduct.apply(rows, down.weight, mask)  # type: ignore[no-untyped-call, no-any-return]
+
+
 @dataclass(frozen=True)
 class Frozen(Kernel):
-    """W x + b by the library that is fastest at it."""
+    """W x + b by the fastest library."""
 
     def compute(self, module: Any, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not x.dtype == module.weight.dtype == torch.float32:
@@ -47,23 +58,29 @@ class Frozen(Kernel):
 
 
 def linear_kernel(module: nn.Module) -> Kernel | None:
-    """The kernel to try on `module`; None where it is no linear layer, or a trainable one."""
-    if isinstance(module, LoraLinear):
-        return Adapted() if _has_one_adapter(module) else None
+    """The kernel to try on `module`; None if it is not a linear layer, or is trainable."""
+    if is_adapted_linear(module):
+        return AdaptedLinear() if _has_one_adapter(module) else None
     return Frozen() if is_frozen(module) else None
 
 
+def is_adapted_linear(module: nn.Module) -> bool:
+    """A linear layer with adapters; peft has a class of its own for each kind of quantized weight."""
+    return isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear)
+
+
 def is_frozen(module: nn.Module) -> bool:
-    """A linear layer whose own weights are frozen, alone or with an adapter that has no dropout."""
+    """Whether it is a linear layer with frozen weights, alone or with an adapter."""
     if isinstance(module, LoraLinear):
-        has_dropout = not all(isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values())
-        return _has_one_adapter(module) and not has_dropout and is_frozen(module.get_base_layer())
+        return _has_one_adapter(module) and is_frozen(module.get_base_layer())
     return type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters())
 
 
-def _has_one_adapter(module: LoraLinear) -> bool:
-    """One adapter that is the product of two matrices, next to a linear layer."""
+def _has_one_adapter(module: Any) -> bool:
+    """Whether it is a linear layer with one adapter, which is the product of two matrices and has mmtrain's dropout or
+    none."""
     names = module.active_adapters
     base = module.get_base_layer()
     is_product = len(names) == 1 and names[0] not in module.lora_variant and not module.lora_bias[names[0]]
-    return is_product and type(base) is nn.Linear
+    is_known = all(isinstance(dropout, nn.Identity | SampleDropout) for dropout in module.lora_dropout.values())
+    return is_product and is_known and (type(base) is nn.Linear or is_quantized(base))

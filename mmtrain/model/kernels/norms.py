@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmtrain.model.kernels.compiled import is_compiled
 from mmtrain.model.kernels.rowwise import rms_norm
 from mmtrain.model.kernels.trial import Kernel, noise
 
 _SIZES = (3.0, 1.0, 1e-3, 1e-4)
-"""Sizes of the rows of a trial, whose mean is not zero: the smallest show where the epsilon is added, the mean whether
-it is taken off."""
+"""Scales of the rows of a trial. The smallest show where the epsilon is added; the mean, which is not zero, shows
+whether it is subtracted."""
+
+_COMPILED_ROWS = 1024
+"""How often they are repeated if the norm is compiled: the compiler chooses its code for the number of rows that it
+sees first."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class RMSNorm(Kernel):
 
     eps: float
     adds_one: bool
-    """The weight is 1 + the module's."""
+    """Whether the weight is 1 + the module's weight."""
 
     def weight(self, module: Any) -> Tensor:
         """(width,)"""
@@ -32,13 +37,13 @@ class RMSNorm(Kernel):
         return rms_norm(x, self.weight(module), self.eps)
 
     def example(self, module: Any) -> Tensor:
-        sizes = torch.tensor(_SIZES).repeat(2)[:, None]
+        sizes = torch.tensor(_SIZES).repeat(_COMPILED_ROWS if is_compiled(module.weight.device) else 2)[:, None]
         return ((noise(len(sizes), len(module.weight)) + 1) * sizes).to(module.weight)
 
 
 def norm_kernels(module: nn.Module) -> Iterator[RMSNorm]:
-    """The kernels to try on `module`, one for each number of its own that can be the epsilon; none where it has more
-    than one frozen weight."""
+    """The kernels to try on `module`: two for each of its numbers that can be the epsilon; none unless it has exactly
+    one weight, which is frozen."""
     weights = list(module.parameters())
     if len(weights) != 1 or not isinstance(weight := getattr(module, "weight", None), nn.Parameter):
         return

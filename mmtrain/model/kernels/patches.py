@@ -1,4 +1,4 @@
-"""Convolutions whose windows do not overlap, as those that take an image's patches."""
+"""Convolutions whose windows do not overlap, such as those over the patches of an image."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from mmtrain.model.kernels.trial import Kernel, example_for
 
 @dataclass(frozen=True)
 class OneWindow(Kernel):
-    """Where each image is one window, (n, channels, *kernel size), this is a linear layer and many times as fast."""
+    """If each input is one window, (n, channels, *kernel size), the convolution is a linear layer and much faster."""
 
     while_compiling: ClassVar[bool] = True
 
@@ -26,7 +26,7 @@ class OneWindow(Kernel):
 
 
 def patch_kernel(module: nn.Module) -> OneWindow | None:
-    """The kernel to try on `module`; None where it is no convolution, or its windows overlap or leave gaps."""
+    """The kernel to try on `module`; None if it is not a convolution, or its windows overlap or leave gaps."""
     if not isinstance(module, nn.Conv2d | nn.Conv3d):
         return None
     is_dense = module.groups == 1 and set(module.dilation) == {1}

@@ -1,7 +1,7 @@
-"""Matrix products with frozen weights, by the library that is fastest at them.
+"""Matrix products with frozen weights, by the fastest library.
 
-On the CPU torch's own `mm` goes to oneDNN for bfloat16 but to another library for float32, which is a tenth slower on
-some processors; so oneDNN is asked by name, through the operator that torch's compiler uses for it.
+On the CPU torch's `mm` uses oneDNN for bfloat16 but another library for float32, which is 10 % slower on some
+processors. So oneDNN is called directly, through the operator that torch's compiler uses for it.
 """
 
 from typing import Any
@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROW_MULTIPLE = 32
-"""A packed row is filled up to a multiple of so many tokens: oneDNN prepares a program for each number of rows that it
-meets and keeps it, and allocators keep memory of each size."""
+"""A packed row is padded to a multiple of this many tokens: oneDNN compiles and caches a program for each number of
+rows, and allocators cache memory of each size."""
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W' + b: (rows, out) from x (rows, in), contiguous, and weight (out, in), which may be a transposed view."""
+    """x W' + b: (rows, out) from x (rows, in), contiguous, and weight (out, in), which can be a transposed view."""
     if not _is_for_onednn(x, weight):
         return F.linear(x, weight, bias)
     out: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
@@ -25,7 +25,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Not for any number of rows: for each it makes a program, and keeps it between the tensors on the heap. Nor for a
+    """Whether oneDNN computes this product. Not for any number of rows, because it caches a program for each. Not for a
     weight with gaps between its rows, which takes it a thousand times as long."""
     is_plain = _ONEDNN is not None and x.device.type == "cpu" and x.dtype == torch.float32
     is_dense = weight.is_contiguous() or weight.t().is_contiguous()

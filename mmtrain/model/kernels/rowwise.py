@@ -1,8 +1,9 @@
-"""What is computed value by value or row by row, in fewer passes over memory than operation by operation.
+"""Elementwise and row-wise operations, computed in fewer passes over memory than one operation at a time.
 
-Beside the matrix products a step's time goes into such passes over (tokens, width) tensors. On the CPU a few rows at a
-time go through all of them while they are in its cache, in float32, and are rounded once. Elsewhere all rows go at
-once, and the gate in its own type: float32 copies of three (tokens, inner width) tensors would be gigabytes.
+Besides matrix products, a step spends its time in such passes over (tokens, width) tensors. On the CPU a few rows at a
+time go through all operations while they are in its cache, in float32, and are rounded once. On CUDA each formula is
+compiled into one pass, also in float32. Elsewhere, and if nothing can be compiled, all rows are computed at once, and
+the gate in its own type: float32 copies of three (tokens, inner width) tensors take gigabytes.
 """
 
 import functools
@@ -14,14 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmtrain.model.kernels.compiled import is_compiled, one_pass
+
 _CACHED_VALUES = 2**17
-"""Values that a few passes in a row go over on the CPU: with their inputs they stay in its caches, and there are few
-enough of such blocks that starting the passes takes no time."""
+"""Values in a block on the CPU: a block and its inputs stay in the caches, and there are few enough blocks that calling
+an operation for each takes no noticeable time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """A function of one value, and its gradient from that of the result and the value."""
+    """A function of one value, and its gradient from the gradient of the result and the value."""
 
     of: Callable[[Tensor], Tensor]
     gradient: Callable[[Tensor, Tensor], Tensor]
@@ -29,15 +32,16 @@ class Activation:
 
 _GELU_BACKWARD: Any = torch.ops.aten.gelu_backward
 SILU = Activation(F.silu, torch.ops.aten.silu_backward)
-"""g sigmoid(g), with s = sigmoid(g) its derivative is s (1 + g (1 - s))."""
+"""g sigmoid(g). With s = sigmoid(g) its derivative is s (1 + g (1 - s))."""
 GELU = Activation(F.gelu, _GELU_BACKWARD)
-"""g times the share of a normal distribution under g (Hendrycks and Gimpel 2016, "Gaussian error linear units")."""
+"""g times the normal cumulative distribution at g (Hendrycks and Gimpel 2016, "Gaussian error linear units")."""
 GELU_TANH = Activation(
     functools.partial(F.gelu, approximate="tanh"), functools.partial(_GELU_BACKWARD, approximate="tanh")
 )
-"""The same paper's approximation of it by tanh."""
+"""The same paper's approximation by tanh."""
 
 
+@one_pass
 def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x / rms(x) times weight (Zhang and Sennrich 2019, "Root mean square layer normalization", equation 4), and
     1 / rms(x), float32: (..., width) and (rows, 1)."""
@@ -50,16 +54,18 @@ def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return out, inverse
 
 
+@one_pass
 def normalized(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """`normalize`'s first result again, from its second."""
+    """The first result of `normalize`, computed again from its second."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for value, o, r in _blocks(x, out, inverse):
         o.copy_((value.float() * r).mul_(weight))
     return out
 
 
+@one_pass
 def normalize_gradient(outer: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Of x: r w y - x r³ mean(w y x), with r = 1 / rms(x) and y the gradient of the result."""
+    """The gradient of x: r w y - x r³ mean(w y x), with r = 1 / rms(x) and y the gradient of the result."""
     gradient = torch.empty_like(outer, memory_format=torch.contiguous_format)
     for y, value, r, to in _blocks(outer, x, inverse, gradient):
         scaled, value = y.float() * weight, value.float()
@@ -68,18 +74,20 @@ def normalize_gradient(outer: Tensor, x: Tensor, weight: Tensor, inverse: Tensor
     return gradient
 
 
+@one_pass
 def gate_up(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """activation(gate) * up, of two tensors of one shape."""
+    """activation(gate) * up, for two tensors of the same shape."""
     out = torch.empty_like(up, memory_format=torch.contiguous_format)
     for g, u, o in _blocks(gate, up, out):
         torch.mul(activation.of(_widened(g)), u, out=o)
     return out
 
 
+@one_pass
 def gate_up_gradients(
     gate: Tensor, up: Tensor, outer: Tensor, activation: Activation, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Of gate and up; with `out`, what `gate_up` gave is written there again."""
+    """The gradients of gate and up. With `out`, the result of `gate_up` is written there again."""
     to = [torch.empty_like(outer, memory_format=torch.contiguous_format) for _ in range(2)]
     results = to if out is None else [*to, out]
     for g, u, y, to_gate, to_up, *again in _blocks(gate, up, outer, *results):
@@ -93,24 +101,25 @@ def gate_up_gradients(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`normalize` by a frozen weight. Off the CPU torch has a kernel for it."""
-    if not _is_cached(x):  # autocast may widen the result, and the kernel takes one type
-        wide = torch.promote_types(x.dtype, weight.dtype)
+    """`normalize` with a frozen weight. Where it is neither cached nor compiled torch has a kernel for it."""
+    if _is_cached(x) or is_compiled(x.device):
+        return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call, no-any-return]
+    wide = torch.promote_types(x.dtype, weight.dtype)  # the kernel takes one type
+    with torch.autocast(x.device.type, enabled=False):  # it would keep a float32 copy of x
         return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
-    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, inverse = normalize(x, weight, eps)
+        out, inverse = normalize(_rows(x), weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return out
+        return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        return normalize_gradient(outer[0], x, weight, inverse), None, None
+        return normalize_gradient(_rows(outer[0]), _rows(x), weight, inverse).view(x.shape), None, None
 
 
 class GatedActivation(torch.autograd.Function):
@@ -120,26 +129,34 @@ class GatedActivation(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return gate_up(gate, up, activation)
+        return gate_up(_rows(gate), _rows(up), activation).view(up.shape)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        return *gate_up_gradients(gate, up, outer[0], ctx.activation), None
+        to_gate, to_up = gate_up_gradients(_rows(gate), _rows(up), _rows(outer[0]), ctx.activation)
+        return to_gate.view(gate.shape), to_up.view(up.shape), None
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of tensors, few enough at a time for the CPU's cache; all at once elsewhere."""
+    """Rows of the tensors, in blocks that fit into the CPU's cache; all at once elsewhere."""
     width = tensors[0].shape[-1]
-    rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-    size = max(1, _CACHED_VALUES // width) if _is_cached(tensors[0]) else max(1, len(rows[0]))
+    rows = tuple(map(_rows, tensors))
+    if not _is_cached(tensors[0]):
+        return iter([rows])
+    size = max(1, _CACHED_VALUES // width)
     return zip(*(torch.split(tensor, size) for tensor in rows), strict=True)
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """(rows, width)"""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
 def _widened(value: Tensor) -> Tensor:
-    return value.float() if _is_cached(value) else value
+    return value.float() if _is_cached(value) or torch.compiler.is_compiling() else value
 
 
 def _is_cached(value: Tensor) -> bool:
-    """A block of it fits into the cache of what computes with it."""
-    return value.device.type == "cpu"
+    """Whether it is computed in blocks that fit into a cache."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,11 +1,11 @@
-"""Kernels are tried before they are used: with them a module must compute what it computes without them.
+"""Tries kernels before they are used: a module must compute the same with and without them.
 
-Random input goes forward and backward through the module, without its kernels and with them. What comes out, the
-gradient of the input and the gradients of the trainable parameters are compared.
+Random input goes forward and backward through the module, without its kernels and with them. The output, the gradient
+of the input and the gradients of the trainable parameters are compared.
 """
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -13,24 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from mmtrain.model.kernels.products import ROW_MULTIPLE
+from mmtrain.model.quantized_weights import dtype_of
+
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""Largest relative difference (L2) that counts as rounding: of a row of the output and of the input's gradient where a
-module is tried alone, of the whole tensor otherwise and for the gradient of a parameter.
+"""Largest relative difference (L2) that counts as rounding. If a module is tried alone, this is for each row of the
+output and of the input's gradient; otherwise, and for the gradient of a parameter, for the whole tensor.
 
 Measured on the families of `tests/test_kernels.py`: up to 5e-7 in float32 and 0.014 in bfloat16, which leaves a factor
-of 20 and 4. Wrong formulas, in both types: SiLU for GELU 0.12, a mean that is taken off 1, an epsilon added to the
-root 0.9. What differs by less, such as the two kinds of GELU (4e-5), is tried in float32 on numbers of its own.
+of 20 and 4. Wrong formulas, in both types: SiLU instead of GELU 0.12, a subtracted mean 1, an epsilon added to the root
+0.9. Formulas that differ by less, such as the two kinds of GELU (4e-5), are compared in float32 on separate values.
 """
 
 
 class Kernel:
-    """A forward that can stand for a module's own. Kernels are values: equal ones compute the same."""
+    """A replacement for a module's forward. Kernels are values: equal ones compute the same."""
 
     while_compiling: ClassVar[bool] = False
-    """Whether torch.compile sees the kernel too, and not the module's own forward."""
+    """Whether torch.compile compiles the kernel, and not the module's own forward."""
 
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """What `module` gives; its own forward answers where it is given more than one tensor."""
+        """The result of `module`. If there is more than one argument, its own forward is called."""
         if kwargs or len(args) != 1 or (torch.compiler.is_compiling() and not self.while_compiling):
             return self.plain(module, *args, **kwargs)
         return self.compute(module, *args)
@@ -49,55 +52,67 @@ class Kernel:
 
 
 def kernel_of(module: nn.Module) -> Kernel | None:
-    """The kernel that stands for the module's forward, if there is one."""
+    """The kernel that replaces the module's forward, if there is one."""
     found = getattr(vars(module).get("forward"), "__func__", None)
     return found if isinstance(found, Kernel) else None
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
-    """Normal random values, float32 on the CPU, that leave torch's random state as it is."""
+    """Normal random values, float32 on the CPU. torch's random state does not change."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def example_for(module: nn.Module, *shape: int) -> Tensor:
     """`noise` with the device and type of the module's first parameter."""
-    return noise(*shape).to(next(module.parameters()))
+    first = next(module.parameters())
+    return noise(*shape).to(first.device, dtype_of(first))
+
+
+def example_ids(decoder: Any) -> Tensor:
+    """(1, ROW_MULTIPLE) random token ids for a trial of modules of `decoder`, on its device."""
+    size = decoder.get_input_embeddings().num_embeddings
+    ids = noise(1, ROW_MULTIPLE).abs().mul(1e6).long().remainder(size)
+    return ids.to(next(decoder.parameters()).device)
 
 
 class Trials:
-    """Tries kernels, and puts in those that pass. Modules of one kind are tried once."""
+    """Tries kernels, and installs those that pass. Modules of the same kind are tried once. `tick` is called after each
+    trial, which can wait for a compiler."""
 
-    def __init__(self) -> None:
+    def __init__(self, tick: Callable[[], None] = lambda: None) -> None:
         self._outcomes: dict[Any, bool] = {}
+        self._tick = tick
 
-    def keep(
+    def install(
         self,
         whole: nn.Module,
         kernels: Mapping[str, Kernel],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Put `kernels` into the modules of `whole` with these names ("" is `whole` itself) where `whole`, called with
-        `args` and `kwargs`, then computes the same; leave everything as it was where it does not, or raises."""
+        """Install `kernels` in the submodules of `whole` with these names ("" is `whole` itself), if `whole`, called
+        with `args` and `kwargs`, then computes the same. If it does not, or raises, nothing changes and the result is
+        False."""
         modules = {name: whole.get_submodule(name) for name in kernels}
         if any("forward" in vars(module) and kernel_of(module) is None for module in modules.values()):
-            return False  # somebody else has replaced it
+            return False  # other code has replaced it
         key = (_kind(whole), tuple(kernels.items()))
         if key not in self._outcomes:
             self._outcomes[key] = _is_same(whole, kernels, args, kwargs or {})
+            self._tick()
         if self._outcomes[key]:
             for name, module in modules.items():
-                put_in(module, kernels[name])
+                replace_forward(module, kernels[name])
         return self._outcomes[key]
 
 
-def put_in(module: Any, kernel: Kernel) -> None:
-    """Have `kernel` stand for the module's forward."""
+def replace_forward(module: Any, kernel: Kernel) -> None:
+    """Replace the module's forward by `kernel`."""
     module.forward = types.MethodType(kernel, module)
 
 
 def _kind(whole: nn.Module) -> tuple[Any, ...]:
-    """What modules that compute the same formula have in common: all but the values of their parameters."""
+    """Equal for modules that compute the same formula: everything but the values of their parameters."""
     return tuple(
         (name, type(module), kernel_of(module), tuple(_settings(module)), tuple(_shapes(module)))
         for name, module in whole.named_modules()
@@ -105,13 +120,14 @@ def _kind(whole: nn.Module) -> tuple[Any, ...]:
 
 
 def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The module's own, without the number that says which of the layers it belongs to."""
+    """The plain attributes of the module itself, without the number of its layer."""
     plain = (bool, int, float, str)
     return ((key, value) for key, value in vars(module).items() if type(value) in plain and key != "layer_idx")
 
 
 def _shapes(module: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """Of the module's own parameters. Buffers can be numbers of a formula: modules with one are tried each."""
+    """The shapes of the module's own parameters. A buffer can be part of the formula, so a module with one is tried by
+    itself."""
     yield from ((key, p.shape, p.dtype, p.requires_grad) for key, p in module.named_parameters(recurse=False))
     yield from ((key, id(buffer)) for key, buffer in module.named_buffers(recurse=False))
 
@@ -123,13 +139,13 @@ def _is_same(whole: nn.Module, kernels: Mapping[str, Kernel], args: tuple[Any, .
             with _replaced(whole, kernels):
                 found = _computed(whole, args, kwargs)
         return _agree(found, expected, _TOLERANCE[_dtype(whole)], -1 if "" in kernels else None)
-    except Exception:  # a module that is no such module can raise anything
+    except Exception:  # a module that the kernel is not meant for can raise anything
         return False
 
 
 @contextmanager
 def undisturbed(whole: nn.Module) -> Iterator[None]:
-    """In eval mode and in the type of a training step; modes and random state are afterwards as they were."""
+    """Inside, `whole` is in eval mode, with the autocast of a training step. Modes and random state are restored."""
     modes = {module: module.training for module in whole.modules()}
     device, dtype = next(whole.parameters()).device, _dtype(whole)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -143,9 +159,9 @@ def undisturbed(whole: nn.Module) -> Iterator[None]:
 
 
 def _dtype(whole: nn.Module) -> torch.dtype:
-    """That of the matrix products: adapters are float32 next to a base of 16 bits."""
-    narrow = (p.dtype for p in whole.parameters() if p.dtype in (torch.bfloat16, torch.float16))
-    return next(narrow, torch.float32)
+    """The type of the matrix products. Adapters are float32 even next to a 16-bit base."""
+    dtypes = map(dtype_of, whole.parameters())
+    return next((dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)), torch.float32)
 
 
 @contextmanager
@@ -154,7 +170,7 @@ def _replaced(whole: nn.Module, kernels: Mapping[str, Kernel]) -> Iterator[None]
     before = {name: vars(module).get("forward") for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            put_in(module, kernels[name])
+            replace_forward(module, kernels[name])
         yield
     finally:
         for name, module in modules.items():
@@ -164,18 +180,21 @@ def _replaced(whole: nn.Module, kernels: Mapping[str, Kernel]) -> Iterator[None]
 
 
 def _computed(whole: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, list[Tensor], Any]:
-    """The form of what comes out; its tensors and the gradient of the first tensor that goes in; the gradients of the
-    trainable parameters. These are moved a little, as adapters begin with zeros."""
+    """The structure of the output; its tensors and the gradient of the first input tensor; the gradients of the
+    trainable parameters. Noise is added to the parameters, because adapters start as zeros."""
     weights = {name: _moved(p).requires_grad_() for name, p in whole.named_parameters() if p.requires_grad}
     leaves, form = tree_flatten((args, dict(kwargs)))
-    place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
-    leaves[place] = leaves[place].detach().clone().requires_grad_()
+    first = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    leaves[first] = leaves[first].detach().clone().requires_grad_()
     args, kwargs = tree_unflatten(leaves, form)
     with torch.enable_grad():
         given = torch.func.functional_call(whole, weights, args, dict(kwargs))
         out = [leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
         outer = [noise(*tensor.shape, seed=1).to(tensor) for tensor in out]
-        to_input, *to_weights = torch.autograd.grad(out, [leaves[place], *weights.values()], outer, allow_unused=True)
+        with torch.autocast(leaves[first].device.type, enabled=False):  # as in a step
+            to_input, *to_weights = torch.autograd.grad(
+                out, [leaves[first], *weights.values()], outer, allow_unused=True
+            )
     form = tree_map(lambda leaf: isinstance(leaf, Tensor) and (leaf.shape, leaf.dtype), given)
     return form, [*out, to_input], to_weights
 
@@ -186,7 +205,7 @@ def _moved(parameter: nn.Parameter) -> Tensor:
 
 
 def _agree(found: tuple[Any, ...], expected: tuple[Any, ...], tolerance: float, dim: int | None) -> bool:
-    """Whether both are the same but for rounding; zeros prove nothing, so none of the rows may be zero."""
+    """Whether both are the same except for rounding. A row of zeros proves nothing, so there may be none."""
     rows, gradients = [_rows(tensor) for tensor in expected[1]], expected[2]
     if found[0] != expected[0] or not all(tensor.any(-1).all() for tensor in rows):
         return False
@@ -196,7 +215,7 @@ def _agree(found: tuple[Any, ...], expected: tuple[Any, ...], tolerance: float, 
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Without the dimensions of size 1 at the end: images that became one patch each."""
+    """The tensor without trailing dimensions of size 1, which images of one patch each have."""
     while tensor.ndim > 1 and tensor.shape[-1] == 1:
         tensor = tensor[..., 0]
     return tensor

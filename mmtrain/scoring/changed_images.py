@@ -1,4 +1,4 @@
-"""The same answers with other pictures: what a model that looks must lose by, and one that does not, not."""
+"""The same answers with other images: a model that looks at them scores worse, one that ignores them does not."""
 
 import io
 from dataclasses import replace
@@ -19,22 +19,22 @@ CHANGES: tuple[Change, ...] = ("swapped", "grey", "none")
 _GREY = (128, 128, 128)
 
 
-class ChangedPictures:
-    """Samples whose pictures are another sample's, or plain grey of the same size, or left out.
+class ChangedImages:
+    """Samples whose images are those of another sample, or plain grey of the same size, or left out.
 
-    Placeholders are laid out anew for the new pictures; words and labels stay.
+    Placeholders are laid out anew for the new images; text and labels stay.
     """
 
     def __init__(
-        self, samples: StoredSamples, encoder: Encoder, change: Change, numbers: Indices, seed: int = 0
+        self, samples: StoredSamples, encoder: Encoder, change: Change, indices: Indices, seed: int = 0
     ) -> None:
         self._samples, self._encoder = samples, encoder
         self._change = change
-        self._donors = _donors(samples, numbers, seed) if change == "swapped" else {}
+        self._donors = _donors(samples, indices, seed) if change == "swapped" else {}
 
     @property
-    def numbers(self) -> Indices | None:
-        """The samples that have other pictures to be swapped with; None where the change is possible for all."""
+    def indices(self) -> Indices | None:
+        """The samples that have other images to be swapped with; None where the change is possible for all."""
         return np.array(sorted(self._donors), np.int64) if self._change == "swapped" else None
 
     def place(self, index: int) -> Place:
@@ -45,11 +45,11 @@ class ChangedPictures:
         conversation = self._samples.records.conversation(index)
         if self._change == "none":
             return self._encoder.encode_with(_without_images(conversation), ())
-        pictures = self._images_of(index)
+        images = self._images_of(index)
         if self._change == "grey":
-            return self._encoder.encode_with(conversation, [_grey(picture) for picture in pictures])
-        pool = [picture for donor in self._donors[index] for picture in self._images_of(donor)]
-        return self._encoder.encode_with(conversation, [pool[i % len(pool)] for i in range(len(pictures))])
+            return self._encoder.encode_with(conversation, [_grey(image) for image in images])
+        pool = [image for donor in self._donors[index] for image in self._images_of(donor)]
+        return self._encoder.encode_with(conversation, [pool[i % len(pool)] for i in range(len(images))])
 
     def _images_of(self, index: int) -> list[FoundImage]:
         """The images of a sample, found and measured."""
@@ -57,28 +57,28 @@ class ChangedPictures:
         return [find_image(image, records.root(index)) for image in records.conversation(index).images]
 
 
-def _donors(samples: StoredSamples, numbers: Indices, seed: int) -> dict[int, list[int]]:
-    """For each sample the samples whose pictures it gets: the next ones, on a random circle of its source, that have
-    none of its own pictures. A sample without such a donor is left out."""
-    names = {int(number): _names(samples.records.conversation(int(number))) for number in numbers}
+def _donors(samples: StoredSamples, indices: Indices, seed: int) -> dict[int, list[int]]:
+    """For each sample the samples whose images it gets: the next ones, on a random circle of its source, that have
+    none of its own images. A sample without such a donor is left out."""
+    names = {int(index): _names(samples.records.conversation(int(index))) for index in indices}
     by_source: dict[int, list[int]] = {}
-    for number, own in names.items():
+    for index, own in names.items():
         if own:
-            by_source.setdefault(samples.records.source(number), []).append(number)
+            by_source.setdefault(samples.records.source(index), []).append(index)
     donors: dict[int, list[int]] = {}
     for source, circle in by_source.items():
         order = np.random.default_rng([seed, source]).permutation(circle).tolist()
-        for place, number in enumerate(order):
-            following = (order[(place + step) % len(order)] for step in range(1, len(order)))
-            others = (other for other in following if not set(names[other]) & set(names[number]))
+        for position, index in enumerate(order):
+            following = (order[(position + step) % len(order)] for step in range(1, len(order)))
+            others = (other for other in following if not set(names[other]) & set(names[index]))
             chosen: list[int] = []
-            while sum(len(names[other]) for other in chosen) < len(names[number]):
+            while sum(len(names[other]) for other in chosen) < len(names[index]):
                 other = next(others, None)
                 if other is None:
                     break
                 chosen.append(other)
             if chosen:
-                donors[number] = chosen
+                donors[index] = chosen
     return donors
 
 
@@ -95,21 +95,21 @@ def _without_images(conversation: Conversation) -> Conversation:
     )
 
 
-def _grey(picture: FoundImage) -> FoundImage:
+def _grey(image: FoundImage) -> FoundImage:
     buffer = io.BytesIO()
-    PIL.Image.new("RGB", picture.size, _GREY).save(buffer, "PNG")
-    return FoundImage(picture.name, buffer.getvalue(), picture.size)
+    PIL.Image.new("RGB", image.size, _GREY).save(buffer, "PNG")
+    return FoundImage(image.name, buffer.getvalue(), image.size)
 
 
-def encodable(samples: ChangedPictures, numbers: Indices, max_length: int) -> tuple[Indices, list[int]]:
+def encodable(samples: ChangedImages, indices: Indices, max_length: int) -> tuple[Indices, list[int]]:
     """The samples that can still be encoded within `max_length` tokens after the change, and their lengths."""
-    kept, lengths = [], []
-    for number in numbers.tolist():
+    found, lengths = [], []
+    for index in indices.tolist():
         try:
-            length = samples.encoded(number).num_tokens
+            length = samples.encoded(index).num_tokens
         except SampleError:
             continue
         if length <= max_length:
-            kept.append(number)
+            found.append(index)
             lengths.append(length)
-    return np.array(kept, np.int64), lengths
+    return np.array(found, np.int64), lengths

@@ -1,0 +1,90 @@
+"""The base model, and adapters put on it one after the other, to be scored."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+
+from peft import PeftModel
+
+from mmtrain.config import Config
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.model.adapter import Adapter, load_adapter
+from mmtrain.model.components import is_as_loaded
+from mmtrain.model.family import probe_family
+from mmtrain.model.load import load_model
+from mmtrain.model.root import Root
+from mmtrain.model.vision import prepare_vision
+from mmtrain.progress import Progress
+from mmtrain.runtime.device import loading_faults
+from mmtrain.runtime.processes import Runtime
+from mmtrain.scoring.image_cache import input_maker, make_store
+from mmtrain.scoring.loaded_model import LoadedModel
+from mmtrain.scoring.packing import choose_packing
+
+
+class AdaptedModels:
+    """The base model of a config, frozen and on its device, and `adapters`, by name, put on it one after the other.
+
+    `cache_images`: keep the outputs of its vision and projector, where the config leaves room for them.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        processor: ChatProcessor,
+        runtime: Runtime,
+        progress: Progress,
+        adapters: Mapping[str, Adapter],
+        cache_images: bool = True,
+    ) -> None:
+        self._processor, self._runtime, self._progress, self._adapters = processor, runtime, progress, adapters
+        self._config = config
+        settings = config.model
+        with loading_faults():
+            self._model = load_model(
+                settings.path,
+                settings.dtype,
+                processor,
+                runtime.device,
+                runtime.activity.tick,
+                settings.quantization,
+            )
+        self._model.requires_grad_(False)
+        self._family = probe_family(self._model, processor, progress.say)
+        with runtime.autocast():
+            self._vision = prepare_vision(self._model, processor, progress.say)
+        self._packing = choose_packing(self._model, processor, config, runtime, progress.say)
+        self._store = make_store(config, runtime, progress) if cache_images else None
+        self._num_loaded = 0
+
+    @contextmanager
+    def adapted(self, name: str | None) -> Iterator[LoadedModel]:
+        """The base model with the adapter `name`; None: the base model alone.
+
+        Raises UserError where the adapter does not fit the model.
+        """
+        if name is not None:
+            self._model = load_adapter(self._model, self._adapters[name], f"adapter_{self._num_loaded}")
+            self._model.to(self._runtime.device)
+            self._num_loaded += 1
+        is_base = name is None and isinstance(self._model, PeftModel)
+        with self._model.disable_adapter() if is_base else nullcontext():
+            yield self._loaded()
+
+    def _loaded(self) -> LoadedModel:
+        model, runtime = self._model, self._runtime
+        same = is_as_loaded(model, self._family.components, ("vision", "projector"))  # with all adapters so far
+        store = self._store if same else None
+        make_inputs = input_maker(
+            model, self._processor, self._config, runtime, store, self._vision, self._progress.say
+        )
+        if same and make_inputs.features is None:
+            self._store = None  # no adapter changes that
+        return LoadedModel(
+            model=model,
+            processor=self._processor,
+            root=Root(model),
+            make_inputs=make_inputs,
+            head_kind=self._family.head_kind,
+            packing=self._packing,
+            runtime=runtime,
+        )

@@ -1,0 +1,42 @@
+"""A model on its device, ready to compute the loss of a batch: the one way that training and all scoring go."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mmtrain.dataset.batch import Batch, Loader, Samples
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.model.head import HeadKind
+from mmtrain.model.inputs import InputMaker
+from mmtrain.model.kernels.products import ROW_MULTIPLE
+from mmtrain.model.loss import supervised_nll
+from mmtrain.model.root import Root
+from mmtrain.runtime.processes import Runtime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model on its device, and how batches are made for it and computed by it."""
+
+    model: Any
+    processor: ChatProcessor
+    root: Root
+    """The model, as everything is computed through it."""
+    make_inputs: InputMaker
+    head_kind: HeadKind
+    packing: bool
+    """The samples of a micro-batch share one row."""
+    runtime: Runtime
+
+    def batches(self, samples: Samples, microbatches: Iterable[Sequence[int]]) -> Iterator[Batch]:
+        """The batch of each micro-batch of sample indices, made ahead. Raises UserError naming a sample that fails."""
+        return Loader(samples, self.processor, self.packing, self.make_inputs.store, ROW_MULTIPLE).batches(microbatches)
+
+    def nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(num_supervised,) twice: the negative log-likelihood of each supervised token, and whether it was the most
+        likely one."""
+        with self.runtime.autocast():
+            found: tuple[Tensor, Tensor] = self.root(supervised_nll, self.head_kind, self.make_inputs(batch), batch)
+        return found

@@ -1,0 +1,56 @@
+"""The model that is trained, on its device, with its optimizer."""
+
+from mmtrain.config import Config
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.model.cost import cost_model
+from mmtrain.model.kernels.install import install
+from mmtrain.model.load import compile_layers
+from mmtrain.model.root import Root
+from mmtrain.progress import Progress
+from mmtrain.runtime.processes import Runtime
+from mmtrain.runtime.shard import shard
+from mmtrain.scoring.image_cache import caches_features, input_maker, make_store
+from mmtrain.scoring.packing import choose_packing
+from mmtrain.train.optimizer import make_optimizer
+from mmtrain.train.step import Learner
+from mmtrain.train.trainable import is_sharded, make_trainable
+
+
+def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress) -> Learner:
+    """Load the model, add its trainable parameters, and decide how it is computed; `progress` says what was decided.
+
+    Packing and the image cache are tried before the weights are sharded or the layers compiled.
+    """
+    if config.run.microbatches != "auto":
+        runtime.make_deterministic()
+    made = make_trainable(config, processor, runtime, progress)
+    model, settings = made.model, config.run
+    root = Root(model)
+    sharded = is_sharded(config, runtime)
+    if settings.kernels == "auto":
+        progress.say(install(model, runtime.device, progress.tick).line)
+    costs = cost_model(made.base, made.family, config.tune)
+    packing = choose_packing(model, processor, config, runtime, progress.say)
+    store = make_store(config, runtime, progress) if caches_features(config, runtime.num_processes) else None
+    make_inputs = input_maker(model, processor, config, runtime, store, made.vision, progress.say)
+    if settings.compile:
+        compile_layers(made.base)
+    if sharded:
+        shard(root, runtime.device)
+        model.to(runtime.device)
+    return Learner(
+        model=model,
+        processor=processor,
+        root=root,
+        make_inputs=make_inputs,
+        head_kind=made.family.head_kind,
+        packing=packing,
+        runtime=runtime,
+        optimizer=make_optimizer(model, made.family.components, config),
+        dropout=made.dropout,
+        lost_gradients=made.lost_gradients,
+        costs=costs,
+        component_reports=made.component_reports,
+        exact=settings.microbatches != "auto" and not sharded,
+        sharded=sharded,
+    )

@@ -1,0 +1,61 @@
+"""How each step is cut into micro-batches, and the batches that this process computes."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mmtrain.config.schema import Run
+from mmtrain.dataset.batch import Batch
+from mmtrain.dataset.microbatches import cut_step
+from mmtrain.model.cost import CostModel
+from mmtrain.runtime.shard import Filled
+from mmtrain.train.dataset import Dataset
+from mmtrain.train.step import Learner
+
+
+@dataclass(frozen=True, slots=True)
+class StepCut:
+    """One step: its samples, and the micro-batches, some perhaps empty, that this process computes."""
+
+    samples: tuple[int, ...]
+    own: tuple[tuple[int, ...], ...]
+    num_tokens: int
+    num_supervised: int
+    operations: float
+    """What it must compute, over all processes: a multiplication and an addition are two."""
+
+
+class StepCuts:
+    """How the steps of a data set are cut for `learner`, as `settings` say."""
+
+    def __init__(self, dataset: Dataset, learner: Learner, settings: Run) -> None:
+        self._dataset, self._learner, self._settings = dataset, learner, settings
+        self._filled = Filled(dataset.train, dataset.checked) if learner.sharded else None
+        self.of = functools.lru_cache(maxsize=256)(self._cut)
+        """The cut of a step, counted from 1."""
+
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        """The batches of this process's micro-batches that are not empty, of the steps `first` to `last`."""
+        microbatches = (indices for step in range(first, last + 1) for indices in self.of(step).own if indices)
+        return self._learner.batches(self._filled or self._dataset.train, microbatches)
+
+    def _cut(self, step: int) -> StepCut:
+        """Every process has as many micro-batches."""
+        samples, checked = self._dataset.plan.step(step), self._dataset.checked
+        lengths, supervised = checked.num_tokens[samples], checked.num_supervised[samples]
+        image_tokens, pairs = checked.num_image_tokens[samples], checked.image_token_pairs[samples]
+        cost = self._costs(step).of(lengths, image_tokens, pairs, supervised)
+        settings, runtime = self._settings, self._learner.runtime
+        multiple = runtime.num_processes if settings.microbatches == "auto" else settings.microbatches
+        limit = settings.microbatch_tokens if self._learner.processor.lays_out_together else 1
+        cuts = cut_step(lengths.tolist(), limit, self._learner.packing, multiple, cost.tolist())
+        share = len(cuts) // runtime.num_processes
+        own = [tuple(samples[i] for i in cut) for cut in cuts[runtime.index * share : (runtime.index + 1) * share]]
+        if self._filled is not None:
+            own = list(map(self._filled.fill, own))
+        return StepCut(tuple(samples), tuple(own), int(lengths.sum()), int(supervised.sum()), 2.0 * float(cost.sum()))
+
+    def _costs(self, step: int) -> CostModel:
+        # from the second epoch on every image was seen; a rule that follows from the step alone, as the cut must
+        is_cached = self._learner.make_inputs.store is not None and step > self._dataset.plan.steps_per_epoch
+        return self._learner.costs.with_cached_features if is_cached else self._learner.costs

@@ -1,0 +1,62 @@
+"""The base model of a config with its trainable parameters, on the device, or on the CPU where it is to be sharded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmtrain.config import Config
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.model.components import ComponentReport, apply_tune, without_adapter
+from mmtrain.model.dropout import DropoutContext, install_dropout
+from mmtrain.model.family import Family, probe_family
+from mmtrain.model.load import checkpoint_activations, load_model
+from mmtrain.model.vision import VisionInputs, prepare_vision
+from mmtrain.progress import Progress
+from mmtrain.runtime.device import loading_faults
+from mmtrain.runtime.processes import Runtime
+from mmtrain.train.lost_gradients import LostGradients
+
+
+@dataclass(frozen=True, slots=True)
+class TrainableModel:
+    """A model of which only what `tune` names is trainable."""
+
+    base: Any
+    """The model of transformers."""
+    model: Any
+    """The same, or a PeftModel around it."""
+    family: Family
+    component_reports: list[ComponentReport]
+    """A row for each component."""
+    dropout: DropoutContext
+    lost_gradients: LostGradients
+    vision: VisionInputs
+
+
+def make_trainable(config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress) -> TrainableModel:
+    """Load the base model, freeze it, and add what is trainable, whose initial weights follow from the seed alone."""
+    torch.manual_seed(config.train.seed)
+    settings = config.model
+    home = torch.device("cpu") if is_sharded(config, runtime) else runtime.device
+    with loading_faults():
+        base = load_model(settings.path, settings.dtype, processor, home, runtime.activity.tick, settings.quantization)
+    runtime.activity.set("preparing the model")
+    family = probe_family(base, processor, progress.say)
+    for line in without_adapter(base, family.components, config.tune):
+        progress.say(line)
+    model, reports = apply_tune(base, family.components, config.tune)
+    if config.run.activation_checkpointing:
+        checkpoint_activations(base)
+    dropout = DropoutContext(config.train.seed)
+    install_dropout(model, family, config.tune, dropout, runtime.device, progress.say)
+    model.to(home)
+    with runtime.autocast():
+        vision = prepare_vision(base, processor, progress.say)
+    lost_gradients = LostGradients(model, family.components)
+    return TrainableModel(base, model, family, reports, dropout, lost_gradients, vision)
+
+
+def is_sharded(config: Config, runtime: Runtime) -> bool:
+    """Whether each of several processes stores a share of the weights."""
+    return config.run.weights == "shard" and runtime.num_processes > 1
