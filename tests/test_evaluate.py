@@ -46,7 +46,7 @@ def plain_sums(config: Config) -> dict[int, tuple[float, int, int]]:
         encoded = samples.encoded(number)
         ids = torch.tensor(encoded.ids, dtype=torch.long)[None]
         pictures = [decode(span.image) for span in encoded.images]
-        inputs: dict[str, Any] = processor.image_inputs(pictures)[0] if pictures else {}
+        inputs: dict[str, Any] = processor.image_inputs([pictures])[0] if pictures else {}
         if "image_grid_thw" in inputs:
             inputs["mm_token_type_ids"] = torch.eq(ids, torch.tensor(processor.image_token_id)).int()
         with torch.no_grad():
