@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import pairwise
 
-from mmtrain.checks.content import MARKS, image_notes, literal_specials, unmatched_marks
+from mmtrain.checks.content import MARKS, image_notes, literal_specials, placed_images, unmatched_marks
 from mmtrain.checks.findings import (
     ADDED_END,
     IGNORED,
@@ -83,6 +83,7 @@ class Checker:
         found += faults + self._turns(_Sample(conversation.messages, folded_ids, folded, _spans(folded)))
         found += unmatched_marks(conversation.messages, self._marks)
         found += literal_specials(conversation.messages, self._processor)
+        found += placed_images(conversation)
         found += image_notes(sizes, self._processor)
         return list(dict.fromkeys(found))
 

@@ -17,7 +17,7 @@ from mmtrain.encoding.images import decode
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
-from mmtrain.records.sources import Place
+from mmtrain.records.sources.place import Place
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from mmtrain.encoding.image_processor import ImageTokens
 from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation
-from mmtrain.records.sources import Place
+from mmtrain.records.sources.place import Place
 
 IGNORED = -100
 TokenKind = Literal["text", "special", "image"]
@@ -85,6 +85,7 @@ class SampleView:
             "source": str(self.place.file),
             "line": self.place.line,
             "index": self.index,
+            "shape": self.conversation.shape,
             "num_tokens": len(self.tokens),
             "num_supervised": self.num_supervised,
             "images": [image.row() for image in self.images],
