@@ -15,8 +15,8 @@ _LARGER, _OTHER_SHAPE = 4.0, 0.15
 
 def image_notes(sizes: Sequence[tuple[int, int]], processor: ChatProcessor) -> Iterator[Finding]:
     """Images that the model sees much smaller than they are, or cropped; `sizes` are their (width, height) in order."""
-    for number, (width, height) in enumerate(sizes, start=1):
-        tokens = processor.image_tokens((width, height))
+    of_images = processor.image_tokens(sizes)
+    for number, ((width, height), tokens) in enumerate(zip(sizes, of_images, strict=True), start=1):
         if len(tokens.ids) != tokens.num_placeholders:
             continue  # divided into tiles: the size of a tile is not that of the image
         used_width, used_height = tokens.used_size

@@ -93,8 +93,9 @@ class Checker:
         """Ids and labels with one placeholder for each image, and the faults of the images' spans."""
         image_id = self._processor.image_token_id or -1
         at, new_ids, new_labels, faults = 0, [], [], []
-        for number, size in enumerate(sizes, start=1):
-            span = list(self._processor.image_tokens(size).ids)
+        of_images = self._processor.image_tokens(sizes)
+        for number, (size, tokens) in enumerate(zip(sizes, of_images, strict=True), start=1):
+            span = list(tokens.ids)
             start = _find(ids, span, at)
             if start is None:
                 reason = f"image {number} of {size[0]}x{size[1]} should be {len(span)} tokens in a row: not found"
