@@ -9,12 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from mmtrain.cli import app
-from mmtrain.config.schema import Config
+from mmtrain.config.schema import Config, EvalSource
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.validate import FaultPolicy, LengthLimit, check_samples
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError, grouped
 from mmtrain.progress import QUIET
+from mmtrain.scoring.eval_samples import EvalSamples
 from mmtrain.train.dataset import Dataset
 from support.builders import TINY, write_jsonl
 from test_containers import parquet, png, shard
@@ -172,3 +173,11 @@ def test_every_command_reads_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "No faults" in outputs[0]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert json.loads(outputs[2])["num_samples"] == 3
+
+
+def test_an_evaluation_names_what_it_skips(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", rows())
+    config = config_for(data, on_fault="skip", max_skipped=3)
+    found = EvalSamples.of(config, [EvalSource(path=str(data))], load_processor(str(TINY)), QUIET)
+    assert found.indices.tolist() == [0, 4, 6]
+    assert [entry["place"] for entry in found.dropped] == [f"{data}:{line}" for line in (2, 3, 4, 6)]
