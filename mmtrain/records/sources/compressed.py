@@ -5,7 +5,7 @@ import importlib
 import shutil
 import tempfile
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from mmtrain.errors import UserError
 from mmtrain.regular_files import open_regular
@@ -26,8 +26,8 @@ def open_plain(path: Path) -> BinaryIO:
     if path.suffix.lower() not in COMPRESSED:
         return file
     try:
-        with file, _decompressed(path, file) as content:
-            return _unpacked(content)
+        with file:
+            return _unpacked(path, file)
     except (UserError, MemoryError):
         raise
     except OSError as error:
@@ -39,10 +39,14 @@ def open_plain(path: Path) -> BinaryIO:
     raise UserError(f"{visible(str(path))}: not a whole {path.suffix} file: {reason}")
 
 
-def _unpacked(content: IO[bytes]) -> BinaryIO:
+def _unpacked(path: Path, file: BinaryIO) -> BinaryIO:
     unpacked = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 - closed by the caller
     try:
-        shutil.copyfileobj(content, unpacked, 2**20)
+        if path.suffix.lower() == ".gz":
+            with gzip.open(file) as content:
+                shutil.copyfileobj(content, unpacked, 2**20)
+        else:
+            _unpack_zstd(path, file, unpacked)
         unpacked.seek(0)
     except BaseException:
         unpacked.close()
@@ -50,13 +54,20 @@ def _unpacked(content: IO[bytes]) -> BinaryIO:
     return unpacked
 
 
-def _decompressed(path: Path, file: BinaryIO) -> IO[bytes]:
-    if path.suffix.lower() == ".gz":
-        return cast(IO[bytes], gzip.open(file))
+def _unpack_zstd(path: Path, file: BinaryIO, unpacked: BinaryIO) -> None:
+    """Frame by frame: the library's own streams take a file that is cut off for a whole one."""
     try:
         zstandard: Any = importlib.import_module("zstandard")
     except ImportError:
         raise UserError(
             f"{visible(str(path))}: reading .zst files needs the package zstandard: pip install zstandard, or unpack it"
         ) from None
-    return cast(IO[bytes], zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+    frame: Any = None
+    while chunk := file.read(2**20):
+        while chunk:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            unpacked.write(frame.decompress(chunk))
+            chunk = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("it is cut off")

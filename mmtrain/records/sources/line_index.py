@@ -57,7 +57,7 @@ class LineIndex:
         try:
             opened = self._unpacked or _opened(self)  # a reference while it is read: if two threads open it, the
             # cache drops one of them
-            found = os.pread(opened.file.fileno(), min(end - start, MAX_RECORD + 1), start)
+            found = os.pread(opened.number, min(end - start, MAX_RECORD + 1), start)
         except OSError as error:
             raise SampleError(f"cannot be read: {error.strerror}") from None
         if len(found) > MAX_RECORD and b"\n" not in found:
@@ -66,13 +66,15 @@ class LineIndex:
 
 
 class _Descriptor:
-    """A file that is open for reading as long as this object exists."""
+    """The descriptor of a file, open as long as this object exists."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file = file
+        """Closes `file` itself: its own end of life could come first, with a warning."""
+        self.number = os.dup(file.fileno())
+        file.close()
 
     def __del__(self) -> None:
-        self.file.close()
+        os.close(self.number)
 
 
 @functools.lru_cache(maxsize=64)
