@@ -116,6 +116,20 @@ def inspect_model(
     run(path, json)
 
 
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run or of an adapter.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A new directory for the model.")],
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The base model.", show_default="the one of the run")
+    ] = None,
+) -> None:
+    """Merge an adapter into its base model: one model that transformers, vLLM and others load."""
+    from mmtrain.merge.command import merge as run_merge
+
+    run_merge(run, output, base)
+
+
 @eval_app.command()
 def perplexity(
     config: ConfigPath,

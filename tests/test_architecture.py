@@ -80,7 +80,7 @@ FLOORS = [
     ["runtime"],
     ["scoring"],
     ["train"],
-    ["evaluate", "inspect_labels", "inspect_model"],
+    ["evaluate", "inspect_labels", "inspect_model", "merge"],
     ["cli"],
     ["__main__"],
 ]
