@@ -42,6 +42,12 @@ class NonFiniteError(UserError):
     exit_code = 6
 
 
+class LostGradientError(UserError):
+    """The gradients of a step are incomplete although its loss looks normal: nothing of the step is saved."""
+
+    exit_code = 9
+
+
 class PeerError(UserError):
     """Another process of the run has exited, so this one cannot continue. A launcher starts them again."""
 
@@ -64,7 +70,7 @@ class Stopped(UserError):
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that request a clean stop of a run."""
-FINAL_CODES = frozenset({2, 3, 4, 6, 8, *(128 + signum for signum in STOP_SIGNALS)})
+FINAL_CODES = frozenset({2, 3, 4, 6, 8, 9, *(128 + signum for signum in STOP_SIGNALS)})
 """Exit codes after which a restart does not help: the user must correct something, or requested the stop."""
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

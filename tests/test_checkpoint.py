@@ -110,7 +110,7 @@ def test_a_restored_run_continues_with_the_same_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        (model_of(2, 5), r"2 weights are others than the model's, such as '1.bias' \(\(4,\) there, \(5,\) now\)"),
+        (model_of(2, 5), r"2 weights differ from the model's, such as '1.bias' \(\(4,\) there, \(5,\) now\)"),
         (model_of(2, 4, 4), r"2 weights .*such as '2.bias' \(none there, \(4,\) now\)"),
         (model_of(2), r"2 weights .*such as '1.bias' \(\(4,\) there, none now\)"),
     ],

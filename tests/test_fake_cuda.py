@@ -33,14 +33,20 @@ CASES: dict[str, dict[str, Any]] = {
     "plain modules": {"settings": {"kernels": "off"}},
     "llava": {"kind": "llava"},
     "gemma3": {"kind": "gemma3"},
+    "gemma4": {"kind": "gemma4"},
+    "sliding window": {"kind": "cohere2", "config": {"sliding_window": 8}},
     "text": {"kind": "text"},
 }
 QUICK = ("float32", "bfloat16", "full language", "checkpointing", "llava")
 NAMES = [pytest.param(name, marks=() if name in QUICK else SLOW) for name in CASES]
 TRAINED_TOWER = ("projector and vision",)
 PADDED = ("padded", "gemma3")
-CACHED = [name for name in CASES if name not in ("projector and vision", "no cache", "text")]
-KERNELS = {"dora": 950, "gemma3": 720, "checkpointing": 680}
+NO_IMAGES = ("text", "sliding window")
+CACHED = [name for name in CASES if name not in ("projector and vision", "no cache", *NO_IMAGES)]
+ROUNDING = {"gemma4": 0.2}
+"""The largest relative difference (L2) of a bfloat16 gradient, other cases 0.05; padded gemma4 has it too, and in
+float32 it is 1e-5."""
+KERNELS = {"dora": 950, "gemma3": 720, "gemma4": 720, "checkpointing": 680}
 """The most kernels of a text step with two layers, forward, backward and the optimizer's zeros; of other cases 600. A
 loop over samples, heads or blocks of tokens would exceed them."""
 
@@ -58,7 +64,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], di
         [sys.executable, "-W", "ignore", "-m", "fake_cuda", str(library)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
         env=environment,
     )
@@ -87,7 +93,7 @@ def test_a_step_on_the_gpu_is_that_on_the_cpu(name: str, ask: Ask) -> None:
     is_exact = CASES[name].get("dtype") == "float32"
     for difference in case["differences"]:
         assert difference["loss"] < (1e-6 if is_exact else 2e-3)
-        assert difference["gradient"] < (1e-5 if is_exact else 0.05)
+        assert difference["gradient"] < (1e-5 if is_exact else ROUNDING.get(name, 0.05))
     assert case["devices"] == ["cuda:0"]
     assert case["packing"] is (name not in PADDED)
 
@@ -122,7 +128,7 @@ def test_a_frozen_vision_encoder_runs_once_and_stays_out_of_the_backward_pass(na
     in_backward = sum(step["tower_in_backward"] for step in case["first"].values())
     assert (in_backward > 0) is (name in TRAINED_TOWER)
     assert calls[0] == 0
-    assert name == "text" or all(calls[1:])
+    assert all(calls[1:]) is (name not in NO_IMAGES)
     assert again == ([0, 0, 0] if name in CACHED else calls)
 
 

@@ -22,7 +22,7 @@ from mmtrain.model.image_cache.features import ImageFeatures, find_fields
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.load import load_model
 from mmtrain.runtime.processes import Runtime
-from mmtrain.scoring.image_cache import find_features
+from mmtrain.scoring.image_cache import input_maker
 
 IMAGE = 5
 TEXT = {
@@ -189,8 +189,9 @@ def test_a_model_without_cached_features_is_named_in_one_line_and_a_text_model_i
     monkeypatch.setattr(model, "forward", lambda input_ids=None, pixel_values=None: None)
     said: list[str] = []
     runtime, store = Runtime("float32"), FeatureStore(1e6)
-    assert find_features(model, processor, runtime, store, said.append) is None
+    assert input_maker(model, processor, runtime, store, said.append).features is None
     assert said == ["image cache: off, models of this family do not take cached features"]
     text = load_processor(str(model_dirs["text"]))
-    assert find_features(None, text, runtime, store, said.append) is None
+    without_images = load_model(str(model_dirs["text"]), "float32", text)
+    assert input_maker(without_images, text, runtime, store, said.append).features is None
     assert len(said) == 1

@@ -100,3 +100,20 @@ def test_with_checkpointing_a_frozen_vision_tower_is_computed_once(
 def test_with_checkpointing_features_are_cached(kind: str, make_config: Callable[..., Config]) -> None:
     learner, _ = learner_for(make_config(kind, {"language": LORA}, activation_checkpointing=True))
     assert learner.make_inputs.features is not None
+
+
+def test_reading_weights_counts_as_progress(text_model: Path) -> None:
+    processor, ticks = load_processor(str(text_model)), list[int]()
+    model = load_model(str(text_model), "float32", processor, tick=lambda: ticks.append(1))
+    assert len(ticks) >= 2 * len(model.state_dict())  # as each is read, and as its values are checked
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="the mappings of a process are found in /proc")
+def test_processes_share_the_memory_of_weights_in_the_type_of_their_file(text_model: Path) -> None:
+    """They are mapped from the file, so the kernel stores them once for all processes."""
+    model = load_model(str(text_model), "float32", load_processor(str(text_model)))
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line]
+    mapped = [tuple(int(end, 16) for end in fields[0].split("-")) for fields in maps]
+    weights = list(model.parameters())
+    assert weights
+    assert all(any(start <= weight.data_ptr() < end for start, end in mapped) for weight in weights)

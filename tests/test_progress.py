@@ -1,11 +1,13 @@
 """What is reported is shown where a person can see it, and always ticks the watchdog."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from mmtrain.progress import Progress
+from mmtrain.train.report import StepReporter
 
 
 def terminal() -> tuple[Progress, io.StringIO]:
@@ -57,3 +59,21 @@ def test_tasks_nest_and_end_with_an_error() -> None:
     assert "a line above the bars" in shown.getvalue()[:before]
     assert "inner" not in shown.getvalue()[before:]
     assert "later" in shown.getvalue()[before:]
+
+
+@pytest.mark.parametrize(("terminal", "expected"), [(False, [1, 2, 5]), (True, [5])])
+def test_steps_are_reported_in_lines_a_few_seconds_apart_where_no_bar_shows_them(
+    terminal: bool, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps end after 100, 105, 106, 107 and 108 seconds; the last one is always reported."""
+    shown, clock = io.StringIO(), [0.0]
+    row = {"loss": 2.5, "num_tokens": 3000, "seconds": 2.0, "mfu": 0.25, "learning_rate": 1e-3, "grad_norm": 0.5}
+    progress = Progress(console=Console(file=shown, force_terminal=terminal, width=120))
+    monkeypatch.setattr("mmtrain.train.report.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with progress.task("step", 5) as task:
+        reporter = StepReporter(5, task, progress)
+        for step, clock[0] in enumerate((100.0, 105.0, 106.0, 107.0, 108.0), start=1):
+            reporter.report(row | {"step": step})
+    lines = [line for line in expected if f"step {line}/5  loss 2.5000  lr 1.00e-03" in shown.getvalue()]
+    assert lines == expected
+    assert shown.getvalue().count("/5  loss") == len(expected)

@@ -136,7 +136,9 @@ run: {{output_dir: {folder}/run}}
 
 
 def test_every_shipped_config_loads_and_names_the_schema() -> None:
-    assert {"quickstart.yaml", "qwen2_5_vl_7b_lora.yaml", "llava_1_5_7b_lora.yaml"} <= {path.name for path in CONFIGS}
+    assert {"quickstart.yaml", "qwen2_5_vl_7b_lora.yaml", "qwen2_5_vl_7b_qlora.yaml", "llava_1_5_7b_lora.yaml"} <= {
+        path.name for path in CONFIGS
+    }
     for path in CONFIGS:
         load_config(path)
         assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")

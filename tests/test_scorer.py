@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Batch
-from mmtrain.progress import QUIET
+from mmtrain.progress import QUIET, Progress
 from mmtrain.scoring.packing import choose_packing
 from mmtrain.scoring.scorer import Scorer
 from mmtrain.scoring.scores import Scores
@@ -101,6 +101,15 @@ def test_processes_share_the_samples(made: tuple[Learner, Any]) -> None:
     assert ((counts > 0).sum(0) == 1).all()
     assert (counts > 0).any(1).all()
     assert sum(share.nll for share in shares if share is not None) == pytest.approx([row[4] for row in expected])
+
+
+def test_every_micro_batch_ticks_the_watchdog(made: tuple[Learner, Any]) -> None:
+    learner, dataset = made
+    ticks: list[int] = []
+    scorer = Scorer(dataset.train, dataset.encoder, np.arange(8), dataset.checked.num_tokens.tolist())
+    loaded = dataclasses.replace(learner, root=by_id)  # type: ignore[arg-type]
+    assert scorer.score(loaded, 1, Progress(lambda: ticks.append(1), quiet=True)) is not None
+    assert len(ticks) == 8  # one token is too few for any two samples
 
 
 def test_a_signal_leaves_no_scores(made: tuple[Learner, Any]) -> None:

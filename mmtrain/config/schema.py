@@ -29,6 +29,10 @@ class Model(Section):
     """A directory in the transformers format, or the id of a model already in the local hub cache."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """The type of the frozen weights. Trainable weights are always float32."""
+    quantization: Literal["nf4"] | None = None
+    """`nf4`: store the language model's linear layers in 4 bits (QLoRA: NF4 with double quantization), a quarter of
+    bfloat16's memory. Vision, projector and head are not quantized. Products are computed in `dtype`. Needs
+    `pip install "mmtrain[qlora]"`, LoRA in at least one component, and a language model that is not trained in full."""
 
 
 class Frozen(Section):
@@ -240,6 +244,19 @@ class Config(Section):
     """What decides the result: steps, batch size, learning rate, seed."""
     run: Annotated[Run, Marker.SAME_RESULT]
     """How the run is executed. Nothing here changes the result beyond rounding, and all of it may change on resume."""
+
+    @model_validator(mode="after")
+    def quantization_fits(self) -> "Config":
+        if self.model.quantization is None:
+            return self
+        key = f"model.quantization: {self.model.quantization}"
+        if isinstance(self.tune.language, Full):
+            raise ValueError(f"{key} is for a frozen language model, and tune.language is full: set it to lora")
+        if not any(isinstance(part, Lora) for part in self.tune.trainable.values()):
+            raise ValueError(f"{key} needs an adapter to save, and no component has mode: lora; set one to lora")
+        if self.run.weights == "shard":
+            raise ValueError(f"{key} does not work with run.weights: shard; set it to replicate")
+        return self
 
 
 def json_schema() -> dict[str, Any]:

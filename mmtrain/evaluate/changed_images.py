@@ -95,10 +95,10 @@ def _without_images(conversation: Conversation) -> Conversation:
     )
 
 
-def _grey(picture: FoundImage) -> FoundImage:
+def _grey(image: FoundImage) -> FoundImage:
     buffer = io.BytesIO()
-    PIL.Image.new("RGB", picture.size, _GREY).save(buffer, "PNG")
-    return FoundImage(picture.name, buffer.getvalue(), picture.size)
+    PIL.Image.new("RGB", image.size, _GREY).save(buffer, "PNG")
+    return FoundImage(image.name, buffer.getvalue(), image.size)
 
 
 def encodable(samples: ChangedImages, indices: Indices, max_length: int) -> tuple[Indices, list[int]]:

@@ -13,7 +13,7 @@ _NAME_WIDTH = 22
 _GROUPS = (("sources", "source"), ("turns", "turn"), ("modality", "samples"), ("lengths", "tokens of an answer"))
 _CHANGES = {"swapped": "swapped", "grey": "grey", "none": "left out"}
 _NOTHING = 5e-5
-"""Nats per token that are shown as 0.0000: less is taken for rounding in the model."""
+"""Nats per token that are printed as 0.0000: less is taken for rounding in the model."""
 _FEW_SAMPLES = 20
 
 
@@ -41,8 +41,8 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], console: Console) -> Non
     table = _table("model", "perplexity", "nats/token", "more than first", "share")
     for row in rows:
         perplexity = f"{_number(row['perplexity'])}\n{_range(map(_number, row['interval']['perplexity']))}"
-        shown = row["difference"]
-        more = [_nats(shown), _share(shown).split("\n")[0]] if shown else ["–", "–"]
+        figures = row["difference"]
+        more = [_nats(figures), _share(figures).split("\n")[0]] if figures else ["–", "–"]
         table.add_row(Text(visible(row["name"])), perplexity, f"{row['nll']:.4f}", *more)
     console.print(table)
     _say("\nThe second lines are 95 % intervals.", console)
@@ -51,7 +51,7 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], console: Console) -> Non
 
 
 def image_verdict(images: Mapping[str, Any]) -> str:
-    """In words, what the swapped pictures say: whether the model looks, and what the images are worth to it."""
+    """In words, what swapping the images shows: whether the model looks at them, and what they are worth to it."""
     swapped = images.get("swapped")
     if not swapped:
         return "whether the model uses the images is not known: no image could be swapped for another"
@@ -96,13 +96,13 @@ def _group_table(title: str, groups: Mapping[str, Mapping[str, float]]) -> Table
 def _image_table(images: Mapping[str, Any]) -> Table:
     table = _table("images", "nats/token", "more by, 95 %", "share, 95 %", "samples")
     for key, name in _CHANGES.items():
-        if shown := images.get(key):
-            table.add_row(name, f"{shown['nll']:.4f}", _nats(shown), _share(shown), f"{shown['num_samples']:,}")
+        if figures := images.get(key):
+            table.add_row(name, f"{figures['nll']:.4f}", _nats(figures), _share(figures), f"{figures['num_samples']:,}")
     return table
 
 
 def _table(name: str, *numbers: str) -> Table:
-    """A table without lines; numbers that are too wide go on in the next line, so that no digit is lost."""
+    """A table without lines; numbers that are too wide continue in the next line, so that no digit is lost."""
     table = Table(box=None, pad_edge=False)
     table.add_column(name, overflow="fold")
     for number in numbers:
@@ -110,22 +110,22 @@ def _table(name: str, *numbers: str) -> Table:
     return table
 
 
-def _nats(shown: Mapping[str, Any]) -> str:
-    low, high = shown["interval"]
-    return f"{_signed(shown['nats_per_token'])}\n{_signed(low)} to {_signed(high)}"
+def _nats(figures: Mapping[str, Any]) -> str:
+    low, high = figures["interval"]
+    return f"{_signed(figures['nats_per_token'])}\n{_signed(low)} to {_signed(high)}"
 
 
-def _share(shown: Mapping[str, Any]) -> str:
+def _share(figures: Mapping[str, Any]) -> str:
     """As a share of the loss that it is compared with; a dash where that is 0."""
-    if shown["share"] is None:
+    if figures["share"] is None:
         return "–"
-    interval = shown["share_interval"]
+    interval = figures["share_interval"]
     limits = f"\n{_range(f'{100 * value:+z,.1f}' for value in interval)} %" if interval else ""
-    return f"{100 * shown['share']:+z,.1f} %{limits}"
+    return f"{100 * figures['share']:+z,.1f} %{limits}"
 
 
 def _signed(nats: float) -> str:
-    """With its sign, but for what is shown as 0."""
+    """With its sign, except what is printed as 0."""
     return "0.0000" if abs(nats) < _NOTHING else f"{nats:+.4f}"
 
 

@@ -1,12 +1,12 @@
 """`mmtrain inspect-model`: prints what was found in a model directory."""
 
 import json
-import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 
 from mmtrain.inspect_model.find import ComponentFound, ImagesFound, ModelFound, TemplateFound, find
+from mmtrain.progress import Progress
 from mmtrain.safe_text import shown, visible
 
 _WIDTH, _LABEL = 80, 14
@@ -14,7 +14,7 @@ _WIDTH, _LABEL = 80, 14
 
 def inspect_model(path: str, as_json: bool) -> None:
     """Print what is found. Raises UserError where the model cannot be trained at all."""
-    found = find(path, lambda line: print(line, file=sys.stderr))
+    found = find(path, Progress().say)
     if as_json:
         print(json.dumps(asdict(found), ensure_ascii=False))
     else:

@@ -13,6 +13,7 @@ from torch import nn
 
 from mmtrain.config.schema import Full, Lora, Tune
 from mmtrain.errors import UserError
+from mmtrain.model.quantized_weights import num_weights
 from mmtrain.safe_text import one_line
 
 COMPONENTS = ("vision", "projector", "language")
@@ -101,6 +102,8 @@ class ComponentReport:
     num_modules: int
     trainable: int
     frozen: int
+    quantized: int = 0
+    """Those of the frozen weights that are stored in 4 bits."""
 
 
 def targets_of(model: Any, components: Components, component: str, lora: Lora) -> list[str]:
@@ -215,12 +218,10 @@ def _report(model: Any, components: Components, tune: Tune, targets: dict[str, l
         own = [(name, p) for name, p in own if ".original_module." not in name]
         if own:
             trainable = sum(p.numel() for _, p in own if p.requires_grad)
+            total = sum(num_weights(p) for _, p in own)
             modules = targets.get(component) or {
                 base_name(name).rpartition(".")[0] for name, p in own if p.requires_grad
             }
-            rows.append(
-                ComponentReport(
-                    component, mode.mode, len(modules), trainable, sum(p.numel() for _, p in own) - trainable
-                )
-            )
+            quantized = sum(num_weights(p) for _, p in own if hasattr(p, "quant_state"))
+            rows.append(ComponentReport(component, mode.mode, len(modules), trainable, total - trainable, quantized))
     return rows

@@ -18,6 +18,7 @@ from mmtrain.config.schema import Frozen, Tune
 from mmtrain.model.components import Components, base_name
 from mmtrain.model.family import Family
 from mmtrain.model.kernels.last_layer import last_mlp
+from mmtrain.model.quantized_weights import num_weights
 
 Values = npt.NDArray[np.float64]
 
@@ -59,7 +60,7 @@ def cost_model(model: Any, family: Family, tune: Tune) -> CostModel:
     attention = 1.0 if passes["vision"] == 1 else 3.0
     head, last = model.get_output_embeddings().weight, last_mlp(model)
     matrices = [] if last is None else [weight for weight in last.parameters() if weight.ndim >= 2]
-    at_labels = sum(passes["language"] * weight.numel() + _own(weight) for weight in matrices)
+    at_labels = sum(passes["language"] * num_weights(weight) + _own(weight) for weight in matrices)
     return CostModel(
         token=products["language"] - at_labels,
         token_pair=3.0 * _depth(text) * _width(text),
@@ -79,7 +80,7 @@ def _products(model: Any, components: Components, tune: Tune) -> dict[str, float
         is_computed = parameter.ndim >= 2 and module not in tables and own.rpartition(".")[0] != components.head_name
         if is_computed and not is_replaced:
             component = components.component_of(own)
-            products[component] += passes[component] * parameter.numel() + _own(parameter)
+            products[component] += passes[component] * num_weights(parameter) + _own(parameter)
     return products
 
 

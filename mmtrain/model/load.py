@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,7 +15,13 @@ from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.directory import model_directory
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.model.weight_files import check_weight_files
+from mmtrain.model.quantization import (
+    check_installed,
+    check_not_stored_quantized,
+    check_quantized,
+    quantization_config,
+)
+from mmtrain.model.weight_files import check_finite_files, check_weight_files, is_finite
 from mmtrain.safe_text import one_line, shown
 
 _log = logging.getLogger(__name__)
@@ -79,7 +86,7 @@ def compile_layers(model: Any) -> None:
 
 
 def _from_pretrained(
-    path: str, config: Any, dtype: str, device: torch.device, tick: Callable[[], None]
+    path: str, config: Any, dtype: str, device: torch.device, tick: Callable[[], None], **settings: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The model, and the faults of its weights that transformers found. Its own report of them is switched off."""
     disable_progress_bar()  # the run has its own progress bar
@@ -89,14 +96,16 @@ def _from_pretrained(
     try:
         model, info = auto_class(config).from_pretrained(
             path,
-            # weights stay mapped from the file where their type is the file's, so processes share them
-            device_map=None if device.type == "cpu" else {"": device},
+            # without a map weights stay mapped from the file where their type is the file's, so processes share them;
+            # quantized ones would go to a GPU
+            device_map=None if device.type == "cpu" and not settings else {"": device},
             dtype=getattr(torch, dtype),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **settings,
         )
     except torch.OutOfMemoryError:
         raise
@@ -106,6 +115,15 @@ def _from_pretrained(
         set_verbosity(verbosity)
         set_tqdm_hook(hook)
     return model, info
+
+
+def _quantized(path: str, config: Any, quantization: str, dtype: str) -> dict[str, Any]:
+    """What `_from_pretrained` needs to quantize the weights as they are read."""
+    check_installed(quantization)
+    check_finite_files(model_directory(path))
+    with torch.device("meta"):
+        skeleton = auto_class(config).from_config(deepcopy(config), trust_remote_code=False)
+    return {"quantization_config": quantization_config(skeleton, getattr(torch, dtype))}
 
 
 def _ticking(tick: Callable[[], None]) -> Callable[..., Any]:
@@ -128,9 +146,11 @@ def load_model(
     processor: ChatProcessor,
     device: torch.device = _CPU,
     tick: Callable[[], None] = lambda: None,
+    quantization: str | None = None,
 ) -> Any:
     """The model on `device` in `dtype`, in eval mode: the base model's own dropout is never on. On another device than
-    the CPU no weight waits in host memory for the others. `tick` is called as weights are read.
+    the CPU no weight waits in host memory for the others. `tick` is called as weights are read. With
+    `quantization` the language model's linear layers are quantized as they are read.
 
     Raises torch.OutOfMemoryError if the device is too small, and UserError if files are broken, if weights are missing,
     not finite or have wrong shapes, or if the tokenizer has ids without an embedding in the model.
@@ -139,7 +159,9 @@ def load_model(
     check_weight_files(model_directory(path))
     if getattr(config, "transformers_weights", None) is not None:  # it may name a pickle
         raise UserError(f"{path}: config.json: transformers_weights is not supported: remove the key")
-    model, info = _from_pretrained(path, config, dtype, device, tick)
+    check_not_stored_quantized(config, quantization, path)
+    settings = {} if quantization is None else _quantized(path, config, quantization, dtype)
+    model, info = _from_pretrained(path, config, dtype, device, tick, **settings)
     shapes = sorted(info["mismatched_keys"])
     if shapes:
         name, in_file, expected = shapes[0]
@@ -150,6 +172,7 @@ def load_model(
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"{path}: {len(missing)} weights are missing, such as {shown(missing[0])}")
+    check_quantized(model, path)
     _check_finite(model, path, tick)
     unused = sorted(info["unexpected_keys"])
     if unused:
@@ -171,7 +194,7 @@ def _check_finite(model: Any, path: str, tick: Callable[[], None]) -> None:
     broken = []
     for name, weight in weights:
         tick()
-        if not all(torch.isfinite(end) for end in torch.aminmax(weight)):
+        if not is_finite(weight):
             broken.append(name)
     if broken:
         raise UserError(

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from mmtrain.errors import UserError
 from mmtrain.safe_text import one_line, shown, visible
@@ -20,19 +22,43 @@ def check_weight_files(directory: Path) -> None:
     where = visible(str(directory))
     if (directory / "adapter_config.json").is_file():  # transformers would silently load it into the model
         raise UserError(f"{where}: adapter_config.json is there: give the directory of a base model, not of an adapter")
-    if (directory / _SINGLE).is_file():
-        names = [_SINGLE]
-    elif (directory / _INDEX).is_file():
-        names = _indexed(directory / _INDEX)
-    else:
-        raise UserError(f"{where}: {_missing(directory)}")
-    for name in names:
+    for name in _names(directory):
         try:
             with safe_open(directory / name, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
             file = visible(str(directory / name))
             raise UserError(f"{file}: not a complete safetensors file: {one_line(error)}; copy it again") from None
+
+
+def check_finite_files(directory: Path) -> None:
+    """Raises UserError naming a weight in the files that has a value which is NaN or infinite.
+
+    For weights that are quantized as they are read: 4 bits cannot store such a value, so it would not show later.
+    """
+    for name in _names(directory):
+        with safe_open(directory / name, framework="pt") as file:
+            for key in file.offset_keys():
+                weight = file.get_tensor(key)
+                if weight.is_floating_point() and weight.numel() and not is_finite(weight):
+                    raise UserError(
+                        f"{visible(str(directory / name))}: {shown(key)} has values that are NaN or infinite: "
+                        "expected finite numbers; copy or convert the model again"
+                    )
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether no value of `weight`, which has some, is NaN or infinite."""
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(weight))
+
+
+def _names(directory: Path) -> list[str]:
+    """The names of the files with the weights. Raises UserError where there are none."""
+    if (directory / _SINGLE).is_file():
+        return [_SINGLE]
+    if (directory / _INDEX).is_file():
+        return _indexed(directory / _INDEX)
+    raise UserError(f"{visible(str(directory))}: {_missing(directory)}")
 
 
 def _missing(directory: Path) -> str:

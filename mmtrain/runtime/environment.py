@@ -1,5 +1,6 @@
 """The environment variables of the whole process, set before any library reads them."""
 
+import logging
 import os
 
 _OFFLINE = {
@@ -25,3 +26,5 @@ def set_environment() -> None:
     # oneDNN keeps what it made for each shape of a product, 1,024 of them by default. They lie between the tensors, so
     # that these could not be put where others had been: a bfloat16 run of 40 steps grew by half
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    # peft imports bitsandbytes where it is installed, which then asks for a package of kernels that training cannot use
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.validate import CheckedSamples
 from mmtrain.encoding.encode import Encoded
+from mmtrain.model.quantized_weights import num_bytes
 from mmtrain.records.sources import Place
 
 FILLER = -1
@@ -67,8 +68,8 @@ def share(value: Tensor, like: Tensor) -> Tensor:
 def num_held(model: Any) -> tuple[int, int]:
     """Bytes of the weights that this process holds, and of all weights."""
     parameters = list(model.parameters())
-    held = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in parameters)
-    return held, sum(p.numel() * p.element_size() for p in parameters)
+    held = sum(num_bytes(p.to_local() if isinstance(p, DTensor) else p) for p in parameters)
+    return held, sum(map(num_bytes, parameters))
 
 
 class Filled:

@@ -10,13 +10,12 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.adapter import Adapter, load_adapter
 from mmtrain.model.components import is_as_loaded
 from mmtrain.model.family import probe_family
-from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
 from mmtrain.model.root import Root
 from mmtrain.progress import Progress
 from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
-from mmtrain.scoring.image_cache import find_features, make_store
+from mmtrain.scoring.image_cache import input_maker, make_store
 from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.scoring.packing import choose_packing
 
@@ -37,9 +36,15 @@ class AdaptedModels:
         cache_images: bool = True,
     ) -> None:
         self._processor, self._runtime, self._progress, self._adapters = processor, runtime, progress, adapters
+        settings = config.model
         with loading_faults():
             self._model = load_model(
-                config.model.path, config.model.dtype, processor, runtime.device, runtime.activity.tick
+                settings.path,
+                settings.dtype,
+                processor,
+                runtime.device,
+                runtime.activity.tick,
+                settings.quantization,
             )
         self._model.requires_grad_(False)
         self._family = probe_family(self._model, processor, progress.say)
@@ -63,17 +68,15 @@ class AdaptedModels:
 
     def _loaded(self) -> LoadedModel:
         model, runtime = self._model, self._runtime
-        same = is_as_loaded(
-            model, self._family.components, ("vision", "projector")
-        )  # with any adapter put on it so far
-        features = find_features(model, self._processor, runtime, self._store if same else None, self._progress.say)
-        if same and features is None:
-            self._store = None  # said once: it is the same with every adapter
+        same = is_as_loaded(model, self._family.components, ("vision", "projector"))  # with all adapters so far
+        make_inputs = input_maker(model, self._processor, runtime, self._store if same else None, self._progress.say)
+        if same and make_inputs.features is None:
+            self._store = None  # no adapter changes that
         return LoadedModel(
             model=model,
             processor=self._processor,
             root=Root(model),
-            make_inputs=InputMaker(model, self._processor, features),
+            make_inputs=make_inputs,
             head_kind=self._family.head_kind,
             packing=self._packing,
             runtime=runtime,

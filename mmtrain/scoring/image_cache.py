@@ -16,6 +16,7 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.image_cache.features import ImageFeatures, find_fields
 from mmtrain.model.image_cache.files import FeatureFolder
 from mmtrain.model.image_cache.store import FeatureStore
+from mmtrain.model.inputs import InputMaker
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 
@@ -45,19 +46,19 @@ def make_store(config: Config, runtime: Runtime, progress: Progress) -> FeatureS
     return FeatureStore(limits.memory_gib * GIB, folder)
 
 
-def find_features(
+def input_maker(
     model: Any, processor: ChatProcessor, runtime: Runtime, store: FeatureStore | None, say: Callable[[str], None]
-) -> ImageFeatures | None:
-    """What puts cached features into `model`, which is on its device; None where there is no store, no image, or where
-    the features cannot be cached: `say` is given the one line that says why."""
+) -> InputMaker:
+    """What makes the inputs of `model`, which is on its device: with cached features where there is a store and a trial
+    shows that the model can take them; `say` is given the line that says why it cannot."""
     if store is None or processor.images is None:
-        return None
+        return InputMaker(model, processor)
     with runtime.autocast():
         fields = find_fields(model, processor)
     if isinstance(fields, str):
         say(f"image cache: off, {fields}")
-        return None
-    return ImageFeatures(model, store, fields)
+        return InputMaker(model, processor)
+    return InputMaker(model, processor, ImageFeatures(model, store, fields))
 
 
 def _model_key(config: Config, runtime: Runtime, progress: Progress) -> str:

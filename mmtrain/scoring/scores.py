@@ -1,4 +1,4 @@
-"""What a model gives for every learned answer: the numbers that all of `eval perplexity` is made of."""
+"""A model's figures for every answer that is trained on: all of `eval perplexity` is computed from them."""
 
 from dataclasses import dataclass, fields
 
@@ -11,26 +11,26 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """A row for each learned answer; all arrays are (num_answers,), ordered by sample, then by answer."""
+    """A row for each answer that is trained on; all arrays are (num_answers,), ordered by sample, then by answer."""
 
     sample: Ints
-    """The number of the sample."""
+    """The index of the sample."""
     source: Ints
     """The number of its source."""
     answer: Ints
-    """Which learned answer of its conversation it is, counted from 1."""
+    """Which of these answers of its conversation it is, counted from 1."""
     has_image: npt.NDArray[np.bool_]
-    """Whether the sample has a picture."""
+    """Whether the sample has an image."""
     nll: Floats
-    """Sum of the negative log-likelihoods of the answer's learned tokens, in nats."""
+    """Sum of the negative log-likelihoods of the answer's supervised tokens, in nats."""
     num_supervised: Ints
-    """The answer's learned tokens."""
+    """The answer's supervised tokens."""
     num_right: Ints
-    """Of these, how many were the likeliest."""
+    """Of these, how many were the most likely."""
     num_bytes: Ints
-    """Bytes of the answer's words in UTF-8."""
+    """Bytes of the answer's text in UTF-8."""
 
-    def of(self, numbers: Ints) -> "Scores":
-        """The rows of the samples `numbers` alone."""
-        kept = np.isin(self.sample, numbers)
-        return Scores(**{field.name: getattr(self, field.name)[kept] for field in fields(self)})
+    def of(self, indices: Ints) -> "Scores":
+        """The rows of the samples `indices` alone."""
+        own = np.isin(self.sample, indices)
+        return Scores(**{field.name: getattr(self, field.name)[own] for field in fields(self)})

@@ -1,9 +1,9 @@
-"""Figures out of scores: perplexity with its interval, groups, extremes, and paired differences of two models.
+"""Statistics of scores: perplexity with its interval, groups, extremes, and paired differences of two models.
 
-A sample is what is drawn at random, not an answer or a token: answers of one conversation hang together. Every
+A sample is what is drawn at random, not an answer or a token: answers of one conversation are not independent. Every
 interval is the percentile bootstrap over samples (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
-chapter 13): draw as many samples as there are, with replacement, compute the figure anew, do so 1,000 times, and
-take the 2.5th and the 97.5th percentile of what comes out. The seed is fixed, so the same scores give the same
+chapter 13): draw as many samples as there are, with replacement, compute the figure, repeat this 1,000 times, and
+take the 2.5th and the 97.5th percentile of the results. The seed is fixed, so the same scores give the same
 interval. A figure per token is a ratio of two sums over samples, and both sums are drawn together.
 """
 
@@ -37,17 +37,17 @@ Groups = dict[str, dict[str, float]]
 
 
 def summary(scores: Scores) -> dict[str, Any]:
-    """The figures of a whole set. All sums are over learned tokens, or over the answers that have some.
+    """The figures of a whole set. All sums are over supervised tokens, or over the answers that have some.
 
     - `nll`: sum of nll / sum of tokens, nats per token. `perplexity`: exp(nll) (Jelinek and others, 1977).
     - `sample_nll`: the mean over samples of each sample's own sum of nll / its tokens, nats per token.
-    - `token_accuracy`: the share of the tokens that were the likeliest.
+    - `token_accuracy`: the share of the tokens that were the most likely.
     - `bits_per_byte`: sum of nll / ln 2 / bytes of the answers in UTF-8, the same measure for every tokenizer
       (Gao and others, The Pile, 2020, section 3.1). None where the answers have no bytes.
     - `interval`: `nll` and `perplexity` as [low, high], 95 % by the bootstrap; that of the perplexity is exp of
       the other one. One sample alone has no spread: its interval is the value itself.
     """
-    scores = _learned(scores)
+    scores = _supervised(scores)
     samples = _per_sample(scores, scores.nll, scores.num_supervised)
     num_bytes = int(scores.num_bytes.sum())
     figures = _figures(scores)
@@ -63,26 +63,26 @@ def summary(scores: Scores) -> dict[str, Any]:
 
 def by_source(scores: Scores, names: Sequence[str]) -> Groups:
     """The figures of each source by its name, in the order of `names`; sources of one name count as one."""
-    scores = _learned(scores)
+    scores = _supervised(scores)
     numbers = {name: [i for i, other in enumerate(names) if other == name] for name in names}
     return _groups(scores, ((name, np.isin(scores.source, own)) for name, own in numbers.items()))
 
 
 def by_answer(scores: Scores) -> Groups:
-    """The figures of the first learned answers of all conversations ("1"), of the second ones ("2") and so on."""
-    scores = _learned(scores)
+    """The figures of the first answers of all conversations ("1"), of the second ones ("2") and so on."""
+    scores = _supervised(scores)
     return _groups(scores, ((str(turn), scores.answer == turn) for turn in np.unique(scores.answer)))
 
 
 def by_image(scores: Scores) -> Groups:
-    """The figures of the samples without a picture, and of those with one."""
-    scores = _learned(scores)
+    """The figures of the samples without an image, and of those with one."""
+    scores = _supervised(scores)
     return _groups(scores, (("text-only", ~scores.has_image), ("with image", scores.has_image)))
 
 
 def by_length(scores: Scores) -> Groups:
-    """The figures of the answers of 1 to 4 learned tokens, of 5 to 16 and so on."""
-    scores = _learned(scores)
+    """The figures of the answers of 1 to 4 supervised tokens, of 5 to 16 and so on."""
+    scores = _supervised(scores)
     length = scores.num_supervised
     return _groups(scores, ((name, (low <= length) & (length <= high)) for name, low, high in _LENGTHS))
 
@@ -90,9 +90,9 @@ def by_length(scores: Scores) -> Groups:
 def extremes(scores: Scores, num: int = 10) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
     """The `num` least likely samples, the worst first, and the `num` most likely, the best first.
 
-    Each is the sample's number and its mean nll in nats per token; of equal ones the earlier sample comes first.
+    Each is the sample's index and its mean nll in nats per token; of equal ones the earlier sample comes first.
     """
-    scores = _learned(scores)
+    scores = _supervised(scores)
     nll, tokens = _per_sample(scores, scores.nll, scores.num_supervised).T
     means, numbers = nll / tokens, np.unique(scores.sample)
 
@@ -113,7 +113,7 @@ def difference(a: Scores, b: Scores) -> dict[str, Any]:
     Paired: each draw takes the same samples of both, so what makes a sample hard for either cancels out.
     Raises ValueError when the two are not of the same answers with the same tokens.
     """
-    a, b = _learned(a), _learned(b)
+    a, b = _supervised(a), _supervised(b)
     if not all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("sample", "answer", "num_supervised")):
         raise ValueError("the two scores are not of the same answers with the same supervised tokens")
     samples = _per_sample(a, b.nll - a.nll, a.nll, a.num_supervised)
@@ -129,8 +129,8 @@ def difference(a: Scores, b: Scores) -> dict[str, Any]:
     }
 
 
-def _learned(scores: Scores) -> Scores:
-    """The answers that have learned tokens, ordered by sample, then by answer.
+def _supervised(scores: Scores) -> Scores:
+    """The answers that have supervised tokens, ordered by sample, then by answer.
 
     Raises UserError where there are none, and NonFiniteError where one has no finite nll.
     """
@@ -152,7 +152,7 @@ def _take(scores: Scores, rows: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) ->
 
 
 def _per_sample(scores: Scores, *columns: Floats | Ints) -> Floats:
-    """(num_samples, num_columns) each sample's sums, ordered by sample; `scores` as _learned gives them."""
+    """(num_samples, num_columns) each sample's sums, ordered by sample; `scores` as _supervised gives them."""
     starts = np.unique(scores.sample, return_index=True)[1]
     return np.stack([np.add.reduceat(column.astype(np.float64), starts) for column in columns], axis=1)
 

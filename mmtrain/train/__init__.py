@@ -1,1 +1,1 @@
-"""Training: the loss, the optimizer, the loop, checkpoints and what is left at the end."""
+"""Training: the loss, the optimizer, the loop, checkpoints and the saved adapter."""

@@ -1,4 +1,4 @@
-"""What the machine can do at best: the rate of a large matrix product, measured on the spot."""
+"""The most the machine can do: the rate of a large matrix product, measured at the start of a run."""
 
 import time
 
@@ -11,10 +11,10 @@ _REPEATS = 6
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second (2 n³ for n x n matrices) of the quickest of a few products in `dtype`, after a warm-up.
+    """Operations a second (2 n³ for n x n matrices) of the fastest of a few products in `dtype`, after a warm-up.
 
-    By the library that the training takes its products from: the rate of a slower one would flatter its share. In a
-    process's own number of threads; on a machine that others use too it is what was left of it.
+    Computed by the library that training uses: the rate of a slower one would make its share look larger. With this
+    process's number of threads; on a machine that others use too it is what they leave.
     """
     side = _SIDE.get(device.type, 4096)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

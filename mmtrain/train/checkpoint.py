@@ -1,8 +1,8 @@
-"""Checkpoints that are there whole or not at all, and the newest one that is sound.
+"""Checkpoints, each written completely or not at all, and the newest one that is intact.
 
-A checkpoint is what learns, the optimizer's moments, the step, the config and the fingerprints: safetensors and JSON,
-never pickle. No random state is kept because none is needed: whatever is random is seeded by the step and the sample.
-It is made in a folder beside, flushed to the disk, and renamed; `manifest.json` holds the SHA-256 of every file.
+A checkpoint is the trainable weights, the optimizer's moments, the step, the config and the fingerprints: safetensors
+and JSON, never pickle. It has no random state because none is needed: whatever is random is seeded by the step and the
+sample. It is written to a temporary folder, fsynced, then renamed; `manifest.json` has the SHA-256 of every file.
 """
 
 import json
@@ -28,13 +28,13 @@ _NUM_MOMENTS = 2
 
 
 def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """What learns, by name, in the model's order."""
+    """The trainable parameters, by name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What learns and its moments at one step, whole and on the CPU."""
+    """The trainable weights and their moments at one step, complete and on the CPU."""
 
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
@@ -43,17 +43,17 @@ class Snapshot:
 def snapshot(
     model: Any, optimizer: torch.optim.Optimizer, whole: Callable[[Tensor], Tensor], tick: Callable[[], None]
 ) -> Snapshot:
-    """Every process must ask where weights are spread: `whole` gathers them, one tensor at a time."""
+    """Where weights are sharded all processes must call this: `whole` gathers them, one tensor at a time."""
 
-    def held(value: Tensor) -> Tensor:
+    def gathered(value: Tensor) -> Tensor:
         tick()
         return whole(value.detach()).cpu().contiguous()
 
     parameters = trainable_parameters(model)
     return Snapshot(
-        {name: held(parameter) for name, parameter in parameters.items()},
+        {name: gathered(parameter) for name, parameter in parameters.items()},
         {
-            f"{name}|{key}": held(value)
+            f"{name}|{key}": gathered(value)
             for name, parameter in parameters.items()
             for key, value in optimizer.state.get(parameter, {}).items()
         },
@@ -61,7 +61,7 @@ def snapshot(
 
 
 def checkpoint_bytes(model: Any) -> int:
-    """What a checkpoint takes on the disk: float32 weights and as much again for each moment."""
+    """The size of a checkpoint on disk: float32 weights, and as much again for each moment."""
     return sum(4 * p.numel() for p in trainable_parameters(model).values()) * (1 + _NUM_MOMENTS)
 
 
@@ -77,8 +77,8 @@ class CheckpointFolder:
         with storage_faults(f"{self._folder}: it cannot be made"):
             self._folder.mkdir(parents=True, exist_ok=True)
         self.sweep()
-        held = sum(file.stat().st_size for path in self._all() for file in path.rglob("*"))
-        needed = (self._keep + 1) * size - held
+        used = sum(file.stat().st_size for path in self._all() for file in path.rglob("*"))
+        needed = (self._keep + 1) * size - used
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             raise StorageError(
@@ -86,21 +86,21 @@ class CheckpointFolder:
                 f"{free / 1e6:,.1f} MB are free: make room or take another run.output_dir"
             )
 
-    def save(self, step: int, held: Snapshot, state: dict[str, Any]) -> Path:
-        """Write a checkpoint behind `step`, read it back, then delete all but the newest `keep`.
+    def save(self, step: int, content: Snapshot, state: dict[str, Any]) -> Path:
+        """Write a checkpoint after `step`, read it back, then delete all but the newest `keep`.
 
         Raises StorageError, with the checkpoints before untouched, where it cannot be written.
         """
         target = self._folder / f"step-{step:06d}"
-        size = sum(value.nbytes for part in (held.weights, held.moments) for value in part.values())
+        size = sum(value.nbytes for tensors in (content.weights, content.moments) for value in tensors.values())
         with storage_faults(lambda: self._needs(target, size)):
             self._folder.mkdir(parents=True, exist_ok=True)
             flush(self._folder.parent)
             self.sweep()
             with temporary_path(target) as made:
                 made.mkdir()
-                _write_tensors(held.weights, made / "trainable.safetensors")
-                _write_tensors(held.moments, made / "optimizer.safetensors")
+                _write_tensors(content.weights, made / "trainable.safetensors")
+                _write_tensors(content.moments, made / "optimizer.safetensors")
                 (made / "state.json").write_text(json.dumps(state, indent=2))
                 sums = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
                 (made / _MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=2))
@@ -113,7 +113,8 @@ class CheckpointFolder:
         return target
 
     def _prune(self, step: int) -> None:
-        """Delete all but the newest `keep` up to `step`, and what is behind it: the run went back over it as broken."""
+        """Delete all but the newest `keep` up to `step`, and those after it: they are damaged, and the run was resumed
+        from an earlier one."""
         own = [path for path in self._all() if _step_of(path) <= step]
         for old in [*(path for path in self._all() if _step_of(path) > step), *own[self._keep :]]:
             self._remove(old)
@@ -124,9 +125,9 @@ class CheckpointFolder:
         return f"{target}: the checkpoint needs {size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest sound checkpoint, and a line for each newer one that is broken, saying what is wrong with it.
+        """The newest intact checkpoint, and a line for each newer one that is damaged, saying what is wrong with it.
 
-        Raises NoCheckpointError where there are checkpoints and none is sound.
+        Raises NoCheckpointError where there are checkpoints and none is intact.
         """
         broken: list[str] = []
         for path in self._all():
@@ -135,14 +136,14 @@ class CheckpointFolder:
                 return path, [f"{line}; {path.name} is used" for line in broken]
             broken.append(f"{path}: {fault}")
         if broken:
-            raise NoCheckpointError([*broken, f"{self._folder}: no checkpoint is sound; --fresh starts the run over"])
+            raise NoCheckpointError([*broken, f"{self._folder}: no checkpoint is intact; --fresh starts the run over"])
         return None, []
 
     def _all(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"), key=_step_of, reverse=True)
 
     def _remove(self, path: Path) -> None:
-        """Out of sight in one rename first: a half-deleted checkpoint must not look like a broken one."""
+        """Renamed first: a half-deleted checkpoint must not look like a damaged one."""
         hidden = path.with_name(f".{path.name}.old")
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
@@ -154,13 +155,13 @@ class CheckpointFolder:
 
 
 def _step_of(path: Path) -> int:
-    """From the name, which has more digits behind step 999,999; -1 where somebody else made the folder."""
+    """From the name, which has more digits after step 999,999; -1 where the folder is no checkpoint."""
     digits = path.name.removeprefix("step-")
     return int(digits) if digits.isdecimal() else -1
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """As OSError what the file system refuses: safetensors gives it as text."""
+    """Raises OSError where the file system refuses; safetensors reports that as text."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:
@@ -175,7 +176,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def restore(
     checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, share: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
-    """Put the checkpoint's weights and moments into `model` and `optimizer`; `share` cuts out what a process holds.
+    """Put the checkpoint's weights and moments into `model` and `optimizer`; `share` takes a process's shard.
 
     Raises UserError where the checkpoint is of other weights than the model's.
     """
@@ -198,13 +199,13 @@ def _check_same(checkpoint: Path, weights: Mapping[str, Tensor], parameters: Map
     names = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
     if names:
         raise UserError(
-            f"{checkpoint}: {len(names)} weights are others than the model's, such as {shown(names[0])} "
-            f"({shapes.get(names[0], 'none')} there, {expected.get(names[0], 'none')} now): it cannot be continued"
+            f"{checkpoint}: {len(names)} weights differ from the model's, such as {shown(names[0])} "
+            f"({shapes.get(names[0], 'none')} there, {expected.get(names[0], 'none')} now): it cannot be resumed"
         )
 
 
 def _fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, None where it is sound."""
+    """What is wrong with a checkpoint, None where it is intact."""
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_text())
         sums: dict[str, str] = manifest["sha256"]

@@ -1,4 +1,4 @@
-"""What a run is trained and evaluated on: checked before the first step, and cut into steps."""
+"""What a run is trained and evaluated on, checked before the first step."""
 
 import functools
 import math
@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config import Config
-from mmtrain.config.schema import EvalSource, Run, Train
+from mmtrain.config.schema import EvalSource, Train
 from mmtrain.dataset.encode_all import EncodingSpec
-from mmtrain.dataset.microbatches import cut_step
 from mmtrain.dataset.plan import Plan
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.validate import CheckedSamples, check_samples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.model.cost import CostModel
 from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
 from mmtrain.scoring.scorer import Scorer
@@ -31,18 +29,6 @@ class EvalSet:
     samples: StoredSamples
     checked: CheckedSamples
     scorer: Scorer
-
-
-@dataclass(frozen=True, slots=True)
-class StepCut:
-    """One step: its samples, and the micro-batches, some perhaps empty, that this process computes."""
-
-    samples: tuple[int, ...]
-    own: tuple[tuple[int, ...], ...]
-    num_tokens: int
-    num_supervised: int
-    operations: float
-    """What it must compute, over all processes: a multiplication and an addition are two."""
 
 
 class Dataset:
@@ -62,21 +48,6 @@ class Dataset:
         self.eval = [_eval_set(name, self.encoder, *one) for name, one in zip(sources, found, strict=True)]
         self.plan = _plan(config, self.train, self.checked)
         self.num_steps = _num_steps(config.train, self.plan)
-
-    def cut(
-        self, step: int, settings: Run, packing: bool, costs: CostModel, process: int, num_processes: int
-    ) -> StepCut:
-        """Step `step` (from 1) and this process's share of its micro-batches, as many as every other process's."""
-        samples = self.plan.step(step)
-        checked = self.checked
-        lengths = checked.num_tokens[samples]
-        multiple = num_processes if settings.microbatches == "auto" else settings.microbatches
-        supervised = checked.num_supervised[samples]
-        cost = costs.of(lengths, checked.num_image_tokens[samples], checked.image_token_pairs[samples], supervised)
-        cuts = cut_step(lengths.tolist(), settings.microbatch_tokens, packing, multiple, cost.tolist())
-        share = len(cuts) // num_processes
-        own = tuple(tuple(samples[i] for i in cut) for cut in cuts[process * share : (process + 1) * share])
-        return StepCut(tuple(samples), own, int(lengths.sum()), int(supervised.sum()), 2.0 * float(cost.sum()))
 
     def summary(self) -> str:
         """What was read, in one line, and what was dropped."""

@@ -17,8 +17,10 @@ from mmtrain.config import Config
 from mmtrain.dataset.batch import Batch, Loader
 from mmtrain.encoding.directory import model_directory, processor_files
 from mmtrain.errors import UserError, storage_faults
+from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.load import auto_class, load_model
+from mmtrain.model.quantization import config_as_code
 from mmtrain.runtime.shard import whole
 from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.dataset import Dataset
@@ -53,7 +55,8 @@ def export(learner: Learner, config: Config, dataset: Dataset) -> str:
         settings = {"save_embedding_layers": False} if is_adapter else {}
         model.save_pretrained(made, state_dict=weights, **settings)
         _copy_processor(model_directory(config.model.path), made)
-        card = model_card(config, auto_class(model.config).__name__, is_adapter, len(dataset.checked.used))
+        name, quantization = auto_class(model.config).__name__, config_as_code(model)
+        card = model_card(config, name, is_adapter, len(dataset.checked.used), quantization)
         (made / "README.md").write_text(card, encoding="utf-8")
         move_into_place(target, made)
     if weights is not None:
@@ -93,24 +96,24 @@ def _check_equal(target: Path, model: Any, weights: dict[str, Tensor]) -> None:
 def _difference(learner: Learner, target: Path, config: Config, batch: Batch) -> float:
     """Relative difference between the logits of the trained model and of what was saved."""
     model = learner.model
-    before = _logits(model, learner, batch)
+    before = _logits(model, learner, learner.make_inputs, batch)
     if isinstance(model, PeftModel):
         model.load_adapter(str(target), adapter_name="saved", torch_device=str(model.device))
         model.set_adapter("saved")
-        after = _logits(model, learner, batch)
+        after = _logits(model, learner, learner.make_inputs, batch)
         model.set_adapter("default")
         model.delete_adapter("saved")
     else:
         saved = load_model(str(target), config.model.dtype, learner.processor, model.device)
-        after = _logits(saved, learner, batch)
+        after = _logits(saved, learner, InputMaker(saved, learner.processor), batch)
     return float((before - after).norm() / before.norm())
 
 
 @torch.no_grad()
-def _logits(model: Any, learner: Learner, batch: Batch) -> Tensor:
+def _logits(model: Any, learner: Learner, make_inputs: InputMaker, batch: Batch) -> Tensor:
     """(num_supervised, vocabulary) at the batch's supervised tokens."""
     with learner.runtime.autocast():
-        inputs = learner.make_inputs(batch)
+        inputs = make_inputs(batch)
         kept = batch.supervised.to(inputs["input_ids"].device)
         logits: Tensor = model(**inputs, logits_to_keep=kept).logits
     return logits.float()

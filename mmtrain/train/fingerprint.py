@@ -5,13 +5,17 @@ from collections.abc import Callable
 
 from mmtrain.config import Config
 from mmtrain.dataset.hashes import digest, model_fingerprints
+from mmtrain.model.quantization import quantizer
 from mmtrain.train.dataset import Dataset
 
 
 def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> dict[str, str]:
-    """A SHA-256 for each thing, by the name under which a change of it is refused. `tick` is called for every file."""
+    """A SHA-256 for each thing, by the name under which a change of it is refused; for what quantizes the model, its
+    name and version. `tick` is called for every file."""
     template = dataset.encoder.processor.template.source
     found = model_fingerprints(config.model.path, tick)
+    if config.model.quantization is not None:
+        found["model.quantizer"] = quantizer(config.model.quantization)
     found["model.template"] = hashlib.sha256(template.encode()).hexdigest()
     for number in range(len(config.data.train)):
         found[f"data.train.{number}.records"] = digest(dataset.train.records.files_of(number), tick)

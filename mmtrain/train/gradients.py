@@ -1,7 +1,8 @@
 """The sum of the micro-batches' gradients, over all of them and all processes.
 
-Floating-point sums depend on their order. `running` adds as it goes: quick, and equal within rounding on every layout.
-`tree` adds in a binary tree over the micro-batches that is the same however many processes share them: the same bits.
+Floating-point sums depend on their order. `running` adds one after the other: fast, and equal within
+rounding on every layout. `tree` adds in a binary tree over the micro-batches that is the same for any number of
+processes: the same bits.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**24
-"""Values of a gradient that are exchanged at once: bounds what every process holds of all the others'."""
+"""Values of a gradient that are exchanged at once: it limits the memory for those of all other processes."""
 
 
 class Processes(Protocol):
@@ -25,7 +26,7 @@ class Processes(Protocol):
 
 
 def is_exact(microbatches: int, num_processes: int) -> bool:
-    """Whether the shares of the processes are whole branches of the tree: powers of two that divide the cut."""
+    """Whether each process computes one branch of the tree: their number is a power of two that divides the cut."""
     return num_processes & (num_processes - 1) == 0 and microbatches % num_processes == 0
 
 
@@ -36,13 +37,13 @@ def flatten(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
 
 def put_back(values: Tensor, parameters: Sequence[torch.nn.Parameter]) -> None:
     """Make `values` (num_values,) the gradients."""
-    parts = torch.split(values, [p.numel() for p in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = part.view_as(parameter)
+    own = torch.split(values, [p.numel() for p in parameters])
+    for parameter, gradient in zip(parameters, own, strict=True):
+        parameter.grad = gradient.view_as(parameter)
 
 
 def sum_running(parameters: Sequence[torch.nn.Parameter], processes: Processes) -> None:
-    """Sum what each process has in its gradients, in one flat reduction.
+    """Sum the gradients of all processes, in one flat reduction.
 
     A missing gradient is zero, with one process as with many: to AdamW, which skips what has none, they differ.
     """
@@ -57,7 +58,7 @@ def sum_tree(leaves: int, leaf: Callable[[], Tensor], processes: Processes) -> T
     """(n,) the sum of `leaf()` (n,), called `leaves` times in order by each process, in a binary tree over all.
 
     A branch over n leaves is the sum of the branches over its first n // 2 and its other leaves; a process's leaves
-    are one branch of the whole tree where `is_exact` says so.
+    are one branch of the tree where `is_exact` says so.
     """
 
     def branch(count: int) -> Tensor:
@@ -66,10 +67,10 @@ def sum_tree(leaves: int, leaf: Callable[[], Tensor], processes: Processes) -> T
     own = branch(leaves)
     if processes.num_processes == 1:
         return own
-    return torch.cat([branch_of(processes.gather(part)) for part in torch.split(own, CHUNK)])
+    return torch.cat([branch_of(processes.gather(chunk)) for chunk in torch.split(own, CHUNK)])
 
 
-def branch_of(parts: Tensor) -> Tensor:
+def branch_of(leaves: Tensor) -> Tensor:
     """The sum over the first dimension, as the tree adds it."""
-    half = len(parts) // 2
-    return parts[0] if len(parts) == 1 else branch_of(parts[:half]) + branch_of(parts[half:])
+    half = len(leaves) // 2
+    return leaves[0] if len(leaves) == 1 else branch_of(leaves[:half]) + branch_of(leaves[half:])

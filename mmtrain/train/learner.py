@@ -3,14 +3,13 @@
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.cost import cost_model
-from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.install import install
 from mmtrain.model.load import compile_layers
 from mmtrain.model.root import Root
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.shard import shard
-from mmtrain.scoring.image_cache import caches_features, find_features, make_store
+from mmtrain.scoring.image_cache import caches_features, input_maker, make_store
 from mmtrain.scoring.packing import choose_packing
 from mmtrain.train.optimizer import make_optimizer
 from mmtrain.train.step import Learner
@@ -33,7 +32,7 @@ def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, pro
     costs = cost_model(made.base, made.family, config.tune)
     packing = choose_packing(model, processor, config, runtime, progress.say)
     store = make_store(config, runtime, progress) if caches_features(config, runtime.num_processes) else None
-    features = find_features(model, processor, runtime, store, progress.say)
+    make_inputs = input_maker(model, processor, runtime, store, progress.say)
     if settings.compile:
         compile_layers(made.base)
     if sharded:
@@ -43,12 +42,13 @@ def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, pro
         model=model,
         processor=processor,
         root=root,
-        make_inputs=InputMaker(model, processor, features),
+        make_inputs=make_inputs,
         head_kind=made.family.head_kind,
         packing=packing,
         runtime=runtime,
         optimizer=make_optimizer(model, made.family.components, config),
         dropout=made.dropout,
+        lost_gradients=made.lost_gradients,
         costs=costs,
         component_reports=made.component_reports,
         exact=settings.microbatches != "auto" and not sharded,

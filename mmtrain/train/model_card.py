@@ -29,6 +29,18 @@ base = PeftConfig.from_pretrained(folder).base_model_name_or_path
 model = {auto_class}.from_pretrained(base, dtype=torch.{dtype})
 model = PeftModel.from_pretrained(model, folder).eval()
 """
+_LOAD_QUANTIZED = """\
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import BitsAndBytesConfig, {auto_class}
+
+folder = "."  # this directory, or the id of this repository
+base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+quantization = BitsAndBytesConfig({settings})
+model = {auto_class}.from_pretrained(base, dtype=torch.{dtype}, quantization_config=quantization)
+model = PeftModel.from_pretrained(model, folder).eval()
+"""
+_QUANTIZED = "The language model was quantized to 4 bits (NF4) in training. Load it quantized too, as shown above."
 _LOAD_MODEL = """\
 import torch
 from transformers import {auto_class}
@@ -63,17 +75,22 @@ print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_toke
 """
 
 
-def model_card(config: Config, auto_class: str, is_adapter: bool, num_samples: int) -> str:
+def model_card(
+    config: Config, auto_class: str, is_adapter: bool, num_samples: int, quantization: str | None = None
+) -> str:
     """The card of what a run saves. `auto_class`: the class of transformers that loads the base model; `num_samples`:
-    the samples that were trained on. The other figures are read from the run's metrics."""
+    the samples that were trained on; `quantization`: the arguments that quantize the base model as it was in training.
+    The other figures are read from the run's metrics."""
     header = {
         "library_name": "peft" if is_adapter else "transformers",
         "tags": ["mmtrain", "lora"] if is_adapter else ["mmtrain"],
     }
     title = f"{'A LoRA adapter' if is_adapter else 'A model'} trained by mmtrain {__version__}"
-    load = (_LOAD_ADAPTER if is_adapter else _LOAD_MODEL).format(auto_class=auto_class, dtype=config.model.dtype)
+    code = _LOAD_MODEL if not is_adapter else _LOAD_ADAPTER if quantization is None else _LOAD_QUANTIZED
+    load = code.format(auto_class=auto_class, dtype=config.model.dtype, settings=quantization)
+    quantized = [] if quantization is None else [_QUANTIZED, ""]
     figures = [f"- training samples: {num_samples:,}", *_figures(config, Path(config.run.output_dir))]
-    return _card(config.model.path, header, title, auto_class, load, [*figures, "", *_config_lines(config)])
+    return _card(config.model.path, header, title, auto_class, load, [*quantized, *figures, "", *_config_lines(config)])
 
 
 def merged_card(base: str, auto_class: str, dtype: str, config: Config | None, run: Path | None) -> str:
@@ -88,8 +105,8 @@ def merged_card(base: str, auto_class: str, dtype: str, config: Config | None, r
 def _card(base: str, header: dict[str, Any], title: str, auto_class: str, load: str, trained: Iterable[str]) -> str:
     name = hub_id(base)
     takes_images = auto_class == _IMAGE_CLASS
-    packages = ["torch", "transformers", *(["peft"] if "peft" in load else [])]
-    packages += ["pillow", "torchvision"] if takes_images else []
+    optional = {"peft": "peft" in load, "bitsandbytes": "BitsAndBytes" in load, "pillow torchvision": takes_images}
+    packages = ["torch", "transformers", *(name for name, needed in optional.items() if needed)]
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in ({} if name is None else {"base_model": name}).items()),

@@ -1,4 +1,4 @@
-"""AdamW over the parts' parameters, and the learning rate as a function of the step alone."""
+"""AdamW over the components' parameters, and the learning rate as a function of the step alone."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ def rate_factor(step: int, num_steps: int, warmup_steps: int, schedule: str) -> 
 
 
 def make_optimizer(model: Any, components: Components, config: Config) -> torch.optim.AdamW:
-    """AdamW with a group for each part and for matrices and the rest: weight decay falls on matrices only."""
+    """AdamW with two groups for each component, matrices and the rest: weight decay applies to matrices only."""
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -33,10 +33,10 @@ def make_optimizer(model: Any, components: Components, config: Config) -> torch.
         [
             {
                 "params": parameters,
-                "base_rate": config.tune.trainable[part].learning_rate or config.train.learning_rate,
+                "base_rate": config.tune.trainable[component].learning_rate or config.train.learning_rate,
                 "weight_decay": config.train.weight_decay if is_matrix else 0.0,
             }
-            for (part, is_matrix), parameters in groups.items()
+            for (component, is_matrix), parameters in groups.items()
         ],
         lr=config.train.learning_rate,
     )

@@ -28,12 +28,15 @@ def start_report(config: Config, dataset: Dataset, learner: Learner) -> Iterator
 
 def _component_table(reports: Sequence[ComponentReport]) -> Table:
     """What is trainable."""
-    table = Table("component", "mode", "modules", "trainable", "frozen", box=None, pad_edge=False)
+    quantized = any(row.quantized for row in reports)
+    columns = ["component", "mode", "modules", "trainable", "frozen", *(["in 4 bits"] if quantized else [])]
+    table = Table(*columns, box=None, pad_edge=False)
     for column in table.columns[2:]:
         column.justify = "right"
     for row in reports:
         modules = f"{row.num_modules:,}" if row.trainable else "–"
-        table.add_row(row.component, row.mode, modules, f"{row.trainable:,}", f"{row.frozen:,}")
+        numbers = [row.trainable, row.frozen, *([row.quantized] if quantized else [])]
+        table.add_row(row.component, row.mode, modules, *(f"{number:,}" for number in numbers))
     return table
 
 
@@ -79,8 +82,9 @@ class StepReporter:
         speed = f"{row['num_tokens'] / row['seconds']:,.0f} tok/s"
         self._task.advance()
         self._task.note(f"{loss}  {speed}  {mfu}")
-        is_due = not self._progress.shows_bars and (step == 1 or time.monotonic() - self._last_line >= LOG_SECONDS)
+        now = time.monotonic()
+        is_due = not self._progress.shows_bars and (step == 1 or now - self._last_line >= LOG_SECONDS)
         if is_due or step == self._num_steps:
-            self._last_line = time.monotonic()
+            self._last_line = now
             rate, norm = f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.3f}"
             self._progress.say(f"step {step}/{self._num_steps}  {loss}  {rate}  {norm}  {speed}  {mfu}")

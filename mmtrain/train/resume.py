@@ -37,7 +37,7 @@ def find_resume(
     """The checkpoint to resume from. `layout` is what decides the bits besides the config; its changes are reported.
 
     Raises UserError naming every change that would change the result and is not among `accept`, and NoCheckpointError
-    where no checkpoint is sound.
+    where no checkpoint is intact.
     """
     now = _flat(config.model_dump(mode="json")) | fingerprints
     _check_known(accept, now)

@@ -6,6 +6,7 @@ from pathlib import Path
 from mmtrain.config import Config, dump_config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
+from mmtrain.model.quantization import check_installed
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.checkpoint import CheckpointFolder
@@ -36,6 +37,7 @@ def train(config: Config, accept: Sequence[str] = (), on_step: OnStep = lambda r
 def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runtime, progress: Progress) -> None:
     output_dir, activity = Path(config.run.output_dir), runtime.activity
     _check_microbatches(config, runtime)
+    check_installed(config.model.quantization)
     activity.set("checking the data")
     processor = load_processor(config.model.path)
     dataset = Dataset(config, processor, progress)

@@ -59,8 +59,8 @@ class RunState:
 
     @property
     def _layout(self) -> dict[str, Any]:
-        """What decides the bits of the result besides what decides the result: the keys of `run` that may change
-        them, as this run executes them, and the machine."""
+        """What decides the bits of the result, in addition to what decides the result itself: those keys of `run`, as
+        this run executes them, and the machine."""
         run, runtime = self._config.run, self._runtime
         keys = {key: getattr(run, key) for key in AFFECTS_BITS}
         cached = caches_features(self._config, runtime.num_processes)  # the sizes of the cache do not change a bit

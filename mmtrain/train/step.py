@@ -18,6 +18,7 @@ from mmtrain.runtime.shard import whole
 from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.gradients import branch_of, flatten, put_back, sum_running, sum_tree
+from mmtrain.train.lost_gradients import LostGradients, backward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class Learner(LoadedModel):
     """What samples cost to compute, by which a step is cut."""
     component_reports: list[ComponentReport]
     """What is trainable of each component."""
+    lost_gradients: LostGradients
     exact: bool
     """Micro-batches are summed in a tree that does not depend on the number of processes."""
     sharded: bool
@@ -103,7 +105,10 @@ def _backward(learner: Learner, batch: Batch | None, num_supervised: int, step: 
     learner.runtime.activity.set("forward")
     with learner.dropout.at(step, batch), microbatch_faults(f"step {step}", batch):
         nll, _ = learner.nll(batch)
-        torch.autograd.backward(nll.sum() / num_supervised)
+        backward(nll.sum() / num_supervised, step)
+        if len(nll):
+            has_images = any(segment.num_images for segment in batch.segments)
+            learner.lost_gradients.check(step, has_images, lambda: learner.nll(batch)[0])
     return wide(nll.detach()).sum()
 
 
@@ -116,7 +121,8 @@ def train_step(
 ) -> StepResult:
     """Gradients, clipping and the update.
 
-    Raises NonFiniteError, with the weights untouched, where the loss or the gradient's norm is not finite.
+    Raises, with the weights untouched, NonFiniteError where the loss or the gradient's norm is not finite, and
+    LostGradientError where a parameter that the loss depends on has no gradient.
     """
     total, stop_signal = accumulate_gradients(learner, batches, num_supervised, step)
     learner.runtime.activity.set("update")

@@ -1,18 +1,32 @@
-"""The micro-batches of every step, as this process computes them."""
+"""How each step is cut into micro-batches, and the batches that this process computes."""
 
 import functools
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
 
 from mmtrain.config.schema import Run
 from mmtrain.dataset.batch import Batch
+from mmtrain.dataset.microbatches import cut_step
+from mmtrain.model.cost import CostModel
 from mmtrain.runtime.shard import Filled
-from mmtrain.train.dataset import Dataset, StepCut
+from mmtrain.train.dataset import Dataset
 from mmtrain.train.step import Learner
 
 
+@dataclass(frozen=True, slots=True)
+class StepCut:
+    """One step: its samples, and the micro-batches, some perhaps empty, that this process computes."""
+
+    samples: tuple[int, ...]
+    own: tuple[tuple[int, ...], ...]
+    num_tokens: int
+    num_supervised: int
+    operations: float
+    """What it must compute, over all processes: a multiplication and an addition are two."""
+
+
 class StepCuts:
-    """How each step is cut, and the batches of a range of steps."""
+    """How the steps of a data set are cut for `learner`, as `settings` say."""
 
     def __init__(self, dataset: Dataset, learner: Learner, settings: Run) -> None:
         self._dataset, self._learner, self._settings = dataset, learner, settings
@@ -26,10 +40,21 @@ class StepCuts:
         return self._learner.batches(self._filled or self._dataset.train, microbatches)
 
     def _cut(self, step: int) -> StepCut:
-        learner, runtime = self._learner, self._learner.runtime
+        """Every process has as many micro-batches."""
+        samples, checked = self._dataset.plan.step(step), self._dataset.checked
+        lengths, supervised = checked.num_tokens[samples], checked.num_supervised[samples]
+        image_tokens, pairs = checked.num_image_tokens[samples], checked.image_token_pairs[samples]
+        cost = self._costs(step).of(lengths, image_tokens, pairs, supervised)
+        settings, runtime = self._settings, self._learner.runtime
+        multiple = runtime.num_processes if settings.microbatches == "auto" else settings.microbatches
+        cuts = cut_step(lengths.tolist(), settings.microbatch_tokens, self._learner.packing, multiple, cost.tolist())
+        share = len(cuts) // runtime.num_processes
+        own = [tuple(samples[i] for i in cut) for cut in cuts[runtime.index * share : (runtime.index + 1) * share]]
+        if self._filled is not None:
+            own = list(map(self._filled.fill, own))
+        return StepCut(tuple(samples), tuple(own), int(lengths.sum()), int(supervised.sum()), 2.0 * float(cost.sum()))
+
+    def _costs(self, step: int) -> CostModel:
         # from the second epoch on every image was seen; a rule that follows from the step alone, as the cut must
-        is_cached = learner.make_inputs.store is not None and step > self._dataset.plan.steps_per_epoch
-        costs = learner.costs.with_cached_features if is_cached else learner.costs
-        packing, index, count = learner.packing, runtime.index, runtime.num_processes
-        cut = self._dataset.cut(step, self._settings, packing, costs, index, count)
-        return cut if self._filled is None else replace(cut, own=tuple(map(self._filled.fill, cut.own)))
+        is_cached = self._learner.make_inputs.store is not None and step > self._dataset.plan.steps_per_epoch
+        return self._learner.costs.with_cached_features if is_cached else self._learner.costs

@@ -14,6 +14,7 @@ from mmtrain.model.load import checkpoint_activations, load_model
 from mmtrain.progress import Progress
 from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
+from mmtrain.train.lost_gradients import LostGradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +29,16 @@ class TrainableModel:
     component_reports: list[ComponentReport]
     """A row for each component."""
     dropout: DropoutContext
+    lost_gradients: LostGradients
 
 
 def make_trainable(config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress) -> TrainableModel:
     """Load the base model, freeze it, and add what is trainable, whose initial weights follow from the seed alone."""
     torch.manual_seed(config.train.seed)
+    settings = config.model
     home = torch.device("cpu") if is_sharded(config, runtime) else runtime.device
     with loading_faults():
-        base = load_model(config.model.path, config.model.dtype, processor, home, runtime.activity.tick)
+        base = load_model(settings.path, settings.dtype, processor, home, runtime.activity.tick, settings.quantization)
     runtime.activity.set("preparing the model")
     family = probe_family(base, processor, progress.say)
     model, reports = apply_tune(base, family.components, config.tune)
@@ -43,7 +46,7 @@ def make_trainable(config: Config, processor: ChatProcessor, runtime: Runtime, p
         checkpoint_activations(base)
     dropout = DropoutContext(config.train.seed)
     install_dropout(model, family, config.tune, dropout)
-    return TrainableModel(base, model.to(home), family, reports, dropout)
+    return TrainableModel(base, model.to(home), family, reports, dropout, LostGradients(model, family.components))
 
 
 def is_sharded(config: Config, runtime: Runtime) -> bool:

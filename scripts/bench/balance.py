@@ -46,7 +46,7 @@ def costs_in(config: Config, processor: ChatProcessor) -> CostModel:
     """What samples cost in the config's model, made without its weights."""
     model = model_structure(config.model.path)
     with torch.device("meta"):
-        family = probe_family(model, processor, lambda line: None)
+        family = probe_family(model, processor, QUIET.say)
         apply_tune(model, family.components, config.tune)
     return cost_model(model, family, config.tune)
 

@@ -3,6 +3,7 @@
 What is found is plain data, for the process that asked.
 """
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,26 +20,36 @@ from mmtrain.runtime.meter import Meter
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.step import Learner
 from support.builders import MAKERS, mixed_rows, train_and_run, write_jsonl
+from support.families_grid import GRID
+from support.families_text import TEXT_ONLY
 from support.families_tile import TILE
 from support.family_models import make_family
 from support.learning import learner_for, relative_l2, step_of
 
 TEXT, ONE_IMAGE, FOUR_IMAGES = [1, 4], [0, 5], [0, 2, 3]
 """Samples of `mixed_rows` with so many images: none, two and four."""
+FAMILIES = {**GRID, **TILE, **TEXT_ONLY}
+WITHOUT_IMAGES = ("text", *TEXT_ONLY)
 STEPS = {"text": TEXT, "two images": ONE_IMAGE, "four images": FOUR_IMAGES}
 
 
-def _make_model(kind: str, folder: Path) -> Path:
-    make: Callable[[Path], Path] = MAKERS.get(kind) or (lambda path: make_family(TILE[kind], path))
-    return make(folder / kind)
+def _make_model(kind: str, changes: dict[str, Any], folder: Path) -> Path:
+    make: Callable[[Path], Path] = MAKERS.get(kind) or (lambda path: make_family(FAMILIES[kind], path))
+    file = make(folder / kind) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return file.parent
 
 
 def _config(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     kind = case.get("kind", "qwen2_5_vl")
-    data = write_jsonl(folder / "data" / "mixed.jsonl", mixed_rows(folder / "data", with_images=kind != "text"))
+    rows = mixed_rows(folder / "data", with_images=kind not in WITHOUT_IMAGES)
+    data = write_jsonl(folder / "data" / "mixed.jsonl", rows)
     settings = {"output_dir": str(folder / "run"), "batch_size": 8, "learning_rate": 1e-2, **case.get("settings", {})}
     return {
-        "model": {"path": str(_make_model(kind, folder)), "dtype": case.get("dtype", "bfloat16")},
+        "model": {
+            "path": str(_make_model(kind, case.get("config", {}), folder)),
+            "dtype": case.get("dtype", "bfloat16"),
+        },
         "tune": case.get("tune", {"language": {"mode": "lora", "rank": 8, "alpha": 16.0}}),
         "data": {"train": [{"path": str(data)}]},
         **train_and_run(**settings),
@@ -48,7 +59,8 @@ def _config(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """What the steps of `case` give on both devices, and what they ask of the fake one.
 
-    `case` may have `kind` of model, `dtype`, `tune` and `settings`, keys of `train` and `run`.
+    `case` may have `kind` of model, `config`, keys of its config.json, `dtype`, `tune` and `settings`, keys of `train`
+    and `run`.
     """
     with tempfile.TemporaryDirectory() as name:
         config = _config(case, Path(name))

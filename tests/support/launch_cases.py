@@ -179,7 +179,7 @@ def accelerate_case(world: World) -> list[str]:
     with started(folder, [*program, *world.words(folder)]) as run:
         code = run.wait()
         faults = [] if code == 0 else [f"exit code {code}: {run.text[-1500:]}"]
-        faults += told_once(run.text, "each of 2 processes")
+        faults += told_once(run.text, "replicated on 2 processes")
         faults += world.check_same(folder) if not faults else []
     return [f"accelerate launch: {fault}" for fault in faults]
 
@@ -198,7 +198,7 @@ def slurm_case(world: World, step: bool) -> list[str]:
         codes = [run.wait() for run in runs]
         text = "".join(run.text for run in runs)
         faults = [] if codes == [0] * len(runs) else [f"exit codes {codes}: {text[-1500:]}"]
-        faults += told_once(text, f"each of {len(runs)} process")
+        faults += told_once(text, f"replicated on {len(runs)} process")
         faults += world.check_same(folder) if not faults else []
     finally:
         for run in runs:
@@ -261,7 +261,7 @@ def nodes_case(world: World, kill: bool) -> list[str]:
             faults = [] if codes == [0, 0] else [f"exit codes {codes}: {text[-2500:]}"]
             if kill:
                 faults += told_once(text, "continuing from")
-            faults += [] if "each of 2 processes" in text else [f"they did not meet: {text[-1500:]}"]
+            faults += [] if "replicated on 2 processes" in text else [f"they did not meet: {text[-1500:]}"]
             faults += world.check_same(folder, *LONG) if not faults else []
         finally:
             for run in runs:

@@ -84,8 +84,13 @@ def frozen_types(config: Config) -> set[torch.dtype]:
     return {parameter.dtype for parameter in tuned(config)[0].parameters() if not parameter.requires_grad}
 
 
+def quantized_layers(config: Config) -> int:
+    return sum("Linear4bit" in repr(type(one)) and not hasattr(one, "lora_A") for one in tuned(config)[0].modules())
+
+
 def tuned(config: Config) -> tuple[Any, Any]:
-    base = load_model(config.model.path, config.model.dtype, load_processor(config.model.path))
+    processor, quantization = load_processor(config.model.path), config.model.quantization
+    base = load_model(config.model.path, config.model.dtype, processor, quantization=quantization)
     components = Components(base)
     model, _ = apply_tune(base, components, config.tune)
     return model, make_optimizer(model, components, config)

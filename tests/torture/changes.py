@@ -15,7 +15,7 @@ import PIL.Image
 
 from torture import runs
 
-FITS = "weights are others than the model's"
+FITS = "weights differ from the model's"
 """What is said where a change was accepted and the checkpoint's weights still have no place in the model."""
 
 

@@ -63,7 +63,7 @@ def corrupt(flips: int = 1000, truncations: int = 200) -> tuple[str, bool]:
         f"{time.monotonic() - begun:.0f} s"
     )
     good = not silent and named == fell_back == len(cases) and resumed
-    clear = codes == [3] and "no checkpoint is sound" in said and "Traceback" not in said
+    clear = codes == [3] and "no checkpoint is intact" in said and "Traceback" not in said
     return line + unclear + ("" if clear else f"\n{said}"), good and clear
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from mmtrain.model.kernels.linear import is_adapted_linear
 from mmtrain.model.kernels.mlp import Gate
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.kernels.rowwise import GELU, GELU_TANH, SILU, Activation, GatedActivation
@@ -41,7 +41,11 @@ class Gated(Kernel):
 
 def gated_kernels(module: nn.Module) -> Iterator[Gated]:
     """The kernels to try on `module`, which differ in which half is the gate; none if it is not a gated MLP."""
-    linear = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear | LoraLinear)}
+    linear: dict[str, Any] = {
+        name: child
+        for name, child in module.named_children()
+        if isinstance(child, nn.Linear) or is_adapted_linear(child)
+    }
     if len(linear) not in (2, 3) or _num_parameters(module) != sum(map(_num_parameters, linear.values())):
         return
     for down in reversed(linear):  # the last one, nearly always

@@ -6,10 +6,12 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from mmtrain.model.kernels.products import ROW_MULTIPLE, FrozenLinear
 from mmtrain.model.kernels.trial import Kernel, example_for
+from mmtrain.model.quantized_weights import is_quantized
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,14 @@ class Frozen(Kernel):
 
 def linear_kernel(module: nn.Module) -> Kernel | None:
     """The kernel to try on `module`; None if it is not a linear layer, or is trainable."""
-    if isinstance(module, LoraLinear):
+    if is_adapted_linear(module):
         return AdaptedLinear() if _has_one_adapter(module) else None
     return Frozen() if is_frozen(module) else None
+
+
+def is_adapted_linear(module: nn.Module) -> bool:
+    """A linear layer with adapters; peft has a class of its own for each kind of quantized weight."""
+    return isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear)
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -61,9 +68,9 @@ def is_frozen(module: nn.Module) -> bool:
     return type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters())
 
 
-def _has_one_adapter(module: LoraLinear) -> bool:
+def _has_one_adapter(module: Any) -> bool:
     """Whether it is a linear layer with one adapter, which is the product of two matrices."""
     names = module.active_adapters
     base = module.get_base_layer()
     is_product = len(names) == 1 and names[0] not in module.lora_variant and not module.lora_bias[names[0]]
-    return is_product and type(base) is nn.Linear
+    return is_product and (type(base) is nn.Linear or is_quantized(base))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mmtrain.model.kernels.products import ROW_MULTIPLE
+from mmtrain.model.quantized_weights import dtype_of
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest relative difference (L2) that counts as rounding. If a module is tried alone, this is for each row of the
@@ -63,7 +64,8 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 def example_for(module: nn.Module, *shape: int) -> Tensor:
     """`noise` with the device and type of the module's first parameter."""
-    return noise(*shape).to(next(module.parameters()))
+    first = next(module.parameters())
+    return noise(*shape).to(first.device, dtype_of(first))
 
 
 def example_ids(decoder: Any) -> Tensor:
@@ -158,8 +160,8 @@ def undisturbed(whole: nn.Module) -> Iterator[None]:
 
 def _dtype(whole: nn.Module) -> torch.dtype:
     """The type of the matrix products. Adapters are float32 even next to a 16-bit base."""
-    narrow = (p.dtype for p in whole.parameters() if p.dtype in (torch.bfloat16, torch.float16))
-    return next(narrow, torch.float32)
+    dtypes = map(dtype_of, whole.parameters())
+    return next((dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)), torch.float32)
 
 
 @contextmanager
