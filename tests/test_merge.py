@@ -1,6 +1,7 @@
 """mmtrain merge: one model with the logits and the greedy tokens of base + adapter, or nothing at all."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,27 @@ def test_a_complete_model_needs_no_merge(make_config: MakeConfig, tmp_path: Path
     run = trained(make_config("text", {"language": ALL_FULL["language"]}, steps=1))
     with pytest.raises(UserError, match="a complete model was trained, there is nothing to merge"):
         merge(run, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "text"])
+def test_an_adapter_of_a_quantized_base_is_merged_into_the_dequantized_one(
+    kind: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    data = make_config(kind, {"language": LORA}, steps=3).model_dump()
+    data["model"]["quantization"] = "nf4"
+    config = Config.model_validate(data)
+    run = trained(config)
+    merge(run, tmp_path / "merged")
+    settings = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in settings
+    code = re.findall(r"```python\n(.*?)```", (run / "adapter" / "README.md").read_text(), re.DOTALL)[0]
+    names: dict[str, Any] = {}
+    exec(code.replace('folder = "."', f"folder = {str(run / 'adapter')!r}"), names)  # quantized, as in training
+    for module in names["model"].modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # its inference format computes in bfloat16
+            module.support_avx512bf16_for_cpu = False
+    merged = logits_of(load(kind, tmp_path / "merged"), config)
+    assert relative(merged, logits_of(names["model"], config)) < 1e-5
+    original = PeftModel.from_pretrained(load(kind, Path(config.model.path)), str(run / "adapter")).eval()
+    assert relative(merged, logits_of(original, config)) > 1e-3

@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.encoding.directory import files_in, model_directory, processor_files
+from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.merge.comparison import Comparison
 from mmtrain.merge.source import MergeSource, find_source, samples_of_run
-from mmtrain.merge.weights import GENERATION, cast, merge_weights, save, untie
-from mmtrain.model.adapter import load_adapter
+from mmtrain.merge.weights import GENERATION, cast, dequantized, merge_weights, save, untie
+from mmtrain.model.adapter import Adapter, load_adapter
 from mmtrain.model.load import auto_class, load_config, load_model
 from mmtrain.model.packing_trial import random_samples
 from mmtrain.progress import Progress
@@ -44,12 +46,7 @@ def merge(path: Path, output: Path, base: str | None = None) -> None:
     processor = load_processor(source.base)
     samples = samples_of_run(source, processor, progress.say)
     progress.say("merging in float32")
-    model = load_model(source.base, "float32", processor)
-    comparison = Comparison(samples or random_samples(model, processor), processor)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")  # `untie` solves it
-        adapted = load_adapter(model, source.adapter)
-    comparison.expect(adapted)
+    comparison, adapted = _load(source, processor, samples)
     for layer in untie(adapted):
         progress.say(f"{layer} shares its weight with another layer: it is stored with a weight of its own")
     merged = merge_weights(adapted)
@@ -67,6 +64,29 @@ def merge(path: Path, output: Path, base: str | None = None) -> None:
         f"and {rounded:.1e} after the cast (relative, computed in float32)"
     )
     progress.say("transformers, vLLM and others load it like the base model")
+
+
+def _load(source: MergeSource, processor: ChatProcessor, samples: list[Encoded]) -> tuple[Comparison, PeftModel]:
+    """Base + adapter in float32, and its logits on the samples.
+
+    A base model that was quantized for training is dequantized after that: its weights, not the original ones, are
+    those that the adapter was trained with.
+    """
+    quantization = None if source.config is None else source.config.model.quantization
+    model = load_model(source.base, "float32", processor, quantization=quantization)
+    comparison = Comparison(samples or random_samples(model, processor), processor)
+    adapted = _adapted(model, source.adapter)
+    comparison.expect(adapted)
+    if quantization is not None:
+        model = load_model(source.base, "float32", processor, quantization=quantization)
+        adapted = _adapted(dequantized(model), source.adapter)
+    return comparison, adapted
+
+
+def _adapted(model: Any, adapter: Adapter) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")  # `untie` solves it
+        return load_adapter(model, adapter)
 
 
 def _stored_dtype(base: str) -> torch.dtype:

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig
+from transformers.utils.logging import ERROR, get_verbosity, set_verbosity
 
 from mmtrain.errors import UserError, system_error
 from mmtrain.safe_text import one_line
@@ -18,6 +19,16 @@ from mmtrain.safe_text import one_line
 GENERATION = "generation_config.json"
 MAX_SHARD = "5GB"
 """The largest file of weights, as the hub's own models have it."""
+
+
+def dequantized(model: Any) -> Any:
+    """`model`, which was quantized while it was loaded, with plain linear layers of the values it computes with."""
+    verbosity = get_verbosity()
+    set_verbosity(ERROR)
+    try:
+        return model.dequantize(torch.float32).requires_grad_(False)
+    finally:
+        set_verbosity(verbosity)
 
 
 def untie(model: PeftModel) -> list[str]:
