@@ -80,8 +80,8 @@ def test_older_gpus_have_no_such_kernel(
     capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert attention._has_varlen(torch.device("cuda", 0)) is expected
-    assert not attention._has_varlen(torch.device("cpu"))
+    assert attention.has_varlen(torch.device("cuda", 0)) is expected
+    assert not attention.has_varlen(torch.device("cpu"))
 
 
 class Varlen:

@@ -1,14 +1,26 @@
 """Dropout masks follow (seed, step, sample, module, position), as law 1 says, and nothing else."""
 
+import hashlib
 import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Batch, Segment
+from mmtrain.errors import UserError
 from mmtrain.model.dropout import DropoutContext, SampleDropout
+from mmtrain.model.kernels.masks import Mask, Rows
+from support.learning import LORA, learner_for, relative_l2, step_of
 
 LENGTH = 40
+WORD = 2**64 - 1
 
 
 def batch_of(samples: tuple[int, ...], packed: bool = True) -> Batch:
@@ -61,3 +73,149 @@ def test_dropout_is_off_again_after_a_micro_batch_that_fails() -> None:
     except ValueError:
         pass
     assert torch.equal(dropout(ones), ones)
+
+
+def philox4x64_10(counter: tuple[int, ...], key: tuple[int, int]) -> list[int]:
+    """Salmon et al. 2011, section 3.3, in whole numbers."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        first, second = c0 * 0xD2E7470EE14C6C93, c2 * 0xCA5A826395121157
+        c0, c1, c2, c3 = (second >> 64) ^ c1 ^ k0, second & WORD, (first >> 64) ^ c3 ^ k1, first & WORD
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & WORD, (k1 + 0xBB67AE8584CAA73B) & WORD
+    return [c0, c1, c2, c3]
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0,) * 4, (0, 0), "16554d9eca36314c db20fe9d672d0fdc d7e772cee186176b 7e68b68aec7ba23b"),
+        ((WORD,) * 4, (WORD, WORD), "87b092c3013fe90b 438c3c67be8d0224 9cc7d7c69cd777b6 a09caebf594f0ba0"),
+        (
+            (0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0, 0x082EFA98EC4E6C89),
+            (0x452821E638D01377, 0xBE5466CF34E90C6C),
+            "a528f45403e61d95 38c72dbd566e9788 a5a1610e72fd18b5 57bd43b5e52b7fe6",
+        ),
+    ],
+)
+def test_the_generator_below_is_the_published_one(
+    counter: tuple[int, ...], key: tuple[int, int], expected: str
+) -> None:
+    """kat_vectors of Random123, "philox4x64 10"."""
+    assert [f"{word:016x}" for word in philox4x64_10(counter, key)] == expected.split()
+
+
+@pytest.mark.parametrize("width", [8, 16, 72])
+def test_every_value_is_dropped_by_its_own_number(width: int) -> None:
+    """From the docstring of the masks, with the generator above: counters, and which number is whose."""
+    seed, step, sample, p = 11, 2**31 + 5, 9, 0.3
+    context, batch = DropoutContext(seed), batch_of((4, sample))
+    dropout = SampleDropout(p, "some.module", "language", None, context)
+    with context.at(step, batch):
+        found = dropout(torch.ones(*batch.input_ids.shape, width)).reshape(2, LENGTH, width)[1]
+    key = int.from_bytes(hashlib.blake2b(b"11 some.module", digest_size=8).digest(), "little")
+    num_blocks = -(-width // 16)
+    threshold = round(p * 2**16)
+    for position, value in itertools.product((0, 1, LENGTH - 1), range(width)):
+        block, n = value % num_blocks, value // num_blocks
+        words = philox4x64_10((1 + block + num_blocks * position, sample, step, 0), (key, 0))
+        is_dropped = (words[n // 4] >> 16 * (n % 4)) % 2**16 < threshold
+        expected = 0.0 if is_dropped else 2**16 / (2**16 - threshold)
+        assert float(found[position, value]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_large_keys_keep_all_their_bits() -> None:
+    """NumPy turns a list of large and small numbers into floating point."""
+    rows, x = Rows(LENGTH, ((0, 0, LENGTH),)), torch.ones(LENGTH, 64)
+    found = [Mask(0.5, 2**63 + last, 1, rows).drop(x)[0] for last in (0, 1)]
+    assert 0.4 < float((found[0] != found[1]).float().mean()) < 0.6
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.5, 1 - 1e-9])
+def test_every_share_drops_something_and_keeps_something(p: float) -> None:
+    rows = Rows(4000, ((0, 0, 4000),))
+    (found,) = Mask(p, 1, 1, rows).drop(torch.ones(4000, 128))
+    assert 0 < float((found == 0).float().mean()) < 1
+
+
+def test_the_gradient_passes_where_the_value_did() -> None:
+    context, batch = DropoutContext(0), batch_of((5, 6))
+    dropout = SampleDropout(0.4, "a", "language", None, context)
+    x = torch.ones(*batch.input_ids.shape, 24, requires_grad=True)
+    with context.at(1, batch):
+        out = dropout(x)
+    with context.at(2, batch):  # by now it is another step
+        out.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, out.detach())
+
+
+def test_a_module_that_does_not_see_every_token_is_refused() -> None:
+    """Which tokens it sees would be known to the micro-batch alone."""
+    context = DropoutContext(0)
+    dropout = SampleDropout(0.5, "layers.0.experts.1.up", "language", None, context)
+    with (
+        context.at(1, batch_of((5,))),
+        pytest.raises(UserError, match=r"experts\.1\.up gets 7 of 40 tokens"),
+    ):
+        dropout(torch.ones(7, 8))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])  # measured: 1e-7, 0.01
+def test_fused_layers_drop_what_plain_ones_drop(
+    kind: str, dtype: str, tolerance: float, make_config: Callable[..., Config]
+) -> None:
+    found = {}
+    for name, kernels, dropout in (("plain", "off", 0.2), ("fused", "auto", 0.2), ("without", "off", 0.0)):
+        tune = {"language": {**LORA, "dropout": dropout}}
+        config = make_config(kind, tune, kernels=kernels)
+        model = config.model.model_copy(update={"dtype": dtype})
+        learner, dataset = learner_for(config.model_copy(update={"model": model}))
+        found[name] = step_of(learner, dataset, [[0, 3, 5], [1]], packing=True)
+    assert found["fused"][0] == pytest.approx(found["plain"][0], rel=tolerance)
+    assert relative_l2(found["fused"][1], found["plain"][1]) < tolerance
+    assert relative_l2(found["without"][1], found["plain"][1]) > 2 * tolerance
+
+
+def test_dropout_stores_nothing_for_the_backward_pass(make_config: Callable[..., Config]) -> None:
+    stored = {}
+    for dropout in (0.0, 0.1):
+        learner, dataset = learner_for(make_config("qwen2_5_vl", {"language": {**LORA, "dropout": dropout}}))
+        storages: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor, storages: dict[int, Tensor] = storages) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            step_of(learner, dataset, [[0, 3, 5]], packing=True)
+        stored[dropout] = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    assert stored[0.1] <= 1.01 * stored[0.0]
+
+
+TRITON = """
+import torch
+from mmtrain.model.kernels.masks import PER_COUNTER, Mask, Rows
+from mmtrain.model.kernels.masks_triton import drop
+
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+rows = Rows(6, ((3, 1, 4), (7, 4, 5)))
+for width in (8, 72, 4100):
+    for dtype in (torch.float32, torch.bfloat16):
+        for key, step in ((5, 1), (2**40, 9), (2**63 + 5, 2**31 + 9)):
+            x = torch.randn(6, width).to(dtype)
+            mask = Mask(0.3, key, step, rows)
+            (expected,) = mask.drop(x)
+            found = drop(x.to(device), rows.on(device), key, step, mask._threshold, mask._scale, PER_COUNTER).cpu()
+            assert torch.equal(found == 0, expected == 0)
+            # Triton's interpreter on the CPU cuts digits off where the GPU rounds
+            assert torch.allclose(found.float(), expected.float(), rtol=2e-7 if dtype == torch.float32 else 2**-7)
+print("compared on", device)
+"""
+
+
+def test_the_gpu_kernel_drops_what_the_cpu_drops() -> None:
+    """On the CPU by Triton's interpreter, which is chosen when Triton is imported."""
+    pytest.importorskip("triton")
+    interpreted: dict[str, Any] = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", TRITON], capture_output=True, text=True, env=os.environ | interpreted)
+    assert done.stdout.startswith("compared on"), done.stderr

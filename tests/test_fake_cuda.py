@@ -46,9 +46,10 @@ CACHED = [name for name in CASES if name not in ("projector and vision", "no cac
 ROUNDING = {"gemma4": 0.2}
 """The largest relative difference (L2) of a bfloat16 gradient, other cases 0.05; padded gemma4 has it too, and in
 float32 it is 1e-5."""
-KERNELS = {"dora": 950, "gemma3": 720, "gemma4": 720, "checkpointing": 680}
+KERNELS = {"dora": 950, "gemma3": 720, "gemma4": 720, "checkpointing": 680, "dropout": 700}
 """The most kernels of a text step with two layers, forward, backward and the optimizer's zeros; of other cases 600. A
-loop over samples, heads or blocks of tokens would exceed them."""
+loop over samples, heads or blocks of tokens would exceed them. Without Triton, as here, dropout
+takes more of them."""
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +100,10 @@ def test_a_step_on_the_gpu_is_that_on_the_cpu(name: str, ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_host_waits_once_in_a_text_step_and_as_often_whatever_the_number_of_cached_images(
-    name: str, ask: Ask
-) -> None:
+def test_the_host_waits_once_in_a_text_step_and_as_often_whatever_the_number_of_images(name: str, ask: Ask) -> None:
     case = ask(name)
+    new_two, new_four = (sum(case["first"][step]["waits"].values()) for step in ("two images", "four images"))
+    assert new_two == new_four, (case["first"]["two images"]["waits"], case["first"]["four images"]["waits"])
     text, two, four = (sum(case["again"][step]["waits"].values()) for step in ("text", "two images", "four images"))
     assert text <= (5 if name in PADDED else 1), case["again"]["text"]["waits"]
     assert two == four, (case["again"]["two images"]["waits"], case["again"]["four images"]["waits"])
@@ -112,12 +113,9 @@ def test_the_host_waits_once_in_a_text_step_and_as_often_whatever_the_number_of_
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_copied_from_memory_that_is_not_pinned(name: str, ask: Ask) -> None:
-    """But what transformers makes for the images that go through the vision encoder."""
     case = ask(name)
     for step in [*case["first"].values(), *case["again"].values()]:
-        own = [line for line in step["pageable"] if not line.startswith("transformers/")]
-        assert not own
-    assert name not in CACHED or not any(step["pageable"] for step in case["again"].values())
+        assert not step["pageable"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,8 +136,6 @@ def test_few_kernels_for_a_step_and_few_more_for_an_image(name: str, ask: Ask) -
     text, two, four = (case["again"][step]["kernels"] for step in ("text", "two images", "four images"))
     assert text <= KERNELS.get(name, 600)
     assert four - two <= (50 if name in CACHED else 100)
-    new_two, new_four = (case["first"][step]["kernels"] for step in ("two images", "four images"))
-    assert new_four - new_two <= 200
 
 
 @pytest.mark.parametrize("name", NAMES)

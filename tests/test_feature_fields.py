@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -15,12 +16,15 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from mmtrain.config.schema import Config
 from mmtrain.dataset.image_inputs import ImageInputs
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.image_cache.features import ImageFeatures, find_fields
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.load import load_model
+from mmtrain.model.transfer import PinnedMemory
+from mmtrain.model.vision import VisionInputs
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.image_cache import input_maker
 
@@ -183,15 +187,78 @@ def test_a_forward_that_takes_no_features_gets_none(
 
 
 def test_a_model_without_cached_features_is_named_in_one_line_and_a_text_model_in_none(
-    model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    model_dirs: dict[str, Path], make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = make_config("qwen2_5_vl")
     model, processor = qwen(model_dirs)
     monkeypatch.setattr(model, "forward", lambda input_ids=None, pixel_values=None: None)
     said: list[str] = []
     runtime, store = Runtime("float32"), FeatureStore(1e6)
-    assert input_maker(model, processor, runtime, store, said.append).features is None
+    vision = VisionInputs(model)
+    assert input_maker(model, processor, config, runtime, store, vision, said.append).features is None
     assert said == ["image cache: off, models of this family do not take cached features"]
     text = load_processor(str(model_dirs["text"]))
     without_images = load_model(str(model_dirs["text"]), "float32", text)
-    assert input_maker(without_images, text, runtime, store, said.append).features is None
+    assert input_maker(without_images, text, config, runtime, store, vision, said.append).features is None
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("room", [1e6, 0.0])
+def test_missing_images_go_through_the_tower_at_once(
+    room: float, model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = qwen(model_dirs)
+    fields = find_fields(model, processor)
+    assert not isinstance(fields, str)
+    assert fields.can_be_split
+    noise = np.random.default_rng(1)
+    images = []
+    for number, (height, width) in enumerate([(84, 140), (112, 56), (56, 56), (84, 140)]):
+        pixels = PIL.Image.fromarray(noise.integers(0, 256, (height, width, 3), np.uint8))
+        inputs, ids = processor.image_inputs([pixels])
+        images.append(ImageInputs(str(number), ids.count(processor.image_token_id or -1), inputs, None))
+    images.insert(1, images[3])  # an image that comes twice
+    one_by_one = ImageFeatures(model, FeatureStore(1e6), fields)
+    (expected,) = one_by_one.of(images)["mm_encoder_outputs"].values()
+    calls: list[int] = []
+    model.get_encoder(modality="image").register_forward_hook(lambda *_: calls.append(1))
+    store = FeatureStore(room)
+    together = ImageFeatures(model, store, fields, together=True)
+    together.of(images[:1])  # one is stored where there is room
+    copied: list[Tensor] = []
+
+    def empty_like(value: Tensor, **_: Any) -> Tensor:
+        copied.append(value)
+        return value.clone()
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    (found,) = together.of(images)["mm_encoder_outputs"].values()
+    assert len(calls) == 2
+    assert len(copied) == (3 if room else 0)  # nothing is copied for a store that is full
+    assert len(found.pooler_output) == len(images)
+    for own, other in zip(found.pooler_output, expected.pooler_output, strict=True):
+        assert torch.allclose(own, other, rtol=1e-5, atol=1e-6)
+    assert all((store.find(image.key) is not None) == bool(room) for image in images)
+
+
+def test_tiles_that_are_padded_to_the_most_of_a_batch_go_one_by_one() -> None:
+    model, processor = with_tiles()
+    fields = find_fields(prepared(model), processor)
+    assert not isinstance(fields, str)
+    assert not fields.can_be_split
+
+
+def test_pinned_memory_holds_every_copy_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(PinnedMemory, "_BLOCK", 1000)
+    memory = PinnedMemory()
+    sizes = [(3, 5), (7,), (60, 4), (1,), (400,), (2, 2)]
+    types = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float32, torch.int64]
+    values = [(noise(n, *size) * 100).to(dtype) for n, (size, dtype) in enumerate(zip(sizes, types, strict=True))]
+    copies = [memory.copy_of(value) for value in values]
+    assert all(map(torch.equal, copies, values))
+    assert all(one.data_ptr() % 64 == copies[0].data_ptr() % 64 for one in copies[:2])
+    for copy in copies:
+        copy.zero_()
+        assert sum(not other.any() for other in copies) == 1
+        copy.fill_(1)

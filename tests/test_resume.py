@@ -11,9 +11,12 @@ import torch
 from rich.console import Console
 
 from mmtrain.config.schema import Config
+from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
 from mmtrain.train.checkpoint import CheckpointFolder, Snapshot
+from mmtrain.train.dataset import Dataset
+from mmtrain.train.fingerprint import fingerprints
 from mmtrain.train.resume import Resume, find_resume
 
 HASHES = {"data.train.0.records": "aa", "model.weights": "bb"}
@@ -162,3 +165,20 @@ def test_another_layout_is_told_and_not_refused(run: Run) -> None:
     assert run.find(threads=2) == Resume(saved, 4)
     said = run.said[-1]
     assert said.endswith("its bits may differ: threads 1 → 2")
+
+
+def test_a_run_whose_dropout_was_made_otherwise_is_refused(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    lora = {"mode": "lora", "rank": 4, "alpha": 8.0}
+    found = {}
+    for dropout in (0.0, 0.1):
+        config = make_config("text", {"language": {**lora, "dropout": dropout}})
+        dataset = Dataset(config, load_processor(config.model.path), Progress(quiet=True))
+        found[dropout] = fingerprints(config, dataset, lambda: None)
+    assert found[0.1] == found[0.0] | {"tune.language.dropout.masks": "philox4x64-10"}
+    run = Run(tmp_path / "checkpoints", config)
+    run.save()  # of a version that did not name its masks
+    hashes = HASHES | {"tune.language.dropout.masks": found[0.1]["tune.language.dropout.masks"]}
+    with pytest.raises(UserError) as error:
+        run.find(hashes=hashes)
+    assert error.value.faults[0].startswith("tune.language.dropout.masks: was not set and is 'philox4x64-10'")
+    assert run.find(hashes=hashes, accept=["tune.language.dropout"]).step == 4

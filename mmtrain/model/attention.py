@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mmtrain.dataset.batch import Batch
 from mmtrain.model.kernels.block_attention import BlockAttention
+from mmtrain.model.transfer import on_device
 
 NAME = "mmtrain_segments"
 KEYWORD = "packed_row"
@@ -48,10 +49,10 @@ class PackedRow:
     def of(cls, batch: Batch, device: torch.device) -> Self:
         """The row of a packed batch, for a model on `device`."""
         lengths = _lengths(batch)
-        if not _has_varlen(device):
+        if not has_varlen(device):
             return cls(lengths)
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(lengths, ends.pin_memory().to(device, non_blocking=True))
+        return cls(lengths, on_device(ends, device))
 
 
 def _lengths(batch: Batch) -> tuple[int, ...]:
@@ -59,7 +60,8 @@ def _lengths(batch: Batch) -> tuple[int, ...]:
     return (*(segment.length for segment in batch.segments), *([padding] if padding else []))
 
 
-def _has_varlen(device: torch.device) -> bool:
+def has_varlen(device: torch.device) -> bool:
+    """Whether `device` has torch's variable-length kernel."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -98,7 +100,7 @@ def _attention(
         raise RuntimeError(f"{query.shape[2]} tokens in a row whose samples have {sum(lengths)}")
     window = kwargs.get("sliding_window")
     if packed_row.ends is not None:
-        query, key, value = _autocast(query, key, value)
+        query, key, value = autocast(query, key, value)
         if fits_varlen(query, key, value):
             return _varlen(packed_row.ends, max(lengths), query, key, value, scaling, window), None
     if _in_blocks(query, value) and (window is None or max(lengths) <= window):
@@ -117,7 +119,7 @@ def fits_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return is_narrow and key.dtype == value.dtype == dtype and value.shape[-1] == width
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as autocast casts the inputs of torch's attention; it does not know `varlen_attn`."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):

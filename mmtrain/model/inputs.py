@@ -12,7 +12,8 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.attention import KEYWORD, PackedRow, install_attention
 from mmtrain.model.image_cache.features import ImageFeatures
 from mmtrain.model.image_cache.store import FeatureStore
-from mmtrain.model.transfer import on_device
+from mmtrain.model.transfer import all_on_device
+from mmtrain.model.vision import VisionInputs
 
 _READY_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 """Stands for the mask of a packed row, which needs none. A mask of four dimensions is ready for transformers; without
@@ -22,13 +23,20 @@ one it looks in the positions for where samples begin, and the host waits for th
 class InputMaker:
     """Makes the arguments of one model's forward.
 
-    `features` replaces the pixels of a batch whose images are given one by one.
+    `features` replaces the pixels of a batch whose images are given one by one; `vision` places the others.
     """
 
-    def __init__(self, model: Any, processor: ChatProcessor, features: ImageFeatures | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: ChatProcessor,
+        features: ImageFeatures | None = None,
+        vision: VisionInputs | None = None,
+    ) -> None:
         self.features = features
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         self._model = model
+        self._vision = vision or VisionInputs(model)
         self._get_rope_index = getattr(model.base_model, "get_rope_index", None)
         self.attends_by_sample = install_attention(model)
         """Whether the model uses mmtrain's attention, which keeps the samples of a packed row apart."""
@@ -43,7 +51,7 @@ class InputMaker:
         off; with the default, the samples of a row silently attend to each other.
         """
         device = self._model.device
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False, **batch.image_inputs}
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         inputs["position_ids"] = self._positions(batch)
         if not batch.packed:
             inputs["attention_mask"] = _padding_mask(batch)
@@ -52,7 +60,7 @@ class InputMaker:
             inputs["attention_mask"] = _READY_MASK
         types = self._token_types(batch.input_ids)
         inputs |= {key: types for key in ("mm_token_type_ids", "token_type_ids") if key in self._takes}
-        inputs = {key: on_device(v, device) if isinstance(v, Tensor) else v for key, v in inputs.items()}
+        inputs = all_on_device(inputs, device) | self._vision(batch.image_inputs)
         if self.features is not None and batch.images:
             inputs |= self.features.of(batch.images)
         return inputs

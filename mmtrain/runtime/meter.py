@@ -27,6 +27,8 @@ _ANSWERS = {
     _aten.unique_dim_consecutive,
 }
 """Operators whose result, or its size, the host has to know before it goes on."""
+_INDEXED = {_aten.index, _aten.index_put, _aten.index_put_}
+"""Operators that take tensors of indices: from the CPU they are copied, masks are counted."""
 _COPIES = {_aten._to_copy, _aten.copy_}
 _WITHOUT_A_KERNEL = {
     _aten.detach,
@@ -98,7 +100,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], out: Any) -> None:
         operator = func.overloadpacket
         if operator in _COPIES:
-            self._count_copy(operator.__name__, given[-1], out)
+            non_blocking = kwargs.get("non_blocking", len(args) > 2 and args[2])
+            self._count_copy(operator.__name__, given[-1], out, non_blocking)
+        elif operator in _INDEXED and any(index is not None and not self._is_here(index) for index in args[1]):
+            self.pageable[self._line(operator.__name__)] += 1
         elif self._has_answer(operator, args, given, kwargs):
             self.waits[self._line(operator.__name__)] += 1
         if func.is_view or operator in _WITHOUT_A_KERNEL:
@@ -111,15 +116,17 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _has_answer(self, operator: Any, args: Any, given: list[Tensor], kwargs: dict[str, Any]) -> bool:
         if operator is _aten.repeat_interleave:
             return kwargs.get("output_size") is None
-        if operator in (_aten.index, _aten.index_put, _aten.index_put_):
+        if operator in _INDEXED:
             indices = [index for index in args[1] if index is not None and self._is_here(index)]
             return any(index.dtype in (torch.bool, torch.uint8) for index in indices)
         return operator in _ANSWERS and any(map(self._is_here, given))
 
-    def _count_copy(self, name: str, source: Tensor, target: Tensor) -> None:
+    def _count_copy(self, name: str, source: Tensor, target: Tensor, non_blocking: bool) -> None:
         if source.device.type == target.device.type or not source.numel():
             return
         if self._is_here(source):
+            if non_blocking and target.is_pinned():
+                return
             self.waits[self._line(name)] += 1
         elif not source.is_pinned():
             self.pageable[self._line(name)] += 1

@@ -12,6 +12,7 @@ from mmtrain.model.components import is_as_loaded
 from mmtrain.model.family import probe_family
 from mmtrain.model.load import load_model
 from mmtrain.model.root import Root
+from mmtrain.model.vision import prepare_vision
 from mmtrain.progress import Progress
 from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
@@ -36,6 +37,7 @@ class AdaptedModels:
         cache_images: bool = True,
     ) -> None:
         self._processor, self._runtime, self._progress, self._adapters = processor, runtime, progress, adapters
+        self._config = config
         settings = config.model
         with loading_faults():
             self._model = load_model(
@@ -48,6 +50,8 @@ class AdaptedModels:
             )
         self._model.requires_grad_(False)
         self._family = probe_family(self._model, processor, progress.say)
+        with runtime.autocast():
+            self._vision = prepare_vision(self._model, processor, progress.say)
         self._packing = choose_packing(self._model, processor, config, runtime, progress.say)
         self._store = make_store(config, runtime, progress) if cache_images else None
         self._num_loaded = 0
@@ -69,7 +73,10 @@ class AdaptedModels:
     def _loaded(self) -> LoadedModel:
         model, runtime = self._model, self._runtime
         same = is_as_loaded(model, self._family.components, ("vision", "projector"))  # with all adapters so far
-        make_inputs = input_maker(model, self._processor, runtime, self._store if same else None, self._progress.say)
+        store = self._store if same else None
+        make_inputs = input_maker(
+            model, self._processor, self._config, runtime, store, self._vision, self._progress.say
+        )
         if same and make_inputs.features is None:
             self._store = None  # no adapter changes that
         return LoadedModel(

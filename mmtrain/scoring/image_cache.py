@@ -17,6 +17,7 @@ from mmtrain.model.image_cache.features import ImageFeatures, find_fields
 from mmtrain.model.image_cache.files import FeatureFolder
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.inputs import InputMaker
+from mmtrain.model.vision import VisionInputs
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 
@@ -47,18 +48,46 @@ def make_store(config: Config, runtime: Runtime, progress: Progress) -> FeatureS
 
 
 def input_maker(
-    model: Any, processor: ChatProcessor, runtime: Runtime, store: FeatureStore | None, say: Callable[[str], None]
+    model: Any,
+    processor: ChatProcessor,
+    config: Config,
+    runtime: Runtime,
+    store: FeatureStore | None,
+    vision: VisionInputs,
+    say: Callable[[str], None],
 ) -> InputMaker:
     """What makes the inputs of `model`, which is on its device: with cached features where there is a store and a trial
     shows that the model can take them; `say` is given the line that says why it cannot."""
+    features = _find_features(model, processor, config, runtime, store, vision, say)
+    return InputMaker(model, processor, features, vision)
+
+
+def _find_features(
+    model: Any,
+    processor: ChatProcessor,
+    config: Config,
+    runtime: Runtime,
+    store: FeatureStore | None,
+    vision: VisionInputs,
+    say: Callable[[str], None],
+) -> ImageFeatures | None:
     if store is None or processor.images is None:
-        return InputMaker(model, processor)
+        return None
     with runtime.autocast():
         fields = find_fields(model, processor)
     if isinstance(fields, str):
         say(f"image cache: off, {fields}")
-        return InputMaker(model, processor)
-    return InputMaker(model, processor, ImageFeatures(model, store, fields))
+        return None
+    together = _encodes_together(config, runtime)
+    if together and not fields.can_be_split:
+        say("image cache: images that are not in it are encoded one by one, because their tensors cannot be joined")
+    return ImageFeatures(model, store, fields, vision, together)
+
+
+def _encodes_together(config: Config, runtime: Runtime) -> bool:
+    """Whether images that are missing from the cache are encoded at once. Not on the CPU, where that gains nothing, nor
+    where bits are promised: those of an image would depend on which others were missing."""
+    return runtime.device.type == "cuda" and config.run.microbatches == "auto"
 
 
 def _model_key(config: Config, runtime: Runtime, progress: Progress) -> str:
@@ -66,4 +95,6 @@ def _model_key(config: Config, runtime: Runtime, progress: Progress) -> str:
     files = runtime.from_first("features", lambda: json.dumps(model_fingerprints(config.model.path, progress.tick)))
     versions = {"mmtrain": __version__, "transformers": transformers.__version__, "pillow": PIL.__version__}
     made_by = {"dtype": config.model.dtype, "threads": runtime.num_threads, **runtime.kernels, **versions}
+    if _encodes_together(config, runtime):
+        made_by["images"] = "together"
     return hashlib.sha256(json.dumps([json.loads(files), made_by], sort_keys=True).encode()).hexdigest()

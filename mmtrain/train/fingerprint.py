@@ -1,17 +1,19 @@
-"""What a run's result depends on besides its config: the bytes of its data, its images and its base model."""
+"""What a run's result depends on besides its config: the bytes of its data, images and base model; dropout masks."""
 
 import hashlib
 from collections.abc import Callable
 
 from mmtrain.config import Config
+from mmtrain.config.schema import Lora
 from mmtrain.dataset.hashes import digest, model_fingerprints
+from mmtrain.model.dropout import MASKS
 from mmtrain.model.quantization import quantizer
 from mmtrain.train.dataset import Dataset
 
 
 def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> dict[str, str]:
-    """A SHA-256 for each thing, by the name under which a change of it is refused; for what quantizes the model, its
-    name and version. `tick` is called for every file."""
+    """A SHA-256 for each thing, by the name under which a change of it is refused; for what quantizes the model and for
+    dropout masks, a name and version. `tick` is called for every file."""
     template = dataset.encoder.processor.template.source
     found = model_fingerprints(config.model.path, tick)
     if config.model.quantization is not None:
@@ -20,4 +22,7 @@ def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> 
     for number in range(len(config.data.train)):
         found[f"data.train.{number}.records"] = digest(dataset.train.records.files_of(number), tick)
     found["data.train.pictures"] = digest(sorted(dataset.checked.image_files), tick)
+    for component, tuned in config.tune.components.items():
+        if isinstance(tuned, Lora) and tuned.dropout > 0:
+            found[f"tune.{component}.dropout.masks"] = MASKS
     return found

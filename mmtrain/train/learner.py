@@ -32,7 +32,7 @@ def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, pro
     costs = cost_model(made.base, made.family, config.tune)
     packing = choose_packing(model, processor, config, runtime, progress.say)
     store = make_store(config, runtime, progress) if caches_features(config, runtime.num_processes) else None
-    make_inputs = input_maker(model, processor, runtime, store, progress.say)
+    make_inputs = input_maker(model, processor, config, runtime, store, made.vision, progress.say)
     if settings.compile:
         compile_layers(made.base)
     if sharded:

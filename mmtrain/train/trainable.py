@@ -11,6 +11,7 @@ from mmtrain.model.components import ComponentReport, apply_tune
 from mmtrain.model.dropout import DropoutContext, install_dropout
 from mmtrain.model.family import Family, probe_family
 from mmtrain.model.load import checkpoint_activations, load_model
+from mmtrain.model.vision import VisionInputs, prepare_vision
 from mmtrain.progress import Progress
 from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
@@ -30,6 +31,7 @@ class TrainableModel:
     """A row for each component."""
     dropout: DropoutContext
     lost_gradients: LostGradients
+    vision: VisionInputs
 
 
 def make_trainable(config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress) -> TrainableModel:
@@ -45,8 +47,12 @@ def make_trainable(config: Config, processor: ChatProcessor, runtime: Runtime, p
     if config.run.activation_checkpointing:
         checkpoint_activations(base)
     dropout = DropoutContext(config.train.seed)
-    install_dropout(model, family, config.tune, dropout)
-    return TrainableModel(base, model.to(home), family, reports, dropout, LostGradients(model, family.components))
+    install_dropout(model, family, config.tune, dropout, runtime.device, progress.say)
+    model.to(home)
+    with runtime.autocast():
+        vision = prepare_vision(base, processor, progress.say)
+    lost_gradients = LostGradients(model, family.components)
+    return TrainableModel(base, model, family, reports, dropout, lost_gradients, vision)
 
 
 def is_sharded(config: Config, runtime: Runtime) -> bool:

@@ -1,13 +1,13 @@
 """Image features: outputs of frozen vision and projector, computed once and given to the forward instead of pixels.
 
-Each image goes through the frozen components alone, so the bits of its features do not depend on which other images
-were missing from the cache. A trial finds which fields of the output a family's forward reads and how the fields of
-several images are joined: the decoder must receive the same tensors as from pixels.
+Where bits are promised, each image goes through the frozen components alone, so the bits of its features do not depend
+on which other images were missing from the cache. A trial finds which fields of the output a family's forward reads and
+how the fields of several images are joined: the decoder must receive the same tensors as from pixels.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from mmtrain.dataset.image_inputs import Features, ImageInputs
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.image_cache.store import FeatureStore
-from mmtrain.model.transfer import on_device
+from mmtrain.model.transfer import PinnedMemory, all_on_device
 from mmtrain.safe_text import one_line
 
 _KEYWORD = "mm_encoder_outputs"
@@ -36,12 +36,27 @@ Layout = str | tuple["Layout", ...]
 list with a layout for each of its items."""
 
 
+Place = Callable[[dict[str, Tensor]], dict[str, Any]]
+"""Puts the inputs of images where a model wants them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fields:
     """The fields of image features that a model's forward reads."""
 
     kind: type
     layouts: dict[str, Layout]
+    can_be_split: bool = False
+    """Whether what is computed of several images at once is that of each, one after another."""
+
+    def split(self, output: Any, num_placeholders: Sequence[int]) -> list[dict[str, Tensor]]:
+        """The tensors of each image, by path, from the features of images with so many placeholders. Raises ValueError
+        if they cannot be taken apart."""
+        each: list[dict[str, Tensor]] = [{} for _ in num_placeholders]
+        for name, layout in self.layouts.items():
+            for own, value in zip(each, _split(layout, getattr(output, name), num_placeholders), strict=True):
+                own |= _flat(value, name)
+        return each
 
     def join(self, each: Sequence[dict[str, Tensor]]) -> Any:
         """The features of several images, as the model's own output type. `each` has the tensors of one image."""
@@ -52,36 +67,61 @@ class Fields:
 
 
 class ImageFeatures:
-    """The features of a batch's images: from `store`, or computed and then stored."""
+    """Gives the features of a batch's images: those that `store` has, and the others computed and, where there is room,
+    kept.
 
-    def __init__(self, model: Any, store: FeatureStore, fields: Fields) -> None:
-        self._model = _base(model)
+    `together`: images that are missing go through the frozen components at once, which is faster; one by one, their
+    bits do not depend on each other.
+    """
+
+    def __init__(
+        self, model: Any, store: FeatureStore, fields: Fields, place: Place | None = None, together: bool = False
+    ) -> None:
+        self._model = base_model(model)
         self.store = store
         self._fields = fields
+        self._place = place or _placing(self._model)
+        self._together = together and fields.can_be_split
+        self._memory = PinnedMemory()
 
     @torch.no_grad()
     def of(self, images: Sequence[ImageInputs]) -> dict[str, Any]:
-        """The argument of the model's forward, on its device. Call it under the autocast of training."""
-        each = [self._features(image).tensors for image in images]
+        """The argument of the model's forward, on its device. To be called under the autocast of the training."""
+        # an earlier micro-batch may have had the same image while this one was decoded ahead
+        found = {image.key: image.features or self.store.find(image.key) for image in images}
+        missing = list({image.key: image for image in images if found[image.key] is None}.values())
+        groups = [missing] if self._together and missing else [[image] for image in missing]
         device = self._model.device
-        moved = [{name: on_device(value, device) for name, value in own.items()} for own in each]
-        return {_KEYWORD: {"image": self._fields.join(moved)}}
+        tensors = {key: all_on_device(own.tensors, device) for key, own in found.items() if own is not None}
+        for group in groups:
+            tensors |= zip((image.key for image in group), self._computed(group), strict=True)
+        for image in missing:
+            self._cache(image, tensors[image.key])
+        return {_KEYWORD: {"image": self._fields.join([tensors[image.key] for image in images])}}
 
-    def _features(self, image: ImageInputs) -> Features:
-        # while this micro-batch was loaded ahead, an earlier one may have computed the same image
-        found = image.features or self.store.find(image.key)
-        if found is None:
-            tensors = self._fields_of(_output(self._model, image.inputs))
+    def _computed(self, images: Sequence[ImageInputs]) -> list[dict[str, Tensor]]:
+        """What is kept of each image, by path, on the device."""
+        names = images[0].inputs
+        inputs = {name: torch.cat([image.inputs[name] for image in images]) for name in names} if images[1:] else names
+        output = _output(self._model, inputs, self._place)
+        counts = [image.num_placeholders for image in images]
+        found = self._fields.split(output, counts)
+        for image, tensors in zip(images, found, strict=True):
             if _num_rows(tensors) != image.num_placeholders:
-                raise UserError(f"{image.num_placeholders} placeholders for {_num_rows(tensors)} image features")
-            found = Features(tensors, image.other_inputs, image.num_placeholders)
-            self.store.add(image.key, found)
+                raise UserError(f"{image.num_placeholders} placeholders for {_num_rows(tensors)} features of images")
         return found
 
-    def _fields_of(self, output: Any) -> dict[str, Tensor]:
-        """The tensors to cache, by path; on the CPU, in memory of their own."""
-        flat = {path: value for name in self._fields.layouts for path, value in _flat(getattr(output, name), name)}
-        return {path: torch.empty_like(value, device="cpu").copy_(value) for path, value in flat.items()}
+    def _cache(self, image: ImageInputs, tensors: dict[str, Tensor]) -> None:
+        """On the CPU, sharing memory with nothing, and without waiting for a GPU unless a file is written."""
+        features = Features(tensors, image.other_inputs, image.num_placeholders)
+        if not self.store.has_room(features.num_bytes):
+            return
+        wait = self.store.is_on_disk or self._model.device.type != "cuda"
+        own = {
+            name: torch.empty_like(value, device="cpu").copy_(value) if wait else self._memory.copy_of(value)
+            for name, value in tensors.items()
+        }
+        self.store.add(image.key, replace(features, tensors=own))
 
 
 @torch.no_grad()
@@ -91,7 +131,7 @@ def find_fields(model: Any, processor: ChatProcessor) -> Fields | str:
     If features cannot be cached, the reason: the forward does not take them, or takes something else in addition, or
     they depend on trainable weights.
     """
-    base, token_id = _base(model), processor.image_token_id
+    base, token_id = base_model(model), processor.image_token_id
     if token_id is None:
         return "this model takes no images"
     if _KEYWORD not in inspect.signature(base.forward).parameters:
@@ -108,13 +148,14 @@ def _found_fields(model: Any, processor: ChatProcessor, token_id: int) -> Fields
     pixels, ids = processor.image_inputs(images)
     made = [processor.image_inputs([image]) for image in images]
     alone = [ImageInputs("", own.count(token_id), inputs, None) for inputs, own in made]
-    expected = _given_to_decoder(model, ids, pixels)
-    joint = _output(model, pixels)
+    place = _placing(model)
+    expected = given_to_decoder(model, ids, place(pixels))
+    joint = _output(model, pixels, place)
     read = _Read(joint)
-    others = {name: torch.cat([one.other_inputs[name] for one in alone]) for name in alone[0].other_inputs}
-    _given_to_decoder(model, ids, others | {_KEYWORD: {"image": read}})
+    others = place({name: torch.cat([one.other_inputs[name] for one in alone]) for name in alone[0].other_inputs})
+    given_to_decoder(model, ids, others | {_KEYWORD: {"image": read}})
     with torch.enable_grad():
-        outputs = [_output(model, image.inputs) for image in alone]
+        outputs = [_output(model, image.inputs, place) for image in alone]
     layouts = {
         name: _layout(value, [getattr(output, name) for output in outputs])
         for name in read.names
@@ -126,8 +167,30 @@ def _found_fields(model: Any, processor: ChatProcessor, token_id: int) -> Fields
         return "the features depend on trainable weights"
     if (rows := [_num_rows(own) for own in tensors]) != (counts := [image.num_placeholders for image in alone]):
         return f"trial images have {rows} features for {counts} placeholders"
-    found = _given_to_decoder(model, ids, others | {_KEYWORD: {"image": fields.join(tensors)}})
-    return fields if _are_equal(found, expected) else "cached features give the language model other inputs than pixels"
+    found = given_to_decoder(model, ids, others | {_KEYWORD: {"image": fields.join(tensors)}})
+    if not _are_equal(found, expected):
+        return "cached features give the language model other inputs than pixels"
+    return replace(fields, can_be_split=_can_be_split(fields, joint, pixels, alone, tensors))
+
+
+def _can_be_split(
+    fields: Fields,
+    joint: Any,
+    inputs: dict[str, Tensor],
+    alone: Sequence[ImageInputs],
+    each: Sequence[dict[str, Tensor]],
+) -> bool:
+    """Whether the inputs of several images are those of each, one after another, and so is their output, `joint`."""
+    try:
+        if any(not torch.equal(torch.cat([one.inputs[name] for one in alone]), all_) for name, all_ in inputs.items()):
+            return False
+        found = fields.split(joint, [one.num_placeholders for one in alone])
+    except (RuntimeError, ValueError):  # tensors that cannot be joined or taken apart
+        return False
+    return all(
+        own.keys() == other.keys() and _are_equal(list(own.values()), list(other.values()))
+        for own, other in zip(found, each, strict=True)
+    )
 
 
 class _Read:
@@ -149,21 +212,22 @@ class _Reached(Exception):
         self.given = given
 
 
-def _given_to_decoder(model: Any, ids: list[int], inputs: dict[str, Any]) -> list[Tensor]:
-    """Every tensor that the decoder receives. Raises ValueError if it is not called."""
+def given_to_decoder(model: Any, ids: list[int], inputs: dict[str, Any]) -> list[Tensor]:
+    """Every tensor that the decoder receives for one row of `ids` and `inputs`, which are on the model's device, except
+    these inputs themselves. Raises ValueError if it is not called."""
+    passed_on = {id(value) for value in inputs.values()}
 
     def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
-        raise _Reached([value for _, value in _flat([list(args), kwargs], "")])
+        raise _Reached([value for _, value in _flat([list(args), kwargs], "") if id(value) not in passed_on])
 
     input_ids = torch.tensor([ids], device=model.device)
     types = (input_ids == model.config.image_token_id).long()
     takes = inspect.signature(model.forward).parameters
-    moved = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    moved |= {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in takes}
+    inputs = inputs | {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in takes}
     positions = torch.arange(len(ids), device=model.device)[None]
     hook = model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model(input_ids=input_ids, position_ids=positions, use_cache=False, **moved)
+        model(input_ids=input_ids, position_ids=positions, use_cache=False, **inputs)
     except _Reached as reached:
         return reached.given
     finally:
@@ -171,14 +235,19 @@ def _given_to_decoder(model: Any, ids: list[int], inputs: dict[str, Any]) -> lis
     raise ValueError("the decoder was not called")
 
 
-def _base(model: Any) -> Any:
+def _placing(model: Any) -> Place:
+    return lambda inputs: all_on_device(inputs, model.device)
+
+
+def base_model(model: Any) -> Any:
+    """`model` without the wrapper of its adapters."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _output(model: Any, inputs: dict[str, Tensor]) -> Any:
+def _output(model: Any, inputs: dict[str, Tensor], place: Place) -> Any:
     """The output of vision tower and projector for the images in `inputs`."""
     takes = inspect.signature(model.get_image_features).parameters
-    own = {name: on_device(value, model.device) for name, value in inputs.items() if name in takes}
+    own = place({name: value for name, value in inputs.items() if name in takes})
     return model.get_image_features(**own, return_dict=True)
 
 
@@ -217,6 +286,18 @@ def _join(layout: Layout, values: Sequence[Any]) -> Any:
     if layout == "images":
         return tuple(inner for value in values for inner in value)
     return [_join(inner, own) for inner, *own in zip(layout, *values, strict=True)]
+
+
+def _split(layout: Layout, value: Any, shares: Sequence[int]) -> list[Any]:
+    """The inverse of `_join`; rows in proportion to `shares`."""
+    if len(shares) == 1:
+        return [value]
+    if layout == "rows":
+        return list(torch.split(value, [len(value) * share // sum(shares) for share in shares]))
+    if layout == "images":
+        return [(inner,) for inner in value]
+    parts = [_split(inner, own, shares) for inner, own in zip(layout, value, strict=True)]
+    return [list(own) for own in zip(*parts, strict=True)]
 
 
 def _num_rows(tensors: dict[str, Tensor]) -> int:

@@ -37,7 +37,8 @@ class FeatureFolder:
         self._root, self._folder = root, root / model
         self._limit, self._say = limit, say
         self._begun = time.time()
-        self._writing = True
+        self.is_writing = True
+        """Until a file cannot be written."""
         self._budget = 0.0
 
     def read(self, key: str) -> Features | None:
@@ -58,7 +59,7 @@ class FeatureFolder:
         return found
 
     def write(self, key: str, features: Features) -> None:
-        if not self._writing:
+        if not self.is_writing:
             return
         raw, path = _pack(key, features), self._path(key)
         try:
@@ -76,7 +77,7 @@ class FeatureFolder:
         return self._folder / f"{key}.safetensors"
 
     def _stop(self, why: str) -> None:
-        self._writing = False
+        self.is_writing = False
         self._say(f"no more image features are cached in {self._folder}: {why}")
 
     def _has_room(self, size: int) -> bool:

@@ -32,6 +32,15 @@ class FeatureStore:
                 self._remember(key, found)
         return found
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether features that are added are also written to files."""
+        return self._folder is not None and self._folder.is_writing
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether features of this size would be cached."""
+        return num_bytes <= self._room or self.is_on_disk
+
     def add(self, key: str, features: Features) -> None:
         """Cache them if there is room. Failing to write them to disk is not an error."""
         self._remember(key, features)

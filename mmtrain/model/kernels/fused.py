@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from mmtrain.model.dropout import mask_of
 from mmtrain.model.kernels.gated import Gated
 from mmtrain.model.kernels.last_layer import compute_at_predicting, rows_of
 from mmtrain.model.kernels.linear import is_frozen
@@ -51,13 +52,14 @@ class Fused(Kernel):
 
     def compute(self, module: Any, x: Tensor) -> Tensor:
         """The MLP of x, (..., width)."""
-        projections = [_projection(getattr(module, name)) for name in (*self.gated.inputs, self.gated.down)]
-        tensors = [tensor for projection in projections for tensor in projection.tensors]
-        scalings = [projection.scaling for projection in projections]
         tokens, rows = x.flatten(0, -2), rows_of(module)
+        names = (*self.gated.inputs, self.gated.down)
+        projections = [_projection(getattr(module, name), len(tokens), rows) for name in names]
+        tensors = [tensor for projection in projections for tensor in projection.tensors]
+        adapters = [(projection.scaling, projection.mask) for projection in projections]
         own = tokens if rows is None else tokens[rows]
         weight, eps = (None, 0.0) if self.norm is None else (self.norm.weight(self.norm_module), self.norm.eps)
-        out = NormedMLP.apply(own, weight, eps, self.gated.gate, scalings, *tensors)  # type: ignore[no-untyped-call]
+        out = NormedMLP.apply(own, weight, eps, self.gated.gate, adapters, *tensors)  # type: ignore[no-untyped-call]
         if rows is not None:
             out = torch.zeros_like(tokens).index_copy(0, rows, out)
         return out.view_as(x)  # type: ignore[no-any-return]
@@ -66,14 +68,21 @@ class Fused(Kernel):
         return self.gated.example(module)
 
 
-def _projection(module: Any) -> Projection:
+def _projection(module: Any, num_rows: int, selected: Tensor | None) -> Projection:
+    """For `selected` of `num_rows` rows."""
     if not isinstance(module, LoraLinear):
         return Projection(module.weight, module.bias)
     base, (name,) = module.get_base_layer(), module.active_adapters
     if module.disable_adapters or module.merged:
         return Projection(base.weight, base.bias)
+    mask = mask_of(module.lora_dropout[name], num_rows)
     return Projection(
-        base.weight, base.bias, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+        base.weight,
+        base.bias,
+        module.lora_A[name].weight,
+        module.lora_B[name].weight,
+        module.scaling[name],
+        None if mask is None else mask.at(selected),
     )
 
 

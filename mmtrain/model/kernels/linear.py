@@ -9,6 +9,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from mmtrain.model.dropout import SampleDropout, mask_of
+from mmtrain.model.kernels.masks import DroppedProduct, Mask
 from mmtrain.model.kernels.products import ROW_MULTIPLE, FrozenLinear
 from mmtrain.model.kernels.trial import Kernel, example_for
 from mmtrain.model.quantized_weights import is_quantized
@@ -26,12 +28,19 @@ class AdaptedLinear(Kernel):
             return module.base_layer(x)  # type: ignore[no-any-return]
         rows = x.flatten(0, -2)  # the tensor changed in place must not be a view, or its gradient is copied
         out = module.base_layer(rows)
-        inner = module.lora_A[name](module.lora_dropout[name](x)).flatten(0, -2)
+        inner = _inner(module.lora_A[name], x, rows, mask_of(module.lora_dropout[name], len(rows)))
         outer = (module.lora_B[name].weight * module.scaling[name]).to(out.dtype)
         return out.addmm_(inner.to(out.dtype), outer.t()).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
     def example(self, module: Any) -> Tensor:
         return example_for(module, 1, ROW_MULTIPLE, module.in_features)
+
+
+def _inner(down: Any, x: Tensor, rows: Tensor, mask: Mask | None) -> Tensor:
+    """(rows, rank) A drop(x); without a mask x itself goes through the layer, which keeps its shape for others."""
+    if mask is None:
+        return down(x).flatten(0, -2)  # type: ignore[no-any-return]
+    return DroppedProduct.apply(rows, down.weight, mask)  # type: ignore[no-untyped-call, no-any-return]
 
 
 @dataclass(frozen=True)
@@ -61,16 +70,17 @@ def is_adapted_linear(module: nn.Module) -> bool:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether it is a linear layer with frozen weights, alone or with an adapter without dropout."""
+    """Whether it is a linear layer with frozen weights, alone or with an adapter."""
     if isinstance(module, LoraLinear):
-        has_dropout = not all(isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values())
-        return _has_one_adapter(module) and not has_dropout and is_frozen(module.get_base_layer())
+        return _has_one_adapter(module) and is_frozen(module.get_base_layer())
     return type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters())
 
 
 def _has_one_adapter(module: Any) -> bool:
-    """Whether it is a linear layer with one adapter, which is the product of two matrices."""
+    """Whether it is a linear layer with one adapter, which is the product of two matrices and has mmtrain's dropout or
+    none."""
     names = module.active_adapters
     base = module.get_base_layer()
     is_product = len(names) == 1 and names[0] not in module.lora_variant and not module.lora_bias[names[0]]
-    return is_product and (type(base) is nn.Linear or is_quantized(base))
+    is_known = all(isinstance(dropout, nn.Identity | SampleDropout) for dropout in module.lora_dropout.values())
+    return is_product and is_known and (type(base) is nn.Linear or is_quantized(base))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtrain.model.kernels.masks import Mask
 from mmtrain.model.kernels.products import product
 from mmtrain.model.kernels.rowwise import (
     Activation,
@@ -25,7 +26,7 @@ from mmtrain.model.kernels.rowwise import (
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """W x + b + s B A x: a frozen linear layer and the adapter next to it, if there is one."""
+    """W x + b + s B A drop(x): a frozen linear layer and the adapter next to it, if there is one."""
 
     weight: Tensor
     """(out, in)"""
@@ -35,6 +36,8 @@ class Projection:
     b: Tensor | None = None
     """(out, rank)"""
     scaling: float = 1.0
+    mask: Mask | None = None
+    """What is dropped of the adapter's input."""
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -51,7 +54,7 @@ class Projection:
         return self.weight[:, :0] if self.b is None else (self.b * self.scaling).to(self.weight.dtype)
 
     def of(self, x: Tensor, inner: Tensor) -> Tensor:
-        """(rows, out) from x (rows, in) and A x, `inner` (rows, rank)."""
+        """(rows, out) from x (rows, in) and A drop(x), `inner` (rows, rank)."""
         return product(x, self.weight, self.bias).addmm_(inner, self.up.t())
 
     def gradients(self, outer: Tensor, inner: Tensor, to_inner: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
@@ -59,7 +62,8 @@ class Projection:
         if self.a is None:
             return None, None, None, None
         to_b = torch.mm(outer.t(), inner).float() * self.scaling
-        return None, None, torch.mm(to_inner.t(), x).float(), to_b
+        (dropped,) = (x,) if self.mask is None else self.mask.drop(x)
+        return None, None, torch.mm(to_inner.t(), dropped).float(), to_b
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,29 +95,30 @@ class NormedMLP(torch.autograd.Function):
         norm_weight: Tensor | None,
         eps: float,
         gate: Gate,
-        scalings: Sequence[float],
+        adapters: Sequence[tuple[float, Mask | None]],
         *tensors: Tensor | None,
     ) -> Tensor:
-        """`tensors`: those of the projections of n and of down, one after the other; `scalings`: one per projection."""
-        *inputs, down = _projections(tensors, scalings)
+        """`tensors`: those of the projections of n and of down, one after the other; `adapters`: scaling and mask, one
+        pair per projection."""
+        *inputs, down = _projections(tensors, adapters)
         normed, inverse = (x.contiguous(), None) if norm_weight is None else normalize(x, norm_weight, eps)
-        inner = product(normed, _downs(*inputs))
+        inner = _inner(normed, inputs)
         inners = torch.split(inner, [len(projection.down) for projection in inputs], dim=1)
         projected = [projection.of(normed, own) for projection, own in zip(inputs, inners, strict=True)]
         gates, ups = gate.split(projected)
         gated = gate_up(gates, ups, gate.activation)
-        inner_down = product(gated, down.down)
+        inner_down = _inner(gated, [down])
         ctx.save_for_backward(x, norm_weight, inverse, gates, ups, inner, inner_down, *tensors)
-        ctx.gate, ctx.scalings = gate, scalings
+        ctx.gate, ctx.adapters = gate, adapters
         return down.of(gated, inner_down)
 
     @staticmethod
     def backward(ctx: Any, *outers: Tensor) -> tuple[Any, ...]:
         x, norm_weight, inverse, gates, ups, inner, inner_down, *tensors = ctx.saved_tensors
-        *inputs, down = _projections(tensors, ctx.scalings)
+        *inputs, down = _projections(tensors, ctx.adapters)
         outer = outers[0].contiguous()
         to_inner_down = product(outer, down.up.t())
-        to_gated = product(outer, down.weight.t()).addmm_(to_inner_down, down.down)
+        to_gated = _add_gradient(product(outer, down.weight.t()), to_inner_down, [down])
         gated = torch.empty_like(ups, memory_format=torch.contiguous_format)
         to_pair = gate_up_gradients(gates, ups, to_gated, ctx.gate.activation, gated)
         of_down = down.gradients(outer, inner_down, to_inner_down, gated)
@@ -134,16 +139,34 @@ class NormedMLP(torch.autograd.Function):
         to_normed = product(to_projected[0], inputs[0].weight.t())
         for to, projection in zip(to_projected[1:], inputs[1:], strict=True):
             to_normed.add_(product(to, projection.weight.t()))
-        to_normed.addmm_(to_inner, _downs(*inputs))
+        _add_gradient(to_normed, to_inner, inputs)
         to_x = to_normed if norm_weight is None else normalize_gradient(to_normed, x, norm_weight, inverse)
         return to_x, None, None, None, None, *of_inputs, *of_down
 
 
-def _projections(tensors: Sequence[Tensor | None], scalings: Sequence[float]) -> list[Projection]:
+def _projections(tensors: Sequence[Tensor | None], adapters: Sequence[tuple[float, Mask | None]]) -> list[Projection]:
     """The projections from their tensors. Autograd needs the tensors as separate arguments."""
-    return [Projection(*tensors[4 * i : 4 * i + 4], scaling) for i, scaling in enumerate(scalings)]  # type: ignore
+    return [Projection(*tensors[4 * i : 4 * i + 4], *adapter) for i, adapter in enumerate(adapters)]  # type: ignore
 
 
-def _downs(*projections: Projection) -> Tensor:
+def _inner(x: Tensor, projections: Sequence[Projection]) -> Tensor:
+    """(rows, sum of ranks) A drop(x) of projections of one x; at once where nothing is dropped."""
+    if all(projection.mask is None for projection in projections):
+        return product(x, _downs(projections))
+    each = [x if own.mask is None else own.mask.drop(x)[0] for own in projections]
+    return torch.cat([product(dropped, own.down) for dropped, own in zip(each, projections, strict=True)], dim=1)
+
+
+def _add_gradient(to_x: Tensor, to_inner: Tensor, projections: Sequence[Projection]) -> Tensor:
+    """Add to the gradient of x that of `_inner`, in place."""
+    if all(projection.mask is None for projection in projections):
+        return to_x.addmm_(to_inner, _downs(projections))
+    for own, to_own in zip(projections, torch.split(to_inner, [len(p.down) for p in projections], dim=1), strict=True):
+        to_dropped = to_own @ own.down
+        to_x.add_(to_dropped if own.mask is None else own.mask.drop(to_dropped)[0])
+    return to_x
+
+
+def _downs(projections: Sequence[Projection]) -> Tensor:
     """(sum of ranks, in) the A of projections that share an input."""
     return torch.cat([projection.down for projection in projections])

@@ -1,0 +1,194 @@
+"""The vision tower on a GPU: one attention kernel a layer for all images, and nothing that waits for the device.
+
+Many towers lay the patches of all images in one row, as samples are packed, and attend within stretches of it: images
+or windows. With `sdpa` transformers takes such a row apart in every layer, asks the device for the lengths of the
+stretches and attends to one after the other. An attention whose name has "flash" in it is given the whole row and the
+ends of its stretches. Ours is registered under such a name.
+
+What follows from the sizes of the images (ends, positions, the order of patches in windows) is computed on the CPU.
+transformers has that for exporting models; its towers take the results as arguments.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.model.attention import autocast, fits_varlen, has_varlen
+from mmtrain.model.image_cache.features import base_model, given_to_decoder
+from mmtrain.model.transfer import all_on_device
+from mmtrain.safe_text import one_line
+
+NAME = "mmtrain_flash_images"
+_SEEN = "seen_by_kernel"
+"""A list in the keywords of the forward: whether the kernel took each call of the attention with stretches."""
+_TOLERANCE = 0.1
+"""Largest relative difference (L2) of what the decoder is given, and of the gradient of the pixels, in 16 bits."""
+_SIZES = ((196, 140), (84, 168), (56, 56))
+"""(width, height) of the images of the trial."""
+
+
+class VisionInputs:
+    """Puts the inputs of images where a model wants them: pixels on its device, and what follows from their sizes."""
+
+    def __init__(self, model: Any, tower: Any = None) -> None:
+        self._model = model
+        self._tower = tower
+        self._takes = frozenset(() if tower is None else inspect.signature(tower.forward).parameters)
+
+    def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """The arguments for `inputs`, on the CPU. Where the tower takes what follows from the images' sizes, the sizes
+        themselves stay on the CPU: the model asks for their values."""
+        device = self._model.device
+        pixels = {name: value for name, value in inputs.items() if name.startswith("pixel")}
+        sizes = {name: value for name, value in inputs.items() if name not in pixels}
+        if self._tower is None or not pixels:
+            return all_on_device(inputs, device)
+        return all_on_device(pixels | self._computed(sizes), device) | sizes
+
+    def _computed(self, sizes: dict[str, Tensor]) -> dict[str, Any]:
+        """By the names under which a model passes them on to its tower."""
+        from transformers.exporters.utils import precompute_export_inputs  # a second to import
+
+        own = {short: value for name, value in sizes.items() if (short := name.removeprefix("image_")) in self._takes}
+        made: dict[str, Any] = dict(own)
+        precompute_export_inputs(self._tower, made)
+        return {f"image_{name}": value for name, value in made.items() if name not in own and value is not None}
+
+
+def prepare_vision(model: Any, processor: ChatProcessor, say: Callable[[str], None]) -> VisionInputs:
+    """Give the tower of `model`, on its device, what is said above, each where a trial on random images shows that the
+    decoder is given the same; `say` is told in one line what is not. To be called under the autocast of the training.
+
+    Nothing is changed on devices without the kernel, nor for a tower without stretches.
+    """
+    base = base_model(model)
+    tower = base.get_encoder(modality="image") if processor.images is not None else None
+    if not has_varlen(base.device) or not isinstance(tower, PreTrainedModel) or tower is base:
+        return VisionInputs(base)
+    return _prepared(base, tower, processor, say)
+
+
+def _prepared(model: Any, tower: Any, processor: ChatProcessor, say: Callable[[str], None]) -> VisionInputs:
+    plain, computed = VisionInputs(model), VisionInputs(model, tower)
+    try:
+        expected, _ = _trial(model, processor, plain)
+    except Exception as error:  # a family that is not supported can raise anything; training reports it
+        say(f"vision: its trial failed with {type(error).__name__}: {one_line(error)}")
+        return plain
+    for line in _changed_attention(model, tower, processor, plain, expected):
+        say(line)
+    fault = _fault(model, processor, computed, expected)
+    if fault:
+        say(f"vision: what follows from the sizes of images is computed on the GPU, because {fault}")
+    return plain if fault else computed
+
+
+def _changed_attention(
+    model: Any, tower: Any, processor: ChatProcessor, plain: VisionInputs, expected: list[Tensor]
+) -> list[str]:
+    """Change it where that passes; the line that says why it does not."""
+    if tower.config._attn_implementation != "sdpa":
+        return []
+    seen: list[bool] = []
+    _set_attention(tower, NAME)
+    fault = _fault(model, processor, plain, expected, seen)
+    if not fault and seen and all(seen):
+        return []
+    _set_attention(tower, "sdpa")
+    if not fault:
+        fault = "the GPU has no kernel for its type or width of heads" if seen else None
+    return [f"vision: attention goes image by image and window by window, because {fault}"] if fault else []
+
+
+def _set_attention(tower: Any, name: str) -> None:
+    """What the tower's `set_attn_implementation` does, which would look for a package where "flash" is in the name."""
+    configs = (module.config for module in tower.modules() if isinstance(module, PreTrainedModel))
+    for config in {id(config): config for config in configs}.values():
+        config._attn_implementation = name
+
+
+def _fault(
+    model: Any, processor: ChatProcessor, inputs: VisionInputs, expected: list[Tensor], seen: list[bool] | None = None
+) -> str | None:
+    """Why the decoder is not given the same; None where it is."""
+    try:
+        found, calls = _trial(model, processor, inputs)
+    except Exception as error:
+        return f"the trial failed with {type(error).__name__}: {one_line(error)}"
+    if seen is not None:
+        seen += calls
+    if [value.shape for value in found] != [value.shape for value in expected]:
+        return "the decoder is given other tensors"
+    furthest = max(map(_difference, found, expected))
+    return f"the decoder is given values that differ by {furthest:.0%}" if not furthest <= _TOLERANCE else None
+
+
+def _trial(model: Any, processor: ChatProcessor, inputs: VisionInputs) -> tuple[list[Tensor], list[bool]]:
+    """What the decoder is given for images of noise, and the gradient of their pixels; and what `_SEEN` lists."""
+    noise = np.random.default_rng(0)
+    images = [PIL.Image.fromarray(noise.integers(0, 256, (h, w, 3), np.uint8)) for w, h in _SIZES]
+    made, ids = processor.image_inputs(images)
+    placed, seen = inputs(made), list[bool]()
+    pixels = [v.requires_grad_() for k, v in placed.items() if k.startswith("pixel") and v.is_floating_point()]
+    with torch.enable_grad():
+        given = given_to_decoder(model, ids, placed | {_SEEN: seen})
+        out = [value for value in given if value.requires_grad]
+        outer = [torch.cos(torch.arange(value.numel(), device=value.device)).view_as(value) for value in out]
+        gradients = torch.autograd.grad(out, pixels, [o.to(v) for o, v in zip(outer, out, strict=True)])
+    return [value.detach() for value in (*given, *gradients)], seen
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    own, other = found.double(), expected.double()
+    return 0.0 if torch.equal(own, other) else float((own - other).norm() / other.norm())
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    seen_by_kernel: list[bool] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """(1, length, heads, width) from query, key and value (1, heads, length, width), within the stretches that end at
+    `cu_seq_lens_q` (1 + stretches,) int32; without these as `sdpa`."""
+    if cu_seq_lens_q is None:
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return out, None
+    query, key, value = autocast(query, key, value)
+    takes = fits_varlen(query, key, value) and has_varlen(query.device)
+    if seen_by_kernel is not None:
+        seen_by_kernel.append(takes)
+    if not takes:
+        lengths = cu_seq_lens_q.diff().tolist()
+        each = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
+        kwargs |= {"is_causal": False}
+        rows = [sdpa_attention_forward(module, *own, None, dropout, scaling, **kwargs)[0] for own in each]
+        return torch.cat(rows, dim=1), None
+    longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else max_length_q
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    out = varlen_attn(
+        q, k, v, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    assert isinstance(out, Tensor)
+    return out[None], None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
