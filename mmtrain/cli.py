@@ -9,21 +9,21 @@ from typing import Annotated, Literal
 
 import typer
 
+from mmtrain import __version__
 from mmtrain.errors import UserError, grouped
 from mmtrain.runtime.environment import set_environment
+from mmtrain.safe_text import visible
 
 MAX_LINES_SHOWN = 100
 
 app = typer.Typer(
     name="mmtrain",
-    help="Fine-tune vision-language models on your own image-text conversations.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 eval_app = typer.Typer(help="Measure a model on held-out conversations.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
-config_app = typer.Typer(help="Show which keys a config can have.", no_args_is_help=True)
+config_app = typer.Typer(help="Check or show a config, and the keys that it can have.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
@@ -33,6 +33,21 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...", help="Keys of the config to set, such as train.steps=50.", show_default=False
     ),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mmtrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune vision-language models on your own image-text conversations."""
 
 
 @app.command()
@@ -130,6 +145,16 @@ def merge(
     run_merge(run, output, base)
 
 
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A folder of runs, or a run.")] = Path("runs"),
+) -> None:
+    """List the runs in a folder: state, steps, loss, evaluation and time."""
+    from mmtrain.train.run_list import print_runs
+
+    print_runs(folder)
+
+
 @eval_app.command()
 def perplexity(
     config: ConfigPath,
@@ -154,6 +179,23 @@ def perplexity(
     from mmtrain.evaluate.command import Options, eval_perplexity
 
     eval_perplexity(loaded, Options(adapter, tuple(compared), tuple(data or ()), images == "all", json))
+
+
+@config_app.command()
+def check(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Report every fault of a config, with its line; exit code 2 if it has one."""
+    from mmtrain.config import load_config
+
+    load_config(config, overrides or [])
+    print(f"{visible(str(config))}: no faults; `mmtrain inspect-labels {visible(str(config))} --all` checks the data")
+
+
+@config_app.command()
+def show(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print a config with all its keys, also those that have their defaults."""
+    from mmtrain.config import dump_config, load_config
+
+    print(dump_config(load_config(config, overrides or [])), end="")
 
 
 @config_app.command()

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 from mmtrain.config.schema import Config
-from mmtrain.train.report import serving_lines
+from mmtrain.errors import UserError
+from mmtrain.train.folder import locked
+from mmtrain.train.report import end_report, serving_lines
 from mmtrain.train.run import train
-from mmtrain.train.summary import EvalSummary, duration, end_report, summarize
+from mmtrain.train.run_list import print_runs
+from mmtrain.train.summary import EvalSummary, duration, summarize
 from support.learning import ALL_FULL, LORA, MIXED
 
 STEPS = [
@@ -95,3 +98,20 @@ def test_an_adapter_that_vllm_does_not_serve_is_reported(
     merge = f"after the run: mmtrain merge {config.run.output_dir} -o DIR"
     expected = [] if reasons is None else [f"serving: vLLM does not serve this adapter ({reasons}); {merge}"]
     assert list(serving_lines(config)) == expected
+
+
+def test_runs_are_listed_with_their_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, saved in (("a", "adapter"), ("b", None), ("c", None)):
+        run = run_with(tmp_path / name, [EVALS[0], *STEPS, EVALS[2]], saved)
+        (run / "config.yaml").touch()
+    (tmp_path / "no-run").mkdir()
+    with locked(tmp_path / "c"):
+        print_runs(tmp_path)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    figures = ["2", "2.0000", "held-out", "1.7500", "2:04"]
+    states = {"a": "finished", "b": "stopped", "c": "running"}
+    assert rows[1:] == [[name, state, *figures] for name, state in states.items()]
+    print_runs(tmp_path / "a")
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    with pytest.raises(UserError, match="no run there"):
+        print_runs(tmp_path / "no-run")

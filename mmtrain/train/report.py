@@ -1,8 +1,9 @@
-"""What a run prints: how it is executed, before the first step, and how its steps go."""
+"""What a run prints: how it is executed, before the first step, how its steps go, and a summary at the end."""
 
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -15,8 +16,9 @@ from mmtrain.runtime.shard import num_held
 from mmtrain.safe_text import visible
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.gradients import is_exact
+from mmtrain.train.metrics import METRICS
 from mmtrain.train.step import Learner
-from mmtrain.train.summary import duration
+from mmtrain.train.summary import duration, summarize
 
 LOG_SECONDS = 5.0
 NUM_AVERAGED = 50
@@ -87,6 +89,26 @@ def serving_lines(config: Config) -> Iterator[str]:
     if loras and reasons:
         merged = f"mmtrain merge {visible(config.run.output_dir)} -o DIR"
         yield f"serving: vLLM does not serve this adapter ({', '.join(reasons)}); after the run: {merged}"
+
+
+def end_report(run: Path) -> Iterator[str]:
+    """What is printed when the run in `run` has finished."""
+    found, name = summarize(run), visible(str(run))
+    yield (
+        f"{found.num_steps:,} steps in {duration(found.seconds)}, {found.num_tokens:,} tokens "
+        f"({found.num_supervised:,} trained on)"
+    )
+    for one in found.evals:
+        yield (
+            f"perplexity on {visible(one.name)}: {one.first:,.4f} before the first step, "
+            f"{one.last:,.4f} after the last, best {one.best:,.4f} after step {one.best_step:,}"
+        )
+    saved = "adapter" if (run / "adapter").is_dir() else "model"
+    yield f"{saved}: {name}/{saved}, metrics: {name}/{METRICS}, config: {name}/config.yaml"
+    if saved == "adapter" and found.evals:
+        yield f"next: mmtrain eval perplexity {name}/config.yaml --adapter {name}/adapter --images all"
+    elif saved == "adapter":
+        yield f"next: mmtrain merge {name} -o DIR"
 
 
 class StepReporter:

@@ -16,9 +16,8 @@ from mmtrain.train.export import export
 from mmtrain.train.folder import is_exported, write_inputs
 from mmtrain.train.learner import make_learner
 from mmtrain.train.loop import OnStep, TrainingLoop
-from mmtrain.train.report import start_report
+from mmtrain.train.report import end_report, start_report
 from mmtrain.train.run_state import RunState
-from mmtrain.train.summary import end_report
 
 
 def train(config: Config, accept: Sequence[str] = (), on_step: OnStep = lambda row: None) -> None:

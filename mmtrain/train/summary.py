@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmtrain.safe_text import visible
 from mmtrain.train.folder import is_exported
 from mmtrain.train.metrics import METRICS
 
@@ -69,26 +68,6 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 def _eval_summary(name: str, rows: list[dict[str, Any]]) -> EvalSummary:
     best = min(rows, key=lambda row: float(row["perplexity"]))
     return EvalSummary(name, rows[0]["perplexity"], rows[-1]["perplexity"], best["perplexity"], best["step"])
-
-
-def end_report(run: Path) -> Iterator[str]:
-    """What is printed when the run in `run` has finished."""
-    found, name = summarize(run), visible(str(run))
-    yield (
-        f"{found.num_steps:,} steps in {duration(found.seconds)}, {found.num_tokens:,} tokens "
-        f"({found.num_supervised:,} trained on)"
-    )
-    for one in found.evals:
-        yield (
-            f"perplexity on {visible(one.name)}: {one.first:,.4f} before the first step, "
-            f"{one.last:,.4f} after the last, best {one.best:,.4f} after step {one.best_step:,}"
-        )
-    saved = "adapter" if (run / "adapter").is_dir() else "model"
-    yield f"{saved}: {name}/{saved}, metrics: {name}/{METRICS}, config: {name}/config.yaml"
-    if saved == "adapter" and found.evals:
-        yield f"next: mmtrain eval perplexity {name}/config.yaml --adapter {name}/adapter --images all"
-    elif saved == "adapter":
-        yield f"next: mmtrain merge {name} -o DIR"
 
 
 def duration(seconds: float) -> str:
