@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 import typer
 
 from mmtrain import __version__
+from mmtrain.config_commands import ConfigPath, Overrides, config_app
 from mmtrain.errors import UserError, grouped
 from mmtrain.runtime.environment import set_environment
-from mmtrain.safe_text import visible
 
 MAX_LINES_SHOWN = 100
 
@@ -23,16 +23,7 @@ app = typer.Typer(
 )
 eval_app = typer.Typer(help="Measure a model on held-out conversations.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
-config_app = typer.Typer(help="Check or show a config, and the keys that it can have.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...", help="Keys of the config to set, such as train.steps=50.", show_default=False
-    ),
-]
 
 
 def _print_version(wanted: bool) -> None:
@@ -155,6 +146,54 @@ def runs(
     print_runs(folder)
 
 
+@app.command()
+def generate(
+    path: Annotated[
+        str, typer.Argument(metavar="RUN", help="The directory of a run, an adapter or a model.", show_default=False)
+    ],
+    question: Annotated[str | None, typer.Argument(help="What to ask.", show_default=False)] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="An image for the question; may be repeated.")
+    ] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Chat with the model.")] = False,
+    system: Annotated[str | None, typer.Option(help="A system prompt.", show_default=False)] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Answer all questions of a data file; may be repeated.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="With --data: where the answers go.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The base model of an adapter.", show_default="the one it names")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="The type of the weights.", show_default="the run's, or bfloat16"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --data: questions at a time.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest reply, in tokens.")] = 256,
+    do_sample: Annotated[bool, typer.Option("--do-sample", help="Sample instead of the most likely token.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="With --do-sample.", show_default="1.0")] = None,
+    top_p: Annotated[float | None, typer.Option(help="With --do-sample.", show_default="1.0")] = None,
+    top_k: Annotated[int | None, typer.Option(help="With --do-sample.", show_default="50")] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams of a beam search.")] = 1,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 repetition is penalized.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="With --do-sample: decides what is sampled.")] = 0,
+) -> None:
+    """Ask a trained model: one question, a chat (-i), or all questions of a file (--data)."""
+    from mmtrain.generate.command import Options
+    from mmtrain.generate.command import generate as run
+    from mmtrain.generate.sampling import Sampling
+
+    sampling = Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, num_beams, repetition_penalty, seed)
+    run(
+        Options(
+            path, question, tuple(image or ()), interactive, system, tuple(data or ()), output, base, dtype,
+            batch_size, sampling,
+        )
+    )  # fmt: skip
+
+
 @eval_app.command()
 def perplexity(
     config: ConfigPath,
@@ -181,39 +220,33 @@ def perplexity(
     eval_perplexity(loaded, Options(adapter, tuple(compared), tuple(data or ()), images == "all", json))
 
 
-@config_app.command()
-def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Report every fault of a config, with its line; exit code 2 if it has one."""
+@eval_app.command()
+def answers(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="A run or an adapter; without it the base model.", show_default=False),
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="A data file instead of data.eval; may be repeated.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="How answers are scored.", show_default="each source's, or one that suits it"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Every figure as one JSON object.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 16,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest answer.", show_default="twice the longest reference")
+    ] = None,
+) -> None:
+    """How good the answers are, and whether they are better than blind guessing."""
     from mmtrain.config import load_config
 
-    load_config(config, overrides or [])
-    print(f"{visible(str(config))}: no faults; `mmtrain inspect-labels {visible(str(config))} --all` checks the data")
+    loaded = load_config(config, overrides or [])
+    from mmtrain.answers.command import Options, eval_answers
 
-
-@config_app.command()
-def show(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Print a config with all its keys, also those that have their defaults."""
-    from mmtrain.config import dump_config, load_config
-
-    print(dump_config(load_config(config, overrides or [])), end="")
-
-
-@config_app.command()
-def schema() -> None:
-    """Print the JSON Schema of a config file."""
-    import json
-
-    from mmtrain.config.schema import json_schema
-
-    print(json.dumps(json_schema(), indent=2))
-
-
-@config_app.command()
-def docs() -> None:
-    """Print the reference of all config keys, docs/config.md."""
-    from mmtrain.config.reference import reference
-
-    print(reference(), end="")
+    eval_answers(loaded, Options(adapter, tuple(data or ()), metric, html, json, batch_size, max_new_tokens))
 
 
 def main() -> None:

@@ -8,10 +8,12 @@ _ISOLATE, _END_ISOLATE = "\u2068", "\u2069"
 
 def shown(text: object, limit: int = 80) -> str:
     """`text` (a file name, a value) in quotes, on one line, control characters escaped, at most `limit` characters."""
-    plain = str(text)
-    if len(plain) > limit:
-        plain = plain[: limit - 1] + "…"
-    return repr(plain)
+    return repr(shortened(str(text), limit))
+
+
+def shortened(text: str, limit: int) -> str:
+    """At most `limit` characters of `text`, an ellipsis in the place of the rest."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
@@ -22,7 +24,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """
     words = " ".join(str(error).split()) or type(error).__name__
     plain = "".join(char if _printable(char) else f"\\u{{{ord(char):x}}}" for char in words)
-    return plain if len(plain) <= limit else plain[: limit - 1] + "…"
+    return shortened(plain, limit)
 
 
 def visible(text: str) -> str:

@@ -79,8 +79,11 @@ FLOORS = [
     ["model"],
     ["runtime"],
     ["scoring"],
+    ["generate"],
+    ["answers"],
     ["train"],
     ["evaluate", "inspect_labels", "inspect_model", "merge"],
+    ["config_commands"],
     ["cli"],
     ["__main__"],
 ]

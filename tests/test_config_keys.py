@@ -145,6 +145,7 @@ DATA = {
     **sources("data.eval.0", seen.num_eval_samples, seen.eval_image_tokens),
     "data.train.0.weight": Key(seen.steps_of_an_epoch, [(1.0, 4), (2.5, 10)]),
     "data.eval.0.name": Key(seen.eval_name, [(None, "three.jsonl"), ("held-out", "held-out")]),
+    "data.eval.0.metric": Key(seen.metric_of_answers, [(None, "exact_match"), ("chrf", "chrf"), ("anls", "anls")]),
     "data.max_length": Key(seen.num_samples, [(4096, 8), (5, REFUSED)]),
     "data.too_long": Key(seen.num_dropped, [("error", REFUSED), ("drop", 1)], {"data.max_length": 89}),
     "data.decode_images": Key(

@@ -20,10 +20,10 @@ from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.images import decode
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.evaluate.changed_images import ChangedImages
 from mmtrain.evaluate.evaluation import Evaluation
 from mmtrain.model.load import load_model
 from mmtrain.records.record_set import RecordSet
+from mmtrain.scoring.changed_images import ChangedImages
 from mmtrain.train.run import train
 from support.builders import SHAPES, TINY, write_jsonl
 from support.learning import LORA, scores_of

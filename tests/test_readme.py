@@ -47,7 +47,7 @@ def anchors(page: str) -> set[str]:
 
 
 def test_all_pages_are_found() -> None:
-    names = ["data", "models", "labels", "evaluation", "scaling", "runs", "speed", "config", "architecture"]
+    names = ["data", "models", "labels", "answers", "evaluation", "scaling", "runs", "speed", "config", "architecture"]
     assert {ROOT / "docs" / f"{name}.md" for name in names} <= set(PAGES)
 
 
@@ -174,7 +174,7 @@ def test_the_way_from_labelled_images_to_an_evaluated_adapter(tmp_path: Path, mo
     (tmp_path / "my.yaml").write_text(config)
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^mmtrain ([^#\n]* my\.yaml[^#\n]*)", "\n".join(blocks(README, "bash")), re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["inspect-labels", "inspect-labels", "train", "eval"]
+    assert [command.split()[0] for command in commands] == ["inspect-labels", "inspect-labels", "train", "eval", "eval"]
     for command in commands:
         result = CliRunner().invoke(app, [*command.split(), f"model.path={TINY}", "model.dtype=float32"])
         assert result.exit_code == 0, result.exception or result.output

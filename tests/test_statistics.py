@@ -287,8 +287,16 @@ def report(**changed: Any) -> dict[str, Any]:
     least, most = extremes(scores)
     rows: dict[str, Any] = {**summary(scores), "sources": by_source(scores, ["a", "b/[red]\x1b" + 40 * "x", "c"])}
     rows |= {"turns": by_answer(scores), "modality": by_image(scores), "lengths": by_length(scores)}
-    rows["least_likely"] = [{"place": f"least.jsonl:{number}", "nll": nll} for number, nll in least]
-    rows["most_likely"] = [{"place": f"most.jsonl:{number}", "nll": nll} for number, nll in most]
+    for key, found in (("least", least), ("most", most)):
+        rows[f"{key}_likely"] = [
+            {
+                "place": f"{key}.jsonl:{number}",
+                "nll": nll,
+                "question": f"What is {number}?",
+                "reference": 3 * f"\x1b{key} ",
+            }
+            for number, nll in found
+        ]
     return rows | {"images": None} | changed
 
 
@@ -323,7 +331,12 @@ def test_report_says_everything_in_80_columns() -> None:
     for name in (*row["turns"], *row["modality"], *row["lengths"], "b/[red]", "swapped", "grey", "left out"):
         assert any(line.startswith(name) for line in lines), name
     for entry in row["least_likely"] + row["most_likely"]:
-        assert f"{entry['nll']:>10.4f}  {entry['place']}" in lines
+        at = lines.index(f"{entry['nll']:>10.4f}  {entry['place']}")
+        assert lines[at + 1].startswith(
+            f"            {entry['question']} → \\u{{1b}}{entry['place'].partition('.')[0]} "
+        )
+    assert "Likelihood is not accuracy" in text
+    assert "mmtrain eval answers" in " ".join(text.split())
     assert "the images are worth" in " ".join(text.lower().split())
 
 

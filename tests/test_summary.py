@@ -45,15 +45,15 @@ def test_a_run_is_summed_up_from_its_metrics(tmp_path: Path) -> None:
         "2 steps in 2:04, 2,100 tokens (210 trained on)",
         "perplexity on held-out: 98,210.4515 before the first step, 1.7500 after the last, best 1.5000 after step 1",
         f"adapter: {run}/adapter, metrics: {run}/metrics.jsonl, config: {run}/config.yaml",
-        f"next: mmtrain eval perplexity {run}/config.yaml --adapter {run}/adapter --images all",
+        f"next: mmtrain eval answers {run}/config.yaml --adapter {run}",
     ]
 
 
-def test_a_run_without_evaluations_can_be_merged_next_and_a_model_needs_nothing(tmp_path: Path) -> None:
+def test_a_run_without_evaluations_can_be_asked_next(tmp_path: Path) -> None:
     run = run_with(tmp_path / "one", STEPS, "adapter")
-    assert list(end_report(run))[-1] == f"next: mmtrain merge {run} -o DIR"
+    assert list(end_report(run))[-1] == f"next: mmtrain generate {run} -i"
     run = run_with(tmp_path / "two", STEPS, "model")
-    assert list(end_report(run))[-1].startswith(f"model: {run}/model, ")
+    assert list(end_report(run))[-2].startswith(f"model: {run}/model, ")
 
 
 def test_a_row_that_is_being_written_does_not_count(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_finished_run_prints_its_summary(
     shown = capsys.readouterr().err
     assert "serving" not in shown
     assert "\n2 steps in 0:" in shown
-    assert shown.rstrip().endswith(f"next: mmtrain merge {config.run.output_dir} -o DIR")
+    assert shown.rstrip().endswith(f"next: mmtrain generate {config.run.output_dir} -i")
 
 
 @pytest.mark.parametrize(

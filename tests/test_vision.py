@@ -14,7 +14,7 @@ from transformers.exporters import utils as exporters
 
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model import vision
+from mmtrain.model import attention, vision
 from mmtrain.model.image_cache.features import given_to_decoder
 from mmtrain.model.load import load_model
 from mmtrain.model.vision import NAME, VisionInputs
@@ -65,7 +65,7 @@ def prepared(model_dirs: dict[str, Path]) -> Callable[[str], Prepared]:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """As if the CPU had torch's kernel, for float32."""
     found = Kernel()
-    monkeypatch.setattr(vision, "varlen_attn", found)
+    monkeypatch.setattr(attention, "varlen_attn", found)
     monkeypatch.setattr(vision, "has_varlen", lambda device: True)
     monkeypatch.setattr(vision, "fits_varlen", lambda *tensors: True)
     return found

@@ -121,9 +121,26 @@ class TrainSource(Source):
     """Passes over the source in one epoch: 2.5 is two whole passes and a random half."""
 
 
+MetricName = Literal[
+    "exact_match",
+    "vqa_match",
+    "anls",
+    "relaxed_accuracy",
+    "multiple_choice",
+    "token_f1",
+    "chrf",
+    "json_accuracy",
+    "box_iou",
+    "box_accuracy",
+]
+
+
 class EvalSource(Source):
     name: str | None = None
     """The name of the source in reports; without it the file's name."""
+    metric: MetricName | None = None
+    """How `mmtrain eval answers` scores a generated answer (see docs/answers.md); without it a metric that suits the
+    source's reference answers is chosen and named."""
 
 
 def in_full(sources: Any) -> Any:

@@ -10,10 +10,11 @@ from rich.console import Console
 
 from mmtrain.config import Config
 from mmtrain.errors import UserError
-from mmtrain.evaluate.changed_images import CHANGES
 from mmtrain.evaluate.evaluation import BASE, Evaluation
 from mmtrain.evaluate.report import image_verdict, print_comparison, print_report
+from mmtrain.generate.questions import questions_of
 from mmtrain.scoring import statistics
+from mmtrain.scoring.changed_images import CHANGES
 from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.scoring.scores import Scores
 
@@ -70,7 +71,11 @@ def _report(evaluation: Evaluation, options: Options) -> dict[str, Any]:
 
 
 def _placed(evaluation: Evaluation, index: int, nll: float) -> dict[str, Any]:
-    return {"place": str(evaluation.samples.place(index)), "nll": nll}
+    """A sample by its place, with its first trained reply and the question to it."""
+    conversation = evaluation.samples.records.conversation(index)
+    first = questions_of(conversation, index, evaluation.encoder.trained_turns(conversation.messages))[0]
+    place = str(evaluation.samples.place(index))
+    return {"place": place, "nll": nll, "question": first.text, "reference": first.reference}
 
 
 def _images(evaluation: Evaluation, model: LoadedModel, right: Scores) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.validate import check_samples
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.evaluate.changed_images import Change, ChangedImages, encodable
 from mmtrain.model.adapter import read_adapter
 from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.adapters import AdaptedModels
+from mmtrain.scoring.changed_images import Change, ChangedImages, encodable
 from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.scoring.scorer import Scorer
 from mmtrain.scoring.scores import Scores

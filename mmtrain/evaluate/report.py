@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmtrain.safe_text import visible
+from mmtrain.safe_text import shortened, visible
 
 _NAME_WIDTH = 22
 _GROUPS = (("sources", "source"), ("turns", "turn"), ("modality", "samples"), ("lengths", "tokens of an answer"))
@@ -15,12 +15,19 @@ _CHANGES = {"swapped": "swapped", "grey": "grey", "none": "left out"}
 _NOTHING = 5e-5
 """Nats per token that are printed as 0.0000: less is taken for rounding in the model."""
 _FEW_SAMPLES = 20
+_MAX_TEXT = 32
+"""Characters of a question or a reply that are shown."""
+_NOT_ACCURACY = (
+    "Likelihood is not accuracy: a model can find the right answers likely and still write wrong ones. "
+    "`mmtrain eval answers` generates answers and scores them."
+)
 
 
 def print_report(row: Mapping[str, Any], console: Console) -> None:
     """Prints what `row` holds; its losses are in nats per token."""
     for line in _head(row):
         _say(line, console)
+    _say(f"\n{_NOT_ACCURACY}", console, wrap=True)
     for key, title in _GROUPS:
         if row[key]:
             console.print()
@@ -29,7 +36,9 @@ def print_report(row: Mapping[str, Any], console: Console) -> None:
         if row[key]:
             _say(f"\n{title}, nats per token", console)
         for entry in row[key]:
+            question, reference = (visible(shortened(entry[name], _MAX_TEXT)) for name in ("question", "reference"))
             _say(f"  {entry['nll']:>8.4f}  {visible(entry['place'])}", console)
+            _say(f"            {question} → {reference}", console)
     if row["images"] is not None:
         console.print()
         console.print(_image_table(row["images"]))

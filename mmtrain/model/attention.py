@@ -148,10 +148,24 @@ def _varlen(
     """All samples in one kernel, which takes (length, heads, width)."""
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     left = -1 if window is None else window - 1
-    grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if _HAS_GQA_FLAG else {}
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0), **grouped)
+    return varlen(q, k, v, ends, longest, scaling, (left, 0))[None]
+
+
+def varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor,
+    longest: int,
+    scaling: float | None,
+    window: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """`varlen_attn` of query (length, heads, width), key and value (length, key heads, width), within the stretches
+    between `ends` (1 + stretches,) int32; `window`: how many tokens before and after are seen, -1 all."""
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _HAS_GQA_FLAG else {}
+    out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=window, **grouped)
     assert isinstance(out, Tensor)
-    return out[None]
+    return out
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -17,13 +17,12 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model.attention import autocast, fits_varlen, has_varlen
+from mmtrain.model.attention import autocast, fits_varlen, has_varlen, varlen
 from mmtrain.model.image_cache.features import base_model, given_to_decoder
 from mmtrain.model.transfer import all_on_device
 from mmtrain.safe_text import one_line
@@ -183,11 +182,7 @@ def _attention(
         return torch.cat(rows, dim=1), None
     longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else max_length_q
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    out = varlen_attn(
-        q, k, v, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    assert isinstance(out, Tensor)
-    return out[None], None
+    return varlen(q, k, v, cu_seq_lens_q, longest, scaling)[None], None
 
 
 AttentionInterface.register(NAME, _attention)

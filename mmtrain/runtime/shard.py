@@ -41,6 +41,16 @@ def shard(root: nn.Module, device: torch.device) -> None:
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
 
+def reshard(root: nn.Module) -> None:
+    """Free the whole weights that a forward pass of sharded ones left, so that the next one gathers them again.
+
+    Without a backward pass after it FSDP2 keeps some, which do not change when the weights do.
+    """
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _blocks(module: nn.Module) -> list[nn.Module]:
     """The outermost repeated blocks. What is nested in them, such as experts, may not run on every process."""
     found: list[nn.Module] = []

@@ -129,6 +129,18 @@ def difference(a: Scores, b: Scores) -> dict[str, Any]:
     }
 
 
+def mean_by_sample(samples: Ints, values: Floats) -> tuple[float, tuple[float, float]]:
+    """The mean of `values` (num_values,), of which several may be of one sample, and its 95 % interval.
+
+    `samples`: the sample of each value. Where `values` are differences of two measurements the interval is paired.
+    """
+    found, inverse = np.unique(samples, return_inverse=True)
+    counts = np.bincount(inverse, minlength=len(found)).astype(np.float64)
+    sums = np.bincount(inverse, weights=values, minlength=len(found))
+    drawn_sum, drawn_count = _resampled(np.stack([sums, counts], axis=1)).T
+    return float(values.mean()), _interval(drawn_sum / drawn_count)
+
+
 def _supervised(scores: Scores) -> Scores:
     """The answers that have supervised tokens, ordered by sample, then by answer.
 

@@ -106,9 +106,9 @@ def end_report(run: Path) -> Iterator[str]:
     saved = "adapter" if (run / "adapter").is_dir() else "model"
     yield f"{saved}: {name}/{saved}, metrics: {name}/{METRICS}, config: {name}/config.yaml"
     if saved == "adapter" and found.evals:
-        yield f"next: mmtrain eval perplexity {name}/config.yaml --adapter {name}/adapter --images all"
-    elif saved == "adapter":
-        yield f"next: mmtrain merge {name} -o DIR"
+        yield f"next: mmtrain eval answers {name}/config.yaml --adapter {name}"
+    else:
+        yield f"next: mmtrain generate {name} -i"
 
 
 class StepReporter:

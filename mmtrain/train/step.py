@@ -14,7 +14,7 @@ from mmtrain.model.cost import CostModel
 from mmtrain.model.dropout import DropoutContext
 from mmtrain.runtime.device import device_faults, microbatch_faults, wide
 from mmtrain.runtime.processes import Runtime
-from mmtrain.runtime.shard import whole
+from mmtrain.runtime.shard import reshard, whole
 from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.gradients import branch_of, flatten, put_back, sum_running, sum_tree
@@ -108,8 +108,16 @@ def _backward(learner: Learner, batch: Batch | None, num_supervised: int, step: 
         backward(nll.sum() / num_supervised, step)
         if len(nll):
             has_images = any(segment.num_images for segment in batch.segments)
-            learner.lost_gradients.check(step, has_images, lambda: learner.nll(batch)[0])
+            learner.lost_gradients.check(step, has_images, lambda: _nll_again(learner, batch))
     return wide(nll.detach()).sum()
+
+
+def _nll_again(learner: Learner, batch: Batch) -> Tensor:
+    """(num_supervised,) with the weights as they are now, which may have changed since the backward pass."""
+    reshard(learner.root)
+    nll, _ = learner.nll(batch)
+    reshard(learner.root)
+    return nll
 
 
 def _nothing(runtime: Runtime) -> Tensor:

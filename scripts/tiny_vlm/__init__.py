@@ -1,1 +1,1 @@
-"""Makes the tiny model and its data: see __main__.py, data.py and answers.py."""
+"""Makes the tiny model and its data: see __main__.py and data.py."""

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForCondition
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tiny_vlm import answers, data
+from tiny_vlm import data
 
 SAMPLES = Path(__file__).resolve().parents[2] / "data_samples"
 APACHE = SAMPLES / "licenses" / "Apache-2.0.txt"
@@ -321,20 +321,19 @@ def publish(trained: Path, random_model: Path, target: Path) -> None:
 
 
 def evaluate(model: Path, work: Path) -> None:
-    """Prints how many open questions about held-out images are answered right, and the two controls."""
-    answerer = answers.Answerer(model)
-    sets = [
-        ("easy-VQA, open questions", work / "open.json", SHAPES / "train.json"),
-        ("easy-VQA, all questions", SHAPES / "test.json", SHAPES / "train.json"),
-        ("drawn, open questions", work / "held_out" / "held_out.jsonl", work / "drawn" / "all.jsonl"),
+    """Prints how good the answers about held-out images are, next to blind guessing and to other images."""
+    sources = [
+        {"path": str(work / "open.json"), "root": str(SHAPES), "name": "easy-VQA, open questions"},
+        {"path": str(SHAPES / "test.json"), "name": "easy-VQA, all questions"},
+        {"path": str(work / "held_out" / "held_out.jsonl"), "name": "drawn, open questions"},
     ]
-    for name, path, seen in sets:
-        questions = answers.read_questions(path)
-        swapped = answers.swap_images(questions)
-        right = answers.exact_match(questions, answerer.answer_all(questions))
-        wrong_picture = answers.exact_match(swapped, answerer.answer_all(swapped))
-        blind = answers.blind_rate(questions, answers.read_questions(seen))
-        print(f"{name}: right {right:.3f}, pictures swapped {wrong_picture:.3f}, best blind answer {blind:.3f}")
+    config = {
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": [{"path": str(SHAPES / "train.json")}], "eval": sources},
+        "run": {"output_dir": str(work / "evaluated")},
+    }
+    write_json(work / "evaluate.yaml", config)  # JSON is YAML too
+    subprocess.run([sys.executable, "-m", "mmtrain", "eval", "answers", str(work / "evaluate.yaml")], check=True)
 
 
 def main() -> None:

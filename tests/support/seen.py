@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
@@ -60,6 +61,13 @@ num_steps = or_refused(lambda dataset: dataset.num_steps)
 samples_of_a_step = or_refused(lambda dataset: len(dataset.plan.step(1)))
 steps_of_an_epoch = or_refused(lambda dataset: dataset.plan.steps_per_epoch)
 eval_name = or_refused(lambda dataset: dataset.eval[0].name)
+
+
+def metric_of_answers(config: Config) -> str:
+    processor = load_processor(config.model.path)
+    evaluation = AnswerEvaluation(config, config.data.eval, processor, QUIET)
+    (metric,) = {question.metric for question in evaluation.questions}
+    return metric
 
 
 num_dropped = or_refused(lambda dataset: len(dataset.checked.dropped))

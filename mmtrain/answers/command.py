@@ -1,0 +1,111 @@
+"""`mmtrain eval answers`: how good a model's answers are, and whether they are better than blind guessing."""
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+
+from mmtrain.answers.evaluation import AnswerEvaluation, Replies
+from mmtrain.answers.figures import figures
+from mmtrain.answers.metrics import METRICS
+from mmtrain.answers.report import print_report
+from mmtrain.config import Config
+from mmtrain.config.schema import EvalSource
+from mmtrain.errors import StorageError, UserError
+from mmtrain.generate.target import Loaded, Target, find_adapter, find_model, load_target
+from mmtrain.progress import Progress
+from mmtrain.runtime.processes import Runtime
+from mmtrain.safe_text import shown, visible
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says besides the config."""
+
+    adapter: Path | None = None
+    data: tuple[str, ...] = ()
+    metric: str | None = None
+    html: Path | None = None
+    json: bool = False
+    batch_size: int = 16
+    max_new_tokens: int | None = None
+
+
+def eval_answers(config: Config, options: Options) -> None:
+    """Generate, score, compare, and print. Raises UserError for what the user can fix."""
+    if options.metric is not None and options.metric not in METRICS:
+        raise UserError(f"--metric {shown(options.metric)}: expected one of {', '.join(METRICS)}")
+    sources = [EvalSource(path=path) for path in options.data] or list(config.data.eval)
+    if not sources:
+        raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")
+    if options.html is not None and not options.html.absolute().parent.is_dir():
+        raise UserError(f"--html {shown(options.html)}: there is no such folder: make it first")
+    target = _target(config, options.adapter)
+    runtime = Runtime(config.model.dtype)
+    if runtime.num_processes > 1:
+        raise UserError("eval answers: it runs in one process: start it without a launcher")
+    progress = Progress(runtime.activity.tick)
+    loaded = load_target(target, runtime)
+    evaluation = AnswerEvaluation(config, sources, loaded.encoder.processor, progress, options.metric)
+    replies = _replies(evaluation, loaded, options)
+    if options.adapter is not None:
+        replies["base"] = _base_replies(evaluation, loaded, config, options)
+    row = figures(evaluation.questions, evaluation.places, replies, evaluation.reasons)
+    row["dropped"] = evaluation.dropped
+    _show(row, evaluation, options)
+
+
+def _target(config: Config, path: Path | None) -> Target:
+    """What is evaluated: the base model, an adapter on it, or the model that a run saved."""
+    settings = config.model
+    base = Target(settings.path, None, config.labels, settings.dtype, settings.quantization)
+    if path is None:
+        return base
+    adapter, model = find_adapter(path), find_model(path)
+    if adapter is None and model is None:
+        raise UserError(f"--adapter {visible(str(path))}: expected the directory of an adapter or of a finished run")
+    if adapter is not None:
+        return replace(base, adapter=adapter)
+    return replace(base, model=str(model), quantization=None)
+
+
+def _replies(evaluation: AnswerEvaluation, loaded: Loaded, options: Options) -> dict[str, Replies]:
+    """By kind: the model's, and its with the images of others and without images, where there are such."""
+    sizes = options.batch_size, options.max_new_tokens or evaluation.max_new_tokens
+    found = {
+        "model": evaluation.replies(loaded.generator, "answers", *sizes),
+        "swapped": evaluation.replies_with_changed_images(
+            loaded.generator, "swapped", "answers with swapped images", *sizes
+        ),
+        "no_images": evaluation.replies_with_changed_images(loaded.generator, "none", "answers without images", *sizes),
+    }
+    return {kind: replies for kind, replies in found.items() if replies}
+
+
+def _base_replies(evaluation: AnswerEvaluation, loaded: Loaded, config: Config, options: Options) -> Replies:
+    is_adapted = isinstance(loaded.model, PeftModel)
+    without: AbstractContextManager[Any] = loaded.model.disable_adapter() if is_adapted else nullcontext()
+    base = loaded if is_adapted else load_target(_target(config, None), loaded.runtime)
+    with without:
+        new_tokens = options.max_new_tokens or evaluation.max_new_tokens
+        return evaluation.replies(base.generator, "answers of the base model", options.batch_size, new_tokens)
+
+
+def _show(row: dict[str, Any], evaluation: AnswerEvaluation, options: Options) -> None:
+    if options.html is not None:
+        from mmtrain.answers.page import write_page
+
+        try:
+            write_page(options.html, row, evaluation.samples)
+        except OSError as error:
+            raise StorageError(f"--html {shown(options.html)}: cannot be written: {error.strerror}") from None
+    if options.json:
+        print(json.dumps(row, ensure_ascii=False, allow_nan=False))
+    else:
+        print_report(row, Console(highlight=False, emoji=False, markup=False))
+        if options.html is not None:
+            print(f"\nwrote {visible(str(options.html))}")

@@ -1,0 +1,57 @@
+"""`mmtrain generate`: a reply to one question, a chat, or the answers to all questions of a file."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmtrain.errors import UserError
+from mmtrain.generate.answer_all import answer_all
+from mmtrain.generate.chat import Chat, read_image, run_chat
+from mmtrain.generate.sampling import Sampling
+from mmtrain.generate.target import find_target, load_target
+from mmtrain.runtime.processes import Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says."""
+
+    path: str
+    question: str | None = None
+    images: tuple[Path, ...] = ()
+    interactive: bool = False
+    system: str | None = None
+    data: tuple[str, ...] = ()
+    output: Path | None = None
+    base: str | None = None
+    dtype: str | None = None
+    batch_size: int = 16
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def check(self) -> None:
+        """Raises UserError, before anything is loaded, where the options do not go together."""
+        self.sampling.check()
+        if [self.question is not None, self.interactive, bool(self.data)].count(True) != 1:
+            raise UserError("generate: expected a question, or -i for a chat, or --data FILE: give one of them")
+        if bool(self.data) != (self.output is not None):
+            raise UserError("generate: --data FILE and -o FILE go together: give both or none")
+        if self.data and (self.images or self.system):
+            raise UserError("generate: --image and --system are for a question or a chat, not for --data: remove them")
+
+
+def generate(options: Options) -> None:
+    """Print the reply, or write the answers. Raises UserError for what the user can fix."""
+    options.check()
+    images = [read_image(path) for path in options.images]
+    target = find_target(options.path, options.base, options.dtype)
+    runtime = Runtime(target.dtype)
+    if runtime.num_processes > 1:
+        raise UserError("generate: it runs in one process: start it without a launcher")
+    loaded = load_target(target, runtime)
+    if options.output is not None:
+        answer_all(loaded, options.data, options.output, options.batch_size, options.sampling)
+        return
+    chat = Chat(loaded, options.sampling, options.system)
+    if options.question is None:
+        run_chat(chat, images)
+    else:
+        print(chat.reply(options.question, images))

@@ -1,0 +1,48 @@
+"""Prompts with the very ids of training: an encoded sample up to where a trained reply begins."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.records.chat import Conversation, Message, SampleError, Text
+
+_STAND_IN = Message("assistant", (Text("x"),))
+
+
+def prompts_of(encoded: Encoded) -> list[Encoded]:
+    """For each trained reply of a sample what the model gets before it, the images up to there included.
+
+    Replies are runs of supervised tokens: between two of them the template always writes something.
+    """
+    flags = [False, *encoded.supervised.tolist()]
+    starts = [at for at, (before, here) in enumerate(itertools.pairwise(flags)) if here and not before]
+    return [_up_to(encoded, start) for start in starts]
+
+
+def prompt_for(encoder: Encoder, conversation: Conversation, root: Path) -> Encoded:
+    """The prompt for a reply to `conversation`, which ends with a user's turn.
+
+    It is encoded with a reply in the reply's place, as training encodes it: nothing before a reply depends on its text.
+    `root` is the folder of the images. Raises SampleError where it cannot be encoded.
+    """
+    if not conversation.messages or conversation.messages[-1].role != "user":
+        raise SampleError("the conversation does not end with a turn of the user: there is nothing to reply to")
+    return prompts_of(encoder.encode(Conversation((*conversation.messages, _STAND_IN)), root))[-1]
+
+
+def trained_end(encoder: Encoder) -> int | None:
+    """The token by which a trained reply ends; None where training teaches none.
+
+    Found on a sample: templates end replies by tokens that the model's generation config may not name.
+    """
+    asked = Message("user", (Text("x"),))
+    encoded = encoder.encode(Conversation((asked, _STAND_IN)), Path())
+    last = int(encoded.ids[np.flatnonzero(encoded.supervised)[-1]])
+    return last if encoder.processor.tokenizer.is_special(last) else None
+
+
+def _up_to(encoded: Encoded, start: int) -> Encoded:
+    images = tuple(span for span in encoded.images if span.start < start)
+    return Encoded(encoded.ids[:start], encoded.supervised[:start], images)

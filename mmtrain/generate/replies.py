@@ -1,0 +1,142 @@
+"""Replies of a model to batches of prompts, by transformers' own `generate`."""
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from mmtrain.dataset.batch import Batch, make_batch
+from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.errors import UserError
+from mmtrain.generate.prompts import trained_end
+from mmtrain.generate.sampling import Sampling
+from mmtrain.model.transfer import on_device
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a model replied."""
+
+    text: str
+    """Without the token that ends it, and without white space at its ends."""
+    ids: tuple[int, ...]
+    """Its tokens, the one that ends it included."""
+    is_complete: bool
+    """False where `max_new_tokens` cut it off."""
+    log_probability: float | None
+    """The mean over its tokens of the log-probability of the most likely token, in nats; None unless greedy."""
+
+
+class Generator:
+    """Generates replies with one model, which is in eval mode and on its device.
+
+    `encoder` is that of the prompts: replies stop at the token that it trains replies to end with, and at those that
+    the model's directory names.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        encoder: Encoder,
+        autocast: Callable[[], AbstractContextManager[None]],
+        max_positions: int | None = None,
+    ) -> None:
+        """`max_positions`: the most tokens that a prompt and its reply may have together; None: any number."""
+        self._model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._autocast, self._max_positions = autocast, max_positions
+        self._processor = encoder.processor
+        end = trained_end(encoder)
+        self.stop_ids: frozenset[int] = self._processor.tokenizer.traits.eos_ids | (set() if end is None else {end})
+        self._takes = frozenset(inspect.signature(self._model.forward).parameters)
+
+    @torch.no_grad()
+    def replies(self, prompts: Sequence[Encoded], sampling: Sampling, seed: int | None = None) -> list[Reply]:
+        """The reply to each prompt, all of them in one batch. A `seed` decides what is sampled.
+
+        Raises SampleError where an image does not decode, UserError where a prompt leaves no room for its reply.
+        """
+        longest = max(prompt.num_tokens for prompt in prompts)
+        if self._max_positions is not None and longest + sampling.max_new_tokens > self._max_positions:
+            raise UserError(
+                f"--max-new-tokens {sampling.max_new_tokens}: a prompt has {longest} tokens and the model "
+                f"{self._max_positions} positions: expected at most {self._max_positions - longest}"
+            )
+        batch = make_batch(range(len(prompts)), prompts, self._processor, packing=False)
+        inputs = self._inputs(batch)
+        confidence = _Confidence()
+        config = sampling.config(self.stop_ids, self._processor.tokenizer.traits.pad_id)
+        if sampling.do_sample:
+            torch.manual_seed(sampling.seed if seed is None else seed)
+        is_greedy = not sampling.do_sample and sampling.num_beams == 1
+        watched = LogitsProcessorList([confidence] if is_greedy else [])
+        with self._autocast(), _own_settings(self._model):
+            made = self._model.generate(**inputs, generation_config=config, logits_processor=watched)
+        new = made[:, inputs["input_ids"].shape[1] :].tolist()
+        found = confidence.log_probabilities() if is_greedy else [None] * len(new)
+        return [self._reply(ids, probabilities) for ids, probabilities in zip(new, found, strict=True)]
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """The arguments of `generate`, padded on the left, on the model's device."""
+        ids, mask = _padded_left(batch)
+        image = self._processor.image_token_id
+        types = torch.zeros_like(ids) if image is None else ((ids == image) & mask.bool()).long()
+        inputs = {"input_ids": ids, "attention_mask": mask, **batch.image_inputs}
+        inputs |= {key: types for key in ("mm_token_type_ids", "token_type_ids") if key in self._takes}
+        device = self._model.device
+        return {key: on_device(value, device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
+    def _reply(self, ids: list[int], log_probabilities: list[float] | None) -> Reply:
+        end = next((at for at, id_ in enumerate(ids) if id_ in self.stop_ids), None)
+        own = ids if end is None else ids[: end + 1]
+        text = self._processor.tokenizer.decode(ids[:end]).strip()
+        mean = None if log_probabilities is None else sum(log_probabilities[: len(own)]) / max(1, len(own))
+        return Reply(text, tuple(own), end is not None, mean)
+
+
+class _Confidence(LogitsProcessor):  # type: ignore[misc]
+    """Notes the log-probability of the most likely token at each step, and changes nothing."""
+
+    def __init__(self) -> None:
+        self._steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._steps.append(scores.float().log_softmax(-1).amax(-1))
+        return scores
+
+    def log_probabilities(self) -> list[list[float]]:
+        """For each row those of its steps."""
+        found: list[list[float]] = torch.stack(self._steps, dim=1).tolist()
+        return found
+
+
+def _padded_left(batch: Batch) -> tuple[Tensor, Tensor]:
+    """(rows, length) ids, and 1 where there is a token of a prompt, with the padding of `batch` moved to the left."""
+    ids, mask = batch.input_ids.clone(), torch.zeros_like(batch.input_ids)
+    for segment in batch.segments:
+        padding = ids.shape[1] - segment.length
+        ids[segment.row] = ids[segment.row].roll(padding)
+        mask[segment.row, padding:] = 1
+    return ids, mask
+
+
+@contextmanager
+def _own_settings(model: Any) -> Iterator[None]:
+    """Put an empty generation config in the place of the model's, whose values `generate` takes for all that are not
+    set: a repetition penalty, tokens to suppress, another end token."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def batched(num_prompts: int, batch_size: int) -> Iterator[Collection[int]]:
+    """The positions of the prompts of each batch, in order."""
+    return (range(start, min(start + batch_size, num_prompts)) for start in range(0, num_prompts, batch_size))

@@ -1,0 +1,124 @@
+"""What `mmtrain generate` is asked to run: the directory of a run, of an adapter or of a model."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mmtrain.config.schema import Config, Labels
+from mmtrain.config.yaml_file import read_yaml
+from mmtrain.encoding.encode import Encoder
+from mmtrain.encoding.load import load_processor
+from mmtrain.errors import UserError
+from mmtrain.generate.replies import Generator
+from mmtrain.model.adapter import CONFIG, load_adapter, read_adapter
+from mmtrain.model.load import length_limit, load_model
+from mmtrain.runtime.device import loading_faults
+from mmtrain.runtime.processes import Runtime
+from mmtrain.safe_text import one_line, visible
+
+_ANY_LENGTH = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is loaded, and how the data of its training was encoded."""
+
+    model: str
+    """A model directory or the id of a model in the local hub cache."""
+    adapter: Path | None = None
+    labels: Labels = field(default_factory=Labels)
+    dtype: str = "bfloat16"
+    quantization: str | None = None
+    """How the base model of an adapter is quantized, as in the run that trained the adapter."""
+
+    @property
+    def name(self) -> str:
+        return self.model if self.adapter is None else f"{self.model} with the adapter {self.adapter}"
+
+
+def find_target(path: str, base: str | None = None, dtype: str | None = None) -> Target:
+    """What is at `path`; `base`: the base model of an adapter, without it the one that the adapter names.
+
+    The labels, the type of the weights and their quantization are those of the run's config, or else a config's
+    defaults.
+    Raises UserError where there is nothing to run.
+    """
+    folder = Path(path)
+    config = _config_of_run(folder)
+    labels = Labels() if config is None else config.labels
+    dtype = dtype or ("bfloat16" if config is None else config.model.dtype)
+    adapter = find_adapter(folder)
+    if adapter is not None:
+        quantization = None if config is None else config.model.quantization
+        return Target(base or _named_base(adapter), adapter, labels, dtype, quantization)
+    if base is not None:
+        raise UserError(f"--base: {visible(path)} has no {CONFIG}: --base is for the directory of an adapter")
+    model = find_model(folder)
+    if model is not None:
+        return Target(str(model), None, labels, dtype)
+    if (folder / "checkpoints").is_dir():
+        raise UserError(f"{visible(path)}: the run has not saved its model yet: finish it with `mmtrain train`")
+    return Target(path, None, labels, dtype)
+
+
+def find_adapter(folder: Path) -> Path | None:
+    """The directory of the adapter that `folder` is, or that the run in it saved; None where there is none."""
+    return next((one for one in (folder, folder / "adapter") if (one / CONFIG).is_file()), None)
+
+
+def find_model(folder: Path) -> Path | None:
+    """The same for a model that was saved whole."""
+    return next((one for one in (folder, folder / "model") if (one / "config.json").is_file()), None)
+
+
+def _named_base(adapter: Path) -> str:
+    try:
+        base = json.loads((adapter / CONFIG).read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{visible(str(adapter / CONFIG))}: it names no base model: give it as --base MODEL")
+    return base
+
+
+def _config_of_run(folder: Path) -> Config | None:
+    """The config of the run in `folder`, or of the one that saved its adapter or model there; None where there is no
+    run."""
+    run = folder.parent if folder.name in ("adapter", "model") else folder
+    file = run / "config.yaml"
+    if not (run / "checkpoints").is_dir() or not file.is_file():
+        return None
+    try:
+        return Config.model_validate(read_yaml(file)[0])
+    except ValidationError as error:
+        raise UserError(f"{visible(str(file))}: not the config of a run: {one_line(error)}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A target that is ready to reply."""
+
+    target: Target
+    model: Any
+    encoder: Encoder
+    generator: Generator
+    runtime: Runtime
+
+
+def load_target(target: Target, runtime: Runtime) -> Loaded:
+    """Raises UserError where something is missing, broken or does not fit together."""
+    adapter = None if target.adapter is None else read_adapter(target.adapter)
+    processor = load_processor(target.model)
+    encoder = Encoder(processor, target.labels.train_on, target.labels.end_of_turn)
+    with loading_faults():
+        model = load_model(
+            target.model, target.dtype, processor, runtime.device, runtime.activity.tick, target.quantization
+        )
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+        model.to(runtime.device)
+    limit = length_limit(target.model, _ANY_LENGTH).num_tokens
+    return Loaded(target, model, encoder, Generator(model, encoder, runtime.autocast, limit), runtime)

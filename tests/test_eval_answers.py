@@ -1,0 +1,247 @@
+"""`mmtrain eval answers`: figures worked out by hand, and a model that looks at its images next to one that cannot."""
+
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from mmtrain.answers.asked import AskedQuestion
+from mmtrain.answers.evaluation import AnswerEvaluation
+from mmtrain.answers.figures import figures
+from mmtrain.answers.metrics import METRICS
+from mmtrain.answers.page import write_page
+from mmtrain.answers.report import print_report
+from mmtrain.cli import app
+from mmtrain.config import dump_config
+from mmtrain.config.schema import Config, MetricName
+from mmtrain.encoding.load import load_processor
+from mmtrain.errors import UserError
+from mmtrain.generate.replies import Reply
+from mmtrain.progress import QUIET
+from mmtrain.scoring.statistics import mean_by_sample
+from support.builders import SHAPES, TINY, write_jsonl
+
+
+def asked(references: Sequence[str], text: str = "colour?", metric: str = "exact_match") -> list[AskedQuestion]:
+    return [AskedQuestion(i, "held-out", text, reference, metric) for i, reference in enumerate(references)]
+
+
+def replied(texts: Sequence[str], log_probability: float = -0.5) -> dict[int, Reply]:
+    return {i: Reply(text, (1, 2), True, log_probability) for i, text in enumerate(texts)}
+
+
+def judged(questions: list[AskedQuestion], **texts: Sequence[str]) -> dict[str, Any]:
+    replies = {kind: replied(found) for kind, found in texts.items()}
+    places = [f"eval.jsonl:{i + 1}" for i in range(len(questions))]
+    return figures(questions, places, replies, {"held-out": "as configured"})
+
+
+ROLES = ("user", "assistant")
+COLOURS = ["red"] * 10 + ["blue"] * 6 + ["green"] * 4
+
+
+def test_the_figures_of_20_answers() -> None:
+    row = judged(asked(COLOURS), model=["red"] * 10 + ["Blue"] * 6 + ["green"] * 4, base=["no"] * 20)
+    assert (row["num_samples"], row["num_answers"]) == (20, 20)
+    assert row["metrics"] == {"exact_match": 0.7, "vqa_match": 1.0, "judged": 0.7}
+    assert row["blind"] == {"exact_match": 0.5, "vqa_match": 0.5, "judged": 0.5}
+    assert row["base"]["exact_match"] == 0
+    assert row["swapped"] is None
+    assert row["no_images"] is None
+    assert row["questions"][0]["blind_answer"] == "red"
+    assert [example["index"] for example in row["worst"]] == list(range(10, 16))
+
+
+def test_the_base_is_only_compared_where_there_is_one() -> None:
+    assert judged(asked(COLOURS), model=COLOURS)["base"] is None
+
+
+@pytest.mark.parametrize(
+    ("answers", "beats", "words"),
+    [
+        (COLOURS, True, "beats blind guessing (+50.0 points"),
+        (["red"] * 20, False, "does not beat blind guessing (+0.0 points, 95 % +0.0 to +0.0: no better)"),
+        (["red"] * 10 + ["blue"] + ["red"] * 9, False, "the difference may be chance"),
+        (["green"] * 20, False, "does not beat blind guessing (-30.0 points"),
+        (["no"] * 20, False, "blind guessing is better"),
+    ],
+)
+def test_only_an_interval_above_0_beats_blind_guessing(answers: list[str], beats: bool, words: str) -> None:
+    """One answer more than blind guessing is among 20 no proof: a third of the draws lack it."""
+    row = judged(asked(COLOURS), model=answers)
+    low = row["intervals"]["minus_blind"]["judged"][0]
+    assert row["beats_blind"] is beats is (low > 0) is row["sources"]["held-out"]["beats_blind"]
+    assert words in row["verdict"]
+    assert row["verdict"] == row["sources"]["held-out"]["verdict"]
+
+
+def test_the_interval_of_a_mean_follows_the_samples() -> None:
+    """Twenty answers of two conversations are two draws: 0, 1/2 or 1, each end in a quarter of them."""
+    samples, values = torch.arange(20).numpy() // 10, (torch.arange(20).numpy() >= 10).astype(float)
+    assert mean_by_sample(samples, values) == (0.5, (0.0, 1.0))
+    mean, (low, high) = mean_by_sample(torch.arange(20).numpy(), values)
+    assert (mean, 0.2 < low < 0.35, 0.65 < high < 0.8) == (0.5, True, True)
+
+
+def test_answers_are_weighted_alike_in_samples_of_unequal_size() -> None:
+    mean, _ = mean_by_sample(torch.tensor([0, 0, 0, 1]).numpy(), torch.tensor([1.0, 1, 1, 0]).numpy())
+    assert mean == 0.75
+
+
+def test_each_source_is_judged_by_its_own_metric() -> None:
+    boxes = [AskedQuestion(i, "boxes", "where?", f"[{i}, 0, {i + 2}, 2]", "box_iou") for i in range(2)]
+    words = [AskedQuestion(i + 2, "words", "what?", text, "exact_match") for i, text in enumerate(["a", "b"])]
+    replies = {"model": replied(["[0, 0, 2, 2]", "nowhere", "a", "x"])}
+    row = figures([*boxes, *words], ["p"] * 4, replies, {"boxes": "", "words": ""})
+    assert row["sources"]["boxes"]["means"] == {"model": 0.5, "blind": pytest.approx((1 + 1 / 3) / 2)}
+    assert row["sources"]["boxes"]["num_of_other_form"] == 1
+    assert row["sources"]["words"]["means"] == {"model": 0.5, "blind": 0.5}
+    assert row["metrics"] == {"exact_match": 0.5, "vqa_match": 0.5, "box_iou": 0.5, "judged": 0.5}
+
+
+def test_surprising_are_the_wrong_answers_that_the_model_is_sure_of() -> None:
+    replies = {"model": {i: Reply(text, (1,), i != 1, -float(i)) for i, text in enumerate("xaxx")}}
+    row = figures(asked(["a"] * 4), ["p"] * 4, replies, {"held-out": ""})
+    assert [example["index"] for example in row["surprising"]] == [0, 2, 3]
+    assert row["surprising"][0]["probability"] == 1
+    assert row["num_incomplete"] == 1
+
+
+def test_the_report_says_everything() -> None:
+    answers = ["red"] * 10 + ["[bold]x\x1b[/bold]"] * 10
+    row = judged(asked(COLOURS, "[i]colour?"), model=answers, base=["no"] * 20)
+    console = Console(file=io.StringIO(), width=80, highlight=False, emoji=False, markup=False)
+    print_report(row, console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "\x1b" not in text
+    for words in (
+        "held-out: exact_match (as configured), 20 answers",
+        "the model",
+        "best blind answer",
+        "the base model",
+    ):
+        assert words in text
+    assert "swapped" not in text
+    assert "eval.jsonl:11  [i]colour?  →  [bold]x\\u{1b}[/bold]  (reference: blue; score 0.00, 61% sure)" in text
+    assert "The model does not beat blind guessing" in text.splitlines()[-2]
+
+
+def test_the_config_knows_every_metric() -> None:
+    assert get_args(MetricName) == tuple(METRICS)
+
+
+def shapes(folder: Path, num: int) -> Path:
+    """Questions of easy-VQA on held-out images."""
+    rows = json.loads((SHAPES / "test.json").read_text(encoding="utf-8"))
+    open_questions = [row for row in rows if row["conversations"][1]["value"] not in ("yes", "no")]
+    return write_jsonl(folder / "eval.jsonl", open_questions[:num])
+
+
+def config_for(folder: Path, model: Path = TINY, num: int = 40, **source: Any) -> Path:
+    eval_source = {"path": str(shapes(folder, num)), "root": str(SHAPES), "name": "shapes", **source}
+    config = Config.model_validate(
+        {
+            "model": {"path": str(model), "dtype": "float32"},
+            "data": {"train": [{"path": eval_source["path"], "root": str(SHAPES)}], "eval": [eval_source]},
+            "run": {"output_dir": str(folder / "run")},
+        }
+    )
+    (folder / "config.yaml").write_text(dump_config(config))
+    return folder / "config.yaml"
+
+
+def run(*words: object) -> Any:
+    result = CliRunner().invoke(app, ["eval", "answers", *map(str, words)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.stdout
+
+
+def blind_model(folder: Path) -> Path:
+    """The tiny model, whose projector gives 0 for every image."""
+    path = shutil.copytree(TINY, folder / "blind")
+    weights = load_file(path / "model.safetensors")
+    dropped = [name for name in weights if ".merger.mlp.2" in name]
+    assert dropped
+    save_file(weights | {name: weights[name] * 0 for name in dropped}, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def test_a_model_that_looks_beats_blind_guessing(tmp_path: Path) -> None:
+    row = json.loads(run(config_for(tmp_path), "--json", "--html", tmp_path / "page.html"))
+    assert row["num_samples"] == 40
+    assert row["beats_blind"] is True
+    assert row["metrics"]["exact_match"] > 0.9
+    questions = [json.loads(line)["conversations"] for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    by_question: dict[str, list[str]] = {}
+    for question, answer in questions:
+        by_question.setdefault(question["value"], []).append(answer["value"])
+    groups = [found for found in by_question.values() if len(found) > 1]
+    groups.append([found[0] for found in by_question.values() if len(found) == 1])
+    assert row["blind"]["exact_match"] == pytest.approx(sum(max(map(found.count, found)) for found in groups) / 40)
+    assert row["intervals"]["minus_blind"]["exact_match"][0] > 0
+    assert row["swapped"]["exact_match"] < row["metrics"]["exact_match"] - 0.3
+    assert row["intervals"]["minus_swapped"]["exact_match"][0] > 0
+    assert row["no_images"]["exact_match"] < row["metrics"]["exact_match"] - 0.3
+
+
+def test_a_model_that_sees_nothing_does_not_beat_blind_guessing(tmp_path: Path) -> None:
+    text = run(config_for(tmp_path, blind_model(tmp_path)))
+    assert "The model does not beat blind guessing" in " ".join(text.split())
+    assert "beats blind" not in text
+
+
+def test_a_metric_that_cannot_compare_a_reference_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"eval.jsonl:1: box_iou cannot compare '\w+': set another `metric`"):
+        run(config_for(tmp_path, num=2, metric="box_iou"))
+
+
+def test_the_option_takes_the_place_of_the_configured_metric(tmp_path: Path) -> None:
+    row = json.loads(run(config_for(tmp_path, num=4, metric="anls"), "--json", "--metric", "chrf"))
+    assert (row["sources"]["shapes"]["metric"], row["sources"]["shapes"]["reason"]) == ("chrf", "as configured")
+
+
+def test_an_unknown_metric_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--metric 'bleu': expected one of exact_match, vqa_match"):
+        run(config_for(tmp_path, num=2), "--metric", "bleu")
+
+
+def test_every_trained_reply_is_a_question(tmp_path: Path) -> None:
+    turns = [("1?", "one"), ("2?", "two")]
+    messages = [{"role": role, "content": text} for pair in turns for role, text in zip(ROLES, pair, strict=True)]
+    data = write_jsonl(tmp_path / "turns.jsonl", [{"messages": messages}])
+    path = config_for(tmp_path, num=2)
+    config = Config.model_validate(Config.model_validate(load(path)).model_dump())
+    sources = [config.data.eval[0].model_copy(update={"path": str(data), "root": None})]
+    evaluation = AnswerEvaluation(config, sources, load_processor(str(TINY)), QUIET)
+    assert [(question.text, question.reference) for question in evaluation.questions] == turns
+    assert {question.sample for question in evaluation.questions} == {0}
+
+
+def load(path: Path) -> Any:
+    import yaml
+
+    return yaml.safe_load(path.read_text())
+
+
+def test_the_page_escapes_what_samples_say(tmp_path: Path) -> None:
+    path = config_for(tmp_path, num=2)
+    config = Config.model_validate(load(path))
+    samples = AnswerEvaluation(config, config.data.eval, load_processor(str(TINY)), QUIET).samples
+    row = judged(asked(["<b>red</b>", "blue"], "<script>alert(1)</script>"), model=["<img src=x>", "blue"])
+    write_page(tmp_path / "page.html", row | {"dropped": []}, samples)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "<img src=x" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert page.count("data:image/png;base64,") == 2  # once among the worst, once among the surprising
+    assert "http" not in page.replace("http-equiv", "")

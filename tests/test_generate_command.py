@@ -1,0 +1,271 @@
+"""`mmtrain generate`: what it runs, one question, a chat, and a file of answers that is continued."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from mmtrain.cli import app
+from mmtrain.config import dump_config
+from mmtrain.config.schema import Config, Source
+from mmtrain.encoding.encode import Encoder
+from mmtrain.encoding.load import load_processor
+from mmtrain.errors import UserError
+from mmtrain.generate import answer_all as module
+from mmtrain.generate.answers_file import AnswersFile
+from mmtrain.generate.command import Options, generate
+from mmtrain.generate.questions import Questions
+from mmtrain.generate.sampling import Sampling
+from mmtrain.generate.target import find_target, load_target
+from mmtrain.runtime.processes import Runtime
+from mmtrain.train.run import train
+from support.builders import SHAPES, write_jsonl
+
+MakeConfig = Callable[..., Config]
+SHORT = Sampling(max_new_tokens=4)
+IMAGE = sorted((SHAPES / "images").iterdir())[0]
+
+
+def options(path: Path, **settings: Any) -> Options:
+    return Options(str(path), dtype="float32", sampling=SHORT, **settings)
+
+
+def answers(path: Path, data: Path, output: Path, **settings: Any) -> list[dict[str, Any]]:
+    generate(options(path, data=(str(data),), output=output, **settings))
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def data(make_config: MakeConfig, kind: str) -> Path:
+    return Path(make_config(kind).data.train[0].path)
+
+
+def test_every_question_of_a_file_is_answered_once(kind: str, model_dirs: dict[str, Path], data: Path) -> None:
+    rows = answers(model_dirs[kind], data, data.parent / "answers.jsonl", batch_size=3)
+    assert [row["question_index"] for row in rows] == list(range(11))
+    assert [row["place"].rpartition(":")[2] for row in rows] == ["1", "2", "3", "3", "4", "5", "6", "7", "7", "7", "8"]
+    assert [row["turn"] for row in rows] == [1, 1, 1, 3, 1, 1, 1, 1, 3, 5, 1]
+    assert (rows[3]["question"], rows[3]["reference"]) == ("And what shape?", "It is a long, thin rectangle.")
+    assert len({row["answer"] for row in rows}) > 4
+
+
+def test_a_question_is_answered_as_in_the_file(
+    model_dirs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copyfile(IMAGE, tmp_path / "a.png")
+    rows: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": "<image>What shape?"}], "images": ["a.png"]},
+        {"messages": [{"role": "user", "content": "What shape?"}]},
+    ]
+    path = model_dirs["qwen2_5_vl"]
+    found = answers(path, write_jsonl(tmp_path / "asked.jsonl", rows), tmp_path / "answers.jsonl")
+    assert [row["reference"] for row in found] == [None, None]
+    capsys.readouterr()
+    generate(options(path, question="What shape?", images=(IMAGE,)))
+    generate(options(path, question="What shape?"))
+    assert capsys.readouterr().out.splitlines() == [row["answer"] for row in found]
+    assert found[0]["answer"] != found[1]["answer"]
+
+
+@pytest.mark.parametrize("num_kept", [0, 1, 5])
+@pytest.mark.parametrize("broken", ["", '{"question_ind'])
+def test_a_file_of_answers_is_continued(
+    num_kept: int, broken: str, model_dirs: dict[str, Path], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    data, output = Path(make_config("llava").data.train[0].path), tmp_path / "answers.jsonl"
+    whole = answers(model_dirs["llava"], data, output, batch_size=4)
+    lines = output.read_text(encoding="utf-8").splitlines(keepends=True)
+    output.write_text("".join(lines[:num_kept]) + broken, encoding="utf-8")
+    assert answers(model_dirs["llava"], data, output, batch_size=4) == whole
+
+
+def test_nothing_is_computed_for_answers_that_are_there(
+    model_dirs: dict[str, Path], make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output = Path(make_config("llava").data.train[0].path), tmp_path / "answers.jsonl"
+    answers(model_dirs["llava"], data, output, batch_size=4)
+    lines = output.read_text(encoding="utf-8").splitlines(keepends=True)
+    output.write_text("".join(lines[:5]), encoding="utf-8")
+    computed = []
+    real = module._rows
+
+    def counted(*args: Any) -> Any:
+        computed.append(list(args[-1]))
+        return real(*args)
+
+    monkeypatch.setattr(module, "_rows", counted)
+    answers(model_dirs["llava"], data, output, batch_size=4)
+    assert computed == [[4, 5, 6, 7], [8, 9, 10]]
+
+
+@pytest.mark.parametrize("change", ["sampling", "data", "model", "labels"])
+def test_answers_that_were_made_otherwise_are_not_continued(
+    change: str, model_dirs: dict[str, Path], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    data, output = Path(make_config("llava").data.train[0].path), tmp_path / "answers.jsonl"
+    path = shutil.copytree(model_dirs["llava"], tmp_path / "model")
+    answers(path, data, output)
+    sampling = Sampling(max_new_tokens=5) if change == "sampling" else SHORT
+    if change == "data":
+        data.write_text(data.read_text() + data.read_text().splitlines()[1] + "\n")
+    if change == "model":
+        (path / "tokenizer_config.json").write_text((path / "tokenizer_config.json").read_text() + " ")
+    if change == "labels":
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "config.yaml").write_text(config_of(path, data, train_on="last"))
+    with pytest.raises(UserError, match=r"answers.jsonl:1: made with another model, data or options: delete the file"):
+        generate(Options(str(path), data=(str(data),), output=output, dtype="float32", sampling=sampling))
+
+
+def config_of(model: Path, data: Path, **labels: Any) -> str:
+    sections = {"model": {"path": str(model), "dtype": "float32"}, "data": {"train": [{"path": str(data)}]}}
+    return dump_config(Config.model_validate({**sections, "labels": labels, "run": {"output_dir": "run"}}))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("not JSON\n", ":1: not a row of answers"),
+        ("[]\n", ":1: not a row of answers"),
+        ('{"question_index": 0, "made_with": "other"}\n', ":1: made with another model"),
+        ('{"question_index": 0, "made_with": "x"}\n' * 2, ":2: question 0 is there twice"),
+    ],
+)
+def test_a_file_that_is_no_file_of_these_answers_is_left_alone(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        AnswersFile(tmp_path / "a.jsonl", "x")
+    assert (tmp_path / "a.jsonl").read_text() == content
+
+
+def test_every_faulty_record_is_named(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": "1?"}]},
+        {"messages": [{"role": "user", "content": "<image>2?"}], "images": ["gone.png"]},
+        {"messages": [{"role": "assistant", "content": "3"}]},
+    ]
+    source = Source(path=str(write_jsonl(tmp_path / "asked.jsonl", rows)))
+    with pytest.raises(UserError) as caught:
+        Questions([source], Encoder(load_processor(str(model_dirs["llava"]))))
+    assert [fault.split(": ")[0].rpartition(":")[2] for fault in caught.value.faults] == ["2", "3"]
+
+
+def test_a_run_is_found_with_its_adapter_labels_and_dtype(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("text", steps=2, checkpoint_every=1)
+    config = Config.model_validate(config.model_dump() | {"labels": {"train_on": "last"}})
+    train(config)
+    run = Path(config.run.output_dir)
+    target = find_target(str(run))
+    assert (target.model, target.adapter) == (config.model.path, run / "adapter")
+    assert (target.labels.train_on, target.dtype) == ("last", "float32")
+    other = find_target(str(run / "adapter"), base="other")
+    assert (other.model, other.labels.train_on) == ("other", "last")
+    assert find_target(str(run), dtype="bfloat16").dtype == "bfloat16"
+    with pytest.raises(UserError, match=r"--base: .* has no adapter_config.json"):
+        find_target(config.model.path, base="other")
+
+
+def test_the_base_of_a_run_is_quantized_as_it_was_in_training(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = make_config("text").model_dump()
+    config = Config.model_validate(given | {"model": given["model"] | {"quantization": "nf4"}})
+    for name in ("checkpoints", "adapter"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    target = find_target(str(tmp_path))
+    assert (target.model, target.quantization) == ("base", "nf4")
+    asked: list[Any] = []
+
+    def loaded(*args: Any) -> Any:
+        asked.append(args[-1])
+        raise UserError("asked for")
+
+    monkeypatch.setattr("mmtrain.generate.target.load_model", loaded)
+    with pytest.raises(UserError, match="asked for"):
+        load_target(replace(target, model=config.model.path, adapter=None), Runtime("float32"))
+    assert asked == ["nf4"]
+
+
+def test_the_adapter_changes_the_answers(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config("text", steps=30, learning_rate=3e-2)
+    train(config)
+    capsys.readouterr()
+    generate(options(Path(config.run.output_dir), question="Say a word."))
+    generate(options(Path(config.model.path), question="Say a word."))
+    trained, base = capsys.readouterr().out.splitlines()
+    assert trained == "word"
+    assert base != "word"
+
+
+def test_a_run_that_has_not_saved_its_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="has not saved its model yet: finish it"):
+        find_target(str(tmp_path))
+
+
+def test_the_model_of_a_full_run_is_found(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    target = find_target(str(tmp_path))
+    assert (target.model, target.adapter) == (str(tmp_path / "model"), None)
+
+
+def test_a_chat_remembers_its_turns(
+    model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["One?", "Two?", "/new", "Two?", f"/image {IMAGE}", "Two?", "/image gone.png", "/quit", "never"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    generate(options(model_dirs["qwen2_5_vl"], interactive=True))
+    told = capsys.readouterr()
+    first, second, alone, seen = told.out.splitlines()
+    assert len({second, alone, seen}) == 3
+    assert "image gone.png: cannot be read: No such file" in told.err
+    rows: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": "One?"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "One?"},
+                {"role": "assistant", "content": first},
+                {"role": "user", "content": "Two?"},
+            ]
+        },
+    ]
+    folder = model_dirs["qwen2_5_vl"].parent
+    expected = answers(
+        model_dirs["qwen2_5_vl"], write_jsonl(folder / "chat.jsonl", rows), folder / "chat-answers.jsonl"
+    )
+    assert [first, second] == [row["answer"] for row in expected]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "expected a question, or -i for a chat, or --data FILE"),
+        (["what?", "-i"], "expected a question, or -i for a chat, or --data FILE"),
+        (["--data", "x.jsonl"], "--data FILE and -o FILE go together"),
+        (["what?", "-o", "x.jsonl"], "--data FILE and -o FILE go together"),
+        (["--data", "x.jsonl", "-o", "y", "--system", "Hi."], "--image and --system are for a question"),
+        (["what?", "--top-p", "0.5"], "--top-p 0.5: it has no effect without --do-sample"),
+        (["what?", "--image", "gone.png"], "image gone.png: cannot be read"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(words: list[str], message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["generate", str(tmp_path), *words])
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception)
+
+
+def test_the_options_of_the_command_line_reach_transformers() -> None:
+    given = Sampling(7, True, 0.5, 0.9, 3, 2, 1.5, 4)
+    config = given.config({5, 3}, 0)
+    assert (config.max_new_tokens, config.do_sample, config.temperature) == (7, True, 0.5)
+    assert (config.top_p, config.top_k, config.num_beams, config.repetition_penalty) == (0.9, 3, 2, 1.5)
+    assert (config.eos_token_id, config.pad_token_id) == ([3, 5], 0)
