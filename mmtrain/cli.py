@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from mmtrain import __version__
+from mmtrain.config_commands import ConfigPath, Overrides, config_app
 from mmtrain.errors import UserError, grouped
 from mmtrain.runtime.environment import set_environment
 
@@ -16,23 +18,27 @@ MAX_LINES_SHOWN = 100
 
 app = typer.Typer(
     name="mmtrain",
-    help="Fine-tune vision-language models on your own image-text conversations.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 eval_app = typer.Typer(help="Measure a model on held-out conversations.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
-config_app = typer.Typer(help="Show which keys a config can have.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...", help="Keys of the config to set, such as train.steps=50.", show_default=False
-    ),
-]
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mmtrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune vision-language models on your own image-text conversations."""
 
 
 @app.command()
@@ -114,6 +120,30 @@ def inspect_model(
     from mmtrain.inspect_model.command import inspect_model as run
 
     run(path, json)
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run or of an adapter.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A new directory for the model.")],
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The base model.", show_default="the one of the run")
+    ] = None,
+) -> None:
+    """Merge an adapter into its base model: one model that transformers, vLLM and others load."""
+    from mmtrain.merge.command import merge as run_merge
+
+    run_merge(run, output, base)
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A folder of runs, or a run.")] = Path("runs"),
+) -> None:
+    """List the runs in a folder: state, steps, loss, evaluation and time."""
+    from mmtrain.train.run_list import print_runs
+
+    print_runs(folder)
 
 
 @app.command()
@@ -217,24 +247,6 @@ def answers(
     from mmtrain.answers.command import Options, eval_answers
 
     eval_answers(loaded, Options(adapter, tuple(data or ()), metric, html, json, batch_size, max_new_tokens))
-
-
-@config_app.command()
-def schema() -> None:
-    """Print the JSON Schema of a config file."""
-    import json
-
-    from mmtrain.config.schema import json_schema
-
-    print(json.dumps(json_schema(), indent=2))
-
-
-@config_app.command()
-def docs() -> None:
-    """Print the reference of all config keys, docs/config.md."""
-    from mmtrain.config.reference import reference
-
-    print(reference(), end="")
 
 
 def main() -> None:

@@ -16,6 +16,13 @@ class _Count(bars.MofNCompleteColumn):
         return Text() if task.total is None else super().render(task)
 
 
+class _TimeLeft(bars.TimeRemainingColumn):
+    """The time left, with its label, where the total is known."""
+
+    def render(self, task: bars.Task) -> Text:
+        return Text() if task.total is None else Text("ETA ") + super().render(task)
+
+
 class Task:
     """One task under way."""
 
@@ -78,7 +85,7 @@ class Progress:
             _Count(),
             bars.BarColumn(),
             bars.TextColumn("{task.fields[note]}", markup=False),
-            bars.TimeRemainingColumn(compact=True),
+            _TimeLeft(compact=True),
             console=self._console,
             transient=True,
             disable=not self.shows_bars,

@@ -82,7 +82,8 @@ FLOORS = [
     ["generate"],
     ["answers"],
     ["train"],
-    ["evaluate", "inspect_labels", "inspect_model"],
+    ["evaluate", "inspect_labels", "inspect_model", "merge"],
+    ["config_commands"],
     ["cli"],
     ["__main__"],
 ]

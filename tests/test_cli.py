@@ -1,13 +1,17 @@
 """The command line: a user's mistake ends with exit code 2 and one line for each fault, on stderr."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+import mmtrain
 from mmtrain import cli
+from mmtrain.config import load_config
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "pydantic", "numpy", "PIL")
 
@@ -161,3 +165,65 @@ def test_an_interrupt_ends_with_130_and_no_traceback(
     monkeypatch.setattr(cli, "app", interrupted)
     code, out, err = run_main(monkeypatch, capsys)
     assert (code, out, err) == (130, "", "mmtrain: interrupted\n")
+
+
+def test_the_version_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(monkeypatch, capsys, "--version") == (0, f"mmtrain {mmtrain.__version__}\n", "")
+
+
+@pytest.fixture
+def small_config(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "train.jsonl").touch()
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"model: {{path: {tmp_path}/model}}\ndata: {{train: {tmp_path}/train.jsonl}}\nrun: {{output_dir: x}}\n"
+    )
+    return path
+
+
+def test_a_config_is_shown_with_its_defaults(
+    small_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run_main(monkeypatch, capsys, "config", "show", str(small_config), "train.steps=7")
+    assert (code, err) == (0, "")
+    shown = yaml.safe_load(out)
+    assert shown["data"]["train"] == [
+        {"path": f"{small_config.parent}/train.jsonl", "root": None, "format": "auto", "weight": 1.0}
+    ]
+    assert (shown["train"]["steps"], shown["train"]["batch_size"]) == (7, 16)
+    again = small_config.with_name("again.yaml")
+    again.write_text(out)
+    assert load_config(again) == load_config(small_config, ["train.steps=7"])
+
+
+def test_a_config_is_checked(
+    small_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run_main(monkeypatch, capsys, "config", "check", str(small_config))
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{small_config}: no faults; ")
+    small_config.write_text(small_config.read_text() + "train: {stepz: 1}\nlabels: 3\n")
+    code, out, err = run_main(monkeypatch, capsys, "config", "check", str(small_config), "train.seed=-1")
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 3
+
+
+def test_a_shell_can_complete_commands() -> None:
+    code = "import sys; sys.argv = ['mmtrain']; from mmtrain.cli import main; main()"
+    environment = {
+        **os.environ,
+        "_MMTRAIN_COMPLETE": "complete_bash",
+        "COMP_WORDS": "mmtrain inspect-",
+        "COMP_CWORD": "1",
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["inspect-labels", "inspect-model"]
+
+
+@pytest.mark.parametrize("command", [["config", "check"], ["config", "show"], ["runs"]])
+def test_light_commands_import_no_model_code(command: list[str], small_config: Path) -> None:
+    path = small_config if command[0] == "config" else small_config.parent
+    told, imported = modules_after([*command, str(path)])
+    assert told.strip()
+    assert not imported & {"torch", "transformers", "peft", "accelerate", "PIL"}

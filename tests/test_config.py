@@ -16,7 +16,7 @@ import mmtrain
 from mmtrain.config import Config, dump_config, load_config
 from mmtrain.config.keys import AFFECTS_BITS, CHANGEABLE
 from mmtrain.config.schema import Run, Train, json_schema
-from mmtrain.config.yaml_file import MAX_BYTES, MAX_DEPTH, parse_yaml
+from mmtrain.config.yaml_file import MAX_BYTES, MAX_DEPTH, dump_yaml, parse_yaml
 from mmtrain.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -241,14 +241,33 @@ def test_keys_of_lora_where_the_mode_was_overridden_say_what_is_the_matter(tmp_p
     )
 
 
-def test_a_missing_relative_path_names_the_folder_that_was_looked_in(
-    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("written", ["{root}/train.jsonl", "[{root}/train.jsonl]", "[{{path: {root}/train.jsonl}}]"])
+def test_a_source_can_be_a_plain_path(tmp_path: Path, text: str, written: str) -> None:
+    value = written.format(root=tmp_path)
+    whole = load(tmp_path, text, f"data.train=[{{path: {tmp_path}/train.jsonl}}]")
+    assert load(tmp_path, text, f"data.train={value}") == whole
+    data, _ = parse_yaml(text, "text")
+    data["data"]["train"] = yaml.safe_load(value)
+    assert load(tmp_path, dump_yaml(data)) == whole
+    assert load(tmp_path, dump_yaml(data), "data.train.0.weight=2").data.train[0].weight == 2.0
+    assert load(tmp_path, dump_yaml(data), f"data.eval={tmp_path}/more.jsonl").data.eval[0].name is None
+    assert Config.model_validate(data) == whole
+
+
+def test_faults_of_plain_paths_name_the_source(tmp_path: Path, text: str) -> None:
+    found = faults(tmp_path, text, f"data.train=[{tmp_path}/train.jsonl, {tmp_path}/no.jsonl, 5]")
+    assert sorted(fault.split(": ", 2)[1] for fault in found) == ["data.train.1.path", "data.train.2"]
+    assert faults(tmp_path, text, "data.train=5") == ["command line: data.train: expected a list, not '5'"]
+    (fault,) = faults(tmp_path, text, "data.train=[]")
+    assert "expected a list of at least 1" in fault
+
+
+def test_a_missing_relative_path_is_named_in_full(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a\nb").mkdir()
     for folder, told in ((tmp_path, str(tmp_path)), (tmp_path / "a\nb", f"{tmp_path}/a⏎b")):
         monkeypatch.chdir(folder)
         (fault,) = faults(tmp_path, text, "data.train.0.path=train-2.jsonl")
-        assert fault.endswith(f"there is no 'train-2.jsonl' in {told}")
+        assert fault.endswith(f"there is no 'train-2.jsonl' (looked for {told}/train-2.jsonl)")
 
 
 @pytest.mark.parametrize("name", ["a/b--c", "a/..", "../a", "a/b.", "-a/b", "a/b/c", "a/" + "b" * 95, "a/b-", "é/b"])
@@ -761,7 +780,7 @@ def test_the_json_schema_states_what_is_required_and_the_ranges() -> None:
     assert schema["$defs"]["TrainSource"]["required"] == ["path"]
     assert schema["$defs"]["Train"]["properties"]["batch_size"]["exclusiveMinimum"] == 0
     assert schema["$defs"]["Data"]["properties"]["too_long"]["enum"] == ["error", "drop"]
-    assert schema["$defs"]["Data"]["properties"]["train"]["minItems"] == 1
+    assert schema["$defs"]["Data"]["properties"]["train"]["anyOf"][1]["minItems"] == 1
 
 
 def test_every_key_of_a_config_is_read_somewhere() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mmtrain.config.faults import schema_faults
-from mmtrain.config.schema import Config
+from mmtrain.config.schema import Config, in_full
 from mmtrain.config.yaml_file import KeyPath, dump_yaml, parse_yaml, read_yaml
 from mmtrain.errors import UserError
 from mmtrain.safe_text import shown, visible
@@ -29,9 +29,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{file}:1: expected sections (model, tune, data, labels, train, run), not {shown(data)}")
     where = {at: f"{file}:{line}" for at, line in lines.items()}
     faults = []
+    _write_sources_in_full(data)
     for override in overrides:
         try:
             _apply(override, data, where)
+            _write_sources_in_full(data)
         except UserError as error:
             faults += error.faults
     name = f"{file}:1"
@@ -48,6 +50,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def dump_config(config: Config) -> str:
     """The merged config as YAML with every key. Loading it gives an equal `Config`."""
     return dump_yaml(config.model_dump(mode="json"))
+
+
+def _write_sources_in_full(data: dict[str, Any]) -> None:
+    """So that overrides, such as data.train.0.weight=2, and faults can name the keys of every source."""
+    sections = data.get("data")
+    if isinstance(sections, dict):
+        for key in ("train", "eval"):
+            if key in sections:
+                sections[key] = in_full(sections[key])
 
 
 def _apply(override: str, data: dict[str, Any], where: dict[KeyPath, str]) -> None:
@@ -103,8 +114,8 @@ def _missing_files(data: dict[str, Any], where: dict[KeyPath, str], name: str) -
             exists = os.path.exists(path) or (at[-1] == "path" and "\0" not in path and bool(glob.glob(path)))
         if not exists:
             expected = "expected a model directory or a hub id; " if is_model else ""
-            looked_in = "" if os.path.isabs(path) else f" in {visible(os.getcwd())}"
-            yield f"{_place(at, where, name)}: {_key(at)}: {expected}there is no {shown(path)}{looked_in}"
+            tried = "" if os.path.isabs(path) else f" (looked for {visible(os.path.join(os.getcwd(), path))})"
+            yield f"{_place(at, where, name)}: {_key(at)}: {expected}there is no {shown(path)}{tried}"
 
 
 def _paths(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:

@@ -52,8 +52,13 @@ def _sections(node: Node, key: str) -> Iterator[tuple[str, str]]:
     """The sections that the value of `key` can be, each with its place."""
     if "$ref" in node:
         yield _name(node), f"`{key}`"
-    elif "$ref" in node.get("items", {}):
-        yield _name(node["items"]), f"each entry of `{key}`"
+    elif "items" in node:
+        for item in node["items"].get("anyOf", [node["items"]]):
+            if "$ref" in item:
+                yield _name(item), f"each entry of `{key}`"
+    elif "anyOf" in node:
+        for option in node["anyOf"]:
+            yield from _sections(option, key)
     elif "oneOf" in node:
         for mode, reference in node["discriminator"]["mapping"].items():
             yield _name({"$ref": reference}), f"`{key}` with `{node['discriminator']['propertyName']}: {mode}`"
@@ -93,7 +98,7 @@ def _type(node: Node) -> str:
     if "$ref" in node:
         return "section"
     if node["type"] == "array":
-        return "list of " + ("sections" if "$ref" in node["items"] else _type(node["items"]))
+        return f"list of {_type(node['items'])}"
     return _TYPE_WORDS[node["type"]] + _range(node)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -170,11 +171,29 @@ class EvalSource(Source):
     source's reference answers is chosen and named."""
 
 
+def in_full(sources: Any) -> Any:
+    """Sources as sections: a path alone, or among others, is the section that has only this path."""
+    listed = [sources] if isinstance(sources, str) else sources
+    if not isinstance(listed, list | tuple):
+        return listed
+    return [{"path": source} if isinstance(source, str) else source for source in listed]
+
+
 class Data(Section):
-    train: Annotated[tuple[TrainSource, ...], Strict(False), Field(min_length=1)]
-    """What is trained on."""
-    eval: Annotated[tuple[EvalSource, ...], Strict(False), Marker.SAME_RESULT] = ()
-    """What is evaluated during training and never trained on."""
+    train: Annotated[
+        tuple[TrainSource, ...],
+        Strict(False),
+        Field(min_length=1),
+        BeforeValidator(in_full, str | Annotated[list[str | TrainSource], Field(min_length=1)]),
+    ]
+    """What is trained on: a path, or a list of paths and sections."""
+    eval: Annotated[
+        tuple[EvalSource, ...],
+        Strict(False),
+        Marker.SAME_RESULT,
+        BeforeValidator(in_full, str | list[str | EvalSource]),
+    ] = ()
+    """What is evaluated during training and never trained on: a path, or a list of paths and sections."""
     max_length: Count = 4096
     """The longest allowed sample, in tokens, image placeholders included."""
     too_long: Literal["error", "drop"] = "error"

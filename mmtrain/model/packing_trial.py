@@ -111,9 +111,7 @@ class _Trial:
         first, second = _NUM_TOKENS
         first += reach if reach <= longest else 0
         self._samples = [
-            sample
-            for seed in (0, 1)
-            for sample in _samples(model, processor, (first, second), np.random.default_rng(seed))
+            sample for seed in (0, 1) for sample in random_samples(model, processor, (first, second), seed)
         ]
 
     def logits(self, order: Sequence[int], packing: bool) -> list[Tensor]:
@@ -165,13 +163,14 @@ def _longest(model: Any) -> int:
     return max(_NUM_TOKENS[0] // 2, int(limit / sum(map(num_weights, model.parameters()))))
 
 
-def _samples(
-    model: Any, processor: ChatProcessor, num_tokens: Sequence[int], noise: np.random.Generator
+def random_samples(
+    model: Any, processor: ChatProcessor, num_tokens: Sequence[int] = _NUM_TOKENS, seed: int = 0
 ) -> Iterator[Encoded]:
     """Random samples with these numbers of text tokens, each with an image of noise if the model takes images.
 
     `supervised` marks the tokens that are compared, here also in an image.
     """
+    noise = np.random.default_rng(seed)
     size = min(len(processor.tokenizer.wrapped), model.get_input_embeddings().num_embeddings)
     ordinary = [n for n in range(size) if not processor.tokenizer.is_special(n) and n != processor.image_token_id]
     for count, image_size in zip(num_tokens, _SIZES, strict=True):

@@ -40,8 +40,8 @@ def find_data_files(path: str) -> list[Path]:
     else:
         found = sorted(Path(name) for name in glob.glob(path, recursive=True) if not Path(name).is_dir())
     if not found:
-        looked_in = "" if here.is_absolute() else f" (looked in {visible(str(Path.cwd()))})"
-        raise UserError(f"{visible(path)}: there is no file of records{looked_in}: {_EXPECTED}")
+        tried = "" if here.is_absolute() else f" (looked for {visible(str(Path.cwd() / here))})"
+        raise UserError(f"{visible(path)}: there is no file of records{tried}: {_EXPECTED}")
     wrong = [file for file in found if not _is_read(file)]
     if wrong:
         raise UserError([f"{visible(str(file))}: not a file of records: {_EXPECTED}" for file in wrong])

@@ -49,6 +49,15 @@ def locked(output_dir: Path) -> Iterator[None]:
         yield
 
 
+def is_locked(output_dir: Path) -> bool:
+    """Whether a run is writing to the directory. The lock is taken for a moment to find out."""
+    try:
+        with (output_dir / _LOCK).open("rb") as file:
+            return not try_lock(file)
+    except OSError:  # no lock, or a file system without locks
+        return False
+
+
 def _holder(path: Path) -> str:
     """Who holds the lock; its name is written a moment after the lock is taken."""
     for _ in range(10):

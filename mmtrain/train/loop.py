@@ -50,7 +50,7 @@ class TrainingLoop:
                 MetricsFile(path, first - 1, runtime.is_main) as metrics,
                 self._progress.task("step", last, first - 1) as task,
             ):
-                reporter = StepReporter(last, task, self._progress)
+                reporter = StepReporter(last, self._dataset.plan.steps_per_epoch, task, self._progress)
                 evaluations = Evaluations(self._config, self._dataset, self._learner, metrics, self._progress)
                 evaluations.run(first - 1, evaluated)  # at the start what the base model scores
                 batches = self._cuts.batches(first, last)

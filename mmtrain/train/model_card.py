@@ -1,8 +1,8 @@
-"""README.md of a saved adapter or model: what it is, how good it is, and how to load it; no path of this machine."""
+"""README.md of a saved adapter or model: what it is, how good it is, and code that loads it; no local path."""
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,100 +13,164 @@ from mmtrain.safe_text import visible
 from mmtrain.train.metrics import METRICS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_CACHED = re.compile(r"models--([A-Za-z0-9][\w.-]*?)--([\w.-]+)")
+"""The name of a model's folder in the hub cache: `models--owner--name`."""
 _PATHS: Any = {"model": {"path"}, "data": {"train", "eval"}, "run": {"output_dir"}}
-"""Keys of a config that are left out: paths of this machine."""
+"""The keys of a config that are left out: paths of this machine."""
+_IMAGE_CLASS = "AutoModelForImageTextToText"
 
 _LOAD_ADAPTER = """\
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import {auto_class}
 
-adapter = "."  # this directory, or the id of this repository
-base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+folder = "."  # this directory, or the id of this repository
+base = PeftConfig.from_pretrained(folder).base_model_name_or_path
 model = {auto_class}.from_pretrained(base, dtype=torch.{dtype})
-model = PeftModel.from_pretrained(model, adapter).eval()
+model = PeftModel.from_pretrained(model, folder).eval()
 """
 _LOAD_QUANTIZED = """\
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, {auto_class}
 
-adapter = "."  # this directory, or the id of this repository
-base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+folder = "."  # this directory, or the id of this repository
+base = PeftConfig.from_pretrained(folder).base_model_name_or_path
 quantization = BitsAndBytesConfig({settings})
 model = {auto_class}.from_pretrained(base, dtype=torch.{dtype}, quantization_config=quantization)
-model = PeftModel.from_pretrained(model, adapter).eval()
+model = PeftModel.from_pretrained(model, folder).eval()
 """
-_QUANTIZED = "The language model was quantized to 4 bits (NF4) in training. Load it quantized too, as shown below."
+_QUANTIZED = "The language model was quantized to 4 bits (NF4) in training. Load it quantized too, as shown above."
 _LOAD_MODEL = """\
 import torch
 from transformers import {auto_class}
 
-model = {auto_class}.from_pretrained(".", dtype=torch.{dtype}).eval()  # this directory, or the id of this repository
+folder = "."  # this directory, or the id of this repository
+model = {auto_class}.from_pretrained(folder, dtype=torch.{dtype}).eval()
+"""
+_ASK_ABOUT_AN_IMAGE = """\
+from PIL import Image
+from transformers import AutoProcessor
+
+processor = AutoProcessor.from_pretrained(folder)
+image = Image.new("RGB", (224, 224), "red")  # yours: Image.open("photo.jpg")
+content = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+).to(model.dtype)
+ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+_ASK = """\
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "How are you?"}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
 
 
 def model_card(
     config: Config, auto_class: str, is_adapter: bool, num_samples: int, quantization: str | None = None
 ) -> str:
-    """The text of the card. `auto_class`: the class of transformers that loads the base model; `num_samples`: what was
-    trained on; `quantization`: the arguments that quantize the base model as it was in training. The other figures are
-    read from the run's metrics."""
-    base = hub_id(config.model.path)
+    """The card of what a run saves. `auto_class`: the class of transformers that loads the base model; `num_samples`:
+    the samples that were trained on; `quantization`: the arguments that quantize the base model as it was in training.
+    The other figures are read from the run's metrics."""
     header = {
-        **({} if base is None else {"base_model": base}),
         "library_name": "peft" if is_adapter else "transformers",
         "tags": ["mmtrain", "lora"] if is_adapter else ["mmtrain"],
     }
-    load = _LOAD_MODEL if not is_adapter else _LOAD_ADAPTER if quantization is None else _LOAD_QUANTIZED
-    code = load.format(auto_class=auto_class, dtype=config.model.dtype, settings=quantization)
+    title = f"{'A LoRA adapter' if is_adapter else 'A model'} trained by mmtrain {__version__}"
+    code = _LOAD_MODEL if not is_adapter else _LOAD_ADAPTER if quantization is None else _LOAD_QUANTIZED
+    load = code.format(auto_class=auto_class, dtype=config.model.dtype, settings=quantization)
+    quantized = [] if quantization is None else [_QUANTIZED, ""]
+    figures = [f"- training samples: {num_samples:,}", *_figures(config, Path(config.run.output_dir))]
+    return _card(config.model.path, header, title, auto_class, load, [*quantized, *figures, "", *_config_lines(config)])
+
+
+def merged_card(base: str, auto_class: str, dtype: str, config: Config | None, run: Path | None) -> str:
+    """The card of a base model with an adapter merged into it. `config` and `run`: those that trained the adapter."""
+    header = {"library_name": "transformers", "tags": ["mmtrain"]}
+    title = f"A model with a LoRA adapter merged into it by mmtrain {__version__}"
+    load = _LOAD_MODEL.format(auto_class=auto_class, dtype=dtype)
+    trained = [] if config is None or run is None else [*_figures(config, run), "", *_config_lines(config)]
+    return _card(base, header, title, auto_class, load, trained)
+
+
+def _card(base: str, header: dict[str, Any], title: str, auto_class: str, load: str, trained: Iterable[str]) -> str:
+    name = hub_id(base)
+    takes_images = auto_class == _IMAGE_CLASS
+    optional = {"peft": "peft" in load, "bitsandbytes": "BitsAndBytes" in load, "pillow torchvision": takes_images}
+    packages = ["torch", "transformers", *(name for name, needed in optional.items() if needed)]
     lines = [
         "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in ({} if name is None else {"base_model": name}).items()),
         *(f"{key}: {json.dumps(value)}" for key, value in header.items()),
         "---",
         "",
-        f"# {'A LoRA adapter' if is_adapter else 'A model'} trained by mmtrain {__version__}",
+        f"# {title}",
         "",
-        f"The base model is {base}." if base else "The base model was a directory that has no id on the hub.",
-        *([] if quantization is None else [_QUANTIZED]),
+        f"The base model is {name}." if name else "The base model was a directory that has no id on the hub.",
         "The files of its tokenizer and its processor are in this directory too.",
         "",
-        *_figures(Path(config.run.output_dir) / METRICS, num_samples, config.train.batch_size),
+        f"Load it, after `pip install {' '.join(packages)}`:",
         "",
         "```python",
-        code + "```",
+        load + "```",
         "",
-        "## Config",
+        "Ask it something:",
         "",
-        "Without the paths of the model, the data and the run:",
+        "```python",
+        (_ASK_ABOUT_AN_IMAGE if takes_images else _ASK) + "```",
         "",
-        "```yaml",
-        dump_yaml(config.model_dump(mode="json", exclude=_PATHS)).rstrip(),
-        "```",
+        "## Training",
+        "",
+        *trained,
         "",
     ]
     return "\n".join(lines)
 
 
+def _config_lines(config: Config) -> Iterator[str]:
+    yield "The config, without the paths of the model, the data and the run:"
+    yield ""
+    yield "```yaml"
+    yield dump_yaml(config.model_dump(mode="json", exclude=_PATHS)).rstrip()
+    yield "```"
+
+
 def hub_id(path: str) -> str | None:
-    """The id on the hub of the model at `path`, if known: `path` itself, or what its config.json says it was."""
+    """The id on the hub of the model at `path`, if known: `path` itself, the name of its folder in the hub cache, or
+    what its config.json says."""
     name: Any = path
     if Path(path).is_dir():
-        name = json.loads((Path(path) / "config.json").read_bytes()).get("_name_or_path")
+        cached = [found for part in Path(path).resolve().parts if (found := _CACHED.fullmatch(part))]
+        named = json.loads((Path(path) / "config.json").read_bytes()).get("_name_or_path")
+        name = "/".join(cached[-1].groups()) if cached else named
     is_id = isinstance(name, str) and _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
     return name if is_id else None
 
 
-def _figures(metrics: Path, num_samples: int, batch_size: int) -> Iterator[str]:
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    yield f"- training samples: {num_samples:,}"
+def _figures(config: Config, run: Path) -> Iterator[str]:
+    names = ", ".join(visible(Path(source.path).name) for source in config.data.train)
+    yield f"- trained on: {names}"
+    path = run / METRICS
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     steps = [row for row in rows if "eval" not in row]
     if not steps:  # the file was deleted before the run was resumed
         return
     last = steps[-1]
-    yield f"- steps: {last['step']:,} of {batch_size:,} samples each"
+    yield f"- steps: {last['step']:,} of {config.train.batch_size:,} samples each"
     yield f"- loss of the last step: {last['loss']:.4f}"
     for row in rows:
         if "eval" in row and row["step"] == last["step"]:
-            name, perplexity = visible(row["eval"]), row["perplexity"]
-            yield f"- perplexity on {name}: {perplexity:.4f}, token accuracy {row['token_accuracy']:.1%}"
+            low, high = row["interval"]["perplexity"]
+            yield (
+                f"- perplexity on {visible(row['eval'])}: {row['perplexity']:.4f} (95 % interval {low:.4f} to "
+                f"{high:.4f}), token accuracy {row['token_accuracy']:.1%}, {row['num_samples']:,} samples"
+            )

@@ -1,20 +1,28 @@
-"""What a run prints: how it is executed, before the first step, and how its steps go."""
+"""What a run prints: how it is executed, before the first step, how its steps go, and a summary at the end."""
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from mmtrain.config import Config
+from mmtrain.config.schema import Lora
 from mmtrain.model.components import ComponentReport
 from mmtrain.progress import Progress, Task
 from mmtrain.runtime.shard import num_held
+from mmtrain.safe_text import visible
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.gradients import is_exact
+from mmtrain.train.metrics import METRICS
 from mmtrain.train.step import Learner
+from mmtrain.train.summary import duration, summarize
 
 LOG_SECONDS = 5.0
+NUM_AVERAGED = 50
+"""Steps, up to the last one, whose average loss is shown."""
 
 
 def start_report(config: Config, dataset: Dataset, learner: Learner) -> Iterator[str | Table]:
@@ -24,6 +32,7 @@ def start_report(config: Config, dataset: Dataset, learner: Learner) -> Iterator
     yield _weights_line(learner)
     yield from _bits_lines(config, learner)
     yield from _image_cache_lines(config, learner)
+    yield from serving_lines(config)
 
 
 def _component_table(reports: Sequence[ComponentReport]) -> Table:
@@ -69,22 +78,63 @@ def _image_cache_lines(config: Config, learner: Learner) -> Iterator[str]:
         yield f"image cache: on, {limits.memory_gib:g} GiB in memory and {limits.disk_gib:g} GiB on disk"
 
 
+def serving_lines(config: Config) -> Iterator[str]:
+    """Whether vLLM, which many use to serve adapters, serves this one: it refuses components trained in full and DoRA,
+    and ignores LoRA outside the language model."""
+    modes = config.tune.trainable
+    loras = {name: mode for name, mode in modes.items() if isinstance(mode, Lora)}
+    reasons = [f"{name} is full" for name in modes if name not in loras]
+    reasons += ["the variant is dora"] if any(mode.variant == "dora" for mode in loras.values()) else []
+    reasons += [f"{name} has LoRA" for name in loras if name != "language"]
+    if loras and reasons:
+        merged = f"mmtrain merge {visible(config.run.output_dir)} -o DIR"
+        yield f"serving: vLLM does not serve this adapter ({', '.join(reasons)}); after the run: {merged}"
+
+
+def end_report(run: Path) -> Iterator[str]:
+    """What is printed when the run in `run` has finished."""
+    found, name = summarize(run), visible(str(run))
+    yield (
+        f"{found.num_steps:,} steps in {duration(found.seconds)}, {found.num_tokens:,} tokens "
+        f"({found.num_supervised:,} trained on)"
+    )
+    for one in found.evals:
+        yield (
+            f"perplexity on {visible(one.name)}: {one.first:,.4f} before the first step, "
+            f"{one.last:,.4f} after the last, best {one.best:,.4f} after step {one.best_step:,}"
+        )
+    saved = "adapter" if (run / "adapter").is_dir() else "model"
+    yield f"{saved}: {name}/{saved}, metrics: {name}/{METRICS}, config: {name}/config.yaml"
+    if saved == "adapter" and found.evals:
+        yield f"next: mmtrain eval answers {name}/config.yaml --adapter {name}"
+    else:
+        yield f"next: mmtrain generate {name} -i"
+
+
 class StepReporter:
     """Shows how the steps go: next to a bar on a terminal, otherwise in a line every few seconds."""
 
-    def __init__(self, num_steps: int, task: Task, progress: Progress) -> None:
-        self._num_steps, self._task, self._progress = num_steps, task, progress
-        self._last_line = 0.0
+    def __init__(self, num_steps: int, steps_per_epoch: int, task: Task, progress: Progress) -> None:
+        self._num_steps, self._steps_per_epoch = num_steps, steps_per_epoch
+        self._task, self._progress = task, progress
+        self._losses: deque[float] = deque(maxlen=NUM_AVERAGED)
+        self._start, self._num_done, self._last_line = time.monotonic(), 0, 0.0
 
     def report(self, row: dict[str, Any]) -> None:
         """`row` is the step's row of metrics.jsonl."""
-        step, loss, mfu = row["step"], f"loss {row['loss']:.4f}", f"{row['mfu']:.0%} mfu"
+        step, now = row["step"], time.monotonic()
+        self._losses.append(row["loss"])
+        self._num_done += 1
+        average = sum(self._losses) / len(self._losses)
+        loss, mfu = f"loss {row['loss']:.4f} (average {average:.4f})", f"{row['mfu']:.0%} mfu"
+        epoch = f"epoch {step / self._steps_per_epoch:.2f}"
         speed = f"{row['num_tokens'] / row['seconds']:,.0f} tok/s"
         self._task.advance()
-        self._task.note(f"{loss}  {speed}  {mfu}")
-        now = time.monotonic()
+        self._task.note(f"{epoch}  {loss}  {speed}  {mfu}")
         is_due = not self._progress.shows_bars and (step == 1 or now - self._last_line >= LOG_SECONDS)
         if is_due or step == self._num_steps:
             self._last_line = now
             rate, norm = f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.3f}"
-            self._progress.say(f"step {step}/{self._num_steps}  {loss}  {rate}  {norm}  {speed}  {mfu}")
+            left = (now - self._start) / self._num_done * (self._num_steps - step)
+            eta = f"  ETA {duration(left)}" if left else ""
+            self._progress.say(f"step {step}/{self._num_steps}  {epoch}  {loss}  {rate}  {norm}  {speed}  {mfu}{eta}")

@@ -16,7 +16,7 @@ from mmtrain.train.export import export
 from mmtrain.train.folder import is_exported, write_inputs
 from mmtrain.train.learner import make_learner
 from mmtrain.train.loop import OnStep, TrainingLoop
-from mmtrain.train.report import start_report
+from mmtrain.train.report import end_report, start_report
 from mmtrain.train.run_state import RunState
 
 
@@ -61,6 +61,8 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
     activity.set("exporting" if runtime.is_main else "waiting")
     if runtime.is_main or learner.sharded:
         progress.say(export(learner, config, dataset))
+        for line in end_report(output_dir):
+            progress.say(line)
     activity.set("waiting")
 
 

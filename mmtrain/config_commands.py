@@ -1,0 +1,53 @@
+"""`mmtrain config`: commands about a config alone, and the arguments by which every command takes one."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmtrain.safe_text import visible
+
+config_app = typer.Typer(help="Check or show a config, and the keys that it can have.", no_args_is_help=True)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Keys of the config to set, such as train.steps=50.", show_default=False
+    ),
+]
+
+
+@config_app.command()
+def check(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Report every fault of a config, with its line; exit code 2 if it has one."""
+    from mmtrain.config import load_config
+
+    load_config(config, overrides or [])
+    print(f"{visible(str(config))}: no faults; `mmtrain inspect-labels {visible(str(config))} --all` checks the data")
+
+
+@config_app.command()
+def show(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print a config with all its keys, also those that have their defaults."""
+    from mmtrain.config import dump_config, load_config
+
+    print(dump_config(load_config(config, overrides or [])), end="")
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config file."""
+    import json
+
+    from mmtrain.config.schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@config_app.command()
+def docs() -> None:
+    """Print the reference of all config keys, docs/config.md."""
+    from mmtrain.config.reference import reference
+
+    print(reference(), end="")

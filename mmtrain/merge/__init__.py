@@ -1,0 +1,1 @@
+"""`mmtrain merge`: the base model and an adapter become one model."""

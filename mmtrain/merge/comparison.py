@@ -1,0 +1,46 @@
+"""The logits of base + adapter, with which those of the merged model are compared."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmtrain.dataset.batch import make_batch
+from mmtrain.encoding.encode import Encoded
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.errors import UserError
+from mmtrain.model.inputs import InputMaker
+
+
+class Comparison:
+    """Compares the logits of models at the supervised tokens of the same samples, one sample at a time."""
+
+    def __init__(self, samples: Iterable[Encoded], processor: ChatProcessor) -> None:
+        self._processor = processor
+        self._batches = [make_batch([0], [sample], processor, packing=False) for sample in samples]
+        self._expected: list[Tensor] = []
+
+    def expect(self, model: Any) -> None:
+        """`model` is the one with which others are compared."""
+        self._expected = self._logits(model)
+
+    def check(self, model: Any, limit: float) -> float:
+        """The relative difference (L2) of the logits of `model`. Raises UserError if it exceeds `limit`."""
+        expected = torch.cat(self._expected)
+        relative = float((torch.cat(self._logits(model)) - expected).norm() / expected.norm())
+        if not relative <= limit:
+            raise UserError(
+                f"the merged model's logits differ by {relative:.1e} from those of base + adapter, over the {limit:g} "
+                "of rounding: nothing is saved; serve the base model with the adapter instead"
+            )
+        return relative
+
+    @torch.no_grad()
+    def _logits(self, model: Any) -> list[Tensor]:
+        """(num_supervised, vocabulary) of each sample."""
+        make_inputs = InputMaker(model, self._processor)
+        return [
+            model(**make_inputs(batch), logits_to_keep=batch.supervised).logits.flatten(0, -2).float()
+            for batch in self._batches
+        ]

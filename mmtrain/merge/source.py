@@ -1,0 +1,91 @@
+"""What is merged: the adapter of a run or of a directory, its base model, and samples to compare the result on."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from mmtrain.config.schema import Config
+from mmtrain.config.yaml_file import read_yaml
+from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.samples import FreshSamples
+from mmtrain.encoding.encode import Encoded
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.errors import UserError
+from mmtrain.model.adapter import CONFIG, Adapter, read_adapter
+from mmtrain.model.load import length_limit
+from mmtrain.records.chat import SampleError
+from mmtrain.safe_text import one_line, visible
+
+NUM_SAMPLES = 4
+"""Samples of the run on which the merged model is compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSource:
+    """An adapter and the base model that it is merged into."""
+
+    adapter: Adapter
+    base: str
+    """A model directory or the id of a model in the local hub cache."""
+    run: Path | None
+    """The directory of the run that trained the adapter, if it is known."""
+    config: Config | None
+    """The run's config."""
+
+
+def find_source(path: Path, base: str | None) -> MergeSource:
+    """What `path`, the directory of a run or of an adapter, names. `base`: another base model than it names.
+
+    Raises UserError if there is no adapter, or no base model is named.
+    """
+    if (path / "model" / "config.json").is_file():
+        raise UserError(f"{visible(str(path / 'model'))}: a complete model was trained, there is nothing to merge")
+    adapter = read_adapter(path)
+    run = next((one for one in (path, adapter.folder.parent) if (one / "config.yaml").is_file()), None)
+    config = None if run is None else _read_config(run / "config.yaml")
+    named = _named_base(adapter) if config is None else config.model.path
+    if base is None and named is None:
+        raise UserError(f"{visible(str(adapter.folder / CONFIG))}: it names no base model: give it as --base MODEL")
+    return MergeSource(adapter, base or str(named), run, config)
+
+
+def _read_config(file: Path) -> Config:
+    """Without the check of paths: the data may have moved since the run."""
+    try:
+        return Config.model_validate(read_yaml(file)[0])
+    except ValidationError as error:
+        raise UserError(f"{visible(str(file))}: not the config of a run: {one_line(error)}") from None
+
+
+def _named_base(adapter: Adapter) -> str | None:
+    named = json.loads((adapter.folder / CONFIG).read_bytes()).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
+
+
+def samples_of_run(source: MergeSource, processor: ChatProcessor, say: Callable[[str], None]) -> list[Encoded]:
+    """Up to NUM_SAMPLES training samples, evenly spaced, as training encodes them.
+
+    Empty if there is no run or none of its samples can be read; `say` is given the reason in one line.
+    """
+    config = source.config
+    if config is None:
+        say("no run is known for this adapter: the logits are compared on random samples")
+        return []
+    spec = EncodingSpec.of(config, config.data.train)
+    limit = length_limit(source.base, config.data.max_length).num_tokens
+    found, reason = [], "they are too long"
+    try:
+        samples = FreshSamples(spec.records(), spec.encoder(processor))
+        for index in np.unique(np.linspace(0, len(samples) - 1, NUM_SAMPLES).astype(int)).tolist():
+            encoded = samples.encoded(index)
+            if encoded.num_tokens <= limit:
+                found.append(encoded)
+    except (UserError, SampleError) as error:
+        reason = one_line(error)
+    if not found:
+        say(f"the run's samples cannot be used ({reason}): the logits are compared on random samples")
+    return found

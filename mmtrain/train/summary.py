@@ -1,0 +1,77 @@
+"""What a run has done so far, from the files in its directory. Imports no torch, so that a list of runs is quick."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmtrain.train.folder import is_exported
+from mmtrain.train.metrics import METRICS
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSummary:
+    """The evaluations of one set."""
+
+    name: str
+    first: float
+    """Perplexity."""
+    last: float
+    best: float
+    best_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """All steps in metrics.jsonl, also those before a resume."""
+
+    num_steps: int
+    loss: float | None
+    """Of the last step."""
+    num_tokens: int
+    num_supervised: int
+    seconds: float
+    """The time that the steps took, without evaluations and saving."""
+    evals: tuple[EvalSummary, ...]
+    is_finished: bool
+
+
+def summarize(run: Path) -> RunSummary:
+    """The figures of the run in the directory `run`; zeros and None where it has taken no step."""
+    rows = list(_rows(run / METRICS))
+    steps = [row for row in rows if "eval" not in row]
+    evals: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if "eval" in row:
+            evals.setdefault(row["eval"], []).append(row)
+    return RunSummary(
+        num_steps=steps[-1]["step"] if steps else 0,
+        loss=steps[-1]["loss"] if steps else None,
+        num_tokens=sum(row["num_tokens"] for row in steps),
+        num_supervised=sum(row["num_supervised"] for row in steps),
+        seconds=sum(row["seconds"] for row in steps),
+        evals=tuple(_eval_summary(name, own) for name, own in evals.items()),
+        is_finished=is_exported(run),
+    )
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file that a run may be writing to: a half-written last one is left out."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def _eval_summary(name: str, rows: list[dict[str, Any]]) -> EvalSummary:
+    best = min(rows, key=lambda row: float(row["perplexity"]))
+    return EvalSummary(name, rows[0]["perplexity"], rows[-1]["perplexity"], best["perplexity"], best["step"])
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as in 1:02:03, or 2:03 below an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
