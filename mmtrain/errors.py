@@ -103,7 +103,7 @@ def system_error(error: Exception) -> OSError | None:
 
 MAX_SIMILAR = 3
 """Up to this many similar faults are printed one by one; more become one line."""
-_PLACE = re.compile(r"(?P<file>(?:(?!: ).)+?):(?P<line>\d+)(?: item \d+)?: (?P<reason>.*)", re.DOTALL)
+_PLACE = re.compile(r"(?P<file>(?:(?!: ).)+?)(?P<line>:\d+|#[^:]+)(?: item \d+)?: (?P<reason>.*)", re.DOTALL)
 _QUOTED_PATH = re.compile(r"'[^']*[/.][^']*'|\"[^\"]*[/.][^\"]*\"")
 _NUMBER = re.compile(r"\d[\d,]*")
 
@@ -134,10 +134,10 @@ def _as_one(group: Sequence[str]) -> list[str]:
         return [f"{group[0]} (and {len(group) - 1:,} more like it)"]
     others = [other for fault in group if fault != worst and (other := _split(fault)[0]) is not None]
     if all(other["file"] == place["file"] for other in others):
-        lines = ", ".join(other["line"] for other in others[:MAX_SIMILAR])
-        more = f"lines: {lines}"
+        lines = ", ".join(other["line"][1:] for other in others[:MAX_SIMILAR])
+        more = f"{'lines' if place['line'].startswith(':') else 'rows'}: {lines}"
     else:
-        more = f"places: {', '.join(other['file'] + ':' + other['line'] for other in others[:MAX_SIMILAR])}"
+        more = f"places: {', '.join(other['file'] + other['line'] for other in others[:MAX_SIMILAR])}"
     at = worst.removesuffix(f": {reason}")
     return [f"{at} (and {len(group) - 1:,} more {more}{' …' if len(others) > MAX_SIMILAR else ''}): {reason}"]
 

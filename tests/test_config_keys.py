@@ -59,9 +59,12 @@ def files(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
     write_jsonl(tmp_path / "extra.jsonl", [{"messages": turns, "bbox": [1, 2]}])
     llava = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "one"}]
     write_jsonl(tmp_path / "llava.jsonl", [{"conversations": llava}])
+    write_jsonl(tmp_path / "columns.jsonl", [{"q": "a?", "a": "one"}])
     image = [{"role": "user", "content": "<image>a?"}, {"role": "assistant", "content": "one"}]
     for name in ("small", "large", "broken"):
         write_jsonl(tmp_path / name / "one.jsonl", [{"messages": image, "images": ["0.png"]}])
+    marked = {"query": "<pic> [IMG] <img> a?", "response": "one", "images": ["0.png"]}
+    write_jsonl(tmp_path / "small" / "marked.jsonl", [marked])
     PIL.Image.new("RGB", (64, 64)).save(tmp_path / "small" / "0.png")
     PIL.Image.new("RGB", (128, 128)).save(tmp_path / "large" / "0.png")
     content = (tmp_path / "small" / "0.png").read_bytes()
@@ -128,11 +131,14 @@ def keys_of(component: str) -> dict[str, Key]:
 def sources(at: str, number: Callable[[Config], Any], tokens: Callable[[Config], Any]) -> dict[str, Key]:
     """The keys that a source of `data.train` and one of `data.eval` have."""
     image = {f"{at}.path": "small/one.jsonl"}
-    formats = [("auto", 1), ("conversations", 1), ("openai", REFUSED), ("messages", REFUSED)]
+    formats = [("auto", 1), ("conversations", 1), ("openai", REFUSED), ("messages", REFUSED), ("alpaca", REFUSED)]
+    columns = [({}, REFUSED), ({"question": "q", "answer": "a"}, 1)]
     return {
         f"{at}.path": Key(number, [("eight.jsonl", 8), ("three.jsonl", 3)]),
         f"{at}.root": Key(tokens, [(None, 16), ("large", 64)], image, QWEN),
         f"{at}.format": Key(number, formats, {f"{at}.path": "llava.jsonl"}),
+        f"{at}.fields": Key(number, columns, {f"{at}.path": "columns.jsonl"}),
+        f"{at}.image_mark": Key(tokens, [(None, REFUSED), ("<pic>", 16)], {f"{at}.path": "small/marked.jsonl"}, QWEN),
     }
 
 

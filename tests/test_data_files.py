@@ -11,7 +11,8 @@ import pytest
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.data_files import find_data_files
-from mmtrain.records.sources import MAX_RECORD, open_records
+from mmtrain.records.json_text import MAX_RECORD
+from mmtrain.records.sources.open import open_records
 from mmtrain.regular_files import open_regular
 
 
@@ -38,7 +39,19 @@ def make(folder: Path, *names: str, content: bytes = b"[1]") -> None:
 
 PLAIN = ["README.md", "LICENSE", "LICENSE-flag-icons", "NOTICE", "readme", "answers.txt", "a.png", "b.JPG", ".hidden"]
 PLAIN += [".cache/x.parquet", "images/a.png", "images/deeper/b.jpg", "images/LICENSE", "prepare.py", "._a.jsonl"]
-LEFT_OUT = ["a.parquet", "b.jsonl.gz", "c.csv", "d.tsv", "e.ndjson", "f.arrow", "g.jsonl.bak", "part-00000", "h.zip"]
+LEFT_OUT = ["a.jsonl.bz2", "b.tar.gz", "c.xlsx", "d.pickle", "g.jsonl.bak", "part-00000", "h.zip", "deep/er/i.zip"]
+READ = [
+    "a.parquet",
+    "b.jsonl.gz",
+    "c.csv",
+    "d.tsv",
+    "e.ndjson",
+    "f.arrow",
+    "g.tar",
+    "h.json.zst",
+    "i.jsonlines",
+    "J.CSV",
+]
 DEEPER = ["en/train.jsonl", "en/deep/er/train.JSON", "shards/0.parquet", "more/0.jsonl.gz", "csv/a.csv"]
 
 
@@ -51,20 +64,31 @@ def test_what_is_plainly_not_data_may_be_next_to_it(tmp_path: Path) -> None:
 def test_another_file_in_a_data_folder_is_refused_by_name(tmp_path: Path, name: str) -> None:
     make(tmp_path, "a.jsonl", name)
     (fault,) = faults_of(tmp_path)
-    assert fault.startswith(f"{tmp_path}/{name}: only .json and .jsonl files are read")
+    assert fault.startswith(f"{tmp_path}/{name}: not a file of records that is read: move it away")
     assert f"{tmp_path}/*.jsonl" in fault
     assert [file.name for file in find_data_files(f"{tmp_path}/*.jsonl")] == ["a.jsonl"]
 
 
-@pytest.mark.parametrize("name", DEEPER)
-def test_a_folder_in_it_that_has_records_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    make(tmp_path, "a.jsonl", name)
-    (fault,) = faults_of(tmp_path)
-    assert fault.startswith(f"{tmp_path}/{name}: in a subfolder of the data folder")
+@pytest.mark.parametrize("name", [*READ, *DEEPER])
+def test_a_folder_is_read_with_its_subfolders(tmp_path: Path, name: str) -> None:
+    make(tmp_path, "0.jsonl", name, "zz/9.jsonl")
+    assert {str(file.relative_to(tmp_path)) for file in find_data_files(str(tmp_path))} == {
+        "0.jsonl",
+        name,
+        "zz/9.jsonl",
+    }
+
+
+def test_a_link_to_a_folder_is_not_followed_and_not_left_out(tmp_path: Path) -> None:
+    make(tmp_path, "data/a.jsonl", "other/b.jsonl", "images/c.png")
+    (tmp_path / "data" / "images").symlink_to(tmp_path / "images")
+    assert [file.name for file in find_data_files(f"{tmp_path}/data")] == ["a.jsonl"]
+    (tmp_path / "data" / "other").symlink_to(tmp_path / "other")
+    assert "a link to a folder with files of records" in faults_of(tmp_path / "data")[0]
 
 
 def test_all_that_would_be_left_out_is_named_at_once(tmp_path: Path) -> None:
-    make(tmp_path, "a.jsonl", "b.parquet", "c.csv", "d/e.jsonl")
+    make(tmp_path, "a.jsonl", "b.bak", "c.xlsx", "d/e.zip")
     assert len(faults_of(tmp_path)) == 3
 
 
@@ -120,9 +144,9 @@ def test_a_strange_file_name_is_told_on_one_printable_line(tmp_path: Path, name:
     path.write_bytes(content)
     (fault,) = faults_of(path)
     fault.encode()
-    (tmp_path / os.fsdecode(name + b".csv")).write_bytes(b"")
+    (tmp_path / os.fsdecode(name + b".zip")).write_bytes(b"")
     assert len(faults_of(tmp_path)) == 1
-    assert "no .json" in faults_of(tmp_path / os.fsdecode(name))[0]
+    assert "there is no file of records" in faults_of(tmp_path / os.fsdecode(name))[0]
 
 
 # --- long records ---

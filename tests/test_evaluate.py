@@ -46,7 +46,7 @@ def plain_sums(config: Config) -> dict[int, tuple[float, int, int]]:
         encoded = samples.encoded(number)
         ids = torch.tensor(encoded.ids, dtype=torch.long)[None]
         pictures = [decode(span.image) for span in encoded.images]
-        inputs: dict[str, Any] = processor.image_inputs(pictures)[0] if pictures else {}
+        inputs: dict[str, Any] = processor.image_inputs([pictures])[0] if pictures else {}
         if "image_grid_thw" in inputs:
             inputs["mm_token_type_ids"] = torch.eq(ids, torch.tensor(processor.image_token_id)).int()
         with torch.no_grad():
@@ -149,18 +149,18 @@ def test_what_the_images_are_worth(make_config: MakeConfig, tmp_path: Path) -> N
 
 def test_swapped_images_are_never_the_sample_s_own(make_config: MakeConfig) -> None:
     config = with_eval(make_config("qwen2_5_vl"))
-    evaluation = Evaluation(config)
-    changed = ChangedImages(evaluation.samples, evaluation.encoder, "swapped", evaluation.indices)
+    samples = Evaluation(config).eval_samples
+    changed = ChangedImages(samples.samples, samples.encoder, "swapped", samples.indices)
     assert changed.indices is not None
     assert set(changed.indices.tolist()) == {0, 2, 3, 5, 6, 7}
     for number in changed.indices.tolist():
-        own = {image.name for image in evaluation.samples.records.conversation(number).images}
+        own = {image.name for image in samples.samples.records.conversation(number).images}
         shown = [span.image.name for span in changed.encoded(number).images]
         assert not own & set(shown)
-        assert len(shown) == len(evaluation.samples.records.conversation(number).images)
-    none = ChangedImages(evaluation.samples, evaluation.encoder, "none", evaluation.indices)
+        assert len(shown) == len(samples.samples.records.conversation(number).images)
+    none = ChangedImages(samples.samples, samples.encoder, "none", samples.indices)
     assert not none.encoded(3).images
-    grey = ChangedImages(evaluation.samples, evaluation.encoder, "grey", evaluation.indices).encoded(3)
+    grey = ChangedImages(samples.samples, samples.encoder, "grey", samples.indices).encoded(3)
     assert [span.image.size for span in grey.images] == [(50, 120), (64, 64)]
     assert {decode(span.image).getpixel((1, 1)) for span in grey.images} == {(128, 128, 128)}
 

@@ -136,6 +136,8 @@ def test_few_kernels_for_a_step_and_few_more_for_an_image(name: str, ask: Ask) -
     text, two, four = (case["again"][step]["kernels"] for step in ("text", "two images", "four images"))
     assert text <= KERNELS.get(name, 600)
     assert four - two <= (50 if name in CACHED else 100)
+    new_two, new_four = (case["first"][step]["kernels"] for step in ("two images", "four images"))
+    assert new_four - new_two <= 200
 
 
 @pytest.mark.parametrize("name", NAMES)

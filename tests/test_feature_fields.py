@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,12 +47,14 @@ class Processor:
     """As much of a family's processor as features need: random pixels that follow from the image's size."""
 
     image_token_id = IMAGE
+    images = SimpleNamespace(traits=SimpleNamespace(by_sample=False))
+    lays_out_together = True
 
     def __init__(self, lay_out: Callable[[Sequence[tuple[int, int]]], tuple[dict[str, Tensor], list[int]]]) -> None:
         self._lay_out = lay_out
 
-    def image_inputs(self, pictures: Sequence[PIL.Image.Image]) -> tuple[dict[str, Tensor], list[int]]:
-        return self._lay_out([picture.size for picture in pictures])
+    def image_inputs(self, samples: Sequence[Sequence[PIL.Image.Image]]) -> tuple[dict[str, Tensor], list[int]]:
+        return self._lay_out([image.size for images in samples for image in images])
 
 
 def noise(seed: int, *shape: int) -> Tensor:
@@ -116,11 +119,11 @@ def test_logits_from_kept_features_are_those_from_pixels(make: Callable[[], tupl
     assert fields.layouts.keys() == names
     sizes = [(140, 84), (56, 112), (90, 56)]
     pictures = [PIL.Image.new("RGB", size) for size in sizes]
-    pixels, ids = processor.image_inputs(pictures)
+    pixels, ids = processor.image_inputs([pictures])
     alone = [
         ImageInputs(str(number), own.count(IMAGE), inputs, None)
         for number, picture in enumerate(pictures)
-        for inputs, own in [processor.image_inputs([picture])]
+        for inputs, own in [processor.image_inputs([[picture]])]
     ]
     common: dict[str, Any] = {"input_ids": torch.tensor([ids]), "position_ids": torch.arange(len(ids))[None]}
     if "image_grid_thw" in pixels:
@@ -215,7 +218,7 @@ def test_missing_images_go_through_the_tower_at_once(
     images = []
     for number, (height, width) in enumerate([(84, 140), (112, 56), (56, 56), (84, 140)]):
         pixels = PIL.Image.fromarray(noise.integers(0, 256, (height, width, 3), np.uint8))
-        inputs, ids = processor.image_inputs([pixels])
+        inputs, ids = processor.image_inputs([[pixels]])
         images.append(ImageInputs(str(number), ids.count(processor.image_token_id or -1), inputs, None))
     images.insert(1, images[3])  # an image that comes twice
     one_by_one = ImageFeatures(model, FeatureStore(1e6), fields)

@@ -57,7 +57,7 @@ class Case:
 def by_full_forwards(model: Any, encoder: Encoder, prompt: Encoded, num: int, stop_ids: frozenset[int]) -> list[int]:
     processor = encoder.processor
     images = [decode(span.image) for span in prompt.images]
-    inputs: dict[str, Any] = processor.image_inputs(images)[0] if images else {}
+    inputs: dict[str, Any] = processor.image_inputs([images])[0] if images else {}
     known = inspect.signature(model.forward).parameters
     ids: list[int] = prompt.ids.tolist()
     for _ in range(num):

@@ -92,7 +92,8 @@ def test_json_has_the_keys_that_are_promised(make_config: MakeConfig, tmp_path: 
     code, out, _ = run(make_config("qwen2_5_vl"), tmp_path, "--json", "--tokens", "--index", "2")
     assert code == 0
     (row,) = [json.loads(line) for line in out.splitlines()]
-    assert row.keys() == {"source", "line", "index", "num_tokens", "num_supervised", "images", "spans", "tokens"}
+    promised = {"source", "line", "index", "shape", "num_tokens", "num_supervised", "images", "spans", "tokens"}
+    assert row.keys() == promised
     assert (row["line"], row["index"]) == (3, 2)
     assert row["images"][0].keys() == {"path", "size", "used_size", "grid", "start", "num_placeholders"}
     assert row["spans"][0].keys() == {"role", "turn", "start", "end", "text", "supervised", "kind"}

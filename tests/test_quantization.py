@@ -286,7 +286,9 @@ def test_evaluation_and_token_losses_use_the_quantized_model(make_quantized: Mak
     evaluation = Evaluation(config, adapters=[str(output)])
     with evaluation.model(str(output)) as model:
         assert summary(evaluation.scores(model))["nll"] == pytest.approx(last["nll"], rel=1e-6)
-    losses = token_losses(config, output, evaluation.samples, evaluation.encoder.processor, range(8))
+    losses = token_losses(
+        config, output, evaluation.eval_samples.samples, evaluation.eval_samples.encoder.processor, range(8)
+    )
     values = [value for of_sample in losses.values() for value in of_sample.values()]
     assert sum(values) / len(values) == pytest.approx(last["nll"], rel=1e-6)
 

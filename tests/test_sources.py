@@ -13,7 +13,10 @@ from mmtrain.encoding.images import find_image
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.formats import read_record
-from mmtrain.records.sources import JsonFile, JsonlFile, open_records, parse_json
+from mmtrain.records.json_text import parse_json
+from mmtrain.records.sources.json_lines import JsonlFile
+from mmtrain.records.sources.json_list import JsonFile
+from mmtrain.records.sources.open import open_records
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 BAD_JSON = sorted((SHARED / "bad_inputs" / "json").glob("*.json"))
@@ -208,17 +211,19 @@ def test_what_holds_no_records_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "blank.jsonl", b"\n \n")
     write(tmp_path, "none.json", b" [ ] ")
     write(tmp_path, "table.csv", b"a,b")
+    write(tmp_path, "table.xlsx", b"a,b")
     write(tmp_path, "folder/words.txt", b"1")
     (tmp_path / "named.jsonl").mkdir()
     for name, words in {
         "empty.jsonl": "no records",
         "blank.jsonl": "no records",
         "none.json": "no records",
-        "table.csv": "expected a .json or .jsonl file",
-        "folder": "no .json or .jsonl file",
-        "named.jsonl": "no .json or .jsonl file",
-        "nowhere.jsonl": "no .json or .jsonl file",
-        "*.parquet": "no .json or .jsonl file",
+        "table.csv": "no records",
+        "table.xlsx": "not a file of records: expected .json, .jsonl",
+        "folder": "there is no file of records",
+        "named.jsonl": "there is no file of records",
+        "nowhere.jsonl": "there is no file of records",
+        "*.parquet": "there is no file of records",
     }.items():
         fault = fault_of(tmp_path / name)
         assert fault.startswith(f"{tmp_path / name}: ")
@@ -314,7 +319,7 @@ def test_a_mutated_jsonl_file_gives_records_or_plain_refusals(
     tmp_path: Path, mutations: list[tuple[bool, float, bytes]]
 ) -> None:
     content = mutated("\n".join(json.dumps(record, ensure_ascii=False) for record in BASE).encode(), mutations)
-    (file,) = open_records(str(write(tmp_path, "a.jsonl", content)))
+    file = JsonlFile(write(tmp_path, "a.jsonl", content))
     lines = content.split(b"\n")
     filled = [number for number, line in enumerate(lines, start=1) if line.removeprefix(BOM).strip()]
     assert [file.place(i).line for i in range(len(file))] == filled

@@ -74,7 +74,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 def images(processor: ChatProcessor) -> tuple[dict[str, Tensor], list[int]]:
     noise = np.random.default_rng(1)
     sizes = [(280, 196), (84, 84), (140, 308)]
-    return processor.image_inputs([PIL.Image.fromarray(noise.integers(0, 256, (h, w, 3), np.uint8)) for w, h in sizes])
+    return processor.image_inputs(
+        [[PIL.Image.fromarray(noise.integers(0, 256, (h, w, 3), np.uint8)) for w, h in sizes]]
+    )
 
 
 @torch.no_grad()

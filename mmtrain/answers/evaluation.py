@@ -1,24 +1,21 @@
 """The questions of a config's evaluation sources, and a model's replies to them, with their images and with others."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from mmtrain.answers.asked import check_forms, choose_metrics
 from mmtrain.config import Config
 from mmtrain.config.schema import EvalSource
 from mmtrain.dataset.batch import Samples
-from mmtrain.dataset.encode_all import EncodingSpec
-from mmtrain.dataset.validate import check_samples
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.generate.prompts import prompts_of
 from mmtrain.generate.questions import Question, questions_of
 from mmtrain.generate.replies import Generator, Reply, batched
 from mmtrain.generate.sampling import Sampling
-from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
 from mmtrain.records.chat import SampleError
-from mmtrain.scoring.changed_images import Change, ChangedImages, encodable
+from mmtrain.scoring.changed_images import Change
+from mmtrain.scoring.eval_samples import EvalSamples
 
 Replies = dict[int, Reply]
 """By the position of the question."""
@@ -39,24 +36,20 @@ class AnswerEvaluation:
         """`metric`: of all sources, whatever the config says. Raises UserError where a sample cannot be used, or a
         reference is not of the form that the metric of its source compares."""
         self._progress = progress
-        self._limit = length_limit(config.model.path, config.data.max_length)
-        spec = EncodingSpec.of(config, sources)
-        self._encoder = spec.encoder(processor)
-        self.samples, checked = check_samples(spec, processor, self._limit, config.data.too_long, progress)
-        self._indices = checked.used
-        self.dropped = [{"place": str(self.samples.place(index)), "reason": why} for index, why in checked.dropped]
-        records = self.samples.records
+        own = EvalSamples.of(config, sources, processor, progress)
+        self._eval_samples = own
+        self.samples, self.dropped = own.samples, own.dropped
+        records = own.samples.records
         self._questions: list[Question] = []
-        for index in self._indices.tolist():
+        for index in own.indices.tolist():
             conversation = records.conversation(index)
-            self._questions += questions_of(conversation, index, self._encoder.trained_turns(conversation.messages))
-        names = [source.name or Path(source.path).name for source in sources]
-        own = [names[records.source(question.sample)] for question in self._questions]
-        metrics = dict(zip(names, (metric or source.metric for source in sources), strict=True))
-        self.questions, self.reasons = choose_metrics(self._questions, own, metrics)
+            self._questions += questions_of(conversation, index, own.encoder.trained_turns(conversation.messages))
+        of_source = [own.names[records.source(question.sample)] for question in self._questions]
+        metrics = dict(zip(own.names, (metric or source.metric for source in sources), strict=True))
+        self.questions, self.reasons = choose_metrics(self._questions, of_source, metrics)
         self.places = [str(self.samples.place(question.sample)) for question in self._questions]
         check_forms(self.questions, self.places)
-        longest = max(int(checked.num_supervised[question.sample]) for question in self._questions)
+        longest = max(int(own.checked.num_supervised[question.sample]) for question in self._questions)
         self.max_new_tokens = min(max(2 * longest, _LEAST_NEW_TOKENS), _MOST_NEW_TOKENS)
         """Twice what the longest reference needs: a longer answer is wrong however it goes on."""
 
@@ -70,11 +63,8 @@ class AnswerEvaluation:
     ) -> Replies:
         """The same for the questions of samples with images, which are swapped, grey or left out; none where no sample
         can be changed so."""
-        records = self.samples.records
-        with_images = self._indices[[bool(records.conversation(int(i)).images) for i in self._indices]]
-        changed = ChangedImages(self.samples, self._encoder, change, with_images)
-        possible = with_images if changed.indices is None else changed.indices
-        there = set(encodable(changed, possible, self._limit.num_tokens)[0].tolist())
+        changed, indices, _ = self._eval_samples.changed(change)
+        there = set(indices.tolist())
         numbers = [i for i, question in enumerate(self._questions) if question.sample in there]
         return self._ask(generator, changed, numbers, name, batch_size, max_new_tokens)
 

@@ -2,21 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 
-from mmtrain.checks.findings import CROPPED, LARGE, LITERAL, MARK, Finding
+from mmtrain.checks.findings import CROPPED, LARGE, LITERAL, MARK, UNMARKED, Finding
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.records.chat import Message
+from mmtrain.records.chat import Conversation, Message
 from mmtrain.safe_text import shown
 
-MARKS = ("<image>", "<video>", "<audio>")
-"""Placeholders for media in the text of common formats."""
+MARKS = ("<image>", "<video>", "<audio>", "</img>")
+"""Placeholders for media in the text of common formats; `<img>path</img>` is the old form of Qwen-VL."""
 
 _LARGER, _OTHER_SHAPE = 4.0, 0.15
 
 
 def image_notes(sizes: Sequence[tuple[int, int]], processor: ChatProcessor) -> Iterator[Finding]:
     """Images that the model sees much smaller than they are, or cropped; `sizes` are their (width, height) in order."""
-    for number, (width, height) in enumerate(sizes, start=1):
-        tokens = processor.image_tokens((width, height))
+    of_images = processor.image_tokens(sizes)
+    for number, ((width, height), tokens) in enumerate(zip(sizes, of_images, strict=True), start=1):
         if len(tokens.ids) != tokens.num_placeholders:
             continue  # divided into tiles: the size of a tile is not that of the image
         used_width, used_height = tokens.used_size
@@ -26,6 +26,12 @@ def image_notes(sizes: Sequence[tuple[int, int]], processor: ChatProcessor) -> I
         shape = (width / height) / (used_width / used_height)
         if max(shape, 1 / shape) > 1 + _OTHER_SHAPE:
             yield Finding(CROPPED, False, reason)
+
+
+def placed_images(conversation: Conversation) -> Iterator[Finding]:
+    """Images that the record gives no place."""
+    if conversation.has_unmarked_images:
+        yield Finding(UNMARKED, False, "nothing says where its images are: they come first in the user's first turn")
 
 
 def literal_specials(messages: Sequence[Message], processor: ChatProcessor) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import pairwise
 
-from mmtrain.checks.content import MARKS, image_notes, literal_specials, unmatched_marks
+from mmtrain.checks.content import MARKS, image_notes, literal_specials, placed_images, unmatched_marks
 from mmtrain.checks.findings import (
     ADDED_END,
     IGNORED,
@@ -83,6 +83,7 @@ class Checker:
         found += faults + self._turns(_Sample(conversation.messages, folded_ids, folded, _spans(folded)))
         found += unmatched_marks(conversation.messages, self._marks)
         found += literal_specials(conversation.messages, self._processor)
+        found += placed_images(conversation)
         found += image_notes(sizes, self._processor)
         return list(dict.fromkeys(found))
 
@@ -92,8 +93,9 @@ class Checker:
         """Ids and labels with one placeholder for each image, and the faults of the images' spans."""
         image_id = self._processor.image_token_id or -1
         at, new_ids, new_labels, faults = 0, [], [], []
-        for number, size in enumerate(sizes, start=1):
-            span = list(self._processor.image_tokens(size).ids)
+        of_images = self._processor.image_tokens(sizes)
+        for number, (size, tokens) in enumerate(zip(sizes, of_images, strict=True), start=1):
+            span = list(tokens.ids)
             start = _find(ids, span, at)
             if start is None:
                 reason = f"image {number} of {size[0]}x{size[1]} should be {len(span)} tokens in a row: not found"

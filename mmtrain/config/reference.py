@@ -17,7 +17,14 @@ Printed by `mmtrain config docs`. Do not edit this page: edit the docstrings in 
 A config is one YAML file. A key marked *required* has no default. Every key can also be set on the command line by its
 full name, such as `tune.language.rank=8`. Unknown keys are refused with their line and the nearest valid key.
 """
-_TYPE_WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
+_TYPE_WORDS = {
+    "integer": "integer",
+    "number": "number",
+    "string": "text",
+    "boolean": "true or false",
+    "null": "null",
+    "object": "names, each with a text",
+}
 
 
 def reference() -> str:
@@ -113,7 +120,7 @@ def _default(key: str, node: Node, section: Node) -> str:
     if "$ref" in node:
         return "its keys' defaults"
     default = node["default"]
-    if isinstance(default, dict):  # a section by its mode
+    if isinstance(default, dict) and "mode" in default:  # a section
         return f"`{{mode: {default['mode']}}}`"
     return f"`{default if isinstance(default, str) else json.dumps(default)}`"
 

@@ -1,5 +1,6 @@
 """Every key of a config: its type, range, default and meaning."""
 
+import string
 from enum import Enum
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     Strict,
+    field_validator,
     model_validator,
 )
 
@@ -103,17 +105,43 @@ class Tune(Section):
         return {name: mode for name, mode in self.components.items() if not isinstance(mode, Frozen)}
 
 
-RecordFormat = Literal["auto", "openai", "messages", "conversations"]
+RecordFormat = Literal[
+    "auto",
+    "openai",
+    "messages",
+    "conversations",
+    "conversation",
+    "gemini",
+    "alpaca",
+    "query",
+    "question",
+    "prompt",
+    "input",
+]
 
 
 class Source(Section):
     path: Annotated[str, Field(min_length=1)]
-    """A .json or .jsonl file, a folder of them, or a glob."""
+    """A file of records (.json, .jsonl, .parquet, .arrow, .csv, .tsv, .tar and so on), a folder of them, or a glob."""
     root: str | None = None
     """The folder that image paths are relative to and may not leave; without it the data file's own."""
     format: RecordFormat = "auto"
-    """`openai` (messages whose content is a string or a list of parts), `messages` (`<image>` marks and an
-    `images` list), `conversations` (LLaVA and ShareGPT: from / value), or `auto`: detected for each record."""
+    """The shape of the records, as docs/data.md lists them, or `auto`: detected for each record by its keys."""
+    fields: dict[str, str] = {}
+    """Which column of the data is which key of a record: `{image: img, question: q, answer: a}`. A value with braces
+    is a template of several columns: `{prompt: "{context}\\n{question}"}`."""
+    image_mark: Annotated[str, Field(min_length=1)] | None = None
+    """The text that stands for an image in the records; without it `<image>`, or another mark that docs/data.md lists
+    and that a record with images has instead."""
+
+    @field_validator("fields")
+    @classmethod
+    def _check_fields(cls, fields: dict[str, str]) -> dict[str, str]:
+        for source in fields.values():
+            pieces = list(string.Formatter().parse(source))  # raises ValueError on a brace without its other
+            if not source or any(name == "" or spec or conversion for _, name, spec, conversion in pieces):
+                raise ValueError('expected the name of a column, or a template such as "{context} {question}"')
+        return fields
 
 
 class TrainSource(Source):

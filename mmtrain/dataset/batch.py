@@ -17,7 +17,7 @@ from mmtrain.encoding.images import decode
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
-from mmtrain.records.sources import Place
+from mmtrain.records.sources.place import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,11 @@ def _image_inputs(encoded: Sequence[Encoded], processor: ChatProcessor) -> dict[
     spans = [(sample, span) for sample in encoded for span in sample.images]
     if not spans:
         return {}
-    inputs, laid_out = processor.image_inputs([decode(span.image) for _, span in spans])
+    if len(encoded) > 1 and not processor.lays_out_together:
+        raise SampleError("the model's images are laid out for one sample at a time, and here are several")
+    samples = [[decode(span.image) for span in sample.images] for sample in encoded if sample.images]
+    alone = None if processor.lays_out_together else encoded[0].ids.tolist()
+    inputs, laid_out = processor.image_inputs(samples, alone)
     measured = [int(id_) for sample, span in spans for id_ in sample.ids[span.start : span.start + span.length]]
     if laid_out != measured:
         names = ", ".join(span.image.name for _, span in spans)

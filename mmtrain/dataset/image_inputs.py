@@ -62,7 +62,7 @@ def load_image_inputs(span: ImageSpan, ids: list[int], processor: ChatProcessor,
         if found.num_placeholders != span.num_placeholders:
             raise SampleError(f"the image {span.image.name} changed while it was read")
         return ImageInputs(key, span.num_placeholders, found.inputs, found)
-    inputs, laid_out = processor.image_inputs([decode(replace(span.image, source=data))])
+    inputs, laid_out = processor.image_inputs([[decode(replace(span.image, source=data))]])
     if laid_out != ids:
         raise SampleError(
             f"{len(ids)} tokens were laid out for {span.image.name} and the image processor makes {len(laid_out)}"

@@ -6,7 +6,7 @@ from mmtrain.dataset.store_file import EncodedStore
 from mmtrain.encoding.encode import Encoded, Encoder, ImageSpan
 from mmtrain.encoding.images import locate
 from mmtrain.records.record_set import RecordSet
-from mmtrain.records.sources import Place
+from mmtrain.records.sources.place import Place
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,10 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 
 from mmtrain.errors import UserError
@@ -78,8 +81,7 @@ def load_parts(directory: Path) -> DirectoryParts:
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        processor = _family_processor(directory, config, tokenizer) if takes_images else None
+        processor = _family_processor(directory, config, tokenizer) if takes_images(config) else None
         eos_ids = _eos_ids(directory, config)
     except UserError:
         raise
@@ -87,7 +89,19 @@ def load_parts(directory: Path) -> DirectoryParts:
         kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
         raise UserError(f"the processor cannot be loaded: {kind}{one_line(error)}") from None
     # the constructor of a processor may add tokens, so the copy is made after it
-    return DirectoryParts(copy.deepcopy(tokenizer), processor, eos_ids, getattr(config, "image_token_id", None))
+    return DirectoryParts(copy.deepcopy(tokenizer), processor, eos_ids, _image_token_id(config))
+
+
+def takes_images(config: Any) -> bool:
+    """Whether a model with this configuration takes images: those that take sound too have a list of their own."""
+    in_lists = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    return type(config) in in_lists[0] or (type(config) in in_lists[1] and hasattr(config, "vision_config"))
+
+
+def _image_token_id(config: Any) -> int | None:
+    """The token whose place an image's features take, from the configuration of the model or of its vision tower."""
+    own: int | None = getattr(config, "image_token_id", None)
+    return getattr(getattr(config, "vision_config", None), "image_token_id", None) if own is None else own
 
 
 def _family_processor(directory: Path, config: Any, tokenizer: Any) -> Any:
@@ -97,22 +111,31 @@ def _family_processor(directory: Path, config: Any, tokenizer: Any) -> Any:
     what is installed: the image processor is always Pillow's.
     """
     made = AutoImageProcessor.from_pretrained(directory, backend="pil", local_files_only=True, trust_remote_code=False)
-    parts = {"tokenizer": tokenizer, "image_processor": made}
+    parts: dict[str, Any] = {"tokenizer": tokenizer, "image_processor": made}
     family = _processor_class(directory, config)
 
     class ImageTextProcessor(family):  # type: ignore[misc, valid-type]
         @classmethod
         def _get_arguments_from_pretrained(cls, *args: Any, **kwargs: Any) -> list[Any]:
-            return [parts.get(name) for name in cls.get_attributes()]
+            return [parts.get(name, _Absent()) for name in cls.get_attributes()]
 
         def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
-            return None if argument is None else super().check_argument_for_proper_class(name, argument)
+            return None if isinstance(argument, _Absent) else super().check_argument_for_proper_class(name, argument)
 
     ImageTextProcessor.__name__ = family.__name__  # it stands in what transformers says of a missing package
     processor = ImageTextProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if not isinstance(getattr(processor, "image_token", None), str):
         raise UserError(f"{family.__name__} has no placeholder for an image in its text: this family is not supported")
     return processor
+
+
+class _Absent(dict[str, Any]):
+    """In the place of a processor's part for video or sound, whose settings some families read. A dict, because
+    transformers prints a processor as JSON."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def _processor_class(directory: Path, config: Any) -> Any:

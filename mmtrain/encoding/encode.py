@@ -167,10 +167,10 @@ class Encoder:
         after: int | None = None
         spans: list[ImageSpan] = []
         placed: list[Placed] = []
+        of_images = self.processor.image_tokens([image.size for image in images])
         for segment in segments:
             if segment.kind == "image":
-                image = images[len(spans)]
-                tokens = self.processor.image_tokens(image.size)
+                image, tokens = images[len(spans)], of_images[len(spans)]
                 spans.append(ImageSpan(image, len(ids), len(tokens.ids), tokens.num_placeholders))
                 new: Sequence[int] = tokens.ids
             else:

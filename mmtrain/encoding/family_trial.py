@@ -151,7 +151,8 @@ def _straddled(processor: ChatProcessor, ours: list[int], theirs: list[int]) -> 
 
 def _compare_tensors(processor: ChatProcessor, name: str, own: dict[str, Any], images: Sequence[FoundImage]) -> None:
     """What goes into the model besides ids must not depend on the text around the images."""
-    ours, _ = processor.image_inputs([_gradient(image.size) for image in images])
+    own_ids = None if processor.lays_out_together else own["input_ids"]
+    ours, _ = processor.image_inputs([[_gradient(image.size) for image in images]], own_ids)
     theirs = {key: value for key, value in own.items() if key not in TEXT_KEYS}
     wrong = sorted(ours.keys() ^ theirs.keys()) + [
         key for key in ours.keys() & theirs.keys() if not _equal(ours[key], theirs[key])

@@ -4,6 +4,7 @@ Nothing here knows a family of models: counts and the tokens around the placehol
 processor.
 """
 
+import copy
 import functools
 import itertools
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import PIL.Image
+from torch import Tensor
 
 from mmtrain.encoding.tokenizer import Tokenizer
 from mmtrain.errors import UserError
@@ -19,6 +21,8 @@ from mmtrain.records.chat import SampleError
 from mmtrain.safe_text import one_line, shown
 
 _PROBE_SIZE = (64, 64)
+_PROBE_SAMPLES = (((64, 64), (300, 60), (120, 50), (400, 500)), ((100, 70),))
+"""(width, height) of the images of two samples."""
 TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
@@ -44,6 +48,11 @@ class ImageTraits:
     """The name of the tensor with an image's number of patches in time, height and width; None where there is none."""
     pixels_per_token: float | None
     """Pixels that the vision encoder sees, all tiles together, for each placeholder; None where no tensor shows it."""
+    by_sample: bool
+    """Whether an image's span depends on the other images of its sample, as in families that number them."""
+    together: bool
+    """Whether the images of several samples can be made into tensors at once. Where they cannot, or where a tensor
+    depends on the text, each sample goes through the model alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,36 +64,52 @@ class _Runner:
     token_id: int | None
     separator: int | None
 
-    def run(self, images: Sequence[PIL.Image.Image]) -> tuple[dict[str, Any], list[list[int]]]:
-        """The tensors, and all the ids that the processor writes for each image, ordinary text included."""
-        token = self.processor.image_token
-        separator = "" if self.separator is None else self.tokenizer.traits.added[self.separator]
+    def run(self, samples: Sequence[Sequence[PIL.Image.Image]]) -> tuple[dict[str, Any], list[list[int]]]:
+        """The tensors for the images of some samples, and all the ids that the processor writes for each image, with
+        ordinary text."""
         made = self.processor(
-            text=[separator + (token + separator) * len(images)],
-            images=[list(images)],
-            add_special_tokens=False,
-            return_tensors="pt",
+            text=[self._text(images) for images in samples], images=list(map(list, samples)), **_OPTIONS
         )
-        ids: list[int] = made["input_ids"][0].tolist()
-        inputs = {key: value for key, value in made.items() if key not in TEXT_KEYS}
-        if self.separator is None:
-            return inputs, [ids]
-        cuts = [i for i, id_ in enumerate(ids) if id_ == self.separator]
-        if len(cuts) != len(images) + 1:
-            raise SampleError("the model's processor changes the special tokens around an image")
-        return inputs, [ids[start + 1 : end] for start, end in itertools.pairwise(cuts)]
+        rows, masks = made["input_ids"].tolist(), made["attention_mask"].tolist()
+        inputs = {key: _widened(value) for key, value in made.items() if key not in TEXT_KEYS}
+        spans = [
+            span
+            for images, row, mask in zip(samples, rows, masks, strict=True)
+            for span in self._cut([id_ for id_, is_own in zip(row, mask, strict=True) if is_own], len(images))
+        ]
+        return inputs, spans
 
-    def blank(self, size: tuple[int, int]) -> tuple[dict[str, Any], list[int]]:
-        """`run` on a blank image of `size` (width, height)."""
+    def run_with(self, images: Sequence[PIL.Image.Image], ids: Sequence[int]) -> dict[str, Any]:
+        """The tensors for one sample, whose ids are given: those of the text depend on them."""
+        own = copy.copy(self.processor)
+        own.tokenizer = _GivenIds(self.processor.tokenizer, list(ids))
+        made = own(text=[self._text(images)], images=[list(images)], **_OPTIONS)
+        return {key: _widened(value) for key, value in made.items() if key not in TEXT_KEYS}
+
+    def _text(self, images: Sequence[PIL.Image.Image]) -> str:
+        separator = "" if self.separator is None else self.tokenizer.traits.added[self.separator]
+        token: str = self.processor.image_token
+        return separator + (token + separator) * len(images)
+
+    def _cut(self, ids: list[int], num_images: int) -> list[list[int]]:
+        """The ids of each image in those of a sample."""
+        if self.separator is None:
+            return [ids]
+        cuts = [i for i, id_ in enumerate(ids) if id_ == self.separator]
+        if len(cuts) != num_images + 1:
+            raise SampleError("the model's processor changes the special tokens around an image")
+        return [ids[start + 1 : end] for start, end in itertools.pairwise(cuts)]
+
+    def blank(self, sizes: Sequence[tuple[int, int]]) -> tuple[dict[str, Any], list[list[int]]]:
+        """`run` on one sample of blank images of these sizes (width, height)."""
         try:
-            inputs, (ids,) = self.run([PIL.Image.new("RGB", size)])
+            return self.run([[PIL.Image.new("RGB", size) for size in sizes]])
         except SampleError:
             raise
         except Exception as error:  # such as an aspect ratio that the family refuses
-            raise SampleError(
-                f"the model's image processor refuses an image of {size[0]}x{size[1]}: {one_line(error)}"
-            ) from None
-        return inputs, ids
+            what = "an image of" if len(sizes) == 1 else "images of"
+            named = ", ".join(f"{width}x{height}" for width, height in sizes)
+            raise SampleError(f"the model's image processor refuses {what} {named}: {one_line(error)}") from None
 
     def span_of(self, ids: Sequence[int]) -> slice:
         """The span of an image in what the processor writes for it: from the first to the last placeholder or
@@ -99,6 +124,28 @@ class _Runner:
         return self.tokenizer.decode(ids[: span.start]), self.tokenizer.decode(ids[span.stop :])
 
 
+_OPTIONS: dict[str, Any] = {"add_special_tokens": False, "padding": True, "return_tensors": "pt"}
+"""Padding is always on: it is a state of the tokenizer, which threads share."""
+
+
+class _GivenIds:
+    """A tokenizer that makes given ids of any one text."""
+
+    def __init__(self, tokenizer: Any, ids: list[int]) -> None:
+        self._tokenizer, self._ids = tokenizer, ids
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: Any, **options: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [self._ids], "attention_mask": [[1] * len(self._ids)]}
+
+
+def _widened(value: Any) -> Any:
+    """Pixels in float32, which is exact: some families give fewer bits, whatever the model computes in."""
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 def _find_separator(tokenizer: Tokenizer, image_token: str, token_id: int | None) -> int | None:
     """A special token that takes nothing of the text around it, to tell images apart in the processor's output."""
     tokens, traits = tokenizer.wrapped.added_tokens_decoder, tokenizer.traits
@@ -110,14 +157,34 @@ def _find_separator(tokenizer: Tokenizer, image_token: str, token_id: int | None
 
 def _probe_images(runner: _Runner) -> ImageTraits:
     """Raises UserError where there is no placeholder for an image, SampleError where the processor refuses one."""
-    inputs, ids = runner.blank(_PROBE_SIZE)
+    inputs, (ids,) = runner.blank([_PROBE_SIZE])
     if runner.token_id not in ids:
         raise UserError(f"the image processor lays out no placeholder {shown(runner.processor.image_token)}")
     grid_key = next((key for key in inputs if key.endswith("_thw")), None)
     patch = None if grid_key is None else int(runner.processor.image_processor.patch_size)
     num_pixels = _num_pixels(inputs) if patch is None else patch**2 * int(inputs[str(grid_key)].prod())
     count = sum(id_ == runner.token_id for id_ in ids)
-    return ImageTraits(runner.text_around(ids), grid_key, num_pixels / count if num_pixels else None)
+    per_token = num_pixels / count if num_pixels else None
+    return ImageTraits(runner.text_around(ids), grid_key, per_token, _is_by_sample(runner), _are_together(runner))
+
+
+def _is_by_sample(runner: _Runner) -> bool:
+    """Whether the images of one sample have other spans than each has alone."""
+    try:
+        return runner.blank(_PROBE_SAMPLES[0])[1] != [runner.blank([size])[1][0] for size in _PROBE_SAMPLES[0]]
+    except SampleError:  # the family takes one image a sample, or only images of one size in a sample
+        return True
+
+
+def _are_together(runner: _Runner) -> bool:
+    """Whether two samples can be laid out at once, and no tensor for the images depends on the text."""
+    samples = [[PIL.Image.new("RGB", size) for size in sizes] for sizes in _PROBE_SAMPLES]
+    try:
+        inputs, _ = runner.run(samples)
+        of_images = runner.processor.image_processor(samples[0], return_tensors="pt")
+    except Exception:  # a family that cannot can raise anything; each sample is then laid out alone
+        return False
+    return set(inputs) <= set(of_images)
 
 
 def _num_pixels(inputs: dict[str, Any]) -> int | None:
@@ -141,7 +208,7 @@ class ImageProcessor:
         self.placeholder = self.token if token_id is None else tokenizer.traits.added.get(token_id, self.token)
         self._runner = _Runner(processor, tokenizer, token_id, _find_separator(tokenizer, self.token, token_id))
         self.traits = _probe_images(self._runner)
-        self.tokens = functools.lru_cache(maxsize=65536)(self._tokens)
+        self._tokens = functools.lru_cache(maxsize=65536)(self._lay_out)
 
     @property
     def normalisation(self) -> tuple[list[float], list[float]]:
@@ -149,18 +216,40 @@ class ImageProcessor:
         own = self.processor.image_processor
         return own.image_mean, own.image_std
 
-    def inputs(self, images: Sequence[PIL.Image.Image]) -> tuple[dict[str, Any], list[int]]:
-        """The tensors the model takes for `images`, and the ids of their spans, one after the other."""
-        inputs, spans = self._runner.run(images)
+    def inputs(
+        self, samples: Sequence[Sequence[PIL.Image.Image]], ids: Sequence[int] | None = None
+    ) -> tuple[dict[str, Any], list[int]]:
+        """The tensors the model takes for the images of `samples`, and the ids of their spans, one after the other.
+
+        `ids`: those of the sample, where there is one and `traits.together` is false.
+        """
+        try:
+            inputs, spans = self._runner.run(samples)
+            if ids is not None:
+                inputs = self._runner.run_with(samples[0], ids)
+        except SampleError:
+            raise
+        except Exception as error:  # such as images that one sample cannot have together
+            raise SampleError(f"the model's image processor refuses the images: {one_line(error)}") from None
         return inputs, [id_ for span in spans for id_ in span[self._runner.span_of(span)]]
 
-    def _tokens(self, size: tuple[int, int]) -> ImageTokens:
-        """The span of an image of `size` (width, height), from the family's processor run on a blank one."""
-        inputs, ids = self._runner.blank(size)
-        if self._runner.text_around(ids) != self.traits.text_around:
-            raise SampleError(f"the model's processor writes other text around an image of {size[0]}x{size[1]}")
-        count = ids.count(-1 if self.token_id is None else self.token_id)
-        return ImageTokens(tuple(ids[self._runner.span_of(ids)]), count, *self._used(inputs, count, size))
+    def tokens(self, sizes: Sequence[tuple[int, int]]) -> tuple[ImageTokens, ...]:
+        """The spans of the images of one sample, whose sizes are (width, height)."""
+        if self.traits.by_sample:
+            return self._tokens(tuple(sizes))
+        return tuple(tokens for size in sizes for tokens in self._tokens((size,)))
+
+    def _lay_out(self, sizes: tuple[tuple[int, int], ...]) -> tuple[ImageTokens, ...]:
+        """The spans of images of these sizes, from the family's processor run on blank ones."""
+        inputs, spans = self._runner.blank(sizes)
+        found = []
+        for size, ids in zip(sizes, spans, strict=True):
+            if self._runner.text_around(ids) != self.traits.text_around:
+                raise SampleError(f"the model's processor writes other text around an image of {size[0]}x{size[1]}")
+            count = ids.count(-1 if self.token_id is None else self.token_id)
+            used = self._used(inputs, count, size) if len(sizes) == 1 else (size, None)
+            found.append(ImageTokens(tuple(ids[self._runner.span_of(ids)]), count, *used))
+        return tuple(found)
 
     def _used(
         self, inputs: dict[str, Any], count: int, size: tuple[int, int]

@@ -33,13 +33,21 @@ class ChatProcessor:
         """The name of the tensor with each image's number of patches in time, height and width."""
         return None if self.images is None else self.images.traits.grid_key
 
-    def image_inputs(self, images: Sequence[PIL.Image.Image]) -> tuple[dict[str, Any], list[int]]:
-        """See `ImageProcessor.inputs`. Raises SampleError for a model that takes no images."""
-        return self._image_processor().inputs(images)
+    @property
+    def lays_out_together(self) -> bool:
+        """Whether samples with images can go through the model at once; see `ImageTraits.together`."""
+        return self.images is None or self.images.traits.together
 
-    def image_tokens(self, size: tuple[int, int]) -> ImageTokens:
-        """The span of an image of `size` (width, height). Raises SampleError for a model that takes no images."""
-        return self._image_processor().tokens(size)
+    def image_inputs(
+        self, samples: Sequence[Sequence[PIL.Image.Image]], ids: Sequence[int] | None = None
+    ) -> tuple[dict[str, Any], list[int]]:
+        """See `ImageProcessor.inputs`. Raises SampleError for a model that takes no images."""
+        return self._image_processor().inputs(samples, ids)
+
+    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> tuple[ImageTokens, ...]:
+        """The spans of the images of one sample, whose sizes are (width, height). Raises SampleError for a model that
+        takes no images."""
+        return self._image_processor().tokens(sizes) if sizes else ()
 
     def _image_processor(self) -> ImageProcessor:
         if self.images is None:

@@ -59,8 +59,8 @@ def _report(evaluation: Evaluation, options: Options) -> dict[str, Any]:
         least, most = statistics.extremes(scores)
         return {
             **statistics.summary(scores),
-            "dropped": evaluation.dropped,
-            "sources": statistics.by_source(scores, evaluation.names),
+            "dropped": evaluation.eval_samples.dropped,
+            "sources": statistics.by_source(scores, evaluation.eval_samples.names),
             "turns": statistics.by_answer(scores),
             "modality": statistics.by_image(scores),
             "lengths": statistics.by_length(scores),
@@ -72,9 +72,10 @@ def _report(evaluation: Evaluation, options: Options) -> dict[str, Any]:
 
 def _placed(evaluation: Evaluation, index: int, nll: float) -> dict[str, Any]:
     """A sample by its place, with its first trained reply and the question to it."""
-    conversation = evaluation.samples.records.conversation(index)
-    first = questions_of(conversation, index, evaluation.encoder.trained_turns(conversation.messages))[0]
-    place = str(evaluation.samples.place(index))
+    own = evaluation.eval_samples
+    conversation = own.samples.records.conversation(index)
+    first = questions_of(conversation, index, own.encoder.trained_turns(conversation.messages))[0]
+    place = str(own.samples.place(index))
     return {"place": place, "nll": nll, "question": first.text, "reference": first.reference}
 
 

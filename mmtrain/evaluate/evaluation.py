@@ -2,21 +2,18 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 from mmtrain.config import Config
 from mmtrain.config.schema import EvalSource
-from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Indices
-from mmtrain.dataset.validate import check_samples
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.model.adapter import read_adapter
-from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.adapters import AdaptedModels
-from mmtrain.scoring.changed_images import Change, ChangedImages, encodable
+from mmtrain.scoring.changed_images import Change
+from mmtrain.scoring.eval_samples import EvalSamples
 from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.scoring.scorer import Scorer
 from mmtrain.scoring.scores import Scores
@@ -42,17 +39,9 @@ class Evaluation:
         self._microbatch_tokens = config.run.microbatch_tokens
         self._progress = Progress(runtime.activity.tick, quiet=not runtime.is_main)
         processor = load_processor(config.model.path)
-        self._limit = length_limit(config.model.path, config.data.max_length)
-        self.names = [source.name or Path(source.path).name for source in sources]
-        spec = EncodingSpec.of(config, sources)
-        self.encoder = spec.encoder(processor)
-        self.samples, checked = check_samples(spec, processor, self._limit, config.data.too_long, self._progress)
-        self.indices = checked.used
-        """Of the samples that are scored."""
-        self.dropped = [{"place": str(self.samples.place(index)), "reason": why} for index, why in checked.dropped]
-        for entry in self.dropped:
+        self.eval_samples = EvalSamples.of(config, sources, processor, self._progress)
+        for entry in self.eval_samples.dropped:
             self._progress.say(f"dropped: {entry['place']}: {entry['reason']}")
-        self._lengths: list[int] = checked.num_tokens[self.indices].tolist()
         self._models = AdaptedModels(config, processor, runtime, self._progress, read)
 
     def model(self, adapter: str | None) -> AbstractContextManager[LoadedModel]:
@@ -60,20 +49,19 @@ class Evaluation:
         return self._models.adapted(None if adapter == BASE else adapter)
 
     def scores(self, model: LoadedModel) -> Scores:
-        return self._score(model, Scorer(self.samples, self.encoder, self.indices, self._lengths))
+        own = self.eval_samples
+        lengths = own.checked.num_tokens[own.indices].tolist()
+        return self._score(model, Scorer(own.samples, own.encoder, own.indices, lengths))
 
     def changed_scores(self, model: LoadedModel, change: Change) -> tuple[Scores, Indices, int] | None:
         """The scores with changed images, the samples they are of, and how many with images are left out because they
         cannot be changed so; None where no sample can."""
-        with_images = self.indices[[bool(self.samples.records.conversation(int(i)).images) for i in self.indices]]
-        changed = ChangedImages(self.samples, self.encoder, change, with_images)
-        indices, lengths = encodable(
-            changed, with_images if changed.indices is None else changed.indices, self._limit.num_tokens
-        )
+        own = self.eval_samples
+        changed, indices, lengths = own.changed(change)
         if not len(indices):
             return None
-        scores = self._score(model, Scorer(self.samples, self.encoder, indices, lengths, changed))
-        return scores, indices, len(with_images) - len(indices)
+        scores = self._score(model, Scorer(own.samples, own.encoder, indices, lengths, changed))
+        return scores, indices, len(own.with_images()) - len(indices)
 
     def _score(self, model: LoadedModel, scorer: Scorer) -> Scores:
         scores = scorer.score(model, self._microbatch_tokens, self._progress)

@@ -45,7 +45,9 @@ def survey(model: str, train: str, evaluation: str | None) -> Survey:
     """Raises UserError if the model or the data cannot be used at all."""
     processor = load_processor(model)
     encoder = Encoder(processor)
-    lengths, faults, sizes = [], [], []
+    lengths: list[int] = []
+    faults: list[str] = []
+    sizes = []
     for path in [train, *([] if evaluation is None else [evaluation])]:
         records = RecordSet([Source(path=path)])
         sizes.append(len(records))

@@ -89,6 +89,8 @@ class AuditReport:
     """By kind, (place, reason) in the order of the samples."""
     notes: Counter[str] = field(default_factory=Counter)
     first_notes: dict[str, tuple[str, str]] = field(default_factory=dict)
+    shapes: Counter[str] = field(default_factory=Counter)
+    """How many of the samples that are not refused have each shape of record."""
 
     @property
     def num_faults(self) -> int:
@@ -112,6 +114,7 @@ class AuditReport:
             "duplicates": self.duplicates,
             "faults": {kind: list(map(_named, found)) for kind, found in self.faults.items()},
             "notes": dict(self.notes),
+            "shapes": dict(self.shapes),
         }
 
     def print(self, console: Console) -> None:
@@ -131,6 +134,8 @@ class AuditReport:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _lines(self) -> Iterator[str]:
+        if self.shapes:
+            yield f"\nRead as {', '.join(f'{shape} ({count:,})' for shape, count in self.shapes.most_common())}"
         yield from _bars("Tokens of a sample", _histogram(self.lengths))
         yield from _bars("Longer side of an image, in pixels", _histogram(self.image_sides))
         yield "\nLongest samples" if self.longest else ""
@@ -207,6 +212,7 @@ class _Counting:
             report.longest.append((num_tokens, place))
             report.longest.sort(key=lambda one: -one[0])  # stable: equal lengths stay in order
             del report.longest[_NUM_LONGEST:]
+            report.shapes[self._samples.records.conversation(index).shape] += 1
             self._same.setdefault(self._digest(index), []).append(index)
         return found
 

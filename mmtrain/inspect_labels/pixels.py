@@ -20,7 +20,7 @@ def seen_pixels(processor: ChatProcessor) -> Pixels:
     """
 
     def seen(image: ImageView) -> PIL.Image.Image:
-        inputs, _ = processor.image_inputs([decode(image.found)])
+        inputs, _ = processor.image_inputs([[decode(image.found)]])
         values = inputs.get("pixel_values")
         if values is None or values.ndim != 4 or len(values) != 1:
             return resized(image)

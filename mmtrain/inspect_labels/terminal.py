@@ -21,7 +21,10 @@ def print_sample(view: SampleView, console: Console, losses: Mapping[int, float]
     share = view.num_supervised / len(view.tokens)
     console.print(Text(f"{visible(str(view.place))} · sample {view.index}", style="bold", overflow="fold"))
     images = f", {len(view.images)} image{'s' * (len(view.images) != 1)}" if view.images else ""
-    console.print(f"{len(view.tokens)} tokens, {view.num_supervised} trained on ({share:.1%}){images}", style="dim")
+    shape = f", read as {view.conversation.shape}" if view.conversation.shape else ""
+    console.print(
+        f"{len(view.tokens)} tokens, {view.num_supervised} trained on ({share:.1%}){images}{shape}", style="dim"
+    )
     console.print(_spans(view))
     console.print(_pairs(view.tokens))
     if losses:

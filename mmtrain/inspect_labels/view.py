@@ -11,7 +11,7 @@ from mmtrain.encoding.image_processor import ImageTokens
 from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation
-from mmtrain.records.sources import Place
+from mmtrain.records.sources.place import Place
 
 IGNORED = -100
 TokenKind = Literal["text", "special", "image"]
@@ -85,6 +85,7 @@ class SampleView:
             "source": str(self.place.file),
             "line": self.place.line,
             "index": self.index,
+            "shape": self.conversation.shape,
             "num_tokens": len(self.tokens),
             "num_supervised": self.num_supervised,
             "images": [image.row() for image in self.images],
@@ -101,9 +102,9 @@ def view_sample(samples: StoredSamples | FreshSamples, encoder: Encoder, index: 
     conversation, processor = samples.records.conversation(index), encoder.processor
     traced = encoder.trace(conversation, samples.encoded(index))
     tokens = tuple(_tokens(traced, processor, conversation))
-    images = tuple(
-        ImageView(span.image, processor.image_tokens(span.image.size), span.start) for span in traced.encoded.images
-    )
+    found = traced.encoded.images
+    of_images = processor.image_tokens([span.image.size for span in found])
+    images = tuple(ImageView(span.image, tokens, span.start) for span, tokens in zip(found, of_images, strict=True))
     spans = tuple(_spans(tokens, {image.start for image in images}, processor))
     return SampleView(samples.place(index), index, conversation, tokens, spans, images)
 

@@ -149,7 +149,7 @@ def _images(processor: ChatProcessor) -> ImagesFound | None:
     for width, height in SIZES:
         name = f"{width}x{height}"
         try:
-            tokens = processor.images.tokens((width, height))
+            (tokens,) = processor.images.tokens([(width, height)])
         except SampleError as error:
             num_tokens[name] = str(error)
         else:

@@ -13,6 +13,7 @@ from torch import nn
 
 from mmtrain.config.schema import Full, Lora, Tune
 from mmtrain.errors import UserError
+from mmtrain.model.lora_targets import is_linear, refused_by_peft
 from mmtrain.model.quantized_weights import num_weights
 from mmtrain.safe_text import one_line
 
@@ -36,6 +37,9 @@ class Components:
         for name, _ in vision.named_children():
             if name in _INNER_PROJECTORS:
                 self._roots[f"{names[id(vision)]}.{name}"] = "projector"
+        if _is_inside(names[id(vision)], names[id(decoder)]):
+            depth = names[id(decoder)].count(".") + 2  # the child of the decoder that the tower is in
+            self._roots[".".join(names[id(vision)].split(".")[:depth])] = "projector"
         for name, module in _siblings(model, decoder, names):
             if name not in self._roots and any(True for _ in module.parameters()):
                 self._roots[name] = "projector"
@@ -81,9 +85,15 @@ def _vision_tower(model: Any) -> nn.Module | None:
         return None
     tower = model.get_encoder(modality="image")
     if tower is None or tower is model or tower is model.get_decoder():
+        tower = next((m for m in model.modules() if getattr(m, "config", None) is model.config.vision_config), None)
+    if tower is None:
         raise UserError("the model's vision tower was not found: this family of models is not supported")
     assert isinstance(tower, nn.Module)
     return tower
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return name.startswith(f"{outer}.")
 
 
 def _siblings(model: Any, decoder: nn.Module, names: dict[int, str]) -> Iterator[tuple[str, nn.Module]]:
@@ -109,15 +119,17 @@ class ComponentReport:
 def targets_of(model: Any, components: Components, component: str, lora: Lora) -> list[str]:
     """Names of the linear layers of a component that get an adapter. Raises UserError if there is none.
 
-    The head gets one only if it is named: an adapter on it is rarely useful and takes much memory.
+    Two kinds get one only if they are named: the head, because an adapter on it is rarely useful and takes much memory,
+    and layers that peft refuses.
     """
     linear = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and components.component_of(name) == component
+        if is_linear(module) and components.component_of(name) == component
     ]
     if lora.targets is None:
-        chosen = [name for name in linear if name != components.head_name]
+        left_out = {components.head_name, *refused_by_peft(model.config, linear)}
+        chosen = [name for name in linear if name not in left_out]
         unknown = []
     else:
         chosen = [name for name in linear if any(_ends_with(name, target) for target in lora.targets)]
@@ -127,6 +139,29 @@ def targets_of(model: Any, components: Components, component: str, lora: Lora) -
         what = f"no linear layer is called {', '.join(unknown)}" if unknown else "no linear layer was found"
         raise UserError(f"tune.{component}: {what}; the linear layers of {component} are: {found}")
     return chosen
+
+
+def without_adapter(model: Any, components: Components, tune: Tune) -> Iterator[str]:
+    """Lines about weights of `model`, a base model, that are multiplied and get no adapter though their component has
+    LoRA without `targets`: layers that peft refuses, and experts, whose weights are stacks of matrices."""
+    settings = model.config.get_text_config().to_dict()
+    num_experts = {value for key, value in settings.items() if key.endswith("experts") and type(value) is int}
+    for component, mode in tune.trainable.items():
+        if not isinstance(mode, Lora) or mode.targets is not None:
+            continue
+        own = [(name, m) for name, m in model.named_modules() if components.component_of(name) == component]
+        refused = refused_by_peft(model.config, [name for name, module in own if is_linear(module)])
+        if refused:
+            kinds = ", ".join(sorted({name.rpartition(".")[2] for name in refused}))
+            yield f"tune.{component}: no adapter on {len(refused)} linear layers that peft refuses: {kinds}"
+        stacks = [p for _, module in own for p in module.parameters(recurse=False) if p.ndim == 3]
+        experts = [weight for weight in stacks if len(weight) in num_experts]
+        if experts:
+            size = sum(num_weights(weight) for weight in experts)
+            yield (
+                f"tune.{component}: no adapter on {len(experts)} weights of experts ({size:,} parameters): "
+                "LoRA is put on linear layers alone"
+            )
 
 
 def _ends_with(name: str, target: str) -> bool:

@@ -99,6 +99,8 @@ def _passes(tune: Tune) -> dict[str, float]:
 
 def _image_attention(vision: Any) -> tuple[float, float]:
     """Forward multiply-additions per pair of patches, and per patch for layers that attend within windows."""
+    if not hasattr(vision, "hidden_size") or not _depth(vision):  # a tower of another library: its products count alone
+        return 0.0, 0.0
     depth, width = _depth(vision), _width(vision)
     blocks = getattr(vision, "fullatt_block_indexes", None)
     full = depth if blocks is None else len(blocks)
@@ -107,7 +109,7 @@ def _image_attention(vision: Any) -> tuple[float, float]:
 
 
 def _depth(config: Any) -> int:
-    return int(getattr(config, "num_hidden_layers", None) or config.depth)
+    return int(getattr(config, "num_hidden_layers", 0) or getattr(config, "depth", 0))
 
 
 def _width(config: Any) -> int:

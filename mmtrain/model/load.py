@@ -6,13 +6,13 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.logging import ERROR, disable_progress_bar, get_verbosity, set_tqdm_hook, set_verbosity
 
 from mmtrain.dataset.validate import LengthLimit
-from mmtrain.encoding.directory import model_directory
+from mmtrain.encoding.directory import model_directory, takes_images
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.quantization import (
@@ -38,8 +38,10 @@ def load_config(path: str) -> Any:
 
 def auto_class(config: Any) -> Any:
     """The class of transformers that loads a model with this configuration."""
-    takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
+    if not takes_images(config):
+        return AutoModelForCausalLM
+    is_image_text = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if is_image_text else AutoModelForMultimodalLM
 
 
 def model_structure(path: str) -> Any:

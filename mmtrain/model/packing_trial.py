@@ -48,8 +48,8 @@ _NUM_BEFORE = 5
 """Text tokens before the image. Each section is compared separately, so a leak over only a few tokens is noticed."""
 _NUM_COMPARED = 32
 """Tokens of a section whose logits are compared: all of them would take gigabytes in a long sample."""
-_SIZES = ((112, 84), (84, 168))
-"""(width, height) of the images, one in each sample."""
+_SIZES = ((112, 112), (84, 168))
+"""(width, height) of the images, one in each sample: a square, which some families give no mask, and another."""
 _CPU_MULTIPLICATIONS, _GPU_MULTIPLICATIONS = 1e11, 1e14
 """Limit for the cost of the longer sample, weights times tokens: it takes seconds."""
 
@@ -61,6 +61,8 @@ def packing_fault(model: Any, processor: ChatProcessor, dtype: torch.dtype, pack
     `model` is in eval mode, on the device that runs it; `dtype` is that of its matrix products. Neither the model nor
     the random state changes. Raises UserError if padded rows already fail or give other logits.
     """
+    if not processor.lays_out_together:
+        return "the images of this model are laid out for one sample at a time"
     try:
         trial = _Trial(model, processor, dtype)
         first, second = trial.logits([0], packing=False), trial.logits([1], packing=False)
@@ -175,7 +177,7 @@ def random_samples(
         text, image = noise.choice(ordinary, count), np.zeros(0, np.int64)
         spans: tuple[ImageSpan, ...] = ()
         if processor.images is not None:
-            tokens = processor.image_tokens(image_size)
+            (tokens,) = processor.image_tokens([image_size])
             image = np.array(tokens.ids)
             spans = (ImageSpan(_noise_image(noise, image_size), _NUM_BEFORE, len(image), tokens.num_placeholders),)
         ids = np.concatenate([text[:_NUM_BEFORE], image, text[_NUM_BEFORE:]]).astype(np.int32)

@@ -136,7 +136,7 @@ def _trial(model: Any, processor: ChatProcessor, inputs: VisionInputs) -> tuple[
     """What the decoder is given for images of noise, and the gradient of their pixels; and what `_SEEN` lists."""
     noise = np.random.default_rng(0)
     images = [PIL.Image.fromarray(noise.integers(0, 256, (h, w, 3), np.uint8)) for w, h in _SIZES]
-    made, ids = processor.image_inputs(images)
+    made, ids = processor.image_inputs([images])
     placed, seen = inputs(made), list[bool]()
     pixels = [v.requires_grad_() for k, v in placed.items() if k.startswith("pixel") and v.is_floating_point()]
     with torch.enable_grad():

@@ -1,6 +1,6 @@
 """A conversation as plain data: every record format is read into it, and the encoder sees nothing else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -19,7 +19,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image as the record gives it: a path, or the bytes of a data URI."""
+    """An image as the record gives it: a path, or its bytes with a name for messages."""
 
     name: str
     data: bytes | None = None
@@ -43,6 +43,10 @@ class Message:
 @dataclass(frozen=True, slots=True)
 class Conversation:
     messages: tuple[Message, ...]
+    shape: str = field(default="", compare=False)
+    """The shape of record that it was read from."""
+    has_unmarked_images: bool = field(default=False, compare=False)
+    """Whether the record says nothing about where its images are, so that they were put first."""
 
     @property
     def images(self) -> tuple[Image, ...]:

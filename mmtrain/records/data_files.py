@@ -1,17 +1,21 @@
 """The files of records that a path in the config names.
 
-In a folder nothing is skipped silently: a file that is neither read nor plainly something else is refused by name, and
-so is a subfolder that has files of records. A glob reads only the files that it matches.
+A folder is read with its subfolders. Nothing in it is skipped silently: a file that is neither read nor plainly
+something else is refused by name. A glob reads only the files that it matches.
 """
 
 import glob
-import os
+import json
 from pathlib import Path
 
 from mmtrain.errors import UserError
 from mmtrain.safe_text import visible
 
-_READ = (".json", ".jsonl")
+_TEXTS = (".json", ".jsonl", ".jsonlines", ".ndjson", ".csv", ".tsv")
+READ = (*_TEXTS, *(text + packed for text in _TEXTS for packed in (".gz", ".zst")), ".parquet", ".arrow", ".tar")
+"""Endings of the files that are read."""
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
+"""What Hugging Face's `save_to_disk` writes into the folder of a data set, and of several splits."""
 _OTHER = """
 .jpg .jpeg .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .avif .heic .svg .ico .pdf
 .md .rst .txt .html .css .js .bib .tex .log .py .ipynb .sh .toml .cfg .ini .yaml .yml .jinja .lock
@@ -20,25 +24,11 @@ _OTHER_THINGS = frozenset(_OTHER.split())
 """Endings of files that are plainly not records."""
 _ABOUT = ("license", "licence", "readme", "notice", "copying", "citation", "changelog", "authors", "contributing")
 """Beginnings of the names of files about the data."""
-_RECORDS = (
-    *_READ,
-    ".jsonlines",
-    ".ndjson",
-    ".parquet",
-    ".arrow",
-    ".csv",
-    ".tsv",
-    ".gz",
-    ".zst",
-    ".bz2",
-    ".xz",
-    ".zip",
-    ".tar",
-)
+_EXPECTED = "expected .json, .jsonl, .csv, .tsv (or one of them with .gz, .zst), .parquet, .arrow or .tar"
 
 
 def find_data_files(path: str) -> list[Path]:
-    """The .json and .jsonl files that `path` names: a file, a folder or a glob, in the order of their names.
+    """The files of records that `path` names: a file, a folder or a glob, in the order of their names.
 
     Raises UserError if there is none, or if one of them, or another file of the folder, is not read.
     """
@@ -51,30 +41,21 @@ def find_data_files(path: str) -> list[Path]:
         found = sorted(Path(name) for name in glob.glob(path, recursive=True) if not Path(name).is_dir())
     if not found:
         tried = "" if here.is_absolute() else f" (looked for {visible(str(Path.cwd() / here))})"
-        raise UserError(f"{visible(path)}: there is no .json or .jsonl file{tried}")
+        raise UserError(f"{visible(path)}: there is no file of records{tried}: {_EXPECTED}")
     wrong = [file for file in found if not _is_read(file)]
     if wrong:
-        raise UserError([f"{visible(str(file))}: expected a .json or .jsonl file" for file in wrong])
+        raise UserError([f"{visible(str(file))}: not a file of records: {_EXPECTED}" for file in wrong])
     return found
 
 
 def _is_read(file: Path) -> bool:
-    return file.suffix.lower() in _READ
+    return file.name.lower().endswith(READ)
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    found, faults = [], []
-    for file in sorted(folder.iterdir()):
-        if file.name.startswith("."):
-            continue
-        if file.is_dir():
-            inner = _first_records(file)
-            if inner is not None:
-                faults.append(f"{visible(str(inner))}: in a subfolder of the data folder, which is not read")
-        elif _is_read(file):
-            found.append(file)
-        elif file.suffix.lower() not in _OTHER_THINGS and not file.name.lower().startswith(_ABOUT):
-            faults.append(f"{visible(str(file))}: only .json and .jsonl files are read")
+    found: list[Path] = []
+    faults: list[str] = []
+    _collect(folder, found, faults)
     if faults:
         path = visible(str(folder))
         remedy = f"move it away, or name the files to read with a glob such as {path}/*.jsonl"
@@ -82,10 +63,40 @@ def _in_folder(folder: Path) -> list[Path]:
     return found
 
 
-def _first_records(folder: Path) -> Path | None:
-    """A file in `folder` or its subfolders that has the name of a file of records."""
-    for inside, _, names in os.walk(folder):
-        for name in sorted(names):
-            if name.lower().endswith(_RECORDS) and not name.startswith("."):
-                return Path(inside, name)
-    return None
+def _collect(folder: Path, found: list[Path], faults: list[str]) -> None:
+    """Add the files of records in `folder` and its subfolders to `found`, and what would be left out to `faults`."""
+    if (folder / _STATE).is_file():
+        found += _saved_to_disk(folder)
+        return
+    if (folder / _SPLITS).is_file():
+        raise UserError(f"{visible(str(folder))}: it has several splits: name the folder of one of them")
+    for file in sorted(folder.iterdir()):
+        if file.name.startswith("."):
+            continue
+        if file.is_dir():
+            if not file.is_symlink():  # a link may lead back
+                _collect(file, found, faults)
+            elif any(map(_is_read, file.rglob("*"))):
+                faults.append(f"{visible(str(file))}: a link to a folder with files of records, which is not followed")
+        elif _is_read(file):
+            found.append(file)
+        elif file.suffix.lower() not in _OTHER_THINGS and not file.name.lower().startswith(_ABOUT):
+            faults.append(f"{visible(str(file))}: not a file of records that is read")
+
+
+def _saved_to_disk(folder: Path) -> list[Path]:
+    """The files of a Hugging Face data set, in their order. Raises UserError if its state is broken."""
+    where = visible(str(folder / _STATE))
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        names = [str(file["filename"]) for file in state["_data_files"]]
+        selects = bool(state.get("_indices_files") or state.get("_indices_data_files"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{where}: not the state of a data set that `save_to_disk` wrote") from None
+    if selects:
+        raise UserError(
+            f"{where}: the data set selects rows by a list of indices: call flatten_indices() and save it again"
+        )
+    if wrong := [name for name in names if "/" in name or not name.endswith(".arrow")]:
+        raise UserError(f"{where}: {wrong[0]!r} is not an .arrow file of the folder")
+    return [folder / name for name in names]

@@ -22,12 +22,17 @@ category categories subcategory task task_type task_name type domain topic topic
 language lang difficulty width height width_list height_list
 """
 METADATA = frozenset(_NAMES.split())
+_TEXT_KEYS = frozenset({"type", "text", "value"})
+_OF_IMAGE = frozenset({"type", "path", "url", "value", "index", "detail"})
 _PART_KEYS = {
-    "text": frozenset({"type", "text", "value"}),
-    "image": frozenset({"type", "image", "path", "url", "value", "index", "detail"}),
-    "image_url": frozenset({"type", "image_url", "path", "url", "value", "index", "detail"}),
+    "text": _TEXT_KEYS,
+    "input_text": _TEXT_KEYS,
+    "output_text": _TEXT_KEYS,
+    "image": _OF_IMAGE | {"image"},
+    "image_url": _OF_IMAGE | {"image_url"},
+    "input_image": _OF_IMAGE | {"image_url"},
 }
-IMAGE_KEYS = frozenset({"path", "url", "detail"})
+IMAGE_KEYS = frozenset({"path", "url", "detail", "bytes", "data", "type", "media_type"})
 """Keys of an image that is given as an object. `detail` is OpenAI's hint for its own service."""
 _SUFFIX = r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|avif|heic|mp4|avi|mov|mkv|webm|wav|mp3|flac)"
 _MEDIA = re.compile(rf"data:(image|video|audio)/|.*{_SUFFIX}$", re.IGNORECASE)

@@ -1,5 +1,6 @@
 """The records of several sources as one list."""
 
+import json
 from bisect import bisect_right
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -11,15 +12,17 @@ import numpy.typing as npt
 
 from mmtrain.config.schema import Source
 from mmtrain.records.chat import Conversation
+from mmtrain.records.fields import map_fields
 from mmtrain.records.formats import read_record
-from mmtrain.records.sources import Place, RecordFile, open_records
+from mmtrain.records.sources.open import open_records
+from mmtrain.records.sources.place import Place, RecordFile
 
 
 @dataclass(frozen=True, slots=True)
 class _OpenFile:
     records: RecordFile
     root: Path
-    record_format: str
+    spec: Source
     source: int
 
 
@@ -34,7 +37,7 @@ class RecordSet:
         for number, source in enumerate(sources):
             for records in open_records(source.path):
                 root = Path(source.root) if source.root is not None else records.path.parent
-                self._files.append(_OpenFile(records, root, source.format, number))
+                self._files.append(_OpenFile(records, root, source, number))
         self._ends = list(accumulate(len(file.records) for file in self._files))
 
     def __len__(self) -> int:
@@ -42,8 +45,8 @@ class RecordSet:
 
     @property
     def files(self) -> list[tuple[Path, Path, str]]:
-        """Each file of records, the folder of its images, and its format, in order."""
-        return [(file.records.path, file.root, file.record_format) for file in self._files]
+        """Each file of records, the folder of its images, and how its records are read, in order."""
+        return [(file.records.path, file.root, _reading(file.spec)) for file in self._files]
 
     def files_of(self, source: int) -> list[Path]:
         """The files of one source."""
@@ -70,9 +73,15 @@ class RecordSet:
     def conversation(self, index: int) -> Conversation:
         """Raises SampleError where the record is not a conversation."""
         file, local = self._find(index)
-        return read_record(file.records.record(local), file.record_format, self._ignored)
+        record = map_fields(file.records.record(local), file.spec.fields)
+        return read_record(record, file.spec.format, self._ignored, file.spec.image_mark)
 
     def _find(self, index: int) -> tuple[_OpenFile, int]:
         number = bisect_right(self._ends, index)
         file = self._files[number]
         return file, index - (self._ends[number] - len(file.records))
+
+
+def _reading(spec: Source) -> str:
+    """What decides how a record of the source is read, as text."""
+    return json.dumps([spec.format, sorted(spec.fields.items()), spec.image_mark])

@@ -20,7 +20,7 @@ from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.validate import CheckedSamples
 from mmtrain.encoding.encode import Encoded
 from mmtrain.model.quantized_weights import num_bytes
-from mmtrain.records.sources import Place
+from mmtrain.records.sources.place import Place
 
 FILLER = -1
 """The number of the sample without weight."""

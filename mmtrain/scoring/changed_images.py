@@ -12,7 +12,7 @@ from mmtrain.dataset.samples import StoredSamples
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.images import FoundImage, find_image
 from mmtrain.records.chat import Conversation, Image, SampleError
-from mmtrain.records.sources import Place
+from mmtrain.records.sources.place import Place
 
 Change = Literal["swapped", "grey", "none"]
 CHANGES: tuple[Change, ...] = ("swapped", "grey", "none")

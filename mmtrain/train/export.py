@@ -47,7 +47,8 @@ def export(learner: Learner, config: Config, dataset: Dataset) -> str:
     if not runtime.is_main:
         return ""
     if not is_adapter and weights is None:
-        model.to(dtype)
+        for parameter in model.parameters():  # `model.to` would drop the imaginary part of complex buffers
+            parameter.data = parameter.data.to(dtype)
     with storage_faults(f"{target}: it cannot be written"), temporary_path(target) as made:
         if is_adapter and Path(config.model.path).is_dir():  # to be found from any directory
             model.peft_config["default"].base_model_name_or_path = str(Path(config.model.path).resolve())

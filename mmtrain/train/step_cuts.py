@@ -47,7 +47,8 @@ class StepCuts:
         cost = self._costs(step).of(lengths, image_tokens, pairs, supervised)
         settings, runtime = self._settings, self._learner.runtime
         multiple = runtime.num_processes if settings.microbatches == "auto" else settings.microbatches
-        cuts = cut_step(lengths.tolist(), settings.microbatch_tokens, self._learner.packing, multiple, cost.tolist())
+        limit = settings.microbatch_tokens if self._learner.processor.lays_out_together else 1
+        cuts = cut_step(lengths.tolist(), limit, self._learner.packing, multiple, cost.tolist())
         share = len(cuts) // runtime.num_processes
         own = [tuple(samples[i] for i in cut) for cut in cuts[runtime.index * share : (runtime.index + 1) * share]]
         if self._filled is not None:

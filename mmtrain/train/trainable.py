@@ -7,7 +7,7 @@ import torch
 
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model.components import ComponentReport, apply_tune
+from mmtrain.model.components import ComponentReport, apply_tune, without_adapter
 from mmtrain.model.dropout import DropoutContext, install_dropout
 from mmtrain.model.family import Family, probe_family
 from mmtrain.model.load import checkpoint_activations, load_model
@@ -43,6 +43,8 @@ def make_trainable(config: Config, processor: ChatProcessor, runtime: Runtime, p
         base = load_model(settings.path, settings.dtype, processor, home, runtime.activity.tick, settings.quantization)
     runtime.activity.set("preparing the model")
     family = probe_family(base, processor, progress.say)
+    for line in without_adapter(base, family.components, config.tune):
+        progress.say(line)
     model, reports = apply_tune(base, family.components, config.tune)
     if config.run.activation_checkpointing:
         checkpoint_activations(base)

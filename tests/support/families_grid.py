@@ -163,7 +163,6 @@ GRID = {
         tokenizer_class="Qwen2Tokenizer",
         images={"image_processor_type": "MiniCPMV4_6ImageProcessor", "patch_size": 8, "scale_resolution": 64},
         processor={"processor_class": "MiniCPMV4_6Processor"},
-        needs="torchvision",
     ),
     "gemma4": Family(
         templates.GEMMA4,
@@ -250,13 +249,14 @@ GRID = {
         {
             "model_type": "lfm2_vl",
             "text_config": LFM2 | {"model_type": "lfm2"},
-            "vision_config": VISION | {"model_type": "siglip2_vision_model", "num_patches": 16},
+            "vision_config": VISION | {"model_type": "siglip2_vision_model", "num_patches": 16, "patch_size": 8},
             "image_token_id": "id:<image>",
         },
         bos="<|startoftext|>",
         pad="<|pad|>",
         bos_in_front=True,
-        images={"image_processor_type": "Lfm2VlImageProcessor"},
+        images={"image_processor_type": "Lfm2VlImageProcessor", "encoder_patch_size": 8, "tile_size": 32}
+        | {"min_image_tokens": 4, "max_image_tokens": 16, "max_tiles": 4},
         processor={"processor_class": "Lfm2VlProcessor"},
         needs="torchvision",
     ),

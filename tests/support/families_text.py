@@ -1,7 +1,25 @@
 """Families of text models."""
 
+from typing import Any
+
 from support import family_templates as templates
 from support.family_models import CHATML, COHERE, LFM2, SPLIT, TEXT, Family
+
+
+def _chatml(**config: Any) -> Family:
+    """A family with another's template: what is tried is its model."""
+    return Family(templates.QWEN3_VL, CHATML, TEXT | config)
+
+
+_SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LINEAR = {
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
 
 TEXT_ONLY = {
     "cohere2": Family(templates.COHERE2, config=TEXT | {"model_type": "cohere2"}, strings="all", **COHERE),
@@ -42,5 +60,48 @@ TEXT_ONLY = {
         pad="<|end_of_text|>",
         strings="all",
         **SPLIT,
+    ),
+    "llama": _chatml(model_type="llama"),
+    "qwen2": _chatml(model_type="qwen2"),
+    "qwen3": _chatml(model_type="qwen3"),
+    "qwen3_moe": _chatml(model_type="qwen3_moe", **_EXPERTS),
+    "qwen3_next": _chatml(
+        model_type="qwen3_next",
+        layer_types=["linear_attention", "full_attention"],
+        shared_expert_intermediate_size=32,
+        **_EXPERTS,
+        **_LINEAR,
+    ),
+    "gemma2": _chatml(model_type="gemma2", **_SLIDING),
+    "gemma3_text": _chatml(model_type="gemma3_text", **_SLIDING),
+    "mistral": _chatml(model_type="mistral", sliding_window=16),
+    "mixtral": _chatml(model_type="mixtral", num_local_experts=4),
+    "phi3": _chatml(model_type="phi3"),
+    "olmo2": _chatml(model_type="olmo2"),
+    "granitemoehybrid": _chatml(
+        model_type="granitemoehybrid",
+        layer_types=["mamba", "attention"],
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        shared_intermediate_size=32,
+        position_embedding_type="rope",
+        **_MAMBA,
+    ),
+    "jamba": _chatml(
+        model_type="jamba", attn_layer_period=2, attn_layer_offset=1, num_experts=2, use_mamba_kernels=False
+    ),
+    "mamba": Family(
+        templates.QWEN3_VL,
+        CHATML,
+        {"model_type": "mamba", "vocab_size": "vocabulary", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    ),
+    "falcon_h1": _chatml(model_type="falcon_h1", mamba_d_ssm=64, **_MAMBA),
+    "nemotron_h": _chatml(
+        model_type="nemotron_h",
+        layers_block_type=["mamba", "attention", "mlp"],
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        ssm_state_size=8,
+        n_groups=1,
     ),
 }

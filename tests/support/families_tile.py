@@ -219,7 +219,7 @@ TILE = {
                 "attention_heads": 2,
                 "intermediate_layers_indices": [0],
                 "vision_output_dim": 64,
-                "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1], [2, 2]],
+                "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
             },
             "image_token_index": "id:<|image|>",
         },

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from support.builders import randomized
 from support.label_models import _CORPUS, _byte_fallback, _trained, byte_level, byte_level_split
@@ -66,7 +66,7 @@ class Family:
     """What one family's directory is made of.
 
     `names`: the special tokens that the tokenizer names. `stops`: tokens that end generation besides `eos`.
-    `needs`: what has to be installed besides mmtrain's own requirements, for the family's processor to load.
+    `needs`: the packages that have to be installed besides mmtrain's own requirements for the family to load.
     """
 
     template: str
@@ -86,7 +86,7 @@ class Family:
     """Roles whose content the template takes as a string only."""
     unended: str = ""
     """The replies after which the template writes no token that ends a turn: "each" or "last"."""
-    needs: str | None = None
+    needs: str = ""
 
 
 def gemma_tokenizer() -> Tokenizer:
@@ -108,7 +108,7 @@ def make_family(family: Family, path: Path) -> Path:
     named = {"bos_token_id": family.bos, "eos_token_id": family.eos, "pad_token_id": family.pad}
     text = config.get("text_config", config)
     text |= {key: None if token is None else tokenizer.token_to_id(token) for key, token in named.items()}
-    model_class = AutoModelForImageTextToText if family.images else AutoModelForCausalLM
+    model_class = AutoModelForMultimodalLM if family.images else AutoModelForCausalLM
     randomized(model_class.from_config(AutoConfig.for_model(**config)), path)
     stops = [tokenizer.token_to_id(token) for token in (family.eos, *family.stops)]
     _write(path / "generation_config.json", {"eos_token_id": stops})
@@ -143,6 +143,8 @@ def _filled(value: Any, tokenizer: Tokenizer) -> Any:
     """`value` with the tokens' ids in place of their names."""
     if isinstance(value, dict):
         return {key: _filled(one, tokenizer) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_filled(one, tokenizer) for one in value]
     if value == "vocabulary":
         return tokenizer.get_vocab_size() + 16  # classes of tokenizers and processors add tokens
     if isinstance(value, str) and value.startswith("id:"):

@@ -136,6 +136,10 @@ def find_fields(model: Any, processor: ChatProcessor) -> Fields | str:
         return "this model takes no images"
     if _KEYWORD not in inspect.signature(base.forward).parameters:
         return "models of this family do not take cached features"
+    if processor.images is not None and processor.images.traits.by_sample:
+        return "what the model makes of an image depends on the other images of its sample"
+    if not processor.lays_out_together:
+        return "the inputs for an image depend on the text"
     try:
         return _found_fields(base, processor, token_id)
     except Exception as error:  # an unusual family can raise anything; its images are then given as pixels
@@ -145,8 +149,8 @@ def find_fields(model: Any, processor: ChatProcessor) -> Fields | str:
 def _found_fields(model: Any, processor: ChatProcessor, token_id: int) -> Fields | str:
     noise = np.random.default_rng(0)
     images = [PIL.Image.fromarray(noise.integers(0, 256, (h, w, 3), np.uint8)) for w, h in _SIZES]
-    pixels, ids = processor.image_inputs(images)
-    made = [processor.image_inputs([image]) for image in images]
+    pixels, ids = processor.image_inputs([images])
+    made = [processor.image_inputs([[image]]) for image in images]
     alone = [ImageInputs("", own.count(token_id), inputs, None) for inputs, own in made]
     place = _placing(model)
     expected = given_to_decoder(model, ids, place(pixels))

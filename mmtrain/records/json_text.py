@@ -1,0 +1,47 @@
+"""JSON as data has it: nothing that another reader would read otherwise passes."""
+
+import json
+from typing import Any
+
+from mmtrain.records.chat import SampleError
+from mmtrain.safe_text import shown
+
+MAX_RECORD = 32 * 2**20
+"""The most bytes of one record. Parsing takes up to 30 times as much memory."""
+
+
+def too_long(length: int, unit: str) -> SampleError:
+    """The refusal of a record of `length` `unit` (bytes or characters)."""
+    return SampleError(
+        f"a record of {length:,} {unit}, over the {MAX_RECORD:,} allowed: split it, or give its images by path"
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} is given twice")
+        found[key] = value
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+
+
+def parse_json(line: bytes) -> Any:
+    """One JSON value. Raises SampleError also for what Python accepts: equal keys, NaN and very deep nesting."""
+    try:
+        return DECODER.decode(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise SampleError("not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise SampleError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except ValueError as error:
+        raise SampleError(f"not JSON: {error}") from None
+    except RecursionError:
+        raise SampleError("not JSON that can be read: nested too deeply") from None

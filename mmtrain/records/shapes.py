@@ -1,0 +1,182 @@
+"""The shapes of records that people have: how each is recognised, and the turns that it becomes.
+
+A shape is a row of `SHAPES` and one function from a record to its turns: objects with `role`, `content` and what else
+the record says of the turn. The first row whose keys a record has is its shape.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mmtrain.records.chat import SampleError
+from mmtrain.records.json_text import parse_json
+from mmtrain.records.record_keys import Record
+from mmtrain.safe_text import shown
+
+Turns = Callable[[Record], list[Record]]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    name: str
+    needs: tuple[str, ...]
+    """The keys that every record of it has."""
+    turns: Turns
+    also: tuple[str, ...] = ()
+    """Other keys that it understands, besides the images and the system text."""
+    has_marks: bool = True
+    """Whether marks in the text stand for images; otherwise only the parts of a turn are images."""
+
+
+def _list_of_turns(key: str) -> Turns:
+    """`from` and `value`, as in LLaVA and ShareGPT, or `role` and `content`."""
+    return lambda record: [_renamed(turn) for turn in _objects(record.get(key), key)]
+
+
+def _renamed(turn: Record) -> Record:
+    named = dict(turn)
+    for old, new in (("from", "role"), ("value", "content")):
+        if old in named and new not in named:
+            named[new] = named.pop(old)
+    return named
+
+
+def _mantis_or_pairs(record: Record) -> list[Record]:
+    """`conversation`: turns as in Mantis, or pairs of `human` and `assistant` as in ms-swift."""
+    turns: list[Record] = []
+    for turn in _objects(record["conversation"], "conversation"):
+        if "human" in turn and "assistant" in turn:
+            more = {key: value for key, value in turn.items() if key not in ("human", "assistant")}
+            turns += [_asked(turn["human"]), {**_said(turn["assistant"]), **more}]
+        else:
+            turns.append(_renamed(turn))
+    return turns
+
+
+def _gemini(record: Record) -> list[Record]:
+    """`contents` with `parts`, and the system text under `systemInstruction`."""
+    system = record.get("systemInstruction") or record.get("system_instruction")
+    first = [{"role": "system", "parts": system["parts"] if isinstance(system, dict) else system}] if system else []
+    turns = []
+    for turn in [*first, *_objects(record["contents"], "contents")]:
+        parts = turn.get("parts")
+        content = [_gemini_part(part) for part in parts] if isinstance(parts, list) else parts
+        turns.append({**{key: value for key, value in turn.items() if key != "parts"}, "content": content})
+    return turns
+
+
+def _gemini_part(part: Any) -> Any:
+    if not isinstance(part, dict) or len(part) != 1:
+        return part
+    ((key, value),) = part.items()
+    if key == "text":
+        return {"type": "text", "text": value}
+    if key in ("inlineData", "inline_data") and isinstance(value, dict):
+        return {"type": "image", "image": {"data": value.get("data")}}
+    if key in ("fileData", "file_data") and isinstance(value, dict):
+        return {"type": "image", "image": value.get("fileUri") or value.get("file_uri")}
+    return part
+
+
+def _alpaca(reply: str) -> Turns:
+    """The instruction, then the input on a new line."""
+
+    def turns(record: Record) -> list[Record]:
+        instruction, more = record["instruction"], record.get("input")
+        prompt = f"{instruction}\n{more}" if isinstance(instruction, str) and isinstance(more, str) and more else None
+        if prompt is None and more not in (None, ""):
+            raise SampleError(f"'input' must be text next to an instruction, not {shown(more)}")
+        return [*_history(record), _asked(instruction if prompt is None else prompt), _said(record[reply])]
+
+    return turns
+
+
+def _one_reply(prompt: str, reply: str) -> Turns:
+    return lambda record: [*_history(record), _asked(record[prompt]), _said(record[reply])]
+
+
+def _prompt_and_completion(record: Record) -> list[Record]:
+    """Texts, or lists of turns as in TRL: those of the prompt are not trained on."""
+    prompt, reply = record["prompt"], record["completion"]
+    before = [_asked(prompt)] if not isinstance(prompt, list) else _objects(prompt, "prompt")
+    after = [_said(reply)] if not isinstance(reply, list) else _objects(reply, "completion")
+    return [*_history(record), *({**_renamed(turn), "train": False} for turn in before), *map(_renamed, after)]
+
+
+def _history(record: Record) -> list[Record]:
+    turns: list[Record] = []
+    for pair in as_list(record.get("history") or [], "history"):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise SampleError(f"'history' must be a list of [question, reply], not of {shown(pair)}")
+        turns += [_asked(pair[0]), _said(pair[1])]
+    return turns
+
+
+def _asked(content: Any) -> Record:
+    return {"role": "user", "content": content}
+
+
+def _said(content: Any) -> Record:
+    return {"role": "assistant", "content": content}
+
+
+def as_list(value: Any, key: str) -> list[Any]:
+    """`value`, a list or the JSON text of one, as tables have it. Raises SampleError if it is neither."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = parse_json(value.encode("utf-8", "surrogatepass"))
+        except SampleError as error:
+            raise SampleError(f"{shown(key)}: {error}") from None
+    if not isinstance(value, list):
+        raise SampleError(f"{shown(key)} must be a list, not {shown(value)}")
+    return value
+
+
+def _objects(value: Any, key: str) -> list[Record]:
+    turns = as_list(value, key)
+    if not all(isinstance(turn, dict) for turn in turns):
+        raise SampleError(f"{shown(key)} must be a list of objects")
+    return turns
+
+
+_HISTORY = ("history",)
+SHAPES = (
+    Shape("conversations", ("conversations",), _list_of_turns("conversations")),
+    Shape("messages", ("messages", "images"), _list_of_turns("messages")),
+    Shape("messages", ("messages", "image"), _list_of_turns("messages")),
+    Shape("openai", ("messages",), _list_of_turns("messages"), has_marks=False),
+    Shape("conversation", ("conversation",), _mantis_or_pairs),
+    Shape("gemini", ("contents",), _gemini, ("systemInstruction", "system_instruction"), has_marks=False),
+    Shape("alpaca", ("instruction", "output"), _alpaca("output"), ("input", *_HISTORY)),
+    Shape("alpaca", ("instruction", "response"), _alpaca("response"), ("input", *_HISTORY)),
+    Shape("query", ("query", "response"), _one_reply("query", "response"), _HISTORY),
+    Shape("question", ("question", "answer"), _one_reply("question", "answer"), _HISTORY),
+    Shape("prompt", ("prompt", "completion"), _prompt_and_completion, _HISTORY),
+    Shape("prompt", ("prompt", "response"), _one_reply("prompt", "response"), _HISTORY),
+    Shape("input", ("input", "output"), _one_reply("input", "output"), _HISTORY),
+)
+SHAPE_NAMES = tuple(dict.fromkeys(shape.name for shape in SHAPES))
+
+
+def recognise(record: Record) -> Shape:
+    """The shape of a record, by its keys; a key with null is as one that is not there. Raises SampleError."""
+    for shape in SHAPES:
+        if all(record.get(key) is not None for key in shape.needs):
+            return shape
+    keys = ", ".join(shown(key, 20) for key in list(record)[:6])
+    raise SampleError(
+        f"no known format: found {keys or 'no keys'}, expected 'messages', 'conversations', a question and its answer "
+        "or the like: see docs/data.md, or map the columns with `fields` of the source"
+    )
+
+
+def named_shape(record: Record, name: str) -> Shape:
+    """The shape `name`, in the variant whose keys the record has. Raises SampleError."""
+    variants = [shape for shape in SHAPES if shape.name == name]
+    for shape in variants:
+        if all(record.get(key) is not None for key in shape.needs):
+            return shape
+    if name == "messages" and record.get("messages") is not None:
+        return variants[0]  # a record of the source that has no image
+    keys = " or ".join(" and ".join(map(shown, shape.needs)) for shape in variants)
+    raise SampleError(f"`format: {name}` needs the keys {keys}")

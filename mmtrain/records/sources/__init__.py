@@ -1,0 +1,1 @@
+"""Files of records with random access, each kind behind the same protocol."""

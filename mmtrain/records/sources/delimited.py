@@ -1,0 +1,58 @@
+"""Tables of text: CSV with commas, TSV with tabs, the names of the columns in the first row."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from mmtrain.errors import UserError
+from mmtrain.records.chat import SampleError
+from mmtrain.records.json_text import MAX_RECORD
+from mmtrain.records.sources.line_index import LineIndex
+from mmtrain.records.sources.place import Place
+from mmtrain.safe_text import one_line, shown, visible
+
+
+class DelimitedFile:
+    """Each row as an object of texts, read by byte offset. A quoted field may have newlines, as in RFC 4180."""
+
+    def __init__(self, path: Path, delimiter: str) -> None:
+        """Raises OSError, and UserError if the first row does not name the columns."""
+        self.path = path
+        self._delimiter = delimiter
+        csv.field_size_limit(MAX_RECORD)
+        self._index = LineIndex(path, lambda chunk: chunk.count(b'"') % 2 == 1)
+        try:
+            self._columns = self._row(0) if len(self._index) else []
+        except SampleError as error:
+            raise UserError(f"{visible(str(path))}:1: {error}") from None
+        repeated = {name for name in self._columns if self._columns.count(name) > 1 or not name.strip()}
+        if repeated or (len(self._index) and not self._columns):
+            names = ", ".join(map(shown, sorted(repeated)))
+            raise UserError(f"{visible(str(path))}:1: the first row must name every column once, found {names} again")
+
+    def __len__(self) -> int:
+        return max(0, len(self._index) - 1)
+
+    def place(self, index: int) -> Place:
+        return Place(self.path, self._index.lines[index + 1])
+
+    def record(self, index: int) -> Any:
+        """An empty field is left out. Raises SampleError if the row does not have the columns of the first."""
+        row = self._row(index + 1)
+        if len(row) != len(self._columns):
+            raise SampleError(f"{len(row)} fields, expected {len(self._columns)} as in the first row")
+        return {name: value for name, value in zip(self._columns, row, strict=True) if value}
+
+    def _row(self, index: int) -> list[str]:
+        try:
+            text = self._index.content(index).decode("utf-8")
+            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter, strict=True))
+        except UnicodeDecodeError:
+            raise SampleError("not UTF-8 text") from None
+        except csv.Error as error:
+            raise SampleError(f"not a row of a table: {one_line(error)}") from None
+        rows = [row for row in rows if row]
+        if len(rows) != 1:
+            raise SampleError(f"not a row of a table: a quote in it makes it {len(rows)} rows")
+        return rows[0]

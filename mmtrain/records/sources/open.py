@@ -1,0 +1,51 @@
+"""Opens the files of records that a path names."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mmtrain.errors import UserError
+from mmtrain.records.data_files import find_data_files
+from mmtrain.records.sources.arrow import ArrowFile, ParquetFile
+from mmtrain.records.sources.compressed import plain_suffix
+from mmtrain.records.sources.delimited import DelimitedFile
+from mmtrain.records.sources.json_lines import JsonlFile, is_json_list
+from mmtrain.records.sources.json_list import JsonFile
+from mmtrain.records.sources.place import RecordFile
+from mmtrain.records.sources.tar import TarFile
+from mmtrain.safe_text import visible
+
+
+def _json_lines(path: Path) -> RecordFile:
+    return JsonFile(path) if is_json_list(path) else JsonlFile(path)
+
+
+_KINDS: dict[str, Callable[[Path], RecordFile]] = {
+    ".json": JsonFile,
+    ".jsonl": _json_lines,
+    ".jsonlines": _json_lines,
+    ".ndjson": _json_lines,
+    ".csv": lambda path: DelimitedFile(path, ","),
+    ".tsv": lambda path: DelimitedFile(path, "\t"),
+    ".parquet": ParquetFile,
+    ".arrow": ArrowFile,
+    ".tar": TarFile,
+}
+"""How a file is opened, by its ending without that of a compression."""
+
+
+def open_records(path: str) -> list[RecordFile]:
+    """The record files that `path` names: a file, a folder or a glob, in the order of their names.
+
+    Raises UserError if there is none, if one cannot be read, or if a file of the folder would be left out.
+    """
+    files = [_open(file) for file in find_data_files(path)]
+    if not any(len(file) for file in files):
+        raise UserError(f"{visible(path)}: there are no records in it")
+    return files
+
+
+def _open(path: Path) -> RecordFile:
+    try:
+        return _KINDS[plain_suffix(path)](path)
+    except OSError as error:
+        raise UserError(f"{visible(str(path))}: cannot be read: {error.strerror}") from None

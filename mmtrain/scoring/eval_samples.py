@@ -1,0 +1,63 @@
+"""The samples of evaluation sources, checked, and the same with other images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmtrain.config import Config
+from mmtrain.config.schema import EvalSource
+from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.plan import Indices
+from mmtrain.dataset.samples import StoredSamples
+from mmtrain.dataset.validate import CheckedSamples, check_samples
+from mmtrain.encoding.encode import Encoder
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.model.load import length_limit
+from mmtrain.progress import Progress
+from mmtrain.scoring.changed_images import Change, ChangedImages, encodable
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSamples:
+    """The samples of a list of evaluation sources."""
+
+    samples: StoredSamples
+    checked: CheckedSamples
+    encoder: Encoder
+    names: tuple[str, ...]
+    """Of the sources, in order."""
+    max_length: int
+    """Tokens of the longest sample that can be used."""
+
+    @classmethod
+    def of(
+        cls, config: Config, sources: Sequence[EvalSource], processor: ChatProcessor, progress: Progress
+    ) -> "EvalSamples":
+        """Encode and check them as `config` says. Raises UserError where a sample cannot be used."""
+        limit = length_limit(config.model.path, config.data.max_length)
+        spec = EncodingSpec.of(config, sources)
+        samples, checked = check_samples(spec, processor, limit, config.data.too_long, progress)
+        names = tuple(source.name or Path(source.path).name for source in sources)
+        return cls(samples, checked, spec.encoder(processor), names, limit.num_tokens)
+
+    @property
+    def indices(self) -> Indices:
+        """Of the samples that are used."""
+        return self.checked.used
+
+    @property
+    def dropped(self) -> list[dict[str, str]]:
+        """Where each sample is that is left out, and why."""
+        return [{"place": str(self.samples.place(index)), "reason": why} for index, why in self.checked.dropped]
+
+    def with_images(self) -> Indices:
+        """Of the used samples that have images."""
+        return self.indices[[bool(self.samples.records.conversation(int(i)).images) for i in self.indices]]
+
+    def changed(self, change: Change) -> tuple[ChangedImages, Indices, list[int]]:
+        """The samples with their images swapped, grey or left out, the indices of those that can be changed so and are
+        short enough then, and the tokens of each."""
+        with_images = self.with_images()
+        changed = ChangedImages(self.samples, self.encoder, change, with_images)
+        possible = with_images if changed.indices is None else changed.indices
+        return changed, *encodable(changed, possible, self.max_length)

@@ -1,0 +1,71 @@
+"""The table of docs/models.md, printed or written: `PYTHONPATH=.:tests python -m support.family_table [--write]`."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from support.builders import ROOT
+from support.family_proof import Proof, prove
+from support.family_reference import FAMILIES, save_images
+
+PAGE = ROOT / "docs" / "models.md"
+BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->\n"
+HEAD = "| family | ids | LoRA and full step | adapter | bfloat16 | rows |\n|---|---|---|---|---|---|\n"
+NOT_TRAINED = {
+    "hunyuan_vl": "refused: its processor wants tokens around a placeholder that it does not write itself",
+    "llava_onevision": "refused: its template writes another header before a reply than before a prompt",
+    "minicpmv4_6": "refused: its forward takes no `logits_to_keep`",
+    "phi4_multimodal": "refused: the features of an image depend on the other images of the batch",
+}
+"""Families that are refused at the start, and why."""
+_REASONS = {"differ by": "padded: packed samples change each other", "one sample at a time": "one sample at a time"}
+
+
+def row(name: str, proof: Proof) -> str:
+    """The line of a family that was proven."""
+    own = [line for line in proof.lines if line.startswith("packing: off")]
+    rows = "packed" if proof.packed else next(text for part, text in _REASONS.items() if part in own[0])
+    ids = "own" if not proof.refused else f"own; refused: {', '.join(proof.refused).replace('_', ' ')}"
+    marks = "failed | failed | failed" if proof.failures else "exact | exact | within 5e-3"
+    return f"| {label(name)} | {ids} | {marks} | {rows} |\n"
+
+
+def label(name: str) -> str:
+    needs = FAMILIES[name].needs
+    return f"`{name}`" + (f" (needs {' and '.join(needs.split())})" if needs else "")
+
+
+def refusal(name: str) -> str:
+    return f"| {label(name)} | {NOT_TRAINED[name]} | | | | |\n"
+
+
+def table(page: Path = PAGE) -> dict[str, str]:
+    """The lines of the page by family."""
+    lines = page.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].splitlines(keepends=True)
+    return {line.split("`")[1]: line for line in lines if line.startswith("| `")}
+
+
+def _rows() -> Iterator[str]:
+    with TemporaryDirectory() as folder:
+        root = save_images(Path(folder))
+        for name in FAMILIES:
+            if name in NOT_TRAINED:
+                yield refusal(name)
+                continue
+            own = Path(folder) / name
+            own.mkdir()
+            yield row(name, prove(name, root, own))
+
+
+def main() -> None:
+    made = HEAD + "".join(_rows())
+    if "--write" not in sys.argv:
+        print(made, end="")
+        return
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(before + BEGIN + made + END + rest.partition(END)[2], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
