@@ -83,6 +83,7 @@ FLOORS = [
     ["answers"],
     ["train"],
     ["evaluate", "inspect_labels", "inspect_model", "merge", "init"],
+    ["api"],
     ["config_commands"],
     ["eval_commands"],
     ["cli"],
