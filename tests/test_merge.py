@@ -53,7 +53,7 @@ def sample_inputs(config: Config) -> tuple[Tensor, dict[str, Any]]:
     encoded = Encoder(processor).encode(records.conversation(0), records.root(0))
     ids = torch.tensor(encoded.ids, dtype=torch.long)[None]
     images = [decode(span.image) for span in encoded.images]
-    inputs = processor.image_inputs(images)[0] if images else {}
+    inputs = processor.image_inputs([images])[0] if images else {}
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = torch.eq(ids, torch.tensor(processor.image_token_id)).int()
     return ids, inputs
