@@ -12,6 +12,7 @@ import typer
 from mmtrain import __version__
 from mmtrain.config_commands import ConfigPath, Overrides, config_app
 from mmtrain.errors import UserError, grouped
+from mmtrain.eval_commands import eval_app
 from mmtrain.runtime.environment import set_environment
 
 MAX_LINES_SHOWN = 100
@@ -21,7 +22,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-eval_app = typer.Typer(help="Measure a model on held-out conversations.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
 app.add_typer(config_app, name="config")
 
@@ -39,6 +39,21 @@ def options(
     ] = False,
 ) -> None:
     """Fine-tune vision-language models on your own image-text conversations."""
+
+
+@app.command()
+def init(
+    model: Annotated[
+        str, typer.Option(prompt="Model (a directory, or an id in the hub cache)", help="A model directory or hub id.")
+    ],
+    data: Annotated[str, typer.Option(prompt="Training data (a .jsonl file)", help="The training data.")],
+    evaluation: Annotated[str | None, typer.Option("--eval", help="The evaluation data.", show_default=False)] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="A new file.")] = Path("config.yaml"),
+) -> None:
+    """Write a first config for a model, your data and this machine; asks for what is not given."""
+    from mmtrain.init.command import init as run
+
+    run(model, data, evaluation, output)
 
 
 @app.command()
@@ -192,61 +207,6 @@ def generate(
             batch_size, sampling,
         )
     )  # fmt: skip
-
-
-@eval_app.command()
-def perplexity(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter; default: none.", show_default=False)] = None,
-    compare: Annotated[
-        str | None,
-        typer.Option(metavar="ADAPTER...", help="Adapters, or `base`, on the same tokens; the first is the reference."),
-    ] = None,
-    data: Annotated[list[str] | None, typer.Option(help="A data file instead of data.eval; may be repeated.")] = None,
-    images: Annotated[
-        Literal["right", "all"], typer.Option(help="all: also with swapped, grey and no images.")
-    ] = "right",
-    json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON object.")] = False,
-) -> None:
-    """Measure how likely the right answers are, and whether the model uses the images."""
-    from mmtrain.config import load_config
-
-    words = overrides or []
-    compared = [compare, *(word for word in words if "=" not in word)] if compare is not None else []
-    loaded = load_config(config, [word for word in words if word not in compared])
-    from mmtrain.evaluate.command import Options, eval_perplexity
-
-    eval_perplexity(loaded, Options(adapter, tuple(compared), tuple(data or ()), images == "all", json))
-
-
-@eval_app.command()
-def answers(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="A run or an adapter; without it the base model.", show_default=False),
-    ] = None,
-    data: Annotated[list[str] | None, typer.Option(help="A data file instead of data.eval; may be repeated.")] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(help="How answers are scored.", show_default="each source's, or one that suits it"),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Every figure as one JSON object.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", show_default=False)] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 16,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The longest answer.", show_default="twice the longest reference")
-    ] = None,
-) -> None:
-    """How good the answers are, and whether they are better than blind guessing."""
-    from mmtrain.config import load_config
-
-    loaded = load_config(config, overrides or [])
-    from mmtrain.answers.command import Options, eval_answers
-
-    eval_answers(loaded, Options(adapter, tuple(data or ()), metric, html, json, batch_size, max_new_tokens))
 
 
 def main() -> None:

@@ -82,8 +82,10 @@ FLOORS = [
     ["generate"],
     ["answers"],
     ["train"],
-    ["evaluate", "inspect_labels", "inspect_model", "merge"],
+    ["evaluate", "inspect_labels", "inspect_model", "merge", "init"],
+    ["api"],
     ["config_commands"],
+    ["eval_commands"],
     ["cli"],
     ["__main__"],
 ]

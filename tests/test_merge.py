@@ -55,7 +55,7 @@ def sample_inputs(config: Config) -> tuple[Tensor, dict[str, Any]]:
     images = [decode(span.image) for span in encoded.images]
     inputs = processor.image_inputs([images])[0] if images else {}
     if "image_grid_thw" in inputs:
-        inputs["mm_token_type_ids"] = torch.eq(ids, processor.image_token_id or -1).int()
+        inputs["mm_token_type_ids"] = torch.eq(ids, torch.tensor(processor.image_token_id)).int()
     return ids, inputs
 
 

@@ -265,7 +265,7 @@ def test_the_code_of_the_card_loads_the_adapter_on_the_quantized_base(
     folder = Path(config.run.output_dir) / "adapter"
     card = (folder / "README.md").read_text()
     assert "Load it quantized too" in card
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     # with gradients bitsandbytes computes in float32; without, on some CPUs, in a format of 16 bits
     code += "model.get_input_embeddings().requires_grad_()"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

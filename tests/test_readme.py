@@ -47,7 +47,19 @@ def anchors(page: str) -> set[str]:
 
 
 def test_all_pages_are_found() -> None:
-    names = ["data", "models", "labels", "answers", "evaluation", "scaling", "runs", "speed", "config", "architecture"]
+    names = [
+        "data",
+        "models",
+        "labels",
+        "answers",
+        "evaluation",
+        "scaling",
+        "runs",
+        "speed",
+        "config",
+        "python",
+        "architecture",
+    ]
     assert {ROOT / "docs" / f"{name}.md" for name in names} <= set(PAGES)
 
 

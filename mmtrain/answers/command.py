@@ -37,6 +37,12 @@ class Options:
 
 def eval_answers(config: Config, options: Options) -> None:
     """Generate, score, compare, and print. Raises UserError for what the user can fix."""
+    row, evaluation = answer_figures(config, options)
+    _show(row, evaluation, options)
+
+
+def answer_figures(config: Config, options: Options) -> tuple[dict[str, Any], AnswerEvaluation]:
+    """Every figure, as `--json` prints them, and what they were computed from. Raises UserError as above."""
     if options.metric is not None and options.metric not in METRICS:
         raise UserError(f"--metric {shown(options.metric)}: expected one of {', '.join(METRICS)}")
     sources = [EvalSource(path=path) for path in options.data] or list(config.data.eval)
@@ -56,7 +62,7 @@ def eval_answers(config: Config, options: Options) -> None:
         replies["base"] = _base_replies(evaluation, loaded, config, options)
     row = figures(evaluation.questions, evaluation.places, replies, evaluation.reasons)
     row["dropped"] = evaluation.dropped
-    _show(row, evaluation, options)
+    return row, evaluation
 
 
 def _target(config: Config, path: Path | None) -> Target:

@@ -39,7 +39,7 @@ class Options:
 def eval_perplexity(config: Config, options: Options) -> None:
     """Evaluate or compare, and print. Raises UserError for what the user can mend."""
     evaluation = Evaluation(config, options.data, options.adapters)
-    row: Any = _compare(evaluation, options.compare) if options.compare else _report(evaluation, options)
+    row: Any = _compare(evaluation, options.compare) if options.compare else figures(evaluation, options)
     if not evaluation.is_main:
         return
     if options.json:
@@ -52,7 +52,8 @@ def eval_perplexity(config: Config, options: Options) -> None:
         print_report(row, console)
 
 
-def _report(evaluation: Evaluation, options: Options) -> dict[str, Any]:
+def figures(evaluation: Evaluation, options: Options) -> dict[str, Any]:
+    """Every figure of one model, as `--json` prints them."""
     path = str(options.adapter) if options.adapter is not None else None
     with evaluation.model(path) as model:
         scores = evaluation.scores(model)

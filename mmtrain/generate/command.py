@@ -1,13 +1,16 @@
 """`mmtrain generate`: a reply to one question, a chat, or the answers to all questions of a file."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmtrain.errors import UserError
 from mmtrain.generate.answer_all import answer_all
 from mmtrain.generate.chat import Chat, read_image, run_chat
+from mmtrain.generate.prompts import prompt_for
 from mmtrain.generate.sampling import Sampling
 from mmtrain.generate.target import find_target, load_target
+from mmtrain.records.chat import Conversation, Message, Text
 from mmtrain.runtime.processes import Runtime
 
 
@@ -36,6 +39,18 @@ class Options:
             raise UserError("generate: --data FILE and -o FILE go together: give both or none")
         if self.data and (self.images or self.system):
             raise UserError("generate: --image and --system are for a question or a chat, not for --data: remove them")
+
+
+def replies(
+    path: str, questions: Sequence[str], images: Sequence[Path], base: str | None, max_new_tokens: int
+) -> list[str]:
+    """The most likely reply to each question about the same images. Raises UserError for what the user can fix."""
+    target = find_target(path, base)
+    loaded = load_target(target, Runtime(target.dtype))
+    parts = [read_image(image) for image in images]
+    asked = [Conversation((Message("user", (*parts, Text(question))),)) for question in questions]
+    prompts = [prompt_for(loaded.encoder, conversation, Path()) for conversation in asked]
+    return [reply.text for reply in loaded.generator.replies(prompts, Sampling(max_new_tokens))]
 
 
 def generate(options: Options) -> None:

@@ -1,0 +1,101 @@
+"""The commands as Python functions, for notebooks and scripts. Each imports its modules when it is called.
+
+Everything runs in this process, on one device. A fault that the user can correct is a `mmtrain.errors.UserError`, whose
+`faults` are the lines that the command line prints.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mmtrain.runtime.environment import set_environment
+
+if TYPE_CHECKING:
+    from mmtrain.config import Config
+    from mmtrain.encoding.encode import Encoded
+
+__all__ = ["encode", "evaluate", "generate", "load_config", "train"]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> "Config":
+    """The config in a YAML file, with `section.key=value` overrides. Raises UserError with every fault."""
+    from mmtrain.config import load_config as load
+
+    return load(Path(path), overrides)
+
+
+def train(config: "Config") -> Path:
+    """Start or resume the run of a config, as `mmtrain train` in one process does; gives its directory.
+
+    Raises UserError, and Stopped if a signal stops the run.
+    """
+    set_environment()
+    from mmtrain.train.folder import locked
+    from mmtrain.train.run import train as run
+
+    folder = Path(config.run.output_dir)
+    with locked(folder):
+        run(config)
+    return folder
+
+
+def encode(config: "Config", records: Sequence[Mapping[str, Any]], root: str | Path = ".") -> "list[Encoded]":
+    """Each record, in any of the shapes of a data file, as training gets it: `ids`, and `supervised`, which is true for
+    the tokens that are trained on; both (num_tokens,). `root` is the folder of the images.
+
+    Raises UserError for a record that cannot be trained on.
+    """
+    set_environment()
+    from mmtrain.dataset.encode_all import EncodingSpec
+    from mmtrain.encoding.load import load_processor
+    from mmtrain.errors import UserError
+    from mmtrain.records.chat import SampleError
+    from mmtrain.records.formats import read_record
+
+    encoder = EncodingSpec.of(config, config.data.train).encoder(load_processor(config.model.path))
+    ignored = frozenset(config.data.ignore_fields)
+    found = []
+    for number, record in enumerate(records):
+        try:
+            found.append(encoder.encode(read_record(dict(record), "auto", ignored), Path(root)))
+        except SampleError as error:
+            raise UserError(f"record {number}: {error}") from None
+    return found
+
+
+def evaluate(
+    config: "Config", adapter: str | Path | None = None, measure: Literal["answers", "perplexity"] = "answers"
+) -> dict[str, Any]:
+    """What `mmtrain eval answers --json` or `mmtrain eval perplexity --json` prints, for `data.eval`.
+
+    `adapter`: the directory of a run or of an adapter; without it the base model is evaluated. Raises UserError.
+    """
+    set_environment()
+    path = None if adapter is None else Path(adapter)
+    if measure == "perplexity":
+        from mmtrain.evaluate import command as perplexity
+        from mmtrain.evaluate.evaluation import Evaluation
+
+        options = perplexity.Options(path)
+        return perplexity.figures(Evaluation(config, adapters=options.adapters), options)
+    from mmtrain.answers import command as answers
+
+    return answers.answer_figures(config, answers.Options(path))[0]
+
+
+def generate(
+    path: str | Path,
+    questions: Sequence[str],
+    images: Sequence[str | Path] = (),
+    base: str | None = None,
+    max_new_tokens: int = 256,
+) -> list[str]:
+    """The most likely reply to each question, all about the same images.
+
+    `path`: the directory of a run, an adapter or a model; `base`: the base model of an adapter, without it the one that
+    it names. Raises UserError.
+    """
+    set_environment()
+    from mmtrain.generate.command import replies
+
+    return replies(str(path), questions, [Path(image) for image in images], base, max_new_tokens)

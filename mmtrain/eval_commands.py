@@ -1,0 +1,65 @@
+"""`mmtrain eval`: the commands that measure a model. Each imports its modules when it runs."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mmtrain.config_commands import ConfigPath, Overrides
+
+eval_app = typer.Typer(help="Measure a model on held-out conversations.", no_args_is_help=True)
+
+
+@eval_app.command()
+def perplexity(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter; default: none.", show_default=False)] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(metavar="ADAPTER...", help="Adapters, or `base`, on the same tokens; the first is the reference."),
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="A data file instead of data.eval; may be repeated.")] = None,
+    images: Annotated[
+        Literal["right", "all"], typer.Option(help="all: also with swapped, grey and no images.")
+    ] = "right",
+    json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON object.")] = False,
+) -> None:
+    """Measure how likely the right answers are, and whether the model uses the images."""
+    from mmtrain.config import load_config
+
+    words = overrides or []
+    compared = [compare, *(word for word in words if "=" not in word)] if compare is not None else []
+    loaded = load_config(config, [word for word in words if word not in compared])
+    from mmtrain.evaluate.command import Options, eval_perplexity
+
+    eval_perplexity(loaded, Options(adapter, tuple(compared), tuple(data or ()), images == "all", json))
+
+
+@eval_app.command()
+def answers(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="A run or an adapter; without it the base model.", show_default=False),
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="A data file instead of data.eval; may be repeated.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="How answers are scored.", show_default="each source's, or one that suits it"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Every figure as one JSON object.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 16,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest answer.", show_default="twice the longest reference")
+    ] = None,
+) -> None:
+    """How good the answers are, and whether they are better than blind guessing."""
+    from mmtrain.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from mmtrain.answers.command import Options, eval_answers
+
+    eval_answers(loaded, Options(adapter, tuple(data or ()), metric, html, json, batch_size, max_new_tokens))

@@ -1,0 +1,105 @@
+"""`mmtrain init`: writes a commented config that works at once."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+from mmtrain.config import load_config
+from mmtrain.errors import UserError, grouped, storage_faults
+from mmtrain.init.survey import Survey, survey
+from mmtrain.progress import Progress
+from mmtrain.safe_text import visible
+
+_PLAIN = re.compile(r"[A-Za-z][\w./-]*|[./][\w./-]+")
+"""Text that YAML reads as text without quotes."""
+_TEXT = """\
+# Written by `mmtrain init`. `mmtrain config show {output}` prints all keys, docs/config.md explains them.
+
+model:
+  path: {model}
+  dtype: {dtype}
+{quantization}
+tune:                            # each component: frozen, lora or full; what is not named is frozen
+  language: {{mode: lora, rank: 16, alpha: 32}}
+
+data:
+  train: {train}
+{evaluation}
+  max_length: {max_length}                # tokens; {length_reason}
+
+train:
+  epochs: {epochs}                       # {num_samples:,} samples: {num_steps:,} steps
+  batch_size: {batch_size}                  # samples in one optimizer step
+  learning_rate: 1.0e-4
+  warmup_steps: {warmup_steps}
+
+run:
+  output_dir: {output_dir}
+  microbatch_tokens: {microbatch_tokens}        # lower it when memory runs out: the result stays the same
+  activation_checkpointing: {checkpointing}    # true: less memory, a third slower
+  eval_every: {every}
+  checkpoint_every: {every}
+"""
+
+
+def init(model: str, train: str, evaluation: str | None, output: Path) -> None:
+    """Write a config for `model` and data to `output`, a new file. Raises UserError if it cannot be used."""
+    name, progress = visible(str(output)), Progress()
+    if output.exists():
+        raise UserError(f"{name}: it exists: give another file with -o")
+    found = survey(model, train, evaluation)
+    for line in grouped(found.faults):
+        progress.say(f"warning: {line}")
+    text = config_text(found, model, train, evaluation, output)
+    with storage_faults(f"{name}: it cannot be written"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+    load_config(output)
+    progress.say(f"wrote {name}; next: mmtrain inspect-labels {name} --all, then mmtrain train {name}")
+
+
+def config_text(found: Survey, model: str, train: str, evaluation: str | None, output: Path) -> str:
+    """The config. Chosen from the survey: type and quantization of the weights, lengths, batch size, steps, memory."""
+    batch_size = min(32, 2 ** int(math.log2(max(1, found.num_samples / 20))))
+    epochs = 3 if found.num_samples < 10_000 else 1
+    num_steps = epochs * math.ceil(found.num_samples / batch_size)
+    share = 0.0 if found.gpu_memory is None else 2 * found.num_parameters / found.gpu_memory
+    max_length = _max_length(found)
+    length_reason = "the longest sample has" if found.is_complete else "the longest of some samples has"
+    return _TEXT.format(
+        output=visible(str(output)),
+        model=_yaml(model),
+        dtype="bfloat16" if found.has_bfloat16 else "float32",
+        quantization="  quantization: nf4              # the weights fill the GPU otherwise\n" if share > 0.6 else "",
+        train=_yaml(train),
+        evaluation=_evaluation(found, evaluation),
+        max_length=max_length,
+        length_reason=f"{length_reason} {found.longest:,}",
+        epochs=epochs,
+        num_samples=found.num_samples,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        warmup_steps=min(20, num_steps // 10),
+        output_dir=_yaml(f"runs/{output.stem}"),
+        microbatch_tokens=max(8192 if found.gpu_memory is not None else 2048, max_length),
+        checkpointing="true" if share > 0.3 else "false",
+        every=max(1, num_steps // 5),
+    )
+
+
+def _max_length(found: Survey) -> int:
+    """With a quarter more than the longest sample if not all were encoded; a multiple of 256."""
+    wanted = found.longest if found.is_complete else 1.25 * found.longest
+    return min(found.max_positions, 256 * math.ceil(wanted / 256))
+
+
+def _evaluation(found: Survey, evaluation: str | None) -> str:
+    if evaluation is not None:
+        return f"  eval: {_yaml(evaluation)}"
+    num = max(1, min(200, found.num_samples // 10))
+    return f"  # eval: eval.jsonl             # move about {num:,} samples from the training data into such a file"
+
+
+def _yaml(text: str) -> str:
+    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
