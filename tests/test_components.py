@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -63,6 +64,22 @@ def test_every_parameter_is_of_the_part_it_should_be(kind: str, model_dirs: dict
     for name, _ in model.named_parameters():
         expected = next(component for component, pattern in PATTERNS[kind].items() if re.match(pattern, name))
         assert components.component_of(name) == expected, name
+
+
+def test_initial_weights_follow_from_the_seed_alone(model_dirs: dict[str, Path]) -> None:
+    """They are those that peft itself draws right after the seed, whatever was tried before."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    plain = load("text", model_dirs)
+    torch.manual_seed(5)
+    expected = get_peft_model(plain, LoraConfig(task_type="CAUSAL_LM", target_modules=names, r=4, lora_alpha=8))
+    model, tune = load("text", model_dirs), Tune.model_validate({"language": LORA})
+    torch.manual_seed(5)
+    list(without_adapter(model, Components(model), tune))
+    found, _ = prepared(model, tune)
+    own, others = dict(found.named_parameters()), dict(expected.named_parameters())
+    lora_a = [name for name in own if "lora_A" in name]
+    assert len(lora_a) == len(names) * plain.config.num_hidden_layers
+    assert all(torch.equal(own[name], others[name]) for name in lora_a)
 
 
 @pytest.mark.parametrize("component", ["vision", "projector", "language"])

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
@@ -30,12 +31,14 @@ def refused_by_peft(config: Any, names: Iterable[str]) -> list[str]:
 
 
 def _takes_adapter(config: Any, name: str) -> bool:
-    """Tried on a module with this configuration and a layer of this name."""
+    """Tried on a module with this configuration and a layer of this name. The random state does not change: the initial
+    weights of the real adapters follow from it."""
     probe = nn.Module()
     object.__setattr__(probe, "config", config)
-    probe.add_module(name, nn.Linear(1, 1))
-    try:
-        inject_adapter_in_model(LoraConfig(target_modules=[name], r=1), probe)
-    except ValueError:
-        return False
+    with torch.random.fork_rng([]):
+        probe.add_module(name, nn.Linear(1, 1))
+        try:
+            inject_adapter_in_model(LoraConfig(target_modules=[name], r=1), probe)
+        except ValueError:
+            return False
     return True
