@@ -97,7 +97,7 @@ def _dropped(rows: Rows, width: int, key: int, step: int, threshold: int) -> np.
     state: Any = generator.state
     at_once = max(1, _AT_ONCE // num_blocks)
     for sample, start, stop in rows.spans:
-        state["state"]["counter"][:] = (0, sample, step, 0)  # it counts before it draws
+        state["state"]["counter"][:] = (0, sample % 2**64, step, 0)  # it counts before it draws; sample -1 fills up
         generator.state = state
         for first in range(start, stop, at_once):
             own = found[first : min(first + at_once, stop)]
