@@ -120,9 +120,9 @@ def test_samples_that_only_together_cannot_be_laid_out_are_all_named(
     assert processor.images is not None
     lay_out = processor.images.inputs
 
-    def of_one_alone(images: list[Any]) -> Any:
-        inputs, ids = lay_out(images)
-        return inputs, ids if len(images) == 1 else ids[1:]
+    def of_one_alone(images_of: list[list[Any]], ids: Any = None) -> Any:
+        inputs, laid_out = lay_out(images_of, ids)
+        return inputs, laid_out if len(images_of) == 1 else laid_out[1:]
 
     monkeypatch.setattr(processor.images, "inputs", of_one_alone)
     assert Loader(samples, samples.encoder.processor, True).load([0]).segments

@@ -19,6 +19,10 @@ from typing import Any
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(TESTS.parent), str(TESTS)]  # in place of this folder, which python puts there
 
+from mmtrain.runtime.environment import set_environment  # noqa: E402
+
+set_environment()  # as the command does, before a part imports torch
+
 PARTS = {
     "layouts": "layouts",
     "kills": "kills",
