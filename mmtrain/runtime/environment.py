@@ -19,9 +19,8 @@ def set_environment() -> None:
     """
     os.environ |= _OFFLINE
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors
-    if (
-        "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
-    ):  # micro-batches of many lengths leave gaps in segments of fixed size
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # micro-batches of many lengths leave gaps in segments of fixed size
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # oneDNN keeps what it made for each shape of a product, 1,024 of them by default. They lie between the tensors, so
     # that these could not be put where others had been: a bfloat16 run of 40 steps grew by half
