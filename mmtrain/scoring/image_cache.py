@@ -58,30 +58,17 @@ def input_maker(
 ) -> InputMaker:
     """What makes the inputs of `model`, which is on its device: with cached features where there is a store and a trial
     shows that the model can take them; `say` is given the line that says why it cannot."""
-    features = _find_features(model, processor, config, runtime, store, vision, say)
-    return InputMaker(model, processor, features, vision)
-
-
-def _find_features(
-    model: Any,
-    processor: ChatProcessor,
-    config: Config,
-    runtime: Runtime,
-    store: FeatureStore | None,
-    vision: VisionInputs,
-    say: Callable[[str], None],
-) -> ImageFeatures | None:
     if store is None or processor.images is None:
-        return None
+        return InputMaker(model, processor, None, vision)
     with runtime.autocast():
         fields = find_fields(model, processor)
     if isinstance(fields, str):
         say(f"image cache: off, {fields}")
-        return None
+        return InputMaker(model, processor, None, vision)
     together = _encodes_together(config, runtime)
     if together and not fields.can_be_split:
         say("image cache: images that are not in it are encoded one by one, because their tensors cannot be joined")
-    return ImageFeatures(model, store, fields, vision, together)
+    return InputMaker(model, processor, ImageFeatures(model, store, fields, vision, together), vision)
 
 
 def _encodes_together(config: Config, runtime: Runtime) -> bool:
