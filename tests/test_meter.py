@@ -2,7 +2,7 @@
 
 import torch
 
-from mmtrain.runtime.meter import Meter
+from support.meter import Meter
 
 
 def test_kernels_and_operations_of_a_product_and_its_backward_pass() -> None:

@@ -16,7 +16,6 @@ from fake_cuda.device import FakeDevice
 from mmtrain.config.schema import Config
 from mmtrain.model.components import Components, base_name
 from mmtrain.model.kernels.rowwise import rms_norm
-from mmtrain.runtime.meter import Meter
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.step import Learner
 from support.builders import MAKERS, mixed_rows, train_and_run, write_jsonl
@@ -25,6 +24,7 @@ from support.families_text import TEXT_ONLY
 from support.families_tile import TILE
 from support.family_models import make_family
 from support.learning import learner_for, relative_l2, step_of
+from support.meter import Meter
 
 TEXT, ONE_IMAGE, FOUR_IMAGES = [1, 4], [0, 5], [0, 2, 3]
 """Samples of `mixed_rows` with so many images: none, two and four."""
