@@ -62,6 +62,7 @@ def files(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
     faulty = [{"question": question, "answer": "one"} for question in ("a?", 5, "b?")]
     write_jsonl(tmp_path / "faulty.jsonl", faulty)
     write_jsonl(tmp_path / "columns.jsonl", [{"q": "a?", "a": "one"}])
+    write_jsonl(tmp_path / "pairs.jsonl", [{"query": "a", "positive": "b", "topic": 7, "brand_id": "b"}])
     image = [{"role": "user", "content": "<image>a?"}, {"role": "assistant", "content": "one"}]
     for name in ("small", "large", "broken"):
         write_jsonl(tmp_path / name / "one.jsonl", [{"messages": image, "images": ["0.png"]}])
@@ -153,6 +154,14 @@ DATA = {
     "model.quantization": Key(seen.quantized_layers, [(None, 0), ("nf4", 14)]),
     **sources("data.train.0", seen.num_samples, seen.image_tokens),
     **sources("data.eval.0", seen.num_eval_samples, seen.eval_image_tokens),
+    **{
+        f"data.{section}.0.group": Key(
+            seen.group_of_a_pair(section),
+            [("topic", "7"), ("brand_id", "b")],
+            {f"data.{section}.0.path": "pairs.jsonl"},
+        )
+        for section in ("train", "eval")
+    },
     "data.train.0.weight": Key(seen.steps_of_an_epoch, [(1.0, 4), (2.5, 10)]),
     "data.eval.0.name": Key(seen.eval_name, [(None, "three.jsonl"), ("held-out", "held-out")]),
     "data.eval.0.metric": Key(seen.metric_of_answers, [(None, "exact_match"), ("chrf", "chrf"), ("anls", "anls")]),

@@ -133,6 +133,9 @@ class Source(Section):
     image_mark: Annotated[str, Field(min_length=1)] | None = None
     """The text that stands for an image in the records; without it `<image>`, or another mark that docs/data.md lists
     and that a record with images has instead."""
+    group: Annotated[str, Field(min_length=1)] | None = None
+    """Contrastive training: the key of a record whose value names its group. Samples of one group are never negatives
+    of each other."""
 
     @field_validator("fields")
     @classmethod

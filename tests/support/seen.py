@@ -24,6 +24,7 @@ from mmtrain.model.components import Components, apply_tune
 from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
 from mmtrain.progress import QUIET
+from mmtrain.records.record_set import RecordSet
 from mmtrain.runtime import processes
 from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.supervisor import Supervisor
@@ -68,6 +69,10 @@ def metric_of_answers(config: Config) -> str:
     evaluation = AnswerEvaluation(config, config.data.eval, processor, QUIET)
     (metric,) = {question.metric for question in evaluation.questions}
     return metric
+
+
+def group_of_a_pair(section: str) -> Callable[[Config], Any]:
+    return lambda config: RecordSet(getattr(config.data, section)).pair(0).group
 
 
 num_dropped = or_refused(lambda dataset: len(dataset.checked.dropped))
