@@ -108,7 +108,7 @@ def test_each_image_goes_through_the_tower_once_and_is_decoded_no_more(
     shutil.copyfile(images(config)[0], images(config)[3])  # the same image under two names
     step_of(learner, dataset, FIVE_THREE, True)
     assert len(towers) == len({path.read_bytes() for path in images(config)}) == 4
-    monkeypatch.setattr(data_features, "decode", lambda picture: pytest.fail("decoded again"))
+    monkeypatch.setattr(data_features, "decode", lambda image: pytest.fail("decoded again"))
     step_of(learner, dataset, EACH, False)
     assert len(towers) == 4
 

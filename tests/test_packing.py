@@ -56,7 +56,7 @@ def load(families: dict[str, Path]) -> Load:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", sorted(PACKS | LEAKS))
-def test_the_trial_tells_which_models_can_share_a_row(name: str, dtype: str, load: Load) -> None:
+def test_the_trial_finds_which_models_can_share_a_row(name: str, dtype: str, load: Load) -> None:
     model, processor = load(name, dtype)
     fault = packing_fault(model, processor, getattr(torch, dtype))
     assert (fault is None) == (name in PACKS), fault

@@ -238,9 +238,9 @@ def test_only_changes_that_may_change_bits_are_reported_on_resume(
         output = Path(shared_run.run.output_dir).with_name(f"resumed-{number}")
         shutil.copytree(shared_run.run.output_dir, output)
         train(changed(changed(shared_run, key, value), "run.output_dir", str(output)))
-        told = [line for line in capsys.readouterr().err.splitlines() if "its bits may differ" in line]
+        printed = [line for line in capsys.readouterr().err.splitlines() if "its bits may differ" in line]
         expected = f"the result is the same within rounding, its bits may differ: {reported}"
-        assert told == ([expected] if reported else [])
+        assert printed == ([expected] if reported else [])
 
 
 def test_a_checkpoint_from_before_there_was_a_section_run_is_resumed_to_the_same_bits(shared_run: Config) -> None:
