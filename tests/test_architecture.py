@@ -79,6 +79,7 @@ FLOORS = [
     ["model"],
     ["runtime"],
     ["scoring"],
+    ["contrastive"],
     ["generate"],
     ["answers"],
     ["train"],
