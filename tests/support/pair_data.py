@@ -39,13 +39,13 @@ def write_pairs(folder: Path) -> Path:
     return path
 
 
-def pair_config(model: Path, data: Path, output: Path, **sections: Any) -> Config:
+def pair_config(model: Path, pairs: Path, output: Path, **sections: Any) -> Config:
     """`sections`: their keys, over those that are given here."""
     given: dict[str, Any] = {
         "model": {"path": str(model), "dtype": "float32"},
         "objective": {"kind": "contrastive"},
         "tune": FULL,
-        "data": {"train": [{"path": str(data)}]},
+        "data": {"train": [{"path": str(pairs)}]},
         "train": {"steps": 4, "batch_size": NUM_PAIRS, "learning_rate": 1e-3},
         "run": {"output_dir": str(output), "device": "cpu"},
     }
@@ -95,7 +95,9 @@ class ThreadRuntime:
         return nullcontext()
 
 
-def learner_of(config: Config, exchange: Exchange, index: int, dtype: torch.dtype = torch.float32) -> ContrastiveLearner:
+def learner_of(
+    config: Config, exchange: Exchange, index: int, dtype: torch.dtype = torch.float32
+) -> ContrastiveLearner:
     """A learner with LoRA's B non-zero."""
     runtime: Any = ThreadRuntime(exchange, index)
     embedder = load_embedder(config, runtime)
