@@ -149,6 +149,7 @@ SKIP_ONE = {"data.max_skipped": 1}
 ONE_IMAGE = {"data.train.0.path": "small/one.jsonl", "train.batch_size": 1}
 DATA = {
     "model.path": Key(seen.model_type, [("text", "qwen3"), (QWEN, QWEN)]),
+    "model.adapter": Key(seen.starts_with_new_adapters, [(None, True), ("earlier", False)]),
     "model.dtype": Key(seen.frozen_types, [("float32", {torch.float32}), ("bfloat16", {torch.bfloat16})]),
     "model.quantization": Key(seen.quantized_layers, [(None, 0), ("nf4", 14)]),
     **sources("data.train.0", seen.num_samples, seen.image_tokens),

@@ -13,6 +13,9 @@ from mmtrain.config.tune_section import Full, Lora, Tune
 class Model(Section):
     path: Annotated[str, Field(min_length=1)]
     """A directory in the transformers format, or the id of a model already in the local hub cache."""
+    adapter: Annotated[str, Field(min_length=1)] | None = None
+    """The directory of an earlier run, or of an adapter for the same model. `mmtrain train` starts from its trained
+    weights, all of which must be trainable here, with a fresh optimizer; other commands do not use it."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """The type of the frozen weights. Trainable weights are always float32."""
     quantization: Literal["nf4"] | None = None
