@@ -14,6 +14,7 @@ from mmtrain.config_commands import ConfigPath, Overrides, config_app
 from mmtrain.errors import UserError, grouped
 from mmtrain.eval_commands import eval_app
 from mmtrain.model_commands import compose, inspect_model, merge
+from mmtrain.run_commands import report, runs
 from mmtrain.runtime.environment import set_environment
 
 MAX_LINES_SHOWN = 100
@@ -99,7 +100,10 @@ def train(
                 raise typer.Exit(launch.launch(layout, num_local, ["train", *args]))
         from mmtrain.train.run import train as run
 
-        run(loaded, accept_change or [])
+        if run(loaded, accept_change or []):
+            from mmtrain.report.after_run import report_after_run
+
+            report_after_run(output_dir)
 
 
 @app.command()
@@ -132,14 +136,8 @@ app.command()(compose)
 app.command()(merge)
 
 
-@app.command()
-def runs(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A folder of runs, or a run.")] = Path("runs"),
-) -> None:
-    """List the runs in a folder: state, steps, loss, evaluation and time."""
-    from mmtrain.train.run_list import print_runs
-
-    print_runs(folder)
+app.command()(runs)
+app.command()(report)
 
 
 @app.command()
