@@ -36,7 +36,13 @@ def embeddings(relation: Relation, width: int = 6, dtype: torch.dtype = torch.fl
 
 
 def reference(
-    pairs: Sequence[PairItems], relation: Relation, x: Tensor, y: Tensor, settings: LossSettings, scale: Tensor, bias: Tensor
+    pairs: Sequence[PairItems],
+    relation: Relation,
+    x: Tensor,
+    y: Tensor,
+    settings: LossSettings,
+    scale: Tensor,
+    bias: Tensor,
 ) -> Tensor:
     """One pair and one positive at a time, from the definition."""
     queries, documents = relation.queries.tolist(), relation.documents.tolist()
@@ -138,9 +144,7 @@ def test_without_repetition_it_is_the_loss_of_siglip() -> None:
     with torch.no_grad():
         model.logit_scale.fill_(math.log(SCALE))
         model.logit_bias.fill_(BIAS)
-        out = model(
-            input_ids=torch.randint(0, 50, (9, 8)), pixel_values=torch.randn(9, 3, 16, 16), return_loss=True
-        )
+        out = model(input_ids=torch.randint(0, 50, (9, 8)), pixel_values=torch.randn(9, 3, 16, 16), return_loss=True)
     found = computed(UNIQUE, out.image_embeds, out.text_embeds, LossSettings("sigmoid"))
     assert found.loss.item() == pytest.approx(out.loss.item(), rel=1e-6)
 
