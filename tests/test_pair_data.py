@@ -1,6 +1,7 @@
 """Pairs of a data set: equal items are one, and every sample that cannot be used is named with its reason."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,12 @@ import PIL.Image
 import pytest
 
 from mmtrain.config.schema import Source
-from mmtrain.contrastive.pair_data import ItemLimit, PairData, read_pairs
+from mmtrain.contrastive.pair_data import PairData, read_pairs
 from mmtrain.contrastive.relation import PairItems, relate
-from mmtrain.dataset.pair_items import FoundItem
-from mmtrain.dataset.validate import FaultPolicy, LengthLimit
+from mmtrain.dataset.validate import FaultPolicy
 from mmtrain.errors import UserError
-from mmtrain.records.chat import SampleError
+from mmtrain.records.chat import SampleError, TooLongError
+from mmtrain.records.pairs import Item
 from mmtrain.records.record_set import RecordSet
 
 
@@ -22,19 +23,22 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
-def words(item: FoundItem) -> int:
-    if item.item.text == "unknown":
-        raise SampleError("the model takes no such text")
-    return len((item.item.text or "").split())
+def encode(items: Sequence[tuple[Item, Path, str]]) -> list[object]:
+    """A model that takes texts of three words, and none with the word `unknown`."""
+    return [_made(item.text or "") for item, _, _ in items]
 
 
-LIMIT = ItemLimit(LengthLimit(3, "the text tower's positions"), words)
+def _made(text: str) -> object:
+    words = text.split()
+    if len(words) > 3:
+        return TooLongError(f"the text has {len(words)} words")
+    return SampleError("the model takes no such text") if "unknown" in words else words
 
 
-def read(folder: Path, records: list[Any], limit: ItemLimit | None = LIMIT, **source: Any) -> PairData:
+def read(folder: Path, records: list[Any], **source: Any) -> PairData:
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return read_pairs(RecordSet([Source(path=str(path), **source)]), limit)
+    return read_pairs(RecordSet([Source(path=str(path), **source)]), encode)
 
 
 def image(folder: Path, name: str, colour: str) -> str:
@@ -59,7 +63,6 @@ def test_equal_items_have_one_number(tmp_path: Path) -> None:
         PairItems(3, (2,)),
         PairItems(1, (3,), (2,)),
     ]
-    assert data.num_tokens == [0, 1, 1, 0]
     assert [data.item(number).item.text for number in range(4)] == [None, "red", "warm", None]
     assert data.item(3).images[0].source == (tmp_path / "b.png").resolve()
     assert data.item(3).images[0].size == (8, 8)
@@ -100,8 +103,7 @@ def test_every_fault_is_named_by_its_line(tmp_path: Path) -> None:
     assert "'half.png'" in faults[1]
     assert "does not decode" in faults[1]
     assert "no known format of pairs" in faults[2]
-    reason = "4 tokens, over the 3 allowed (the text tower's positions); or set data.too_long to drop"
-    assert faults[3].endswith(reason)
+    assert faults[3].endswith("the text has 4 words; or set data.too_long to drop")
     assert faults[4].endswith("the model takes no such text")
 
 
@@ -115,5 +117,5 @@ def test_the_policy_leaves_samples_out_and_names_them(tmp_path: Path) -> None:
 
 def test_no_sample_left_is_an_error(tmp_path: Path) -> None:
     data = read(tmp_path, [{"query": "one two three four", "positive": "b"}])
-    with pytest.raises(UserError, match=r"pairs\.jsonl:1: dropped, no sample is left: 4 tokens"):
+    with pytest.raises(UserError, match=r"pairs\.jsonl:1: dropped, no sample is left: the text has 4 words"):
         data.used(FaultPolicy("drop"))

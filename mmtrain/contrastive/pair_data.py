@@ -10,12 +10,12 @@ from mmtrain.contrastive.relation import PairItems
 from mmtrain.dataset.decoded_images import images_that_fail
 from mmtrain.dataset.pair_items import FoundItem, content_keys, find_item
 from mmtrain.dataset.plan import Indices
-from mmtrain.dataset.validate import FaultPolicy, LengthLimit, Reason, left_out
+from mmtrain.dataset.validate import FaultPolicy, Reason, left_out
 from mmtrain.encoding.images import locate
 from mmtrain.errors import UserError
 from mmtrain.progress import QUIET, Progress
-from mmtrain.records.chat import SampleError
-from mmtrain.records.pairs import Pair
+from mmtrain.records.chat import SampleError, TooLongError
+from mmtrain.records.pairs import Item, Pair
 from mmtrain.records.record_set import RecordSet
 
 _AT_ONCE = 512
@@ -23,13 +23,9 @@ _AT_ONCE = 512
 _THREADS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class ItemLimit:
-    """How long an item may be, and how its tokens are counted."""
-
-    limit: LengthLimit
-    num_tokens: Callable[[FoundItem], int]
-    """Of the whole item, before anything is cut. Raises SampleError where the model cannot take such an item."""
+Encode = Callable[[Sequence[tuple[Item, Path, str]]], Sequence[object]]
+"""What the model makes of items, each with the folder of its images and its content key: for each something else than
+a SampleError, or the SampleError that says why it cannot be used; TooLongError if only for its length."""
 
 
 @dataclass(slots=True)
@@ -44,8 +40,6 @@ class PairData:
     """The samples with an item that is too long."""
     keys: list[str] = field(default_factory=list)
     """The content key of each item."""
-    num_tokens: list[int] = field(default_factory=list)
-    """Of each item, 0 where they were not counted."""
     first: list[tuple[int, int]] = field(default_factory=list)
     """Of each item, the sample that first has it, and its position in `Pair.items` of that sample."""
     sizes: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
@@ -83,26 +77,27 @@ class PairData:
 
 
 def read_pairs(
-    records: RecordSet, limit: ItemLimit | None = None, decode_images: bool = True, progress: Progress = QUIET
+    records: RecordSet, encode: Encode | None = None, decode_images: bool = True, progress: Progress = QUIET
 ) -> PairData:
-    """Read and check every record. `limit`: without it lengths are not checked. Nothing is raised for a sample."""
-    data, reading = PairData(records), _Reading(limit, decode_images)
+    """Read and check every record. `encode`: tries every distinct item. Nothing is raised for a sample."""
+    data, reading = PairData(records), _Reading(encode, decode_images)
     with progress.task("reading pairs", len(records)) as task:
         for start in range(0, len(records), _AT_ONCE):
-            reading.add(data, range(start, min(start + _AT_ONCE, len(records))))
-            task.advance(min(_AT_ONCE, len(records) - start))
+            indices = range(start, min(start + _AT_ONCE, len(records)))
+            reading.add(data, indices)
+            task.advance(len(indices))
     return data
 
 
 class _Reading:
     """Adds records to a PairData, some at a time."""
 
-    def __init__(self, limit: ItemLimit | None, decode_images: bool) -> None:
-        self._limit = limit
+    def __init__(self, encode: Encode | None, decode_images: bool) -> None:
+        self._encode = encode
         self._decode_images = decode_images
         self._number: dict[str, int] = {}
-        self._reason_of: dict[int, str] = {}
-        """By item number, why a sample with it cannot be used."""
+        self._errors: dict[int, SampleError] = {}
+        """By item number, why it cannot be used."""
 
     def add(self, data: PairData, indices: Sequence[int]) -> None:
         found: dict[int, tuple[Pair, list[FoundItem]]] = {}
@@ -113,50 +108,47 @@ class _Reading:
             except SampleError as error:
                 data.faults.append((index, str(error)))
         failed = self._failed_images([item for _, items in found.values() for item in items])
-        sound = {}
-        for index, (pair, items) in found.items():
+        for index, (_, items) in list(found.items()):
             reasons = [failed[image.source] for item in items for image in item.images if image.source in failed]
-            data.faults += [(index, reason) for reason in dict.fromkeys(reasons)]
-            if not reasons:
-                sound[index] = pair, items
-        self._number_all(data, sound)
+            if reasons:
+                data.faults += [(index, reason) for reason in dict.fromkeys(reasons)]
+                del found[index]
+        numbers = self._numbers(data, found)
+        for index, (pair, _) in found.items():
+            self._add_pair(data, index, pair, numbers[index])
 
     def _failed_images(self, items: Sequence[FoundItem]) -> dict[Path | bytes, str]:
         images = [image for item in items for image in item.images]
         return images_that_fail(images, _THREADS) if self._decode_images and images else {}
 
-    def _number_all(self, data: PairData, found: dict[int, tuple[Pair, list[FoundItem]]]) -> None:
+    def _numbers(self, data: PairData, found: dict[int, tuple[Pair, list[FoundItem]]]) -> dict[int, list[int]]:
+        """By sample the number of each of its items, new ones being added to `data` and tried."""
         keys = iter(content_keys([item for _, items in found.values() for item in items]))
-        for index, (pair, items) in found.items():
-            numbers = []
+        numbers: dict[int, list[int]] = {}
+        new: list[tuple[Item, Path, str]] = []
+        for index, (_, items) in found.items():
+            numbers[index] = []
             for position, item in enumerate(items):
-                numbers.append(self._number_of(data, next(keys), item, (index, position)))
-            ends = 1 + len(pair.positives)
-            long = [data.num_tokens[number] for number in numbers if self._is_long(data.num_tokens[number])]
-            if reasons := [self._reason_of[number] for number in numbers if number in self._reason_of]:
-                data.faults += [(index, reason) for reason in dict.fromkeys(reasons)]
-                continue
-            if long and self._limit is not None:
-                data.long.append((index, self._limit.limit.reason(max(long))))
-            data.pairs[index] = PairItems(numbers[0], tuple(numbers[1:ends]), tuple(numbers[ends:]), pair.group)
+                key = next(keys)
+                number = self._number.setdefault(key, data.num_items)
+                numbers[index].append(number)
+                if number == data.num_items:
+                    new.append((item.item, item.root, key))
+                    data.keys.append(key)
+                    data.first.append((index, position))
+                    data.sizes.append(tuple(image.size for image in item.images))
+        made = self._encode(new) if self._encode is not None else []
+        first = data.num_items - len(new)
+        self._errors |= {first + i: error for i, error in enumerate(made) if isinstance(error, SampleError)}
+        return numbers
 
-    def _is_long(self, num_tokens: int) -> bool:
-        return self._limit is not None and num_tokens > self._limit.limit.num_tokens
-
-    def _number_of(self, data: PairData, key: str, item: FoundItem, place: tuple[int, int]) -> int:
-        number = self._number.setdefault(key, data.num_items)
-        if number == data.num_items:
-            data.keys.append(key)
-            data.first.append(place)
-            data.sizes.append(tuple(image.size for image in item.images))
-            data.num_tokens.append(self._count(number, item))
-        return number
-
-    def _count(self, number: int, item: FoundItem) -> int:
-        if self._limit is None:
-            return 0
-        try:
-            return self._limit.num_tokens(item)
-        except SampleError as error:
-            self._reason_of[number] = str(error)
-            return 0
+    def _add_pair(self, data: PairData, index: int, pair: Pair, numbers: Sequence[int]) -> None:
+        errors = [self._errors[number] for number in numbers if number in self._errors]
+        faults = [str(error) for error in errors if not isinstance(error, TooLongError)]
+        if faults:
+            data.faults += [(index, reason) for reason in dict.fromkeys(faults)]
+            return
+        if errors:
+            data.long.append((index, str(errors[0])))
+        end = 1 + len(pair.positives)
+        data.pairs[index] = PairItems(numbers[0], tuple(numbers[1:end]), tuple(numbers[end:]), pair.group)

@@ -61,8 +61,9 @@ def rank_positives(
     thresholds = torch.as_tensor(score, device=device) - TIE
     for rows, columns in _blocks(len(queries), len(candidates), max_scores):
         scores = queries[rows] @ candidates[columns].T  # (num_rows, num_columns)
-        inside = neutral[_within(neutral[:, 0], rows) & _within(neutral[:, 1], columns)]
-        scores[inside[:, 0] - rows.start, inside[:, 1] - columns.start] = -torch.inf
+        inside = neutral - (rows.start, columns.start)
+        inside = inside[((inside >= 0) & (inside < scores.shape)).all(1)]
+        scores[inside[:, 0], inside[:, 1]] = -torch.inf
         highest, where = scores.max(1)
         is_higher = highest > best[rows]
         at[rows] = torch.where(is_higher, where + columns.start, at[rows])
@@ -88,7 +89,3 @@ def _blocks(num_rows: int, num_columns: int, max_scores: int) -> Iterator[tuple[
 def _slices(span: slice, size: int) -> Iterator[slice]:
     for start in range(span.start, span.stop, max(1, size)):
         yield slice(start, min(start + size, span.stop))
-
-
-def _within(positions: npt.NDArray[np.int64], span: slice) -> npt.NDArray[np.bool_]:
-    return (positions >= span.start) & (positions < span.stop)
