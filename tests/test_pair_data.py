@@ -63,6 +63,7 @@ def test_equal_items_have_one_number(tmp_path: Path) -> None:
         PairItems(3, (2,)),
         PairItems(1, (3,), (2,)),
     ]
+    assert data.kinds == ["image", "text", "text", "image"]
     assert [data.item(number).item.text for number in range(4)] == [None, "red", "warm", None]
     assert data.item(3).images[0].source == (tmp_path / "b.png").resolve()
     assert data.item(3).images[0].size == (8, 8)

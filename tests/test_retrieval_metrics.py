@@ -89,6 +89,8 @@ def test_the_best_wrong_candidate_is_found() -> None:
     scores[excluded[:, 0], excluded[:, 1]] = -np.inf
     assert ranking.wrong.tolist() == scores.argmax(1).tolist()
     assert ranking.wrong_score.tolist() == scores.max(1).tolist()
+    all_scores = queries.double().numpy() @ candidates.double().numpy().T
+    assert ranking.score.tolist() == all_scores[ranking.query, ranking.candidate].tolist()
 
 
 def test_a_query_that_only_has_positives() -> None:
@@ -111,7 +113,7 @@ def test_embeddings_that_are_not_finite_are_refused() -> None:
 
 def test_intervals_are_the_percentiles_of_resampled_queries() -> None:
     rank = np.array([1, 1, 2, 7, 30] * 10)
-    ranking = Ranking(np.arange(50), rank, np.zeros(50), np.zeros(50, np.int64), np.zeros(50))
+    ranking = Ranking(np.arange(50), np.arange(50), rank, np.zeros(50), np.zeros(50, np.int64), np.zeros(50))
     found = means(metrics_of(ranking))
     assert found["recall@1"] == pytest.approx(0.4)
     assert found["mrr"] == pytest.approx((1 + 1 + 1 / 2 + 1 / 7 + 1 / 30) / 5)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from mmtrain.records.chat import SampleError, TooLongError
 from mmtrain.records.pairs import Item, Pair
 from mmtrain.records.record_set import RecordSet
 
+ItemKind = Literal["text", "image", "both"]
 _AT_ONCE = 512
 """Records whose images are in memory at once, where they are not files of their own."""
 _THREADS = 4
@@ -44,6 +46,8 @@ class PairData:
     """Of each item, the sample that first has it, and its position in `Pair.items` of that sample."""
     sizes: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
     """Of each item, the size of its images."""
+    kinds: list[ItemKind] = field(default_factory=list)
+    """What each item is."""
 
     @property
     def num_items(self) -> int:
@@ -137,6 +141,7 @@ class _Reading:
                     data.keys.append(key)
                     data.first.append((index, position))
                     data.sizes.append(tuple(image.size for image in item.images))
+                    data.kinds.append("text" if not item.images else "image" if item.item.text is None else "both")
         made = self._encode(new) if self._encode is not None else []
         first = data.num_items - len(new)
         self._errors |= {first + i: error for i, error in enumerate(made) if isinstance(error, SampleError)}

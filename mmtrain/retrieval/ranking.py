@@ -23,6 +23,8 @@ class Ranking:
 
     query: npt.NDArray[np.int64]
     """(num_pairs,) the query of each positive, in ascending order"""
+    candidate: npt.NDArray[np.int64]
+    """(num_pairs,) the positive"""
     rank: npt.NDArray[np.int64]
     """(num_pairs,) from 1; those of a query are in ascending order"""
     score: npt.NDArray[np.float64]
@@ -53,7 +55,7 @@ def rank_positives(
     device = queries.device
     score = (queries[positives[:, 0]] * candidates[positives[:, 1]]).sum(-1).cpu().numpy()
     order = np.lexsort((-score, positives[:, 0]))
-    query, score = positives[order, 0], score[order]
+    (query, candidate), score = positives[order].T, score[order]
     neutral = positives if excluded is None else np.concatenate([positives, excluded])
     num_wrong = torch.zeros(len(query), dtype=torch.int64, device=device)
     best = torch.full((len(queries),), -torch.inf, dtype=torch.float64, device=device)
@@ -74,7 +76,7 @@ def rank_positives(
             num_wrong[some] += (scores[of] >= thresholds[some, None]).sum(1)
     earlier = np.arange(len(query)) - np.searchsorted(query, query)
     rank = 1 + earlier + num_wrong.cpu().numpy()
-    return Ranking(query, rank, score, at.cpu().numpy(), best.cpu().numpy())
+    return Ranking(query, candidate, rank, score, at.cpu().numpy(), best.cpu().numpy())
 
 
 def _blocks(num_rows: int, num_columns: int, max_scores: int) -> Iterator[tuple[slice, slice]]:
