@@ -1,4 +1,4 @@
-"""What learns: the three parts on the module tree, and nothing outside what was named."""
+"""The three components on the module tree: what was named is trainable, and nothing else."""
 
 import re
 from collections.abc import Callable

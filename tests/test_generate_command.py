@@ -224,10 +224,10 @@ def test_a_chat_remembers_its_turns(
     lines = ["One?", "Two?", "/new", "Two?", f"/image {IMAGE}", "Two?", "/image gone.png", "/quit", "never"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     generate(options(model_dirs["qwen2_5_vl"], interactive=True))
-    told = capsys.readouterr()
-    first, second, alone, seen = told.out.splitlines()
+    printed = capsys.readouterr()
+    first, second, alone, seen = printed.out.splitlines()
     assert len({second, alone, seen}) == 3
-    assert "image gone.png: cannot be read: No such file" in told.err
+    assert "image gone.png: cannot be read: No such file" in printed.err
     rows: list[dict[str, Any]] = [
         {"messages": [{"role": "user", "content": "One?"}]},
         {

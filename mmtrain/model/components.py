@@ -18,6 +18,8 @@ from mmtrain.model.quantized_weights import num_weights
 from mmtrain.safe_text import one_line
 
 COMPONENTS = ("vision", "projector", "language")
+SCALE = "scale"
+"""The numbers of a dual encoder by which similarities are multiplied or moved: no component of `tune`."""
 _INNER_PROJECTORS = ("merger", "merger_list", "deepstack_merger_list")
 """Children of a vision tower that belong to the projector: they map its features to the language model's."""
 
@@ -77,6 +79,27 @@ class Components:
             )
         for inner, child in module.named_children():
             yield from self._largest(child, f"{name}.{inner}".strip("."), component)
+
+
+class TowerComponents(Components):
+    """The components of a dual encoder: its image tower, its text tower (`language`), and what maps their outputs to
+    embeddings (`projector`). Numbers of the model itself, such as its temperature, are `scale`."""
+
+    def __init__(self, model: Any) -> None:
+        self.head_name = ""
+        text, vision = (_with_config(model, getattr(model.config, f"{name}_config")) for name in ("text", "vision"))
+        self._roots = {"": "projector", text: "language", vision: "vision"}
+        tower = model.get_submodule(text)
+        self._roots |= {f"{text}.{name}": "projector" for name, child in tower.named_children() if is_linear(child)}
+        self._roots |= {name: SCALE for name, value in model.named_parameters(recurse=False) if value.numel() == 1}
+
+
+def _with_config(model: Any, config: Any) -> str:
+    """The name of the outermost module of `model` with a configuration of this kind."""
+    found = [name for name, module in model.named_modules() if type(getattr(module, "config", None)) is type(config)]
+    if not found:
+        raise UserError("the towers of the model were not found: this family of models is not supported")
+    return found[0]
 
 
 def _vision_tower(model: Any) -> nn.Module | None:
@@ -195,7 +218,8 @@ def apply_tune(model: Any, components: Components, tune: Tune) -> tuple[Any, lis
                 "choose lora, or set every trainable component to full"
             )
         try:
-            model = get_peft_model(model, _lora_config(loras, targets, saved))
+            task = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION"
+            model = get_peft_model(model, _lora_config(loras, targets, saved, task))
         except (ValueError, NotImplementedError) as error:  # such as a layer that a family computes in its own kernel
             keys = ", ".join(f"tune.{component}" for component in loras)
             raise UserError(f"{keys}: peft refuses it: {one_line(error)}; name other layers in `targets`") from None
@@ -208,10 +232,10 @@ def apply_tune(model: Any, components: Components, tune: Tune) -> tuple[Any, lis
     return model, _report(model, components, tune, targets)
 
 
-def _lora_config(loras: dict[str, Lora], targets: dict[str, list[str]], saved: list[str]) -> LoraConfig:
+def _lora_config(loras: dict[str, Lora], targets: dict[str, list[str]], saved: list[str], task: str) -> LoraConfig:
     first = next(iter(loras.values()))
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task,
         target_modules=_pattern([name for names in targets.values() for name in names]),
         modules_to_save=saved or None,
         r=first.rank,

@@ -6,7 +6,14 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.logging import ERROR, disable_progress_bar, get_verbosity, set_tqdm_hook, set_verbosity
@@ -36,8 +43,18 @@ def load_config(path: str) -> Any:
         raise UserError(f"{path}: the model's config cannot be loaded: {one_line(error)}") from None
 
 
+def is_dual_encoder(config: Any) -> bool:
+    """Whether a model with this configuration embeds texts and images apart, each with a tower of its own."""
+    if takes_images(config) or type(config) not in MODEL_MAPPING:
+        return False
+    found = MODEL_MAPPING[type(config)]
+    return all(hasattr(found, name) for name in ("get_text_features", "get_image_features"))
+
+
 def auto_class(config: Any) -> Any:
     """The class of transformers that loads a model with this configuration."""
+    if is_dual_encoder(config):
+        return AutoModel
     if not takes_images(config):
         return AutoModelForCausalLM
     is_image_text = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -150,12 +167,36 @@ def load_model(
     tick: Callable[[], None] = lambda: None,
     quantization: str | None = None,
 ) -> Any:
+    """The model of `load_weights`, for a chat. Raises UserError also if the tokenizer has ids without an embedding in
+    the model."""
+    model = load_weights(path, dtype, device, tick, quantization)
+    check_quantized(model, path)
+    check_vocabulary(path, processor.tokenizer.wrapped, model.get_input_embeddings())
+    return model
+
+
+def check_vocabulary(path: str, tokenizer: Any, embeddings: Any) -> None:
+    """Raises UserError if the tokenizer has ids without an embedding."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= embeddings.num_embeddings:
+        raise UserError(
+            f"{path}: the tokenizer has ids up to {largest}, but the model has only {embeddings.num_embeddings} embeddings"
+        )
+
+
+def load_weights(
+    path: str,
+    dtype: str,
+    device: torch.device = _CPU,
+    tick: Callable[[], None] = lambda: None,
+    quantization: str | None = None,
+) -> Any:
     """The model on `device` in `dtype`, in eval mode: the base model's own dropout is never on. On another device than
     the CPU no weight waits in host memory for the others. `tick` is called as weights are read. With
     `quantization` the language model's linear layers are quantized as they are read.
 
-    Raises torch.OutOfMemoryError if the device is too small, and UserError if files are broken, if weights are missing,
-    not finite or have wrong shapes, or if the tokenizer has ids without an embedding in the model.
+    Raises torch.OutOfMemoryError if the device is too small, and UserError if files are broken, or if weights are
+    missing, not finite or have wrong shapes.
     """
     config = load_config(path)
     check_weight_files(model_directory(path))
@@ -174,18 +215,11 @@ def load_model(
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"{path}: {len(missing)} weights are missing, such as {shown(missing[0])}")
-    check_quantized(model, path)
     _check_finite(model, path, tick)
     unused = sorted(info["unexpected_keys"])
     if unused:
         _log.warning(
             "warning: %s: %d weights are not used by the model, such as %s", path, len(unused), shown(unused[0])
-        )
-    num_embeddings = model.get_input_embeddings().num_embeddings
-    largest = max(processor.tokenizer.wrapped.get_vocab().values())
-    if largest >= num_embeddings:
-        raise UserError(
-            f"{path}: the tokenizer has ids up to {largest}, but the model has only {num_embeddings} embeddings"
         )
     return model.eval()
 
