@@ -150,6 +150,9 @@ class Source(Section):
 class TrainSource(Source):
     weight: Annotated[float, Field(gt=0, le=10**6)] = 1.0
     """Passes over the source in one epoch: 2.5 is two whole passes and a random half."""
+    batch: Literal["mixed", "own"] = "mixed"
+    """`own`: the samples of a step are all of this source, or none is. For contrastive training, where samples of
+    different sources can be too easy to tell apart."""
 
 
 MetricName = Literal[
