@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mmtrain.config.schema import Source
-from mmtrain.dataset.pair_items import content_keys, find_item
+from mmtrain.dataset.pair_items import content_keys
 from mmtrain.records.chat import Image, Message, SampleError, Text
 from mmtrain.records.formats import read_record
 from mmtrain.records.pair_shapes import PAIR_SHAPES, recognise_pair
@@ -214,7 +214,7 @@ def test_equal_content_is_one_item(tmp_path: Path) -> None:
         Item("a"),
         Item("a", (), "i"),
     ]
-    keys = content_keys([find_item(item, tmp_path) for item in items])
+    keys = content_keys([(item, tmp_path) for item in items])
     assert keys[0] == keys[1] == keys[2]
     assert len(set(keys)) == 5
 

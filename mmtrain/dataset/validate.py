@@ -16,10 +16,6 @@ from mmtrain.dataset.store_file import EncodedStore
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.progress import QUIET, Progress
-from mmtrain.records.record_set import RecordSet
-
-Reason = tuple[int, str]
-"""A sample's index, and why it cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +102,14 @@ def check_samples(
     faulty = {index for index, _ in faults}
     over = [i for i in np.flatnonzero(store.num_tokens > limit.num_tokens).tolist() if i not in faulty]
     long = [(index, limit.reason(store.num_tokens[index])) for index in over]
-    skipped = left_out(records, faults, long, policy)
+    skipped = _skipped(faults, len(records), policy)
+    refused = [] if skipped else faults
+    if policy.too_long != "drop":
+        refused = refused + [(index, f"{reason}; or set data.too_long to drop") for index, reason in long]
+    if refused:
+        too_many = policy.too_many(len(faulty), len(records)) if faults and policy.on_fault == "skip" else None
+        lines = [f"{records.place(index)}: {reason}" for index, reason in sorted(refused)]
+        raise UserError([*lines, *([too_many] if too_many else [])])
     checked = _without(store, long, skipped)
     if not checked.num_tokens.any():
         reasons = sorted([*long, *skipped])
@@ -114,25 +117,13 @@ def check_samples(
     return StoredSamples(records, store), checked
 
 
-def left_out(
-    records: RecordSet, faults: list[Reason], long: list[Reason], policy: FaultPolicy
-) -> list[tuple[int, str]]:
-    """The samples with `faults` that `policy` skips, each with all its reasons.
-
-    Raises UserError naming the place and the reason of every sample that `policy` refuses: of those with `faults` and
-    of those that are too `long`.
-    """
+def _skipped(faults: list[tuple[int, str]], num_samples: int, policy: FaultPolicy) -> list[tuple[int, str]]:
+    """The samples with faults, each with all its reasons, where `policy` skips them."""
     by_sample: dict[int, list[str]] = {}
     for index, reason in faults:
         by_sample.setdefault(index, []).append(reason)
-    too_many = policy.too_many(len(by_sample), len(records)) if policy.on_fault == "skip" else None
-    may_skip = policy.on_fault == "skip" and not too_many
-    refused = [] if may_skip else faults
-    if policy.too_long != "drop":
-        refused = refused + [(index, f"{reason}; or set data.too_long to drop") for index, reason in long]
-    if refused:
-        lines = [f"{records.place(index)}: {reason}" for index, reason in sorted(refused)]
-        raise UserError([*lines, *([too_many] if too_many else [])])
+    if policy.on_fault != "skip" or policy.too_many(len(by_sample), num_samples):
+        return []
     return [(index, "; ".join(reasons)) for index, reasons in sorted(by_sample.items())]
 
 

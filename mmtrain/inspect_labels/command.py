@@ -13,6 +13,8 @@ from mmtrain.inspect_labels.chosen import ChosenSamples, look_at
 from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.safe_text import shown, visible
 
+_NUM_SAMPLES = 3
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -20,7 +22,7 @@ class Options:
 
     split: str = "train"
     indices: tuple[int, ...] = ()
-    num: int = 3
+    num: int | None = None
     html: Path | None = None
     all: bool = False
     json: bool = False
@@ -33,6 +35,10 @@ def inspect_labels(config: Config, options: Options) -> int:
     """Show samples, or check all of them. Returns the exit code: 1 if a sample has a fault, 0 otherwise."""
     if options.html is not None:
         _check_page(options.html)
+    if config.objective.kind == "contrastive":
+        from mmtrain.inspect_labels.pair_command import inspect_pairs
+
+        return inspect_pairs(config, options)
     if options.all:
         return _audit(config, options)
     sources = config.data.train if options.split == "train" else config.data.eval
@@ -84,7 +90,7 @@ def _chosen(num_samples: int, options: Options) -> list[int]:
     wrong = [index for index in options.indices if not 0 <= index < num_samples]
     if wrong:
         raise UserError(f"--index {wrong[0]}: there are {num_samples:,} samples, 0 to {num_samples - 1}")
-    num = min(options.num, num_samples)
+    num = min(options.num or _NUM_SAMPLES, num_samples)
     return list(options.indices) or [i * num_samples // num for i in range(num)]
 
 

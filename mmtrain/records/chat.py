@@ -12,10 +12,6 @@ class SampleError(Exception):
     """The reason why a sample cannot be used. The caller adds the file and the line."""
 
 
-class TooLongError(SampleError):
-    """A sample is longer than the model or the config allows: `data.too_long` says what becomes of it."""
-
-
 @dataclass(frozen=True, slots=True)
 class Text:
     text: str

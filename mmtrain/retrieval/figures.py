@@ -1,14 +1,15 @@
 """The figures of `eval retrieval`: every number of the report, as plain data."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from mmtrain.contrastive.pair_data import PairData
+from mmtrain.contrastive.embedder import EncodedItem
 from mmtrain.contrastive.relation import Numbers, Relation
+from mmtrain.retrieval.item_content import ItemContent
 from mmtrain.retrieval.metrics import means, metrics_of
 from mmtrain.retrieval.ranking import Pairs, Ranking, rank_positives
 from mmtrain.scoring.scores import Floats
@@ -31,9 +32,9 @@ class Direction:
         return rank_positives(embeddings[self.queries], embeddings[self.candidates], self.positives, self.excluded)
 
 
-def directions(data: PairData, relation: Relation) -> tuple[Direction, Direction]:
+def directions(items: Sequence[EncodedItem], relation: Relation) -> tuple[Direction, Direction]:
     """From queries to documents and back, named after what these are."""
-    forward, back = _names(data, relation)
+    forward, back = _names(items, relation)
     positives = np.stack([relation.rows, relation.columns], axis=1)
     excluded = np.stack([relation.left_out_rows, relation.left_out_columns], axis=1)
     return (
@@ -42,8 +43,8 @@ def directions(data: PairData, relation: Relation) -> tuple[Direction, Direction
     )
 
 
-def _names(data: PairData, relation: Relation) -> tuple[str, str]:
-    query, document = ({data.kinds[number] for number in own} for own in (relation.queries, relation.documents))
+def _names(items: Sequence[EncodedItem], relation: Relation) -> tuple[str, str]:
+    query, document = ({items[number].kind for number in own} for own in (relation.queries, relation.documents))
     if query == {"image"} and document == {"text"}:
         return "image_to_text", "text_to_image"
     if query == {"text"} and document == {"image"}:
@@ -52,23 +53,25 @@ def _names(data: PairData, relation: Relation) -> tuple[str, str]:
 
 
 def figures(
-    data: PairData, ways: tuple[Direction, ...], embeddings: torch.Tensor, base: torch.Tensor | None = None
+    content: ItemContent, ways: tuple[Direction, ...], embeddings: torch.Tensor, base: torch.Tensor | None = None
 ) -> dict[str, Any]:
     """By direction: the means of the metrics, their intervals, and the most confused pairs.
 
     `embeddings` (num_items, dim): a unit vector for each item; `base`: those of the base model. With them each
     direction also has the metrics of `base`, and of the paired differences `minus_base`.
     """
-    return {way.name: _direction(data, way, embeddings, base) for way in ways}
+    return {way.name: _direction(content, way, embeddings, base) for way in ways}
 
 
-def _direction(data: PairData, way: Direction, embeddings: torch.Tensor, base: torch.Tensor | None) -> dict[str, Any]:
+def _direction(
+    content: ItemContent, way: Direction, embeddings: torch.Tensor, base: torch.Tensor | None
+) -> dict[str, Any]:
     ranking = way.ranking(embeddings)
     values = metrics_of(ranking)
     row = means(values) | {
         "num_queries": len(values["mrr"]),
         "num_candidates": len(way.candidates),
-        "most_confused": list(_confused(data, way, ranking)),
+        "most_confused": list(_confused(content, way, ranking)),
     }
     if base is not None:
         of_base = metrics_of(way.ranking(base))
@@ -80,7 +83,7 @@ def _minus(values: Mapping[str, Floats], others: Mapping[str, Floats]) -> dict[s
     return {name: values[name] - others[name] for name in values}
 
 
-def _confused(data: PairData, way: Direction, ranking: Ranking) -> Iterator[dict[str, Any]]:
+def _confused(content: ItemContent, way: Direction, ranking: Ranking) -> Iterator[dict[str, Any]]:
     """The queries whose best wrong candidate has the largest lead over their best positive, the largest first."""
     queries, starts = np.unique(ranking.query, return_index=True)
     lead = ranking.wrong_score[queries] - ranking.score[starts]
@@ -89,20 +92,10 @@ def _confused(data: PairData, way: Direction, ranking: Ranking) -> Iterator[dict
             return
         query = int(queries[at])
         yield {
-            "query": _item(data, int(way.queries[query])),
-            "right": _item(data, int(way.candidates[ranking.candidate[starts[at]]])),
-            "wrong": _item(data, int(way.candidates[ranking.wrong[query]])),
+            "query": content.row(int(way.queries[query])),
+            "right": content.row(int(way.candidates[ranking.candidate[starts[at]]])),
+            "wrong": content.row(int(way.candidates[ranking.wrong[query]])),
             "right_score": float(ranking.score[starts[at]]),
             "wrong_score": float(ranking.wrong_score[query]),
             "rank": int(ranking.rank[starts[at]]),
         }
-
-
-def _item(data: PairData, number: int) -> dict[str, Any]:
-    item = data.item(number).item
-    return {
-        "number": number,
-        "place": str(data.records.place(data.sample_of(number))),
-        "text": item.text,
-        "images": [image.name for image in item.images],
-    }

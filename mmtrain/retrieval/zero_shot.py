@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mmtrain.contrastive.pair_data import PairData
+from mmtrain.contrastive.pair_samples import PairSamples
 from mmtrain.contrastive.relation import Numbers
 from mmtrain.dataset.plan import Indices
 from mmtrain.errors import UserError
@@ -58,7 +58,7 @@ def read_classes(path: Path, templates: Sequence[str]) -> Classes:
     return Classes(tuple(names), tuple(templates) or ("{}",))
 
 
-def labels(data: PairData, used: Indices, classes: Classes) -> tuple[Numbers, Pairs]:
+def labels(samples: PairSamples, used: Indices, classes: Classes) -> tuple[Numbers, Pairs]:
     """The distinct images of the samples, and the classes of each: those that are texts of its samples.
 
     Raises UserError naming the place of every sample that is not an image with the name of a class.
@@ -67,12 +67,12 @@ def labels(data: PairData, used: Indices, classes: Classes) -> tuple[Numbers, Pa
     faults: list[str] = []
     found: set[tuple[int, int]] = set()
     for index in used.tolist():
-        matching = data.records.pair(index).positives
+        matching = samples.records.pair(index).positives
         own = [position[item.text] for item in matching if item.text in position and not item.images]
-        if data.kinds[data.pairs[index].query] != "image" or not own:
+        if samples.items[samples.pairs[index].query].kind != "image" or not own:
             texts = ", ".join(shown(item.text, 40) for item in matching)
-            faults.append(f"{data.records.place(index)}: expected an image with the name of a class, found {texts}")
-        found |= {(data.pairs[index].query, at) for at in own}
+            faults.append(f"{samples.records.place(index)}: expected an image with the name of a class, found {texts}")
+        found |= {(samples.pairs[index].query, at) for at in own}
     if faults:
         raise UserError(faults)
     pairs = np.array(sorted(found), np.int64)
