@@ -1,13 +1,10 @@
 """Every key of a config: its type, range, default and meaning."""
 
 import string
-from enum import Enum
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -16,23 +13,8 @@ from pydantic import (
     model_validator,
 )
 
-
-class Marker(Enum):
-    """The effect of changing a key. If neither the key nor its section has SAME_RESULT, the key decides the result: a
-    run does not resume with another value."""
-
-    SAME_RESULT = "a change does not change the result beyond rounding"
-    AFFECTS_BITS = "a change may change the bits of the result, within rounding"
-
-
-Rate = Annotated[float, Field(gt=0, le=10)]
-Count = Annotated[int, Field(gt=0, le=10**9)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+from mmtrain.config.objective import Objective
+from mmtrain.config.section import Count, Marker, Rate, Section
 
 
 class Model(Section):
@@ -127,7 +109,7 @@ class Source(Section):
     """The folder that image paths are relative to and may not leave; without it the data file's own."""
     format: RecordFormat = "auto"
     """The shape of the records, as docs/data.md lists them, or `auto`: detected for each record by its keys."""
-    fields: dict[str, str] = {}
+    fields: dict[str, str] = Field(default={})
     """Which column of the data is which key of a record: `{image: img, question: q, answer: a}`. A value with braces
     is a template of several columns: `{prompt: "{context}\\n{question}"}`."""
     image_mark: Annotated[str, Field(min_length=1)] | None = None
@@ -301,6 +283,9 @@ class Run(Section):
     image_cache: Annotated[ImageCache, Marker.AFFECTS_BITS] = ImageCache()
     """Where vision and projector are frozen, each image goes through them once and their outputs are cached. 0 for
     both sizes: no cache."""
+    graph_memory_gib: Annotated[float, Field(ge=0, le=10**6)] = 2.0
+    """Contrastive training embeds a step's items, then computes the gradients. GiB of memory in each process for
+    activations kept in between; what does not fit is computed twice."""
     checkpoint_every: Count = 500
     """Steps between checkpoints. The last step always has one."""
     keep_checkpoints: Annotated[int, Field(ge=2, le=10**6)] = 2
@@ -322,6 +307,8 @@ class Config(Section):
     model gets LoRA."""
     data: Data
     """The samples that are trained on and evaluated."""
+    objective: Objective = Objective()
+    """What training minimises."""
     labels: Labels = Labels()
     """Which tokens are trained on."""
     train: Train = Train()
@@ -340,6 +327,19 @@ class Config(Section):
             raise ValueError(f"{key} needs an adapter to save, and no component has mode: lora; set one to lora")
         if self.run.weights == "shard":
             raise ValueError(f"{key} does not work with run.weights: shard; set it to replicate")
+        return self
+
+    @model_validator(mode="after")
+    def objective_fits(self) -> "Config":
+        of_chats = {
+            "labels": self.labels != Labels(),
+            "model.quantization": self.model.quantization is not None,
+            "run.weights: shard": self.run.weights == "shard",
+            "run.compile": self.run.compile,
+            "metric of a source of data.eval": any(source.metric for source in self.data.eval),
+        }
+        of_pairs = {"run.graph_memory_gib": self.run.graph_memory_gib != 2.0}
+        self.objective.check_others(of_chats, of_pairs, any(isinstance(m, Lora) for m in self.tune.trainable.values()))
         return self
 
 

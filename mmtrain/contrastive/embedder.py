@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmtrain.contrastive.scale import Multiplier
 from mmtrain.dataset.batch import Batch
+from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.encode import Encoded
 from mmtrain.errors import UserError
 from mmtrain.model.components import Components
@@ -25,22 +26,20 @@ Kind = str
 class EncodedItem:
     """An item as the model gets it."""
 
-    key: str
-    """The hash of its content."""
     kind: Kind
     encoded: Encoded
     """Its ids and images; none of its tokens is supervised."""
+    row_tokens: int
+    """Tokens of its row in a micro-batch, with the padding that its model needs."""
     cost: float
     """Multiplications that its embedding takes."""
+    key: str = ""
+    """The hash of its content."""
 
     @property
     def seed(self) -> int:
         """What dropout depends on in the place of a sample's index: equal content drops the same."""
         return int(self.key[:15], 16)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.encoded.num_tokens
 
 
 class Embedder(Protocol):
@@ -48,14 +47,19 @@ class Embedder(Protocol):
 
     model: Any
     """The model of transformers, or a PeftModel around it."""
-    components: Components
     width: int
     scale: Multiplier
     bias: Multiplier
 
-    def encode(self, items: Sequence[tuple[Item, Path, str]]) -> list[EncodedItem | SampleError]:
-        """Each item, whose images are relative to the path and whose content has the key, or why it has no
-        embedding."""
+    @property
+    def components(self) -> Components: ...
+
+    def encode(self, items: Sequence[tuple[Item, Path]]) -> list[EncodedItem | SampleError]:
+        """Each item, whose images are relative to the path, or why it has no embedding; `key` is left empty."""
+        ...
+
+    def limit(self, max_length: int) -> LengthLimit:
+        """The longest item: `max_length` tokens, or fewer if the model takes fewer."""
         ...
 
     def batch(self, items: Sequence[EncodedItem]) -> Batch:
@@ -71,9 +75,9 @@ class Embedder(Protocol):
         ...
 
 
-def no_labels(ids: Sequence[int]) -> npt.NDArray[np.bool_]:
+def no_labels(num_tokens: int) -> npt.NDArray[np.bool_]:
     """(num_tokens,) Nothing is predicted of an item."""
-    return np.zeros(len(ids), np.bool_)
+    return np.zeros(num_tokens, np.bool_)
 
 
 def check_dims(dims: Sequence[int], width: int) -> None:

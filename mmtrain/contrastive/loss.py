@@ -6,8 +6,8 @@ With the similarities s = scale · cos(query, document) (+ bias) of the distinct
   where it is symmetric the mean of this and of the same with queries and documents exchanged. Without repeated items
   it is the InfoNCE of van den Oord et al. 2018 and, symmetric, the loss of CLIP (Radford et al. 2021). A query's other
   positives are not among its negatives, so the loss can reach 0.
-- `sigmoid`: the sum over the positives of weight · softplus(-s), plus the sum over the negatives of softplus(s), divided
-  by the sum of the weights (SigLIP: Zhai et al. 2023).
+- `sigmoid`: the sum over the positives of weight · softplus(-s), plus the sum over the negatives of softplus(s),
+  divided by the sum of the weights (SigLIP: Zhai et al. 2023).
 
 Similarities exist for a block of queries at once. What the other direction needs of a document, its logsumexp over all
 queries, is accumulated in a first pass over the blocks.

@@ -24,10 +24,10 @@ class Multiplier:
 
     @property
     def value(self) -> Tensor:
-        """() float32, without a graph"""
+        """() float32, or float64 where the parameter is, without a graph"""
         if self.parameter is None:
             return torch.tensor(self.constant)
-        raw = self.parameter.detach().float().reshape(())
+        raw = self.parameter.detach().to(torch.promote_types(self.parameter.dtype, torch.float32)).reshape(())
         return raw.exp() if self.form == "exponent" else raw.reciprocal() if self.form == "divisor" else raw
 
     @property
@@ -89,7 +89,7 @@ def find_multipliers(model: Any, logits: Callable[[], Tensor], cosines: Tensor) 
 
 
 def _form(number: nn.Parameter, cosines: Tensor, before: Tensor, after: Tensor) -> Form:
-    """The form by which the parameter gives the factors of `cosines` in the similarities before and after its change."""
+    """The form by which the parameter gives the factor of `cosines` in the similarities before and after it changed."""
     errors: dict[Form, float] = {}
     for form in get_args(Form):
         own = [Multiplier(nn.Parameter(number.detach() + bump), form).value for bump in (0.0, _BUMP)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from mmtrain.contrastive.embedder import EncodedItem, Kind, no_labels
 from mmtrain.contrastive.scale import find_multipliers
 from mmtrain.dataset.batch import Batch, Segment
+from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.encode import Encoded, ImageSpan
 from mmtrain.encoding.images import decode, find_image
 from mmtrain.encoding.tower_processor import TowerProcessor
@@ -52,33 +53,53 @@ class Towers:
             self._pads_to_limit = self._depends_on_padding()
             texts, pictures = self.embed(self._text_batch(_TEXTS), "text"), self.embed(self._images(images), "image")
             if texts.shape != pictures.shape:
-                raise UserError(f"the model's embeddings of texts and images are of {texts.shape[1]} and "
-                                f"{pictures.shape[1]} values: this family is not supported")
+                raise UserError(
+                    f"the model's embeddings of texts and images are of {texts.shape[1]} and "
+                    f"{pictures.shape[1]} values: this family is not supported"
+                )
             self.width = texts.shape[1]
             cosines = F.normalize(texts, dim=1) @ F.normalize(pictures, dim=1).T
             self.scale, self.bias = find_multipliers(model, lambda: self._own_logits(images), cosines)
             self._check(cosines, self._own_logits(images))
 
-    def encode(self, items: Sequence[tuple[Item, Path, str]]) -> list[EncodedItem | SampleError]:
-        ids = iter(self.processor.text_ids([item.text for item, _, _ in items if item.text is not None]))
-        return [self._encode(item, root, key, None if item.text is None else next(ids)) for item, root, key in items]
+    @property
+    def description(self) -> str:
+        """What the trial found, in one line."""
+        padding = f", padded to {self.processor.max_length} tokens" if self._pads_to_limit else ""
+        return (
+            f"embeddings of {self.width} values; texts of up to {self.processor.max_length} tokens{padding}; "
+            f"scale {float(self.scale.value):.4g}"
+        )
 
-    def _encode(self, item: Item, root: Path, key: str, ids: list[int] | None) -> EncodedItem | SampleError:
+    @property
+    def text_tower(self) -> str:
+        """The name of its module."""
+        return next(name for name in self.components.roots("language"))
+
+    def encode(self, items: Sequence[tuple[Item, Path]]) -> list[EncodedItem | SampleError]:
+        ids = iter(self.processor.text_ids([item.text for item, _ in items if item.text is not None]))
+        return [self._encode(item, root, None if item.text is None else next(ids)) for item, root in items]
+
+    def _encode(self, item: Item, root: Path, ids: list[int] | None) -> EncodedItem | SampleError:
+        if item.instruction is not None:
+            return SampleError("it has an instruction, and the model, a dual encoder, takes none")
+        if (ids is not None) + len(item.images) != 1:
+            return SampleError("the model, a dual encoder, embeds one text or one image: expected one of them")
+        if ids is not None:
+            encoded = Encoded(np.array(ids, np.int32), no_labels(len(ids)), ())
+            row = self.processor.max_length if self._pads_to_limit else len(ids)
+            return EncodedItem("text", encoded, row, self._costs["language"] * len(ids))
         try:
-            if item.instruction is not None:
-                return SampleError("it has an instruction, and the model, a dual encoder, takes none")
-            if (ids is not None) + len(item.images) != 1:
-                return SampleError("the model, a dual encoder, embeds one text or one image: expected one of them")
-            if ids is None:
-                span = ImageSpan(find_image(item.images[0], root), 0, self._image_tokens, self._image_tokens)
-                blank = np.zeros(self._image_tokens, np.int32)
-                return EncodedItem(key, "image", Encoded(blank, no_labels(blank), (span,)), self._costs["vision"])
+            image = find_image(item.images[0], root)
         except SampleError as error:
             return error
-        if len(ids) > self.processor.max_length:
-            return SampleError(f"the text has {len(ids)} tokens and the model takes {self.processor.max_length}")
-        encoded = Encoded(np.array(ids, np.int32), no_labels(ids), ())
-        return EncodedItem(key, "text", encoded, self._costs["language"] * len(ids))
+        encoded = Encoded(np.zeros(0, np.int32), no_labels(0), (ImageSpan(image, 0, 0, 0),))
+        return EncodedItem("image", encoded, self._image_tokens, self._costs["vision"])
+
+    def limit(self, max_length: int) -> LengthLimit:
+        if self.processor.max_length < max_length:
+            return LengthLimit(self.processor.max_length, "the text tower's longest text")
+        return LengthLimit(max_length, "data.max_length")
 
     def batch(self, items: Sequence[EncodedItem]) -> Batch:
         seeds = [item.seed for item in items]
@@ -95,7 +116,7 @@ class Towers:
             else:
                 found = model.get_image_features(**all_on_device(batch.image_inputs, model.device))
         pooled: Tensor = found if isinstance(found, Tensor) else found.pooler_output
-        return pooled.float()
+        return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
 
     def is_frozen(self, kind: Kind) -> bool:
         own = {"text": ("language", "projector"), "image": ("vision", "projector")}[kind]

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -10,25 +9,12 @@ from rich.console import Console
 from mmtrain.config import Config
 from mmtrain.errors import StorageError, UserError, grouped
 from mmtrain.inspect_labels.chosen import ChosenSamples, look_at
+from mmtrain.inspect_labels.options import Options
 from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.safe_text import shown, visible
 
+__all__ = ["Options", "inspect_labels"]
 _NUM_SAMPLES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The options of the command line."""
-
-    split: str = "train"
-    indices: tuple[int, ...] = ()
-    num: int | None = None
-    html: Path | None = None
-    all: bool = False
-    json: bool = False
-    tokens: bool = False
-    losses: bool = False
-    adapter: Path | None = None
 
 
 def inspect_labels(config: Config, options: Options) -> int:

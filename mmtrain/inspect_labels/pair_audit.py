@@ -62,9 +62,8 @@ class PairAudit:
         for name in ("pairs", "used", "faults"):
             table.add_column(name, justify="right")
         for source in self.sources:
-            table.add_row(
-                Text(source["path"]), *(f"{source[name]:,}" for name in ("num_pairs", "num_used", "num_faults"))
-            )
+            counts = (source[name] for name in ("num_pairs", "num_used", "num_faults"))
+            table.add_row(Text(source["path"]), *(f"{count:,}" for count in counts))
         console.print(table)
         for line in self._lines():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -96,12 +95,11 @@ def audit_pairs(config: Config, split: str, embedder: Embedder, progress: Progre
         Counter(len(item.encoded.ids) for item in samples.items if len(item.encoded.ids)),
         [(str(samples.place(index)), reason) for index, reason in sorted(faults)],
     )
-    notes = {
-        **_notes(samples),
-        "too long, dropped": [index for index, _ in samples.dropped if config.data.too_long == "drop"],
-    }
-    if split == "train":
-        notes |= {"no negative in its step": _without_negative(Plan.of(config, samples.records, samples.used), samples)}
+    notes = _notes(samples)
+    if config.data.too_long == "drop":
+        notes["too long, dropped"] = [index for index, _ in samples.dropped]
+    if split == "train" and all(source["num_used"] for source in report.sources):
+        notes["no negative in its step"] = _without_negative(Plan.of(config, samples.records, samples.used), samples)
     if others:
         notes |= _leaks(samples, _read(config, others, embedder, progress), "eval" if split == "train" else "train")
     report.notes = {kind: [str(samples.place(index)) for index in found] for kind, found in notes.items() if found}

@@ -85,7 +85,7 @@ class PairStep:
 
 
 def columns_shown(step: PairStep, rows: Sequence[int], most: int) -> list[int]:
-    """Positions of at most `most` documents: those that are not negatives of the shown queries, then the first others."""
+    """Positions of at most `most` documents: those that are not negatives of these queries, then the first others."""
     linked = {one for row in rows for cell in ("positive", "neither") for one in step.documents_of(row, cell)}
     others = (one for one in range(len(step.relation.documents)) if one not in linked)
     return sorted([*sorted(linked), *others][:most])

@@ -29,8 +29,7 @@ def print_step(step: PairStep, rows: Sequence[int], console: Console) -> None:
         console.print(Text(f"{left:,} queries and {step.cells.shape[1] - len(columns):,} documents are not shown"))
     for row in rows:
         console.print()
-        for line in _query(step, row):
-            console.print(line)
+        console.print(Text("\n").join(_query(step, row)))
     console.print()
 
 

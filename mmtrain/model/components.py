@@ -99,7 +99,7 @@ def _with_config(model: Any, config: Any) -> str:
     found = [name for name, module in model.named_modules() if type(getattr(module, "config", None)) is type(config)]
     if not found:
         raise UserError("the towers of the model were not found: this family of models is not supported")
-    return found[0]
+    return str(found[0])
 
 
 def _vision_tower(model: Any) -> nn.Module | None:

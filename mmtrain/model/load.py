@@ -180,7 +180,8 @@ def check_vocabulary(path: str, tokenizer: Any, embeddings: Any) -> None:
     largest = max(tokenizer.get_vocab().values())
     if largest >= embeddings.num_embeddings:
         raise UserError(
-            f"{path}: the tokenizer has ids up to {largest}, but the model has only {embeddings.num_embeddings} embeddings"
+            f"{path}: the tokenizer has ids up to {largest}, but the model has only {embeddings.num_embeddings} "
+            "embeddings"
         )
 
 

@@ -38,7 +38,7 @@ class Dataset:
     """
 
     def __init__(self, config: Config, processor: ChatProcessor, progress: Progress) -> None:
-        sources = _eval_sources(config)
+        sources = eval_sources(config)
         specs = {f"evaluation set {name}": EncodingSpec.of(config, [source]) for name, source in sources.items()}
         train_spec = EncodingSpec.of(config, config.data.train)
         limit = length_limit(config.model.path, config.data.max_length)
@@ -47,7 +47,7 @@ class Dataset:
         self.encoder = train_spec.encoder(processor)
         self.eval = [_eval_set(name, self.encoder, *one) for name, one in zip(sources, found, strict=True)]
         self.plan = Plan.of(config, self.train.records, self.checked.used)
-        self.num_steps = _num_steps(config.train, self.plan)
+        self.num_steps = num_steps(config.train, self.plan)
 
     def summary(self) -> str:
         """What was read, in one line, and what was dropped."""
@@ -79,11 +79,19 @@ class Dataset:
         ]
 
     @property
+    def image_files(self) -> frozenset[Path]:
+        return self.checked.image_files
+
+    @property
+    def template(self) -> str:
+        return self.encoder.processor.template.source
+
+    @property
     def _all_checked(self) -> list[CheckedSamples]:
         return [self.checked, *(one.checked for one in self.eval)]
 
 
-def _eval_sources(config: Config) -> dict[str, EvalSource]:
+def eval_sources(config: Config) -> dict[str, EvalSource]:
     """By name. Raises UserError where two have the same."""
     found = {source.name or Path(source.path).name: source for source in config.data.eval}
     if len(found) < len(config.data.eval):
@@ -114,6 +122,7 @@ def _eval_set(name: str, encoder: Encoder, samples: StoredSamples, checked: Chec
     return EvalSet(name, samples, checked, scorer)
 
 
-def _num_steps(settings: Train, plan: Plan) -> int:
+def num_steps(settings: Train, plan: Plan) -> int:
+    """The steps of a run: as many as the config says, or as its epochs have."""
     by_epochs = max(1, math.ceil((settings.epochs or 1.0) * plan.steps_per_epoch))
     return settings.steps if settings.steps is not None else by_epochs

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from mmtrain.config.schema import Run
 from mmtrain.dataset.batch import Batch
@@ -23,6 +24,15 @@ class StepCut:
     num_supervised: int
     operations: float
     """What it must compute, over all processes: a multiplication and an addition are two."""
+
+    @property
+    def count(self) -> int:
+        return self.num_supervised
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The step's sizes in its row of metrics.jsonl."""
+        return {"num_tokens": self.num_tokens, "num_supervised": self.num_supervised}
 
 
 class StepCuts:

@@ -26,7 +26,7 @@ LENGTH = 40
 SIDE = 32
 
 
-def _tokenizer(path: Path, **settings: Any) -> dict[str, int]:
+def _tokenizer(path: Path, **settings: Any) -> dict[str, Any]:
     """A tokenizer whose texts end with an end token, and what a text tower's configuration says of it."""
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
