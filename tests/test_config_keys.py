@@ -158,7 +158,7 @@ DATA = {
         f"data.{section}.0.group": Key(
             seen.group_of_a_pair(section),
             [("topic", "7"), ("brand_id", "b")],
-            {f"data.{section}.0.path": "pairs.jsonl"},
+            {f"data.{section}.0.path": "pairs.jsonl", "objective": {"kind": "contrastive", "scale": "fixed"}},
         )
         for section in ("train", "eval")
     },

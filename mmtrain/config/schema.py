@@ -116,8 +116,7 @@ class Source(Section):
     """The text that stands for an image in the records; without it `<image>`, or another mark that docs/data.md lists
     and that a record with images has instead."""
     group: Annotated[str, Field(min_length=1)] | None = None
-    """Contrastive training: the key of a record whose value names its group. Samples of one group are never negatives
-    of each other."""
+    """Contrastive training: the key that names a record's group. Pairs of a group are never negatives of each other."""
 
     @field_validator("fields")
     @classmethod
@@ -133,8 +132,8 @@ class TrainSource(Source):
     weight: Annotated[float, Field(gt=0, le=10**6)] = 1.0
     """Passes over the source in one epoch: 2.5 is two whole passes and a random half."""
     batch: Literal["mixed", "own"] = "mixed"
-    """`own`: the samples of a step are all of this source, or none is. For contrastive training, where samples of
-    different sources can be too easy to tell apart."""
+    """`own`: the source has steps of its own. For contrastive training: a model can tell samples of different sources
+    apart by their style alone."""
 
 
 MetricName = Literal[
@@ -331,14 +330,17 @@ class Config(Section):
 
     @model_validator(mode="after")
     def objective_fits(self) -> "Config":
+        sources = (*self.data.train, *self.data.eval)
         of_chats = {
             "labels": self.labels != Labels(),
             "model.quantization": self.model.quantization is not None,
             "run.weights: shard": self.run.weights == "shard",
             "run.compile": self.run.compile,
             "metric of a source of data.eval": any(source.metric for source in self.data.eval),
+            "format of a source": any(source.format != "auto" for source in sources),
         }
-        of_pairs = {"run.graph_memory_gib": self.run.graph_memory_gib != 2.0}
+        has_group = any(source.group for source in sources)
+        of_pairs = {"run.graph_memory_gib": self.run.graph_memory_gib != 2.0, "group of a source": has_group}
         self.objective.check_others(of_chats, of_pairs, any(isinstance(m, Lora) for m in self.tune.trainable.values()))
         return self
 

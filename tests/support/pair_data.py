@@ -95,7 +95,9 @@ class ThreadRuntime:
         return nullcontext()
 
 
-def learner_of(config: Config, exchange: Exchange, index: int, dtype: torch.dtype = torch.float32) -> ContrastiveLearner:
+def learner_of(
+    config: Config, exchange: Exchange, index: int, dtype: torch.dtype = torch.float32
+) -> ContrastiveLearner:
     """A learner with LoRA's B non-zero."""
     runtime: Any = ThreadRuntime(exchange, index)
     embedder = load_embedder(config, runtime)
