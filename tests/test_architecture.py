@@ -82,6 +82,7 @@ FLOORS = [
     ["contrastive"],
     ["generate"],
     ["answers"],
+    ["retrieval"],
     ["train"],
     ["evaluate", "inspect_labels", "inspect_model", "merge", "compose", "init", "report"],
     ["api"],

@@ -159,11 +159,16 @@ DATA = {
         f"data.{section}.0.group": Key(
             seen.group_of_a_pair(section),
             [("topic", "7"), ("brand_id", "b")],
-            {f"data.{section}.0.path": "pairs.jsonl"},
+            {f"data.{section}.0.path": "pairs.jsonl", "objective": {"kind": "contrastive", "scale": "fixed"}},
         )
         for section in ("train", "eval")
     },
     "data.train.0.weight": Key(seen.steps_of_an_epoch, [(1.0, 4), (2.5, 10)]),
+    "data.train.0.batch": Key(
+        seen.sources_of_the_first_step,
+        [("mixed", {0, 1}), ("own", {0})],
+        {"data.train": [{"path": "three.jsonl"}, {"path": "three.jsonl"}], "train.batch_size": 6},
+    ),
     "data.eval.0.name": Key(seen.eval_name, [(None, "three.jsonl"), ("held-out", "held-out")]),
     "data.eval.0.metric": Key(seen.metric_of_answers, [(None, "exact_match"), ("chrf", "chrf"), ("anls", "anls")]),
     "data.max_length": Key(seen.num_samples, [(4096, 8), (5, REFUSED)]),

@@ -114,7 +114,7 @@ def dense(config: Config, dtype: torch.dtype = torch.float32) -> Found:
     if config.objective.loss == "sigmoid":
         total = total + F.softplus(logits[negative]).sum()
     total = total / len(pairs)
-    total.backward()
+    torch.autograd.backward(total)
     named = trainable_parameters(learner.model)
     return float(total.detach()), {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
 

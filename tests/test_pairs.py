@@ -3,13 +3,14 @@
 import base64
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmtrain.config.schema import Source
+from mmtrain.config.data_section import Source
 from mmtrain.dataset.pair_items import content_keys
 from mmtrain.records.chat import Image, Message, SampleError, Text
 from mmtrain.records.formats import read_record
@@ -251,6 +252,13 @@ def test_parquet_has_images_and_lists_of_texts(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "a.parquet")
     pair = RecordSet([Source(path=str(tmp_path / "a.parquet"))]).pair(0)
     assert pair == paired(Item(None, (Image("a.png", PNG),)), Item("a cat"), Item("an animal"))
+
+
+def test_the_records_of_the_docs_are_read() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "contrastive.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```jsonl\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    pairs = [read_pair(json.loads(line)) for line in block.splitlines()]
+    assert [(len(pair.positives), len(pair.negatives)) for pair in pairs] == [(2, 0), (1, 2), (1, 0)]
 
 
 def test_a_format_of_conversations_is_refused(tmp_path: Path) -> None:

@@ -36,8 +36,7 @@ class Source(Section):
     """The text that stands for an image in the records; without it `<image>`, or another mark that docs/data.md lists
     and that a record with images has instead."""
     group: Annotated[str, Field(min_length=1)] | None = None
-    """Contrastive training: the key of a record whose value names its group. Samples of one group are never negatives
-    of each other."""
+    """Contrastive training: the key that names a record's group. Pairs of a group are never negatives of each other."""
 
     @field_validator("fields")
     @classmethod
@@ -52,6 +51,9 @@ class Source(Section):
 class TrainSource(Source):
     weight: Annotated[float, Field(gt=0, le=10**6)] = 1.0
     """Passes over the source in one epoch: 2.5 is two whole passes and a random half."""
+    batch: Literal["mixed", "own"] = "mixed"
+    """`own`: the source has steps of its own. For contrastive training: a model can tell samples of different sources
+    apart by their style alone."""
 
 
 MetricName = Literal[

@@ -93,6 +93,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def objective_fits(self) -> "Config":
+        sources = (*self.data.train, *self.data.eval)
         of_chats = {
             "labels": self.labels != Labels(),
             "model.adapter": self.model.adapter is not None,
@@ -100,8 +101,10 @@ class Config(Section):
             "run.weights: shard": self.run.weights == "shard",
             "run.compile": self.run.compile,
             "metric of a source of data.eval": any(source.metric for source in self.data.eval),
+            "format of a source": any(source.format != "auto" for source in sources),
         }
-        of_pairs = {"run.graph_memory_gib": self.run.graph_memory_gib != 2.0}
+        has_group = any(source.group for source in sources)
+        of_pairs = {"run.graph_memory_gib": self.run.graph_memory_gib != 2.0, "group of a source": has_group}
         self.objective.check_others(of_chats, of_pairs, any(isinstance(m, Lora) for m in self.tune.trainable.values()))
         return self
 

@@ -47,7 +47,7 @@ class Dataset:
         (self.train, self.checked), *found = _check_all({"train": train_spec, **specs}, check, progress)
         self.encoder = train_spec.encoder(processor)
         self.eval = [_eval_set(name, self.encoder, *one) for name, one in zip(sources, found, strict=True)]
-        self.plan = _plan(config, self.train, self.checked)
+        self.plan = Plan.of(config, self.train.records, self.checked.used)
         self.num_steps = num_steps(config.train, self.plan)
 
     def summary(self) -> str:
@@ -121,14 +121,6 @@ def _check_all(
 def _eval_set(name: str, encoder: Encoder, samples: StoredSamples, checked: CheckedSamples) -> EvalSet:
     scorer = Scorer(samples, encoder, checked.used, checked.num_tokens[checked.used].tolist())
     return EvalSet(name, samples, checked, scorer)
-
-
-def _plan(config: Config, samples: StoredSamples, checked: CheckedSamples) -> Plan:
-    """The steps over the used samples. Raises UserError where a source has none of them."""
-    source_of = samples.records.sources_of(checked.used)
-    by_source = [checked.used[source_of == number] for number in range(samples.records.num_sources)]
-    weights = [source.weight for source in config.data.train]
-    return Plan(by_source, weights, config.train.batch_size, config.train.seed)
 
 
 def num_steps(settings: Train, plan: Plan) -> int:

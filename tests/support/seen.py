@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -63,6 +64,11 @@ num_steps = or_refused(lambda dataset: dataset.num_steps)
 samples_of_a_step = or_refused(lambda dataset: len(dataset.plan.step(1)))
 steps_of_an_epoch = or_refused(lambda dataset: dataset.plan.steps_per_epoch)
 eval_name = or_refused(lambda dataset: dataset.eval[0].name)
+
+
+def sources_of_the_first_step(config: Config) -> set[int]:
+    dataset = dataset_of(config)
+    return set(dataset.train.records.sources_of(np.array(dataset.plan.step(1))).tolist())
 
 
 def metric_of_answers(config: Config) -> str:

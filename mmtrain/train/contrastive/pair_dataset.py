@@ -39,7 +39,7 @@ class PairDataset:
             raise UserError(faults)
         self.train, *others = found
         self.eval: dict[str, PairSamples] = dict(zip(eval_sources(config), others, strict=True))
-        self.plan = _plan(config, self.train)
+        self.plan = Plan.of(config, self.train.records, self.train.used)
         self.num_steps = num_steps(config.train, self.plan)
 
     def summary(self) -> str:
@@ -66,12 +66,3 @@ class PairDataset:
     def image_files(self) -> frozenset[Path]:
         """Those of the training pairs."""
         return self.train.image_files
-
-
-def _plan(config: Config, samples: PairSamples) -> Plan:
-    """Raises UserError where a source has no pair that is used."""
-    used = samples.used
-    source_of = samples.records.sources_of(used)
-    by_source = [used[source_of == number] for number in range(samples.records.num_sources)]
-    weights = [source.weight for source in config.data.train]
-    return Plan(by_source, weights, config.train.batch_size, config.train.seed)
