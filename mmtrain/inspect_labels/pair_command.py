@@ -48,7 +48,7 @@ def _show(steps: list[tuple[PairStep, list[int]]], options: Options) -> None:
             write_page(options.html, steps)
         except OSError as error:
             raise StorageError(f"--html {shown(options.html)}: cannot be written: {error.strerror}") from None
-        print(f"wrote {visible(str(options.html))}: {len(steps)} steps")
+        print(f"wrote {visible(str(options.html))}: {len(steps)} step{'s' * (len(steps) != 1)}")
         return
     console = Console(highlight=False, emoji=False, markup=False)
     for step, rows in steps:
