@@ -84,10 +84,10 @@ FLOORS = [
     ["answers"],
     ["retrieval"],
     ["train"],
-    ["evaluate", "inspect_labels", "inspect_model", "merge", "init"],
+    ["evaluate", "inspect_labels", "inspect_model", "merge", "compose", "init", "report"],
     ["api"],
     ["config_commands"],
-    ["eval_commands"],
+    ["eval_commands", "model_commands", "run_commands"],
     ["cli"],
     ["__main__"],
 ]

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel
 
 from mmtrain.config.schema import Config
-from support import seen
+from support import seen, seen_contrastive
 from support.builders import mixed_rows, write_jsonl
 from support.seen import REFUSED
 
@@ -150,6 +150,7 @@ SKIP_ONE = {"data.max_skipped": 1}
 ONE_IMAGE = {"data.train.0.path": "small/one.jsonl", "train.batch_size": 1}
 DATA = {
     "model.path": Key(seen.model_type, [("text", "qwen3"), (QWEN, QWEN)]),
+    "model.adapter": Key(seen.starts_with_new_adapters, [(None, True), ("earlier", False)]),
     "model.dtype": Key(seen.frozen_types, [("float32", {torch.float32}), ("bfloat16", {torch.bfloat16})]),
     "model.quantization": Key(seen.quantized_layers, [(None, 0), ("nf4", 14)]),
     **sources("data.train.0", seen.num_samples, seen.image_tokens),
@@ -210,6 +211,38 @@ TRAIN = {
     "train.max_grad_norm": Key(seen.norm_of_the_first_gradient, [(None, None), (0.05, 0.05), (0.1, 0.1)]),
     "train.seed": Key(seen.same_as_seed_0, [(0, (True, True)), (1, (False, False))]),
 }
+FULL = {"mode": "full"}
+PAIRS = {"objective.kind": "contrastive", "tune": {"vision": FULL, "projector": FULL, "language": FULL}}
+NO_SCALE = PAIRS | {"objective.scale": 1e-6, "train.batch_size": 3}
+"""All similarities are 0: a positive among n items costs ln n."""
+ACROSS, DOWN = (math.log(3) + 2 * math.log(4)) / 3, math.log(3)
+OBJECTIVE = {
+    "objective.kind": Key(
+        seen_contrastive.what_a_step_counts,
+        [("chat", {"num_supervised"}), ("contrastive", {"num_pairs"})],
+        {"tune": {"language": FULL}},
+    ),
+    "objective.loss": Key(
+        seen_contrastive.loss,
+        [("infonce", round((ACROSS + DOWN) / 2, 4)), ("sigmoid", round((3 + 8) * math.log(2) / 3, 4))],
+        NO_SCALE,
+    ),
+    "objective.symmetric": Key(
+        seen_contrastive.loss,
+        [("auto", round((ACROSS + DOWN) / 2, 4)), (True, round((ACROSS + DOWN) / 2, 4)), (False, round(ACROSS, 4))],
+        NO_SCALE,
+    ),
+    "objective.scale": Key(
+        seen_contrastive.scale, [("trained", (14.285, True)), ("fixed", (14.285, False)), (20.0, (20.0, False))], PAIRS
+    ),
+    "objective.bias": Key(
+        seen_contrastive.bias,
+        [(None, (0.0, True)), ("trained", (0.0, True)), ("fixed", (0.0, False)), (-10.0, (-10.0, False))],
+        PAIRS | {"objective.loss": "sigmoid"},
+    ),
+    "objective.temperature_max": Key(seen_contrastive.scale, [(100.0, (14.285, True)), (5.0, (5.0, True))], PAIRS),
+    "objective.dims": Key(seen_contrastive.num_trained_values, [((), 16), ([4], 4), ([4, 8], 8)], PAIRS),
+}
 RUN = {
     "run.output_dir": Key(seen.folders_written, [("run", ["run"]), ("other", ["other"])]),
     "run.microbatch_tokens": Key(seen.microbatches, [(1, [(2, True)]), (10_000, [(1, True)])]),
@@ -231,11 +264,12 @@ RUN = {
         ONE_IMAGE | {"run.image_cache.memory_gib": 0.0},
         QWEN,
     ),
+    "run.graph_memory_gib": Key(seen_contrastive.num_kept_graphs, [(0.0, 0), (1.0, 2)], PAIRS),
     "run.checkpoint_every": Key(seen.saved_steps, [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4])], {"train.steps": 4}),
     "run.keep_checkpoints": Key(seen.saved_steps, [(2, [3, 4]), (3, [2, 3, 4])], {"train.steps": 4}),
     "run.eval_every": Key(seen.steps_evaluated, [(2, [0, 2, 4]), (3, [0, 3, 4])], {"train.steps": 4}),
 }
-KEYS = {**DATA, **keys_of("vision"), **keys_of("projector"), **keys_of("language"), **TRAIN, **RUN}
+KEYS = {**DATA, **keys_of("vision"), **keys_of("projector"), **keys_of("language"), **TRAIN, **OBJECTIVE, **RUN}
 
 
 def leaves(annotation: Any, at: str) -> Iterator[str]:
@@ -245,7 +279,7 @@ def leaves(annotation: Any, at: str) -> Iterator[str]:
         for name, of in annotation.model_fields.items():
             if name != "mode":
                 yield from leaves(of.annotation, f"{at}.{name}".strip("."))
-    elif get_origin(annotation) is tuple and issubclass(inner[0], BaseModel):
+    elif get_origin(annotation) is tuple and isinstance(inner[0], type) and issubclass(inner[0], BaseModel):
         yield from leaves(inner[0], f"{at}.0")
     elif any(isinstance(one, type) and issubclass(one, BaseModel) for one in inner):
         yield at

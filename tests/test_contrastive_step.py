@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmtrain.config.schema import Config
 from mmtrain.train.checkpoint import trainable_parameters
+from mmtrain.train.contrastive.graphs import GraphMemory
 from mmtrain.train.contrastive.step import ContrastiveLearner, accumulate_gradients
 from support.pair_data import FULL, Exchange, in_threads, learner_of, pair_config, write_pairs
 from support.tower_models import TOWERS
@@ -113,8 +114,9 @@ def dense(config: Config, dtype: torch.dtype = torch.float32) -> Found:
     if config.objective.loss == "sigmoid":
         total = total + F.softplus(logits[negative]).sum()
     total = total / len(pairs)
-    total.backward()
-    return float(total), gradients_of(learner)
+    torch.autograd.backward(total)
+    named = trainable_parameters(learner.model)
+    return float(total.detach()), {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
 
 
 def assert_equal(found: Found, expected: Found, gradient: float = 2e-6, loss: float = 1e-6) -> None:
@@ -142,7 +144,7 @@ def test_no_cut_changes_the_gradients(tokens: int, processes: int, make: Callabl
 @pytest.mark.parametrize("processes", [1, pytest.param(3, marks=slow)])
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_with_dropout(tokens: int, processes: int, make: Callable[..., Config]) -> None:
-    tune = dict.fromkeys(ALL_LORA, {**LORA, "dropout": 0.1})
+    tune = {name: {**LORA, "dropout": 0.1} for name in ALL_LORA}
     sections = {"tune": tune, "objective": {"scale": 20.0}}
     expected = dense(make(**sections))
     run = {"microbatch_tokens": tokens, "graph_memory_gib": 0.0}
@@ -154,7 +156,7 @@ def test_with_dropout(tokens: int, processes: int, make: Callable[..., Config]) 
 @pytest.mark.parametrize("tokens", [1, 300])
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_kept_graphs_give_the_same_bits(share: float, tokens: int, make: Callable[..., Config]) -> None:
-    tune = dict.fromkeys(ALL_LORA, {**LORA, "dropout": 0.1})
+    tune = {name: {**LORA, "dropout": 0.1} for name in ALL_LORA}
     config = make(tune=tune, objective={"scale": "fixed"}, run={"microbatch_tokens": tokens})
     expected = step_of(config, graph_memory=graphs(config, 0))
     every = graphs(config, GIB)
@@ -167,9 +169,7 @@ def test_kept_graphs_give_the_same_bits(share: float, tokens: int, make: Callabl
     assert all(torch.equal(found[1][name], value) for name, value in expected[1].items())
 
 
-def graphs(config: Config, num_bytes: float) -> Any:
-    from mmtrain.train.contrastive.graphs import GraphMemory
-
+def graphs(config: Config, num_bytes: float) -> GraphMemory:
     return GraphMemory(learner_of(config, Exchange(1), 0).model, num_bytes)
 
 
@@ -204,8 +204,6 @@ def test_every_family_and_loss(name: str, loss: str, make: Callable[..., Config]
     if loss == "sigmoid" and not name.startswith("siglip"):
         objective["bias"] = -10.0
     config = make(name, objective=objective, run={"microbatch_tokens": 100})
-    tune = {"projector": {"mode": "frozen"}} if name == "none" else {}
-    assert not tune
     assert_equal(step_of(config, 2), dense(config))
 
 
@@ -225,9 +223,7 @@ def test_a_frozen_tower_is_computed_once(processes: int, make: Callable[..., Con
     for _ in range(2):
         learner.optimizer.zero_grad(set_to_none=True)
         loss, _ = accumulate_gradients(learner, (learner.load(own) for own in learner.cuts.of(STEP).own), STEP)
-    images = {learner.items[n].kind: 0 for n in learner.cuts.of(STEP).items}
-    for number in learner.cuts.of(STEP).items:
-        images[learner.items[number].kind] += 1
-    assert embedded.count("image") == images["image"]
+    kinds = [learner.items[number].kind for number in learner.cuts.of(STEP).items]
+    assert embedded.count("image") == kinds.count("image") > 10
     assert_equal((float(loss), gradients_of(learner)), dense(config))
     assert_equal(step_of(config, processes), dense(config))

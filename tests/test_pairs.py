@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mmtrain.config.schema import Source
+from mmtrain.config.data_section import Source
 from mmtrain.dataset.pair_items import content_keys
 from mmtrain.records.chat import Image, Message, SampleError, Text
 from mmtrain.records.formats import read_record

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from mmtrain.config.schema import Config, Run
+from mmtrain.config.run_section import Run
+from mmtrain.config.schema import Config
 from mmtrain.config.section import Marker, Section
 
 

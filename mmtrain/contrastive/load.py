@@ -59,3 +59,4 @@ def set_trained(config: Config, towers: Towers) -> None:
         if number.parameter is not None and setting == "trained":
             number.parameter.data = number.parameter.data.float()
             number.parameter.requires_grad_(True)
+    towers.scale.limit(settings.temperature_max)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmtrain.config.schema import Source
+from mmtrain.config.data_section import Source
 from mmtrain.contrastive.embedder import Embedder, EncodedItem
 from mmtrain.contrastive.relation import PairItems
 from mmtrain.dataset.decoded_images import images_that_fail

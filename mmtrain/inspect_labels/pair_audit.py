@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmtrain.config import Config
-from mmtrain.config.schema import Source
+from mmtrain.config.data_section import Source
 from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.pair_samples import PairSamples, read_pairs
 from mmtrain.contrastive.relation import relate

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmtrain.config.schema import Source
+from mmtrain.config.data_section import Source
 from mmtrain.records.chat import Conversation, SampleError
 from mmtrain.records.fields import map_fields
 from mmtrain.records.formats import read_record

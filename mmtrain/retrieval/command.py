@@ -10,7 +10,7 @@ from peft import PeftModel
 from rich.console import Console
 
 from mmtrain.config import Config
-from mmtrain.config.schema import EvalSource
+from mmtrain.config.data_section import EvalSource
 from mmtrain.contrastive.load import load_embedder
 from mmtrain.contrastive.towers import Towers
 from mmtrain.errors import StorageError, UserError

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mmtrain.config import Config
-from mmtrain.config.schema import EvalSource
+from mmtrain.config.data_section import EvalSource
 from mmtrain.contrastive.embed_all import embed_all
 from mmtrain.contrastive.embedder import Embedder, EncodedItem
 from mmtrain.contrastive.pair_samples import PairSamples, read_pairs

@@ -7,12 +7,12 @@ from rich.table import Table
 
 from mmtrain.config import Config
 from mmtrain.encoding.load import load_processor
-from mmtrain.model.quantization import check_installed
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.evaluations import Evaluations
 from mmtrain.train.export import export
+from mmtrain.train.facts import write_facts
 from mmtrain.train.learner import make_learner
 from mmtrain.train.metrics import MetricsFile
 from mmtrain.train.report import start_report
@@ -24,7 +24,6 @@ class ChatObjective:
     """The data of a config, read and checked; the model is loaded later."""
 
     def __init__(self, config: Config, runtime: Runtime, progress: Progress) -> None:
-        check_installed(config.model.quantization)
         self._config, self._runtime, self._progress = config, runtime, progress
         self._processor = load_processor(config.model.path)
         self.data = Dataset(config, self._processor, progress)
@@ -35,6 +34,9 @@ class ChatObjective:
 
     def load(self) -> Learner:
         return self._learner
+
+    def write_facts(self) -> None:
+        write_facts(self._config, self.data, self._learner)
 
     def steps(self) -> StepCuts:
         return StepCuts(self.data, self._learner, self._config.run)

@@ -4,9 +4,10 @@ import hashlib
 from collections.abc import Callable
 
 from mmtrain.config import Config
-from mmtrain.config.schema import Lora
+from mmtrain.config.tune_section import Lora
 from mmtrain.dataset.hashes import digest, model_fingerprints
 from mmtrain.model.dropout import MASKS
+from mmtrain.model.earlier_run import trained_files
 from mmtrain.model.quantization import quantizer
 from mmtrain.train.objective import RunData
 
@@ -15,6 +16,8 @@ def fingerprints(config: Config, data: RunData, tick: Callable[[], None]) -> dic
     """A SHA-256 for each thing, by the name under which a change of it is refused; for what quantizes the model and for
     dropout masks, a name and version. `tick` is called for every file."""
     found = model_fingerprints(config.model.path, tick)
+    if config.model.adapter is not None:
+        found["model.adapter.weights"] = digest(trained_files(config.model.adapter), tick)
     if config.model.quantization is not None:
         found["model.quantizer"] = quantizer(config.model.quantization)
     if data.template is not None:

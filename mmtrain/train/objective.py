@@ -131,6 +131,9 @@ class Objective(Protocol):
     def load(self) -> Trained:
         """Load the model, add its trainable parameters, and decide how it is computed. Called before the rest."""
 
+    def write_facts(self) -> None:
+        """Write what was found about data and model into the directory of the run, for reports."""
+
     def steps(self) -> Steps: ...
 
     def evaluations(self, metrics: MetricsFile) -> Evaluations: ...

@@ -39,13 +39,13 @@ def write_pairs(folder: Path) -> Path:
     return path
 
 
-def pair_config(model: Path, data: Path, output: Path, **sections: Any) -> Config:
+def pair_config(model: Path, pairs: Path, output: Path, **sections: Any) -> Config:
     """`sections`: their keys, over those that are given here."""
     given: dict[str, Any] = {
         "model": {"path": str(model), "dtype": "float32"},
         "objective": {"kind": "contrastive"},
         "tune": FULL,
-        "data": {"train": [{"path": str(data)}]},
+        "data": {"train": [{"path": str(pairs)}]},
         "train": {"steps": 4, "batch_size": NUM_PAIRS, "learning_rate": 1e-3},
         "run": {"output_dir": str(output), "device": "cpu"},
     }

@@ -22,7 +22,7 @@ from transformers import (
 from support.builders import TINY, randomized
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-LENGTH = 40
+LENGTH = 48
 SIDE = 32
 
 
@@ -105,7 +105,10 @@ def make_align(path: Path) -> Path:
         "hidden_dim": 32,
         "depth_divisor": 8,
     }
-    return randomized(AlignModel(AlignConfig(text_config=text, vision_config=vision, projection_dim=32)), path)
+    return randomized(
+        AlignModel(AlignConfig(text_config=text, vision_config=vision, projection_dim=32, temperature_init_value=0.1)),
+        path,
+    )
 
 
 TOWERS: dict[str, Callable[[Path], Path]] = {

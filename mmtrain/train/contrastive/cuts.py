@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmtrain.config.schema import Run
+from mmtrain.config.run_section import Run
 from mmtrain.contrastive.embedder import EncodedItem, Kind
 from mmtrain.contrastive.relation import Numbers, Relation, relate
 from mmtrain.dataset.microbatches import cut_step

@@ -33,6 +33,9 @@ class ContrastiveObjective:
     def load(self) -> ContrastiveLearner:
         return self._learner
 
+    def write_facts(self) -> None:
+        """There are none: lengths of pairs are no lengths of samples."""
+
     def steps(self) -> "ContrastiveSteps":
         return ContrastiveSteps(self._learner)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config import Config
-from mmtrain.config.schema import Source
+from mmtrain.config.data_section import Source
 from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.pair_samples import PairSamples, read_pairs
 from mmtrain.dataset.plan import Plan
