@@ -17,7 +17,7 @@ from mmtrain.config import Config
 from mmtrain.encoding.tower_processor import load_tower_processor
 from mmtrain.errors import UserError
 from mmtrain.retrieval.command import Options, retrieval_figures
-from support.tower_models import make_clip
+from support.tower_models import LENGTH, make_clip
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 
@@ -172,7 +172,7 @@ def test_an_image_without_a_class_is_refused_by_its_line(clip: Path, tmp_path: P
         ("red\nred\n", (), "expected at least two different classes"),
         ("red\nblue\n", ("a photo",), r"--template 'a photo': expected one {} in it"),
         (None, (), "cannot be read: No such file"),
-        ("red\n" + "very " * 40 + "blue\n", (), "tokens, over the"),
+        ("red\n" + "very " * LENGTH + "blue\n", (), "tokens, over the"),
     ],
 )
 def test_classes_that_cannot_be_used(
