@@ -1,6 +1,6 @@
 """The contrastive objective: the embeddings of pairs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 
 from rich.table import Table
@@ -10,6 +10,7 @@ from mmtrain.contrastive.load import load_embedder
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.contrastive.cuts import PairCut
+from mmtrain.train.contrastive.evaluations import RetrievalEvaluations
 from mmtrain.train.contrastive.export import export
 from mmtrain.train.contrastive.learner import make_contrastive_learner
 from mmtrain.train.contrastive.pair_dataset import PairDataset
@@ -39,8 +40,9 @@ class ContrastiveObjective:
     def steps(self) -> "ContrastiveSteps":
         return ContrastiveSteps(self._learner)
 
-    def evaluations(self, metrics: MetricsFile) -> "NoEvaluations":
-        return NoEvaluations()
+    def evaluations(self, metrics: MetricsFile) -> RetrievalEvaluations:
+        data = self.data
+        return RetrievalEvaluations(self._config, data.eval, data.num_steps, self._learner, metrics, self._progress)
 
     def report(self) -> Iterator[str | Table]:
         learner = self._learner
@@ -65,10 +67,3 @@ class ContrastiveSteps:
 
     def batches(self, first: int, last: int) -> Iterator[Loaded]:
         return self._learner.batches(first, last)
-
-
-class NoEvaluations:
-    """Nothing is evaluated."""
-
-    def run(self, step: int, done: Sequence[str] = ()) -> int | None:
-        return None

@@ -1,16 +1,18 @@
 """The pairs that a run is trained and evaluated on, checked before the first step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmtrain.config import Config
-from mmtrain.config.data_section import Source
 from mmtrain.contrastive.embedder import Embedder
-from mmtrain.contrastive.pair_samples import PairSamples, read_pairs
+from mmtrain.contrastive.pair_samples import read_pairs
 from mmtrain.dataset.plan import Plan
 from mmtrain.dataset.validate import FaultPolicy
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
+from mmtrain.retrieval.evaluation import RetrievalEvaluation
 from mmtrain.train.dataset import eval_sources, num_steps
 
 
@@ -26,19 +28,15 @@ class PairDataset:
     def __init__(self, config: Config, embedder: Embedder, progress: Progress) -> None:
         data = config.data
         limit, policy, ignored = embedder.limit(data.max_length), FaultPolicy.of(data), frozenset(data.ignore_fields)
-        sources: dict[str, list[Source]] = {"train": list(data.train)}
-        sources |= {f"evaluation set {name}": [source] for name, source in eval_sources(config).items()}
-        found, faults = [], []
-        for name, own in sources.items():
-            try:
-                with progress.task(f"checking {name}"):
-                    found.append(read_pairs(own, embedder, limit, policy, ignored, data.decode_images, progress))
-            except UserError as error:
-                faults += error.faults
+        faults: list[str] = []
+        with _collected(faults), progress.task("checking train"):
+            self.train = read_pairs(data.train, embedder, limit, policy, ignored, data.decode_images, progress)
+        self.eval: dict[str, RetrievalEvaluation] = {}
+        for name, source in eval_sources(config).items():
+            with _collected(faults), progress.task(f"checking evaluation set {name}"):
+                self.eval[name] = RetrievalEvaluation(config, [source], embedder, progress)
         if faults:
             raise UserError(faults)
-        self.train, *others = found
-        self.eval: dict[str, PairSamples] = dict(zip(eval_sources(config), others, strict=True))
         self.plan = Plan.of(config, self.train.records, self.train.used)
         self.num_steps = num_steps(config.train, self.plan)
 
@@ -57,7 +55,7 @@ class PairDataset:
         """A row for each pair that is left out by `data.too_long: drop` or `data.on_fault: skip`."""
         return [
             {"file": str(place.file), "line": place.line, "place": str(place), "reason": reason}
-            for samples in (self.train, *self.eval.values())
+            for samples in (self.train, *(one.samples for one in self.eval.values()))
             for index, reason in samples.left_out
             for place in [samples.place(index)]
         ]
@@ -66,3 +64,12 @@ class PairDataset:
     def image_files(self) -> frozenset[Path]:
         """Those of the training pairs."""
         return self.train.image_files
+
+
+@contextmanager
+def _collected(faults: list[str]) -> Iterator[None]:
+    """Add the faults of a UserError raised inside."""
+    try:
+        yield
+    except UserError as error:
+        faults += error.faults
