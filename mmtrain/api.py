@@ -66,9 +66,11 @@ def encode(config: "Config", records: Sequence[Mapping[str, Any]], root: str | P
 
 
 def evaluate(
-    config: "Config", adapter: str | Path | None = None, measure: Literal["answers", "perplexity"] = "answers"
+    config: "Config",
+    adapter: str | Path | None = None,
+    measure: Literal["answers", "perplexity", "retrieval"] = "answers",
 ) -> dict[str, Any]:
-    """What `mmtrain eval answers --json` or `mmtrain eval perplexity --json` prints, for `data.eval`.
+    """What `mmtrain eval answers --json`, `eval perplexity --json` or `eval retrieval --json` prints, for `data.eval`.
 
     `adapter`: the directory of a run or of an adapter; without it the base model is evaluated. Raises UserError.
     """
@@ -80,6 +82,10 @@ def evaluate(
 
         options = perplexity.Options(path)
         return perplexity.figures(Evaluation(config, adapters=options.adapters), options)
+    if measure == "retrieval":
+        from mmtrain.retrieval import command as retrieval
+
+        return retrieval.retrieval_figures(config, retrieval.Options(path))[0]
     from mmtrain.answers import command as answers
 
     return answers.answer_figures(config, answers.Options(path))[0]

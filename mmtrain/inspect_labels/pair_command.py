@@ -86,7 +86,7 @@ def _first_epoch(config: Config, split: str, dataset: PairDataset) -> list[PairS
         raise UserError("data.eval: there are no sources in the config")
     size = config.train.batch_size
     return [
-        PairStep(number, samples, tuple(samples.used[start : start + size].tolist()))
-        for samples in dataset.eval.values()
-        for number, start in enumerate(range(0, len(samples.used), size), start=1)
+        PairStep(number, one.samples, tuple(one.samples.used[start : start + size].tolist()))
+        for one in dataset.eval.values()
+        for number, start in enumerate(range(0, len(one.samples.used), size), start=1)
     ]
