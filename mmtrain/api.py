@@ -78,10 +78,8 @@ def evaluate(
     path = None if adapter is None else Path(adapter)
     if measure == "perplexity":
         from mmtrain.evaluate import command as perplexity
-        from mmtrain.evaluate.evaluation import Evaluation
 
-        options = perplexity.Options(path)
-        return perplexity.figures(Evaluation(config, adapters=options.adapters), options)
+        return perplexity.perplexity_figures(config, perplexity.Options(path))
     if measure == "retrieval":
         from mmtrain.retrieval import command as retrieval
 

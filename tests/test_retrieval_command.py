@@ -12,6 +12,7 @@ import torch
 from transformers import CLIPModel
 from typer.testing import CliRunner
 
+from mmtrain import api
 from mmtrain.cli import app
 from mmtrain.config import Config
 from mmtrain.encoding.tower_processor import load_tower_processor
@@ -224,9 +225,10 @@ def test_the_report_fits_80_columns_and_the_page_escapes_text(clip: Path, tmp_pa
     assert "http" not in page.replace("http-equiv", "")
 
 
-def test_json_has_both_directions(clip: Path, tmp_path: Path) -> None:
-    done = command(config_of(clip, tmp_path, write_pairs(tmp_path, captioned())), tmp_path, "--json")
-    row = json.loads(done.stdout)
+def test_json_has_both_directions_and_is_what_the_python_function_gives(clip: Path, tmp_path: Path) -> None:
+    config = config_of(clip, tmp_path, write_pairs(tmp_path, captioned()))
+    row = json.loads(command(config, tmp_path, "--json").stdout)
+    assert row == api.evaluate(config, measure="retrieval")
     for name in ("image_to_text", "text_to_image"):
         assert {"recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", "interval"} <= row[name].keys()
 

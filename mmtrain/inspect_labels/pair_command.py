@@ -23,7 +23,7 @@ def inspect_pairs(config: Config, options: Options) -> int:
     for name in ("tokens", "losses", "adapter"):
         if getattr(options, name):
             raise UserError(f"--{name}: it is for objective.kind: chat")
-    runtime = Runtime(config.model.dtype)
+    runtime = Runtime(config.model.dtype, device=config.run.device)
     progress = Progress(runtime.activity.tick)
     embedder = load_embedder(config, runtime)
     if options.all:
