@@ -174,6 +174,7 @@ def test_a_key_is_ignored_where_the_config_says_so() -> None:
 def test_the_group_is_the_value_of_its_key() -> None:
     record = {"query": "q", "positive": "p", "product": 12}
     assert read_pair(record, group="product").group == "12"
+    assert read_pair(record, group="product", ignored={"product"}).group == "12"
     assert read_pair({**record, "product": None}, group="product").group is None
     with pytest.raises(SampleError, match="no key 'brand', which `group` of the source names"):
         read_pair({"query": "q", "positive": "p"}, group="brand")

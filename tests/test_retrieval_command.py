@@ -12,12 +12,13 @@ import torch
 from transformers import CLIPModel
 from typer.testing import CliRunner
 
+from mmtrain import api
 from mmtrain.cli import app
 from mmtrain.config import Config
 from mmtrain.encoding.tower_processor import load_tower_processor
 from mmtrain.errors import UserError
 from mmtrain.retrieval.command import Options, retrieval_figures
-from support.tower_models import make_clip
+from support.tower_models import LENGTH, make_clip
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 
@@ -172,7 +173,7 @@ def test_an_image_without_a_class_is_refused_by_its_line(clip: Path, tmp_path: P
         ("red\nred\n", (), "expected at least two different classes"),
         ("red\nblue\n", ("a photo",), r"--template 'a photo': expected one {} in it"),
         (None, (), "cannot be read: No such file"),
-        ("red\n" + "very " * 40 + "blue\n", (), "tokens, over the"),
+        ("red\n" + "very " * LENGTH + "blue\n", (), "tokens, over the"),
     ],
 )
 def test_classes_that_cannot_be_used(
@@ -224,9 +225,10 @@ def test_the_report_fits_80_columns_and_the_page_escapes_text(clip: Path, tmp_pa
     assert "http" not in page.replace("http-equiv", "")
 
 
-def test_json_has_both_directions(clip: Path, tmp_path: Path) -> None:
-    done = command(config_of(clip, tmp_path, write_pairs(tmp_path, captioned())), tmp_path, "--json")
-    row = json.loads(done.stdout)
+def test_json_has_both_directions_and_is_what_the_python_function_gives(clip: Path, tmp_path: Path) -> None:
+    config = config_of(clip, tmp_path, write_pairs(tmp_path, captioned()))
+    row = json.loads(command(config, tmp_path, "--json").stdout)
+    assert row == api.evaluate(config, measure="retrieval")
     for name in ("image_to_text", "text_to_image"):
         assert {"recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", "interval"} <= row[name].keys()
 

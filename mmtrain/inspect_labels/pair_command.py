@@ -23,7 +23,7 @@ def inspect_pairs(config: Config, options: Options) -> int:
     for name in ("tokens", "losses", "adapter"):
         if getattr(options, name):
             raise UserError(f"--{name}: it is for objective.kind: chat")
-    runtime = Runtime(config.model.dtype)
+    runtime = Runtime(config.model.dtype, device=config.run.device)
     progress = Progress(runtime.activity.tick)
     embedder = load_embedder(config, runtime)
     if options.all:
@@ -48,7 +48,7 @@ def _show(steps: list[tuple[PairStep, list[int]]], options: Options) -> None:
             write_page(options.html, steps)
         except OSError as error:
             raise StorageError(f"--html {shown(options.html)}: cannot be written: {error.strerror}") from None
-        print(f"wrote {visible(str(options.html))}: {len(steps)} steps")
+        print(f"wrote {visible(str(options.html))}: {len(steps)} step{'s' * (len(steps) != 1)}")
         return
     console = Console(highlight=False, emoji=False, markup=False)
     for step, rows in steps:
@@ -86,7 +86,7 @@ def _first_epoch(config: Config, split: str, dataset: PairDataset) -> list[PairS
         raise UserError("data.eval: there are no sources in the config")
     size = config.train.batch_size
     return [
-        PairStep(number, samples, tuple(samples.used[start : start + size].tolist()))
-        for samples in dataset.eval.values()
-        for number, start in enumerate(range(0, len(samples.used), size), start=1)
+        PairStep(number, one.samples, tuple(one.samples.used[start : start + size].tolist()))
+        for one in dataset.eval.values()
+        for number, start in enumerate(range(0, len(one.samples.used), size), start=1)
     ]

@@ -67,6 +67,7 @@ def read_pair(
     """
     if not isinstance(record, dict):
         raise SampleError(f"expected an object, not {shown(record)}")
+    name = _group(record, group)
     record = without_keys(record, ignored) if ignored else record
     shape = recognise_pair(record)
     understood = {*shape.keys, *({group} if group else ())}
@@ -79,7 +80,7 @@ def read_pair(
         _item(query, "the query", mark),
         tuple(_item(one, f"positive {number}", mark) for number, one in enumerate(positives, start=1)),
         tuple(_item(one, f"negative {number}", mark) for number, one in enumerate(negatives, start=1)),
-        _group(record, group),
+        name,
     )
     if not any(item.images for item in pair.items):
         check_no_image_is_lost(record, understood)

@@ -60,7 +60,7 @@ def retrieval_figures(config: Config, options: Options) -> tuple[dict[str, Any],
     sources = [EvalSource(path=path) for path in options.data] or list(config.data.eval)
     _check(config, options, sources)
     classes = None if options.classes is None else read_classes(options.classes, options.templates)
-    runtime = Runtime(config.model.dtype)
+    runtime = Runtime(config.model.dtype, device=config.run.device)
     if runtime.num_processes > 1:
         raise UserError("eval retrieval: it runs in one process: start it without a launcher")
     progress = Progress(runtime.activity.tick)
