@@ -169,7 +169,8 @@ def test_a_batch_without_a_supervised_token_has_no_answer(made: tuple[Learner, A
     expected = scorer._answers(loader.load([2]))
     assert scorer._answers(dataclasses.replace(batch, supervised=only_second)).tolist() == expected.tolist()
     found = scorer._answers(dataclasses.replace(batch, supervised=none))
-    assert (found.shape, found.dtype) == ((0,), np.int64)
+    assert found.shape == (0,)
+    assert found.dtype == np.dtype(np.int64)
 
 
 def test_a_sample_that_is_supervised_from_its_first_token_has_an_answer(made: tuple[Learner, Any]) -> None:
@@ -184,6 +185,11 @@ def test_a_sample_that_is_supervised_from_its_first_token_has_an_answer(made: tu
 def test_changed_samples_are_what_the_model_is_given(made: tuple[Learner, Any]) -> None:
     learner, dataset = made
     given: list[Any] = []
+
+    def batches(samples: Any, own: list[list[int]]) -> Any:
+        given.append(samples)
+        return iter(())
+
     changed: Any = object()
     scorer = Scorer(dataset.train, dataset.encoder, np.array([2]), [10], changed)
     processor = SimpleNamespace(lays_out_together=True)
@@ -191,7 +197,7 @@ def test_changed_samples_are_what_the_model_is_given(made: tuple[Learner, Any]) 
         runtime=learner.runtime,
         processor=processor,
         packing=True,
-        batches=lambda samples, own: given.append(samples) or iter(()),
+        batches=batches,
     )
     scorer.score(loaded, 120, QUIET)
     assert given == [changed]
@@ -238,7 +244,12 @@ def test_packing_is_what_the_config_and_the_trial_say(
 
     monkeypatch.setattr("mmtrain.scoring.packing.packing_fault", trial)
     keys: list[str] = []
-    first: Any = type("First", (), {"from_first": staticmethod(lambda key, make: (keys.append(key), make())[1])})
+
+    def from_first(key: str, make: Callable[[], str]) -> str:
+        keys.append(key)
+        return make()
+
+    first: Any = SimpleNamespace(from_first=from_first)
     model, processor, lines = Any, Any, list[str]()
     assert choose_packing(model, processor, make_config("text", packing=wanted), first, lines.append) is packs  # type: ignore[arg-type]
     assert asked == [(model, processor, torch.float32, wanted is not False)]
