@@ -61,6 +61,7 @@ eval_image_tokens = or_refused(lambda dataset: int(dataset.eval[0].checked.num_i
 num_steps = or_refused(lambda dataset: dataset.num_steps)
 samples_of_a_step = or_refused(lambda dataset: len(dataset.plan.step(1)))
 steps_of_an_epoch = or_refused(lambda dataset: dataset.plan.steps_per_epoch)
+num_samples_of_both_sides = or_refused(lambda dataset: len(dataset.checked.used) + len(dataset.eval[0].checked.used))
 eval_name = or_refused(lambda dataset: dataset.eval[0].name)
 
 
