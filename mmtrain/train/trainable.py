@@ -10,7 +10,7 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.components import ComponentReport, apply_tune, without_adapter
 from mmtrain.model.dropout import DropoutContext, install_dropout
 from mmtrain.model.family import Family, probe_family
-from mmtrain.model.load import checkpoint_activations, load_model
+from mmtrain.model.load import LoadModel, checkpoint_activations, load_model
 from mmtrain.model.vision import VisionInputs, prepare_vision
 from mmtrain.progress import Progress
 from mmtrain.runtime.device import loading_faults
@@ -34,13 +34,15 @@ class TrainableModel:
     vision: VisionInputs
 
 
-def make_trainable(config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress) -> TrainableModel:
+def make_trainable(
+    config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress, load: LoadModel = load_model
+) -> TrainableModel:
     """Load the base model, freeze it, and add what is trainable, whose initial weights follow from the seed alone."""
     torch.manual_seed(config.train.seed)
     settings = config.model
     home = torch.device("cpu") if is_sharded(config, runtime) else runtime.device
     with loading_faults():
-        base = load_model(settings.path, settings.dtype, processor, home, runtime.activity.tick, settings.quantization)
+        base = load(settings.path, settings.dtype, processor, home, runtime.activity.tick, settings.quantization)
     runtime.activity.set("preparing the model")
     family = probe_family(base, processor, progress.say)
     for line in without_adapter(base, family.components, config.tune):
