@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 from mmtrain.model.live_memory import LiveMemory
+from mmtrain.model.meta_results import META, MetaResults, writes_first
 
 _aten: Any = torch.ops.aten
-_META = torch.device("meta")
 _INDEXED = {_aten.index, _aten.index_put, _aten.index_put_}
 _has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
 
@@ -82,6 +82,7 @@ class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, memory: LiveMemory) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.memory = memory
+        self._results = MetaResults()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -120,9 +121,11 @@ class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args = (args[0], [index for own in args[1] for index in _as_positions(own)], *args[2:])
         own_args, own_kwargs = _map(self._shape_of, args), _on_meta(_map(self._shape_of, kwargs))
         try:
-            out = func(*own_args, **own_kwargs)
+            out = self._results.of(func, own_args, own_kwargs)
         except NotImplementedError as error:  # what torch raises where a shape depends on values
             raise NeedsValuesError(f"{func} of this model depends on the values of its input") from error
+        if writes_first(func):
+            return args[0]
         if func._schema.is_mutable:
             return return_and_correct_aliasing(func, args, kwargs, out)  # type: ignore[no-untyped-call]
         return self._keep(out)
@@ -132,7 +135,7 @@ class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return value.shape_only
         if isinstance(value, Tensor):
             self.memory.keep(value)
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=META)
         return value
 
     def _keep(self, out: Any) -> Any:
@@ -164,7 +167,7 @@ def _makes_unknown(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _on_meta(kwargs: dict[str, Any]) -> dict[str, Any]:
-    changes = {"device": _META, "generator": None, "pin_memory": None}
+    changes = {"device": META, "generator": None, "pin_memory": None}
     return kwargs | {name: value for name, value in changes.items() if name in kwargs}
 
 

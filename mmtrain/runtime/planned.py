@@ -1,7 +1,6 @@
 """The runtime of a run that is only planned: it meets no other process and changes nothing of this one."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor

@@ -48,7 +48,7 @@ def make_trainable(
     for line in without_adapter(base, family.components, config.tune):
         progress.say(line)
     model, reports = apply_tune(base, family.components, config.tune)
-    if config.run.activation_checkpointing:
+    if config.run.activation_checkpointing is True:
         checkpoint_activations(base)
     dropout = DropoutContext(config.train.seed)
     install_dropout(model, family, config.tune, dropout, runtime.device, progress.say)
