@@ -12,7 +12,9 @@ from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import one_line
 from mmtrain.train.dataset import Dataset
+from mmtrain.train.learner import make_learner
 from mmtrain.train.peak_memory import PeakMemory, predict_peak
+from mmtrain.train.step import Learner
 
 GIB = 2**30
 RESERVED_BYTES, RESERVED_SHARE = 1.0 * GIB, 0.05
@@ -29,6 +31,14 @@ def peak_of(found: PeakMemory, config: Config, num_processes: int) -> int:
     """The predicted peak, with the weights sharded if the config says so."""
     is_sharded = config.run.weights == "shard" and num_processes > 1
     return found.sharded(num_processes) if is_sharded else found.peak
+
+
+def decided_learner(
+    config: Config, dataset: Dataset, processor: ChatProcessor, runtime: Runtime, progress: Progress
+) -> Learner:
+    """`make_learner`, after `decide_checkpointing`."""
+    decided = decide_checkpointing(config, dataset, processor, runtime, progress)
+    return make_learner(decided, processor, runtime, progress)
 
 
 def decide_checkpointing(
@@ -56,9 +66,7 @@ def decide_checkpointing(
 
 def with_checkpointing(config: Config, value: bool) -> Config:
     """The config with this value of `run.activation_checkpointing`."""
-    return config.model_copy(
-        update={"run": config.run.model_copy(update={"activation_checkpointing": value})}
-    )
+    return config.model_copy(update={"run": config.run.model_copy(update={"activation_checkpointing": value})})
 
 
 def _decision(

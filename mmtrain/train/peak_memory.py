@@ -101,7 +101,8 @@ def _as_planned(config: Config) -> Config:
         "activation_checkpointing": checkpointing,
         "image_cache": _NO_CACHE if max(config.run.image_cache.model_dump().values()) else config.run.image_cache,
     }
-    return config.model_copy(update={"run": config.run.model_copy(update=changes)})
+    run, model = config.run.model_copy(update=changes), config.model.model_copy(update={"adapter": None})
+    return config.model_copy(update={"run": run, "model": model})
 
 
 def _microbatches(cuts: StepCuts, dataset: Dataset, packing: bool) -> tuple[Microbatch, Microbatch]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mmtrain.config.schema import Run
+from mmtrain.config.run_section import Run
 from mmtrain.dataset.batch import Batch
 from mmtrain.dataset.microbatches import cut_step
 from mmtrain.model.cost import CostModel
