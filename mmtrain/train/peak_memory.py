@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mmtrain.config import Config
-from mmtrain.config.schema import ImageCache
+from mmtrain.config.run_section import ImageCache
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.live_memory import LiveMemory
 from mmtrain.model.load import load_without_weights
