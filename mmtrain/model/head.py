@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtrain.model.kernels.products import product
+from mmtrain.model.planned_device import kind_of
 from mmtrain.safe_text import one_line
 
 TOKEN_BLOCK = 512
@@ -123,7 +124,7 @@ class _Softmax:
 
 
 def _block_size(weight: Tensor) -> int:
-    return VOCABULARY_BLOCK if weight.device.type == "cpu" else len(weight)
+    return VOCABULARY_BLOCK if kind_of(weight.device) == "cpu" else len(weight)
 
 
 def frozen_head(model: Any) -> nn.Linear | None:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import (
@@ -34,6 +34,20 @@ _log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 
 
+class LoadModel(Protocol):
+    """What gives a base model: `load_model`, or `load_without_weights`."""
+
+    def __call__(
+        self,
+        path: str,
+        dtype: str,
+        processor: ChatProcessor,
+        device: torch.device,
+        tick: Callable[[], None],
+        quantization: str | None,
+    ) -> Any: ...
+
+
 def load_config(path: str) -> Any:
     """The model's configuration. Raises UserError where config.json is broken or of an unknown model."""
     try:
@@ -56,6 +70,22 @@ def model_structure(path: str) -> Any:
     try:
         with torch.device("meta"):
             return auto_class(config).from_config(config).eval()
+    except Exception as error:  # a broken config makes transformers raise anything
+        raise UserError(f"{path}: the model cannot be made: {type(error).__name__}: {one_line(error)}") from None
+
+
+def load_without_weights(
+    path: str,
+    dtype: str,
+    processor: ChatProcessor,
+    device: torch.device = _CPU,
+    tick: Callable[[], None] = lambda: None,
+    quantization: str | None = None,
+) -> Any:
+    """The model as `load_model` gives it, with new weights of which none is read. For `WithoutValues`."""
+    config = load_config(path)
+    try:
+        return auto_class(config).from_config(config, dtype=getattr(torch, dtype)).eval()
     except Exception as error:  # a broken config makes transformers raise anything
         raise UserError(f"{path}: the model cannot be made: {type(error).__name__}: {one_line(error)}") from None
 
