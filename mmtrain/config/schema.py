@@ -70,8 +70,8 @@ class Lora(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The share of the adapters' inputs dropped in training."""
     targets: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)] | None = None
-    """Names of the linear layers that get an adapter, such as `q_proj` or `self_attn.q_proj`; without it
-    every linear layer of the component."""
+    """Names of the linear layers and weights of experts that get an adapter, such as `q_proj` or
+    `self_attn.q_proj`; without it all of the component, except the head and routers."""
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """The kind of adapter."""
 

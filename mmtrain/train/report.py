@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mmtrain.config import Config
 from mmtrain.config.schema import Lora
-from mmtrain.model.components import ComponentReport
+from mmtrain.model.tune import ComponentReport
 from mmtrain.progress import Progress, Task
 from mmtrain.runtime.shard import num_held
 from mmtrain.safe_text import visible

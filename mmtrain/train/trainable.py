@@ -7,10 +7,11 @@ import torch
 
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model.components import ComponentReport, apply_tune, without_adapter
 from mmtrain.model.dropout import DropoutContext, install_dropout
 from mmtrain.model.family import Family, probe_family
 from mmtrain.model.load import checkpoint_activations, load_model
+from mmtrain.model.lora_targets import without_adapter
+from mmtrain.model.tune import ComponentReport, apply_tune
 from mmtrain.model.vision import VisionInputs, prepare_vision
 from mmtrain.progress import Progress
 from mmtrain.runtime.device import loading_faults

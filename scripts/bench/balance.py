@@ -32,10 +32,10 @@ from mmtrain.dataset.microbatches import Cut, cut_step
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.model.components import apply_tune
 from mmtrain.model.cost import CostModel, cost_model
 from mmtrain.model.family import probe_family
 from mmtrain.model.load import model_structure
+from mmtrain.model.tune import apply_tune
 from mmtrain.progress import QUIET
 from mmtrain.train.dataset import Dataset
 

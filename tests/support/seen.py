@@ -20,9 +20,10 @@ from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.model.components import Components, apply_tune
+from mmtrain.model.components import Components
 from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
+from mmtrain.model.tune import apply_tune
 from mmtrain.progress import QUIET
 from mmtrain.runtime import processes
 from mmtrain.runtime.processes import Runtime
