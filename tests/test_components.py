@@ -1,4 +1,4 @@
-"""What learns: the three parts on the module tree, and nothing outside what was named."""
+"""The three components on the module tree: what was named is trainable, and nothing else."""
 
 import re
 from collections.abc import Callable
@@ -16,7 +16,8 @@ from transformers import (
     Llama4TextConfig,
 )
 
-from mmtrain.config.schema import Config, Lora, Tune
+from mmtrain.config.schema import Config
+from mmtrain.config.tune_section import Lora, Tune
 from mmtrain.errors import UserError
 from mmtrain.model.components import Components, base_name
 from mmtrain.model.lora_targets import targets_of, without_adapter

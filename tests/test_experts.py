@@ -11,7 +11,8 @@ from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig, MixtralConfig, MixtralForCausalLM
 
-from mmtrain.config.schema import Config, Lora, Tune
+from mmtrain.config.schema import Config
+from mmtrain.config.tune_section import Lora, Tune
 from mmtrain.errors import UserError
 from mmtrain.merge.command import merge
 from mmtrain.model.adapter import load_adapter, read_adapter

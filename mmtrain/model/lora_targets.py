@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from mmtrain.config.schema import Lora, Tune
+from mmtrain.config.tune_section import Lora, Tune
 from mmtrain.errors import UserError
 from mmtrain.model.components import Components
 from mmtrain.model.quantized_weights import is_quantized, num_weights

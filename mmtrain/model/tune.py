@@ -7,7 +7,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
 
-from mmtrain.config.schema import Full, Lora, Tune
+from mmtrain.config.tune_section import Full, Lora, Tune
 from mmtrain.errors import UserError
 from mmtrain.model.components import Components, base_name
 from mmtrain.model.lora_targets import Targets, patterns_are_rewritten, targets_of

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 
 from mmtrain.config import Config
-from mmtrain.config.schema import Lora
+from mmtrain.config.tune_section import Lora
 from mmtrain.dataset.hashes import digest, model_fingerprints
 from mmtrain.model.dropout import MASKS
 from mmtrain.model.quantization import quantizer
