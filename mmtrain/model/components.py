@@ -3,29 +3,40 @@
 Only this module knows how families name their components.
 """
 
+import difflib
 import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
 
+from mmtrain.config.tune_section import ComponentModules
 from mmtrain.errors import UserError
+from mmtrain.safe_text import shown
 
 COMPONENTS = ("vision", "projector", "language")
 _INNER_PROJECTORS = ("merger", "merger_list", "deepstack_merger_list")
 """Children of a vision tower that belong to the projector: they map its features to the language model's."""
+_NONE = ComponentModules()
 
 
 class Components:
     """The component of each module and parameter of a base model."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, named: ComponentModules = _NONE) -> None:
+        """`named`: what belongs to another component than the one it is found in, and the vision tower where none is
+        found. Raises UserError where the model has no module or parameter of such a name, or no vision tower."""
+        by_name = _by_component(model, named)
         names = {id(module): name for name, module in model.named_modules()}
-        head, vision = model.get_output_embeddings(), _vision_tower(model)
-        self.head_name = names[id(head)]
+        self.head_name = names[id(model.get_output_embeddings())]
         self._roots: dict[str, str] = {"": "language"}
-        if vision is None:
-            return
+        vision = _vision_tower(model, named)
+        if vision is not None:
+            self._find(model, vision, names)
+        self._roots |= by_name
+
+    def _find(self, model: Any, vision: nn.Module, names: dict[int, str]) -> None:
+        head = model.get_output_embeddings()
         decoder = model.get_decoder()
         self._roots = {names[id(head)]: "language", names[id(decoder)]: "language", names[id(vision)]: "vision"}
         for name, _ in vision.named_children():
@@ -73,15 +84,32 @@ class Components:
             yield from self._largest(child, f"{name}.{inner}".strip("."), component)
 
 
-def _vision_tower(model: Any) -> nn.Module | None:
+def _by_component(model: Any, named: ComponentModules) -> dict[str, str]:
+    """The component of each name that the config gives. Raises UserError for a name that the model does not have."""
+    known = {name for name, _ in (*model.named_modules(), *model.named_parameters()) if name}
+    by_name = {name: component for component in COMPONENTS for name in getattr(named, component)}
+    for name, component in by_name.items():
+        if name not in known:
+            near = difflib.get_close_matches(name[:200], sorted(known), n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(map(shown, near))}?" if near else "mmtrain inspect-model shows some"
+            raise UserError(f"tune.components.{component}: the model has no module called {shown(name, 120)}; {hint}")
+    return by_name
+
+
+def _vision_tower(model: Any, named: ComponentModules) -> nn.Module | None:
     """The module that encodes images, None for a text-only model."""
     if getattr(model.config, "vision_config", None) is None:
         return None
     tower = model.get_encoder(modality="image")
     if tower is None or tower is model or tower is model.get_decoder():
         tower = next((m for m in model.modules() if getattr(m, "config", None) is model.config.vision_config), None)
+    if tower is None and named.vision:
+        tower = model.get_submodule(named.vision[0])
     if tower is None:
-        raise UserError("the model's vision tower was not found: this family of models is not supported")
+        raise UserError(
+            "the model's vision tower was not found: name its modules, "
+            "such as tune.components='{vision: [model.vision], projector: [model.projector]}'"
+        )
     assert isinstance(tower, nn.Module)
     return tower
 

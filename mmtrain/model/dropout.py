@@ -127,7 +127,7 @@ def install_dropout(
             continue
         own = base_name(name)
         component = family.components.component_of(own)
-        lora = tune.components[component]
+        lora = tune.modes[component]
         if isinstance(lora, Lora) and lora.dropout > 0:
             found = True
             for adapter in list(module.lora_dropout):

@@ -26,6 +26,8 @@ class ComponentReport:
     frozen: int
     quantized: int = 0
     """Those of the frozen weights that are stored in 4 bits."""
+    roots: tuple[str, ...] = ()
+    """The names of the modules that it was found in; none for a text-only model."""
 
 
 def _pattern(names: list[str]) -> str:
@@ -115,7 +117,7 @@ def _lora_config(config: Any, loras: dict[str, Lora], targets: dict[str, Targets
 
 def _report(model: Any, components: Components, tune: Tune, targets: dict[str, Targets]) -> list[ComponentReport]:
     rows = []
-    for component, mode in tune.components.items():
+    for component, mode in tune.modes.items():
         own = [
             (name, p) for name, p in model.named_parameters() if components.component_of(base_name(name)) == component
         ]
@@ -127,5 +129,6 @@ def _report(model: Any, components: Components, tune: Tune, targets: dict[str, T
                 base_name(name).rpartition(".")[0] for name, p in own if p.requires_grad
             }
             quantized = sum(num_weights(p) for _, p in own if hasattr(p, "quant_state"))
-            rows.append(ComponentReport(component, mode.mode, len(modules), trainable, total - trainable, quantized))
+            counts = len(modules), trainable, total - trainable, quantized
+            rows.append(ComponentReport(component, mode.mode, *counts, tuple(components.roots(component))))
     return rows

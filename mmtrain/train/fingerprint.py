@@ -22,7 +22,7 @@ def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> 
     for number in range(len(config.data.train)):
         found[f"data.train.{number}.records"] = digest(dataset.train.records.files_of(number), tick)
     found["data.train.pictures"] = digest(sorted(dataset.checked.image_files), tick)
-    for component, tuned in config.tune.components.items():
+    for component, tuned in config.tune.modes.items():
         if isinstance(tuned, Lora) and tuned.dropout > 0:
             found[f"tune.{component}.dropout.masks"] = MASKS
     return found

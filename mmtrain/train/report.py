@@ -28,6 +28,9 @@ NUM_AVERAGED = 50
 def start_report(config: Config, dataset: Dataset, learner: Learner) -> Iterator[str | Table]:
     """What is printed before the first step."""
     yield _component_table(learner.component_reports)
+    for row in learner.component_reports:
+        if row.roots:
+            yield f"{row.component}: {', '.join(map(visible, row.roots))}"
     yield dataset.summary()
     yield _weights_line(learner)
     yield from _bits_lines(config, learner)

@@ -38,12 +38,14 @@ class TrainableModel:
 def make_trainable(config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress) -> TrainableModel:
     """Load the base model, freeze it, and add what is trainable, whose initial weights follow from the seed alone."""
     torch.manual_seed(config.train.seed)
-    settings = config.model
+    settings, named = config.model, config.tune.components
     home = torch.device("cpu") if is_sharded(config, runtime) else runtime.device
     with loading_faults():
-        base = load_model(settings.path, settings.dtype, processor, home, runtime.activity.tick, settings.quantization)
+        base = load_model(
+            settings.path, settings.dtype, processor, home, runtime.activity.tick, settings.quantization, named
+        )
     runtime.activity.set("preparing the model")
-    family = probe_family(base, processor, progress.say)
+    family = probe_family(base, processor, progress.say, named)
     for line in without_adapter(base, family.components, config.tune):
         progress.say(line)
     model, reports = apply_tune(base, family.components, config.tune)

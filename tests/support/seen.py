@@ -101,7 +101,7 @@ def quantized_layers(config: Config) -> int:
 def tuned(config: Config) -> tuple[Any, Any]:
     processor, quantization = load_processor(config.model.path), config.model.quantization
     base = load_model(config.model.path, config.model.dtype, processor, quantization=quantization)
-    components = Components(base)
+    components = Components(base, config.tune.components)
     model, _ = apply_tune(base, components, config.tune)
     return model, make_optimizer(model, components, config)
 
@@ -115,6 +115,11 @@ def trainable_kinds(config: Config, component: str) -> set[str]:
     named = tuned(config)[0].named_parameters()
     of_component = [name for name, parameter in named if parameter.requires_grad and component_of(name) == component]
     return {"adapter" if "lora_" in name else "own" for name in of_component}
+
+
+def is_trainable(name: str) -> Callable[[Config], bool]:
+    """Of a parameter of the base model."""
+    return lambda config: dict(tuned(config)[0].named_parameters())[name].requires_grad
 
 
 def rates(config: Config, component: str) -> set[float]:
