@@ -15,7 +15,7 @@ from mmtrain.errors import UserError
 from mmtrain.safe_text import shown
 
 COMPONENTS = ("vision", "projector", "language")
-_INNER_PROJECTORS = ("merger", "merger_list", "deepstack_merger_list")
+_INNER_PROJECTORS = ("merger", "merger_list", "deepstack_merger_list", "patch_merger")
 """Children of a vision tower that belong to the projector: they map its features to the language model's."""
 _NONE = ComponentModules()
 

@@ -16,6 +16,7 @@ from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.directory import model_directory, takes_images
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
+from mmtrain.model.head import accept_positions
 from mmtrain.model.quantization import (
     check_installed,
     check_not_stored_quantized,
@@ -192,6 +193,7 @@ def load_model(
         raise UserError(
             f"{path}: the tokenizer has ids up to {largest}, but the model has only {num_embeddings} embeddings"
         )
+    accept_positions(model)
     return model.eval()
 
 
