@@ -110,7 +110,7 @@ def test_three_keys_are_enough_and_the_language_model_then_gets_lora(tmp_path: P
         f"model: {{path: {tmp_path}/model}}\ndata: {{train: [{{path: {tmp_path}/train.jsonl}}]}}\n"
         "run: {output_dir: out}\n",
     )
-    assert {name: part.mode for name, part in config.tune.components.items()} == {
+    assert {name: part.mode for name, part in config.tune.modes.items()} == {
         "vision": "frozen",
         "projector": "frozen",
         "language": "lora",
@@ -766,7 +766,7 @@ def test_the_json_schema_has_every_key_with_its_meaning() -> None:
     schema = json_schema()
     objects = {"Config": schema, **schema["$defs"]}
     models = models_under(Config)
-    assert len(models) == 13
+    assert len(models) == 14
     for model in models:
         written = objects[model.__name__]
         assert set(written["properties"]) == {field.alias or key for key, field in model.model_fields.items()}

@@ -145,6 +145,20 @@ def sources(at: str, number: Callable[[Config], Any], tokens: Callable[[Config],
     }
 
 
+def component_modules() -> dict[str, Key]:
+    """A module of another component is trained where it is named."""
+
+    def key(component: str, module: str, weight: str) -> Key:
+        given = {"tune.language": {"mode": "frozen"}} | {f"tune.{component}": {"mode": "full"}}
+        return Key(seen.is_trainable(f"{module}.{weight}"), [([], False), ([module], True)], given, QWEN)
+
+    return {
+        "tune.components.vision": key("vision", "model.visual.merger", "ln_q.weight"),
+        "tune.components.projector": key("projector", "model.visual.patch_embed", "proj.weight"),
+        "tune.components.language": key("language", "model.visual.merger", "ln_q.weight"),
+    }
+
+
 SKIP = {"data.on_fault": "skip"}
 SKIP_ONE = {"data.max_skipped": 1}
 ONE_IMAGE = {"data.train.0.path": "small/one.jsonl", "train.batch_size": 1}
@@ -236,7 +250,8 @@ RUN = {
     "run.keep_checkpoints": Key(seen.saved_steps, [(2, [3, 4]), (3, [2, 3, 4])], {"train.steps": 4}),
     "run.eval_every": Key(seen.steps_evaluated, [(2, [0, 2, 4]), (3, [0, 3, 4])], {"train.steps": 4}),
 }
-KEYS = {**DATA, **keys_of("vision"), **keys_of("projector"), **keys_of("language"), **TRAIN, **RUN}
+TUNE = {**keys_of("vision"), **keys_of("projector"), **keys_of("language"), **component_modules()}
+KEYS = {**DATA, **TUNE, **TRAIN, **RUN}
 
 
 def seen_with(key: Key, keys: dict[str, Any]) -> Any:

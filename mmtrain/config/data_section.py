@@ -75,8 +75,8 @@ class EvalSource(Source):
     """`train`: samples of `data.train` that are held out, so they are not trained on. Give `share` with it and no
     `path`."""
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The share of the samples that is held out with `from: train`. Which ones follows from their content, so they stay the
-    same when data is added. Samples with the same image are on the same side."""
+    """The share of the samples that is held out with `from: train`. Which ones follows from their content, so they
+    stay the same when data is added. Samples with the same image are on the same side."""
     max_samples: Annotated[int, Field(gt=0, le=10**9)] | None = None
     """How many of its samples are used at most: a random choice, the same in every run."""
     name: str | None = None

@@ -101,7 +101,7 @@ def _unknown_key(at: KeyPath, data: dict[str, Any]) -> str:
         return f"moved to {MOVED[path]}"
     if at[:-1] == ("run",) and key in Train.model_fields:
         return f"unknown key; did you mean train.{key}?"
-    if len(at) == 3 and at[0] == "tune":
+    if len(at) == 3 and at[0] == "tune" and at[1] != "components":
         component = f"{at[0]}.{at[1]}"
         mode = data["tune"][at[1]]["mode"]
         others = [name for name, model in _MODES.items() if key in model.model_fields]

@@ -28,7 +28,7 @@ def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> 
     if not SelectedSources.for_training(config.data).is_everything:
         found["data.train.used"] = hashlib.sha256(dataset.checked.used.astype("<i8").tobytes()).hexdigest()
     found["data.train.pictures"] = digest(sorted(dataset.checked.image_files), tick)
-    for component, tuned in config.tune.components.items():
+    for component, tuned in config.tune.modes.items():
         if isinstance(tuned, Lora) and tuned.dropout > 0:
             found[f"tune.{component}.dropout.masks"] = MASKS
     return found
