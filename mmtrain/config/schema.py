@@ -101,6 +101,9 @@ class Config(Section):
             "run.weights: shard": self.run.weights == "shard",
             "run.compile": self.run.compile,
             "metric of a source of data.eval": any(source.metric for source in self.data.eval),
+            "data.dedup": self.data.dedup,
+            "from: train of a source of data.eval": any(source.from_ for source in self.data.eval),
+            "max_samples of a source": any(source.max_samples for source in sources),
             "format of a source": any(source.format != "auto" for source in sources),
         }
         has_group = any(source.group for source in sources)
