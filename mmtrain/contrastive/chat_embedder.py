@@ -93,7 +93,7 @@ class ChatEmbedder:
         if self._pooling == "last":
             return hidden
         lengths = [segment.length for segment in batch.segments]
-        return torch.stack([own.mean(0) for own in hidden.split(lengths)])
+        return torch.stack([own.mean(0) for own in torch.split(hidden, lengths)])
 
     def is_frozen(self, kind: Kind) -> bool:
         return False
