@@ -85,9 +85,10 @@ FLOORS = [
     ["retrieval"],
     ["train"],
     ["evaluate", "inspect_labels", "inspect_model", "merge", "compose", "init", "report", "plan"],
+    ["inspect_data"],
     ["api"],
     ["config_commands"],
-    ["eval_commands", "model_commands", "run_commands"],
+    ["data_commands", "eval_commands", "model_commands", "run_commands"],
     ["cli"],
     ["__main__"],
 ]
