@@ -1,0 +1,91 @@
+"""What the attention of a vision tower costs, measured on two images: families attend within images, tiles or windows.
+
+The attention function of the tower is replaced for a moment by one that counts. Attention of n queries to m keys takes
+2 n m d multiply-additions for scores and values; d is the width of all heads.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.model.image_cache.features import base_model, given_to_decoder
+from mmtrain.model.transfer import all_on_device
+from mmtrain.safe_text import one_line
+
+_NAME = "mmtrain_counted"
+_SIZES = ((112, 112), (224, 224))
+"""(width, height) of the images."""
+
+
+@torch.no_grad()
+def image_attention(
+    model: Any, processor: ChatProcessor, patches_per_token: float, say: Callable[[str], None]
+) -> tuple[float, float]:
+    """Multiply-additions of one forward pass of the tower's attention: (per pair of an image's patches, per patch).
+
+    The second is that of windows and tiles, whose number grows with the image; where images end within a window, a
+    little of it is in the first. Both are 0 for a model without images, and where they cannot be measured; `say` is
+    then given one line.
+    """
+    base, token_id = base_model(model), processor.image_token_id
+    if token_id is None:
+        return 0.0, 0.0
+    tower = base.get_encoder(modality="image")
+    try:
+        if not isinstance(tower, PreTrainedModel) or tower is base:
+            raise ValueError("the vision tower was not found")
+        found = [_measured(base, tower, processor, size) for size in _SIZES]
+        if not all(cost for _, cost in found):
+            raise ValueError("the vision tower has an attention of its own")
+    except Exception as error:  # an unusual family can raise anything
+        say(f"cost: the attention to images is not counted: {one_line(error)}")
+        return 0.0, 0.0
+    return _solved([(count * patches_per_token, cost) for count, cost in found])
+
+
+def _solved(found: list[tuple[float, float]]) -> tuple[float, float]:
+    """The two costs from (patches, cost) of two images: cost = pairs n² + each n."""
+    (first, cost), (second, other) = found
+    if first == second:
+        return cost / first**2, 0.0
+    pairs = (other / second - cost / first) / (second - first)
+    each = cost / first - pairs * first
+    is_sum = pairs >= 0 and each >= 0  # else the number of patches for a placeholder is not the same in both
+    return (pairs, each) if is_sum else (other / second**2, 0.0)
+
+
+def _measured(base: Any, tower: PreTrainedModel, processor: ChatProcessor, size: tuple[int, int]) -> tuple[int, float]:
+    """The placeholders of a blank image of this size, and the multiply-additions of the attention to it."""
+    pixels, ids = processor.image_inputs([[PIL.Image.new("RGB", size)]])
+    inputs = {name: value.to(base.dtype) if value.is_floating_point() else value for name, value in pixels.items()}
+    with _counting(tower) as costs:
+        given_to_decoder(base, ids, all_on_device(inputs, base.device))
+    return sum(id_ == processor.image_token_id for id_ in ids), sum(costs)
+
+
+@contextmanager
+def _counting(tower: PreTrainedModel) -> Iterator[list[float]]:
+    """Inside, each call of the tower's attention adds its multiply-additions to the list."""
+    costs: list[float] = []
+
+    def counted(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows, heads, num_queries, width = query.shape
+        costs.append(2.0 * rows * heads * num_queries * key.shape[-2] * width)
+        return sdpa_attention_forward(module, query, key, *args, **kwargs)
+
+    before = tower.config._attn_implementation
+    AttentionInterface.register(_NAME, counted)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    tower.set_attn_implementation(_NAME)
+    try:
+        yield costs
+    finally:
+        tower.set_attn_implementation(before)
