@@ -127,7 +127,7 @@ def _valid_keys(at: KeyPath, data: dict[str, Any]) -> list[str]:
             model = _MODES.get(here.get("mode"), Frozen)
         else:
             model = next(_models_in(model.model_fields[step].annotation))
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

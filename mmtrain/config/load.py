@@ -123,6 +123,8 @@ def _paths(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     model, sections = data.get("model"), data.get("data")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         yield ("model", "path"), model["path"]
+    if isinstance(model, dict) and isinstance(model.get("adapter"), str):
+        yield ("model", "adapter"), model["adapter"]
     for section in ("train", "eval"):
         sources = sections.get(section) if isinstance(sections, dict) else None
         for i, source in enumerate(sources if isinstance(sources, list) else []):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import slice_logits_to_keep
 
 from mmtrain.model.kernels.products import product
+from mmtrain.model.planned_device import kind_of
 from mmtrain.safe_text import one_line
 
 TOKEN_BLOCK = 512
@@ -126,7 +127,7 @@ class _Softmax:
 
 
 def _block_size(weight: Tensor) -> int:
-    return VOCABULARY_BLOCK if weight.device.type == "cpu" else len(weight)
+    return VOCABULARY_BLOCK if kind_of(weight.device) == "cpu" else len(weight)
 
 
 def frozen_head(model: Any) -> nn.Linear | None:

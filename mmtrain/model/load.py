@@ -3,10 +3,17 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.logging import ERROR, disable_progress_bar, get_verbosity, set_tqdm_hook, set_verbosity
@@ -31,6 +38,21 @@ _CPU = torch.device("cpu")
 _NONE = ComponentModules()
 
 
+class LoadModel(Protocol):
+    """What gives a base model: `load_model`, or `load_without_weights`."""
+
+    def __call__(
+        self,
+        path: str,
+        dtype: str,
+        processor: ChatProcessor,
+        device: torch.device,
+        tick: Callable[[], None],
+        quantization: str | None,
+        named: ComponentModules,
+    ) -> Any: ...
+
+
 def load_config(path: str) -> Any:
     """The model's configuration. Raises UserError where config.json is broken or of an unknown model."""
     try:
@@ -39,8 +61,18 @@ def load_config(path: str) -> Any:
         raise UserError(f"{path}: the model's config cannot be loaded: {one_line(error)}") from None
 
 
+def is_dual_encoder(config: Any) -> bool:
+    """Whether a model with this configuration embeds texts and images apart, each with a tower of its own."""
+    if takes_images(config) or type(config) not in MODEL_MAPPING:
+        return False
+    found = MODEL_MAPPING[type(config)]
+    return all(hasattr(found, name) for name in ("get_text_features", "get_image_features"))
+
+
 def auto_class(config: Any) -> Any:
     """The class of transformers that loads a model with this configuration."""
+    if is_dual_encoder(config):
+        return AutoModel
     if not takes_images(config):
         return AutoModelForCausalLM
     is_image_text = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -53,6 +85,23 @@ def model_structure(path: str) -> Any:
     try:
         with torch.device("meta"):
             return auto_class(config).from_config(config).eval()
+    except Exception as error:  # a broken config makes transformers raise anything
+        raise UserError(f"{path}: the model cannot be made: {type(error).__name__}: {one_line(error)}") from None
+
+
+def load_without_weights(
+    path: str,
+    dtype: str,
+    processor: ChatProcessor,
+    device: torch.device = _CPU,
+    tick: Callable[[], None] = lambda: None,
+    quantization: str | None = None,
+    named: ComponentModules = _NONE,
+) -> Any:
+    """The model as `load_model` gives it, with new weights of which none is read. For `WithoutValues`."""
+    config = load_config(path)
+    try:
+        return auto_class(config).from_config(config, dtype=getattr(torch, dtype)).eval()
     except Exception as error:  # a broken config makes transformers raise anything
         raise UserError(f"{path}: the model cannot be made: {type(error).__name__}: {one_line(error)}") from None
 
@@ -91,15 +140,16 @@ def compile_layers(model: Any) -> None:
 
 
 def _from_pretrained(
-    path: str, config: Any, dtype: str, device: torch.device, tick: Callable[[], None], **settings: Any
+    auto: Any, path: str, dtype: str, device: torch.device, tick: Callable[[], None], **settings: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The model, and the faults of its weights that transformers found. Its own report of them is switched off."""
+    """The model that the class `auto` loads, and what transformers found about its weights, whose own report of it is
+    switched off. Raises UserError where a weight is missing or has another shape."""
     disable_progress_bar()  # the run has its own progress bar
     verbosity = get_verbosity()
     set_verbosity(ERROR)
     hook = set_tqdm_hook(_ticking(tick))
     try:
-        model, info = auto_class(config).from_pretrained(
+        model, info = auto.from_pretrained(
             path,
             # without a map weights stay mapped from the file where their type is the file's, so processes share them;
             # quantized ones would go to a GPU
@@ -119,7 +169,22 @@ def _from_pretrained(
     finally:
         set_verbosity(verbosity)
         set_tqdm_hook(hook)
+    _check_complete(info, path)
     return model, info
+
+
+def _check_complete(info: dict[str, Any], path: str) -> None:
+    """Raise UserError, naming a weight, if weights are missing or have wrong shapes."""
+    shapes = sorted(info["mismatched_keys"])
+    if shapes:
+        name, in_file, expected = shapes[0]
+        raise UserError(
+            f"{path}: {len(shapes)} weights have other shapes than config.json requires, such as {shown(name)}: "
+            f"{tuple(in_file)} in the file, {tuple(expected)} expected"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"{path}: {len(missing)} weights are missing, such as {shown(missing[0])}")
 
 
 def _quantized(path: str, config: Any, quantization: str, dtype: str, named: ComponentModules) -> dict[str, Any]:
@@ -154,47 +219,73 @@ def load_model(
     quantization: str | None = None,
     named: ComponentModules = _NONE,
 ) -> Any:
+    """The model of `load_weights`, for a chat. Raises UserError also if the tokenizer has ids without an embedding in
+    the model."""
+    model = load_weights(path, dtype, device, tick, quantization, named)
+    if quantization is not None:
+        check_quantized(model, path, named)
+    accept_positions(model)
+    check_vocabulary(path, processor.tokenizer.wrapped, model.get_input_embeddings())
+    return model
+
+
+def check_vocabulary(path: str, tokenizer: Any, embeddings: Any) -> None:
+    """Raises UserError if the tokenizer has ids without an embedding."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= embeddings.num_embeddings:
+        raise UserError(
+            f"{path}: the tokenizer has ids up to {largest}, but the model has only {embeddings.num_embeddings} "
+            "embeddings"
+        )
+
+
+def load_weights(
+    path: str,
+    dtype: str,
+    device: torch.device = _CPU,
+    tick: Callable[[], None] = lambda: None,
+    quantization: str | None = None,
+    named: ComponentModules = _NONE,
+) -> Any:
     """The model on `device` in `dtype`, in eval mode: the base model's own dropout is never on. On another device than
     the CPU no weight waits in host memory for the others. `tick` is called as weights are read. With
     `quantization` the language model's linear layers are quantized as they are read; `named` is what the config says
     of its components.
 
-    Raises torch.OutOfMemoryError if the device is too small, and UserError if files are broken, if weights are missing,
-    not finite or have wrong shapes, or if the tokenizer has ids without an embedding in the model.
+    Raises torch.OutOfMemoryError if the device is too small, and UserError if files are broken, or if weights are
+    missing, not finite or have wrong shapes.
     """
     config = load_config(path)
-    check_weight_files(model_directory(path))
-    if getattr(config, "transformers_weights", None) is not None:  # it may name a pickle
-        raise UserError(f"{path}: config.json: transformers_weights is not supported: remove the key")
+    _check_files(config, path)
     check_not_stored_quantized(config, quantization, path)
     settings = {} if quantization is None else _quantized(path, config, quantization, dtype, named)
-    model, info = _from_pretrained(path, config, dtype, device, tick, **settings)
-    shapes = sorted(info["mismatched_keys"])
-    if shapes:
-        name, in_file, expected = shapes[0]
-        raise UserError(
-            f"{path}: {len(shapes)} weights have other shapes than config.json requires, such as {shown(name)}: "
-            f"{tuple(in_file)} in the file, {tuple(expected)} expected"
-        )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(f"{path}: {len(missing)} weights are missing, such as {shown(missing[0])}")
-    if quantization is not None:
-        check_quantized(model, path, named)
+    model, info = _from_pretrained(auto_class(config), path, dtype, device, tick, **settings)
     _check_finite(model, path, tick)
     unused = sorted(info["unexpected_keys"])
     if unused:
         _log.warning(
             "warning: %s: %d weights are not used by the model, such as %s", path, len(unused), shown(unused[0])
         )
-    num_embeddings = model.get_input_embeddings().num_embeddings
-    largest = max(processor.tokenizer.wrapped.get_vocab().values())
-    if largest >= num_embeddings:
-        raise UserError(
-            f"{path}: the tokenizer has ids up to {largest}, but the model has only {num_embeddings} embeddings"
-        )
-    accept_positions(model)
     return model.eval()
+
+
+def load_headless_model(path: str, dtype: str) -> Any:
+    """A model without a head of its own, such as an image encoder, on the CPU in `dtype`, in eval mode.
+
+    Raises UserError if files are broken, or if weights are missing, not finite or have wrong shapes.
+    """
+    config = load_config(path)
+    _check_files(config, path)
+    check_not_stored_quantized(config, None, path)
+    model, _ = _from_pretrained(AutoModel, path, dtype, _CPU, lambda: None)
+    _check_finite(model, path, lambda: None)
+    return model.eval()
+
+
+def _check_files(config: Any, path: str) -> None:
+    check_weight_files(model_directory(path))
+    if getattr(config, "transformers_weights", None) is not None:  # it may name a pickle
+        raise UserError(f"{path}: config.json: transformers_weights is not supported: remove the key")
 
 
 def _check_finite(model: Any, path: str, tick: Callable[[], None]) -> None:

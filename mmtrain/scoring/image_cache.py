@@ -17,6 +17,7 @@ from mmtrain.model.image_cache.features import ImageFeatures, find_fields
 from mmtrain.model.image_cache.files import FeatureFolder
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.inputs import InputMaker
+from mmtrain.model.planned_device import kind_of
 from mmtrain.model.vision import VisionInputs
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
@@ -76,7 +77,7 @@ def input_maker(
 def _encodes_together(config: Config, runtime: Runtime) -> bool:
     """Whether images that are missing from the cache are encoded at once. Not on the CPU, where that gains nothing, nor
     where bits are promised: those of an image would depend on which others were missing."""
-    return runtime.device.type == "cuda" and config.run.microbatches == "auto"
+    return kind_of(runtime.device) == "cuda" and config.run.microbatches == "auto"
 
 
 def _model_key(config: Config, runtime: Runtime, progress: Progress) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
 from mmtrain.model.tune import apply_tune
 from mmtrain.progress import QUIET
+from mmtrain.records.record_set import RecordSet
 from mmtrain.runtime import processes
 from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.supervisor import Supervisor
@@ -32,6 +34,7 @@ from mmtrain.train import learner, loop, run
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.optimizer import make_optimizer, set_rate
 from mmtrain.train.step import train_step
+from mmtrain.train.trainable import make_trainable
 from support.learning import learner_for, step_of
 
 REFUSED = "refused"
@@ -61,7 +64,13 @@ eval_image_tokens = or_refused(lambda dataset: int(dataset.eval[0].checked.num_i
 num_steps = or_refused(lambda dataset: dataset.num_steps)
 samples_of_a_step = or_refused(lambda dataset: len(dataset.plan.step(1)))
 steps_of_an_epoch = or_refused(lambda dataset: dataset.plan.steps_per_epoch)
+num_samples_of_both_sides = or_refused(lambda dataset: len(dataset.checked.used) + len(dataset.eval[0].checked.used))
 eval_name = or_refused(lambda dataset: dataset.eval[0].name)
+
+
+def sources_of_the_first_step(config: Config) -> set[int]:
+    dataset = dataset_of(config)
+    return set(dataset.train.records.sources_of(np.array(dataset.plan.step(1))).tolist())
 
 
 def metric_of_answers(config: Config) -> str:
@@ -69,6 +78,10 @@ def metric_of_answers(config: Config) -> str:
     evaluation = AnswerEvaluation(config, config.data.eval, processor, QUIET)
     (metric,) = {question.metric for question in evaluation.questions}
     return metric
+
+
+def group_of_a_pair(section: str) -> Callable[[Config], Any]:
+    return lambda config: RecordSet(getattr(config.data, section)).pair(0).group
 
 
 num_dropped = or_refused(lambda dataset: len(dataset.checked.dropped))
@@ -104,6 +117,17 @@ def tuned(config: Config) -> tuple[Any, Any]:
     components = Components(base, config.tune.components)
     model, _ = apply_tune(base, components, config.tune)
     return model, make_optimizer(model, components, config)
+
+
+def starts_with_new_adapters(config: Config) -> bool:
+    """Whether B of all adapters is zero before the first step. An earlier run that the config names is made first."""
+    if config.model.adapter is not None:
+        data = config.model_dump()
+        data["model"]["adapter"], data["run"]["output_dir"] = None, config.model.adapter
+        run.train(Config.model_validate(data))
+    processor = load_processor(config.model.path)
+    made = make_trainable(config, processor, Runtime(config.model.dtype), QUIET).model
+    return not any(p.any() for name, p in made.named_parameters() if "lora_B" in name)
 
 
 def component_of(name: str) -> str:
