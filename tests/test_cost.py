@@ -18,7 +18,7 @@ from mmtrain.model.components import Components
 from mmtrain.model.cost import cost_model
 from mmtrain.model.family import Family, probe_family
 from mmtrain.model.inputs import InputMaker
-from mmtrain.model.load import load_model
+from mmtrain.model.load import load_model, model_structure
 from mmtrain.model.loss import supervised_nll
 from mmtrain.model.tune import apply_tune
 from mmtrain.model.vision_cost import _solved
@@ -164,6 +164,12 @@ def test_the_attention_to_images_is_measured(model_dirs: dict[str, Path]) -> Non
     assert found("qwen2_5_vl") == pytest.approx((pairs, each), rel=1e-9)
     assert found("llava") == pytest.approx((3 * 2 * 17**2 * 32 / 16**2, 0.0), rel=1e-9)
     assert found("text") == (0.0, 0.0)
+    path = str(model_dirs["qwen2_5_vl"])
+    without_weights, processor = model_structure(path), load_processor(path)
+    with torch.device("meta"):
+        family = probe_family(without_weights, processor, print)
+    assert family.image_attention == pytest.approx((pairs, each), rel=1e-9)
+    assert {parameter.device.type for parameter in without_weights.parameters()} == {"meta"}
 
 
 def test_costs_are_never_negative() -> None:

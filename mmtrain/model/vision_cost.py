@@ -4,8 +4,9 @@ The attention function of the tower is replaced for a moment by one that counts.
 2 n m d multiply-additions for scores and values; d is the width of all heads.
 """
 
+import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import PIL.Image
@@ -42,7 +43,8 @@ def image_attention(
     try:
         if not isinstance(tower, PreTrainedModel) or tower is base:
             raise ValueError("the vision tower was not found")
-        found = [_measured(base, tower, processor, size) for size in _SIZES]
+        with torch.device("cpu"), _with_values(base, tower) as computed:
+            found = [_measured(base, computed, processor, size) for size in _SIZES]
         if not all(cost for _, cost in found):
             raise ValueError("the vision tower has an attention of its own")
     except Exception as error:  # an unusual family can raise anything
@@ -66,9 +68,31 @@ def _measured(base: Any, tower: PreTrainedModel, processor: ChatProcessor, size:
     """The placeholders of a blank image of this size, and the multiply-additions of the attention to it."""
     pixels, ids = processor.image_inputs([[PIL.Image.new("RGB", size)]])
     inputs = {name: value.to(base.dtype) if value.is_floating_point() else value for name, value in pixels.items()}
-    with _counting(tower) as costs:
-        given_to_decoder(base, ids, all_on_device(inputs, base.device))
+    with _counting(tower) as costs, suppress(_Computed):
+        given_to_decoder(base, ids, all_on_device(inputs, tower.device))
     return sum(id_ == processor.image_token_id for id_ in ids), sum(costs)
+
+
+class _Computed(Exception):
+    """The tower has run: the rest of the forward is not needed."""
+
+
+@contextmanager
+def _with_values(base: Any, tower: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The tower of `base`; inside, one on the meta device, which has no values, is replaced by one on the CPU with any
+    values. Its weights take no memory: they are never written, and the system maps them when they are."""
+    if tower.device.type != "meta":
+        yield tower
+        return
+    (name,) = (name for name, module in base.named_modules() if module is tower)
+    made = copy.deepcopy(tower).to_empty(device="cpu")
+    for buffer in made.buffers():
+        buffer.zero_()  # they may be indices
+    base.set_submodule(name, made)
+    try:
+        yield made
+    finally:
+        base.set_submodule(name, tower)
 
 
 @contextmanager
@@ -81,11 +105,15 @@ def _counting(tower: PreTrainedModel) -> Iterator[list[float]]:
         costs.append(2.0 * rows * heads * num_queries * key.shape[-2] * width)
         return sdpa_attention_forward(module, query, key, *args, **kwargs)
 
-    before = tower.config._attn_implementation
+    def stop(*_: Any) -> None:
+        raise _Computed
+
+    before, hook = tower.config._attn_implementation, tower.register_forward_hook(stop)
     AttentionInterface.register(_NAME, counted)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
     tower.set_attn_implementation(_NAME)
     try:
         yield costs
     finally:
+        hook.remove()
         tower.set_attn_implementation(before)
