@@ -87,12 +87,11 @@ def _names(conversation: Conversation) -> list[object]:
 
 
 def _without_images(conversation: Conversation) -> Conversation:
-    return Conversation(
-        tuple(
-            replace(message, parts=tuple(part for part in message.parts if not isinstance(part, Image)))
-            for message in conversation.messages
-        )
+    messages = (
+        replace(message, parts=tuple(part for part in message.parts if not isinstance(part, Image)))
+        for message in conversation.messages
     )
+    return replace(conversation, messages=tuple(messages))
 
 
 def _grey(image: FoundImage) -> FoundImage:
