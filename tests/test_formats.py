@@ -320,8 +320,9 @@ def test_a_turn_says_in_four_ways_whether_it_is_trained_on(key: str) -> None:
         True,
         True,
     ]
-    for value in (0.5, 2, -1, "false", "0", [0], {"a": 1}):
-        assert f"'{key}' must be true, false, 1 or 0" in refusal({"messages": [ASKED, {**SAID, key: value}]})
+    expected = "a number from 0 to 1,000" if key == "weight" else "true, false, 1 or 0"
+    for value in (-1, "false", "0", [0], {"a": 1}) if key == "weight" else (0.5, 2, -1, "false", "0", [0], {"a": 1}):
+        assert f"'{key}' must be {expected}" in refusal({"messages": [ASKED, {**SAID, key: value}]})
     assert f"'{key}' is on in a turn of the user" in refusal({"messages": [{**ASKED, key: True}, SAID]})
     assert read_record({"messages": [{**ASKED, key: False}, SAID]}, "auto").messages[1].train
 
@@ -356,7 +357,6 @@ MEANT = {
 MEANT_OF_TURN = {
     "mask": True,
     "images": ["a.png"],
-    "loss_scale": 0.5,
     "prefix": False,
     "name": "Bob",
 }

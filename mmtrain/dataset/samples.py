@@ -32,7 +32,7 @@ class StoredSamples:
             ImageSpan(locate(image, root, (width, height)), start, length, num_placeholders)
             for image, (start, length, num_placeholders, width, height) in zip(images, rows, strict=True)
         ]
-        return Encoded(ids, supervised, tuple(spans))
+        return Encoded(ids, supervised, tuple(spans), self.store.weights_of(index))
 
 
 @dataclass(frozen=True, slots=True)

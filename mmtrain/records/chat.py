@@ -44,6 +44,8 @@ class Message:
     parts: tuple[Part, ...]
     train: bool = True
     """False if the record says not to train on this turn."""
+    weight: float = 1.0
+    """What each of its tokens counts in the loss, if it is trained on."""
     reasoning: str = ""
     """What the assistant thinks before it replies."""
     calls: tuple[ToolCall, ...] = ()

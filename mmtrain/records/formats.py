@@ -1,6 +1,7 @@
 """One record read into a `Conversation`: the turns of its shape, with its images at their marks.
 
-A turn's `train`, `trainable`, `loss` or `weight` (true, false, 1, 0) says whether an assistant turn is trained on.
+A turn's `train`, `trainable`, `training` or `loss` (true, false, 1, 0) says whether an assistant turn is trained on,
+its `weight`, `loss_weight` or `loss_scale` how much its tokens count in the loss.
 Images that no mark and no part of a turn places come first in the first turn of the user.
 """
 
@@ -46,7 +47,10 @@ _ROLES: dict[str, Role] = {
     "model": "assistant",
     **dict.fromkeys(RESULT_ROLES, "tool"),
 }
-_TRAIN_KEYS = ("train", "trainable", "loss", "weight")
+_SWITCHES = ("train", "trainable", "training", "loss")
+_WEIGHTS = ("weight", "loss_weight", "loss_scale")
+_TRAIN_KEYS = (*_SWITCHES, *_WEIGHTS)
+_MAX_WEIGHT = 1000
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _SYSTEM_KEYS = ("system", "system_prompt")
 _IMAGE_KEYS = ("images", "image")
@@ -168,7 +172,8 @@ def _message(turn: Record, number: int, images: _ImageList) -> Message:
     reasoning = _text(_one_of(turn, _REASONING_KEYS) or "", "the reasoning")
     _check_role(turn, number, role, {"calls": bool(calls), "reasoning": bool(reasoning)})
     name, call_id = (_text(turn.get(key) or "", key) or None for key in ("name", "tool_call_id"))
-    return Message(role, parts, _is_trained(turn, role), reasoning, calls, name, call_id)
+    weight = _weight(turn, role)
+    return Message(role, parts, weight > 0, weight or 1.0, reasoning, calls, name, call_id)
 
 
 def _check_role(turn: Record, number: int, role: Role, of_assistant: dict[str, bool]) -> None:
@@ -186,16 +191,22 @@ def _length(conversation: Conversation) -> int:
     return sum(map(len, [*texts, *conversation.tools, *(text for one in calls for text in (one.name, one.arguments))]))
 
 
-def _is_trained(turn: Record, role: Role) -> bool:
+def _weight(turn: Record, role: Role) -> float:
+    """What the turn's tokens count in the loss, 0 if it is not to be trained on."""
     given = {key: turn[key] for key in _TRAIN_KEYS if turn.get(key) is not None}
     for key, value in given.items():
-        if value not in (0, 1):
+        if key in _SWITCHES and value not in (0, 1):
             raise SampleError(f"{shown(key)} must be true, false, 1 or 0, not {shown(value)}")
+        if not isinstance(value, int | float) or not 0 <= value <= _MAX_WEIGHT:
+            raise SampleError(f"{shown(key)} must be a number from 0 to {_MAX_WEIGHT:,}, not {shown(value)}")
         if value and role != "assistant":
             raise SampleError(f"{shown(key)} is on in a turn of the {role}: only the assistant's turns are trained on")
-    if any(given.values()) and not all(given.values()):
+    weights = {float(value) for key, value in given.items() if key in _WEIGHTS}
+    if len(weights) > 1 or (any(given.values()) and not all(given.values())):
         raise SampleError(f"{' and '.join(map(shown, given))} of a turn contradict each other")
-    return role != "assistant" or all(given.values())
+    if role == "assistant" and not all(given.values()):
+        return 0.0
+    return weights.pop() if weights and role == "assistant" else 1.0
 
 
 def _part(part: Any, images: _ImageList) -> Part:

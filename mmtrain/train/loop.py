@@ -81,7 +81,7 @@ class TrainingLoop:
         set_rate(self._learner.optimizer, factor)
         own = (self._next(batches) if indices else None for indices in cut.own)
         try:
-            done = train_step(self._learner, own, cut.num_supervised, step, settings.max_grad_norm)
+            done = train_step(self._learner, own, cut.sum_weights, step, settings.max_grad_norm)
         except NonFiniteError as error:
             places = ", ".join(str(self._dataset.train.place(index)) for index in cut.samples)
             raise NonFiniteError(f"{error}; its samples: {places}; nothing of it is saved") from None

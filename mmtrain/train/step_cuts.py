@@ -21,6 +21,8 @@ class StepCut:
     own: tuple[tuple[int, ...], ...]
     num_tokens: int
     num_supervised: int
+    sum_weights: float
+    """Of its supervised tokens; their number where each counts 1."""
     operations: float
     """What it must compute, over all processes: a multiplication and an addition are two."""
 
@@ -53,7 +55,9 @@ class StepCuts:
         own = [tuple(samples[i] for i in cut) for cut in cuts[runtime.index * share : (runtime.index + 1) * share]]
         if self._filled is not None:
             own = list(map(self._filled.fill, own))
-        return StepCut(tuple(samples), tuple(own), int(lengths.sum()), int(supervised.sum()), 2.0 * float(cost.sum()))
+        sum_weights = float(checked.sum_weights[samples].sum())
+        counts = int(lengths.sum()), int(supervised.sum())
+        return StepCut(tuple(samples), tuple(own), *counts, sum_weights, 2.0 * float(cost.sum()))
 
     def _costs(self, step: int) -> CostModel:
         # from the second epoch on every image was seen; a rule that follows from the step alone, as the cut must
