@@ -12,7 +12,7 @@ def temporary_path(target: Path, writer: str = "") -> Iterator[Path]:
     """A path next to `target` where a file or a folder can be written, for `move_into_place`. What is still there when
     the block is left, or was left there by a process that was killed, is deleted.
 
-    `writer`: tells processes apart that may write the same `target` at the same time. Raises OSError.
+    `writer`: distinguishes processes that may write the same `target` at the same time. Raises OSError.
     """
     made = target.with_name(f".{target.name}{writer and f'.{writer}'}.new")
     _delete(made)

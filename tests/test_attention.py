@@ -129,7 +129,7 @@ def with_ends() -> PackedRow:
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_the_kernel_is_told_samples_and_window(
+def test_the_kernel_gets_samples_and_window(
     window: int | None, key_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)

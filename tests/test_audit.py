@@ -80,11 +80,11 @@ def test_counts(images: Path) -> None:
         own_length(chat(f"{image(78)}so?", "blue")),
         own_length(chat("why?", "because" * 30)),
     ]
-    learned = [own_length(f"{answer}<|im_end|>") for answer in ("red", "a circle", "blue", "because" * 30)]
+    supervised = [own_length(f"{answer}<|im_end|>") for answer in ("red", "a circle", "blue", "because" * 30)]
     row = report.row()
     assert (row["num_samples"], row["num_images"], row["num_refused"], row["num_faults"]) == (4, 2, 0, 0)
-    assert (row["num_tokens"], row["num_supervised"]) == (sum(lengths), sum(learned))
-    assert row["supervised_share"] == sum(learned) / sum(lengths)
+    assert (row["num_tokens"], row["num_supervised"]) == (sum(lengths), sum(supervised))
+    assert row["supervised_share"] == sum(supervised) / sum(lengths)
     assert [source["num_tokens"] for source in row["sources"]] == [sum(lengths[:2]), sum(lengths[2:])]
     assert [source["num_images"] for source in row["sources"]] == [1, 1]
     assert [source["path"] for source in row["sources"]] == [str(one), str(two)]
@@ -201,6 +201,7 @@ def test_a_fault_of_the_encoder_is_found(
     assert places(audit(config)) == {findings.NO_END: [f"{file}:{line}" for line in range(1, 9)]}
 
 
+@pytest.mark.slow("encodes in several worker processes")
 def test_the_number_of_workers_changes_nothing(bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = write_jsonl(bad.parent / "mixed.jsonl", mixed_rows(bad.parent, with_images=True) * 3)
     config = config_for(good, bad, max_length=400)

@@ -259,19 +259,19 @@ def test_room_is_needed_for_those_to_be_kept_and_one_more(
     tmp_path: Path, small: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """3 of 1 MB, less what lies there already."""
-    place, held = tmp_path / "run" / "checkpoints", 500_000
+    place, used = tmp_path / "run" / "checkpoints", 500_000
     folder = CheckpointFolder(place, 2)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(3_000_000_000 if path == place else 0))
     folder.check_room(1_000_000_000)
     with pytest.raises(StorageError, match=r"2 checkpoints and one .* need 3,300\.0 MB more, 3,000\.0 MB are free"):
         folder.check_room(1_100_000_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(3_000_000 - held))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(3_000_000 - used))
     (place / "step-000002").mkdir()
     (place / ".step-000004.new").mkdir()
     (place / ".step-000004.new" / "left").write_bytes(bytes(10**6))
-    (place / "step-000002" / "state.json").write_bytes(bytes(held - 10_000))
+    (place / "step-000002" / "state.json").write_bytes(bytes(used - 10_000))
     with pytest.raises(StorageError, match=r"need 2\.5 MB more"):
         folder.check_room(1_000_000)
-    (place / "step-000002" / "state.json").write_bytes(bytes(held + 10_000))
+    (place / "step-000002" / "state.json").write_bytes(bytes(used + 10_000))
     folder.check_room(1_000_000)
     assert names(place) == ["step-000002"]

@@ -16,7 +16,7 @@ from mmtrain.checks import labels as label_checks
 from mmtrain.checks.content import image_notes
 from mmtrain.checks.findings import IGNORED, Finding
 from mmtrain.checks.labels import Checker
-from mmtrain.config.schema import TrainSource
+from mmtrain.config.data_section import TrainSource
 from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
@@ -32,12 +32,12 @@ _loaded = cache(lambda path: load_processor(str(path)))
 
 
 def talk(*turns: Turn, train: tuple[bool, ...] = ()) -> Conversation:
-    learned = iter(train)
+    trained = iter(train)
     messages = []
     for role, content in turns:
         parts: list[str | Image] = [content] if isinstance(content, str) else content
         made: tuple[Part, ...] = tuple(part if isinstance(part, Image) else Text(part) for part in parts)
-        messages.append(Message(role, made, next(learned, True) if role == "assistant" else True))
+        messages.append(Message(role, made, next(trained, True) if role == "assistant" else True))
     return Conversation(tuple(messages))
 
 
@@ -102,8 +102,8 @@ def sample(kind: str, model_dirs: dict[str, Path], tmp_path: Path) -> Sample:
     """Two questions and answers, the first with two images where the model takes them."""
     for name, size in (("a.png", (84, 56)), ("b.png", (56, 112))):
         PIL.Image.new("RGB", size, "red").save(tmp_path / name)
-    pictures: list[str | Image] = [] if kind == "text" else [Image("a.png"), Image("b.png")]
-    asked: list[str | Image] = [*pictures, "What is it, please?"]
+    attached: list[str | Image] = [] if kind == "text" else [Image("a.png"), Image("b.png")]
+    asked: list[str | Image] = [*attached, "What is it, please?"]
     conversation = talk(
         ("user", asked), ("assistant", "a large red circle"), ("user", "And this?"), ("assistant", "a small square")
     )

@@ -21,8 +21,8 @@ def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     monkeypatch.setattr(sys, "argv", ["mmtrain", *words])
     with pytest.raises(SystemExit) as caught:
         cli.main()
-    told = capsys.readouterr()
-    return int(caught.value.code or 0), told.out, told.err
+    printed = capsys.readouterr()
+    return int(caught.value.code or 0), printed.out, printed.err
 
 
 def modules_after(words: list[str]) -> tuple[str, set[str]]:
@@ -35,28 +35,28 @@ def modules_after(words: list[str]) -> tuple[str, set[str]]:
         f"print('\\nIMPORTED', *[name for name in {HEAVY!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
-    told, _, imported = done.stdout.rpartition("\nIMPORTED")
-    return told + done.stderr, set(imported.split())
+    printed, _, imported = done.stdout.rpartition("\nIMPORTED")
+    return printed + done.stderr, set(imported.split())
 
 
 def test_help_imports_nothing_heavy() -> None:
-    told, imported = modules_after(["--help"])
-    assert "Usage" in told
+    printed, imported = modules_after(["--help"])
+    assert "Usage" in printed
     assert imported == set()
 
 
 @pytest.mark.parametrize("command", ["train", "config"])
 def test_the_help_of_a_command_imports_no_model_code(command: str) -> None:
-    told, imported = modules_after([command, "--help"])
-    assert "Usage" in told
+    printed, imported = modules_after([command, "--help"])
+    assert "Usage" in printed
     assert not imported & {"torch", "transformers", "peft", "accelerate", "numpy", "PIL"}
 
 
 def test_a_faulty_config_is_refused_without_torch(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("modle: 1\n")
-    told, imported = modules_after(["train", str(path)])
-    assert "unknown key; did you mean 'model'?" in told
+    printed, imported = modules_after(["train", str(path)])
+    assert "unknown key; did you mean 'model'?" in printed
     assert not imported & {"torch", "transformers", "peft", "accelerate"}
 
 
@@ -95,9 +95,9 @@ def test_each_fault_is_one_line(
     path.write_text(content)
     code, out, err = run_main(monkeypatch, capsys, "train", str(path), *overrides)
     assert (code, out) == (2, "")
-    told = err.splitlines()
-    assert all(line.startswith("mmtrain: ") for line in told)
-    assert len(told) == lines
+    printed = err.splitlines()
+    assert all(line.startswith("mmtrain: ") for line in printed)
+    assert len(printed) == lines
 
 
 def test_a_missing_config_file_is_named(
@@ -115,10 +115,10 @@ def test_the_first_hundred_faults_are_shown_and_the_others_counted(
     letters = "abcdefghij"
     path.write_text("".join(f"{a}{b}{c}zzz: 1\n" for a in letters for b in letters for c in letters))
     code, _, err = run_main(monkeypatch, capsys, "train", str(path))
-    told = err.splitlines()
+    printed = err.splitlines()
     assert code == 2
-    assert len(told) == 101
-    assert told[-1] == "mmtrain: and 903 more"  # 1,000 unknown keys and 3 missing sections
+    assert len(printed) == 101
+    assert printed[-1] == "mmtrain: and 903 more"  # 1,000 unknown keys and 3 missing sections
 
 
 def test_faults_that_are_alike_are_one_line(
@@ -127,10 +127,10 @@ def test_faults_that_are_alike_are_one_line(
     path = tmp_path / "c.yaml"
     path.write_text("".join(f"k{i}: 1\n" for i in range(1200)))
     code, _, err = run_main(monkeypatch, capsys, "train", str(path))
-    told = err.splitlines()
+    printed = err.splitlines()
     assert code == 2
-    assert len(told) == 4
-    (line,) = [line for line in told if "unknown key" in line]
+    assert len(printed) == 4
+    (line,) = [line for line in printed if "unknown key" in line]
     assert line.startswith(f"mmtrain: {path}:1200 (and 1,199 more lines: 1, 2, 3 …): k1199: unknown key")
 
 
@@ -224,6 +224,6 @@ def test_a_shell_can_complete_commands() -> None:
 @pytest.mark.parametrize("command", [["config", "check"], ["config", "show"], ["runs"]])
 def test_light_commands_import_no_model_code(command: list[str], small_config: Path) -> None:
     path = small_config if command[0] == "config" else small_config.parent
-    told, imported = modules_after([*command, str(path)])
-    assert told.strip()
+    printed, imported = modules_after([*command, str(path)])
+    assert printed.strip()
     assert not imported & {"torch", "transformers", "peft", "accelerate", "PIL"}

@@ -1,4 +1,4 @@
-"""What learns: the three parts on the module tree, and nothing outside what was named."""
+"""The three components on the module tree: what was named is trainable, and nothing else."""
 
 import re
 from collections.abc import Callable
@@ -18,7 +18,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from mmtrain.config.schema import Config, Lora, Tune
+from mmtrain.config.schema import Config
+from mmtrain.config.tune_section import Lora, Tune
 from mmtrain.errors import UserError
 from mmtrain.model.components import (
     ComponentReport,

@@ -15,7 +15,8 @@ from pydantic import BaseModel
 import mmtrain
 from mmtrain.config import Config, dump_config, load_config
 from mmtrain.config.keys import AFFECTS_BITS, CHANGEABLE
-from mmtrain.config.schema import Run, Train, json_schema
+from mmtrain.config.run_section import Run
+from mmtrain.config.schema import Train, json_schema
 from mmtrain.config.yaml_file import MAX_BYTES, MAX_DEPTH, dump_yaml, parse_yaml
 from mmtrain.errors import UserError
 
@@ -264,10 +265,10 @@ def test_faults_of_plain_paths_name_the_source(tmp_path: Path, text: str) -> Non
 
 def test_a_missing_relative_path_is_named_in_full(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a\nb").mkdir()
-    for folder, told in ((tmp_path, str(tmp_path)), (tmp_path / "a\nb", f"{tmp_path}/a⏎b")):
+    for folder, expected in ((tmp_path, str(tmp_path)), (tmp_path / "a\nb", f"{tmp_path}/a⏎b")):
         monkeypatch.chdir(folder)
         (fault,) = faults(tmp_path, text, "data.train.0.path=train-2.jsonl")
-        assert fault.endswith(f"there is no 'train-2.jsonl' (looked for {told}/train-2.jsonl)")
+        assert fault.endswith(f"there is no 'train-2.jsonl' (looked for {expected}/train-2.jsonl)")
 
 
 @pytest.mark.parametrize("name", ["a/b--c", "a/..", "../a", "a/b.", "-a/b", "a/b/c", "a/" + "b" * 95, "a/b-", "é/b"])
@@ -360,7 +361,9 @@ OLD_TRAIN = """\
 """The keys that stood under `train` before there was a section `run`."""
 
 
-def test_a_config_from_before_there_was_a_section_run_is_told_every_new_place(tmp_path: Path, text: str) -> None:
+def test_a_config_from_before_there_was_a_section_run_is_refused_with_every_new_place(
+    tmp_path: Path, text: str
+) -> None:
     old = text[: text.index("run:\n")] + OLD_TRAIN
     keys = [line.split(":")[0].strip() for line in OLD_TRAIN.splitlines()]
     new = ["image_cache" if key == "features" else key for key in keys]
@@ -369,15 +372,15 @@ def test_a_config_from_before_there_was_a_section_run_is_told_every_new_place(tm
     ]
 
 
-def test_an_override_of_a_key_in_its_old_place_is_told_the_new_one(tmp_path: Path, text: str) -> None:
-    for override, told in (
+def test_an_override_of_a_key_in_its_old_place_is_refused_with_the_new_one(tmp_path: Path, text: str) -> None:
+    for override, expected in (
         ("train.output_dir=x", "train.output_dir: moved to run.output_dir"),
         ("train.features.disk_gib=1", "train.features: moved to run.image_cache"),
     ):
-        assert faults(tmp_path, text, override) == [f"command line: {told}"]
+        assert faults(tmp_path, text, override) == [f"command line: {expected}"]
 
 
-def test_a_key_of_train_under_run_is_told_its_section(tmp_path: Path, text: str) -> None:
+def test_a_key_of_train_under_run_is_refused_with_its_section(tmp_path: Path, text: str) -> None:
     (fault,) = faults(tmp_path, text, "run.seed=1")
     assert fault == "command line: run.seed: unknown key; did you mean train.seed?"
 
@@ -459,7 +462,7 @@ def test_overrides_alone_can_make_a_config_and_the_last_one_wins(tmp_path: Path,
         ("train.steps.x=1", "train.steps"),
     ],
 )
-def test_a_bad_override_is_told_as_the_command_line_s(tmp_path: Path, text: str, override: str, words: str) -> None:
+def test_a_bad_override_is_reported_as_the_command_line_s(tmp_path: Path, text: str, override: str, words: str) -> None:
     (fault,) = faults(tmp_path, text, override)
     assert fault.startswith("command line: ")
     assert words in fault
@@ -594,7 +597,7 @@ def test_a_config_that_is_a_pipe_or_a_device_is_a_plain_fault(tmp_path: Path) ->
 
 @pytest.mark.parametrize("content", [None, b"", b"a: [", b"1", b"\xff", b"a: *b", b"x" * (MAX_BYTES + 1)])
 @pytest.mark.parametrize("name", [b"a\nb.yaml", b"\x1b[31m.yaml", b"\xff.yaml"])
-def test_a_config_with_a_strange_name_is_told_in_printable_lines(
+def test_a_config_with_a_strange_name_is_reported_in_printable_lines(
     tmp_path: Path, name: bytes, content: bytes | None
 ) -> None:
     path = tmp_path / os.fsdecode(name)
@@ -614,13 +617,13 @@ def test_a_config_that_is_missing_or_a_folder_is_a_plain_fault(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("key", ["a\\nb", "a\\u2028b", "a\\eb", "a\\ud800", "x" * 500])
-def test_a_strange_key_is_told_in_one_short_printable_line(tmp_path: Path, text: str, key: str) -> None:
+def test_a_strange_key_is_reported_in_one_short_printable_line(tmp_path: Path, text: str, key: str) -> None:
     (fault,) = faults(tmp_path, text + f'"{key}": 1\n')
     assert fault.isprintable()
     assert len(fault) < 300
 
 
-def test_a_key_with_half_a_surrogate_pair_is_told_on_its_own_line(tmp_path: Path, text: str) -> None:
+def test_a_key_with_half_a_surrogate_pair_is_reported_on_its_own_line(tmp_path: Path, text: str) -> None:
     (fault,) = faults(tmp_path, text + '"a\\ud800": 1\n')
     assert fault.startswith("c.yaml:27: ")
 
@@ -794,7 +797,7 @@ def test_every_key_of_a_config_is_read_somewhere() -> None:
         key
         for model in models_under(Config)
         for key, field in model.model_fields.items()
-        if "mmtrain.config.schema" not in f"{field.annotation}" and key != "mode"  # a mode becomes the part's class
+        if "mmtrain.config." not in f"{field.annotation}" and key != "mode"  # a mode becomes the part's class
     }
     assert {"rank", "packing", "too_long", "weight"} <= leaves
     assert leaves - read == {"threads"}  # read through Run.num_threads

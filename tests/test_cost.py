@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from mmtrain.config.schema import Config, Tune
+from mmtrain.config.schema import Config
+from mmtrain.config.tune_section import Tune
 from mmtrain.dataset.batch import Batch, Loader
 from mmtrain.encoding.load import load_processor
 from mmtrain.model.components import Components, apply_tune
@@ -81,7 +82,7 @@ def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Cal
     for sample in (1, 2, 3, 5):
         tokens, images = checked.num_tokens[sample], checked.num_image_tokens[sample]
         if name == "vision alone" and not images:
-            continue  # nothing learns from it
+            continue  # it is not trained on
         found = measured(model, make_inputs, Loader(dataset.train, dataset.encoder.processor, True).load([sample]))
         if name == "language lora" or (name != "all full" and not images):
             found += float(tokens) * first_inputs(base)

@@ -19,8 +19,8 @@ SAMPLES = st.lists(st.tuples(st.integers(1, 60), st.floats(0.1, 100)), min_size=
 
 
 def size(cut: list[int], lengths: list[int], packing: bool) -> int:
-    held = [lengths[place] for place in cut]
-    return sum(held) if packing else len(held) * max(held, default=0)
+    kept = [lengths[place] for place in cut]
+    return sum(kept) if packing else len(kept) * max(kept, default=0)
 
 
 def fewest(lengths: list[int], max_tokens: int, packing: bool) -> int:
@@ -114,9 +114,9 @@ def mixed(number: int, seed: int) -> tuple[list[int], list[float]]:
     generator = np.random.Generator(np.random.Philox(seed))
     kind = generator.random(number)
     words = np.minimum(generator.lognormal(4.5, 0.8, number), 1200).astype(int) + 20
-    pictures = np.where(kind < 0.3, 0, np.where(kind < 0.9, generator.integers(16, 300, number), 1000))
-    lengths = words + pictures
-    return lengths.tolist(), (lengths + lengths**2 / 40_000 + 0.6 * pictures).tolist()
+    num_images = np.where(kind < 0.3, 0, np.where(kind < 0.9, generator.integers(16, 300, number), 1000))
+    lengths = words + num_images
+    return lengths.tolist(), (lengths + lengths**2 / 40_000 + 0.6 * num_images).tolist()
 
 
 @pytest.mark.parametrize("processes", [8, 64, 256])

@@ -132,14 +132,14 @@ def test_a_link_to_nothing_is_not_left_out(tmp_path: Path) -> None:
         assert faults_of(path) == [f"{tmp_path}/b.jsonl: cannot be read: No such file or directory"]
 
 
-def test_a_folder_is_told_as_one(tmp_path: Path) -> None:
+def test_a_folder_is_reported_as_one(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         open_regular(tmp_path)
 
 
 @pytest.mark.parametrize("name", [b"a\nb", b"a\x1b[31mb", b"\xff\xfe", "\u2028".encode()])
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1", b"\xff", b"[1]]"])
-def test_a_strange_file_name_is_told_on_one_printable_line(tmp_path: Path, name: bytes, content: bytes) -> None:
+def test_a_strange_file_name_is_reported_on_one_printable_line(tmp_path: Path, name: bytes, content: bytes) -> None:
     path = tmp_path / os.fsdecode(name + b".json")
     path.write_bytes(content)
     (fault,) = faults_of(path)
@@ -178,7 +178,7 @@ def test_an_item_of_a_list_that_is_too_long_is_refused_with_its_line(tmp_path: P
     assert fault.startswith(f"{tmp_path}/a.json:2: a record of {MAX_RECORD + 2:,} characters, over the {MAX_RECORD:,}")
 
 
-def test_a_file_that_vanishes_is_told(tmp_path: Path) -> None:
+def test_a_file_that_vanishes_is_reported(tmp_path: Path) -> None:
     make(tmp_path, "a.jsonl")
     (file,) = open_records(f"{tmp_path}/a.jsonl")
     (tmp_path / "a.jsonl").unlink()

@@ -172,9 +172,9 @@ def test_every_id_is_traced_to_the_text_it_comes_from(chatml: ChatProcessor) -> 
     texts = [str(chatml.tokenizer.decode([id_])) for id_ in encoded.ids]
     assert len(traced.owners) == encoded.num_tokens
     assert "".join(text for text, kind in zip(texts, kinds, strict=True) if kind == "words") == "what?red"
-    learned = [(text, kind) for text, kind, on in zip(texts, kinds, encoded.supervised, strict=True) if on]
-    assert learned[-1] == ("<|im_end|>", "template")
-    assert {kind for _, kind in learned[:-1]} == {"words"}
+    trained = [(text, kind) for text, kind, on in zip(texts, kinds, encoded.supervised, strict=True) if on]
+    assert trained[-1] == ("<|im_end|>", "template")
+    assert {kind for _, kind in trained[:-1]} == {"words"}
 
 
 def test_an_end_that_the_template_lacks_comes_from_no_text(folder: Path, tmp_path: Path) -> None:

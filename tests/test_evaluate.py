@@ -45,8 +45,8 @@ def plain_sums(config: Config) -> dict[int, tuple[float, int, int]]:
     for number in range(len(samples)):
         encoded = samples.encoded(number)
         ids = torch.tensor(encoded.ids, dtype=torch.long)[None]
-        pictures = [decode(span.image) for span in encoded.images]
-        inputs: dict[str, Any] = processor.image_inputs([pictures])[0] if pictures else {}
+        decoded = [decode(span.image) for span in encoded.images]
+        inputs: dict[str, Any] = processor.image_inputs([decoded])[0] if decoded else {}
         if "image_grid_thw" in inputs:
             inputs["mm_token_type_ids"] = torch.eq(ids, torch.tensor(processor.image_token_id)).int()
         with torch.no_grad():
@@ -71,7 +71,7 @@ def test_scores_equal_plain_forwards_whatever_the_cut(
         assert (own.num_supervised.sum(), own.num_right.sum()) == (tokens, right)
 
 
-def test_answers_are_told_apart_with_their_bytes(make_config: MakeConfig) -> None:
+def test_answers_are_distinguished_with_their_bytes(make_config: MakeConfig) -> None:
     scores = scores_of(with_eval(make_config("qwen2_5_vl")))
     sixth = scores.of(scores.sample[scores.sample == 6])
     assert sixth.answer.tolist() == [1, 2, 3]
@@ -165,6 +165,7 @@ def test_swapped_images_are_never_the_sample_s_own(make_config: MakeConfig) -> N
     assert {decode(span.image).getpixel((1, 1)) for span in grey.images} == {(128, 128, 128)}
 
 
+@pytest.mark.slow("trains and evaluates")
 def test_compare_gives_paired_differences(make_config: MakeConfig, tmp_path: Path) -> None:
     config = with_eval(make_config("text", {"language": LORA}, steps=8, batch_size=8, learning_rate=0.02))
     train(config)

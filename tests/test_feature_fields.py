@@ -118,12 +118,12 @@ def test_logits_from_kept_features_are_those_from_pixels(make: Callable[[], tupl
     assert not isinstance(fields, str)
     assert fields.layouts.keys() == names
     sizes = [(140, 84), (56, 112), (90, 56)]
-    pictures = [PIL.Image.new("RGB", size) for size in sizes]
-    pixels, ids = processor.image_inputs([pictures])
+    blank = [PIL.Image.new("RGB", size) for size in sizes]
+    pixels, ids = processor.image_inputs([blank])
     alone = [
         ImageInputs(str(number), own.count(IMAGE), inputs, None)
-        for number, picture in enumerate(pictures)
-        for inputs, own in [processor.image_inputs([[picture]])]
+        for number, image in enumerate(blank)
+        for inputs, own in [processor.image_inputs([[image]])]
     ]
     common: dict[str, Any] = {"input_ids": torch.tensor([ids]), "position_ids": torch.arange(len(ids))[None]}
     if "image_grid_thw" in pixels:

@@ -142,7 +142,7 @@ RECORDS = {
         },
         Conversation((*chat(Image("a"), Text("P")).messages, *chat(Text("Q"), Image("b")).messages)),
     ),
-    "a turn that is not learned": (
+    "a turn that is not trained on": (
         {"messages": [ASKED, {**SAID, "train": False}, ASKED, {**SAID, "train": True}]},
         Conversation(
             (
@@ -260,10 +260,10 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_faulty_record_is_refused_with_the_reason(name: str) -> None:
     record, words = FAULTS[name]
-    told = refusal(record)
+    refused = refusal(record)
     for word in words:
-        assert word in told
-    assert len(told) < 300
+        assert word in refused
+    assert len(refused) < 300
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_a_faulty_record_is_refused_with_the_reason(name: str) -> None:
         ({"messages": [ASKED, SAID], "images": ["a.png"]}, "openai"),
         ({**llava("<image>Q", image="a.png"), "images": ["b.png"]}, "auto"),
     ],
-    ids=["images beside OpenAI messages", "an image beside another"],
+    ids=["images next to OpenAI messages", "an image next to another"],
 )
 def test_an_image_never_vanishes(record: dict[str, Any], record_format: str) -> None:
     assert "image" in refusal(record, record_format)
@@ -281,14 +281,14 @@ def test_an_image_never_vanishes(record: dict[str, Any], record_format: str) -> 
 @pytest.mark.parametrize(
     "record",
     [llava("Q", system=5), {"messages": [ASKED, SAID], "system": "S"}],
-    ids=["a system text that is a number", "a system text beside messages"],
+    ids=["a system text that is a number", "a system text next to messages"],
 )
 def test_a_system_text_never_vanishes(record: dict[str, Any]) -> None:
     try:
         conversation = read_record(record, "auto")
     except SampleError as error:
-        told = str(error)
-        assert "system" in told
+        refused = str(error)
+        assert "system" in refused
     else:
         assert conversation.messages[0] == Message("system", (Text(str(record["system"])),))
 
@@ -298,8 +298,8 @@ def test_a_weight_of_zero_on_an_answer_does_not_pass_silently() -> None:
     try:
         conversation = read_record({"messages": [ASKED, {**SAID, "weight": 0}, ASKED, SAID]}, "auto")
     except SampleError as error:
-        told = str(error)
-        assert "weight" in told
+        refused = str(error)
+        assert "weight" in refused
     else:
         assert [message.train for message in conversation.messages if message.role == "assistant"] == [False, True]
 
@@ -368,9 +368,9 @@ MEANT_OF_PART = {"max_pixels": 100, "resized_height": 28, "bbox": [1], "video": 
     "record", [{"messages": [ASKED, SAID]}, llava("<image>Q", image="a.png")], ids=["openai", "llava"]
 )
 def test_a_key_of_a_record_that_could_matter_is_refused_by_name(record: dict[str, Any], key: str) -> None:
-    told = refusal({**record, key: MEANT[key]})
-    assert f"the key '{key}' is not understood" in told
-    assert "data.ignore_fields" in told
+    refused = refusal({**record, key: MEANT[key]})
+    assert f"the key '{key}' is not understood" in refused
+    assert "data.ignore_fields" in refused
     assert read_record({**record, key: MEANT[key]}, "auto", frozenset({key})) == read_record(record, "auto")
 
 
@@ -393,8 +393,8 @@ def test_a_key_of_a_part_that_could_matter_is_refused_by_name(part: dict[str, An
 
 
 def test_every_key_that_is_not_understood_is_named_at_once() -> None:
-    told = refusal({"messages": [{**ASKED, "x": 1}, {**SAID, "y": 1}], "bbox": [1], "id": 1})
-    assert "the keys 'bbox', 'x' of turn 1, 'y' of turn 2 are not understood" in told
+    refused = refusal({"messages": [{**ASKED, "x": 1}, {**SAID, "y": 1}], "bbox": [1], "id": 1})
+    assert "the keys 'bbox', 'x' of turn 1, 'y' of turn 2 are not understood" in refused
     assert "and 6 more" in refusal({"messages": [ASKED], **{f"k{i}": 1 for i in range(10)}})
 
 
@@ -419,9 +419,9 @@ def test_metadata_pass_wherever_they_are() -> None:
 
 def test_metadata_that_name_an_image_are_refused_where_the_record_has_none() -> None:
     for key in ("id", "file_name", "url", "image_id"):
-        told = refusal({"messages": [ASKED, SAID], key: "images/a.JPG"})
-        assert f"'{key}'" in told
-        assert "no image" in told
+        refused = refusal({"messages": [ASKED, SAID], key: "images/a.JPG"})
+        assert f"'{key}'" in refused
+        assert "no image" in refused
         assert read_record({"messages": [ASKED, SAID], key: "a.JPG"}, "auto", frozenset({key})) == chat(Text("Q"))
         assert read_record(llava("<image>Q", image="a.png", **{key: "a.png"}), "auto").images == (Image("a.png"),)
 
@@ -470,9 +470,9 @@ def test_image_parts_with_paths_next_to_an_empty_list_are_read() -> None:
 
 def test_text_that_would_take_gigabytes_to_tokenize_is_refused() -> None:
     assert read_record(openai("x" * (MAX_TEXT - 1)), "auto").messages[0].text
-    told = refusal(openai("x" * MAX_TEXT))
-    assert f"{MAX_TEXT + 1:,} characters" in told
-    assert f"{MAX_TEXT:,} allowed" in told
+    refused = refusal(openai("x" * MAX_TEXT))
+    assert f"{MAX_TEXT + 1:,} characters" in refused
+    assert f"{MAX_TEXT:,} allowed" in refused
 
 
 # --- real files ---

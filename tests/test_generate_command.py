@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from mmtrain.cli import app
 from mmtrain.config import dump_config
-from mmtrain.config.schema import Config, Source
+from mmtrain.config.data_section import Source
+from mmtrain.config.schema import Config
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
@@ -224,10 +225,10 @@ def test_a_chat_remembers_its_turns(
     lines = ["One?", "Two?", "/new", "Two?", f"/image {IMAGE}", "Two?", "/image gone.png", "/quit", "never"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     generate(options(model_dirs["qwen2_5_vl"], interactive=True))
-    told = capsys.readouterr()
-    first, second, alone, seen = told.out.splitlines()
+    printed = capsys.readouterr()
+    first, second, alone, seen = printed.out.splitlines()
     assert len({second, alone, seen}) == 3
-    assert "image gone.png: cannot be read: No such file" in told.err
+    assert "image gone.png: cannot be read: No such file" in printed.err
     rows: list[dict[str, Any]] = [
         {"messages": [{"role": "user", "content": "One?"}]},
         {

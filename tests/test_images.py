@@ -35,10 +35,10 @@ SIX: Pixels = np.array(
 
 def read(path: Path) -> Pixels:
     """The pixels (height, width, 3), having checked that they are as many as were measured."""
-    picture = find_image(Image(path.name), path.parent)
-    decoded = decode(picture)
+    found = find_image(Image(path.name), path.parent)
+    decoded = decode(found)
     assert decoded.mode == "RGB"
-    assert decoded.size == picture.size
+    assert decoded.size == found.size
     return np.asarray(decoded)
 
 
@@ -203,8 +203,8 @@ def test_12_bit_grey_is_not_nearly_black(tmp_path: Path) -> None:
     try:
         pixels = read(path)
     except SampleError as error:
-        told = str(error)
-        assert "12" in told
+        message = str(error)
+        assert "12" in message
     else:
         assert (pixels >= 254).all()
 
@@ -248,9 +248,9 @@ def test_tiny_and_narrow_images_are_read(tmp_path: Path, width: int, height: int
 def test_the_bytes_of_a_data_uri_are_read(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     PIL.Image.fromarray(SIX).save(buffer, "PNG")
-    picture = find_image(Image("data URI", buffer.getvalue()), tmp_path)
-    assert picture.size == (3, 2)
-    assert (np.asarray(decode(picture)) == SIX).all()
+    found = find_image(Image("data URI", buffer.getvalue()), tmp_path)
+    assert found.size == (3, 2)
+    assert (np.asarray(decode(found)) == SIX).all()
     assert "cannot be read" in refusal("data URI", tmp_path, b"")
     assert "cannot be read" in refusal("data URI", tmp_path, base64.b64decode("AAAA"))
     assert "does not decode" in refusal("data URI", tmp_path, buffer.getvalue()[:-40])
@@ -289,9 +289,9 @@ def test_an_image_with_a_wrong_suffix_is_read_by_what_it_is(tmp_path: Path) -> N
 )
 def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
-    told = refusal("a.png", tmp_path)
-    assert "'a.png'" in told
-    assert "not an image of a known kind" in told
+    message = refusal("a.png", tmp_path)
+    assert "'a.png'" in message
+    assert "not an image of a known kind" in message
 
 
 @pytest.mark.parametrize("kind", ["ICO", "PCX", "TGA", "PDF"])
@@ -322,10 +322,10 @@ def test_a_file_far_too_short_for_its_header_is_refused_when_it_is_found(
     tmp_path: Path, name: str, header_of: bytes, row_bytes: float
 ) -> None:
     (tmp_path / name).write_bytes(header_of % (6_000, 7_000) + bytes(100))
-    told = refusal(name, tmp_path)
-    assert "cut off" in told
-    assert "6000x7000" in told
-    assert int(told.split()[-1].replace(",", "")) - 42_000_000 * row_bytes < 100
+    message = refusal(name, tmp_path)
+    assert "cut off" in message
+    assert "6000x7000" in message
+    assert int(message.split()[-1].replace(",", "")) - 42_000_000 * row_bytes < 100
 
 
 @pytest.mark.parametrize(
@@ -402,13 +402,13 @@ def test_a_text_that_unpacks_to_megabytes_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_image_that_changed_since_it_was_measured_is_refused(tmp_path: Path) -> None:
-    picture = find_image(Image("a.png"), save(SIX, tmp_path / "a.png").parent)
+    found = find_image(Image("a.png"), save(SIX, tmp_path / "a.png").parent)
     save(noise(9, 9), tmp_path / "a.png")
     with pytest.raises(SampleError, match="changed"):
-        decode(picture)
+        decode(found)
     (tmp_path / "a.png").unlink()
     with pytest.raises(SampleError, match=r"'a\.png'"):
-        decode(picture)
+        decode(found)
 
 
 # --- paths ---
@@ -469,15 +469,15 @@ def test_a_loop_of_links_and_a_link_to_nothing_are_refused(root: Path) -> None:
     ["nowhere.png", "in.png/a.png", "a\0.png", "\ud800.png", "x" * 300 + ".png", "x/" * 3000, "~/a.png", "in.png "],
 )
 def test_a_path_to_nothing_is_refused(root: Path, name: str) -> None:
-    told = refusal(name, root)
-    assert "image" in told
-    assert len(told) < 300 + len(str(root))
+    message = refusal(name, root)
+    assert "image" in message
+    assert len(message) < 300 + len(str(root))
 
 
 @pytest.mark.parametrize(
     "name", ["a\nb.png", "é.png", "名.png", "a b.png", "\u2028.png", "a'\".png", "%20.png", "*.png"]
 )
-def test_strange_names_are_read_and_told_on_one_line(root: Path, name: str) -> None:
+def test_strange_names_are_read_and_reported_on_one_line(root: Path, name: str) -> None:
     assert "image" in refusal(name, root)
     save(SIX, root / name, format="PNG")
     assert (read(root / name) == SIX).all()
@@ -491,19 +491,19 @@ def test_strange_names_are_read_and_told_on_one_line(root: Path, name: str) -> N
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
 def test_an_odd_image_is_decoded_upright_or_refused(row: dict[str, Any]) -> None:
     try:
-        picture = find_image(Image(row["file"]), BAD)
-        decoded = decode(picture)
+        found = find_image(Image(row["file"]), BAD)
+        decoded = decode(found)
     except SampleError as error:
-        told = str(error)
-        assert told.isprintable()
-        assert row["file"].removeprefix("images/")[:20] in told
+        message = str(error)
+        assert message.isprintable()
+        assert row["file"].removeprefix("images/")[:20] in message
         if row["expected"] == "accept":
             raises = isinstance(row["upright_size"], str)  # Pillow cannot read it to its end
             assert raises or row["format"] in ("AVIF", "ICO") or row["mode"] == "F"
         return
     assert row["expected"] == "accept"
     assert decoded.mode == "RGB"
-    assert list(decoded.size) == list(picture.size) == row["upright_size"]
+    assert list(decoded.size) == list(found.size) == row["upright_size"]
     with PIL.Image.open(BAD / row["file"]) as opened:
         plain = not opened.has_transparency_data and opened.mode in ("1", "L", "P", "RGB", "CMYK")
         if plain:

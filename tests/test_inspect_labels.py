@@ -100,8 +100,8 @@ def test_json_has_the_keys_that_are_promised(make_config: MakeConfig, tmp_path: 
     token = row["tokens"][0]
     assert token.keys() == {"position", "id", "text", "label", "role", "turn", "kind", "supervised"}
     assert {token["kind"] for token in row["tokens"]} == {"text", "special", "image"}
-    learned = "".join(token["text"] for token in row["tokens"] if token["supervised"])
-    assert learned == "red<|im_end|>It is a long, thin rectangle.<|im_end|>"
+    supervised = "".join(token["text"] for token in row["tokens"] if token["supervised"])
+    assert supervised == "red<|im_end|>It is a long, thin rectangle.<|im_end|>"
     assert row["num_supervised"] == sum(token["label"] != -100 for token in row["tokens"])
 
 
@@ -115,8 +115,8 @@ def test_the_terminal_shows_what_is_trained_on_without_colour_in_80_columns(
     assert "▌ assistant It is a long, thin rectangle.<|im_end|>" in out
     assert "▣ images/1.png  96×48 → 96×48  18 placeholders, 6×3" in out
     assert "<|image_pad|>" not in out
-    learned = [line for line in out.splitlines() if line.startswith("▌ assistant")]
-    assert len(learned) == 3
+    supervised = [line for line in out.splitlines() if line.startswith("▌ assistant")]
+    assert len(supervised) == 3
     assert any(line.startswith("▌") and "→ red (" in line for line in out.splitlines())
     assert any("<|im_end|>" in line and "(-100)" in line for line in out.splitlines())
 

@@ -240,7 +240,7 @@ def test_an_mlp_that_is_called_twice_is_not_fused() -> None:
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
-def test_activations_are_told_apart(name: str) -> None:
+def test_activations_are_distinguished(name: str) -> None:
     """The two kinds of GELU differ by less than the rounding of bfloat16."""
     torch.manual_seed(0)
     model = llama(hidden_act=name).requires_grad_(False).bfloat16().eval()

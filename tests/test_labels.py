@@ -46,12 +46,12 @@ Turn = tuple[Any, Any]
 
 def talk(*turns: Turn, train: tuple[bool, ...] | None = None) -> Conversation:
     """Turns of (role, text or list of texts and Image)."""
-    learned = iter(train) if train else itertools.repeat(True)
+    supervised = iter(train) if train else itertools.repeat(True)
     messages = []
     for role, content in turns:
         parts = [content] if isinstance(content, str) else content
         made = tuple(part if isinstance(part, Image) else Text(part) for part in parts)
-        messages.append(Message(role, made, next(learned) if role == "assistant" else True))
+        messages.append(Message(role, made, next(supervised) if role == "assistant" else True))
     return Conversation(tuple(messages))
 
 
@@ -59,12 +59,12 @@ def ask(question: Any, answer: Any) -> Conversation:
     return talk(("user", question), ("assistant", answer))
 
 
-PICTURES = [Image("0.png"), Image("1.png"), Image("2.png")]
+IMAGES = [Image("0.png"), Image("1.png"), Image("2.png")]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for i, size in enumerate([(64, 64), (200, 90), (40, 130)]):
         PIL.Image.new("RGB", size, (40 * i, 200, 90)).save(folder / f"{i}.png")
     return folder
@@ -127,11 +127,11 @@ def own_ids(path: Path, conversation: Conversation, parts: bool, root: Path, pro
     text = tokenizer.apply_chat_template(
         as_messages(conversation, True), tokenize=False, add_generation_prompt=prompt, **named
     )
-    pictures = [PIL.Image.open(root / image.name).convert("RGB") for image in conversation.images]
+    decoded = [PIL.Image.open(root / image.name).convert("RGB") for image in conversation.images]
     counts = []
-    if pictures:
+    if decoded:
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-        grids = image_processor(images=pictures, return_tensors="pt")["image_grid_thw"]
+        grids = image_processor(images=decoded, return_tensors="pt")["image_grid_thw"]
         counts = [int(grid.prod()) // 4 for grid in grids]
     first, *others = text.split("<|image_pad|>")
     whole = first + "".join("<|image_pad|>" * count + other for count, other in zip(counts, others, strict=True))
@@ -224,12 +224,12 @@ def test_leading_whitespace_of_an_answer_is_trained_on_after_inferences_prompt(
 
 
 IMAGE_TURNS = {
-    "first": [PICTURES[0], "what is it?"],
-    "first_with_newline": [PICTURES[0], "\nwhat is it?"],
-    "last": ["what is it? ", PICTURES[1]],
-    "between": ["is ", PICTURES[0], " like ", PICTURES[2], "?"],
-    "alone": [PICTURES[1]],
-    "many": [*PICTURES * 2, "count"],
+    "first": [IMAGES[0], "what is it?"],
+    "first_with_newline": [IMAGES[0], "\nwhat is it?"],
+    "last": ["what is it? ", IMAGES[1]],
+    "between": ["is ", IMAGES[0], " like ", IMAGES[2], "?"],
+    "alone": [IMAGES[1]],
+    "many": [*IMAGES * 2, "count"],
 }
 
 
@@ -273,7 +273,7 @@ def test_real_models_words(name: str, words: str, root: Path) -> None:
     question, answer = WORDS[words]
     conversation = talk(
         ("system", "be brief"),
-        ("user", [PICTURES[1], question]),
+        ("user", [IMAGES[1], question]),
         ("assistant", answer),
         ("user", "and?"),
         ("assistant", "blue."),
@@ -293,18 +293,18 @@ def test_real_models_images(name: str, turn: str, root: Path) -> None:
     own = own_ids(path, conversation, True, root)
     image = tokenizer_of(path).convert_tokens_to_ids("<image>" if name == "idefics3" else "<|image_pad|>")
     assert encoded.ids.tolist() == own
-    one = {
-        picture.name: own_ids(path, talk(("user", [picture])), True, root).count(image)
-        for picture in conversation.images
+    counts = {
+        one_image.name: own_ids(path, talk(("user", [one_image])), True, root).count(image)
+        for one_image in conversation.images
     }
-    check_spans(encoded, image, [one[picture.name] for picture in conversation.images])
+    check_spans(encoded, image, [counts[one_image.name] for one_image in conversation.images])
     assert supervised_texts(path, encoded) == ["red" + REAL_END[name]]
 
 
 @IDEFICS_IS_SLOW
 def test_structural_tokens_of_idefics3_lie_inside_one_span(root: Path) -> None:
     path = real("idefics3")
-    encoded = encoder(path).encode(ask(["see ", PICTURES[1], " it"], "red"), root)
+    encoded = encoder(path).encode(ask(["see ", IMAGES[1], " it"], "red"), root)
     tokenizer = tokenizer_of(path)
     (span,) = encoded.images
     ids = encoded.ids.tolist()
@@ -402,7 +402,7 @@ def test_an_image_mark_typed_next_to_an_image_stays_text(
     path = make_directory(
         tmp_path, "byte_level", TEMPLATES["chatml"].text, vision=True, bos_in_front=True, image_is_special=is_special
     )
-    encoded = encoder(path).encode(ask([*content, PICTURES[0], *content], "".join(content)), root)
+    encoded = encoder(path).encode(ask([*content, IMAGES[0], *content], "".join(content)), root)
     image = tokenizer_of(path).convert_tokens_to_ids("<image>")
     check_spans(encoded, image, [NUM_PLACEHOLDERS])
     assert supervised_texts(path, encoded) == ["a <image> b<|im_end|>"]
@@ -410,9 +410,9 @@ def test_an_image_mark_typed_next_to_an_image_stays_text(
 
 def test_a_special_token_split_by_an_image_stays_text(root: Path) -> None:
     path = directory("byte_level", "chatml", vision=True)
-    encoded = encoder(path).encode(ask(["a <|im_", PICTURES[0], "end|> b"], "red"), root)
+    encoded = encoder(path).encode(ask(["a <|im_", IMAGES[0], "end|> b"], "red"), root)
     assert encoded.ids.tolist() == own_ids(
-        path, ask(["a <|im_", PICTURES[0], "end|> b"], "red"), True, root
+        path, ask(["a <|im_", IMAGES[0], "end|> b"], "red"), True, root
     )  # no token is made: this is an ordinary sample
 
 
@@ -421,8 +421,8 @@ def test_a_special_token_split_by_an_image_stays_text(root: Path) -> None:
 def test_special_tokens_of_real_models_stay_characters(name: str, mark: str, root: Path) -> None:
     path = real(name)
     tokenizer = tokenizer_of(path)
-    typed = talk(("user", [PICTURES[0], f"x {mark} y"]), ("assistant", f"{mark} z"))
-    plain = talk(("user", [PICTURES[0], "x word y"]), ("assistant", "word z"))
+    typed = talk(("user", [IMAGES[0], f"x {mark} y"]), ("assistant", f"{mark} z"))
+    plain = talk(("user", [IMAGES[0], "x word y"]), ("assistant", "word z"))
     control = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     ids = [encoder(path).encode(conversation, root).ids.tolist() for conversation in (typed, plain)]
     assert [i for i in ids[0] if i in control] == [i for i in ids[1] if i in control]
@@ -553,7 +553,7 @@ def test_a_template_that_alters_the_words_is_refused(name: str, tmp_path: Path, 
         ("gemma", [("system", "be brief"), *TURNS[:2]], "System role not supported"),
         ("mistral", [("system", "be brief"), *TURNS[:2]], "Only user and assistant roles"),
         ("chatml", TURNS[:1], "no assistant turn"),
-        ("chatml", [("user", [PICTURES[0], "what?"]), ("assistant", "red")], "takes none"),
+        ("chatml", [("user", [IMAGES[0], "what?"]), ("assistant", "red")], "takes none"),
     ],
 )
 def test_refused_samples_name_the_reason(template: str, turns: list[Turn], reason: str, root: Path) -> None:

@@ -51,13 +51,13 @@ def lay_out(
     return Layout(made).lay_out(Conversation(tuple(messages)))
 
 
-PICTURE = Image("0.png")
+IMAGE = Image("0.png")
 ONE: list[Turn] = [("user", ["what?"]), ("assistant", ["dog"])]
 TWO: list[Turn] = [*ONE, ("user", ["so"]), ("assistant", ["no"])]
 
 
 def test_pieces_and_answers_of_a_plain_template() -> None:
-    turns: list[Turn] = [("user", ["see ", PICTURE, "it"]), ("assistant", ["a ", "dog"]), ("user", [PICTURE, "so"])]
+    turns: list[Turn] = [("user", ["see ", IMAGE, "it"]), ("assistant", ["a ", "dog"]), ("user", [IMAGE, "so"])]
     pieces, skeleton = lay_out(plain, *turns, ("assistant", ["no"]))
     assert pieces == [
         Piece("template", "user:", 0),
@@ -184,12 +184,12 @@ REFUSED: dict[str, tuple[Render, list[Turn], str]] = {
     ),
     "an image left out": (
         lambda messages: plain(messages).replace("<image>", ""),
-        [("user", [PICTURE, "what?"]), ONE[1]],
+        [("user", [IMAGE, "what?"]), ONE[1]],
         r"writes 0 placeholders for 1 images",
     ),
     "an image repeated": (
         lambda messages: plain(messages).replace("<image>", "<image><image>"),
-        [("user", [PICTURE, "what?"]), ONE[1]],
+        [("user", [IMAGE, "what?"]), ONE[1]],
         r"writes 2 placeholders for 1 images",
     ),
     "a placeholder without an image": (lambda messages: f"<image>{plain(messages)}", ONE, r"1 placeholders for 0"),

@@ -61,7 +61,7 @@ def test_what_is_wrong_with_a_config_is_not_cut_off(text_model: Path) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_weights_that_do_not_fit_are_told_in_one_line(text_model: Path) -> None:
+def test_weights_that_do_not_fit_are_reported_in_one_line(text_model: Path) -> None:
     processor = load_processor(str(text_model))
     write_config(text_model, {"intermediate_size": 96})
     with pytest.raises(UserError, match=r"weights have other shapes than config\.json requires") as refused:

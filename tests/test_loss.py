@@ -36,8 +36,8 @@ def reference_nll(model: Any, path: Path, conversation: Conversation, root: Path
         if message.role == "user":
             placeholders = []
             for image in (part for part in message.parts if isinstance(part, Image)):
-                picture = PIL.Image.open(root / image.name).convert("RGB")
-                made = AutoImageProcessor.from_pretrained(path, backend="pil")(images=[picture], return_tensors="pt")
+                decoded = PIL.Image.open(root / image.name).convert("RGB")
+                made = AutoImageProcessor.from_pretrained(path, backend="pil")(images=[decoded], return_tensors="pt")
                 pixels.append(made)
                 placeholders.append("<image>" * 16 if llava else "<|image_pad|>" * (made["image_grid_thw"].prod() // 4))
             text += user_turn(message, placeholders, llava)

@@ -125,9 +125,9 @@ def test_an_image_that_is_broken_in_the_middle_is_refused_before_the_first_step(
 def test_an_image_is_decoded_once_whatever_its_name(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
 
-    def counted(picture: Any) -> Any:
-        decoded.append(picture.name)
-        return decode(picture)
+    def counted(found: Any) -> Any:
+        decoded.append(found.name)
+        return decode(found)
 
     monkeypatch.setattr(image_check, "decode", counted)
     folder = broken.parent

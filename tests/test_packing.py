@@ -56,7 +56,7 @@ def load(families: dict[str, Path]) -> Load:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", sorted(PACKS | LEAKS))
-def test_the_trial_tells_which_models_can_share_a_row(name: str, dtype: str, load: Load) -> None:
+def test_the_trial_finds_which_models_can_share_a_row(name: str, dtype: str, load: Load) -> None:
     model, processor = load(name, dtype)
     fault = packing_fault(model, processor, getattr(torch, dtype))
     assert (fault is None) == (name in PACKS), fault
@@ -265,6 +265,7 @@ def test_the_other_commands_decide_alike(
             command(packing=True)
 
 
+@pytest.mark.slow("several runs")
 def test_a_run_records_what_was_asked_and_resumes(
     families: dict[str, Path], make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from mmtrain.records.record_set import RecordSet
 from mmtrain.train.run import train
 from support.builders import SHAPES, TINY, make_text, write_jsonl
 
-PICTURE = sorted((SHAPES / "images").iterdir())[0]
+IMAGE = sorted((SHAPES / "images").iterdir())[0]
 
 
 def chat(question: str, answer: str, images: list[str] | None = None, role: str = "user") -> dict[str, Any]:
@@ -42,16 +42,16 @@ FAULTY: dict[int, tuple[Any, str]] = {
 def write_faulty(folder: Path) -> Path:
     """Ten faults among good lines; line 8 is blank."""
     folder.mkdir()
-    picture = PICTURE.read_bytes()
-    (folder / "ok.png").write_bytes(picture)
+    image = IMAGE.read_bytes()
+    (folder / "ok.png").write_bytes(image)
     (folder / "notes.txt").write_text("these are notes")
-    (folder / "short.png").write_bytes(picture[: len(picture) // 2])
+    (folder / "short.png").write_bytes(image[: len(image) // 2])
     import PIL.Image
 
-    PIL.Image.open(PICTURE).convert("RGB").resize((200, 200)).save(folder / "whole.jpg")
+    PIL.Image.open(IMAGE).convert("RGB").resize((200, 200)).save(folder / "whole.jpg")
     jpeg = (folder / "whole.jpg").read_bytes()
     (folder / "short.jpg").write_bytes(jpeg[: len(jpeg) * 2 // 3])
-    (folder.parent / "outside.png").write_bytes(picture)
+    (folder.parent / "outside.png").write_bytes(image)
     lines = []
     for number in range(1, 14):
         record = FAULTY.get(number, (chat("<image>What?", "this", ["ok.png"]), ""))[0]
@@ -86,11 +86,11 @@ def test_an_image_that_breaks_later_is_named_at_its_step(make_config: Callable[.
     encoder = Encoder(load_processor(config.model.path))
     samples = FreshSamples(RecordSet(config.data.train), encoder)
     data = Path(config.data.train[0].path)
-    picture = data.parent / "images" / "0.png"
-    whole = bytearray(picture.read_bytes())
+    image = data.parent / "images" / "0.png"
+    whole = bytearray(image.read_bytes())
     middle = len(whole) // 2
     whole[middle : middle + 20] = bytes(20)  # the header and the end are as they were
-    picture.write_bytes(whole)
+    image.write_bytes(whole)
     samples.encoded(0)
     with pytest.raises(UserError, match=r"mixed\.jsonl:1: the image 'images/0.png' does not decode"):
         list(Loader(samples, samples.encoder.processor, True).batches([[1], [4, 0]]))
@@ -106,7 +106,7 @@ def test_an_image_that_changed_its_size_is_refused_with_both_sizes(
 
     config = make_config("qwen2_5_vl")
     samples = FreshSamples(RecordSet(config.data.train), Encoder(load_processor(config.model.path)))
-    monkeypatch.setattr(batch, "decode", lambda picture: PIL.Image.new("RGB", (160, 160)))
+    monkeypatch.setattr(batch, "decode", lambda image: PIL.Image.new("RGB", (160, 160)))
     with pytest.raises(UserError, match=r"mixed\.jsonl:1: .*16 tokens were laid out .* makes 100"):
         Loader(samples, samples.encoder.processor, packing).load([1, 0])
 
@@ -133,7 +133,7 @@ def test_samples_that_only_together_cannot_be_laid_out_are_all_named(
 
 
 def test_images_for_a_model_without_them_are_refused(make_config: Callable[..., Config], tmp_path: Path) -> None:
-    (tmp_path / "ok.png").write_bytes(PICTURE.read_bytes())
+    (tmp_path / "ok.png").write_bytes(IMAGE.read_bytes())
     data = write_jsonl(tmp_path / "data.jsonl", [chat("<image>What?", "this", ["ok.png"])])
     config = make_config("text")
     changed = config.model_dump() | {"data": {"train": [{"path": str(data)}]}}

@@ -160,7 +160,7 @@ def test_other_evaluation_sets_change_no_result(run: Run) -> None:
     assert run.find(changed(run.config, "data", eval=[source])) == Resume(saved, 4)
 
 
-def test_another_layout_is_told_and_not_refused(run: Run) -> None:
+def test_another_layout_is_reported_and_not_refused(run: Run) -> None:
     saved = run.save()
     assert run.find(threads=2) == Resume(saved, 4)
     said = run.said[-1]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mmtrain.config.schema import RecordFormat
+from mmtrain.config.data_section import RecordFormat
 from mmtrain.records.chat import Conversation, Image, Message, Part, Role, SampleError, Text
 from mmtrain.records.fields import map_fields
 from mmtrain.records.formats import read_record
@@ -228,8 +228,8 @@ def test_what_is_not_understood_is_refused_by_name(name: str) -> None:
 
 
 def test_a_named_shape_must_be_there() -> None:
-    told = refusal({"instruction": "Q", "answer": "A"}, "alpaca")
-    assert told == "`format: alpaca` needs the keys 'instruction' and 'output' or 'instruction' and 'response'"
+    refused = refusal({"instruction": "Q", "answer": "A"}, "alpaca")
+    assert refused == "`format: alpaca` needs the keys 'instruction' and 'output' or 'instruction' and 'response'"
 
 
 def test_replies_in_a_prompt_are_not_trained_on() -> None:

@@ -89,10 +89,10 @@ def test_a_signal_to_the_launcher(world: World) -> None:
 # --- the parts, by hand
 
 
-def seen(index: int, phase: str, alive: float = 0.0, moved: float = 0.0, asked: int | None = None) -> Seen:
-    beat = {"index": index, "number": 1, "pid": 10 + index, "host": "here", "phase": phase, "asked": asked}
+def seen(index: int, phase: str, alive: float = 0.0, moved: float = 0.0, stop_signal: int | None = None) -> Seen:
+    beat = {"index": index, "number": 1, "pid": 10 + index, "host": "here", "phase": phase, "stop_signal": stop_signal}
     beat["waiting"] = phase in WAITING
-    return Seen({**beat, "doing": f"step 3, {phase}", "ticks": 1, "told": None}, alive, moved)
+    return Seen({**beat, "doing": f"step 3, {phase}", "ticks": 1, "reported": None}, alive, moved)
 
 
 def test_who_is_silent_holds_the_run_up() -> None:
@@ -123,15 +123,15 @@ def test_all_wait_for_each_other() -> None:
 def test_after_a_signal_the_time_is_short_but_for_saving() -> None:
     late = STOP_SECONDS + 1
     assert judge([seen(0, "forward", late, 0)], 600, late) is None
-    found = judge([seen(0, "forward", late, 0, asked=15)], 600, late)
+    found = judge([seen(0, "forward", late, 0, stop_signal=15)], 600, late)
     assert found is not None
     assert found.code == 143
-    assert judge([seen(0, "saving", late, 0, asked=15)], 600, late) is None
+    assert judge([seen(0, "saving", late, 0, stop_signal=15)], 600, late) is None
 
 
 def test_who_was_stopped_before_a_signal_has_not_heard_of_it() -> None:
     late = STOP_SECONDS + 1
-    found = judge([seen(0, "gradients", late, late, asked=15), seen(1, "forward")], 600, late, asked=15)
+    found = judge([seen(0, "gradients", late, late, stop_signal=15), seen(1, "forward")], 600, late, stop_signal=15)
     assert found is not None
     assert found.code == 143
     assert "process 1" in found.words
@@ -150,7 +150,7 @@ def test_who_was_stopped_before_a_signal_has_not_heard_of_it() -> None:
         ([-15], 143),
     ],
 )
-def test_the_code_that_tells_why(codes: list[int], expected: int) -> None:
+def test_the_exit_code_says_why(codes: list[int], expected: int) -> None:
     failures: Any = {rank: SimpleNamespace(exitcode=code) for rank, code in enumerate(codes)}
     result: Any = SimpleNamespace(failures=failures)
     assert _cause(result) == expected

@@ -148,9 +148,9 @@ def test_a_broken_line_is_refused_by_name_and_leaves_the_others(tmp_path: Path, 
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 200
     if line:
-        (file,) = open_records(str(write(tmp_path, "a.jsonl", b'"before"\n' + line + b'\n"behind"\n')))
+        (file,) = open_records(str(write(tmp_path, "a.jsonl", b'"before"\n' + line + b'\n"after"\n')))
         assert [file.place(i).line for i in range(3)] == [1, 2, 3]
-        assert (file.record(0), file.record(2)) == ("before", "behind")
+        assert (file.record(0), file.record(2)) == ("before", "after")
         with pytest.raises(SampleError, match=words):
             file.record(1)
 
@@ -235,11 +235,11 @@ def test_a_jsonl_file_costs_memory_for_its_index_alone(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", line * 10_000)
     tracemalloc.start()
     file = JsonlFile(path)
-    held, peak = tracemalloc.get_traced_memory()
+    kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(file) == 10_000
     assert file.record(9_999) == {"text": "x" * 2000}
-    assert held < 400_000  # 20 MB of records
+    assert kept < 400_000  # 20 MB of records
     assert peak < 1_000_000
 
 
@@ -252,8 +252,8 @@ def plainly(record: Any, root: Path) -> None:
         for image in read_record(record, "auto").images:
             find_image(image, root)
     except SampleError as error:
-        told = str(error)
-        assert told.isprintable()
+        message = str(error)
+        assert message.isprintable()
 
 
 @pytest.mark.skipif(not BAD_JSON, reason="the shared data is not there")
@@ -265,8 +265,8 @@ def test_the_json_test_suite_is_taken_and_refused_as_it_says(tmp_path: Path, pat
     try:
         value = parse_json(content)
     except SampleError as error:
-        told = str(error)
-        assert told.isprintable()
+        message = str(error)
+        assert message.isprintable()
         assert must != "y" or twice
     else:
         assert must != "n"
@@ -327,8 +327,8 @@ def test_a_mutated_jsonl_file_gives_records_or_plain_refusals(
         try:
             plainly(file.record(i), tmp_path)
         except SampleError as error:
-            told = str(error)
-            assert told.isprintable()
+            message = str(error)
+            assert message.isprintable()
 
 
 def strict_json(content: bytes) -> Any:
@@ -385,12 +385,12 @@ def test_a_strange_image_path_is_refused_plainly(tmp_path: Path, name: str) -> N
         find_image(image, tmp_path)
         pytest.fail("the image was found")
     except SampleError as error:
-        told = str(error)
-    assert told.isprintable()
-    assert len(told) < 400 + len(str(tmp_path))
+        message = str(error)
+    assert message.isprintable()
+    assert len(message) < 400 + len(str(tmp_path))
 
 
-def test_records_that_share_a_line_are_told_apart_by_their_number(tmp_path: Path) -> None:
+def test_records_that_share_a_line_are_distinguished_by_their_number(tmp_path: Path) -> None:
     path = tmp_path / "one.json"
     path.write_text('[{"a": 1}, {"b": 2},\n {"c": 3}]')
     (records,) = open_records(str(path))

@@ -103,7 +103,7 @@ def test_dropout_follows_the_step(made: Made) -> None:
 
 
 class TwoAlike:
-    """A runtime of two processes that hold the same; the rest is that of one. Both were told to stop by a signal."""
+    """A runtime of two processes with equal values; the rest is that of one. A signal asked both to stop."""
 
     num_processes = 2
 

@@ -1,4 +1,4 @@
-"""The parts of tests/torture, each with a few tries: that runs stand what it does to them, and that it would tell."""
+"""The parts of tests/torture, each with a few tries: runs survive them, and where one does not, it is reported."""
 
 import re
 import subprocess
@@ -55,7 +55,7 @@ print(torture.checkpoints.histories(30)[1])
 """
 
 
-def test_the_script_tells_a_resume_without_moments_and_a_store_that_checks_nothing() -> None:
+def test_the_script_reports_a_resume_without_moments_and_a_store_that_checks_nothing() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SABOTAGE, str(TESTS)], capture_output=True, text=True, check=False, timeout=600
     )

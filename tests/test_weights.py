@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmtrain.config.schema import Config, TrainSource
+from mmtrain.config.data_section import TrainSource
+from mmtrain.config.schema import Config
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.records.chat import SampleError
 from mmtrain.records.formats import read_record

@@ -147,7 +147,7 @@ def _widened(value: Any) -> Any:
 
 
 def _find_separator(tokenizer: Tokenizer, image_token: str, token_id: int | None) -> int | None:
-    """A special token that takes nothing of the text around it, to tell images apart in the processor's output."""
+    """A special token that takes nothing of the text around it, to distinguish images in the processor's output."""
     tokens, traits = tokenizer.wrapped.added_tokens_decoder, tokenizer.traits
     parting = [id_ for id_, t in tokens.items() if t.special and traits.parting_tokens.fullmatch(t.content)]
     candidates = [id_ for id_ in parting if tokens[id_].content != image_token and id_ != token_id]

@@ -66,7 +66,7 @@ class VisionInputs:
 
 def prepare_vision(model: Any, processor: ChatProcessor, say: Callable[[str], None]) -> VisionInputs:
     """Give the tower of `model`, on its device, what is said above, each where a trial on random images shows that the
-    decoder is given the same; `say` is told in one line what is not. To be called under the autocast of the training.
+    decoder is given the same; `say` reports in one line what is not. To be called under the autocast of the training.
 
     Nothing is changed on devices without the kernel, nor for a tower without stretches.
     """

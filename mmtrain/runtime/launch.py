@@ -1,6 +1,6 @@
 """Processes and nodes: whether this process is one of many already, and if not, starting them.
 
-Beside the runtime the only room that reads the environment.
+With environment.py the only module that reads the environment.
 """
 
 import logging
@@ -115,7 +115,7 @@ def launch(layout: Layout, processes: int, words: Sequence[str]) -> int:
                     _say(f"a process ended (exit code {code}): starting again from the newest checkpoint")
             return result
 
-    logging.disable(logging.CRITICAL)  # what the agent tells of its workers, our lines tell too
+    logging.disable(logging.CRITICAL)  # our own lines report what the agent logs of its workers
     address = _own_address(layout.rendezvous)
     os.environ |= {
         _OURS: str(os.getpid()),
@@ -153,7 +153,7 @@ def launch(layout: Layout, processes: int, words: Sequence[str]) -> int:
 
 
 def _cause(result: "RunResult") -> int:
-    """The exit code that tells why the workers ended, as a shell gives it: 128 + n where signal n ended one.
+    """The exit code that says why the workers ended, as a shell gives it: 128 + n where signal n ended one.
 
     Once one has ended the agent ends the others with SIGTERM, and they find a peer gone: neither is a cause.
     """

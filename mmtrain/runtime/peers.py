@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other beside the collectives, through the store they met at.
+"""What the processes of a run exchange besides the collectives, through the store they met at.
 
 Each publishes what it does; the first reads all of them, judges, and publishes the board that everyone reads: so the
 work of all but the first does not grow with their number.
@@ -17,10 +17,10 @@ from mmtrain.runtime.activity import WAITING, Activity
 
 HANG_CODE = 5
 STOP_SECONDS = 20.0
-"""After a signal nothing may stand still for longer: schedulers kill some 30 seconds after they have asked."""
+"""After a signal nothing may stand still for longer: schedulers send SIGKILL about 30 seconds after the signal."""
 
 _SPEAKS_SECONDS = 3.0
-"""A process on another machine that was heard of so short ago tells the user."""
+"""A process on another machine that was heard of within this time reports to the user."""
 
 
 class Store(Protocol):
@@ -52,7 +52,7 @@ class Seen:
     def hear(self, beat: dict[str, Any], now: float) -> None:
         if beat["number"] != self.beat["number"]:
             self.alive_at = now
-        if any(beat[key] != self.beat[key] for key in ("ticks", "asked")):
+        if any(beat[key] != self.beat[key] for key in ("ticks", "stop_signal")):
             self.moved_at = now
         self.beat = beat
 
@@ -61,34 +61,34 @@ class Seen:
         return f"process {self.beat['index']} (pid {self.beat['pid']} on {self.beat['host']})"
 
 
-def judge(seen: list[Seen], timeout: float, now: float, asked: int | None = None) -> Verdict | None:
+def judge(seen: list[Seen], timeout: float, now: float, stop_signal: int | None = None) -> Verdict | None:
     """Who holds the run up: silent for `timeout` seconds, or alive and not moving. None while all is well.
 
-    After a signal (`asked`; who stands still may not have heard of it) the time is at most `STOP_SECONDS`, but for
-    writing a checkpoint.
+    After a signal (`stop_signal`; a process that stands still may not have heard of it) the time is at most
+    `STOP_SECONDS`, except while a checkpoint is written.
     """
 
     def limit(one: Seen) -> float:
-        known = asked if asked is not None else one.beat["asked"]
+        known = stop_signal if stop_signal is not None else one.beat["stop_signal"]
         return timeout if known is None or one.beat["phase"] == "saving" else min(timeout, STOP_SECONDS)
 
     for one in seen:
         if now - one.alive_at > limit(one):
-            return _hang([one], asked, f"has not been heard of for {limit(one):.0f} s")
+            return _hang([one], stop_signal, f"has not been heard of for {limit(one):.0f} s")
     stuck = [one for one in seen if now - one.moved_at > limit(one)]
     busy = [one for one in stuck if not one.beat["waiting"]]
     if busy:
-        return _hang(busy, asked, f"has not moved for {limit(busy[0]):.0f} s")
+        return _hang(busy, stop_signal, f"has not moved for {limit(busy[0]):.0f} s")
     if stuck and len(stuck) == len(seen):
-        return _hang(stuck, asked, f"has waited for the others for {limit(stuck[0]):.0f} s")
+        return _hang(stuck, stop_signal, f"has waited for the others for {limit(stuck[0]):.0f} s")
     return None
 
 
-def _hang(culprits: list[Seen], asked: int | None, what: str) -> Verdict:
+def _hang(culprits: list[Seen], stop_signal: int | None, what: str) -> Verdict:
     words = "; ".join(f"{one.name} {what}: {one.beat['doing']}" for one in culprits[:8])
     more = f"; and {len(culprits) - 8} more" if len(culprits) > 8 else ""
-    asked = asked if asked is not None else culprits[0].beat["asked"]
-    return Verdict(HANG_CODE if asked is None else 128 + asked, words + more)
+    stop_signal = stop_signal if stop_signal is not None else culprits[0].beat["stop_signal"]
+    return Verdict(HANG_CODE if stop_signal is None else 128 + stop_signal, words + more)
 
 
 class Peers:
@@ -100,28 +100,28 @@ class Peers:
         self._timeout = timeout
         self._seen: dict[int, Seen] = {}
         self._number = 0
-        self._asked: int | None = None
-        self._board: dict[str, Any] = {"number": 0, "asked": None, "verdict": None}
+        self._stop_signal: int | None = None
+        self._board: dict[str, Any] = {"number": 0, "stop_signal": None, "verdict": None}
         self._board_at = time.monotonic()
 
     @property
-    def asked(self) -> int | None:
+    def stop_signal(self) -> int | None:
         """The signal that asked any process to end."""
-        asked: int | None = self._board["asked"]
-        return asked
+        stop_signal: int | None = self._board["stop_signal"]
+        return stop_signal
 
     @property
     def verdict(self) -> Verdict | None:
         found = self._board["verdict"]
         return None if found is None else Verdict(int(found["code"]), str(found["words"]))
 
-    def exchange(self, activity: Activity, asked: int | None, told: Verdict | None) -> None:
+    def exchange(self, activity: Activity, stop_signal: int | None, reported: Verdict | None) -> None:
         """Publish what this process does, the signal it got and why it ends; hear what the others say.
 
         Raises RuntimeError (torch's store errors) where the store is gone.
         """
         self._number += 1
-        self._asked = asked
+        self._stop_signal = stop_signal
         beat = {
             "index": self._index,
             "number": self._number,
@@ -131,8 +131,8 @@ class Peers:
             "doing": str(activity),
             "ticks": activity.ticks,
             "waiting": activity.waiting or activity.phase in WAITING,
-            "asked": asked,
-            "told": None if told is None else {"code": told.code, "words": told.words},
+            "stop_signal": stop_signal,
+            "reported": None if reported is None else {"code": reported.code, "words": reported.words},
         }
         self._hear(beat)
         if self._store is not None:
@@ -146,13 +146,18 @@ class Peers:
         """A process of this machine that is dead without having said why."""
         for number in self._neighbours:
             one = self._seen.get(number)
-            if one is not None and one.beat["phase"] != "leaving" and one.beat["told"] is None and not _lives(one.beat):
+            if (
+                one is not None
+                and one.beat["phase"] != "leaving"
+                and one.beat["reported"] is None
+                and not _lives(one.beat)
+            ):
                 return Verdict(7, f"{one.name} is dead: {one.beat['doing']}")
         return None
 
     @property
     def speaks(self) -> bool:
-        """Whether it is for this process to tell the user: the first, or else the lowest one that is left."""
+        """Whether this process reports to the user: the first does, or else the lowest one that is left."""
         lower = [number for number in {0, *self._neighbours} if number < self._index]
         return not any(number in self._seen and _can_speak(self._seen[number]) for number in lower)
 
@@ -160,10 +165,10 @@ class Peers:
         for number in range(1, self._num_processes):
             self._fetch(number)
         for one in self._seen.values():
-            self._board["asked"] = self._board["asked"] or one.beat["asked"]
-            self._board["verdict"] = self._board["verdict"] or one.beat["told"]
+            self._board["stop_signal"] = self._board["stop_signal"] or one.beat["stop_signal"]
+            self._board["verdict"] = self._board["verdict"] or one.beat["reported"]
         present = [one for one in self._seen.values() if one.beat["phase"] != "leaving"]
-        stuck = judge(present, self._timeout, time.monotonic(), self._board["asked"])
+        stuck = judge(present, self._timeout, time.monotonic(), self._board["stop_signal"])
         if stuck is not None and self._board["verdict"] is None:
             self._board["verdict"] = {"code": stuck.code, "words": stuck.words}
         self._board["number"] = self._number
@@ -179,18 +184,18 @@ class Peers:
             if board["number"] != self._board["number"]:
                 self._board_at = time.monotonic()
             self._board = board
-        silence, asked = time.monotonic() - self._board_at, self._asked
-        limit = self._timeout if asked is None else min(self._timeout, STOP_SECONDS)
+        silence, stop_signal = time.monotonic() - self._board_at, self._stop_signal
+        limit = self._timeout if stop_signal is None else min(self._timeout, STOP_SECONDS)
         if silence > limit and self._board["verdict"] is None:
-            found = self.silent(silence, asked)
+            found = self.silent(silence, stop_signal)
             self._board["verdict"] = {"code": found.code, "words": found.words}
 
-    def silent(self, seconds: float, asked: int | None) -> Verdict:
+    def silent(self, seconds: float, stop_signal: int | None) -> Verdict:
         """The first process has not answered for so long."""
         first = self._seen.get(0)
         name = "process 0" if first is None else first.name
         doing = "starting" if first is None else first.beat["doing"]
-        code = HANG_CODE if asked is None else 128 + asked
+        code = HANG_CODE if stop_signal is None else 128 + stop_signal
         return Verdict(code, f"{name} has not been heard of for {seconds:.0f} s: {doing}")
 
     def _fetch(self, number: int) -> None:

@@ -92,7 +92,7 @@ class Runtime:
 
     @property
     def kernels(self) -> dict[str, str]:
-        """What decides, beside the program, which bits come out."""
+        """What decides, besides the program, which bits come out."""
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
         return {"torch": torch.__version__, "device": device}
 
@@ -100,7 +100,7 @@ class Runtime:
     def supervised(self, stacks: Path) -> Iterator[None]:
         """Answer signals, and end the run by name where a process is dead or stands still.
 
-        An error that leaves the block is told to the other processes first.
+        An error that leaves the block is first reported to the other processes.
         """
         store = None if self._store is None else self._store.clone()
         peers = Peers(store, self.index, self.num_processes, self._neighbours, self._timeout)
@@ -111,28 +111,28 @@ class Runtime:
             yield
             self.wait()
         except UserError as error:
-            error.already_reported = self._supervisor.tell(error)
+            error.already_reported = self._supervisor.report(error)
             raise
         except Exception as error:
             failed = UserError(f"process {self.index} failed: {type(error).__name__}: {error}")
             failed.exit_code = 1
-            self._supervisor.tell(failed)
+            self._supervisor.report(failed)
             raise
         finally:
             self._supervisor.stop()
             self._supervisor = None
 
     @property
-    def asked(self) -> int | None:
+    def stop_signal(self) -> int | None:
         """The signal that this process knows of; another may not know of it yet."""
-        return None if self._supervisor is None else self._supervisor.asked
+        return None if self._supervisor is None else self._supervisor.stop_signal
 
     def agree(self, values: Tensor) -> tuple[Tensor, int | None]:
         """`values` (float64, 1-d) summed over all processes, on the CPU where there are several, and the signal by
         which all of them stop, if any."""
         if self.num_processes == 1:
-            return values, self.asked
-        flags = torch.tensor([float(self.asked == signum) for signum in STOP_SIGNALS], dtype=torch.float64)
+            return values, self.stop_signal
+        flags = torch.tensor([float(self.stop_signal == signum) for signum in STOP_SIGNALS], dtype=torch.float64)
         total = self.sum(torch.cat([values.to(self.device), flags.to(self.device)])).cpu()
         signum = next(
             (int(n) for n, count in zip(STOP_SIGNALS, total[-len(STOP_SIGNALS) :], strict=True) if count), None
@@ -143,7 +143,7 @@ class Runtime:
         """Whether to leave a long loop because of a signal; `together`: all processes leave at the same turn."""
         if together and self._supervisor is not None:
             return self.agree(torch.zeros(0, dtype=torch.float64))[1] is not None
-        return self.asked is not None
+        return self.stop_signal is not None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 for matrix products where the config says so; the float32 adapters stay float32."""

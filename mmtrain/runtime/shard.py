@@ -1,6 +1,6 @@
 """Weights spread over the processes by torch's FSDP2, for what one device cannot hold.
 
-Beside the runtime the only room that touches torch.distributed. Every process must run the same modules the same
+Besides the runtime the only package that touches torch.distributed. Every process must run the same modules the same
 number of times, so what it has not, it makes up for by a sample without weight (`Filled`).
 """
 
@@ -75,15 +75,15 @@ def share(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def num_held(model: Any) -> tuple[int, int]:
+def own_and_total_bytes(model: Any) -> tuple[int, int]:
     """Bytes of the weights that this process holds, and of all weights."""
     parameters = list(model.parameters())
-    held = sum(num_bytes(p.to_local() if isinstance(p, DTensor) else p) for p in parameters)
-    return held, sum(map(num_bytes, parameters))
+    own = sum(num_bytes(p.to_local() if isinstance(p, DTensor) else p) for p in parameters)
+    return own, sum(map(num_bytes, parameters))
 
 
 class Filled:
-    """A set of samples with one more, `FILLER`, that has pictures if any sample has, and nothing to learn."""
+    """A set of samples with one more, `FILLER`, that has images if any sample has, and no supervised token."""
 
     def __init__(self, samples: StoredSamples, checked: CheckedSamples) -> None:
         self._samples = samples
@@ -93,7 +93,7 @@ class Filled:
         self._filler = int(candidates[checked.num_tokens[candidates].argmin()])
 
     def fill(self, cut: Sequence[int]) -> tuple[int, ...]:
-        """The micro-batch, with the filler where it has no sample, or no picture and others may have one."""
+        """The micro-batch, with the filler where it has no sample, or no image and others may have one."""
         enough = any(self._has_images[i] for i in cut) if self._images_needed else bool(cut)
         return tuple(cut) if enough else (*cut, FILLER)
 

@@ -35,9 +35,9 @@ class Supervisor:
         self._timeout = timeout
         self._interval = min(0.25, timeout / 8)
         self._stacks = stacks
-        self._asked: int | None = None
-        self._asked_at = 0.0
-        self._told: Verdict | None = None
+        self._stop_signal: int | None = None
+        self._stop_signal_at = 0.0
+        self._reported: Verdict | None = None
         self._verdict_at: float | None = None
         """When another process's reason to end the run was first heard here."""
         self._closing = threading.Event()
@@ -74,18 +74,18 @@ class Supervisor:
         self._write.close()
 
     @property
-    def asked(self) -> int | None:
+    def stop_signal(self) -> int | None:
         """The signal that asked this process, or another one of the run, to end."""
-        return self._asked
+        return self._stop_signal
 
-    def tell(self, error: UserError) -> bool:
+    def report(self, error: UserError) -> bool:
         """Publish why this process ends, before it ends, so that the others name the reason and not the silence.
 
         Gives whether the user hears it from another process: what all of them find out, the first one says.
         """
         if self._alone:
             return False
-        self._told = Verdict(error.exit_code, "\n".join(grouped(error.faults)[:20]))
+        self._reported = Verdict(error.exit_code, "\n".join(grouped(error.faults)[:20]))
         end = time.monotonic() + _SILENCE_SECONDS
         while time.monotonic() < end:
             if not self._exchange():
@@ -101,7 +101,7 @@ class Supervisor:
         """What a broken collective means: which process is gone and where it was, or the signal that ended it."""
         end = time.monotonic() + _SILENCE_SECONDS
         while time.monotonic() < end:
-            self._exchange()  # it may fail: a first process that held the store took it along
+            self._exchange()  # it may fail: the store is gone if the first process, which serves it, has ended
             verdict = self._peers.verdict or self._peers.gone()
             if verdict is not None:
                 if verdict.code == HANG_CODE:
@@ -109,8 +109,8 @@ class Supervisor:
                 error = PeerError(verdict.words)
                 error.exit_code = verdict.code
                 return error
-            if self._asked is not None:
-                return Stopped(self._asked, f"stopped in step {self._activity.step}, before it could be finished")
+            if self._stop_signal is not None:
+                return Stopped(self._stop_signal, f"stopped in step {self._activity.step}, before it could be finished")
             time.sleep(self._interval / 4)
         return PeerError("another process of the run is gone")
 
@@ -130,7 +130,7 @@ class Supervisor:
                 silence = time.monotonic() - answered_at
                 if self._num_begun > self._num_done:  # the store is there and does not answer
                     if silence > self._limit:
-                        self._leave(self._peers.silent(silence, self._asked))
+                        self._leave(self._peers.silent(silence, self._stop_signal))
                 elif silence > _SILENCE_SECONDS:
                     words = "the first process of the run is gone"
                     self._leave(self._peers.gone() or Verdict(PeerError.exit_code, words))
@@ -139,21 +139,21 @@ class Supervisor:
         if signum not in STOP_SIGNALS:
             return
         name = signal.Signals(signum).name
-        if self._asked is not None:
-            if time.monotonic() - self._asked_at > _REPEAT_SECONDS:
+        if self._stop_signal is not None:
+            if time.monotonic() - self._stop_signal_at > _REPEAT_SECONDS:
                 self._leave(Verdict(128 + signum, f"{name} again: left at once"))
             return
-        self._ask(signum)
+        self._set_stop_signal(signum)
         if self._activity.phase in IN_STEPS and self._index == 0 and self._peers.verdict is None:
             _say(f"{name}: finishing step {self._activity.step}, then saving; once more to leave at once")
 
-    def _ask(self, signum: int) -> None:
-        self._asked, self._asked_at = signum, time.monotonic()
+    def _set_stop_signal(self, signum: int) -> None:
+        self._stop_signal, self._stop_signal_at = signum, time.monotonic()
 
     @property
     def _limit(self) -> float:
         """Seconds without an answer after which the process that holds the store counts as hung."""
-        return self._timeout if self._asked is None else min(self._timeout, STOP_SECONDS)
+        return self._timeout if self._stop_signal is None else min(self._timeout, STOP_SECONDS)
 
     def _exchange(self) -> bool:
         """Whether the store could be reached, with all that was known when this was called.
@@ -173,7 +173,7 @@ class Supervisor:
                     return
                 self._num_begun += 1
             try:
-                self._peers.exchange(self._activity, self._asked, self._told)
+                self._peers.exchange(self._activity, self._stop_signal, self._reported)
                 reached = True
             except RuntimeError:
                 reached = False
@@ -183,9 +183,9 @@ class Supervisor:
 
     def _act(self) -> None:
         """Do what has been heard."""
-        if self._asked is None and self._peers.asked is not None:
-            self._ask(self._peers.asked)
-        if self._closing.is_set() or self._told is not None:
+        if self._stop_signal is None and self._peers.stop_signal is not None:
+            self._set_stop_signal(self._peers.stop_signal)
+        if self._closing.is_set() or self._reported is not None:
             return
         if self._peers.verdict is not None and not self._has_time_to_save(self._peers.verdict):
             self._leave(self._peers.verdict)
@@ -193,7 +193,7 @@ class Supervisor:
         # a main thread in a collective finds out now and ends in good order; and what the dead one said last is read
         if self._peers.gone() is not None and not self._closing.wait(1.0) and self._exchange():
             gone = self._peers.gone()
-            if gone is not None and self._told is None:
+            if gone is not None and self._reported is None:
                 self._leave(gone)
 
     def _has_time_to_save(self, verdict: Verdict) -> bool:
@@ -208,12 +208,12 @@ class Supervisor:
 
     def _act_alone(self) -> None:
         """Do what asks for no other process: leave where a signal came and there is nothing to save."""
-        if self._closing.is_set() or self._told is not None:
+        if self._closing.is_set() or self._reported is not None:
             return
-        if self._asked is not None and self._activity.phase not in IN_STEPS and self._activity.phase != "leaving":
-            name = signal.Signals(self._asked).name
+        if self._stop_signal is not None and self._activity.phase not in IN_STEPS and self._activity.phase != "leaving":
+            name = signal.Signals(self._stop_signal).name
             self._leave(
-                Verdict(128 + self._asked, f"{name}: stopped while {self._activity}; there was nothing to save")
+                Verdict(128 + self._stop_signal, f"{name}: stopped while {self._activity}; there was nothing to save")
             )
 
     def _leave(self, verdict: Verdict) -> None:
@@ -223,7 +223,7 @@ class Supervisor:
         if self._peers.speaks:
             where = f"; where each process stood is in {self._stacks}" if verdict.code == HANG_CODE else ""
             _say(verdict.words + where)
-        self._told = verdict
+        self._reported = verdict
         linger = 3 * self._interval if self._index == 0 and not self._alone else 0.0
         end = time.monotonic() + linger
         while self._exchange() and time.monotonic() < end:  # the first holds the store: let the others read

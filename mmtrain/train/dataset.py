@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config import Config
-from mmtrain.config.schema import EvalSource, Train
+from mmtrain.config.data_section import EvalSource
+from mmtrain.config.schema import Train
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Plan
 from mmtrain.dataset.samples import StoredSamples

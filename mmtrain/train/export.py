@@ -75,9 +75,9 @@ def export(learner: Learner, config: Config, dataset: Dataset) -> str:
 
 def _whole_weights(model: Any, is_adapter: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     """What is saved, gathered on the CPU: an adapter's trainable weights, or all of a model."""
-    held = trainable_parameters(model) if is_adapter else model.state_dict()
+    weights = trainable_parameters(model) if is_adapter else model.state_dict()
     return {
-        name: whole(value.detach()).cpu().to(torch.float32 if is_adapter else dtype) for name, value in held.items()
+        name: whole(value.detach()).cpu().to(torch.float32 if is_adapter else dtype) for name, value in weights.items()
     }
 
 

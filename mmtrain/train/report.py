@@ -9,10 +9,10 @@ from typing import Any
 from rich.table import Table
 
 from mmtrain.config import Config
-from mmtrain.config.schema import Lora
+from mmtrain.config.tune_section import Lora
 from mmtrain.model.components import ComponentReport
 from mmtrain.progress import Progress, Task
-from mmtrain.runtime.shard import num_held
+from mmtrain.runtime.shard import own_and_total_bytes
 from mmtrain.safe_text import visible
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.gradients import is_exact
@@ -50,11 +50,11 @@ def _component_table(reports: Sequence[ComponentReport]) -> Table:
 
 
 def _weights_line(learner: Learner) -> str:
-    held, total = num_held(learner.model)
+    own, total = own_and_total_bytes(learner.model)
     count, threads = learner.runtime.num_processes, learner.runtime.num_threads
     return (
         f"weights {'sharded over' if learner.sharded else 'replicated on'} {count} process{'es' * (count > 1)}: "
-        f"{held / 1e6:,.1f} of {total / 1e6:,.1f} MB, {threads} CPU thread{'s' * (threads > 1)}"
+        f"{own / 1e6:,.1f} of {total / 1e6:,.1f} MB, {threads} CPU thread{'s' * (threads > 1)}"
     )
 
 

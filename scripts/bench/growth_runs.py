@@ -39,8 +39,8 @@ def open_data(config_path: Path, result: Path) -> None:
     dataset = Dataset(config, processor, QUIET)
     dataset.plan.step(1)
     seconds = time.perf_counter() - begun
-    told = {"seconds": seconds, "samples": len(dataset.train), "tokens": int(dataset.checked.num_tokens.sum())}
-    result.write_text(json.dumps(told))
+    row = {"seconds": seconds, "samples": len(dataset.train), "tokens": int(dataset.checked.num_tokens.sum())}
+    result.write_text(json.dumps(row))
 
 
 def tokenize(model: Path, data: Path, result: Path) -> None:

@@ -26,13 +26,13 @@ def step_seconds(found: dict[str, Any], clock: str) -> list[float]:
 def report_losses(found: Runs, dtype: str) -> None:
     own = [row["loss"] for row in found["mmtrain"][0]["rows"]]
     for name, runs in found.items():
-        told = [row["loss"] for row in runs[0]["rows"]]
-        off = [abs(a - b) / abs(b) for a, b in zip(told, own, strict=True)]
+        losses = [row["loss"] for row in runs[0]["rows"]]
+        off = [abs(a - b) / abs(b) for a, b in zip(losses, own, strict=True)]
         agrees = max(off[:FIRST_STEPS]) <= LOSS_TOLERANCE[dtype]
         verdict = "agree" if agrees else "DO NOT AGREE: its times below mean nothing"
         print(
-            f"{NAMES[name]:8} losses {told[0]:.5f} … {told[-1]:.5f}, off mmtrain's by {max(off[:FIRST_STEPS]):.1e} in "
-            f"the first {FIRST_STEPS} steps, {max(off):.1e} in all: {verdict}"
+            f"{NAMES[name]:8} losses {losses[0]:.5f} … {losses[-1]:.5f}, off mmtrain's by "
+            f"{max(off[:FIRST_STEPS]):.1e} in the first {FIRST_STEPS} steps, {max(off):.1e} in all: {verdict}"
         )
 
 
@@ -50,14 +50,14 @@ def report_inputs(lengths: list[list[int]], supervised: list[int], epoch: int) -
 def report_rates(found: Runs, tokens: list[int], supervised: list[int], settings: dict[str, Any]) -> None:
     """`tokens`, `supervised`: of each step. The share is of the measured rate of matrix products."""
     own = found["mmtrain"]
-    clock, told = ("wall", "wall") if settings["device"] == "cuda" else ("cpu", "CPU")
+    clock, unit = ("wall", "wall") if settings["device"] == "cuda" else ("cpu", "CPU")
     threads = 1 if clock == "wall" else settings["threads"]
     ceiling = statistics.median(one["matmul_rate"] for one in own)
     operations = sum(row["operations"] for row in own[0]["rows"][WARM_UP:])
     print(
-        f"Steps {WARM_UP + 1} to {len(tokens)}; seconds are {told} seconds, ceiling {ceiling / 1e9:,.0f} G operations/s"
+        f"Steps {WARM_UP + 1} to {len(tokens)}; seconds are {unit} seconds, ceiling {ceiling / 1e9:,.0f} G operations/s"
     )
-    print("         wall s/  {0:>6}/  tokens/ trained/ share of    peak   first  {0} time, times".format(f"{told} s"))
+    print("         wall s/  {0:>6}/  tokens/ trained/ share of    peak   first  {0} time, times".format(f"{unit} s"))
     print("            step     step        s        s  ceiling     GiB  step s  mmtrain's (spread)")
     for name, runs in found.items():
         seconds = [step_seconds(one, clock) for one in runs]
@@ -79,7 +79,7 @@ def report_rates(found: Runs, tokens: list[int], supervised: list[int], settings
 def report_epochs(found: Runs, tokens: list[int], epoch: int, device: str) -> None:
     """Seconds a step of the first and of the second epoch, where the steps cover both. The first lacks the warm-up, so
     that their steps are of other sizes: the ratio is of the time a token."""
-    clock, told = ("wall", "wall") if device == "cuda" else ("cpu", "CPU")
+    clock, unit = ("wall", "wall") if device == "cuda" else ("cpu", "CPU")
     for name, runs in found.items():
         steps, costs = [], []
         for first, last in ((WARM_UP, epoch), (epoch, 2 * epoch)):
@@ -87,7 +87,7 @@ def report_epochs(found: Runs, tokens: list[int], epoch: int, device: str) -> No
             steps.append(statistics.median(times) / (last - first))
             costs.append(1e3 * statistics.median(times) / sum(tokens[first:last]))
         print(
-            f"{NAMES[name]:8} epoch 1 (from step {WARM_UP + 1}) {steps[0]:.3f} {told} s a step, {costs[0]:.3f} ms a "
+            f"{NAMES[name]:8} epoch 1 (from step {WARM_UP + 1}) {steps[0]:.3f} {unit} s a step, {costs[0]:.3f} ms a "
             f"token; epoch 2 {steps[1]:.3f} and {costs[1]:.3f}: {costs[1] / costs[0]:.0%} of the time a token"
         )
 

@@ -32,7 +32,7 @@ APACHE = SAMPLES / "licenses" / "Apache-2.0.txt"
 SHAPES = SAMPLES / "shapes"
 LARGEST_BYTES = 8_000_000
 VOCABULARY = 1280
-PICTURES = 16_000
+NUM_IMAGES = 16_000
 # The phases of the training: data, optimizer steps and learning rate. Colours take a few hundred steps, shapes
 # only after a long plateau, so the easy questions come first and the rate is raised again once.
 PHASES = (("easy", 1000, 2e-3), ("easy", 800, 1.5e-3), ("all", 700, 7e-4))
@@ -88,7 +88,7 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 NOTICE = """The weights, the tokenizer and the configuration in this folder were made by scripts/tiny_vlm
-and have the licence of this project. They were trained on pictures that the project draws and on easy-VQA (MIT,
+and have the licence of this project. They were trained on images that the project draws and on easy-VQA (MIT,
 see data_samples/shapes/LICENSE).
 
 chat_template.jinja is the chat template of Qwen2.5-VL-7B-Instruct, Copyright Alibaba Cloud, under the Apache
@@ -102,7 +102,7 @@ def write_json(path: Path, value: object) -> None:
 
 def make_data(work: Path) -> dict[str, list[Path]]:
     """Draws the images and returns the training files, each list with easy-VQA's next to the project's own."""
-    easy, everything = data.write_pretraining(work / "drawn", PICTURES)
+    easy, everything = data.write_pretraining(work / "drawn", NUM_IMAGES)
     data.write_held_out(work / "held_out" / "held_out.jsonl", 400)
     open_questions("test.json", work / "open.json")
     easy_files = [easy, open_questions("train.json", work / "open_train.json")]
@@ -121,7 +121,7 @@ def open_questions(name: str, target: Path) -> Path:
 
 
 def corpus(work: Path) -> Iterator[str]:
-    """What the tokenizer learns its words from: plain English and a share of the questions and answers."""
+    """The text that the tokenizer is trained on: plain English and a share of the questions and answers."""
     yield APACHE.read_text(encoding="utf-8")
     for _ in range(3):  # weighs the everyday text against the licence
         yield data.ENGLISH

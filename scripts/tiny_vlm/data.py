@@ -88,8 +88,8 @@ def random_scene(rng: random.Random, count: int) -> list[Shape]:
 def draw(shapes: list[Shape], rng: random.Random) -> Image.Image:
     """The image of the shapes on a pale background."""
     background = tuple(rng.randint(230, 255) for _ in range(3))
-    picture = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), background)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), background)
+    pen = ImageDraw.Draw(image)
     for shape in shapes:
         left, top, right, bottom = (v * SCALE for v in shape.box)
         colour = COLOURS[shape.colour]
@@ -99,7 +99,7 @@ def draw(shapes: list[Shape], rng: random.Random) -> Image.Image:
             pen.rectangle((left, top, right, bottom), fill=colour)
         else:
             pen.polygon([(left, bottom), (right, bottom), ((left + right) / 2, top)], fill=colour)
-    return picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
 def yes_no(truth: bool) -> str:

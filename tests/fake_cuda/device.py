@@ -1,4 +1,4 @@
-"""Tensors on the fake device, and what torch's Python module is told about it."""
+"""Tensors on the fake device, and what torch's Python module knows of it."""
 
 from typing import Any
 

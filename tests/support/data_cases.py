@@ -14,7 +14,7 @@ from support.forked import patch, until
 
 def with_images(world: World) -> Path:
     """A config over eight samples with a JPEG each."""
-    folder = world.folder / f"pictures-{len(list(world.folder.glob('pictures-*')))}"
+    folder = world.folder / f"images-{len(list(world.folder.glob('images-*')))}"
     (folder / "images").mkdir(parents=True)
     model = world.folder / "llava"
     if not model.exists():
@@ -27,7 +27,7 @@ def with_images(world: World) -> Path:
             {"role": "assistant", "content": f"It is {number}"},
         ]
         records.append({"messages": turns, "images": [f"images/{number}.jpg"]})
-    data = write_jsonl(folder / "pictures.jsonl", records)
+    data = write_jsonl(folder / "images.jsonl", records)
     changed = {"model": {**world.data["model"], "path": str(model)}, "data": {"train": [{"path": str(data)}]}}
     return world.write({**world.data, **changed}, f"{folder.name}.yaml")
 
@@ -73,15 +73,15 @@ def loader_case(world: World, do: str, rank: int) -> tuple[list[str], float]:
         begun = time.monotonic()
         codes = group.wait(30)
         seconds = time.monotonic() - begun
-        code, told = {
-            "break": (2, "pictures.jsonl:"),
+        code, message = {
+            "break": (2, "images.jsonl:"),
             "raise": (1, f"process {rank} failed: RuntimeError: as the test wants it"),
             "hang": (5, f"process {rank} (pid {group.pids[rank]} on "),
         }[do]
         faults = [] if codes == [code] * 2 else [f"exit codes {codes}: {group.text[-1500:]}"]
         lines = [line for line in group.text.splitlines() if line.startswith("mmtrain: ")]
-        if sum(told in line for line in lines) != 1 and not (do == "raise" and rank == 0):
-            faults.append(f"not told once: {lines}")
+        if sum(message in line for line in lines) != 1 and not (do == "raise" and rank == 0):
+            faults.append(f"not reported once: {lines}")
         if do == "hang":
             stuck = [line for line in lines if "has not moved" in line]
             faults += (
@@ -106,8 +106,8 @@ def refused_case(world: World, rank: int) -> list[str]:
     finally:
         group.end()
     faults = [] if codes == [2, 2] else [f"exit codes {codes}: {text[-1500:]}"]
-    faults += once(group, "pictures.jsonl:")
-    line = r"^mmtrain: .*pictures\.jsonl:\d+: the samples .*: as the test wants it; step (\d+) is saved: fix the data"
+    faults += once(group, "images.jsonl:")
+    line = r"^mmtrain: .*images\.jsonl:\d+: the samples .*: as the test wants it; step (\d+) is saved: fix the data"
     said = re.search(line, text, re.MULTILINE)
     if said is None or int(said[1]) != saved_step(folder):
         faults.append(f"step {saved_step(folder)} is saved, and it says: {text[-1500:]}")
@@ -131,7 +131,7 @@ def refused_sharded_case(world: World, rank: int) -> list[str]:
     try:
         codes = group.wait(60)
         faults = [] if codes == [2, 2] else [f"exit codes {codes}: {group.text[-1500:]}"]
-        faults += once(group, "pictures.jsonl:")
+        faults += once(group, "images.jsonl:")
         if rank == 0 and "cannot be saved, because the weights are sharded" not in group.text:
             faults.append(f"not said: {group.text[-1500:]}")
     finally:

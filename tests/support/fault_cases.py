@@ -21,7 +21,7 @@ NLL = "mmtrain.scoring.loaded_model.supervised_nll"
 
 @dataclass(frozen=True)
 class Phase:
-    """Where a process is held: in `target` in step `step`. `saved`: the step whose checkpoint a signal there leaves."""
+    """Where a process is stopped: in `target` in step `step`. A signal there leaves the checkpoint of step `saved`."""
 
     target: str
     words: str
@@ -31,7 +31,7 @@ class Phase:
     holder: str = "self"
     """self: the process that is meant; other: its peer, for which it waits; first: process 0."""
     waiting: str = ""
-    """What process 1 is said to be doing meanwhile where the first is held."""
+    """What process 1 is said to be doing meanwhile where the first is stopped."""
 
 
 PHASES = {
@@ -128,7 +128,7 @@ def saved_step(folder: Path) -> int:
 def hold(folder: Path, phase: Phase, rank: int, processes: int) -> tuple[dict[int, list[Patch]], list[Path]]:
     """Patches that hold process `rank` in the phase, and the flags to wait for."""
     holder = {"self": rank, "other": 1 - rank, "first": 0}[phase.holder]
-    flags = [folder / f"held-{holder}"]
+    flags = [folder / f"stopped-{holder}"]
     patches = {holder: [patch(phase.target, "hold", flags[0], phase.step)]}
     if phase.holder == "other":  # the one that is meant is to be inside the collective
         flags.append(folder / f"reached-{rank}")
@@ -237,9 +237,9 @@ def stop_case(world: World, processes: int, rank: int, delay: float, timeout: fl
         seconds = time.monotonic() - begun
         faults = [] if codes == [5] * len(others) else [f"exit codes {codes}: {group.text[-1500:]}"]
         faults += once(group, "where each process stood is in")
-        told = next((line for line in group.text.splitlines() if "has not been heard of" in line), "")
-        if f"process {rank} (pid {group.pids[rank]} on" not in told or ": step " not in told:
-            faults.append(f"not named with its step and phase: {told!r}")
+        message = next((line for line in group.text.splitlines() if "has not been heard of" in line), "")
+        if f"process {rank} (pid {group.pids[rank]} on" not in message or ": step " not in message:
+            faults.append(f"not named with its step and phase: {message!r}")
         stacks = sorted(path.name for path in (folder / "run" / "stacks").glob("*"))
         if stacks != [f"process-{number}.txt" for number in others]:
             faults.append(f"stacks: {stacks}")

@@ -1,7 +1,7 @@
 """Groups of mmtrain processes, forked from one that has imported everything: importing takes longer than the runs.
 
-Run as a program this is that server. A process is told what to patch in itself, so that a phase of a run is held until
-it is released and a fault comes exactly where it is wanted, without guessing how long anything takes.
+Run as a program this is that server. A process is given what to patch in itself, so that a phase of a run is
+stopped until it is released and a fault comes exactly where it is wanted, without guessing how long anything takes.
 """
 
 import importlib

@@ -83,9 +83,9 @@ def until(what: Callable[[], bool], seconds: float = 90.0) -> bool:
     return what()
 
 
-def told_once(text: str, words: str) -> list[str]:
+def reported_once(text: str, words: str) -> list[str]:
     count = text.count(words)
-    return [] if count == 1 else [f"{words!r} is told {count} times: {text[-1500:]}"]
+    return [] if count == 1 else [f"{words!r} is reported {count} times: {text[-1500:]}"]
 
 
 def launched_signal_case(world: World, signum: signal.Signals, code: int) -> list[str]:
@@ -97,7 +97,7 @@ def launched_signal_case(world: World, signum: signal.Signals, code: int) -> lis
         run.process.send_signal(signum)
         found = run.wait(90)
         faults = [] if found == code else [f"exit code {found}: {run.text[-1500:]}"]
-        faults += told_once(run.text, "stopped after step") + told_once(run.text, "steps, 2 an epoch")
+        faults += reported_once(run.text, "stopped after step") + reported_once(run.text, "steps, 2 an epoch")
         if "Traceback" in run.text:
             faults.append(f"a traceback: {run.text[-3000:]}")
         if not 0 < saved_step(folder) < 60:
@@ -127,18 +127,18 @@ def user_error_case(world: World, processes: int) -> list[str]:
     folder = world.new_folder()
     folder.mkdir()
     data = folder / "bad.jsonl"
-    picture = {"role": "user", "content": "<image>What?"}
-    record = {"messages": [picture, {"role": "assistant", "content": "Nothing."}], "images": ["none.png"]}
+    image = {"role": "user", "content": "<image>What?"}
+    record = {"messages": [image, {"role": "assistant", "content": "Nothing."}], "images": ["none.png"]}
     data.write_text(json.dumps(record) + "\n")
     config = world.write({**world.data, "data": {"train": [{"path": str(data)}]}}, f"{folder.name}.yaml")
     command = [*MMTRAIN, *world.words(folder, config=config), "--processes", str(processes)]
     with started(folder, command) as run:
         code = run.wait()
         faults = [] if code == 2 else [f"exit code {code}: {run.text[-1500:]}"]
-        faults += told_once(run.text, "bad.jsonl:1")
+        faults += reported_once(run.text, "bad.jsonl:1")
         if "starting again" in run.text or "Traceback" in run.text:
-            faults.append(f"more is told: {run.text[-1500:]}")
-    return [f"a missing picture, {processes} processes: {fault}" for fault in faults]
+            faults.append(f"more is reported: {run.text[-1500:]}")
+    return [f"a missing image, {processes} processes: {fault}" for fault in faults]
 
 
 def worker_killed_case(world: World, launcher: list[str], options: list[str]) -> list[str]:
@@ -152,7 +152,7 @@ def worker_killed_case(world: World, launcher: list[str], options: list[str]) ->
         workers[-1].kill()
         code = run.wait(150)
         faults = [] if code == 0 else [f"exit code {code}: {run.text[-2500:]}"]
-        faults += told_once(run.text, "continuing from")
+        faults += reported_once(run.text, "continuing from")
         faults += world.check_same(folder, *LONG) if not faults else []
     return [f"a worker of {' '.join(launcher[1:3])} killed: {fault}" for fault in faults]
 
@@ -168,7 +168,7 @@ def worker_stopped_case(world: World) -> list[str]:
         workers[-1].send_signal(signal.SIGSTOP)
         code = run.wait(120)
         faults = [] if code == 0 else [f"exit code {code}: {run.text[-2500:]}"]
-        faults += told_once(run.text, "has not been heard of") + told_once(run.text, "continuing from")
+        faults += reported_once(run.text, "has not been heard of") + reported_once(run.text, "continuing from")
         faults += world.check_same(folder, *LONG) if not faults else []
     return [f"a worker of our launcher stopped: {fault}" for fault in faults]
 
@@ -179,7 +179,7 @@ def accelerate_case(world: World) -> list[str]:
     with started(folder, [*program, *world.words(folder)]) as run:
         code = run.wait()
         faults = [] if code == 0 else [f"exit code {code}: {run.text[-1500:]}"]
-        faults += told_once(run.text, "replicated on 2 processes")
+        faults += reported_once(run.text, "replicated on 2 processes")
         faults += world.check_same(folder) if not faults else []
     return [f"accelerate launch: {fault}" for fault in faults]
 
@@ -198,7 +198,7 @@ def slurm_case(world: World, step: bool) -> list[str]:
         codes = [run.wait() for run in runs]
         text = "".join(run.text for run in runs)
         faults = [] if codes == [0] * len(runs) else [f"exit codes {codes}: {text[-1500:]}"]
-        faults += told_once(text, f"replicated on {len(runs)} process")
+        faults += reported_once(text, f"replicated on {len(runs)} process")
         faults += world.check_same(folder) if not faults else []
     finally:
         for run in runs:
@@ -260,7 +260,7 @@ def nodes_case(world: World, kill: bool) -> list[str]:
             text = "".join(run.text for run in runs)
             faults = [] if codes == [0, 0] else [f"exit codes {codes}: {text[-2500:]}"]
             if kill:
-                faults += told_once(text, "continuing from")
+                faults += reported_once(text, "continuing from")
             faults += [] if "replicated on 2 processes" in text else [f"they did not meet: {text[-1500:]}"]
             faults += world.check_same(folder, *LONG) if not faults else []
         finally:

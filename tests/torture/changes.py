@@ -35,10 +35,10 @@ def changes(names: Sequence[str] | None = None) -> tuple[str, bool]:
     """Each change: refused with exit code 2 and its key, taken and recorded with --accept-change."""
     begun, output = time.monotonic(), runs.empty("changes") / "stopped"
     config = runs.write_config(output, steps=3)
-    runs.stop_behind(config, 2)
+    runs.stop_after(config, 2)
     chosen = {name: change for name, change in _all().items() if names is None or name in names}
     refused = accepted = misfits = 0
-    told = []
+    found_faults = []
     for name, change in chosen.items():
         before = None if change.file is None else change.file.read_bytes()
         try:
@@ -46,31 +46,31 @@ def changes(names: Sequence[str] | None = None) -> tuple[str, bool]:
                 _edit(change.file, change.edit)
             fault = _refused(config, change)
             refused += fault is None
-            told += [f"{name}: {fault}"] if fault else []
+            found_faults += [f"{name}: {fault}"] if fault else []
             fault = _accepted(config, change) if change.fits else _does_not_fit(config, change)
-            told += [f"{name}, accepted: {fault}"] if fault else []
+            found_faults += [f"{name}, accepted: {fault}"] if fault else []
             accepted += change.fits and fault is None
             misfits += not change.fits and fault is None
         finally:
             if change.file is not None and before is not None:
                 change.file.write_bytes(before)
     typo = _typo(config)
-    told += [f"typo: {typo}"] if typo else []
+    found_faults += [f"typo: {typo}"] if typo else []
     num_fitting = sum(change.fits for change in chosen.values())
     line = (
         f"{refused} of {len(chosen)} refused by key, {accepted} of {num_fitting} accepted and recorded, "
         f"{misfits} of {len(chosen) - num_fitting} refused though accepted since no weight fits, "
         f"a mistyped key {'taken' if typo else 'refused'}, {time.monotonic() - begun:.0f} s"
     )
-    return "\n".join([line, *told]), not told
+    return "\n".join([line, *found_faults]), not found_faults
 
 
 def _all() -> dict[str, Change]:
-    data, model, pictures = runs.data(), runs.model(), runs.data().parent / "images"
+    data, model, images = runs.data(), runs.model(), runs.data().parent / "images"
     records = "data.train.0.records"
     return {
         "data byte": Change(records, file=data, edit=lambda path: _replace(path, b"a circle", b"a Circle")),
-        "image byte": Change("data.train.pictures", file=pictures / "0.png", edit=_paint),
+        "image byte": Change("data.train.pictures", file=images / "0.png", edit=_paint),
         "row order": Change(records, file=data, edit=_swap_rows),
         "base model": Change("model.weights", file=model / "model.safetensors", edit=_nudge),
         "processor": Change(
@@ -112,9 +112,9 @@ def _swap_rows(path: Path) -> None:
 
 
 def _paint(path: Path) -> None:
-    picture = PIL.Image.open(path)
-    picture.putpixel((3, 3), tuple(255 - value for value in picture.getpixel((3, 3))))  # type: ignore[union-attr]
-    picture.save(path)
+    image = PIL.Image.open(path)
+    image.putpixel((3, 3), tuple(255 - value for value in image.getpixel((3, 3))))  # type: ignore[union-attr]
+    image.save(path)
 
 
 def _nudge(path: Path) -> None:

@@ -42,17 +42,17 @@ def corrupt(flips: int = 1000, truncations: int = 200) -> tuple[str, bool]:
     unclear = ""
     for path, content in cases:
         path.unlink() if content is None else path.write_bytes(content)
-        found, told = CheckpointFolder(folder, 2).newest()
-        silent += found == newest or not told
+        found, lines = CheckpointFolder(folder, 2).newest()
+        silent += found == newest or not lines
         fell_back += found == older
         # a manifest whose sums are damaged speaks against the file whose sum it holds
         possible = [file.name for file in contents] if path.name == "manifest.json" else [path.name]
         good = any(
             str(newest) in line and any(f" {name} " in line or f"/{name}'" in line for name in possible)
-            for line in told
+            for line in lines
         )
         named += good
-        unclear = unclear or ("" if good else f"\n{path.name} damaged: {told}")
+        unclear = unclear or ("" if good else f"\n{path.name} damaged: {lines}")
         path.write_bytes(contents[path])
     resumed = _taken_up(config, output, expected, draw)
     codes, said = _none_left(config, output, draw)
@@ -101,7 +101,7 @@ def histories(histories: int = 1000) -> tuple[str, bool]:
     """Random saves, saves that fail or die in each of their file operations, and damage to all but one checkpoint."""
     begun, draw, folder = time.monotonic(), random.Random(0), runs.empty("histories")
     saves = faults = wrong = 0
-    told = ""
+    failures = ""
     for number in range(histories):
         history = History(folder / "checkpoints", draw)
         try:
@@ -110,11 +110,11 @@ def histories(histories: int = 1000) -> tuple[str, bool]:
                 history.check()
         except Exception as error:  # whatever it is, a store that is sound does not raise it
             wrong += 1
-            told += f"\nhistory {number}: {error!r}: {'; '.join(history.log)}" if wrong < 6 else ""
+            failures += f"\nhistory {number}: {error!r}: {'; '.join(history.log)}" if wrong < 6 else ""
         saves, faults = saves + history.saves, faults + history.faults
         shutil.rmtree(folder, ignore_errors=True)
     line = f"{histories} histories, {saves} saves, {faults} of them broken off, {wrong} went wrong"
-    return f"{line}, {time.monotonic() - begun:.0f} s{told}", not wrong and faults > 0
+    return f"{line}, {time.monotonic() - begun:.0f} s{failures}", not wrong and faults > 0
 
 
 class History:
@@ -160,13 +160,13 @@ class History:
 
     def _save(self, how: str) -> None:
         step = self._step + self._every
-        held = Snapshot({"weight": torch.full((8,), float(step))}, {})
+        snapshot = Snapshot({"weight": torch.full((8,), float(step))}, {})
         at = self._draw.randrange(30)
         error = Death() if how == "die" else OSError(28, "No space left on device")
         self.saves += 1
         try:
             with failing(at if how != "save" else -1, error):
-                CheckpointFolder(self._folder, self._keep).save(step, held, {"step": step})
+                CheckpointFolder(self._folder, self._keep).save(step, snapshot, {"step": step})
         except (Death, StorageError) as broken:
             self.faults += 1
             self.log.append(f"save {step} broken off by {type(broken).__name__} in operation {at}")

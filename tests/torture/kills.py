@@ -35,7 +35,7 @@ class Tally:
     unmet: int = 0
     """Starts in which one died before all had met, so that the others would have waited for it."""
     hung: int = 0
-    told: str = ""
+    report: str = ""
     """What the first run that failed said."""
 
 
@@ -59,10 +59,10 @@ def kills(signals: int = 200) -> tuple[str, bool]:
             tally.unmet += 1
         elif None in codes:
             tally.hung += 1
-            tally.told = tally.told or group.said
+            tally.report = tally.report or group.said
         if 137 not in codes and None not in codes:
             tally.unresumable += 1
-            tally.told = tally.told or group.said
+            tally.report = tally.report or group.said
             shutil.rmtree(output)
     good = tally.equal == tally.finished > 0 and not tally.unresumable and not tally.hung
     line = (
@@ -71,7 +71,7 @@ def kills(signals: int = 200) -> tuple[str, bool]:
         f"{tally.unmet} ended as a launcher does since one was gone before all had met, "
         f"{time.monotonic() - begun:.0f} s"
     )
-    return line + (f"\n{tally.told}" if tally.told else ""), good
+    return line + (f"\n{tally.report}" if tally.report else ""), good
 
 
 def _uninterrupted(config: Path, output: Path) -> tuple[str, dict[int, float]]:
@@ -112,7 +112,7 @@ def agent(times: int = 2, steps: Sequence[int] = (3, 7, 11), launcher: bool = Tr
         output = folder / f"killed-{number}"
         process = _launch(runs.write_config(output, tune, **train), "--processes", "2")
         for step in steps:
-            worker = _worker_behind(process, output, step, draw)
+            worker = _worker_after(process, output, step, draw)
             if worker is not None:
                 worker.kill()
                 killed += 1
@@ -133,7 +133,7 @@ def _launch(config: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
-def _worker_behind(
+def _worker_after(
     process: subprocess.Popen[str], output: Path, step: int, draw: random.Random
 ) -> psutil.Process | None:
     """One of the launcher's workers, as soon as `step` is saved; None where the launcher ended before."""
@@ -160,7 +160,7 @@ def _kill_the_launcher(output: Path, draw: random.Random, train: dict[str, int])
     """How many workers are left 5 s after their launcher's death, and what the same command then makes."""
     config = runs.write_config(output, SMALL_TUNE, **train)
     process = _launch(config, "--processes", "2")
-    if _worker_behind(process, output, 3, draw) is None:
+    if _worker_after(process, output, 3, draw) is None:
         return 0, f"the run ended early: {process.communicate()[1]}"
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()

@@ -78,7 +78,7 @@ def resume(steps: int = 24) -> tuple[str, bool]:
     for step in range(1, steps + 1):
         output = folder / f"stopped-{step}"
         config = runs.write_config(output, **train)
-        runs.stop_behind(config, step)
+        runs.stop_after(config, step)
         runs.run(config)
         equal += _same(output, reference)
         shutil.rmtree(output)
@@ -86,11 +86,11 @@ def resume(steps: int = 24) -> tuple[str, bool]:
     config = runs.write_config(output, **train)
     stops = sorted({max(1, steps // 4), max(1, steps // 2), steps - 1})
     for step in stops:
-        runs.stop_behind(config, step)
+        runs.stop_after(config, step)
     runs.run(config)
     thrice = _same(output, reference)
     line = (
-        f"stopped behind each of {steps} steps, {equal} equal bit for bit; stopped {len(stops)} times in one run, "
+        f"stopped after each of {steps} steps, {equal} equal bit for bit; stopped {len(stops)} times in one run, "
         f"{'equal' if thrice else 'not equal'}, {time.monotonic() - begun:.0f} s"
     )
     return line, equal == steps and thrice
@@ -110,13 +110,13 @@ def worlds(worlds: Sequence[int] = (1, 2, 4), others: bool = True) -> tuple[str,
     equal = 0
     for before in dict.fromkeys(before for before, _ in pairs):
         stopped = folder / f"by-{before}"
-        runs.stop_behind(runs.write_config(stopped, **train), 3, before)
+        runs.stop_after(runs.write_config(stopped, **train), 3, before)
         for after in (after for one, after in pairs if one == before):
             equal += _taken_up(stopped, after, reference, **train) == 0.0
     differences = []
     for saved, resumed in (("shard", "replicate"), ("replicate", "shard")):
         stopped = folder / f"as-{saved}"
-        runs.stop_behind(runs.write_config(stopped, **train, weights=saved), 3, 2)
+        runs.stop_after(runs.write_config(stopped, **train, weights=saved), 3, 2)
         differences.append(_taken_up(stopped, 2, reference, **train, weights=resumed))
     line = (
         f"{equal} of {len(pairs)} equal bit for bit (saved by W processes, taken up by W', of {worlds}"

@@ -65,7 +65,7 @@ def data() -> Path:
 
 
 def write_config(output: Path, tune: dict[str, Any] | None = None, **more: Any) -> Path:
-    """A config that trains into `output`, written next to it; a checkpoint after each step unless told otherwise."""
+    """A config that trains into `output`, written next to it; a checkpoint after each step, or as given."""
     settings = {"steps": 8, "batch_size": 6, "learning_rate": 1e-2, "checkpoint_every": 1}
     config = {
         "model": {"path": str(model()), "dtype": "float32"},
@@ -182,7 +182,7 @@ def run_command(config: Path, *words: str) -> None:
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr}")
 
 
-def die_behind(step: int) -> Callable[[], None]:
+def die_after(step: int) -> Callable[[], None]:
     """For `prepare`: the process that saves is killed as soon as it has saved `step`."""
 
     def prepare() -> None:
@@ -201,9 +201,9 @@ def die_behind(step: int) -> Callable[[], None]:
     return prepare
 
 
-def stop_behind(config: Path, step: int, processes: int = 1) -> None:
+def stop_after(config: Path, step: int, processes: int = 1) -> None:
     """A run that dies after the checkpoint of `step`, in all its processes."""
-    group = start(config, processes, prepare=die_behind(step))
+    group = start(config, processes, prepare=die_after(step))
     while len(group.living()) == processes:
         time.sleep(0.005)
     group.kill(group.living())

@@ -77,8 +77,8 @@ def signals(
                 tally.add("one process left", fc.signal_case, world, phase, signums[number % len(signums)], 0, 1)
             if fc.PHASES[phase].step is not None and phase not in ("saving",):
                 signum = signums[number % len(signums)]
-                tally.add("left behind the second signal", fc.second_signal_case, world, phase, signum, number % 2)
-    return tally.line({"left behind the second signal": 2.0})
+                tally.add("left after the second signal", fc.second_signal_case, world, phase, signum, number % 2)
+    return tally.line({"left after the second signal": 2.0})
 
 
 def faults(
