@@ -25,8 +25,9 @@ RecordFormat = Literal[
 class Source(Section):
     path: Annotated[str, Field(min_length=1)]
     """A file of records (.json, .jsonl, .parquet, .arrow, .csv, .tsv, .tar and so on), a folder of them, or a glob."""
-    root: str | None = None
-    """The folder that image paths are relative to and may not leave; without it the data file's own."""
+    root: str | Annotated[tuple[str, ...], Strict(False), Field(min_length=1)] | None = None
+    """What image paths are relative to and may not leave: a folder, a zip or tar file, or a list of them, in which an
+    image is looked for in order; without it the data file's own folder."""
     format: RecordFormat = "auto"
     """The shape of the records, as docs/data.md lists them, or `auto`: detected for each record by its keys."""
     fields: dict[str, str] = Field(default={})
@@ -35,6 +36,11 @@ class Source(Section):
     image_mark: Annotated[str, Field(min_length=1)] | None = None
     """The text that stands for an image in the records; without it `<image>`, or another mark that docs/data.md lists
     and that a record with images has instead."""
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The entries of `root`, none without it."""
+        return () if self.root is None else (self.root,) if isinstance(self.root, str) else self.root
 
     @field_validator("fields")
     @classmethod

@@ -128,6 +128,6 @@ def _paths(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     for section in ("train", "eval"):
         sources = sections.get(section) if isinstance(sections, dict) else None
         for i, source in enumerate(sources if isinstance(sources, list) else []):
-            for key in ("path", "root"):
-                if isinstance(source, dict) and isinstance(source.get(key), str):
-                    yield ("data", section, i, key), source[key]
+            for key in ("path", "root") if isinstance(source, dict) else ():
+                named = source.get(key) if isinstance(source.get(key), list) else [source.get(key)]
+                yield from ((("data", section, i, key), path) for path in named if isinstance(path, str))

@@ -14,6 +14,7 @@ from mmtrain.config.data_section import Source
 from mmtrain.dataset.decoded_images import images_that_fail
 from mmtrain.dataset.workers import map_in_processes, num_cores
 from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.images import Roots
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation, SampleError
@@ -153,10 +154,10 @@ class ChunkEncoder:
 
     def _encode_each(self, indices: Sequence[int]) -> list[tuple[Conversation | None, Encoded | SampleError]]:
         """Each sample's conversation, None where the record is none, and its encoding or why it cannot be used."""
-        read: list[tuple[Conversation, Path] | SampleError] = []
+        read: list[tuple[Conversation, Roots] | SampleError] = []
         for index in indices:
             try:
-                read.append((self._records.conversation(index), self._records.root(index)))
+                read.append((self._records.conversation(index), self._records.roots(index)))
             except SampleError as error:
                 read.append(error)
         encoded = iter(self._encoder.encode_many(one for one in read if not isinstance(one, SampleError)))

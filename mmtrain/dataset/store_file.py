@@ -31,8 +31,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mmtrain.dataset.encode_all import EncodedChunk, Fault, Note, merge_notes
-from mmtrain.dataset.hashes import file_version
 from mmtrain.errors import system_error
+from mmtrain.user_cache import file_version
 
 _TYPES_OF_CHUNKS = {
     **dict.fromkeys(("num_tokens", "num_supervised", "num_images", "num_weights", "spans"), "I32"),

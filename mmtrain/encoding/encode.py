@@ -9,12 +9,11 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from mmtrain.encoding.images import FoundImage, find_image
+from mmtrain.encoding.images import FoundImage, Roots, find_image
 from mmtrain.encoding.layout import Layout, Piece
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.segments import Segment, Segmenter
@@ -94,9 +93,9 @@ class Encoder:
         self._constant = functools.lru_cache(maxsize=4096)(processor.tokenizer.encode)
         self._train_on = train_on
 
-    def encode(self, conversation: Conversation, root: Path) -> Encoded:
-        """`root` is the folder of the images. Raises SampleError with the reason a sample cannot be used."""
-        (found,) = self.encode_many([(conversation, root)])
+    def encode(self, conversation: Conversation, roots: Roots) -> Encoded:
+        """`roots`: where the images are. Raises SampleError with the reason a sample cannot be used."""
+        (found,) = self.encode_many([(conversation, roots)])
         if isinstance(found, SampleError):
             raise found
         return found
@@ -105,15 +104,15 @@ class Encoder:
         """`encode`, with images that were found already (or others in their place)."""
         return self._assemble_one(self._lay_out(conversation), images)[0]
 
-    def encode_many(self, conversations: Iterable[tuple[Conversation, Path]]) -> list[Encoded | SampleError]:
-        """`encode` of each (conversation, root), or the reason it cannot be used.
+    def encode_many(self, conversations: Iterable[tuple[Conversation, Roots]]) -> list[Encoded | SampleError]:
+        """`encode` of each (conversation, roots), or the reason it cannot be used.
 
         All words go through the tokenizer in one call: that takes half as long as one by one.
         """
         laid_out: list[tuple[LaidOut, list[FoundImage]] | SampleError] = []
-        for conversation, root in conversations:
+        for conversation, roots in conversations:
             try:
-                images = self._find_images(conversation, root)
+                images = self._find_images(conversation, roots)
                 laid_out.append((self._lay_out(conversation), images))
             except SampleError as error:
                 laid_out.append(error)
@@ -162,8 +161,8 @@ class Encoder:
             raise SampleError("the conversation begins with the assistant: there is no prompt to answer")
         return turns
 
-    def _find_images(self, conversation: Conversation, root: Path) -> list[FoundImage]:
-        images = [find_image(image, root) for image in conversation.images]
+    def _find_images(self, conversation: Conversation, roots: Roots) -> list[FoundImage]:
+        images = [find_image(image, roots) for image in conversation.images]
         if images and self.processor.images is None:
             raise SampleError("the sample has images and this model takes none")
         return images

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.images import Roots
 from mmtrain.records.chat import Conversation, Message, SampleError, Text
 
 _STAND_IN = Message("assistant", (Text("x"),))
@@ -22,16 +23,16 @@ def prompts_of(encoded: Encoded) -> list[Encoded]:
     return [_up_to(encoded, start) for start in starts]
 
 
-def prompt_for(encoder: Encoder, conversation: Conversation, root: Path) -> Encoded:
+def prompt_for(encoder: Encoder, conversation: Conversation, roots: Roots) -> Encoded:
     """The prompt for a reply to `conversation`, which ends with a turn of the user or of a tool.
 
     It is encoded with a reply in the reply's place, as training encodes it: nothing before a reply depends on its text.
-    `root` is the folder of the images. Raises SampleError where it cannot be encoded.
+    `roots`: where the images are. Raises SampleError where it cannot be encoded.
     """
     if not is_asked(conversation):
         raise SampleError("the conversation does not end with a turn of the user: there is nothing to reply to")
     asked = replace(conversation, messages=(*conversation.messages, _STAND_IN))
-    return prompts_of(encoder.encode(asked, root))[-1]
+    return prompts_of(encoder.encode(asked, roots))[-1]
 
 
 def is_asked(conversation: Conversation) -> bool:

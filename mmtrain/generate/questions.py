@@ -82,7 +82,7 @@ class Questions:
         return self._encoder.trained_turns(messages)
 
     def _prompts(self, sample: int) -> list[Encoded]:
-        conversation, root = self._records.conversation(sample), self._records.root(sample)
+        conversation, roots = self._records.conversation(sample), self._records.roots(sample)
         if is_asked(conversation):
-            return [prompt_for(self._encoder, conversation, root)]
-        return prompts_of(self._encoder.encode(conversation, root))
+            return [prompt_for(self._encoder, conversation, roots)]
+        return prompts_of(self._encoder.encode(conversation, roots))

@@ -5,13 +5,13 @@ its `weight`, `loss_weight` or `loss_scale` how much its tokens count in the los
 Images that no mark and no part of a turn places come first in the first turn of the user.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
 from mmtrain.records.chat import Conversation, Image, Message, Part, Role, SampleError, Text
 from mmtrain.records.image_values import as_image, only
-from mmtrain.records.marks import Mark, find_mark, mark_called
+from mmtrain.records.marks import Mark, find_mark, mark_called, split_at_paths
 from mmtrain.records.record_keys import (
     Record,
     check_keys,
@@ -78,7 +78,7 @@ def read_record(
     understood = {*shape.needs, *shape.also, *_SYSTEM_KEYS, *_IMAGE_KEYS, *RECORD_KEYS}
     check_keys(record, understood, turns, {"role", "content", *_TRAIN_KEYS, *_REASONING_KEYS, *TURN_KEYS})
     turns = with_calls(turns)
-    images = _ImageList(record, shape, turns, image_mark)
+    images = _ImageList(record, shape, turns, image_mark, "</img>" not in ignored)
     messages = images.placed([_message(turn, number, images) for number, turn in enumerate(turns, start=1)])
     if (system := _one_of(record, _SYSTEM_KEYS)) is not None:
         messages.insert(0, Message("system", (Text(_text(system, "system")),)))
@@ -95,9 +95,13 @@ def read_record(
 class _ImageList:
     """The images of a record. The n-th belongs to the n-th mark or image part without a path."""
 
-    def __init__(self, record: Record, shape: Shape, turns: Sequence[Record], image_mark: str | None) -> None:
-        """Raises SampleError where the images have no place in such a record."""
+    def __init__(
+        self, record: Record, shape: Shape, turns: Sequence[Record], image_mark: str | None, reads_paths: bool
+    ) -> None:
+        """`reads_paths`: `<img>path</img>` in a text is an image. Raises SampleError where the images have no place in
+        such a record."""
         self._images = [as_image(value) for value in _image_values(record)]
+        self._reads_paths = reads_paths and not self._images
         if self._images and not shape.has_marks:
             raise SampleError("there are images next to messages without marks: set `format: messages` to read them")
         self.mark: Mark | None = None
@@ -126,6 +130,18 @@ class _ImageList:
             return self.next(index)
         self._num_inline += 1
         return as_image(value)
+
+    def in_text(self, text: str, role: Role) -> Iterator[Part]:
+        """`text` with images in place of marks, and in a turn of the user in place of paths where none are listed."""
+        pieces = list(split_at_paths(text)) if role == "user" and self._reads_paths else [text]
+        for number, piece in enumerate(pieces):
+            if number % 2:
+                yield self.of_part(piece, None)
+            elif self.mark is None:
+                yield Text(piece)
+            else:
+                for one in self.mark.split(piece):
+                    yield Text(one) if isinstance(one, str) else self.next(one - 1 if one else None)
 
     def placed(self, messages: list[Message]) -> list[Message]:
         """`messages`, with images without a place put first in the first turn of the user."""
@@ -159,11 +175,8 @@ def _message(turn: Record, number: int, images: _ImageList) -> Message:
     for piece in content if isinstance(content, list) else [_text(content, "content")]:
         if not isinstance(piece, str):
             found.append(_part(piece, images))
-        elif images.mark is None:
-            found.append(Text(_text(piece, "content")))
         else:
-            for one in images.mark.split(_text(piece, "content")):
-                found.append(Text(one) if isinstance(one, str) else images.next(one - 1 if one else None))
+            found += images.in_text(_text(piece, "content"), role)
     parts = tuple(part for part in found if not isinstance(part, Text) or part.text)
     if role != "user" and any(isinstance(part, Image) for part in parts):
         raise SampleError(f"an image in a turn of the {role}: only the user's turns can have images")
