@@ -24,7 +24,11 @@ RecordFormat = Literal[
 
 class Source(Section):
     path: Annotated[str, Field(min_length=1)]
-    """A file of records (.json, .jsonl, .parquet, .arrow, .csv, .tsv, .tar and so on), a folder of them, or a glob."""
+    """A file of records (.json, .jsonl, .parquet, .arrow, .csv, .tsv, .tar and so on), a folder of them, a glob, or
+    `hub:owner/name`: a data set of the Hugging Face hub that is in the local cache."""
+    split: Annotated[str, Field(min_length=1)] | None = None
+    """Only the files of this split, such as `train`, `validation` or `test`: of a folder with several, by the names of
+    files and folders as in the library `datasets`."""
     root: str | Annotated[tuple[str, ...], Strict(False), Field(min_length=1)] | None = None
     """What image paths are relative to and may not leave: a folder, a zip or tar file, or a list of them, in which an
     image is looked for in order; without it the data file's own folder."""

@@ -112,7 +112,8 @@ def _missing_files(data: dict[str, Any], where: dict[KeyPath, str], name: str) -
         if is_model:
             exists = os.path.isdir(path) or _HUB_ID.fullmatch(path) is not None
         else:
-            exists = os.path.exists(path) or (at[-1] == "path" and "\0" not in path and bool(glob.glob(path)))
+            is_found = path.startswith("hub:") or ("\0" not in path and bool(glob.glob(path)))
+            exists = os.path.exists(path) or (at[-1] == "path" and is_found)
         if not exists:
             expected = "expected a model directory or a hub id; " if is_model else ""
             tried = "" if os.path.isabs(path) else f" (looked for {visible(os.path.join(os.getcwd(), path))})"

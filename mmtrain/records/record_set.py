@@ -36,7 +36,7 @@ class RecordSet:
         self.num_sources = len(sources)
         self._files: list[_OpenFile] = []
         for number, source in enumerate(sources):
-            for records in open_records(source.path):
+            for records in open_records(source.path, source.split):
                 roots = tuple(map(Path, source.roots)) or (records.path.parent,)
                 self._files.append(_OpenFile(records, roots, source, number))
         for path in self.archives:
