@@ -202,7 +202,7 @@ def test_a_damaged_index_is_made_again(large: Path, tmp_path: Path, how: str, mo
         kept.mkdir()
     else:
         content[content.index(b"\xc3\xa4")] ^= 1
-        kept.write_bytes({"cut": content[: len(content) // 2], "flipped": content, "empty": b""}[how])
+        kept.write_bytes(bytes({"cut": content[: len(content) // 2], "flipped": content, "empty": b""}[how]))
     seen = scans(monkeypatch)
     assert contents(large) == EXPECTED
     assert seen == [large]
