@@ -38,7 +38,7 @@ _EXPECTED = "expected .json, .jsonl, .csv, .tsv (or one of them with .gz, .zst),
 
 
 def find_data_files(path: str, split: str | None = None) -> list[Path]:
-    """The files of records that `path` (a file, a folder, a glob or `hub:owner/name`) names, in the order of their names.
+    """The files of records that `path` (a file, folder, glob or `hub:owner/name`) names, in the order of their names.
 
     `split`: only those whose names below `path` say that they are of it. Raises UserError if there is none, or if one
     of them, or another file of the folder, is not read.
