@@ -1,6 +1,7 @@
 """The model's chat template: what it takes, found out by rendering a few conversations, and the text that it makes."""
 
 import json
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
@@ -90,6 +91,19 @@ def _find_call_form(render: Render, text_roles: frozenset[str]) -> MessageForm:
                 return form
     takes_text = not _shows(render, text_roles, "user", "assistant", "tool")
     return MessageForm(text_roles | {"tool"} if takes_text else text_roles)
+
+
+def image_frame(render: Render, traits: TemplateTraits, image_token: str, special: re.Pattern[str]) -> tuple[str, str]:
+    """The special tokens that the template writes right before and right after an image of a user's turn, at most one
+    of each. `special` matches one."""
+    content = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
+    turn = {"role": "user", "content": content}
+    try:
+        text = _rendered(render, traits.form.apply([turn]), False)
+    except SampleError:
+        return "", ""
+    found = re.search(f"({special.pattern})?{re.escape(image_token)}({special.pattern})?", text)
+    return ("", "") if found is None else (found[1] or "", found[2] or "")
 
 
 def _find_generation_prompt(render: Render, text_roles: frozenset[str]) -> str | None:
