@@ -1,7 +1,8 @@
 """Shards in WebDataset layout: members of a tar that share a key are one sample.
 
 `KEY.json` is the record. Where it names no image, the other members of the key that are images are its images, in the
-order of the shard; an image that it names is taken from the shard if it is there. Nothing is unpacked.
+order of the shard; an image that it names is taken from the shard if it is there. `KEY.txt` in its place is the
+record's `text`, as shards of images and captions have it. Nothing is unpacked.
 """
 
 from itertools import pairwise
@@ -44,18 +45,27 @@ class TarFile:
                 content = dict(self._member(number, file) for number in range(self._starts[index], end))
         except OSError as error:
             raise SampleError(f"cannot be read: {error.strerror}") from None
-        records = [name for name in content if _suffix(name) == ".json"]
-        if len(records) != 1:
-            names = ", ".join(shown(name, 40) for name in list(content)[:4])
-            raise SampleError(f"{len(records)} .json members of the key, expected one: {names}")
-        record = parse_json(content.pop(records[0]))
-        if not isinstance(record, dict):
-            return record
-        return _with_images(record, content)
+        record = _parsed(content)
+        return _with_images(record, content) if isinstance(record, dict) else record
 
     def _member(self, number: int, file: BinaryIO) -> tuple[str, bytes]:
         name = self._index.name(number)
         return name, self._index.content(number, file, MAX_RECORD if _suffix(name) == ".json" else _MAX_IMAGE)
+
+
+def _parsed(content: dict[str, bytes]) -> Any:
+    """The record of a key, removed from `content`."""
+    records = [name for name in content if _suffix(name) == ".json"]
+    texts = [name for name in content if _suffix(name) == ".txt"]
+    if not records and len(texts) == 1:
+        try:
+            return {"text": content.pop(texts[0]).decode("utf-8").strip()}
+        except UnicodeDecodeError:
+            raise SampleError(f"the member {shown(texts[0])} is not UTF-8") from None
+    if len(records) != 1:
+        names = ", ".join(shown(name, 40) for name in list(content)[:4])
+        raise SampleError(f"{len(records)} .json members of the key, expected one: {names}")
+    return parse_json(content.pop(records[0]))
 
 
 def _suffix(name: str) -> str:
