@@ -79,12 +79,12 @@ SHAPES: dict[str, tuple[str, Any, Conversation]] = {
         {
             "conversations": [
                 {"from": "user", "value": "Picture 1: <img>a.png</img>\n<img>b.png</img>\nQ"},
-                {"from": "assistant", "value": "A <img>is</img> text"},
+                {"from": "assistant", "value": "A"},
             ]
         },
         talk(
             ("user", [Text("Picture 1: "), Image("a.png"), Image("b.png"), Text("Q")]),
-            ("assistant", "A <img>is</img> text"),
+            SAID,
         ),
     ),
     "question and answer": ("question", {"question": "Q", "answer": "A", "image": "a.png"}, talk(WITH_IMAGE, SAID)),
@@ -274,6 +274,11 @@ def test_an_image_is_given_in_many_ways(name: str) -> None:
         found = read_record({"question": "Q", "answer": "A", key: given})
         assert found.images == (expected,)
         assert [image.data for image in found.images] == [expected.data]
+
+
+def test_a_path_in_a_reply_stays_text() -> None:
+    found = read_record({"query": "Q", "response": "A <img>a.png</img>"})
+    assert found == talk(ASKED, ("assistant", "A <img>a.png</img>"))
 
 
 def test_images_can_be_a_list_in_JSON_text() -> None:
