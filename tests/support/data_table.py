@@ -134,7 +134,8 @@ def is_read(encoded: Encoded, case: Case, processor: ChatProcessor) -> bool:
 
 def _joined(spans: list[tuple[str, bool]]) -> list[str]:
     """The texts of the runs of supervised tokens."""
-    runs, before = [], False
+    runs: list[str] = []
+    before = False
     for text, supervised in spans:
         if supervised:
             runs[len(runs) - before :] = [(runs[-1] if before else "") + text]
