@@ -87,7 +87,7 @@ def test_a_mutated_file_of_records_loses_nothing(
     assert outcome(make_unchanged(tmp_path / name, FILES[name], root), processor) == "read"
     found = outcomes(number, make, processor)
     assert sum(found.values()) == number
-    assert number < 100 or found.keys() >= {"refused", "read"}, found
+    assert found.keys() - {"read"}, found
 
 
 def make_unchanged(path: Path, content: bytes, root: Path) -> Source:
@@ -111,4 +111,4 @@ def test_a_mutated_archive_of_images_loses_nothing(
     assert outcome(Source(path=str(data), root=str(path)), processor) == "read"
     found = outcomes(number, make, processor)
     assert sum(found.values()) == number
-    assert number < 100 or found.keys() >= {"refused", "read"}, found
+    assert found.keys() - {"read"}, found
