@@ -52,6 +52,9 @@ def files(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
     rows = mixed_rows(tmp_path, with_images=False)
     write_jsonl(tmp_path / "eight.jsonl", rows)
     write_jsonl(tmp_path / "three.jsonl", rows[:3])
+    write_jsonl(tmp_path / "splits" / "train.jsonl", rows[:1])
+    for number in range(2):
+        write_jsonl(tmp_path / "splits" / "data" / f"test-{number}.jsonl", rows[:1])
     write_jsonl(tmp_path / "mixed.jsonl", mixed_rows(tmp_path, with_images=True))
     turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "one"}]
     turns += [{"role": "user", "content": "b?"}, {"role": "assistant", "content": "two"}]
@@ -139,6 +142,7 @@ def sources(at: str, number: Callable[[Config], Any], tokens: Callable[[Config],
     columns = [({}, REFUSED), ({"question": "q", "answer": "a"}, 1)]
     return {
         f"{at}.path": Key(number, [("eight.jsonl", 8), ("three.jsonl", 3)]),
+        f"{at}.split": Key(number, [("train", 1), ("test", 2), ("validation", REFUSED)], {f"{at}.path": "splits"}),
         f"{at}.root": Key(tokens, [(None, 16), ("large", 64)], image, QWEN),
         f"{at}.format": Key(number, formats, {f"{at}.path": "llava.jsonl"}),
         f"{at}.fields": Key(number, columns, {f"{at}.path": "columns.jsonl"}),

@@ -35,7 +35,7 @@ def test_the_config_trains_at_once(data: Path, tmp_path: Path, monkeypatch: pyte
     assert "next: mmtrain inspect-labels my.yaml --all" in result.stderr
     config = load_config(Path("my.yaml"))
     encoder, records = Encoder(load_processor(str(TINY))), RecordSet(config.data.train)
-    longest = max(encoder.encode(records.conversation(i), records.root(i)).num_tokens for i in range(len(records)))
+    longest = max(encoder.encode(records.conversation(i), records.roots(i)).num_tokens for i in range(len(records)))
     assert longest <= config.data.max_length < longest + 256
     assert (config.run.output_dir, len(config.data.eval), config.model.dtype) == ("runs/my", 1, "float32")
     train(config)

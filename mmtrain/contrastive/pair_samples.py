@@ -14,6 +14,7 @@ from mmtrain.dataset.pair_items import content_keys
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.validate import FaultPolicy, LeftOut, LengthLimit, leave_out, nothing_left
 from mmtrain.dataset.workers import num_cores
+from mmtrain.encoding.images import Roots
 from mmtrain.progress import QUIET, Progress
 from mmtrain.records.chat import SampleError
 from mmtrain.records.pairs import Item, Pair
@@ -103,8 +104,8 @@ class _Table:
             except SampleError as error:
                 self.faults.append((index, str(error)))
         every = [(index, item) for index, pair in read.items() for item in pair.items]
-        encoded = self._embedder.encode([(item, records.root(index)) for index, item in every])
-        keys = _keys([(item, records.root(index)) for index, item in every], encoded)
+        encoded = self._embedder.encode([(item, records.roots(index)) for index, item in every])
+        keys = _keys([(item, records.roots(index)) for index, item in every], encoded)
         found = iter(zip(encoded, keys, strict=True))
         for index, pair in read.items():
             self._add_pair(index, pair, [next(found) for _ in pair.items])
@@ -141,7 +142,7 @@ class _Table:
                         self.faults.append((index, failing[span.image.source]))
 
 
-def _keys(items: Sequence[tuple[Item, Path]], encoded: Sequence[EncodedItem | SampleError]) -> list[str]:
+def _keys(items: Sequence[tuple[Item, Roots]], encoded: Sequence[EncodedItem | SampleError]) -> list[str]:
     """The content key of each item, empty where it could not be encoded."""
     good = [item for item, one in zip(items, encoded, strict=True) if isinstance(one, EncodedItem)]
     keys = iter(content_keys(good))

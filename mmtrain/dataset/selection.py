@@ -135,7 +135,9 @@ def _duplicates(samples: StoredSamples, indices: Indices) -> list[tuple[int, str
 def _tokens_key(samples: StoredSamples, index: int) -> bytes:
     """A hash of what the model is given and trained on, except for the pixels."""
     made = hashlib.sha256()
-    for array in (*samples.store.tokens(index), samples.store.spans_of(index)):
+    weights = samples.store.weights_of(index)
+    more = (np.array(weights, np.float32),) if weights else ()
+    for array in (*samples.store.tokens(index), samples.store.spans_of(index), *more):
         made.update(len(array).to_bytes(8, "little") + np.ascontiguousarray(array).tobytes())
     return made.digest()
 

@@ -41,7 +41,9 @@ def _digest(conversation: Conversation, images: list[FoundImage], with_bytes: bo
     made = hashlib.blake2b(digest_size=16)
     for message in conversation.messages:
         texts = [part.text if isinstance(part, Text) else None for part in message.parts]
-        made.update(repr((message.role, message.train, texts)).encode())
+        other = (message.weight, message.reasoning, message.calls)
+        made.update(repr((message.role, message.train, texts, *other)).encode())
+    made.update(repr(conversation.tools).encode())
     for image in images:
         data = image.source
         if with_bytes:
