@@ -29,6 +29,8 @@ class Row:
     """Processes over which the weights are sharded; 1: replicated."""
     peak: int
     """Bytes, for the longest micro-batch of the config."""
+    fits: list[str]
+    """The cards on which it fits."""
     largest: dict[str, int | None]
     """By card the largest `run.microbatch_tokens` that fits, None where the longest sample does not."""
 
@@ -55,7 +57,7 @@ def gpu_memory(
         "microbatch_tokens": found.num_tokens,
         "microbatch_images": found.num_images,
         "weights": found.weights,
-        "rows": [asdict(row) for row in rows],
+        "rows": [asdict(row) for row in sorted(rows, key=lambda row: row.shards)],
     }
 
 
@@ -67,7 +69,8 @@ def _row(checkpointing: bool, found: PeakMemory, longest: int, num_processes: in
         room = available(size * GIB) - (peak - activations)
         tokens = int(room * found.num_tokens / activations) // _ROUNDED * _ROUNDED
         largest[name] = tokens if tokens >= longest else None
-    return Row(checkpointing, num_processes, peak, largest)
+    fits = [name for name, size in CARDS.items() if peak <= available(size * GIB)]
+    return Row(checkpointing, num_processes, peak, fits, largest)
 
 
 def cpu_memory(
