@@ -48,10 +48,9 @@ def _cpu_line(memory: Mapping[str, Any]) -> str:
     if "fault" in memory:
         return f"on the CPU, not predicted: {memory['fault']}"
     verdict = "fits" if memory["peak"] < memory["total"] else "does not fit"
-    return (
-        f"on the CPU, {_size(memory['peak'])} at {memory['microbatch_tokens']:,} tokens in a micro-batch; it {verdict}:\n"
-        f"{'':<10} this machine has {_size(memory['total'])}"
-    )
+    tokens = f"{memory['microbatch_tokens']:,} tokens in a micro-batch"
+    machine = f"{'':<10} it {verdict}: this machine has {_size(memory['total'])}"
+    return f"on the CPU, {_size(memory['peak'])} at {tokens};\n{machine}"
 
 
 def _print_gpu(memory: Mapping[str, Any], config: Config, console: Console) -> None:
