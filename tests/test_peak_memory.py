@@ -25,10 +25,11 @@ def config_of(kind: str, model: Path, tmp_path: Path, dtype: str, tune: dict[str
     for row in rows:
         row["messages"][-1]["content"] += WORDS
     data = write_jsonl(tmp_path / "data" / "mixed.jsonl", rows)
-    settings = {"batch_size": len(rows), "microbatch_tokens": 100_000, "image_cache": {"memory_gib": 0.0}, **run}
+    own = {key: value for key, value in run.items() if key != "quantization"}
+    settings = {"batch_size": len(rows), "microbatch_tokens": 100_000, "image_cache": {"memory_gib": 0.0}, **own}
     return Config.model_validate(
         {
-            "model": {"path": str(model), "dtype": dtype},
+            "model": {"path": str(model), "dtype": dtype, "quantization": run.get("quantization")},
             "tune": tune,
             "data": {"train": [{"path": str(data)}]},
             **train_and_run(output_dir=str(tmp_path / "run"), **settings),
@@ -56,6 +57,8 @@ def measured(config: Config) -> int:
     batches = [loader.load(samples) for _ in range(2)]
     count = int(dataset.checked.num_supervised[samples].sum())
     state = [*learner.model.parameters(), *learner.model.buffers()]
+    quantized = [parameter.quant_state for parameter in state if hasattr(parameter, "quant_state")]
+    state += [tensor for one in quantized for tensor in (one.absmax, one.state2.absmax)]
     weights = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in state}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_step(learner, batches[:1], count, 1, 1.0)
@@ -85,6 +88,8 @@ CASES = [
         )
     ),
     pytest.param("qwen2_5_vl", "float32", FULL, {}, id="full", marks=SLOW),
+    pytest.param("qwen2_5_vl", "float32", LORA, {"quantization": "nf4"}, id="quantized", marks=SLOW),
+    pytest.param("text", "bfloat16", LORA, {"quantization": "nf4"}, id="quantized bfloat16", marks=SLOW),
     pytest.param("qwen2_5_vl", "float32", LORA, {"kernels": "off"}, id="kernels off", marks=SLOW),
 ]
 

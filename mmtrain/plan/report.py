@@ -6,24 +6,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mmtrain.config import Config
-from mmtrain.config.tune_section import Frozen, Lora
 from mmtrain.plan.memory import CARDS
 from mmtrain.train.checkpointing import GIB, RESERVED_BYTES, RESERVED_SHARE
 from mmtrain.train.summary import duration
 
 
-def print_plan(figures: Mapping[str, Any], config: Config, console: Console) -> None:
+def print_plan(figures: Mapping[str, Any], console: Console) -> None:
     """Print every figure; memory last."""
-    for name, text in _lines(figures, config):
+    for name, text in _lines(figures):
         console.print(f"{name:<10} {text}", soft_wrap=True)
     if "cpu_memory" in figures:
         console.print(f"{'memory':<10} {_cpu_line(figures['cpu_memory'])}", soft_wrap=True)
     if "gpu_memory" in figures:
-        _print_gpu(figures["gpu_memory"], config, console)
+        _print_gpu(figures["gpu_memory"], console)
 
 
-def _lines(figures: Mapping[str, Any], config: Config) -> Iterator[tuple[str, str]]:
+def _lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     data, steps, disk, time = (figures[name] for name in ("data", "steps", "disk", "time"))
     yield "data", f"{data['samples']:,} samples, {data['images']:,} images, {data['left_out']:,} left out"
     share = data["supervised"] / data["tokens"]
@@ -53,7 +51,7 @@ def _cpu_line(memory: Mapping[str, Any]) -> str:
     return f"on the CPU, {_size(memory['peak'])} at {tokens};\n{machine}"
 
 
-def _print_gpu(memory: Mapping[str, Any], config: Config, console: Console) -> None:
+def _print_gpu(memory: Mapping[str, Any], console: Console) -> None:
     if "fault" in memory:
         console.print(f"{'memory':<10} on a GPU, not predicted: {memory['fault']}", soft_wrap=True)
         return
@@ -68,11 +66,11 @@ def _print_gpu(memory: Mapping[str, Any], config: Config, console: Console) -> N
         column.justify = "right"
     for row in memory["rows"]:
         cells = ("no" if largest is None else f"{largest:,}" for largest in row["largest"].values())
-        weights = "replicate" if row["shards"] == 1 else f"shard, {row['shards']:,}"
+        weights = f"shard, {row['shards']:,}" if row["shards"] > 1 else row["quantization"] or "replicate"
         table.add_row("on" if row["checkpointing"] else "off", weights, _size(row["peak"]), *cells)
     console.print(table)
     console.print()
-    for title, text in zip(("fits", *[""] * len(CARDS)), _fitting(memory["rows"], config), strict=False):
+    for title, text in zip(("fits", *[""] * len(CARDS)), _fitting(memory["rows"]), strict=False):
         console.print(f"{title:<10} {text}", soft_wrap=True)
     console.print(
         f"{'estimate':<10} of what a GPU's kernels allocate, counted on shapes without a GPU;\n"
@@ -80,19 +78,16 @@ def _print_gpu(memory: Mapping[str, Any], config: Config, console: Console) -> N
     )
 
 
-def _fitting(rows: Sequence[Mapping[str, Any]], config: Config) -> Iterator[str]:
+def _fitting(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """For each card the first row that fits, as the keys to set; what to try where none does."""
     for card in CARDS:
         row = next((row for row in rows if card in row["fits"]), None)
         if row is None:
-            others = "a lower run.microbatch_tokens or data.max_length"
-            quantized = config.model.quantization is None and isinstance(config.tune.language, Lora | Frozen)
-            yield f"{card}: not as it is; try {others}{', or' * quantized}"
-            if quantized:
-                yield f"{'':<{len(card)}}  model.quantization: nf4"
+            yield f"{card}: no; lower run.microbatch_tokens or data.max_length"
             continue
-        shards = f", weights: shard on {row['shards']:,} GPUs" if row["shards"] > 1 else ""
-        yield f"{card}: run.activation_checkpointing: {str(row['checkpointing']).lower()}{shards}"
+        shards = f", run.weights: shard on {row['shards']:,} GPUs" if row["shards"] > 1 else ""
+        quantized = f", model.quantization: {row['quantization']}" if row["quantization"] else ""
+        yield f"{card}: run.activation_checkpointing: {str(row['checkpointing']).lower()}{shards}{quantized}"
 
 
 def _size(num_bytes: float) -> str:
