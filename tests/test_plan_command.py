@@ -93,7 +93,9 @@ def test_a_row_says_how_large_a_microbatch_may_be(
     processor = load_processor(config.model.path)
     dataset = Dataset(config, processor, QUIET)
     found = gpu_memory(config, dataset, processor, 4, QUIET)
-    alone, sharded = found["rows"]
+    alone, quantized, sharded = found["rows"]
+    assert [row["quantization"] for row in found["rows"]] == [None, "nf4", None]
+    assert quantized["shards"] == 1
     assert (alone["shards"], alone["peak"]) == (1, 39 * GIB)
     assert (alone["fits"], sharded["fits"]) == (["48 GB", "80 GB", "141 GB"], ["48 GB", "80 GB", "141 GB"])
     assert (sharded["shards"], sharded["peak"]) == (4, 20 * GIB + 19 * GIB // 4 + GIB)
