@@ -6,10 +6,10 @@ import torch
 
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model.components import apply_tune
 from mmtrain.model.cost import CostModel, cost_model
 from mmtrain.model.family import probe_family
 from mmtrain.model.load import model_structure
+from mmtrain.model.tune import apply_tune
 from mmtrain.progress import QUIET
 
 
@@ -30,7 +30,7 @@ def structure_of(config: Config, processor: ChatProcessor) -> Structure:
     base = model_structure(config.model.path)
     num_parameters = sum(parameter.numel() for parameter in base.parameters())
     with torch.device("meta"):
-        family = probe_family(base, processor, QUIET.say)
+        family = probe_family(base, processor, QUIET.say, config.tune.components)
         model, _ = apply_tune(base, family.components, config.tune)
     width = base.get_input_embeddings().weight.shape[1]
     return Structure(

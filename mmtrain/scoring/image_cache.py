@@ -32,6 +32,8 @@ def caches_features(config: Config, num_processes: int) -> bool:
     """
     tune, run = config.tune, config.run
     frozen = isinstance(tune.vision, Frozen) and isinstance(tune.projector, Frozen)
+    if tune.components.language:  # they may be modules that make features
+        frozen = frozen and isinstance(tune.language, Frozen)
     sharded = run.weights == "shard" and num_processes > 1
     return frozen and not sharded and max(run.image_cache.memory_gib, run.image_cache.disk_gib) > 0
 

@@ -75,7 +75,7 @@ def compiled(formula: Callable[..., R]) -> Callable[..., R]:
         plan = planned_kernels()
         if plan is not None:
             return cast(R, plan.as_one_kernel(formula, *args, **kwargs))
-        return _compiled(formula)(*args, **kwargs)
+        return cast(R, _compiled(formula)(*args, **kwargs))
 
     return call
 
