@@ -284,7 +284,7 @@ RUN = {
     "run.device": Key(seen.device, [("cpu", "cpu"), ("cuda", REFUSED)]),
     "run.threads": Key(seen.num_threads, [(1, 1), (2, 2)]),
     "run.hang_timeout": Key(seen.seconds_of_the_supervisor, [(100.0, [100.0]), (200.0, [200.0])]),
-    "run.activation_checkpointing": Key(seen.forward_passes_of_a_layer, [(False, 1), (True, 2)]),
+    "run.activation_checkpointing": Key(seen.forward_passes_of_a_layer, [(False, 1), (True, 2), ("auto", 1)]),
     "run.kernels": Key(seen.has_kernels, [("auto", True), ("off", False)]),
     "run.compile": Key(seen.is_compiled, [(False, False), (True, True)]),
     "run.image_cache.memory_gib": Key(

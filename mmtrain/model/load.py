@@ -29,6 +29,7 @@ from mmtrain.model.quantization import (
     check_not_stored_quantized,
     check_quantized,
     quantization_config,
+    stand_in_for_quantized,
 )
 from mmtrain.model.weight_files import check_finite_files, check_weight_files, is_finite
 from mmtrain.safe_text import one_line, shown
@@ -101,9 +102,12 @@ def load_without_weights(
     """The model as `load_model` gives it, with new weights of which none is read. For `WithoutValues`."""
     config = load_config(path)
     try:
-        return auto_class(config).from_config(config, dtype=getattr(torch, dtype)).eval()
+        model = auto_class(config).from_config(config, dtype=getattr(torch, dtype)).eval()
     except Exception as error:  # a broken config makes transformers raise anything
         raise UserError(f"{path}: the model cannot be made: {type(error).__name__}: {one_line(error)}") from None
+    if quantization is not None:
+        stand_in_for_quantized(model)
+    return model
 
 
 def length_limit(path: str, max_length: int) -> LengthLimit:
