@@ -30,7 +30,7 @@ _MERGE = "or merge it with `mmtrain merge` and give the merged model as model.pa
 
 def trained_files(path: str) -> list[Path]:
     """The files with the trained weights of the run or adapter at `path`. Raises UserError if there are none."""
-    model = _complete_model(path)
+    model = complete_model(path)
     return files_in(model, ["*.safetensors"]) if model is not None else [find_adapter_folder(Path(path)) / WEIGHTS]
 
 
@@ -44,7 +44,7 @@ def start_from_run(
     compute something else.
     """
     path = str(settings.adapter)
-    complete = _complete_model(path)
+    complete = complete_model(path)
     if complete is not None:
         num_loaded = _load_complete(model, components, settings, complete, processor, tick)
     else:
@@ -55,7 +55,7 @@ def start_from_run(
     return f"started from {visible(path)}: {num_loaded} of {num_trainable} trainable tensors have its values"
 
 
-def _complete_model(path: str) -> Path | None:
+def complete_model(path: str) -> Path | None:
     """The complete model that the run at `path` saved, if it did."""
     folder = Path(path) / "model"
     return folder if (folder / "config.json").is_file() else None
