@@ -26,12 +26,13 @@ from mmtrain.cli import app
 from mmtrain.compose import command
 from mmtrain.compose.command import Options, compose
 from mmtrain.compose.language import Language, with_image_tokens
+from mmtrain.config import load_config
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.merge.command import merge
 from mmtrain.train.run import train
-from support.builders import DECODER_SIZES, copy_text_tokenizer, make_text, mixed_rows, randomized, write_jsonl
+from support.builders import DECODER_SIZES, ROOT, copy_text_tokenizer, make_text, mixed_rows, randomized, write_jsonl
 from support.towers import (
     SIDE,
     SIZE,
@@ -369,3 +370,17 @@ def test_the_command_prints_what_it_composed(parts: dict[str, Path], tmp_path: P
     assert f"its class token dropped; {SIZE}x{SIZE} pixels, {SIDE}x{SIDE} patches, 16 tokens" in result.stderr
     assert "projector: mlp2x-gelu, 6,272 new parameters from seed 0" in result.stderr  # 32·64 + 64 + 64·64 + 64
     assert "<image> is token 1280, 1 new embeddings" in result.stderr
+
+
+def test_the_shipped_configs_are_two_stages_of_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data_samples").symlink_to(ROOT / "data_samples")
+    for name in ("model", "projector"):
+        (tmp_path / "runs" / "compose" / name).mkdir(parents=True)
+    files = [ROOT / "configs" / "compose" / f"{name}.yaml" for name in ("projector", "instructions")]
+    first, second = (load_config(file) for file in files)
+    assert first.model.path == second.model.path
+    assert second.model.adapter == first.run.output_dir
+    assert set(first.tune.trainable) == {"projector"}
+    assert set(second.tune.trainable) == {"projector", "language"}
+    assert all(file.read_text().startswith("# yaml-language-server: $schema=../schema.json\n") for file in files)
