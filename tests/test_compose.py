@@ -43,7 +43,7 @@ from support.towers import (
     make_registers,
 )
 
-PROJECTORS = ("mlp2x-gelu", "linear", "pixel-shuffle")
+COMBINATIONS = [*((tower, "mlp2x-gelu") for tower in TOWERS), ("siglip", "linear"), ("dinov2", "pixel-shuffle")]
 TEXT_WIDTH = 64
 
 
@@ -71,8 +71,7 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
     return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
-@pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("projector", PROJECTORS)
+@pytest.mark.parametrize(("tower", "projector"), COMBINATIONS)
 def test_every_weight_of_both_parts_is_carried_over_to_the_bit(
     tower: str, projector: str, parts: dict[str, Path], compose_once: Callable[[str, str], Path]
 ) -> None:
@@ -125,8 +124,7 @@ def hand_wired(folder: Path, tower: Path, language: Path, projector: str, ids: T
     return logits
 
 
-@pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("projector", PROJECTORS)
+@pytest.mark.parametrize(("tower", "projector"), COMBINATIONS)
 @torch.no_grad()
 def test_the_forward_is_the_hand_wired_one(
     tower: str, projector: str, parts: dict[str, Path], compose_once: Callable[[str, str], Path]
@@ -163,7 +161,13 @@ print("GENERATED", out.shape[1] - inputs["input_ids"].shape[1], int((inputs["inp
 """
 
 
-@pytest.mark.parametrize(("projector", "num_tokens"), [("mlp2x-gelu", SIDE**2), ("pixel-shuffle", SIDE**2 // 4)])
+@pytest.mark.parametrize(
+    ("projector", "num_tokens"),
+    [
+        ("mlp2x-gelu", SIDE**2),
+        pytest.param("pixel-shuffle", SIDE**2 // 4, marks=pytest.mark.slow("starts another process")),
+    ],
+)
 def test_plain_transformers_loads_it_and_generates(
     projector: str, num_tokens: int, compose_once: Callable[[str, str], Path]
 ) -> None:
@@ -332,7 +336,9 @@ def test_a_tokenizer_that_cannot_take_a_token_is_refused(tokenizer: Any, reason:
         with_image_tokens(Language(None, tokenizer, "", {}, 0), ("<image>",), "lm")
 
 
-@pytest.mark.parametrize("projector", ["mlp2x-gelu", "pixel-shuffle"])
+@pytest.mark.parametrize(
+    "projector", ["mlp2x-gelu", pytest.param("pixel-shuffle", marks=pytest.mark.slow("trains and merges again"))]
+)
 def test_it_is_inspected_trained_and_merged_like_any_model(
     projector: str, compose_once: Callable[[str, str], Path], tmp_path: Path
 ) -> None:

@@ -135,7 +135,10 @@ def plain_logits(model: Any, config: Config) -> tuple[Tensor, Tensor]:
     return torch.cat(found), torch.cat(targets)
 
 
-@pytest.mark.parametrize("head", ["frozen", "adapted", "complete"])
+@pytest.mark.parametrize(
+    "head",
+    ["frozen", *(pytest.param(head, marks=pytest.mark.slow("trains again")) for head in ("adapted", "complete"))],
+)
 def test_compare_equals_plain_forwards(
     head: str, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +192,7 @@ def test_the_report_has_a_plot(make_config: MakeConfig, tmp_path: Path, monkeypa
     assert alone["entropy"]["mean"] > 0
 
 
+@pytest.mark.slow("trains twice and compares three times")
 def test_adapters_take_turns(make_config: MakeConfig, tmp_path: Path) -> None:
     """Three models in one process, each with its own figures whichever was loaded last."""
     runs = []
