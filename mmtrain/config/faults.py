@@ -8,7 +8,8 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from mmtrain.config.keys import MOVED
-from mmtrain.config.schema import Config, Frozen, Full, Lora, Train
+from mmtrain.config.schema import Config, Train
+from mmtrain.config.tune_section import Frozen, Full, Lora
 from mmtrain.config.yaml_file import KeyPath
 from mmtrain.safe_text import shown
 
@@ -100,7 +101,7 @@ def _unknown_key(at: KeyPath, data: dict[str, Any]) -> str:
         return f"moved to {MOVED[path]}"
     if at[:-1] == ("run",) and key in Train.model_fields:
         return f"unknown key; did you mean train.{key}?"
-    if len(at) == 3 and at[0] == "tune":
+    if len(at) == 3 and at[0] == "tune" and at[1] != "components":
         component = f"{at[0]}.{at[1]}"
         mode = data["tune"][at[1]]["mode"]
         others = [name for name, model in _MODES.items() if key in model.model_fields]
@@ -126,7 +127,7 @@ def _valid_keys(at: KeyPath, data: dict[str, Any]) -> list[str]:
             model = _MODES.get(here.get("mode"), Frozen)
         else:
             model = next(_models_in(model.model_fields[step].annotation))
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mmtrain.config.data_section import in_full
 from mmtrain.config.faults import schema_faults
-from mmtrain.config.schema import Config, in_full
+from mmtrain.config.schema import Config
 from mmtrain.config.yaml_file import KeyPath, dump_yaml, parse_yaml, read_yaml
 from mmtrain.errors import UserError
 from mmtrain.safe_text import shown, visible

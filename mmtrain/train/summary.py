@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.train.folder import is_exported
-from mmtrain.train.metrics import METRICS
+from mmtrain.train.metrics import METRICS, is_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +31,19 @@ class RunSummary:
     """Of the last step."""
     num_tokens: int
     num_supervised: int
+    """0 for a contrastive run."""
     seconds: float
     """The time that the steps took, without evaluations and saving."""
     evals: tuple[EvalSummary, ...]
     is_finished: bool
+    num_pairs: int = 0
+    """0 for any other run."""
 
 
 def summarize(run: Path) -> RunSummary:
     """The figures of the run in the directory `run`; zeros and None where it has taken no step."""
-    rows = list(_rows(run / METRICS))
-    steps = [row for row in rows if "eval" not in row]
+    rows = list(rows_of(run / METRICS))
+    steps = [row for row in rows if is_step(row)]
     evals: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if "eval" in row:
@@ -49,14 +52,15 @@ def summarize(run: Path) -> RunSummary:
         num_steps=steps[-1]["step"] if steps else 0,
         loss=steps[-1]["loss"] if steps else None,
         num_tokens=sum(row["num_tokens"] for row in steps),
-        num_supervised=sum(row["num_supervised"] for row in steps),
+        num_supervised=sum(row.get("num_supervised", 0) for row in steps),
         seconds=sum(row["seconds"] for row in steps),
         evals=tuple(_eval_summary(name, own) for name, own in evals.items()),
         is_finished=is_exported(run),
+        num_pairs=sum(row.get("num_pairs", 0) for row in steps),
     )
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file that a run may be writing to: a half-written last one is left out."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

@@ -14,7 +14,7 @@ from mmtrain.answers.metrics import METRICS
 from mmtrain.api import load_config, train
 from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.config import Config
-from mmtrain.config.schema import EvalSource
+from mmtrain.config.data_section import EvalSource
 from mmtrain.evaluate.evaluation import Evaluation
 from mmtrain.evaluate.models import BASE as BASE_MODEL
 from mmtrain.generate.target import Target, find_target, load_target
