@@ -51,7 +51,7 @@ def make_trainable(
         progress.say(line)
     model, reports = apply_tune(base, family.components, config.tune)
     if settings.adapter is not None and load is load_model:  # else the model has no values
-        progress.say(start_from_run(model, family.components, settings, processor, runtime.activity.tick))
+        progress.say(start_from_run(model, family.components, settings, runtime.activity.tick))
     if config.run.activation_checkpointing is True:
         checkpoint_activations(base)
     dropout = DropoutContext(config.train.seed)
