@@ -8,7 +8,7 @@ from mmtrain.config.data_section import Data
 from mmtrain.config.objective_section import Objective
 from mmtrain.config.run_section import Run
 from mmtrain.config.section import Count, Marker, Rate, Section
-from mmtrain.config.tune_section import Full, Lora, Tune
+from mmtrain.config.tune_section import ComponentModules, Full, Lora, Tune
 
 
 class Model(Section):
@@ -101,6 +101,10 @@ class Config(Section):
             "run.weights: shard": self.run.weights == "shard",
             "run.compile": self.run.compile,
             "metric of a source of data.eval": any(source.metric for source in self.data.eval),
+            "data.dedup": self.data.dedup,
+            "from: train of a source of data.eval": any(source.from_ for source in self.data.eval),
+            "max_samples of a source": any(source.max_samples for source in sources),
+            "tune.components": self.tune.components != ComponentModules(),
             "format of a source": any(source.format != "auto" for source in sources),
         }
         has_group = any(source.group for source in sources)

@@ -20,8 +20,9 @@ from mmtrain.encoding.encode import Encoded, ImageSpan
 from mmtrain.encoding.images import decode, find_image
 from mmtrain.encoding.tower_processor import TowerProcessor
 from mmtrain.errors import UserError
-from mmtrain.model.components import TowerComponents, base_name
+from mmtrain.model.components import base_name
 from mmtrain.model.image_cache.features import base_model
+from mmtrain.model.tower_components import TowerComponents
 from mmtrain.model.transfer import all_on_device
 from mmtrain.records.chat import SampleError
 from mmtrain.records.pairs import Item

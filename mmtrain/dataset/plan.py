@@ -73,7 +73,7 @@ class Plan:
         samples = np.concatenate([self._shuffled(group, epoch) for group in self._groups])
         if len(self._groups) == 1:
             return samples, np.arange(self.steps_per_epoch)
-        return samples, _permutation(self.steps_per_epoch, self._seed, epoch, _STEPS)
+        return samples, permutation(self.steps_per_epoch, self._seed, epoch, _STEPS)
 
     def _shuffled(self, group: Sequence[int], epoch: int) -> Indices:
         """The samples of some sources in an epoch, in random order."""
@@ -83,10 +83,10 @@ class Plan:
             whole = int(weight)
             rest = round(len(indices) * weight) - whole * len(indices)
             chosen += [indices] * whole
-            chosen.append(indices[_permutation(len(indices), self._seed, epoch, number + 1)[:rest]])
+            chosen.append(indices[permutation(len(indices), self._seed, epoch, number + 1)[:rest]])
         together = np.concatenate(chosen)
         stream = 0 if group is self._groups[0] else _OWN + group[0]
-        return together[_permutation(len(together), self._seed, epoch, stream)]
+        return together[permutation(len(together), self._seed, epoch, stream)]
 
 
 def _step_sizes(num_samples: int, batch_size: int) -> list[int]:
@@ -94,7 +94,7 @@ def _step_sizes(num_samples: int, batch_size: int) -> list[int]:
     return [batch_size] * whole + [rest] * bool(rest)
 
 
-def _permutation(length: int, seed: int, epoch: int, stream: int) -> Indices:
+def permutation(length: int, seed: int, epoch: int, stream: int) -> Indices:
     """A random order, the same in every version of numpy: Philox's raw stream is fixed, `permutation` is not.
 
     `stream`: 0 for the samples of the first group, from 1 on for the choice of each source, from `_OWN` on for the

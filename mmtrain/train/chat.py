@@ -9,11 +9,11 @@ from mmtrain.config import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
+from mmtrain.train.checkpointing import decided_learner
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.evaluations import Evaluations
 from mmtrain.train.export import export
 from mmtrain.train.facts import write_facts
-from mmtrain.train.learner import make_learner
 from mmtrain.train.metrics import MetricsFile
 from mmtrain.train.report import start_report
 from mmtrain.train.step import Learner
@@ -30,7 +30,7 @@ class ChatObjective:
 
     @cached_property
     def _learner(self) -> Learner:
-        return make_learner(self._config, self._processor, self._runtime, self._progress)
+        return decided_learner(self._config, self.data, self._processor, self._runtime, self._progress)
 
     def load(self) -> Learner:
         return self._learner

@@ -8,8 +8,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from mmtrain.dataset.plan import Plan
-from mmtrain.model.components import ComponentReport
+from mmtrain.dataset.plan import Indices, Plan
+from mmtrain.model.tune import ComponentReport
 from mmtrain.records.record_set import RecordSet
 from mmtrain.records.sources.place import Place
 from mmtrain.runtime.processes import Runtime
@@ -102,6 +102,10 @@ class RunData(Protocol):
 
     @property
     def num_steps(self) -> int: ...
+
+    @property
+    def used(self) -> Indices:
+        """The indices of the training samples that are used."""
 
     @property
     def image_files(self) -> frozenset[Path]: ...

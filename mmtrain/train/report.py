@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mmtrain.config import Config
 from mmtrain.config.tune_section import Lora
-from mmtrain.model.components import ComponentReport
+from mmtrain.model.tune import ComponentReport
 from mmtrain.progress import Progress, Task
 from mmtrain.runtime.shard import own_and_total_bytes
 from mmtrain.safe_text import visible
@@ -28,7 +28,7 @@ NUM_AVERAGED = 50
 
 def start_report(config: Config, dataset: Dataset, learner: Learner) -> Iterator[str | Table]:
     """What is printed before the first step."""
-    yield component_table(learner.component_reports)
+    yield from component_lines(learner.component_reports)
     yield dataset.summary()
     yield weights_line(learner)
     yield from bits_lines(config, learner)
@@ -36,8 +36,15 @@ def start_report(config: Config, dataset: Dataset, learner: Learner) -> Iterator
     yield from serving_lines(config)
 
 
-def component_table(reports: Sequence[ComponentReport]) -> Table:
-    """What is trainable."""
+def component_lines(reports: Sequence[ComponentReport]) -> Iterator[str | Table]:
+    """What is trainable, and the modules that each component was found in."""
+    yield _component_table(reports)
+    for row in reports:
+        if row.roots:
+            yield f"{row.component}: {', '.join(map(visible, row.roots))}"
+
+
+def _component_table(reports: Sequence[ComponentReport]) -> Table:
     quantized = any(row.quantized for row in reports)
     columns = ["component", "mode", "modules", "trainable", "frozen", *(["in 4 bits"] if quantized else [])]
     table = Table(*columns, box=None, pad_edge=False)

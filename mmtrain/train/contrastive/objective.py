@@ -16,7 +16,7 @@ from mmtrain.train.contrastive.learner import make_contrastive_learner
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.contrastive.step import ContrastiveLearner, Loaded
 from mmtrain.train.metrics import MetricsFile
-from mmtrain.train.report import bits_lines, component_table, weights_line
+from mmtrain.train.report import bits_lines, component_lines, weights_line
 
 
 class ContrastiveObjective:
@@ -46,7 +46,7 @@ class ContrastiveObjective:
 
     def report(self) -> Iterator[str | Table]:
         learner = self._learner
-        yield component_table(learner.component_reports)
+        yield from component_lines(learner.component_reports)
         yield self.data.summary()
         yield weights_line(learner)
         yield from bits_lines(self._config, learner)

@@ -8,7 +8,7 @@ from typing import Any
 from mmtrain.config import Config
 from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.pair_samples import read_pairs
-from mmtrain.dataset.plan import Plan
+from mmtrain.dataset.plan import Indices, Plan
 from mmtrain.dataset.validate import FaultPolicy
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
@@ -59,6 +59,11 @@ class PairDataset:
             for index, reason in samples.left_out
             for place in [samples.place(index)]
         ]
+
+    @property
+    def used(self) -> Indices:
+        """The indices of the training pairs that are used."""
+        return self.train.used
 
     @property
     def image_files(self) -> frozenset[Path]:

@@ -17,8 +17,8 @@ from mmtrain.contrastive.loss import LossGradients, LossSettings, contrastive_lo
 from mmtrain.contrastive.pair_samples import PairSamples
 from mmtrain.contrastive.towers import Towers
 from mmtrain.dataset.batch import Batch, in_order
-from mmtrain.model.components import ComponentReport
 from mmtrain.model.dropout import DropoutContext
+from mmtrain.model.tune import ComponentReport
 from mmtrain.runtime.device import microbatch_faults
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.checkpoint import trainable_parameters

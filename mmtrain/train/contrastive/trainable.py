@@ -7,10 +7,11 @@ import torch
 from mmtrain.config import Config
 from mmtrain.contrastive.load import set_trained
 from mmtrain.contrastive.towers import Towers
-from mmtrain.model.components import ComponentReport, apply_tune, without_adapter
 from mmtrain.model.dropout import DropoutContext, install_dropout
 from mmtrain.model.family import Family
 from mmtrain.model.load import checkpoint_activations
+from mmtrain.model.lora_targets import without_adapter
+from mmtrain.model.tune import ComponentReport, apply_tune
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 
@@ -25,7 +26,7 @@ def make_trainable(
         progress.say(line)
     embedder.model, reports = apply_tune(base, embedder.components, config.tune)
     set_trained(config, embedder)
-    if config.run.activation_checkpointing:
+    if config.run.activation_checkpointing is True:
         checkpoint_activations(base)
     dropout = DropoutContext(config.train.seed)
     family = Family(embedder.components, "own")
