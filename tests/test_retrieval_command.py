@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from mmtrain import api
 from mmtrain.cli import app
-from mmtrain.config import Config
+from mmtrain.config import Config, dump_config
 from mmtrain.encoding.tower_processor import load_tower_processor
 from mmtrain.errors import UserError
 from mmtrain.retrieval.command import Options, retrieval_figures
@@ -204,8 +204,6 @@ def test_a_model_that_was_saved_whole_is_compared_with_the_base_model(clip: Path
 
 
 def command(config: Config, folder: Path, *words: str) -> Any:
-    from mmtrain.config import dump_config
-
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     return CliRunner().invoke(app, ["eval", "retrieval", str(folder / "config.yaml"), *words])
 
@@ -251,8 +249,17 @@ def test_options_that_do_not_fit_are_refused(clip: Path, tmp_path: Path, options
 
 def test_a_config_for_chats_is_refused(clip: Path, tmp_path: Path) -> None:
     config = config_of(clip, tmp_path, write_pairs(tmp_path, captioned()), objective={"kind": "chat"})
-    with pytest.raises(UserError, match=r"eval retrieval: set objective\.kind to contrastive"):
+    with pytest.raises(UserError, match=r"eval retrieval: it is for objective\.kind: contrastive, the config has chat"):
         retrieval_figures(config, Options())
+
+
+@pytest.mark.parametrize("command", [["eval", "perplexity"], ["eval", "answers"], ["plan"]])
+def test_commands_for_chats_refuse_pairs_by_name(clip: Path, tmp_path: Path, command: list[str]) -> None:
+    config = config_of(clip, tmp_path, write_pairs(tmp_path, captioned()))
+    (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    error = CliRunner().invoke(app, [*command, str(tmp_path / "config.yaml")]).exception
+    assert isinstance(error, UserError)
+    assert f"{' '.join(command)}: it is for objective.kind: chat, the config has contrastive; use " in str(error)
 
 
 def test_an_adapter_is_compared_with_the_base_model(clip: Path, tmp_path: Path) -> None:
