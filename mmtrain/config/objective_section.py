@@ -44,9 +44,7 @@ class Objective(Section):
     def check_command(self, command: str, kind: str, instead: str) -> None:
         """Raise UserError where `command`, which is for the objective `kind`, is used with another."""
         if self.kind != kind:
-            raise UserError(
-                f"{command}: it is for objective.kind: {kind}, and the config has {self.kind}; use {instead}"
-            )
+            raise UserError(f"{command}: it is for objective.kind: {kind}, the config has {self.kind}; use {instead}")
 
     def check_others(self, of_chats: dict[str, bool], of_pairs: dict[str, bool], has_adapter: bool) -> None:
         """Raise ValueError where a key of another section is given (true) and is not for this kind."""
