@@ -70,7 +70,8 @@ def measured(config: Config) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     assert peak > 0
-    return sum(weights.values()) + peak + sum(map(bytes_of, batches))
+    total: int = sum(weights.values()) + peak + sum(map(bytes_of, batches))
+    return total
 
 
 LORA = {"language": {"mode": "lora", "rank": 8}}

@@ -9,7 +9,6 @@ import pytest
 
 from mmtrain.config.run_section import Run
 from mmtrain.config.schema import Config
-from mmtrain.dataset.hashes import cache_folder
 from mmtrain.dataset.validate import CheckedSamples
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
@@ -22,6 +21,7 @@ from mmtrain.progress import QUIET
 from mmtrain.train.checkpoint import checkpoint_bytes
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.peak_memory import PeakMemory
+from mmtrain.user_cache import cache_folder
 from support.builders import mixed_rows, train_and_run, write_jsonl
 from support.learning import learner_for
 
@@ -111,7 +111,7 @@ def test_waiting_is_the_time_in_which_the_slowest_is_awaited(weights: str, expec
     """Two micro-batches each for two processes: 10 and 30, and 30 and 10, at a cost of 1 a token."""
     lengths = np.array([10, 30, 30, 10], np.int32)
     zeros = np.zeros(4)
-    checked = CheckedSamples(lengths, lengths * 0, lengths * 0, zeros, 0, frozenset())
+    checked = CheckedSamples(lengths, lengths * 0, zeros, lengths * 0, zeros, 0, frozenset())
     run = Run.model_validate({"output_dir": "run", "weights": weights})
     simulation = Simulation(run, checked, CostModel(1.0, 0.0, 0.0, 0.0, 0.0), packing=True)
     step = simulation.step(range(4))

@@ -27,6 +27,7 @@ class Evaluation:
 
         Raises UserError where a model or a sample cannot be used.
         """
+        config.objective.check_command("eval perplexity", "chat", "eval retrieval")
         sources: Sequence[EvalSource] = [EvalSource(path=path) for path in data] or config.data.eval
         if not sources:
             raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")

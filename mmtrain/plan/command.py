@@ -27,6 +27,7 @@ _NUM_STEPS = 50
 
 def plan(config: Config, processes: str, as_json: bool) -> None:
     """Print what the run of `config` does and needs, for each number in `processes`. Raises UserError."""
+    config.objective.check_command("plan", "chat", "inspect-labels --all to check pairs")
     counts = _counts(processes)
     progress = Progress()
     processor = load_processor(config.model.path)

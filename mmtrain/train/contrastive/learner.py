@@ -29,7 +29,7 @@ def make_contrastive_learner(
     alone = frozenset[str]() if runtime.device.type == "cuda" and run.microbatches == "auto" else caches
     return ContrastiveLearner(
         embedder=embedder,
-        items=dataset.train.items,
+        samples=dataset.train,
         cuts=PairCuts(dataset, run, runtime.num_processes, runtime.index, alone=alone),
         loss=LossSettings(settings.loss, settings.symmetric in ("auto", True), settings.dims),
         temperature_max=settings.temperature_max,
