@@ -153,7 +153,7 @@ def test_config_schema_prints_the_json_schema(
     schema = json.loads(out)
     assert (code, err) == (0, "")
     assert schema["$schema"].startswith("https://json-schema.org/")
-    assert list(schema["properties"]) == ["model", "tune", "data", "labels", "train", "run"]
+    assert list(schema["properties"]) == ["model", "tune", "data", "objective", "labels", "train", "run"]
 
 
 def test_an_interrupt_ends_with_130_and_no_traceback(
@@ -218,7 +218,7 @@ def test_a_shell_can_complete_commands() -> None:
         "COMP_CWORD": "1",
     }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["inspect-labels", "inspect-model"]
+    assert done.stdout.split() == ["inspect-data", "inspect-labels", "inspect-model"]
 
 
 @pytest.mark.parametrize("command", [["config", "check"], ["config", "show"], ["runs"]])

@@ -43,6 +43,7 @@ def eval_answers(config: Config, options: Options) -> None:
 
 def answer_figures(config: Config, options: Options) -> tuple[dict[str, Any], AnswerEvaluation]:
     """Every figure, as `--json` prints them, and what they were computed from. Raises UserError as above."""
+    config.objective.check_command("eval answers", "chat", "eval retrieval")
     if options.metric is not None and options.metric not in METRICS:
         raise UserError(f"--metric {shown(options.metric)}: expected one of {', '.join(METRICS)}")
     sources = [EvalSource(path=path) for path in options.data] or list(config.data.eval)

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import PositiveFloat, Strict, model_validator
 
 from mmtrain.config.section import Count, Section
+from mmtrain.errors import UserError
 
 
 class Objective(Section):
@@ -42,6 +43,11 @@ class Objective(Section):
         if self.loss == "infonce" and self.bias is not None:
             raise ValueError("objective.bias is for `loss: sigmoid`: a bias does not change infonce; remove it")
         return self
+
+    def check_command(self, command: str, kind: str, instead: str) -> None:
+        """Raise UserError where `command`, which is for the objective `kind`, is used with another."""
+        if self.kind != kind:
+            raise UserError(f"{command}: it is for objective.kind: {kind}, the config has {self.kind}; use {instead}")
 
     def check_others(self, of_chats: dict[str, bool], of_pairs: dict[str, bool], has_adapter: bool) -> None:
         """Raise ValueError where a key of another section is given (true) and is not for this kind."""

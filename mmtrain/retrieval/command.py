@@ -75,8 +75,7 @@ def retrieval_figures(config: Config, options: Options) -> tuple[dict[str, Any],
 
 
 def _check(config: Config, options: Options, sources: list[EvalSource]) -> None:
-    if config.objective.kind != "contrastive":
-        raise UserError("eval retrieval: set objective.kind to contrastive, or use eval perplexity")
+    config.objective.check_command("eval retrieval", "contrastive", "eval answers or eval perplexity")
     if not sources:
         raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")
     if options.compare is not None and options.adapter is None:

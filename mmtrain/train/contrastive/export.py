@@ -57,7 +57,7 @@ def export(learner: ContrastiveLearner, config: Config, dataset: PairDataset) ->
 
 def _first_items(dataset: PairDataset) -> list[EncodedItem]:
     first = dataset.train.pairs[int(dataset.train.used[0])]
-    return [dataset.train.items[number] for number in (first.query, *first.positives, *first.negatives)]
+    return dataset.train.loaded((first.query, *first.positives, *first.negatives))
 
 
 @torch.no_grad()

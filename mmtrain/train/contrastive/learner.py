@@ -32,7 +32,7 @@ def make_contrastive_learner(
         alone = frozenset(embedder.kinds)
     return ContrastiveLearner(
         embedder=embedder,
-        items=dataset.train.items,
+        samples=dataset.train,
         cuts=PairCuts(dataset, run, runtime.num_processes, runtime.index, embedder.packing, alone),
         loss=LossSettings(settings.loss, symmetric, settings.dims),
         temperature_max=settings.temperature_max,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmtrain.contrastive.embedder import Embedder, EncodedItem, Kind
 from mmtrain.contrastive.loss import LossGradients, LossSettings, contrastive_loss
+from mmtrain.contrastive.pair_samples import PairSamples
 from mmtrain.dataset.batch import Batch, in_order
 from mmtrain.model.dropout import DropoutContext
 from mmtrain.model.tune import ComponentReport
@@ -35,7 +36,7 @@ class ContrastiveLearner:
     """An embedder that is trained, its optimizer, and how its steps are computed."""
 
     embedder: Embedder
-    items: Sequence[EncodedItem]
+    samples: PairSamples
     cuts: PairCuts
     loss: LossSettings
     temperature_max: float
@@ -54,6 +55,10 @@ class ContrastiveLearner:
     def model(self) -> Any:
         return self.embedder.model
 
+    @property
+    def items(self) -> Sequence[EncodedItem]:
+        return self.samples.items
+
     def batches(self, first: int, last: int) -> Iterator[Loaded]:
         """The tensors of this process's micro-batches of the steps `first` to `last`, made ahead."""
         return in_order(self.load, self.cuts.microbatches(first, last))
@@ -64,7 +69,7 @@ class ContrastiveLearner:
         return tuple((one, self.tensors(one)) for one in needed if one.numbers)
 
     def tensors(self, batch: ItemBatch) -> Batch:
-        return self.embedder.batch([self.items[number] for number in batch.numbers])
+        return self.embedder.batch(self.samples.loaded(batch.numbers))
 
     def embed(self, inputs: Batch, kind: Kind) -> tuple[Tensor, Tensor | None]:
         """(num_items, width) without a graph, and with it where it is kept."""
@@ -77,7 +82,7 @@ class ContrastiveLearner:
         with torch.no_grad():
             return compute(), None
 
-    def accumulate(self, batches: Iterable[Loaded | None], count: int, step: int) -> tuple[Tensor, int | None]:
+    def accumulate(self, batches: Iterable[Loaded | None], count: float, step: int) -> tuple[Tensor, int | None]:
         return accumulate_gradients(self, batches, step)
 
     def updated(self) -> None:
