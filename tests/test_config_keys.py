@@ -220,6 +220,13 @@ RUN = {
     "run.checkpoint_every": Key(seen.saved_steps, [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4])], {"train.steps": 4}),
     "run.keep_checkpoints": Key(seen.saved_steps, [(2, [3, 4]), (3, [2, 3, 4])], {"train.steps": 4}),
     "run.eval_every": Key(seen.steps_evaluated, [(2, [0, 2, 4]), (3, [0, 3, 4])], {"train.steps": 4}),
+    # of the three samples one, which seed 0 takes first, has two questions
+    "run.eval_answers": Key(seen.times_asked, [(None, []), ({}, [(0, 4), (2, 4)])]),
+    "run.eval_answers.samples": Key(seen.times_asked, [(1, [(0, 2), (2, 2)]), (2, [(0, 3), (2, 3)])]),
+    "run.eval_answers.every": Key(
+        seen.times_asked, [(2, [(0, 4), (2, 4), (4, 4)]), (3, [(0, 4), (3, 4), (4, 4)])], {"train.steps": 4}
+    ),
+    "run.eval_answers.batch_size": Key(seen.questions_at_a_time, [(2, [2, 2]), (3, [3, 1])]),
 }
 KEYS = {**DATA, **keys_of("vision"), **keys_of("projector"), **keys_of("language"), **TRAIN, **RUN}
 

@@ -1,13 +1,10 @@
 """Every key of a config: its type, range, default and meaning."""
 
 import string
-from enum import Enum
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -16,23 +13,8 @@ from pydantic import (
     model_validator,
 )
 
-
-class Marker(Enum):
-    """The effect of changing a key. If neither the key nor its section has SAME_RESULT, the key decides the result: a
-    run does not resume with another value."""
-
-    SAME_RESULT = "a change does not change the result beyond rounding"
-    AFFECTS_BITS = "a change may change the bits of the result, within rounding"
-
-
-Rate = Annotated[float, Field(gt=0, le=10)]
-Count = Annotated[int, Field(gt=0, le=10**9)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+from mmtrain.config.run_section import Run
+from mmtrain.config.section import Count, Marker, Rate, Section
 
 
 class Model(Section):
@@ -127,7 +109,7 @@ class Source(Section):
     """The folder that image paths are relative to and may not leave; without it the data file's own."""
     format: RecordFormat = "auto"
     """The shape of the records, as docs/data.md lists them, or `auto`: detected for each record by its keys."""
-    fields: dict[str, str] = {}
+    fields: dict[str, str] = Field(default={})
     """Which column of the data is which key of a record: `{image: img, question: q, answer: a}`. A value with braces
     is a template of several columns: `{prompt: "{context}\\n{question}"}`."""
     image_mark: Annotated[str, Field(min_length=1)] | None = None
@@ -249,65 +231,6 @@ class Train(Section):
         return self
 
 
-class ImageCache(Section):
-    memory_gib: Annotated[float, Field(ge=0, le=10**6)] = 2.0
-    """GiB of memory in each process for the cached features."""
-    disk_gib: Annotated[float, Field(ge=0, le=10**6)] = 0.0
-    """GiB on disk, in the user's cache, for the cached features: for later runs and for the other processes."""
-
-
-class Run(Section):
-    output_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
-    """The directory for everything that the run writes."""
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Marker.AFFECTS_BITS] = "auto"
-    """What the run computes on. `auto`: the GPU if torch finds one, else the CPU. `cuda`: NVIDIA GPUs with any dtype
-    from compute capability 8.0, with float32 below it. `mps` and, with `cuda`, ROCm are not tested, so they must be
-    named."""
-    microbatch_tokens: Annotated[Count, Marker.AFFECTS_BITS] = 2048
-    """Tokens that go through the model at once. Lower it when memory runs out, raise it where a large GPU has memory
-    to spare."""
-    microbatches: Annotated[Literal["auto"] | Annotated[int, Field(gt=0, le=65_536)], Marker.AFFECTS_BITS] = "auto"
-    """The number of micro-batches of a step. `auto`: the fewest that fit into `microbatch_tokens`, a multiple of the
-    number of processes. A number, which the number of processes must divide: a step is divided the same way however
-    many processes there are, so 1, 2, 4 and so on of them give the same bits."""
-    weights: Annotated[Literal["replicate", "shard"], Marker.AFFECTS_BITS] = "replicate"
-    """Every process stores all weights, or the weights are sharded over the processes (FSDP2): for models larger than
-    one device, and for full fine-tuning."""
-    packing: Annotated[Literal["auto"] | bool, Marker.AFFECTS_BITS] = "auto"
-    """Put the samples of a micro-batch end to end in one row, without padding (true), or one row each, padded (false).
-    `auto`: packed, except where a trial at the start shows that the samples of a row change each other's logits in
-    this model. With true such a model is refused."""
-    threads: Annotated[Annotated[int, Field(gt=0, le=1024)] | None, Marker.AFFECTS_BITS] = None
-    """CPU threads of a process. Without it: one where `microbatches` is a number (bits depend on it), else torch's
-    choice, the cores shared among the processes."""
-    hang_timeout: Annotated[float, Field(ge=1, le=10**6)] = 600.0
-    """Seconds without any progress after which the run fails and names the process that hangs."""
-    activation_checkpointing: Annotated[bool, Marker.AFFECTS_BITS] = False
-    """Compute the layers' activations again in the backward pass instead of storing them: less memory for the time of
-    one more forward pass."""
-    compile: Annotated[bool, Marker.AFFECTS_BITS] = False
-    """Compile the layers of the language model with torch.compile: fewer passes over memory, after a minute or more
-    before the first step. Needs a C++ compiler on the CPU."""
-    kernels: Annotated[Literal["auto", "off"], Marker.AFFECTS_BITS] = "auto"
-    """Replace modules of the model by faster equivalents, each one where a trial at the start shows that it computes
-    the same (`auto`), or compute everything with the model's own modules (`off`). On CUDA some are compiled at the
-    start."""
-    image_cache: Annotated[ImageCache, Marker.AFFECTS_BITS] = ImageCache()
-    """Where vision and projector are frozen, each image goes through them once and their outputs are cached. 0 for
-    both sizes: no cache."""
-    checkpoint_every: Count = 500
-    """Steps between checkpoints. The last step always has one."""
-    keep_checkpoints: Annotated[int, Field(ge=2, le=10**6)] = 2
-    """How many checkpoints are kept. Older ones are deleted."""
-    eval_every: Count = 500
-    """Steps between evaluations on `data.eval`. There is also one before the first step and one after the last."""
-
-    @property
-    def num_threads(self) -> int | None:
-        """CPU threads of a process, None where torch may choose."""
-        return 1 if self.threads is None and self.microbatches != "auto" else self.threads
-
-
 class Config(Section):
     model: Model
     """The model to start from."""
@@ -334,6 +257,16 @@ class Config(Section):
             raise ValueError(f"{key} needs an adapter to save, and no component has mode: lora; set one to lora")
         if self.run.weights == "shard":
             raise ValueError(f"{key} does not work with run.weights: shard; set it to replicate")
+        return self
+
+    @model_validator(mode="after")
+    def answers_can_be_evaluated(self) -> "Config":
+        if self.run.eval_answers is None:
+            return self
+        if not self.data.eval:
+            raise ValueError("run.eval_answers: there is nothing to ask: give data.eval, or remove it")
+        if self.run.weights == "shard":
+            raise ValueError("run.eval_answers does not work with run.weights: shard; use `mmtrain eval answers` later")
         return self
 
 

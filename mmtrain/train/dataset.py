@@ -3,32 +3,19 @@
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mmtrain.config import Config
-from mmtrain.config.schema import EvalSource, Train
+from mmtrain.config.schema import Train
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Plan
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, check_samples
-from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
-from mmtrain.scoring.scorer import Scorer
-
-
-@dataclass(frozen=True, slots=True)
-class EvalSet:
-    """One source of `data.eval`, checked and ready to be scored."""
-
-    name: str
-    samples: StoredSamples
-    checked: CheckedSamples
-    scorer: Scorer
+from mmtrain.train.eval_sets import eval_sources, make_eval_sets
 
 
 class Dataset:
@@ -38,14 +25,14 @@ class Dataset:
     """
 
     def __init__(self, config: Config, processor: ChatProcessor, progress: Progress) -> None:
-        sources = _eval_sources(config)
+        sources = eval_sources(config)
         specs = {f"evaluation set {name}": EncodingSpec.of(config, [source]) for name, source in sources.items()}
         train_spec = EncodingSpec.of(config, config.data.train)
         limit = length_limit(config.model.path, config.data.max_length)
         check = functools.partial(check_samples, processor=processor, limit=limit, policy=FaultPolicy.of(config.data))
         (self.train, self.checked), *found = _check_all({"train": train_spec, **specs}, check, progress)
         self.encoder = train_spec.encoder(processor)
-        self.eval = [_eval_set(name, self.encoder, *one) for name, one in zip(sources, found, strict=True)]
+        self.eval = make_eval_sets(config, self.encoder, found)
         self.plan = _plan(config, self.train, self.checked)
         self.num_steps = _num_steps(config.train, self.plan)
 
@@ -83,14 +70,6 @@ class Dataset:
         return [self.checked, *(one.checked for one in self.eval)]
 
 
-def _eval_sources(config: Config) -> dict[str, EvalSource]:
-    """By name. Raises UserError where two have the same."""
-    found = {source.name or Path(source.path).name: source for source in config.data.eval}
-    if len(found) < len(config.data.eval):
-        raise UserError("data.eval: two sources have the same name: give each its own `name`")
-    return found
-
-
 def _check_all(
     specs: dict[str, EncodingSpec],
     check: Callable[..., tuple[StoredSamples, CheckedSamples]],
@@ -107,11 +86,6 @@ def _check_all(
     if faults:
         raise UserError(faults)
     return found
-
-
-def _eval_set(name: str, encoder: Encoder, samples: StoredSamples, checked: CheckedSamples) -> EvalSet:
-    scorer = Scorer(samples, encoder, checked.used, checked.num_tokens[checked.used].tolist())
-    return EvalSet(name, samples, checked, scorer)
 
 
 def _plan(config: Config, samples: StoredSamples, checked: CheckedSamples) -> Plan:

@@ -1,50 +1,82 @@
-"""Scores the evaluation sets during a run."""
+"""Scores the evaluation sets, and asks questions of them, during a run."""
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from mmtrain.config import Config
+from mmtrain.generate.replies import ANY_LENGTH, Generator
+from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
-from mmtrain.runtime.shard import Filled
-from mmtrain.scoring.statistics import summary
-from mmtrain.train.dataset import Dataset, EvalSet
+from mmtrain.safe_text import visible
+from mmtrain.train.dataset import Dataset
+from mmtrain.train.eval_answers import AnswersEvaluation
+from mmtrain.train.eval_perplexity import PerplexityEvaluation
 from mmtrain.train.metrics import MetricsFile
 from mmtrain.train.step import Learner
 
 
+class Evaluation(Protocol):
+    """What is evaluated on one set, again and again."""
+
+    kind: str
+    """The key of its rows of metrics.jsonl, whose value is the name of the set."""
+    name: str
+    every: int
+    """Steps between two of them."""
+
+    def row(self, step: int) -> dict[str, Any] | None:
+        """The figures after `step`; None where a signal asked to stop meanwhile."""
+
+    def line(self, row: dict[str, Any]) -> str:
+        """What is printed of them."""
+
+
+def make_evaluations(config: Config, dataset: Dataset, learner: Learner, progress: Progress) -> list[Evaluation]:
+    """Those of a run, in order."""
+    found: list[Evaluation] = [PerplexityEvaluation(config, one, learner, progress) for one in dataset.eval]
+    answers, runtime = config.run.eval_answers, learner.runtime
+    if answers is None:
+        return found
+
+    def on_token() -> bool:
+        progress.tick()
+        return runtime.stop_signal is not None
+
+    limit = length_limit(config.model.path, ANY_LENGTH).num_tokens
+    generator = Generator(learner.model, dataset.encoder, runtime.autocast, limit, on_token)
+    output_dir = Path(config.run.output_dir)
+    for one in dataset.eval:
+        assert one.questions is not None
+        found.append(AnswersEvaluation(one.name, one.questions, answers, generator, learner, output_dir, progress))
+    return found
+
+
 class Evaluations:
-    """The evaluation sets of a run, scored every `run.eval_every` steps and after the last."""
+    """The evaluations of a run, each before the first step, every so many steps and after the last."""
 
     def __init__(
-        self, config: Config, dataset: Dataset, learner: Learner, metrics: MetricsFile, progress: Progress
+        self, each: Sequence[Evaluation], num_steps: int, learner: Learner, metrics: MetricsFile, progress: Progress
     ) -> None:
-        self._settings, self._dataset, self._learner = config.run, dataset, learner
+        self._each, self._num_steps, self._learner = each, num_steps, learner
         self._metrics, self._progress = metrics, progress
 
-    def run(self, step: int, done: Sequence[str] = ()) -> int | None:
-        """Score all sets but those `done` after `step`, if that is due; gives the signal that asked to stop meanwhile.
+    def run(self, step: int, done: Sequence[dict[str, Any]] = ()) -> int | None:
+        """All that are due after `step` but those `done`, by their rows; gives the signal that asked to stop meanwhile.
 
-        A set that was interrupted is scored again when the run is resumed.
+        An evaluation that was interrupted is repeated when the run is resumed.
         """
-        if step % self._settings.eval_every and step != self._dataset.num_steps:
-            return None
         runtime = self._learner.runtime
-        runtime.activity.set("evaluating", step)
-        for eval_set in self._dataset.eval:
-            if eval_set.name in done:
+        for one in self._each:
+            is_due = step % one.every == 0 or step == self._num_steps
+            if not is_due or any(row.get(one.kind) == one.name for row in done):
                 continue
-            filled = Filled(eval_set.samples, eval_set.checked) if self._learner.sharded else None
-            scores = eval_set.scorer.score(self._learner, self._settings.microbatch_tokens, self._progress, filled)
-            if scores is None:
+            runtime.activity.set("evaluating", step)
+            row = one.row(step)
+            if row is None:
                 return runtime.agree(torch.zeros(0, dtype=torch.float64))[1]
-            self._report(step, eval_set, summary(scores))
+            self._metrics.write({"step": step, one.kind: one.name, **row})
+            self._progress.say(f"step {step}  {one.kind} {visible(one.name)}: {one.line(row)}")
         return None
-
-    def _report(self, step: int, eval_set: EvalSet, figures: dict[str, Any]) -> None:
-        self._metrics.write({"step": step, "eval": eval_set.name, **figures})
-        self._progress.say(
-            f"step {step}  eval {eval_set.name}: perplexity {figures['perplexity']:.4f}, "
-            f"token accuracy {figures['token_accuracy']:.1%}"
-        )

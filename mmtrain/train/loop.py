@@ -14,7 +14,7 @@ from mmtrain.progress import Progress
 from mmtrain.train.ceiling import matmul_rate
 from mmtrain.train.checkpointer import Checkpointer
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.evaluations import Evaluations
+from mmtrain.train.evaluations import Evaluations, make_evaluations
 from mmtrain.train.metrics import METRICS, MetricsFile
 from mmtrain.train.optimizer import rate_factor, set_rate
 from mmtrain.train.report import StepReporter
@@ -32,12 +32,13 @@ class TrainingLoop:
     ) -> None:
         self._config, self._dataset, self._learner = config, dataset, learner
         self._checkpointer, self._progress = checkpointer, progress
+        self._evaluations = make_evaluations(config, dataset, learner, progress)
         self._cuts = StepCuts(dataset, learner, config.run)
         dtype, runtime = getattr(torch, config.model.dtype), learner.runtime
         self._ceiling = matmul_rate(runtime.device, dtype) * runtime.num_processes
 
-    def take_steps(self, first: int, evaluated: Sequence[str], on_step: OnStep) -> None:
-        """Take the steps from `first` to the last. `evaluated`: the sets that were scored before it.
+    def take_steps(self, first: int, evaluated: Sequence[dict[str, Any]], on_step: OnStep) -> None:
+        """Take the steps from `first` to the last. `evaluated`: the rows of evaluations after the one before it.
 
         Raises Stopped, with a checkpoint, where a signal asked to stop. Where a fault of the data ends the run, the
         last complete step is saved before the error leaves.
@@ -51,7 +52,7 @@ class TrainingLoop:
                 self._progress.task("step", last, first - 1) as task,
             ):
                 reporter = StepReporter(last, self._dataset.plan.steps_per_epoch, task, self._progress)
-                evaluations = Evaluations(self._config, self._dataset, self._learner, metrics, self._progress)
+                evaluations = Evaluations(self._evaluations, last, self._learner, metrics, self._progress)
                 evaluations.run(first - 1, evaluated)  # at the start what the base model scores
                 batches = self._cuts.batches(first, last)
                 for step in range(first, last + 1):

@@ -44,10 +44,15 @@ class MetricsFile:
             self._file.close()
 
 
-def evaluated_at(path: Path, step: int) -> tuple[str, ...]:
-    """The evaluation sets that have a row for `step` in the metrics at `path`."""
+def is_step(row: dict[str, Any]) -> bool:
+    """Whether a row has the figures of a step, not of an evaluation."""
+    return "loss" in row
+
+
+def evaluated_at(path: Path, step: int) -> tuple[dict[str, Any], ...]:
+    """The rows of evaluations after `step` in the metrics at `path`."""
     rows = [json.loads(line) for line in _lines(path) if _step_of(line) == step]
-    return tuple(row["eval"] for row in rows if "eval" in row)
+    return tuple(row for row in rows if not is_step(row))
 
 
 def _lines(path: Path) -> list[str]:

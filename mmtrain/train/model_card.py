@@ -10,7 +10,7 @@ from mmtrain import __version__
 from mmtrain.config import Config
 from mmtrain.config.yaml_file import dump_yaml
 from mmtrain.safe_text import visible
-from mmtrain.train.metrics import METRICS
+from mmtrain.train.metrics import METRICS, is_step
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CACHED = re.compile(r"models--([A-Za-z0-9][\w.-]*?)--([\w.-]+)")
@@ -161,7 +161,7 @@ def _figures(config: Config, run: Path) -> Iterator[str]:
     yield f"- trained on: {names}"
     path = run / METRICS
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    steps = [row for row in rows if "eval" not in row]
+    steps = [row for row in rows if is_step(row)]
     if not steps:  # the file was deleted before the run was resumed
         return
     last = steps[-1]

@@ -22,8 +22,8 @@ class Resume:
     step: int = 0
     accepted: tuple[str, ...] = ()
     """What was changed since the run started and accepted, in order."""
-    evaluated: tuple[str, ...] = ()
-    """Evaluation sets that were scored after `step`."""
+    evaluated: tuple[dict[str, Any], ...] = ()
+    """The rows of evaluations after `step`."""
 
 
 def find_resume(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.train.folder import is_exported
-from mmtrain.train.metrics import METRICS
+from mmtrain.train.metrics import METRICS, is_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class RunSummary:
 def summarize(run: Path) -> RunSummary:
     """The figures of the run in the directory `run`; zeros and None where it has taken no step."""
     rows = list(_rows(run / METRICS))
-    steps = [row for row in rows if "eval" not in row]
+    steps = [row for row in rows if is_step(row)]
     evals: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if "eval" in row:

@@ -20,6 +20,7 @@ from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
+from mmtrain.generate.replies import Generator
 from mmtrain.model.components import Components, apply_tune
 from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
@@ -173,6 +174,27 @@ def rows(config: Config) -> list[dict[str, Any]]:
 def saved_steps(config: Config) -> list[int]:
     run.train(config)
     return sorted(int(path.name[5:]) for path in (Path(config.run.output_dir) / "checkpoints").glob("step-*"))
+
+
+def times_asked(config: Config) -> list[tuple[int, int]]:
+    """The steps after which questions are asked, and how many are answered."""
+    run.train(config)
+    return [(row["step"], row["num_answers"]) for row in rows(config) if "answers" in row]
+
+
+def questions_at_a_time(config: Config) -> list[int]:
+    """Of each batch of questions before the first step."""
+    found: list[int] = []
+    replies = Generator.replies
+
+    def watched(self: Generator, prompts: Any, *others: Any) -> Any:
+        found.append(len(prompts))
+        return replies(self, prompts, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Generator, "replies", watched)
+        run.train(config)
+    return found[: len(found) // 2]
 
 
 def steps_evaluated(config: Config) -> list[int]:
