@@ -196,6 +196,17 @@ TRAIN = {
     "train.max_grad_norm": Key(seen.norm_of_the_first_gradient, [(None, None), (0.05, 0.05), (0.1, 0.1)]),
     "train.seed": Key(seen.same_as_seed_0, [(0, (True, True)), (1, (False, False))]),
 }
+WATCHED = {"train.steps": 4, "run.eval_every": 1}
+STOPPING = {"metric": "eval/nll", "patience": 1}
+TRAIN |= {
+    "train.early_stopping": Key(seen.last_step, [(None, 4), (STOPPING, 2)], WATCHED),
+    "train.early_stopping.metric": Key(
+        seen.last_step, [("eval/nll", 2), ("eval/token_accuracy", 4)], {**WATCHED, "train.early_stopping.patience": 1}
+    ),
+    "train.early_stopping.patience": Key(
+        seen.last_step, [(1, 2), (2, 3)], {**WATCHED, "train.early_stopping.metric": "eval/nll"}
+    ),
+}
 RUN = {
     "run.output_dir": Key(seen.folders_written, [("run", ["run"]), ("other", ["other"])]),
     "run.microbatch_tokens": Key(seen.microbatches, [(1, [(2, True)]), (10_000, [(1, True)])]),
@@ -226,6 +237,7 @@ RUN = {
     "run.eval_answers.every": Key(
         seen.times_asked, [(2, [(0, 4), (2, 4), (4, 4)]), (3, [(0, 4), (3, 4), (4, 4)])], {"train.steps": 4}
     ),
+    "run.keep_best": Key(seen.best_step, [(None, None), ("eval/nll", 1), ("eval/token_accuracy", 4)], WATCHED),
     "run.eval_answers.batch_size": Key(seen.questions_at_a_time, [(2, [2, 2]), (3, [3, 1])]),
 }
 KEYS = {**DATA, **keys_of("vision"), **keys_of("projector"), **keys_of("language"), **TRAIN, **RUN}

@@ -138,6 +138,8 @@ def test_the_figures_are_those_of_eval_answers(tmp_path: Path, capsys: pytest.Ca
     exact, blind = after["metrics"]["exact_match"], after["blind"]["exact_match"]
     line = f"step 2  answers shapes: exact_match {exact:.1%}, best blind answer {blind:.1%} (12 answers)"
     assert line in capsys.readouterr().err
+    card = (Path(config.run.output_dir) / "adapter" / "README.md").read_text()
+    assert f"- exact_match of 12 answers on shapes: {exact:.1%}, best blind answer {blind:.1%}" in card
     written = answers(config, 2)
     assert sum(row["score"] for row in written) / 12 == pytest.approx(exact)
     assert {row["place"] for row in written} == {f"{tmp_path}/eval.jsonl:{line}" for line in range(1, 13)}

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mmtrain.config.section import Count, Marker, Section
+from mmtrain.config.section import Count, Marker, Section, WatchedMetric
 
 
 class ImageCache(Section):
@@ -72,6 +72,10 @@ class Run(Section):
     eval_answers: EvalAnswers | None = None
     """Generate answers to some samples of `data.eval` during training, and score them as `mmtrain eval answers` does,
     next to the best blind answers. `{}` takes the defaults; null: no answers."""
+    keep_best: WatchedMetric | None = None
+    """Keep the best checkpoint by this figure besides the newest ones, and export it as `best/` at the end:
+    `eval/perplexity`, `eval/nll`, `eval/token_accuracy`, or with `run.eval_answers` a metric such as
+    `answers/exact_match`; of one source `eval/SOURCE/perplexity`."""
 
     @property
     def num_threads(self) -> int | None:

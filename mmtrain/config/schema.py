@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from mmtrain.config.run_section import Run
-from mmtrain.config.section import Count, Marker, Rate, Section
+from mmtrain.config.section import Count, Marker, Rate, Section, WatchedMetric
 
 
 class Model(Section):
@@ -202,6 +202,14 @@ class Labels(Section):
     """Train on the token that ends a turn, so that the model stops."""
 
 
+class EarlyStopping(Section):
+    metric: WatchedMetric
+    """The figure that has to improve, such as `eval/perplexity` or `answers/exact_match`; see `run.keep_best`."""
+    patience: Count = 3
+    """Evaluations in a row without a better value, after which the run ends. The one before the first step does not
+    count."""
+
+
 class Train(Section):
     steps: Count | None = None
     """Optimizer steps. Give this or `epochs`."""
@@ -221,6 +229,11 @@ class Train(Section):
     """Gradients with a larger norm are scaled down to this norm. null: never."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides the order of the samples, the initial adapter weights and dropout."""
+
+    early_stopping: EarlyStopping | None = None
+    """End the run before its last step when a figure of its evaluations no longer improves. Then `data.eval`,
+    `run.eval_every` and `run.eval_answers` decide the result, so they may not change on resume. The learning rate
+    falls as if all steps were taken. null: never."""
 
     @model_validator(mode="after")
     def steps_or_epochs(self) -> "Train":

@@ -85,7 +85,7 @@ def _named_base(adapter: Path) -> str:
 def _config_of_run(folder: Path) -> Config | None:
     """The config of the run in `folder`, or of the one that saved its adapter or model there; None where there is no
     run."""
-    run = folder.parent if folder.name in ("adapter", "model") else folder
+    run = folder.parent if folder.name in ("adapter", "model", "best") else folder
     file = run / "config.yaml"
     if not (run / "checkpoints").is_dir() or not file.is_file():
         return None

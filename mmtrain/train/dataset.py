@@ -16,6 +16,7 @@ from mmtrain.errors import UserError
 from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
 from mmtrain.train.eval_sets import eval_sources, make_eval_sets
+from mmtrain.train.watched import check_watched
 
 
 class Dataset:
@@ -33,6 +34,7 @@ class Dataset:
         (self.train, self.checked), *found = _check_all({"train": train_spec, **specs}, check, progress)
         self.encoder = train_spec.encoder(processor)
         self.eval = make_eval_sets(config, self.encoder, found)
+        check_watched(config, self.eval)
         self.plan = _plan(config, self.train, self.checked)
         self.num_steps = _num_steps(config.train, self.plan)
 

@@ -16,6 +16,7 @@ from mmtrain.train.eval_answers import AnswersEvaluation
 from mmtrain.train.eval_perplexity import PerplexityEvaluation
 from mmtrain.train.metrics import MetricsFile
 from mmtrain.train.step import Learner
+from mmtrain.train.watched import History
 
 
 class Evaluation(Protocol):
@@ -58,25 +59,49 @@ class Evaluations:
     """The evaluations of a run, each before the first step, every so many steps and after the last."""
 
     def __init__(
-        self, each: Sequence[Evaluation], num_steps: int, learner: Learner, metrics: MetricsFile, progress: Progress
+        self,
+        each: Sequence[Evaluation],
+        history: History,
+        config: Config,
+        num_steps: int,
+        learner: Learner,
+        metrics: MetricsFile,
+        progress: Progress,
     ) -> None:
+        """`history`: those up to the step that the run resumes from."""
         self._each, self._num_steps, self._learner = each, num_steps, learner
         self._metrics, self._progress = metrics, progress
+        self._history, self._stopping = history, config.train.early_stopping
 
-    def run(self, step: int, done: Sequence[dict[str, Any]] = ()) -> int | None:
-        """All that are due after `step` but those `done`, by their rows; gives the signal that asked to stop meanwhile.
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run ends early, because it no longer improves."""
+        stopping = self._stopping
+        return stopping is not None and self._history.has_stopped_improving(stopping.metric, stopping.patience)
 
-        An evaluation that was interrupted is repeated when the run is resumed.
+    def run(self, step: int) -> int | None:
+        """All that are due after `step` and not in the history; gives the signal that asked to stop meanwhile.
+
+        Where the run ends early, all others follow. An evaluation that was interrupted is repeated when the run is
+        resumed.
         """
+        stop_signal = self._run(step, [one for one in self._each if step % one.every == 0 or step == self._num_steps])
+        if stop_signal is None and self.has_ended:
+            return self._run(step, self._each)
+        return stop_signal
+
+    def _run(self, step: int, due: Sequence[Evaluation]) -> int | None:
         runtime = self._learner.runtime
-        for one in self._each:
-            is_due = step % one.every == 0 or step == self._num_steps
-            if not is_due or any(row.get(one.kind) == one.name for row in done):
+        done = self._history.after(step)
+        for one in due:
+            if any(row.get(one.kind) == one.name for row in done):
                 continue
             runtime.activity.set("evaluating", step)
-            row = one.row(step)
-            if row is None:
+            figures = one.row(step)
+            if figures is None:
                 return runtime.agree(torch.zeros(0, dtype=torch.float64))[1]
-            self._metrics.write({"step": step, one.kind: one.name, **row})
-            self._progress.say(f"step {step}  {one.kind} {visible(one.name)}: {one.line(row)}")
+            row = {"step": step, one.kind: one.name, **figures}
+            self._metrics.write(row)
+            self._history.add(row)
+            self._progress.say(f"step {step}  {one.kind} {visible(one.name)}: {one.line(figures)}")
         return None

@@ -22,6 +22,10 @@ def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> 
     for number in range(len(config.data.train)):
         found[f"data.train.{number}.records"] = digest(dataset.train.records.files_of(number), tick)
     found["data.train.pictures"] = digest(sorted(dataset.checked.image_files), tick)
+    if config.train.early_stopping is not None:
+        for number, one in enumerate(dataset.eval):
+            found[f"data.eval.{number}.records"] = digest(one.samples.records.files_of(0), tick)
+            found[f"data.eval.{number}.pictures"] = digest(sorted(one.checked.image_files), tick)
     for component, tuned in config.tune.components.items():
         if isinstance(tuned, Lora) and tuned.dropout > 0:
             found[f"tune.{component}.dropout.masks"] = MASKS

@@ -1,10 +1,12 @@
 """metrics.jsonl: the figures of every step and every evaluation of a run."""
 
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from mmtrain.atomic_files import flush
 from mmtrain.errors import storage_faults
 
 METRICS = "metrics.jsonl"
@@ -25,6 +27,7 @@ class MetricsFile:
         temporary = path.with_name(f".{path.name}")
         with storage_faults(f"{path}: it cannot be written"):
             temporary.write_text("".join(kept), encoding="utf-8")
+            flush(temporary)
             temporary.replace(path)
             self._file = path.open("a", encoding="utf-8")
 
@@ -33,6 +36,12 @@ class MetricsFile:
             with storage_faults(f"{self._file.name}: a row cannot be written"):
                 self._file.write(json.dumps(row, allow_nan=False) + "\n")
                 self._file.flush()
+
+    def sync(self) -> None:
+        """Flush the rows to the disk: a checkpoint relies on those before it."""
+        if self._file is not None:
+            with storage_faults(f"{self._file.name}: it cannot be written"):
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> "MetricsFile":
         return self
@@ -49,9 +58,9 @@ def is_step(row: dict[str, Any]) -> bool:
     return "loss" in row
 
 
-def evaluated_at(path: Path, step: int) -> tuple[dict[str, Any], ...]:
-    """The rows of evaluations after `step` in the metrics at `path`."""
-    rows = [json.loads(line) for line in _lines(path) if _step_of(line) == step]
+def evaluations_until(path: Path, step: int) -> tuple[dict[str, Any], ...]:
+    """The rows of evaluations up to `step` in the metrics at `path`."""
+    rows = [json.loads(line) for line in _lines(path) if _step_of(line) <= step]
     return tuple(row for row in rows if not is_step(row))
 
 

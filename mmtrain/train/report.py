@@ -15,10 +15,12 @@ from mmtrain.progress import Progress, Task
 from mmtrain.runtime.shard import own_and_total_bytes
 from mmtrain.safe_text import visible
 from mmtrain.train.dataset import Dataset
+from mmtrain.train.folder import BEST
 from mmtrain.train.gradients import is_exact
 from mmtrain.train.metrics import METRICS
 from mmtrain.train.step import Learner
 from mmtrain.train.summary import duration, summarize
+from mmtrain.train.watched import Best, History
 
 LOG_SECONDS = 5.0
 NUM_AVERAGED = 50
@@ -109,6 +111,31 @@ def end_report(run: Path) -> Iterator[str]:
         yield f"next: mmtrain eval answers {name}/config.yaml --adapter {name}"
     else:
         yield f"next: mmtrain generate {name} -i"
+
+
+def early_line(config: Config, history: History, step: int) -> str:
+    """Why the run ended after `step`."""
+    stopping = config.train.early_stopping
+    assert stopping is not None
+    best = history.best(stopping.metric)
+    assert best is not None
+    return f"ended early after step {step:,}: {visible(stopping.metric)} has not improved since step {best.step:,}"
+
+
+def best_line(config: Config, best: Best) -> str:
+    """What is exported as the best."""
+    after_last = "" if best.value == best.last else f", {best.last:.4f} at the end"
+    return (
+        f"best: {visible(config.run.output_dir)}/{BEST}, after step {best.step:,}: "
+        f"{visible(str(config.run.keep_best))} {best.value:.4f}{after_last}"
+    )
+
+
+def finished_line(run: Path, step: int, num_steps: int) -> str:
+    """What is printed when a finished run is started again."""
+    early = "" if step == num_steps else f" early after step {step:,} (train.early_stopping)"
+    name = visible(str(run))
+    return f"the run in {name} has finished{early}; larger train.steps or epochs extend it, --fresh starts it over"
 
 
 class StepReporter:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config import Config
-from mmtrain.config.keys import CHANGEABLE, MOVED
+from mmtrain.config.keys import CHANGEABLE, EVALUATED, MOVED
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
 from mmtrain.safe_text import shown
@@ -23,7 +23,9 @@ class Resume:
     accepted: tuple[str, ...] = ()
     """What was changed since the run started and accepted, in order."""
     evaluated: tuple[dict[str, Any], ...] = ()
-    """The rows of evaluations after `step`."""
+    """The rows of all evaluations up to `step`."""
+    saved: tuple[int, ...] = ()
+    """The steps that have a checkpoint."""
 
 
 def find_resume(
@@ -48,10 +50,7 @@ def find_resume(
         return Resume()
     state = read_state(checkpoint)
     before = _flat(state["config"]) | state["fingerprints"]
-    may_change = (*CHANGEABLE, *MOVED)  # a checkpoint of an older version has the old key paths
-    changed = [
-        k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not _among(k, may_change)
-    ]
+    changed = [key for key in _changed(before, now) if not _may_change(key, config)]
     refused = [key for key in changed if not _among(key, accept)]
     if refused:
         raise UserError(
@@ -70,6 +69,18 @@ def find_resume(
     if others:
         progress.say(f"the result is the same within rounding, its bits may differ: {', '.join(others)}")
     return Resume(checkpoint, int(state["step"]), (*state["accepted"], *accepted))
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+
+
+def _may_change(key: str, config: Config) -> bool:
+    """Whether a change of the key leaves the result as it is. A checkpoint of an older version has the old key
+    paths."""
+    if config.train.early_stopping is not None and _among(key, EVALUATED):
+        return False
+    return _among(key, (*CHANGEABLE, *MOVED))
 
 
 def _accepting(keys: Sequence[str]) -> str:

@@ -12,11 +12,11 @@ from mmtrain.runtime.processes import Runtime
 from mmtrain.train.checkpoint import CheckpointFolder
 from mmtrain.train.checkpointer import Checkpointer
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.export import export
-from mmtrain.train.folder import is_exported, write_inputs
+from mmtrain.train.folder import write_inputs
 from mmtrain.train.learner import make_learner
 from mmtrain.train.loop import OnStep, TrainingLoop
-from mmtrain.train.report import end_report, start_report
+from mmtrain.train.outputs import write_outputs
+from mmtrain.train.report import finished_line, start_report
 from mmtrain.train.run_state import RunState
 
 
@@ -42,11 +42,13 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
     processor = load_processor(config.model.path)
     dataset = Dataset(config, processor, progress)
     activity.set("comparing with the checkpoint")
-    checkpoints = CheckpointFolder(output_dir / "checkpoints", config.run.keep_checkpoints)
+    checkpoints = CheckpointFolder(
+        output_dir / "checkpoints", config.run.keep_checkpoints, config.run.keep_best is not None
+    )
     state = RunState(config, runtime)
     resume = state.resume(dataset, checkpoints, accept, progress)
-    if resume.step == dataset.num_steps and is_exported(output_dir):
-        progress.say(f"the run in {output_dir} is finished; --fresh starts it over")
+    if state.is_finished(resume, dataset.num_steps):
+        progress.say(finished_line(output_dir, resume.step, dataset.num_steps))
         return
     if runtime.is_main:
         write_inputs(output_dir, dump_config(config), dataset.dropped_rows())
@@ -57,12 +59,10 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
     for line in start_report(config, dataset, learner):
         progress.say(line)
     loop = TrainingLoop(config, dataset, learner, checkpointer, progress)
-    loop.take_steps(resume.step + 1, resume.evaluated, on_step)
+    best = loop.take_steps(resume, on_step)
     activity.set("exporting" if runtime.is_main else "waiting")
     if runtime.is_main or learner.sharded:
-        progress.say(export(learner, config, dataset))
-        for line in end_report(output_dir):
-            progress.say(line)
+        write_outputs(learner, config, dataset, checkpointer, best, progress)
     activity.set("waiting")
 
 

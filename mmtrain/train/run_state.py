@@ -14,8 +14,10 @@ from mmtrain.scoring.image_cache import caches_features
 from mmtrain.train.checkpoint import CheckpointFolder
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.fingerprint import fingerprints
-from mmtrain.train.metrics import METRICS, evaluated_at
+from mmtrain.train.folder import BEST, finished_step, is_exported
+from mmtrain.train.metrics import METRICS, evaluations_until
 from mmtrain.train.resume import Resume, find_resume
+from mmtrain.train.watched import History
 
 
 class RunState:
@@ -38,6 +40,15 @@ class RunState:
         found = json.loads(self._runtime.from_first("resume", find))
         return Resume(**found | {"checkpoint": found["checkpoint"] and Path(found["checkpoint"])})
 
+    def is_finished(self, resume: Resume, num_steps: int) -> bool:
+        """Whether the run has taken its last step, or ended early, and everything is exported."""
+        output_dir, stopping = Path(self._config.run.output_dir), self._config.train.early_stopping
+        has_ended = resume.step == num_steps
+        if stopping is not None and not has_ended:
+            has_ended = History(resume.evaluated).has_stopped_improving(stopping.metric, stopping.patience)
+        has_best = self._config.run.keep_best is None or (output_dir / BEST).is_dir()
+        return has_ended and is_exported(output_dir) and finished_step(output_dir) == resume.step and has_best
+
     def _find(
         self, dataset: Dataset, checkpoints: CheckpointFolder, accept: Sequence[str], progress: Progress
     ) -> Resume:
@@ -45,7 +56,8 @@ class RunState:
         self._fingerprints = fingerprints(self._config, dataset, progress.tick)
         found = find_resume(checkpoints, self._config, self._fingerprints, self._layout, accept, progress)
         self._accepted = found.accepted
-        return replace(found, evaluated=evaluated_at(Path(self._config.run.output_dir) / METRICS, found.step))
+        evaluated = evaluations_until(Path(self._config.run.output_dir) / METRICS, found.step)
+        return replace(found, evaluated=evaluated, saved=checkpoints.steps())
 
     def at(self, step: int) -> dict[str, Any]:
         """What is written into the checkpoint after `step`."""

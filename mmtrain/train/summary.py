@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmtrain.train.folder import is_exported
+from mmtrain.train.folder import finished_step, is_exported
 from mmtrain.train.metrics import METRICS, is_step
 
 
@@ -52,7 +52,7 @@ def summarize(run: Path) -> RunSummary:
         num_supervised=sum(row["num_supervised"] for row in steps),
         seconds=sum(row["seconds"] for row in steps),
         evals=tuple(_eval_summary(name, own) for name, own in evals.items()),
-        is_finished=is_exported(run),
+        is_finished=is_exported(run) and finished_step(run) in (None, steps[-1]["step"] if steps else 0),
     )
 
 

@@ -30,6 +30,7 @@ from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.supervisor import Supervisor
 from mmtrain.train import learner, loop, run
 from mmtrain.train.dataset import Dataset
+from mmtrain.train.eval_perplexity import PerplexityEvaluation
 from mmtrain.train.optimizer import make_optimizer, set_rate
 from mmtrain.train.step import train_step
 from support.learning import learner_for, step_of
@@ -174,6 +175,38 @@ def rows(config: Config) -> list[dict[str, Any]]:
 def saved_steps(config: Config) -> list[int]:
     run.train(config)
     return sorted(int(path.name[5:]) for path in (Path(config.run.output_dir) / "checkpoints").glob("step-*"))
+
+
+def last_step(config: Config) -> int:
+    """Of a run whose evaluations give the number of the step as `nll`, which gets worse, and as `token_accuracy`, which
+    gets better."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PerplexityEvaluation, "row", _counted)
+        run.train(config)
+    steps: list[int] = [row["step"] for row in rows(config)]
+    return max(steps)
+
+
+def _counted(self: PerplexityEvaluation, step: int) -> dict[str, Any]:
+    figures: dict[str, Any] = dict.fromkeys(("nll", "perplexity", "token_accuracy"), step)
+    return figures | {"num_supervised": 1, "num_samples": 1, "interval": {"perplexity": [0, 1]}}
+
+
+def best_step(config: Config) -> int | None:
+    """The step whose weights are in `best/`; None without it."""
+    last_step(config)
+    path = Path(config.run.output_dir) / "best" / "adapter_model.safetensors"
+    if not path.exists():
+        return None
+    name = next(key for key in load_file(path) if "lora_B" in key)
+    found = load_file(path)[name]
+    steps = [s for s in range(1, 5) if torch.equal(found, _of_step(config, s, name))]
+    assert len(steps) == 1
+    return steps[0]
+
+
+def _of_step(config: Config, step: int, name: str) -> torch.Tensor:
+    return checkpoint(config, step, "trainable")[name.replace("lora_B", "lora_B.default")]
 
 
 def times_asked(config: Config) -> list[tuple[int, int]]:
