@@ -36,7 +36,12 @@ class Dataset:
         self.eval = make_eval_sets(config, self.encoder, found)
         check_watched(config, self.eval)
         self.plan = _plan(config, self.train, self.checked)
-        self.num_steps = _num_steps(config.train, self.plan)
+        self.num_steps = self.num_steps_of(config.train)
+
+    def num_steps_of(self, settings: Train) -> int:
+        """The steps of a run with these settings over the same samples."""
+        by_epochs = max(1, math.ceil((settings.epochs or 1.0) * self.plan.steps_per_epoch))
+        return settings.steps if settings.steps is not None else by_epochs
 
     def summary(self) -> str:
         """What was read, in one line, and what was dropped."""
@@ -96,8 +101,3 @@ def _plan(config: Config, samples: StoredSamples, checked: CheckedSamples) -> Pl
     by_source = [checked.used[source_of == number] for number in range(samples.records.num_sources)]
     weights = [source.weight for source in config.data.train]
     return Plan(by_source, weights, config.train.batch_size, config.train.seed)
-
-
-def _num_steps(settings: Train, plan: Plan) -> int:
-    by_epochs = max(1, math.ceil((settings.epochs or 1.0) * plan.steps_per_epoch))
-    return settings.steps if settings.steps is not None else by_epochs

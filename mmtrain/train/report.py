@@ -133,9 +133,12 @@ def best_line(config: Config, best: Best) -> str:
 
 def finished_line(run: Path, step: int, num_steps: int) -> str:
     """What is printed when a finished run is started again."""
-    early = "" if step == num_steps else f" early after step {step:,} (train.early_stopping)"
     name = visible(str(run))
-    return f"the run in {name} has finished{early}; larger train.steps or epochs extend it, --fresh starts it over"
+    if step < num_steps:
+        return (
+            f"the run in {name} has finished early after step {step:,} (train.early_stopping); --fresh starts it over"
+        )
+    return f"the run in {name} has finished; larger train.steps or epochs extend it, --fresh starts it over"
 
 
 class StepReporter:

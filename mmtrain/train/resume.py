@@ -1,17 +1,21 @@
 """Whether a run resumes from a checkpoint, and whether it may."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmtrain.config import Config
 from mmtrain.config.keys import CHANGEABLE, EVALUATED, MOVED
+from mmtrain.config.schema import Train
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
 from mmtrain.safe_text import shown
 from mmtrain.train.checkpoint import CheckpointFolder, read_state
+from mmtrain.train.optimizer import rate_factor
+
+_LENGTH = ("train.steps", "train.epochs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +39,10 @@ def find_resume(
     layout: dict[str, Any],
     accept: Sequence[str],
     progress: Progress,
+    num_steps: Callable[[Train], int],
 ) -> Resume:
     """The checkpoint to resume from. `layout` is what decides the bits besides the config; its changes are reported.
+    `num_steps`: the steps of a run with other settings. More steps than before extend the run.
 
     Raises UserError naming every change that would change the result and is not among `accept`, and NoCheckpointError
     where no checkpoint is intact.
@@ -51,7 +57,8 @@ def find_resume(
     state = read_state(checkpoint)
     before = _flat(state["config"]) | state["fingerprints"]
     changed = [key for key in _changed(before, now) if not _may_change(key, config)]
-    refused = [key for key in changed if not _among(key, accept)]
+    longer = _longer(state, config, num_steps)
+    refused = [key for key in changed if not _among(key, accept) and not (longer and key in _LENGTH)]
     if refused:
         raise UserError(
             [
@@ -61,14 +68,36 @@ def find_resume(
             ]
         )
     accepted = [f"step {state['step']}: {key}: {_change(key, before, now)}" for key in changed]
-    for line in accepted:
-        progress.say(f"accepted: {line}")
+    for key, line in zip(changed, accepted, strict=True):
+        if not (longer and key in _LENGTH):
+            progress.say(f"accepted: {line}")
+    if longer:
+        progress.say(longer)
     progress.say(f"continuing from {checkpoint}")
     old: dict[str, Any] = state["layout"]
     others = [f"{key} {old[key]} → {layout[key]}" for key in layout if key in old and old[key] != layout[key]]
     if others:
         progress.say(f"the result is the same within rounding, its bits may differ: {', '.join(others)}")
     return Resume(checkpoint, int(state["step"]), (*state["accepted"], *accepted))
+
+
+def _longer(state: dict[str, Any], config: Config, num_steps: Callable[[Train], int]) -> str:
+    """What extending the run of a checkpoint means, in one line; empty where the run does not become longer."""
+    settings, before = config.train, state["config"]["train"]
+    old = num_steps(Train(steps=before.get("steps"), epochs=before.get("epochs")))
+    new, step = num_steps(settings), int(state["step"])
+    if new <= old:
+        return ""
+    line = f"extended from {old:,} to {new:,} steps: "
+    if settings.schedule == "constant":
+        return f"{line}the rate is constant, so the result is that of {new:,} steps from the start"
+    schedule = settings.warmup_steps, settings.schedule
+    was = settings.learning_rate * rate_factor(step, old, *schedule)
+    will_be = settings.learning_rate * rate_factor(step + 1, new, *schedule)
+    return (
+        f"{line}the rate was {was:.2e} in step {step:,} and is {will_be:.2e} in step {step + 1:,}, on the "
+        f"{settings.schedule} of {new:,} steps; {new:,} steps from the start would give another result"
+    )
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -54,7 +54,8 @@ class RunState:
     ) -> Resume:
         """Hash what the result depends on and look for a checkpoint."""
         self._fingerprints = fingerprints(self._config, dataset, progress.tick)
-        found = find_resume(checkpoints, self._config, self._fingerprints, self._layout, accept, progress)
+        layout, num_steps = self._layout, dataset.num_steps_of
+        found = find_resume(checkpoints, self._config, self._fingerprints, layout, accept, progress, num_steps)
         self._accepted = found.accepted
         evaluated = evaluations_until(Path(self._config.run.output_dir) / METRICS, found.step)
         return replace(found, evaluated=evaluated, saved=checkpoints.steps())
