@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmtrain.config.schema import Config, Source
+from mmtrain.config.data_section import Source
+from mmtrain.config.schema import Config
 from mmtrain.dataset import encode_all, store
 from mmtrain.dataset.encode_all import EncodedChunk, EncodingSpec, Fault, Note
 from mmtrain.dataset.samples import FreshSamples, StoredSamples

@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mmtrain.config.data_section import in_full
 from mmtrain.config.faults import schema_faults
-from mmtrain.config.schema import Config, in_full
+from mmtrain.config.schema import Config
 from mmtrain.config.yaml_file import KeyPath, dump_yaml, parse_yaml, read_yaml
 from mmtrain.errors import UserError
 from mmtrain.safe_text import shown, visible
@@ -122,6 +123,8 @@ def _paths(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     model, sections = data.get("model"), data.get("data")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         yield ("model", "path"), model["path"]
+    if isinstance(model, dict) and isinstance(model.get("adapter"), str):
+        yield ("model", "adapter"), model["adapter"]
     for section in ("train", "eval"):
         sources = sections.get(section) if isinstance(sections, dict) else None
         for i, source in enumerate(sources if isinstance(sources, list) else []):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmtrain.answers.question_set import QuestionSet
 from mmtrain.config import Config
-from mmtrain.config.schema import EvalSource
+from mmtrain.config.data_section import EvalSource
 from mmtrain.dataset.plan import permutation
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.validate import CheckedSamples

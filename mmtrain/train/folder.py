@@ -17,6 +17,7 @@ from mmtrain.safe_text import visible
 
 BEST = "best"
 """The folder of what is exported of the best checkpoint."""
+FACTS = "facts.json"
 _LOCK = ".lock"
 _FINISHED = "finished.json"
 
@@ -78,7 +79,7 @@ def start_over(output_dir: Path) -> None:
     for name in ("checkpoints", "adapter", "model", BEST, "answers", "stacks"):
         shutil.rmtree(output_dir / name, ignore_errors=True)
     with storage_faults(f"{visible(str(output_dir))}: an earlier run cannot be deleted"):
-        for name in ("metrics.jsonl", "dropped.jsonl", _FINISHED):
+        for name in ("metrics.jsonl", "dropped.jsonl", "report.html", FACTS, _FINISHED):
             (output_dir / name).unlink(missing_ok=True)
 
 
