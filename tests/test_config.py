@@ -392,15 +392,8 @@ def test_what_may_change_on_resume_is_run_and_a_short_list_and_the_docs_name_it(
 
 
 def test_the_keys_of_run_that_may_change_bits() -> None:
-    no_bit = {
-        "output_dir",
-        "hang_timeout",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "eval_every",
-        "eval_answers",
-        "keep_best",
-    }
+    no_bit = {"output_dir", "hang_timeout", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_answers"}
+    no_bit |= {"keep_best", "trackers"}
     assert set(Run.model_fields) - set(AFFECTS_BITS) == no_bit
 
 

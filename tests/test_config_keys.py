@@ -239,6 +239,7 @@ RUN = {
         seen.times_asked, [(2, [(0, 4), (2, 4), (4, 4)]), (3, [(0, 4), (3, 4), (4, 4)])], {"train.steps": 4}
     ),
     "run.keep_best": Key(seen.best_step, [(None, None), ("eval/nll", 1), ("eval/token_accuracy", 4)], WATCHED),
+    "run.trackers": Key(seen.trackers_started, [([], []), (["wandb", "mlflow"], ["wandb", "mlflow"])]),
     "run.eval_answers.batch_size": Key(seen.questions_at_a_time, [(2, [2, 2]), (3, [3, 1])]),
 }
 KEYS = {**DATA, **keys_of("vision"), **keys_of("projector"), **keys_of("language"), **TRAIN, **RUN}

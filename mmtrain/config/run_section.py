@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, Strict
 
 from mmtrain.config.section import Count, Marker, Section, WatchedMetric
 
@@ -76,6 +76,11 @@ class Run(Section):
     """Keep the best checkpoint by this figure besides the newest ones, and export it as `best/` at the end:
     `eval/perplexity`, `eval/nll`, `eval/token_accuracy`, or with `run.eval_answers` a metric such as
     `answers/exact_match`; of one source `eval/SOURCE/perplexity`."""
+
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Strict(False)] = ()
+    """Experiment trackers that get the figures of metrics.jsonl too, such as `[tensorboard]`. They write into
+    `trackers/` in the output directory and never use the network. Each needs its library:
+    `pip install "mmtrain[tensorboard]"`."""
 
     @property
     def num_threads(self) -> int | None:

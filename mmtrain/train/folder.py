@@ -76,7 +76,7 @@ def _holder(path: Path) -> str:
 
 def start_over(output_dir: Path) -> None:
     """Delete what an earlier run left in `output_dir`, and nothing else."""
-    for name in ("checkpoints", "adapter", "model", BEST, "answers", "stacks"):
+    for name in ("checkpoints", "adapter", "model", BEST, "answers", "trackers", "stacks"):
         shutil.rmtree(output_dir / name, ignore_errors=True)
     with storage_faults(f"{visible(str(output_dir))}: an earlier run cannot be deleted"):
         for name in ("metrics.jsonl", "dropped.jsonl", "report.html", FACTS, _FINISHED):

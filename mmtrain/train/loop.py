@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from mmtrain.train.ceiling import matmul_rate
 from mmtrain.train.checkpointer import Checkpointer
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.evaluations import Evaluations, make_evaluations
-from mmtrain.train.metrics import METRICS, MetricsFile
+from mmtrain.train.metrics import MetricsFile, open_metrics
 from mmtrain.train.optimizer import rate_factor, set_rate
 from mmtrain.train.report import StepReporter, early_line
 from mmtrain.train.resume import Resume
@@ -48,11 +47,10 @@ class TrainingLoop:
         """
         runtime, last, done = self._learner.runtime, self._dataset.num_steps, resume.step
         runtime.activity.saves_alone = runtime.is_main and not self._learner.sharded
-        path = Path(self._config.run.output_dir) / METRICS
         history = History(resume.evaluated)
         try:
             with (
-                MetricsFile(path, done, runtime.is_main) as metrics,
+                open_metrics(self._config, done, runtime.is_main, self._progress.say) as metrics,
                 self._progress.task("step", last, done) as task,
             ):
                 reporter = StepReporter(last, self._dataset.plan.steps_per_epoch, task, self._progress)

@@ -28,7 +28,7 @@ from mmtrain.progress import QUIET
 from mmtrain.runtime import processes
 from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.supervisor import Supervisor
-from mmtrain.train import learner, loop, run
+from mmtrain.train import learner, loop, run, trackers
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.eval_perplexity import PerplexityEvaluation
 from mmtrain.train.optimizer import make_optimizer, set_rate
@@ -187,6 +187,18 @@ def rows(config: Config) -> list[dict[str, Any]]:
 def saved_steps(config: Config) -> list[int]:
     run.train(config)
     return sorted(int(path.name[5:]) for path in (Path(config.run.output_dir) / "checkpoints").glob("step-*"))
+
+
+def trackers_started(config: Config) -> list[str]:
+    found: list[str] = []
+
+    def note(name: str) -> Any:
+        return lambda *arguments: found.append(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trackers, "_TRACKERS", {name: note(name) for name in trackers._TRACKERS})
+        trackers.Trackers(config, 0, print)
+    return found
 
 
 def last_step(config: Config) -> int:
