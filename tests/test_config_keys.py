@@ -252,7 +252,7 @@ def leaves(annotation: Any, at: str) -> Iterator[str]:
         for name, of in annotation.model_fields.items():
             if name != "mode":
                 yield from leaves(of.annotation, f"{at}.{name}".strip("."))
-    elif get_origin(annotation) is tuple and issubclass(inner[0], BaseModel):
+    elif get_origin(annotation) is tuple and isinstance(inner[0], type) and issubclass(inner[0], BaseModel):
         yield from leaves(inner[0], f"{at}.0")
     elif any(isinstance(one, type) and issubclass(one, BaseModel) for one in inner):
         yield at
