@@ -110,7 +110,7 @@ def test_three_keys_are_enough_and_the_language_model_then_gets_lora(tmp_path: P
         f"model: {{path: {tmp_path}/model}}\ndata: {{train: [{{path: {tmp_path}/train.jsonl}}]}}\n"
         "run: {output_dir: out}\n",
     )
-    assert {name: part.mode for name, part in config.tune.components.items()} == {
+    assert {name: part.mode for name, part in config.tune.modes.items()} == {
         "vision": "frozen",
         "projector": "frozen",
         "language": "lora",
@@ -393,7 +393,7 @@ def test_what_may_change_on_resume_is_run_and_a_short_list_and_the_docs_name_it(
 
 def test_the_keys_of_run_that_may_change_bits() -> None:
     no_bit = {"output_dir", "hang_timeout", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_answers"}
-    no_bit |= {"keep_best", "trackers"}
+    no_bit |= {"keep_best", "trackers", "graph_memory_gib"}
     assert set(Run.model_fields) - set(AFFECTS_BITS) == no_bit
 
 
@@ -740,7 +740,7 @@ def test_a_dumped_config_loads_to_an_equal_one(
 
 def test_a_dumped_config_writes_every_key_out(tmp_path: Path, text: str) -> None:
     dumped = yaml.safe_load(dump_config(load(tmp_path, text)))
-    assert set(dumped) == {"model", "tune", "data", "labels", "train", "run"}
+    assert set(dumped) == {"model", "tune", "data", "objective", "labels", "train", "run"}
     assert set(dumped["train"]) == set(Train.model_fields)
     assert set(dumped["run"]) == set(Run.model_fields)
     assert dumped["labels"] == {"train_on": "assistant", "end_of_turn": True}
@@ -767,10 +767,10 @@ def test_the_json_schema_has_every_key_with_its_meaning() -> None:
     schema = json_schema()
     objects = {"Config": schema, **schema["$defs"]}
     models = models_under(Config)
-    assert len(models) == 15
+    assert len(models) == 17
     for model in models:
         written = objects[model.__name__]
-        assert set(written["properties"]) == set(model.model_fields)
+        assert set(written["properties"]) == {field.alias or key for key, field in model.model_fields.items()}
         assert written["additionalProperties"] is False
         for key, field in written["properties"].items():
             assert len(field.get("description", "")) > 10, f"{model.__name__}.{key}"
@@ -784,7 +784,7 @@ def test_the_json_schema_states_what_is_required_and_the_ranges() -> None:
     assert schema["$defs"]["TrainSource"]["required"] == ["path"]
     assert schema["$defs"]["Train"]["properties"]["batch_size"]["exclusiveMinimum"] == 0
     assert schema["$defs"]["Data"]["properties"]["too_long"]["enum"] == ["error", "drop"]
-    assert schema["$defs"]["Data"]["properties"]["train"]["anyOf"][1]["minItems"] == 1
+    assert schema["$defs"]["Data"]["properties"]["train"]["anyOf"][2]["minItems"] == 1
 
 
 def test_every_key_of_a_config_is_read_somewhere() -> None:
@@ -814,4 +814,4 @@ def test_a_shipped_config_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     data = ROOT / "data_samples" / "quickstart" / "train.jsonl"
     overrides = [] if path.stem == "quickstart" else [f"data.train=[{{path: {data}}}]", "data.eval=[]"]
     assert load_config(path, overrides).run.output_dir
-    assert set(yaml.safe_load(text)) <= {"model", "tune", "data", "labels", "train", "run"}
+    assert set(yaml.safe_load(text)) <= {"model", "tune", "data", "objective", "labels", "train", "run"}

@@ -30,7 +30,7 @@ class AnswerEvaluation(QuestionSet):
         own = EvalSamples.of(config, sources, processor, progress)
         self._eval_samples = own
         self.dropped = own.dropped
-        metrics = dict(zip(own.names, (metric or source.metric for source in sources), strict=True))
+        metrics = {source.title: metric or source.metric for source in sources}
         super().__init__(own.samples, own.checked, own.encoder, own.indices.tolist(), own.names, metrics)
 
     def all_replies(self, generator: Generator, name: str, batch_size: int, max_new_tokens: int | None) -> Replies:

@@ -50,9 +50,10 @@ class Run(Section):
     choice, the cores shared among the processes."""
     hang_timeout: Annotated[float, Field(ge=1, le=10**6)] = 600.0
     """Seconds without any progress after which the run fails and names the process that hangs."""
-    activation_checkpointing: Annotated[bool, Marker.AFFECTS_BITS] = False
-    """Compute the layers' activations again in the backward pass instead of storing them: less memory for the time of
-    one more forward pass."""
+    activation_checkpointing: Annotated[Literal["auto"] | bool, Marker.AFFECTS_BITS] = "auto"
+    """Compute the layers' activations again in the backward pass instead of storing them (true): less memory for the
+    time of one more forward pass. `auto`: false on the CPU, and true on a GPU whose memory is smaller than what is
+    predicted for the longest micro-batch."""
     compile: Annotated[bool, Marker.AFFECTS_BITS] = False
     """Compile the layers of the language model with torch.compile: fewer passes over memory, after a minute or more
     before the first step. Needs a C++ compiler on the CPU."""
@@ -63,6 +64,9 @@ class Run(Section):
     image_cache: Annotated[ImageCache, Marker.AFFECTS_BITS] = ImageCache()
     """Where vision and projector are frozen, each image goes through them once and their outputs are cached. 0 for
     both sizes: no cache."""
+    graph_memory_gib: Annotated[float, Field(ge=0, le=10**6)] = 2.0
+    """Contrastive training embeds a step's items, then computes the gradients. GiB of memory in each process for
+    activations kept in between; what does not fit is computed twice."""
     checkpoint_every: Count = 500
     """Steps between checkpoints. The last step always has one."""
     keep_checkpoints: Annotated[int, Field(ge=2, le=10**6)] = 2

@@ -1,6 +1,7 @@
 """The check of every sample before the first step."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,16 @@ from mmtrain.config.data_section import Data
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import StoredSamples
+from mmtrain.dataset.selection import Choice, Side, select
 from mmtrain.dataset.store import open_store
 from mmtrain.dataset.store_file import EncodedStore
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.progress import QUIET, Progress
+from mmtrain.records.record_set import RecordSet
+
+LeftOut = tuple[int, str]
+"""The index of a sample, and why it is not used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +78,17 @@ class CheckedSamples:
     """Sample index and reason of each sample that is left out as too long."""
     skipped: tuple[tuple[int, str], ...] = ()
     """Sample index and reason of each sample that is left out because it has a fault."""
+    duplicates: tuple[tuple[int, str], ...] = ()
+    """Sample index and reason of each sample that is left out because it is the same as an earlier one."""
+    num_other_side: int = 0
+    """Samples that are held out of training; in an evaluation set those that are trained on."""
+    num_over_max: int = 0
+    """Samples that are left out by `max_samples`."""
 
     @property
     def left_out(self) -> list[tuple[int, str]]:
-        """Sample index and reason of each sample that is not used, in order."""
-        return sorted([*self.dropped, *self.skipped])
+        """Sample index and reason of each sample that is left out for what it is, in order."""
+        return sorted([*self.dropped, *self.skipped, *self.duplicates])
 
     @property
     def used(self) -> Indices:
@@ -89,9 +101,11 @@ def check_samples(
     limit: LengthLimit,
     policy: FaultPolicy | None = None,
     progress: Progress = QUIET,
+    choices: Sequence[Choice] = (),
 ) -> tuple[StoredSamples, CheckedSamples]:
     """Every sample of `spec`, encoded once.
 
+    `choices`: which samples of each source are used; without it all.
     Raises UserError naming the file, the line and the reason of every sample that cannot be used, except those that
     `policy` drops or skips; without it all of them.
     """
@@ -102,19 +116,64 @@ def check_samples(
     faulty = {index for index, _ in faults}
     over = [i for i in np.flatnonzero(store.num_tokens > limit.num_tokens).tolist() if i not in faulty]
     long = [(index, limit.reason(store.num_tokens[index])) for index in over]
+    dropped, skipped = leave_out(records, faults, long, policy)
+    checked = _without(store, dropped, skipped)
+    if not checked.num_tokens.any():
+        raise nothing_left(records, dropped, skipped)
+    samples = StoredSamples(records, store)
+    return samples, _selected(samples, checked, choices)
+
+
+def leave_out(
+    records: RecordSet, faults: list[LeftOut], long: list[LeftOut], policy: FaultPolicy
+) -> tuple[list[LeftOut], list[LeftOut]]:
+    """The samples that `policy` drops as too long and those that it skips because of faults.
+
+    Raises UserError with every other sample that has a fault or is too long.
+    """
     skipped = _skipped(faults, len(records), policy)
     refused = [] if skipped else faults
     if policy.too_long != "drop":
         refused = refused + [(index, f"{reason}; or set data.too_long to drop") for index, reason in long]
     if refused:
+        faulty = {index for index, _ in faults}
         too_many = policy.too_many(len(faulty), len(records)) if faults and policy.on_fault == "skip" else None
         lines = [f"{records.place(index)}: {reason}" for index, reason in sorted(refused)]
         raise UserError([*lines, *([too_many] if too_many else [])])
-    checked = _without(store, long, skipped)
-    if not checked.num_tokens.any():
-        reasons = sorted([*long, *skipped])
-        raise UserError([f"{records.place(index)}: dropped, no sample is left: {reason}" for index, reason in reasons])
-    return StoredSamples(records, store), checked
+    return long, skipped
+
+
+def nothing_left(records: RecordSet, dropped: list[LeftOut], skipped: list[LeftOut]) -> UserError:
+    """The error where no sample is left."""
+    reasons = sorted([*dropped, *skipped])
+    return UserError([f"{records.place(index)}: dropped, no sample is left: {reason}" for index, reason in reasons])
+
+
+def _selected(samples: StoredSamples, checked: CheckedSamples, choices: Sequence[Choice]) -> CheckedSamples:
+    """`checked` without what `choices` leave out. Raises UserError where nothing is left."""
+    if all(choice == Choice() for choice in choices):
+        return checked
+    found = select(samples, checked.used, choices)
+    is_used = ~np.isin(np.arange(len(samples)), found.indices)
+    num_tokens = np.where(is_used, checked.num_tokens, 0)
+    left = replace(
+        checked,
+        num_tokens=num_tokens,
+        num_supervised=np.where(is_used, checked.num_supervised, 0),
+        num_image_tokens=np.where(is_used, checked.num_image_tokens, 0),
+        image_token_pairs=np.where(is_used, checked.image_token_pairs, 0),
+        num_images=int(samples.store.num_images[num_tokens > 0].sum()),
+        duplicates=found.duplicates,
+        num_other_side=len(found.other_side),
+        num_over_max=len(found.over_max),
+    )
+    if not len(left.used):
+        side = "training" if any(choice.side is Side.TRAINING for choice in choices) else "evaluation"
+        raise UserError(
+            f"data.eval: of {len(checked.used):,} samples that can be used none is left for {side}: change `share`, or "
+            "add data"
+        )
+    return left
 
 
 def _skipped(faults: list[tuple[int, str]], num_samples: int, policy: FaultPolicy) -> list[tuple[int, str]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Plain
@@ -19,11 +20,13 @@ from mmtrain.config import Config
 from mmtrain.config.data_section import Source
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.samples import StoredSamples
+from mmtrain.dataset.selection import Selected, select
 from mmtrain.dataset.store import open_store
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.load import load_processor
-from mmtrain.errors import UserError, grouped
+from mmtrain.errors import grouped
+from mmtrain.inspect_labels.chosen import selected_sources
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
@@ -31,13 +34,6 @@ from mmtrain.records.chat import Conversation, Text
 
 TOO_LONG = "too long"
 _NUM_LONGEST, _NUM_DUPLICATES, _NUM_SHOWN = 10, 10, 20
-
-
-def _sources(config: Config, split: str) -> Sequence[Source]:
-    sources = config.data.train if split == "train" else config.data.eval
-    if not sources:
-        raise UserError(f"data.{split}: there is no source to audit")
-    return sources
 
 
 def _digest(conversation: Conversation, images: list[FoundImage], with_bytes: bool = False) -> bytes:
@@ -89,6 +85,8 @@ class AuditReport:
     """By kind, (place, reason) in the order of the samples."""
     notes: Counter[str] = field(default_factory=Counter)
     first_notes: dict[str, tuple[str, str]] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Samples that the config does not select, by the reason. They are in no other count."""
     shapes: Counter[str] = field(default_factory=Counter)
     """How many of the samples that are not refused have each shape of record."""
 
@@ -107,13 +105,14 @@ class AuditReport:
             **{name: self.total(name) for name in _COUNTS},
             "supervised_share": self.total("num_supervised") / tokens if tokens else 0.0,
             "sources": [{name: getattr(source, name) for name in ("path", *_COUNTS)} for source in self.sources],
-            "length_histogram": _histogram(self.lengths),
-            "image_histogram": _histogram(self.image_sides),
+            "length_histogram": histogram(self.lengths),
+            "image_histogram": histogram(self.image_sides),
             "longest": [{"num_tokens": length, "place": place} for length, place in self.longest],
             "num_duplicates": self.num_duplicates,
             "duplicates": self.duplicates,
             "faults": {kind: list(map(_named, found)) for kind, found in self.faults.items()},
             "notes": dict(self.notes),
+            "left_out": dict(self.left_out),
             "shapes": dict(self.shapes),
         }
 
@@ -136,13 +135,15 @@ class AuditReport:
     def _lines(self) -> Iterator[str]:
         if self.shapes:
             yield f"\nRead as {', '.join(f'{shape} ({count:,})' for shape, count in self.shapes.most_common())}"
-        yield from _bars("Tokens of a sample", _histogram(self.lengths))
-        yield from _bars("Longer side of an image, in pixels", _histogram(self.image_sides))
+        yield from bars("Tokens of a sample", histogram(self.lengths))
+        yield from bars("Longer side of an image, in pixels", histogram(self.image_sides))
         yield "\nLongest samples" if self.longest else ""
         yield from (f"  {length:>9,} tokens  {place}" for length, place in self.longest)
         if self.num_duplicates:
             yield f"\n{self.num_duplicates:,} samples are the same as an earlier one, such as"
             yield from (f"  {' = '.join(places[:3])}{' …' if len(places) > 3 else ''}" for places in self.duplicates)
+        for why, count in self.left_out.items():
+            yield f"\nLeft out: {count:,} {why}"
         for kind, count in self.notes.items():
             yield f"\nNote: {kind}: {count:,} times, first at\n  {': '.join(self.first_notes[kind])}"
         for kind, found in self.faults.items():
@@ -158,7 +159,7 @@ def _named(found: tuple[str, str]) -> dict[str, str]:
     return {"place": found[0], "reason": found[1]}
 
 
-def _histogram(counts: Counter[int]) -> list[dict[str, int]]:
+def histogram(counts: Counter[int]) -> list[dict[str, int]]:
     """Bins between powers of two; `from` and `to` are both in the bin. Empty bins between others are included."""
     bins: Counter[int] = Counter()
     for value, count in counts.items():
@@ -167,7 +168,7 @@ def _histogram(counts: Counter[int]) -> list[dict[str, int]]:
     return [{"from": 2**number // 2, "to": 2**number - 1, "count": bins[number]} for number in numbers]
 
 
-def _bars(title: str, bins: list[dict[str, int]]) -> Iterator[str]:
+def bars(title: str, bins: list[dict[str, int]]) -> Iterator[str]:
     most = max((one["count"] for one in bins), default=0)
     yield f"\n{title}" if bins else ""
     for one in bins:
@@ -178,8 +179,8 @@ def _bars(title: str, bins: list[dict[str, int]]) -> Iterator[str]:
 class _Counting:
     """Adds samples to a report, one after another."""
 
-    def __init__(self, samples: StoredSamples, config: Config, split: str) -> None:
-        self.report = AuditReport(split, [SourceReport(source.path) for source in _sources(config, split)])
+    def __init__(self, samples: StoredSamples, sources: Sequence[Source], split: str) -> None:
+        self.report = AuditReport(split, [SourceReport(source.path) for source in sources])
         self._samples = samples
         self._same: dict[bytes, list[int]] = {}
         for kind, note in samples.store.notes.items():
@@ -188,6 +189,13 @@ class _Counting:
         self._faults: dict[int, list[Finding]] = {}
         for fault in samples.store.faults:
             self._faults.setdefault(fault.index, []).append(Finding(fault.kind, True, fault.reason))
+
+    def leave_out(self, found: Selected, split: str) -> None:
+        """Count what the config does not select."""
+        held_out = "held out for evaluation" if split == "train" else "trained on"
+        numbers = {"duplicates": len(found.duplicates), held_out: len(found.other_side)}
+        numbers["over max_samples"] = len(found.over_max)
+        self.report.left_out.update({why: number for why, number in numbers.items() if number})
 
     def add(self, index: int, too_long: Finding | None) -> list[Finding]:
         """Count sample `index`, with the finding about its length if there is one. Returns all its findings."""
@@ -248,20 +256,30 @@ def audit(
     `on_row` is called with the JSON object of each sample, in order, with or without tokens. Raises UserError if a
     source cannot be read.
     """
-    spec, processor = EncodingSpec.of(config, _sources(config, split)), load_processor(config.model.path)
+    selected = selected_sources(config, split)
+    spec, processor = EncodingSpec.of(config, selected.sources), load_processor(config.model.path)
     records, encoder, progress = spec.records(), spec.encoder(processor), Progress()
     limit = length_limit(config.model.path, config.data.max_length)
     with progress.task(f"checking {split}"):
         store = open_store(spec, records, processor, progress)
     samples = StoredSamples(records, store)
-    counting = _Counting(samples, config, split)
+    counting = _Counting(samples, selected.sources, split)
+    is_possible = (store.num_tokens > 0) & (store.num_tokens <= limit.num_tokens)
+    found = select(samples, np.flatnonzero(is_possible), selected.choices)
+    counting.leave_out(found, split)
+    left_out = set(found.indices.tolist())
     with progress.task(f"auditing {split}", len(samples)) as task:
         for index in range(len(samples)):
+            if index in left_out:
+                task.advance()
+                continue
             num_tokens = int(store.num_tokens[index])
             is_too_long, is_fault = num_tokens > limit.num_tokens, config.data.too_long == "error"
-            found = counting.add(index, Finding(TOO_LONG, is_fault, limit.reason(num_tokens)) if is_too_long else None)
+            findings = counting.add(
+                index, Finding(TOO_LONG, is_fault, limit.reason(num_tokens)) if is_too_long else None
+            )
             if on_row is not None:
-                on_row(_row(samples, encoder, index, found, with_tokens))
+                on_row(_row(samples, encoder, index, findings, with_tokens))
             task.advance()
     return counting.finish()
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,35 +10,25 @@ from rich.console import Console
 from mmtrain.config import Config
 from mmtrain.errors import StorageError, UserError, grouped
 from mmtrain.inspect_labels.chosen import ChosenSamples, look_at
+from mmtrain.inspect_labels.options import Options
 from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.safe_text import shown, visible
 
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The options of the command line."""
-
-    split: str = "train"
-    indices: tuple[int, ...] = ()
-    num: int = 3
-    html: Path | None = None
-    all: bool = False
-    json: bool = False
-    tokens: bool = False
-    losses: bool = False
-    adapter: Path | None = None
+__all__ = ["Options", "inspect_labels"]
+_NUM_SAMPLES = 3
 
 
 def inspect_labels(config: Config, options: Options) -> int:
     """Show samples, or check all of them. Returns the exit code: 1 if a sample has a fault, 0 otherwise."""
     if options.html is not None:
         _check_page(options.html)
+    if config.objective.kind == "contrastive":
+        from mmtrain.inspect_labels.pair_command import inspect_pairs
+
+        return inspect_pairs(config, options)
     if options.all:
         return _audit(config, options)
-    sources = config.data.train if options.split == "train" else config.data.eval
-    if not sources:
-        raise UserError(f"data.{options.split}: there are no sources in the config")
-    chosen = look_at(config, sources, lambda num_samples: _chosen(num_samples, options))
+    chosen = look_at(config, options.split, lambda num_samples, used: _chosen(num_samples, used, options))
     losses = _losses(config, options, chosen)
     if options.html is not None:
         from mmtrain.inspect_labels.page import write_page
@@ -79,13 +69,13 @@ def _print_json(row: object) -> None:
     print(line)
 
 
-def _chosen(num_samples: int, options: Options) -> list[int]:
-    """The indices that were given, or `num` evenly spaced ones."""
+def _chosen(num_samples: int, used: Sequence[int], options: Options) -> list[int]:
+    """The indices that were given, or `num` evenly spaced ones of those that are used."""
     wrong = [index for index in options.indices if not 0 <= index < num_samples]
     if wrong:
         raise UserError(f"--index {wrong[0]}: there are {num_samples:,} samples, 0 to {num_samples - 1}")
-    num = min(options.num, num_samples)
-    return list(options.indices) or [i * num_samples // num for i in range(num)]
+    num = min(options.num or _NUM_SAMPLES, len(used))
+    return list(options.indices) or [used[i * len(used) // num] for i in range(num)]
 
 
 def _losses(config: Config, options: Options, chosen: ChosenSamples) -> dict[int, dict[int, float]] | None:

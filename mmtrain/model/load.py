@@ -4,10 +4,11 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -18,10 +19,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.logging import ERROR, disable_progress_bar, get_verbosity, set_tqdm_hook, set_verbosity
 
+from mmtrain.config.tune_section import ComponentModules
 from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.directory import model_directory, takes_images
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
+from mmtrain.model.head import accept_positions
 from mmtrain.model.quantization import (
     check_installed,
     check_not_stored_quantized,
@@ -33,6 +36,22 @@ from mmtrain.safe_text import one_line, shown
 
 _log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
+_NONE = ComponentModules()
+
+
+class LoadModel(Protocol):
+    """What gives a base model: `load_model`, or `load_without_weights`."""
+
+    def __call__(
+        self,
+        path: str,
+        dtype: str,
+        processor: ChatProcessor,
+        device: torch.device,
+        tick: Callable[[], None],
+        quantization: str | None,
+        named: ComponentModules,
+    ) -> Any: ...
 
 
 def load_config(path: str) -> Any:
@@ -43,8 +62,18 @@ def load_config(path: str) -> Any:
         raise UserError(f"{path}: the model's config cannot be loaded: {one_line(error)}") from None
 
 
+def is_dual_encoder(config: Any) -> bool:
+    """Whether a model with this configuration embeds texts and images apart, each with a tower of its own."""
+    if takes_images(config) or type(config) not in MODEL_MAPPING:
+        return False
+    found = MODEL_MAPPING[type(config)]
+    return all(hasattr(found, name) for name in ("get_text_features", "get_image_features"))
+
+
 def auto_class(config: Any) -> Any:
     """The class of transformers that loads a model with this configuration."""
+    if is_dual_encoder(config):
+        return AutoModel
     if not takes_images(config):
         return AutoModelForCausalLM
     is_image_text = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -57,6 +86,23 @@ def model_structure(path: str) -> Any:
     try:
         with torch.device("meta"):
             return auto_class(config).from_config(config).eval()
+    except Exception as error:  # a broken config makes transformers raise anything
+        raise UserError(f"{path}: the model cannot be made: {type(error).__name__}: {one_line(error)}") from None
+
+
+def load_without_weights(
+    path: str,
+    dtype: str,
+    processor: ChatProcessor,
+    device: torch.device = _CPU,
+    tick: Callable[[], None] = lambda: None,
+    quantization: str | None = None,
+    named: ComponentModules = _NONE,
+) -> Any:
+    """The model as `load_model` gives it, with new weights of which none is read. For `WithoutValues`."""
+    config = load_config(path)
+    try:
+        return auto_class(config).from_config(config, dtype=getattr(torch, dtype)).eval()
     except Exception as error:  # a broken config makes transformers raise anything
         raise UserError(f"{path}: the model cannot be made: {type(error).__name__}: {one_line(error)}") from None
 
@@ -158,13 +204,13 @@ def _check_complete(info: dict[str, Any], path: str) -> None:
         raise UserError(f"{path}: {len(missing)} weights are missing, such as {shown(missing[0])}")
 
 
-def _quantized(path: str, config: Any, quantization: str, dtype: str) -> dict[str, Any]:
+def _quantized(path: str, config: Any, quantization: str, dtype: str, named: ComponentModules) -> dict[str, Any]:
     """What `_from_pretrained` needs to quantize the weights as they are read."""
     check_installed(quantization)
     check_finite_files(model_directory(path))
     with torch.device("meta"):
         skeleton = auto_class(config).from_config(deepcopy(config), trust_remote_code=False)
-    return {"quantization_config": quantization_config(skeleton, getattr(torch, dtype))}
+    return {"quantization_config": quantization_config(skeleton, getattr(torch, dtype), named)}
 
 
 def _ticking(tick: Callable[[], None]) -> Callable[..., Any]:
@@ -188,31 +234,54 @@ def load_model(
     device: torch.device = _CPU,
     tick: Callable[[], None] = lambda: None,
     quantization: str | None = None,
+    named: ComponentModules = _NONE,
+) -> Any:
+    """The model of `load_weights`, for a chat. Raises UserError also if the tokenizer has ids without an embedding in
+    the model."""
+    model = load_weights(path, dtype, device, tick, quantization, named)
+    if quantization is not None:
+        check_quantized(model, path, named)
+    accept_positions(model)
+    check_vocabulary(path, processor.tokenizer.wrapped, model.get_input_embeddings())
+    return model
+
+
+def check_vocabulary(path: str, tokenizer: Any, embeddings: Any) -> None:
+    """Raises UserError if the tokenizer has ids without an embedding."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= embeddings.num_embeddings:
+        raise UserError(
+            f"{path}: the tokenizer has ids up to {largest}, but the model has only {embeddings.num_embeddings} "
+            "embeddings"
+        )
+
+
+def load_weights(
+    path: str,
+    dtype: str,
+    device: torch.device = _CPU,
+    tick: Callable[[], None] = lambda: None,
+    quantization: str | None = None,
+    named: ComponentModules = _NONE,
 ) -> Any:
     """The model on `device` in `dtype`, in eval mode: the base model's own dropout is never on. On another device than
     the CPU no weight waits in host memory for the others. `tick` is called as weights are read. With
-    `quantization` the language model's linear layers are quantized as they are read.
+    `quantization` the language model's linear layers are quantized as they are read; `named` is what the config says
+    of its components.
 
-    Raises torch.OutOfMemoryError if the device is too small, and UserError if files are broken, if weights are missing,
-    not finite or have wrong shapes, or if the tokenizer has ids without an embedding in the model.
+    Raises torch.OutOfMemoryError if the device is too small, and UserError if files are broken, or if weights are
+    missing, not finite or have wrong shapes.
     """
     config = load_config(path)
     _check_files(config, path)
     check_not_stored_quantized(config, quantization, path)
-    settings = {} if quantization is None else _quantized(path, config, quantization, dtype)
+    settings = {} if quantization is None else _quantized(path, config, quantization, dtype, named)
     model, info = _from_pretrained(auto_class(config), path, dtype, device, tick, **settings)
-    check_quantized(model, path)
     _check_finite(model, path, tick)
     unused = sorted(info["unexpected_keys"])
     if unused:
         _log.warning(
             "warning: %s: %d weights are not used by the model, such as %s", path, len(unused), shown(unused[0])
-        )
-    num_embeddings = model.get_input_embeddings().num_embeddings
-    largest = max(processor.tokenizer.wrapped.get_vocab().values())
-    if largest >= num_embeddings:
-        raise UserError(
-            f"{path}: the tokenizer has ids up to {largest}, but the model has only {num_embeddings} embeddings"
         )
     return model.eval()
 

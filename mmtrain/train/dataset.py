@@ -3,13 +3,15 @@
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mmtrain.config import Config
 from mmtrain.config.schema import Train
 from mmtrain.dataset.encode_all import EncodingSpec
-from mmtrain.dataset.plan import Plan
+from mmtrain.dataset.plan import Indices, Plan
 from mmtrain.dataset.samples import StoredSamples
+from mmtrain.dataset.selection import SelectedSources
 from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, check_samples
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
@@ -27,21 +29,21 @@ class Dataset:
 
     def __init__(self, config: Config, processor: ChatProcessor, progress: Progress) -> None:
         sources = eval_sources(config)
-        specs = {f"evaluation set {name}": EncodingSpec.of(config, [source]) for name, source in sources.items()}
-        train_spec = EncodingSpec.of(config, config.data.train)
+        selected = {
+            "train": SelectedSources.for_training(config.data),
+            **{
+                f"evaluation set {name}": SelectedSources.for_evaluation(config.data, [source])
+                for name, source in sources.items()
+            },
+        }
         limit = length_limit(config.model.path, config.data.max_length)
         check = functools.partial(check_samples, processor=processor, limit=limit, policy=FaultPolicy.of(config.data))
-        (self.train, self.checked), *found = _check_all({"train": train_spec, **specs}, check, progress)
-        self.encoder = train_spec.encoder(processor)
+        (self.train, self.checked), *found = _check_all(config, selected, check, progress)
+        self.encoder = EncodingSpec.of(config, config.data.train).encoder(processor)
         self.eval = make_eval_sets(config, self.encoder, found)
         check_watched(config, self.eval)
-        self.plan = _plan(config, self.train, self.checked)
-        self.num_steps = self.num_steps_of(config.train)
-
-    def num_steps_of(self, settings: Train) -> int:
-        """The steps of a run with these settings over the same samples."""
-        by_epochs = max(1, math.ceil((settings.epochs or 1.0) * self.plan.steps_per_epoch))
-        return settings.steps if settings.steps is not None else by_epochs
+        self.plan = Plan.of(config, self.train.records, self.checked.used)
+        self.num_steps = num_steps(config.train, self.plan)
 
     def summary(self) -> str:
         """What was read, in one line, and what was dropped."""
@@ -51,16 +53,23 @@ class Dataset:
             f"{len(used):,} samples, {self.checked.num_images:,} images, {tokens:,} tokens "
             f"({supervised / tokens:.1%} trained on); {self.num_steps:,} steps, {self.plan.steps_per_epoch:,} an epoch"
         )
-        long, faulty = (sum(len(getattr(one, name)) for one in self._all_checked) for name in ("dropped", "skipped"))
-        left_out = [
-            f"{number:,} samples {why}"
-            for number, why in ((long, "dropped as too long"), (faulty, "skipped because of faults"))
-            if number
-        ]
-        if not left_out:
-            return line
+        return line + "".join(f"; {more}" for more in (self._left_out(), self._not_chosen()) if more)
+
+    def _left_out(self) -> str:
+        """What is missing from all sets for what it is."""
+        reasons = {"dropped": "dropped as too long", "skipped": "skipped because of faults", "duplicates": "duplicates"}
+        numbers = {why: sum(len(getattr(one, name)) for one in self._all_checked) for name, why in reasons.items()}
+        found = [f"{number:,} samples {why}" for why, number in numbers.items() if number]
         num_read = sum(len(one.num_tokens) for one in self._all_checked)
-        return f"{line}; of {num_read:,} read, {', '.join(left_out)}, listed in dropped.jsonl"
+        return f"of {num_read:,} read, {', '.join(found)}, listed in dropped.jsonl" if found else ""
+
+    def _not_chosen(self) -> str:
+        """What the config leaves out of the training data otherwise."""
+        numbers = {
+            "held out for evaluation": self.checked.num_other_side,
+            "over max_samples": self.checked.num_over_max,
+        }
+        return ", ".join(f"{number:,} samples {why}" for why, number in numbers.items() if number)
 
     def dropped_rows(self) -> list[dict[str, Any]]:
         """A row for each sample that is left out by `data.too_long: drop` or `data.on_fault: skip`."""
@@ -73,21 +82,42 @@ class Dataset:
         ]
 
     @property
+    def used(self) -> Indices:
+        """The indices of the training samples that are used."""
+        return self.checked.used
+
+    @property
+    def image_files(self) -> frozenset[Path]:
+        return self.checked.image_files
+
+    @property
+    def eval_files(self) -> list[tuple[list[Path], list[Path]]]:
+        """For each evaluation set its files of records, and its image files."""
+        records = [one.samples.records for one in self.eval]
+        files = [[file for i in range(own.num_sources) for file in own.files_of(i)] for own in records]
+        return [(found, sorted(one.checked.image_files)) for found, one in zip(files, self.eval, strict=True)]
+
+    @property
+    def template(self) -> str:
+        return self.encoder.processor.template.source
+
+    @property
     def _all_checked(self) -> list[CheckedSamples]:
         return [self.checked, *(one.checked for one in self.eval)]
 
 
 def _check_all(
-    specs: dict[str, EncodingSpec],
+    config: Config,
+    selected: dict[str, SelectedSources],
     check: Callable[..., tuple[StoredSamples, CheckedSamples]],
     progress: Progress,
 ) -> list[tuple[StoredSamples, CheckedSamples]]:
     """Check each, by name, and raise the faults of all of them together."""
     found, faults = [], []
-    for name, spec in specs.items():
+    for name, one in selected.items():
         try:
             with progress.task(f"checking {name}"):
-                found.append(check(spec, progress=progress))
+                found.append(check(EncodingSpec.of(config, one.sources), progress=progress, choices=one.choices))
         except UserError as error:
             faults += error.faults
     if faults:
@@ -95,9 +125,7 @@ def _check_all(
     return found
 
 
-def _plan(config: Config, samples: StoredSamples, checked: CheckedSamples) -> Plan:
-    """The steps over the used samples. Raises UserError where a source has none of them."""
-    source_of = samples.records.sources_of(checked.used)
-    by_source = [checked.used[source_of == number] for number in range(samples.records.num_sources)]
-    weights = [source.weight for source in config.data.train]
-    return Plan(by_source, weights, config.train.batch_size, config.train.seed)
+def num_steps(settings: Train, plan: Plan) -> int:
+    """The steps of a run: as many as the config says, or as its epochs have."""
+    by_epochs = max(1, math.ceil((settings.epochs or 1.0) * plan.steps_per_epoch))
+    return settings.steps if settings.steps is not None else by_epochs

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mmtrain.answers.question_set import QuestionSet
 from mmtrain.config import Config
@@ -29,7 +28,7 @@ class EvalSet:
 
 def eval_sources(config: Config) -> dict[str, EvalSource]:
     """By name. Raises UserError where two have the same."""
-    found = {source.name or Path(source.path).name: source for source in config.data.eval}
+    found = {source.title: source for source in config.data.eval}
     if len(found) < len(config.data.eval):
         raise UserError("data.eval: two sources have the same name: give each its own `name`")
     return found
@@ -49,7 +48,14 @@ def make_eval_sets(
         chosen = own.used[permutation(len(own.used), config.train.seed, 0, position + 1)[: numbers[position]]]
         questions = None
         if len(chosen):
-            questions = QuestionSet(samples, own, encoder, sorted(chosen.tolist()), [name], {name: source.metric})
+            questions = QuestionSet(
+                samples,
+                own,
+                encoder,
+                sorted(chosen.tolist()),
+                [name] * samples.records.num_sources,
+                {name: source.metric},
+            )
         found.append(EvalSet(name, samples, own, scorer, questions))
     return found
 

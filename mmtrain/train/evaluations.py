@@ -1,21 +1,15 @@
-"""Scores the evaluation sets, and asks questions of them, during a run."""
+"""What is evaluated during a run, and when."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from mmtrain.config import Config
-from mmtrain.generate.replies import ANY_LENGTH, Generator
-from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
+from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import visible
-from mmtrain.train.dataset import Dataset
-from mmtrain.train.eval_answers import AnswersEvaluation
-from mmtrain.train.eval_perplexity import PerplexityEvaluation
 from mmtrain.train.metrics import MetricsFile
-from mmtrain.train.step import Learner
 from mmtrain.train.watched import History
 
 
@@ -35,26 +29,6 @@ class Evaluation(Protocol):
         """What is printed of them."""
 
 
-def make_evaluations(config: Config, dataset: Dataset, learner: Learner, progress: Progress) -> list[Evaluation]:
-    """Those of a run, in order."""
-    found: list[Evaluation] = [PerplexityEvaluation(config, one, learner, progress) for one in dataset.eval]
-    answers, runtime = config.run.eval_answers, learner.runtime
-    if answers is None:
-        return found
-
-    def on_token() -> bool:
-        progress.tick()
-        return runtime.stop_signal is not None
-
-    limit = length_limit(config.model.path, ANY_LENGTH).num_tokens
-    generator = Generator(learner.model, dataset.encoder, runtime.autocast, limit, on_token)
-    output_dir = Path(config.run.output_dir)
-    for one in dataset.eval:
-        assert one.questions is not None
-        found.append(AnswersEvaluation(one.name, one.questions, answers, generator, learner, output_dir, progress))
-    return found
-
-
 class Evaluations:
     """The evaluations of a run, each before the first step, every so many steps and after the last."""
 
@@ -64,12 +38,12 @@ class Evaluations:
         history: History,
         config: Config,
         num_steps: int,
-        learner: Learner,
+        runtime: Runtime,
         metrics: MetricsFile,
         progress: Progress,
     ) -> None:
         """`history`: those up to the step that the run resumes from."""
-        self._each, self._num_steps, self._learner = each, num_steps, learner
+        self._each, self._num_steps, self._runtime = each, num_steps, runtime
         self._metrics, self._progress = metrics, progress
         self._history, self._stopping = history, config.train.early_stopping
 
@@ -91,7 +65,7 @@ class Evaluations:
         return stop_signal
 
     def _run(self, step: int, due: Sequence[Evaluation]) -> int | None:
-        runtime = self._learner.runtime
+        runtime = self._runtime
         done = self._history.after(step)
         for one in due:
             if any(row.get(one.kind) == one.name for row in done):
@@ -104,4 +78,4 @@ class Evaluations:
             self._metrics.write(row)
             self._history.add(row)
             self._progress.say(f"step {step}  {one.kind} {visible(one.name)}: {one.line(figures)}")
-        return None
+        return runtime.agree(torch.zeros(0, dtype=torch.float64))[1] if due else None

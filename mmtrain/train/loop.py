@@ -7,19 +7,17 @@ from typing import Any
 import torch
 
 from mmtrain.config import Config
-from mmtrain.dataset.batch import Batch
 from mmtrain.errors import NonFiniteError, Stopped, UserError
 from mmtrain.progress import Progress
 from mmtrain.train.ceiling import matmul_rate
 from mmtrain.train.checkpointer import Checkpointer
-from mmtrain.train.dataset import Dataset
-from mmtrain.train.evaluations import Evaluations, make_evaluations
+from mmtrain.train.evaluations import Evaluations
 from mmtrain.train.metrics import MetricsFile, open_metrics
+from mmtrain.train.objective import Objective
 from mmtrain.train.optimizer import rate_factor, set_rate
 from mmtrain.train.report import StepReporter, early_line
 from mmtrain.train.resume import Resume
-from mmtrain.train.step import Learner, train_step
-from mmtrain.train.step_cuts import StepCuts
+from mmtrain.train.step import train_step
 from mmtrain.train.watched import Best, History
 
 OnStep = Callable[[dict[str, Any]], None]
@@ -28,14 +26,11 @@ OnStep = Callable[[dict[str, Any]], None]
 class TrainingLoop:
     """Takes steps, and evaluates and saves after those where that is due."""
 
-    def __init__(
-        self, config: Config, dataset: Dataset, learner: Learner, checkpointer: Checkpointer, progress: Progress
-    ) -> None:
-        self._config, self._dataset, self._learner = config, dataset, learner
+    def __init__(self, config: Config, objective: Objective, checkpointer: Checkpointer, progress: Progress) -> None:
+        self._config, self._objective = config, objective
         self._checkpointer, self._progress = checkpointer, progress
-        self._evaluations = make_evaluations(config, dataset, learner, progress)
-        self._cuts = StepCuts(dataset, learner, config.run)
-        dtype, runtime = getattr(torch, config.model.dtype), learner.runtime
+        self._data, self._learner, self._steps = objective.data, objective.load(), objective.steps()
+        dtype, runtime = getattr(torch, config.model.dtype), self._learner.runtime
         self._ceiling = matmul_rate(runtime.device, dtype) * runtime.num_processes
 
     def take_steps(self, resume: Resume, on_step: OnStep) -> Best | None:
@@ -45,7 +40,7 @@ class TrainingLoop:
         Raises Stopped, with a checkpoint, where a signal asked to stop. Where a fault of the data ends the run, the
         last complete step is saved before the error leaves.
         """
-        runtime, last, done = self._learner.runtime, self._dataset.num_steps, resume.step
+        runtime, last, done = self._learner.runtime, self._data.num_steps, resume.step
         runtime.activity.saves_alone = runtime.is_main and not self._learner.sharded
         history = History(resume.evaluated)
         try:
@@ -53,19 +48,18 @@ class TrainingLoop:
                 open_metrics(self._config, done, runtime.is_main, self._progress.say) as metrics,
                 self._progress.task("step", last, done) as task,
             ):
-                reporter = StepReporter(last, self._dataset.plan.steps_per_epoch, task, self._progress)
-                evaluations = Evaluations(
-                    self._evaluations, history, self._config, last, self._learner, metrics, self._progress
-                )
+                reporter = StepReporter(last, self._data.plan.steps_per_epoch, task, self._progress)
+                each, learner = self._objective.evaluations(), self._learner
+                evaluations = Evaluations(each, history, self._config, last, learner.runtime, metrics, self._progress)
                 self._keep_best(history, resume)
                 evaluations.run(done)  # at the start what the base model scores
-                batches = self._cuts.batches(done + 1, last)
+                batches = self._steps.batches(done + 1, last)
                 while done < last and not evaluations.has_ended:
                     done += 1
                     row, stop_signal = self._take_step(done, batches)
                     metrics.write(row)
                     reporter.report(row)
-                    on_step({**row, "operations": self._cuts.of(done).operations})
+                    on_step({**row, "operations": self._steps.of(done).operations})
                     stop_signal = stop_signal or evaluations.run(done)
                     is_best = self._keep_best(history, resume) == done
                     self._save(done, stop_signal, is_best, done == last or evaluations.has_ended, metrics)
@@ -95,26 +89,25 @@ class TrainingLoop:
         if stop_signal is not None and not is_end:
             raise Stopped(stop_signal, f"stopped after step {step}, which is saved; the same command resumes")
 
-    def _take_step(self, step: int, batches: Iterator[Batch]) -> tuple[dict[str, Any], int | None]:
+    def _take_step(self, step: int, batches: Iterator[Any]) -> tuple[dict[str, Any], int | None]:
         """One step: its row of metrics.jsonl, and the signal that asked to stop."""
         self._learner.runtime.activity.set("data", step)
         settings, start = self._config.train, time.perf_counter()
-        cut = self._cuts.of(step)
-        factor = rate_factor(step, self._dataset.num_steps, settings.warmup_steps, settings.schedule)
+        cut = self._steps.of(step)
+        factor = rate_factor(step, self._data.num_steps, settings.warmup_steps, settings.schedule)
         set_rate(self._learner.optimizer, factor)
         own = (self._next(batches) if indices else None for indices in cut.own)
         try:
-            done = train_step(self._learner, own, cut.num_supervised, step, settings.max_grad_norm)
+            done = train_step(self._learner, own, cut.count, step, settings.max_grad_norm)
         except NonFiniteError as error:
-            places = ", ".join(str(self._dataset.train.place(index)) for index in cut.samples)
+            places = ", ".join(str(self._data.train.place(index)) for index in cut.samples)
             raise NonFiniteError(f"{error}; its samples: {places}; nothing of it is saved") from None
         self._checkpointer.complete = step
         seconds = time.perf_counter() - start
         row = {
             "step": step,
             "loss": done.loss,
-            "num_tokens": cut.num_tokens,
-            "num_supervised": cut.num_supervised,
+            **cut.figures,
             "learning_rate": settings.learning_rate * factor,
             "grad_norm": done.grad_norm,
             "seconds": seconds,
@@ -122,6 +115,6 @@ class TrainingLoop:
         }
         return row, done.stop_signal
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
+    def _next(self, batches: Iterator[Any]) -> Any:
         self._learner.runtime.activity.set("data")
         return next(batches)

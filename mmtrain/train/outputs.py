@@ -6,36 +6,28 @@ from mmtrain.config import Config
 from mmtrain.errors import NoCheckpointError
 from mmtrain.progress import Progress
 from mmtrain.train.checkpointer import Checkpointer
-from mmtrain.train.dataset import Dataset
-from mmtrain.train.export import export
 from mmtrain.train.folder import BEST, write_finished
+from mmtrain.train.objective import Objective
 from mmtrain.train.report import best_line, end_report
-from mmtrain.train.step import Learner
 from mmtrain.train.watched import Best
 
 
 def write_outputs(
-    learner: Learner,
-    config: Config,
-    dataset: Dataset,
-    checkpointer: Checkpointer,
-    best: Best | None,
-    progress: Progress,
+    objective: Objective, config: Config, checkpointer: Checkpointer, best: Best | None, progress: Progress
 ) -> None:
     """Export, and say what was done. Where weights are sharded all processes must call this."""
     output_dir = Path(config.run.output_dir)
-    last = checkpointer.complete
-    progress.say(export(learner, config, dataset))
+    progress.say(objective.export())
     if best is not None:
-        _export_best(learner, config, dataset, checkpointer, best, progress)
-    if learner.runtime.is_main:
-        write_finished(output_dir, last)
+        _export_best(objective, config, checkpointer, best, progress)
+    if objective.load().runtime.is_main:
+        write_finished(output_dir, checkpointer.complete)
         for line in end_report(output_dir):
             progress.say(line)
 
 
 def _export_best(
-    learner: Learner, config: Config, dataset: Dataset, checkpointer: Checkpointer, best: Best, progress: Progress
+    objective: Objective, config: Config, checkpointer: Checkpointer, best: Best, progress: Progress
 ) -> None:
     try:
         if best.step != checkpointer.complete:
@@ -43,5 +35,5 @@ def _export_best(
     except NoCheckpointError as error:
         progress.say(f"warning: {BEST}/ is not written, because the best checkpoint is damaged: {error}")
         return
-    progress.say(export(learner, config, dataset, BEST, best.step))
+    progress.say(objective.export(BEST, best.step))
     progress.say(best_line(config, best))

@@ -4,19 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmtrain.config import Config, dump_config
-from mmtrain.encoding.load import load_processor
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
+from mmtrain.train.chat import ChatObjective
 from mmtrain.train.checkpoint import CheckpointFolder
 from mmtrain.train.checkpointer import Checkpointer
-from mmtrain.train.dataset import Dataset
-from mmtrain.train.facts import write_facts
+from mmtrain.train.contrastive.objective import ContrastiveObjective
 from mmtrain.train.folder import write_inputs
-from mmtrain.train.learner import make_learner
 from mmtrain.train.loop import OnStep, TrainingLoop
+from mmtrain.train.objective import Objective
 from mmtrain.train.outputs import write_outputs
 from mmtrain.train.preconditions import check_preconditions
-from mmtrain.train.report import finished_line, start_report
+from mmtrain.train.report import finished_line
 from mmtrain.train.run_state import RunState
 
 
@@ -40,31 +39,36 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
     output_dir, activity = Path(config.run.output_dir), runtime.activity
     check_preconditions(config, runtime)
     activity.set("checking the data")
-    processor = load_processor(config.model.path)
-    dataset = Dataset(config, processor, progress)
+    objective = _objective(config, runtime, progress)
+    data = objective.data
     activity.set("comparing with the checkpoint")
     checkpoints = CheckpointFolder(
         output_dir / "checkpoints", config.run.keep_checkpoints, config.run.keep_best is not None
     )
     state = RunState(config, runtime)
-    resume = state.resume(dataset, checkpoints, accept, progress)
-    if state.is_finished(resume, dataset.num_steps):
-        progress.say(finished_line(output_dir, resume.step, dataset.num_steps))
+    resume = state.resume(data, checkpoints, accept, progress)
+    if state.is_finished(resume, data.num_steps):
+        progress.say(finished_line(output_dir, resume.step, data.num_steps))
         return False
     if runtime.is_main:
-        write_inputs(output_dir, dump_config(config), dataset.dropped_rows())
+        write_inputs(output_dir, dump_config(config), data.dropped_rows())
     activity.set("loading the model")
-    learner = make_learner(config, processor, runtime, progress)
+    learner = objective.load()
     if runtime.is_main:
-        write_facts(config, dataset, learner)
+        objective.write_facts()
     checkpointer = Checkpointer(checkpoints, state, learner, progress)
     checkpointer.restore(resume)
-    for line in start_report(config, dataset, learner):
+    for line in objective.report():
         progress.say(line)
-    loop = TrainingLoop(config, dataset, learner, checkpointer, progress)
+    loop = TrainingLoop(config, objective, checkpointer, progress)
     best = loop.take_steps(resume, on_step)
     activity.set("exporting" if runtime.is_main else "waiting")
     if runtime.is_main or learner.sharded:
-        write_outputs(learner, config, dataset, checkpointer, best, progress)
+        write_outputs(objective, config, checkpointer, best, progress)
     activity.set("waiting")
     return True
+
+
+def _objective(config: Config, runtime: Runtime, progress: Progress) -> Objective:
+    made = ChatObjective if config.objective.kind == "chat" else ContrastiveObjective
+    return made(config, runtime, progress)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.image_cache import caches_features
 from mmtrain.train.checkpoint import CheckpointFolder
-from mmtrain.train.dataset import Dataset
+from mmtrain.train.dataset import num_steps
 from mmtrain.train.fingerprint import fingerprints
 from mmtrain.train.folder import BEST, finished_step, is_exported
 from mmtrain.train.metrics import METRICS, evaluations_until
+from mmtrain.train.objective import RunData
 from mmtrain.train.resume import Resume, find_resume
 from mmtrain.train.watched import History
 
@@ -28,13 +30,11 @@ class RunState:
         self._fingerprints: dict[str, str] = {}
         self._accepted: tuple[str, ...] = ()
 
-    def resume(
-        self, dataset: Dataset, checkpoints: CheckpointFolder, accept: Sequence[str], progress: Progress
-    ) -> Resume:
+    def resume(self, data: RunData, checkpoints: CheckpointFolder, accept: Sequence[str], progress: Progress) -> Resume:
         """Where the run resumes, found by the first process and reported to all. Raises what `find_resume` raises."""
 
         def find() -> str:
-            found = self._find(dataset, checkpoints, accept, progress)
+            found = self._find(data, checkpoints, accept, progress)
             return json.dumps(asdict(found), default=str)
 
         found = json.loads(self._runtime.from_first("resume", find))
@@ -49,13 +49,11 @@ class RunState:
         has_best = self._config.run.keep_best is None or (output_dir / BEST).is_dir()
         return has_ended and is_exported(output_dir) and finished_step(output_dir) == resume.step and has_best
 
-    def _find(
-        self, dataset: Dataset, checkpoints: CheckpointFolder, accept: Sequence[str], progress: Progress
-    ) -> Resume:
+    def _find(self, data: RunData, checkpoints: CheckpointFolder, accept: Sequence[str], progress: Progress) -> Resume:
         """Hash what the result depends on and look for a checkpoint."""
-        self._fingerprints = fingerprints(self._config, dataset, progress.tick)
-        layout, num_steps = self._layout, dataset.num_steps_of
-        found = find_resume(checkpoints, self._config, self._fingerprints, layout, accept, progress, num_steps)
+        self._fingerprints = fingerprints(self._config, data, progress.tick)
+        length, layout = partial(num_steps, plan=data.plan), self._layout
+        found = find_resume(checkpoints, self._config, self._fingerprints, layout, accept, progress, length)
         self._accepted = found.accepted
         evaluated = evaluations_until(Path(self._config.run.output_dir) / METRICS, found.step)
         return replace(found, evaluated=evaluated, saved=checkpoints.steps())

@@ -82,14 +82,20 @@ def figures(row: dict[str, Any]) -> dict[str, float]:
     `answers/SOURCE/exact_match` and, of the best blind answers, `blind/SOURCE/exact_match`."""
     if "answers" in row:
         name = row["answers"]
-        kinds = {"answers": row["metrics"], "blind": row["blind"]}
-        return {f"{kind}/{name}/{key}": value for kind, found in kinds.items() for key, value in found.items()}
-    prefix = f"eval/{row['eval']}" if "eval" in row else "train"
-    return {
-        f"{prefix}/{key}": value
-        for key, value in row.items()
-        if key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
-    }
+        return _numbers(f"answers/{name}", row["metrics"]) | _numbers(f"blind/{name}", row["blind"])
+    kind = next((kind for kind in ("eval", "retrieval") if kind in row), None)
+    return _numbers("train" if kind is None else f"{kind}/{row[kind]}", row)
+
+
+def _numbers(prefix: str, values: dict[str, Any]) -> dict[str, float]:
+    """Those of `values`, and of sections in it."""
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= _numbers(f"{prefix}/{key}", value)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
+            found[f"{prefix}/{key}"] = value
+    return found
 
 
 def _id_of(folder: Path, tracker: str, make: Callable[[], str]) -> str:

@@ -13,13 +13,15 @@ PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->\n"
 HEAD = "| family | ids | LoRA and full step | adapter | bfloat16 | rows |\n|---|---|---|---|---|---|\n"
 NOT_TRAINED = {
-    "hunyuan_vl": "refused: its processor wants tokens around a placeholder that it does not write itself",
     "llava_onevision": "refused: its template writes another header before a reply than before a prompt",
-    "minicpmv4_6": "refused: its forward takes no `logits_to_keep`",
     "phi4_multimodal": "refused: the features of an image depend on the other images of the batch",
 }
 """Families that are refused at the start, and why."""
-_REASONS = {"differ by": "padded: packed samples change each other", "one sample at a time": "one sample at a time"}
+_REASONS = {
+    "differ by": "padded: packed samples change each other",
+    "cannot run packed rows": "padded: it takes no packed rows",
+    "one sample at a time": "one sample at a time",
+}
 
 
 def row(name: str, proof: Proof) -> str:

@@ -1,0 +1,29 @@
+"""Retrieval on an evaluation set during a run."""
+
+from typing import Any
+
+from mmtrain.config import Config
+from mmtrain.retrieval.evaluation import RetrievalEvaluation
+from mmtrain.train.contrastive.step import ContrastiveLearner
+
+_LEFT_OUT = {"most_confused", "base", "minus_base"}
+
+
+class RetrievalDuringRun:
+    """One set, searched. Every process embeds all items, so none waits for another."""
+
+    kind = "retrieval"
+
+    def __init__(self, config: Config, name: str, one: RetrievalEvaluation, learner: ContrastiveLearner) -> None:
+        self.name, self.every = name, config.run.eval_every
+        self._set, self._learner = one, learner
+
+    def row(self, step: int) -> dict[str, Any] | None:
+        """The figures of each way to search."""
+        found = self._set.figures(self._set.embed(self._learner.embedder))
+        ways = {way: figures for way, figures in found.items() if "to" in way.split("_")}
+        return {way: {k: v for k, v in own.items() if k not in _LEFT_OUT} for way, own in ways.items()}
+
+    def line(self, row: dict[str, Any]) -> str:
+        """What is printed."""
+        return ", ".join(f"{way} recall@1 {own['recall@1']:.1%}" for way, own in row.items())
