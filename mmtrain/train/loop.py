@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from mmtrain.config import Config
 from mmtrain.errors import NonFiniteError, Stopped, UserError
 from mmtrain.progress import Progress
+from mmtrain.runtime.device import used_memory
 from mmtrain.train.ceiling import matmul_rate
 from mmtrain.train.checkpointer import Checkpointer
 from mmtrain.train.evaluations import Evaluations
@@ -48,7 +50,8 @@ class TrainingLoop:
                 open_metrics(self._config, done, runtime.is_main, self._progress.say) as metrics,
                 self._progress.task("step", last, done) as task,
             ):
-                reporter = StepReporter(last, self._data.plan.steps_per_epoch, task, self._progress)
+                memory = partial(used_memory, runtime.device)
+                reporter = StepReporter(last, self._data.plan.steps_per_epoch, task, self._progress, memory)
                 each, learner = self._objective.evaluations(), self._learner
                 evaluations = Evaluations(each, history, self._config, last, learner.runtime, metrics, self._progress)
                 self._keep_best(history, resume)

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,12 @@ def end_report(run: Path) -> Iterator[str]:
             f"perplexity on {visible(one.name)}: {one.first:,.4f} before the first step, "
             f"{one.last:,.4f} after the last, best {one.best:,.4f} after step {one.best_step:,}"
         )
+    for answers in found.answers:
+        yield (
+            f"{answers.metric} on {visible(answers.name)}: {answers.first:.1%} before the first step, "
+            f"{answers.last:.1%} after the last, best {answers.best:.1%} after step {answers.best_step:,}; "
+            f"best blind answer {answers.blind:.1%}"
+        )
     saved = "adapter" if (run / "adapter").is_dir() else "model"
     yield f"{saved}: {name}/{saved}, metrics: {name}/{METRICS}, config: {name}/config.yaml"
     if found.num_pairs:
@@ -153,8 +159,12 @@ def finished_line(run: Path, step: int, num_steps: int) -> str:
 class StepReporter:
     """Shows how the steps go: next to a bar on a terminal, otherwise in a line every few seconds."""
 
-    def __init__(self, num_steps: int, steps_per_epoch: int, task: Task, progress: Progress) -> None:
+    def __init__(
+        self, num_steps: int, steps_per_epoch: int, task: Task, progress: Progress, memory: Callable[[], int]
+    ) -> None:
+        """`memory`: gives the bytes in use, whose peak is shown."""
         self._num_steps, self._steps_per_epoch = num_steps, steps_per_epoch
+        self._memory, self._peak = memory, 0
         self._task, self._progress = task, progress
         self._losses: deque[float] = deque(maxlen=NUM_AVERAGED)
         self._start, self._num_done, self._last_line = time.monotonic(), 0, 0.0
@@ -168,12 +178,16 @@ class StepReporter:
         loss, mfu = f"loss {row['loss']:.4f} (average {average:.4f})", f"{row['mfu']:.0%} mfu"
         epoch = f"epoch {step / self._steps_per_epoch:.2f}"
         speed = f"{row['num_tokens'] / row['seconds']:,.0f} tok/s"
+        self._peak = max(self._peak, self._memory())
+        memory = f"peak {self._peak / 2**30:.1f} GiB"
         self._task.advance()
-        self._task.note(f"{epoch}  {loss}  {speed}  {mfu}")
+        self._task.note(f"{epoch}  {loss}  {speed}  {mfu}  {memory}")
         is_due = not self._progress.shows_bars and (step == 1 or now - self._last_line >= LOG_SECONDS)
         if is_due or step == self._num_steps:
             self._last_line = now
             rate, norm = f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.3f}"
             left = (now - self._start) / self._num_done * (self._num_steps - step)
             eta = f"  ETA {duration(left)}" if left else ""
-            self._progress.say(f"step {step}/{self._num_steps}  {epoch}  {loss}  {rate}  {norm}  {speed}  {mfu}{eta}")
+            self._progress.say(
+                f"step {step}/{self._num_steps}  {epoch}  {loss}  {rate}  {norm}  {speed}  {mfu}  {memory}{eta}"
+            )
