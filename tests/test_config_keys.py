@@ -284,6 +284,11 @@ OBJECTIVE = {
         PAIRS | {"objective.loss": "sigmoid"},
     ),
     "objective.temperature_max": Key(seen_contrastive.scale, [(100.0, (14.285, True)), (5.0, (5.0, True))], PAIRS),
+    "objective.pooling": Key(
+        seen_contrastive.num_pooled_tokens,
+        [("last", 1), ("mean", 32), ("family", REFUSED)],  # by transformers the prompt has 32 tokens
+        {"objective.kind": "contrastive", "objective.scale": 20.0},
+    ),
     "objective.dims": Key(seen_contrastive.num_trained_values, [((), 16), ([4], 4), ([4, 8], 8)], PAIRS),
 }
 RUN = {
