@@ -17,13 +17,16 @@ class Objective(Section):
     """`infonce`: the cross-entropy of the positive among all items (CLIP). `sigmoid`: each pair of items on its own
     (SigLIP)."""
     symmetric: Literal["auto"] | bool = "auto"
-    """For `infonce`: whether documents also choose among the queries. `auto`: yes for a dual encoder, whose queries are
-    images and whose documents are texts or the other way round."""
+    """For `infonce`: whether documents also choose among the queries. `auto`: for a dual
+    encoder yes, for a vision-language model no."""
     scale: Literal["trained", "fixed"] | PositiveFloat = "trained"
     """What multiplies cosines, 1 / temperature: the model's own scale, trained or fixed, or a fixed number."""
     bias: Literal["trained", "fixed"] | float | None = None
     """For `sigmoid`: what is added to all similarities: the model's own bias, trained (as without the key) or fixed, or
     a fixed number."""
+    pooling: Literal["family", "last", "mean"] = "family"
+    """How a vision-language model makes one vector of its last hidden states: from the `last` token of the prompt, or
+    the `mean` of all. `family`: a dual encoder pools in its own way."""
     temperature_max: PositiveFloat = 100.0
     """The largest value of a trained scale."""
     dims: Annotated[tuple[Count, ...], Strict(False)] = ()

@@ -21,6 +21,7 @@ from mmtrain.encoding.images import decode, find_image
 from mmtrain.encoding.tower_processor import TowerProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.components import base_name
+from mmtrain.model.family import Family
 from mmtrain.model.image_cache.features import base_model
 from mmtrain.model.tower_components import TowerComponents
 from mmtrain.model.transfer import all_on_device
@@ -37,6 +38,10 @@ _ALIKE_LOW = 2e-2
 
 class Towers:
     """A dual encoder of transformers, loaded and tried. Without adapters: those are added afterwards, in place."""
+
+    kinds: tuple[Kind, ...] = ("image", "text")
+    symmetric = True
+    packing = False
 
     def __init__(
         self, model: Any, processor: TowerProcessor, autocast: Callable[[], AbstractContextManager[Any]]
@@ -62,6 +67,10 @@ class Towers:
             cosines = F.normalize(texts, dim=1) @ F.normalize(pictures, dim=1).T
             self.scale, self.bias = find_multipliers(model, lambda: self._own_logits(images), cosines)
             self._check(cosines, self._own_logits(images))
+
+    @property
+    def family(self) -> Family:
+        return Family(self.components, "own")
 
     @property
     def description(self) -> str:

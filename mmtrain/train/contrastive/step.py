@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmtrain.contrastive.embedder import EncodedItem, Kind
+from mmtrain.contrastive.embedder import Embedder, EncodedItem, Kind
 from mmtrain.contrastive.loss import LossGradients, LossSettings, contrastive_loss
 from mmtrain.contrastive.pair_samples import PairSamples
-from mmtrain.contrastive.towers import Towers
 from mmtrain.dataset.batch import Batch, in_order
 from mmtrain.model.dropout import DropoutContext
 from mmtrain.model.tune import ComponentReport
@@ -36,7 +35,7 @@ Loaded = tuple[tuple[ItemBatch, Batch], ...]
 class ContrastiveLearner:
     """An embedder that is trained, its optimizer, and how its steps are computed."""
 
-    embedder: Towers
+    embedder: Embedder
     samples: PairSamples
     cuts: PairCuts
     loss: LossSettings
