@@ -15,7 +15,7 @@ from mmtrain.contrastive.pair_samples import PairSamples, read_pairs
 from mmtrain.contrastive.relation import PairItems, relate
 from mmtrain.dataset.validate import FaultPolicy, LengthLimit
 from mmtrain.encoding.encode import Encoded, ImageSpan
-from mmtrain.encoding.images import find_image
+from mmtrain.encoding.images import Roots, find_image
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.pairs import Item
@@ -29,10 +29,10 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 class Words:
     """An embedder that takes texts of three words, and none with the word `unknown`."""
 
-    def encode(self, items: Sequence[tuple[Item, Path]]) -> list[EncodedItem | SampleError]:
+    def encode(self, items: Sequence[tuple[Item, Roots]]) -> list[EncodedItem | SampleError]:
         return [self._encode(item, root) for item, root in items]
 
-    def _encode(self, item: Item, root: Path) -> EncodedItem | SampleError:
+    def _encode(self, item: Item, root: Roots) -> EncodedItem | SampleError:
         words = (item.text or "").split()
         if "unknown" in words:
             return SampleError("the model takes no such text")

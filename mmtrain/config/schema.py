@@ -98,13 +98,13 @@ class Config(Section):
             "labels": self.labels != Labels(),
             "model.adapter": self.model.adapter is not None,
             "model.quantization": self.model.quantization is not None,
+            "tune.components": self.tune.components != ComponentModules(),
             "run.weights: shard": self.run.weights == "shard",
             "run.compile": self.run.compile,
             "metric of a source of data.eval": any(source.metric for source in self.data.eval),
             "data.dedup": self.data.dedup,
             "from: train of a source of data.eval": any(source.from_ for source in self.data.eval),
             "max_samples of a source": any(source.max_samples for source in sources),
-            "tune.components": self.tune.components != ComponentModules(),
             "format of a source": any(source.format != "auto" for source in sources),
         }
         has_group = any(source.group for source in sources)

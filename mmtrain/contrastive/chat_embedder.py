@@ -14,6 +14,7 @@ from mmtrain.contrastive.scale import Multiplier, constant
 from mmtrain.dataset.batch import Batch, make_batch
 from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.images import Roots
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.components import Components
 from mmtrain.model.family import Family
@@ -67,7 +68,7 @@ class ChatEmbedder:
         how = "the last token" if self._pooling == "last" else "the mean of all tokens"
         return f"embeddings of {self.width} values, from {how} of a prompt; scale {float(self.scale.value):.4g}"
 
-    def encode(self, items: Sequence[tuple[Item, Path]]) -> list[EncodedItem | SampleError]:
+    def encode(self, items: Sequence[tuple[Item, Roots]]) -> list[EncodedItem | SampleError]:
         chats = [(Conversation((*item.conversation().messages, _STAND_IN)), root) for item, root in items]
         return [
             one if isinstance(one, SampleError) else self._encoded(_prompt(one))
@@ -93,7 +94,7 @@ class ChatEmbedder:
         if self._pooling == "last":
             return hidden
         lengths = [segment.length for segment in batch.segments]
-        return torch.stack([own.mean(0) for own in hidden.split(lengths)])
+        return torch.stack([own.mean(0) for own in torch.split(hidden, lengths)])
 
     def is_frozen(self, kind: Kind) -> bool:
         return False

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +12,7 @@ from mmtrain.contrastive.scale import Multiplier
 from mmtrain.dataset.batch import Batch
 from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.encode import Encoded
+from mmtrain.encoding.images import Roots
 from mmtrain.errors import UserError
 from mmtrain.model.components import Components
 from mmtrain.model.family import Family
@@ -75,8 +75,8 @@ class Embedder(Protocol):
     def description(self) -> str:
         """How items are embedded, in one line."""
 
-    def encode(self, items: Sequence[tuple[Item, Path]]) -> list[EncodedItem | SampleError]:
-        """Each item, whose images are relative to the path, or why it has no embedding; `key` is left empty."""
+    def encode(self, items: Sequence[tuple[Item, Roots]]) -> list[EncodedItem | SampleError]:
+        """Each item, whose images are at the roots, or why it has no embedding; `key` is left empty."""
         ...
 
     @property

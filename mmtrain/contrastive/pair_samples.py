@@ -14,7 +14,7 @@ from mmtrain.dataset.pair_items import content_keys
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.validate import FaultPolicy, LeftOut, LengthLimit, leave_out, nothing_left
 from mmtrain.dataset.workers import num_cores
-from mmtrain.encoding.images import FoundImage, locate
+from mmtrain.encoding.images import FoundImage, Roots, locate
 from mmtrain.progress import QUIET, Progress
 from mmtrain.records.chat import SampleError
 from mmtrain.records.pairs import Item, Pair
@@ -68,8 +68,8 @@ class PairSamples:
         if not any(span.image.source == _NOT_LOADED for span in item.encoded.images):
             return item
         sample, position = self.first[number]
-        images, root = self.records.pair(sample).items[position].images, self.records.root(sample)
-        found = iter([locate(one, root, own.image.size) for one, own in zip(images, item.encoded.images, strict=True)])
+        images, roots = self.records.pair(sample).items[position].images, self.records.roots(sample)
+        found = iter([locate(one, roots, own.image.size) for one, own in zip(images, item.encoded.images, strict=True)])
         return _with_images(item, lambda _: next(found))
 
 
@@ -120,10 +120,10 @@ class _Table:
             except SampleError as error:
                 self.faults.append((index, str(error)))
         every = [(index, item) for index, pair in read.items() for item in pair.items]
-        encoded = self._embedder.encode([(item, records.root(index)) for index, item in every])
+        encoded = self._embedder.encode([(item, records.roots(index)) for index, item in every])
         if self._decode_images:
             encoded = _decoded(encoded)
-        keys = _keys([(item, records.root(index)) for index, item in every], encoded)
+        keys = _keys([(item, records.roots(index)) for index, item in every], encoded)
         found = iter(zip(encoded, keys, strict=True))
         for index, pair in read.items():
             self._add_pair(index, pair, [next(found) for _ in pair.items])
@@ -173,7 +173,7 @@ def _without_bytes(image: FoundImage) -> FoundImage:
     return replace(image, source=_NOT_LOADED) if isinstance(image.source, bytes) else image
 
 
-def _keys(items: Sequence[tuple[Item, Path]], encoded: Sequence[EncodedItem | SampleError]) -> list[str]:
+def _keys(items: Sequence[tuple[Item, Roots]], encoded: Sequence[EncodedItem | SampleError]) -> list[str]:
     """The content key of each item, empty where it could not be encoded."""
     good = [item for item, one in zip(items, encoded, strict=True) if isinstance(one, EncodedItem)]
     keys = iter(content_keys(good))

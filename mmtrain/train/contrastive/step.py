@@ -82,7 +82,7 @@ class ContrastiveLearner:
         with torch.no_grad():
             return compute(), None
 
-    def accumulate(self, batches: Iterable[Loaded | None], count: int, step: int) -> tuple[Tensor, int | None]:
+    def accumulate(self, batches: Iterable[Loaded | None], count: float, step: int) -> tuple[Tensor, int | None]:
         return accumulate_gradients(self, batches, step)
 
     def updated(self) -> None:
