@@ -293,7 +293,7 @@ def test_an_adapter_is_compared_with_the_base_model(clip: Path, tmp_path: Path) 
 
 def test_a_vision_language_model_searches_documents_of_images_and_texts(tmp_path: Path) -> None:
     """Also with an adapter, whose base model is as without it."""
-    records = [
+    records: list[dict[str, Any]] = [
         {
             "query": {"text": "which is red?", "instruction": "Find it."},
             "positive": {"image": "red.png", "text": "one"},
