@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Protocol
 
@@ -133,6 +134,22 @@ def checkpoint_activations(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # required for checkpointing; the dropouts inside have their own flag, which is off
+
+
+@contextmanager
+def without_training_settings(model: Any) -> Iterator[None]:
+    """Around generation by a model that is being trained: a checkpointed layer would drop the cache of earlier tokens,
+    and a compiled one would be compiled again for each of its lengths."""
+    checkpointed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    flags = [module.training for module in checkpointed]
+    for module in checkpointed:
+        module.training = False
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, flag in zip(checkpointed, flags, strict=True):
+            module.training = flag
 
 
 def compile_layers(model: Any) -> None:

@@ -24,15 +24,16 @@ MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 3e-2}
 """Largest relative difference (L2) of the embeddings once loaded back."""
 
 
-def export(learner: ContrastiveLearner, config: Config, dataset: PairDataset) -> str:
-    """Write `adapter/` (or `model/` where nothing is LoRA) and load it back. Gives a line that says what was found.
+def export(learner: ContrastiveLearner, config: Config, dataset: PairDataset, name: str | None = None) -> str:
+    """Write the folder `name`, by default `adapter/` (or `model/` where nothing is LoRA), and load it back. Gives a
+    line that says what was found.
 
     The embeddings of the first pair's items are compared. Raises UserError where what was saved is not what was
     trained, and StorageError where it cannot be written.
     """
     model = learner.model
     is_adapter = isinstance(model, PeftModel)
-    target = Path(config.run.output_dir) / ("adapter" if is_adapter else "model")
+    target = Path(config.run.output_dir) / (name or ("adapter" if is_adapter else "model"))
     dtype = getattr(torch, config.model.dtype)
     if is_adapter and Path(config.model.path).is_dir():  # to be found from any directory
         model.peft_config["default"].base_model_name_or_path = str(Path(config.model.path).resolve())
