@@ -75,7 +75,7 @@ def test_the_light_rooms_import_nothing_heavy(name: str) -> None:
 
 
 FLOORS = [
-    ["errors", "safe_text", "regular_files", "atomic_files", "file_locks", "parent_death", "progress"],
+    ["errors", "safe_text", "regular_files", "atomic_files", "file_locks", "parent_death", "progress", "user_cache"],
     ["config"],
     ["records"],
     ["encoding"],
@@ -90,9 +90,10 @@ FLOORS = [
     ["retrieval"],
     ["train"],
     ["evaluate", "inspect_labels", "inspect_model", "merge", "compose", "init", "report", "plan"],
+    ["inspect_data"],
     ["api"],
     ["config_commands"],
-    ["eval_commands", "model_commands", "run_commands"],
+    ["data_commands", "eval_commands", "model_commands", "run_commands"],
     ["cli"],
     ["__main__"],
 ]

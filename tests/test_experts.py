@@ -255,7 +255,7 @@ def test_a_run_starts_from_adapters_on_experts(tmp_path: Path) -> None:
     fill_adapters(before)
     before.save_pretrained(tmp_path)
     settings = Model(path=path, adapter=str(tmp_path))
-    start_from_run(after, Components(after.get_base_model()), settings, processor, lambda: None)
+    start_from_run(after, Components(after.get_base_model()), settings, lambda: None)
     found = dict(after.named_parameters())
     assert all(torch.equal(found[name], value) for name, value in before.named_parameters())
 
