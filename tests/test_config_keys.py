@@ -52,6 +52,9 @@ def files(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
     rows = mixed_rows(tmp_path, with_images=False)
     write_jsonl(tmp_path / "eight.jsonl", rows)
     write_jsonl(tmp_path / "three.jsonl", rows[:3])
+    write_jsonl(tmp_path / "splits" / "train.jsonl", rows[:1])
+    for number in range(2):
+        write_jsonl(tmp_path / "splits" / "data" / f"test-{number}.jsonl", rows[:1])
     write_jsonl(tmp_path / "mixed.jsonl", mixed_rows(tmp_path, with_images=True))
     turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "one"}]
     turns += [{"role": "user", "content": "b?"}, {"role": "assistant", "content": "two"}]
@@ -139,6 +142,7 @@ def sources(at: str, number: Callable[[Config], Any], tokens: Callable[[Config],
     columns = [({}, REFUSED), ({"question": "q", "answer": "a"}, 1)]
     return {
         f"{at}.path": Key(number, [("eight.jsonl", 8), ("three.jsonl", 3)]),
+        f"{at}.split": Key(number, [("train", 1), ("test", 2), ("validation", REFUSED)], {f"{at}.path": "splits"}),
         f"{at}.root": Key(tokens, [(None, 16), ("large", 64)], image, QWEN),
         f"{at}.format": Key(number, formats, {f"{at}.path": "llava.jsonl"}),
         f"{at}.fields": Key(number, columns, {f"{at}.path": "columns.jsonl"}),
@@ -280,6 +284,11 @@ OBJECTIVE = {
         PAIRS | {"objective.loss": "sigmoid"},
     ),
     "objective.temperature_max": Key(seen_contrastive.scale, [(100.0, (14.285, True)), (5.0, (5.0, True))], PAIRS),
+    "objective.pooling": Key(
+        seen_contrastive.num_pooled_tokens,
+        [("last", 1), ("mean", 32), ("family", REFUSED)],  # by transformers the prompt has 32 tokens
+        {"objective.kind": "contrastive", "objective.scale": 20.0},
+    ),
     "objective.dims": Key(seen_contrastive.num_trained_values, [((), 16), ([4], 4), ([4, 8], 8)], PAIRS),
 }
 RUN = {
@@ -291,7 +300,7 @@ RUN = {
     "run.device": Key(seen.device, [("cpu", "cpu"), ("cuda", REFUSED)]),
     "run.threads": Key(seen.num_threads, [(1, 1), (2, 2)]),
     "run.hang_timeout": Key(seen.seconds_of_the_supervisor, [(100.0, [100.0]), (200.0, [200.0])]),
-    "run.activation_checkpointing": Key(seen.forward_passes_of_a_layer, [(False, 1), (True, 2)]),
+    "run.activation_checkpointing": Key(seen.forward_passes_of_a_layer, [(False, 1), (True, 2), ("auto", 1)]),
     "run.kernels": Key(seen.has_kernels, [("auto", True), ("off", False)]),
     "run.compile": Key(seen.is_compiled, [(False, False), (True, True)]),
     "run.image_cache.memory_gib": Key(

@@ -52,6 +52,7 @@ def answer_figures(
 
     Processes share the questions (`runtime`; None: there is this one), and all get the figures.
     """
+    config.objective.check_command("eval answers", "chat", "eval retrieval")
     if options.metric is not None and options.metric not in METRICS:
         raise UserError(f"--metric {shown(options.metric)}: expected one of {', '.join(METRICS)}")
     sources = [EvalSource(path=path) for path in options.data] or list(config.data.eval)

@@ -8,7 +8,7 @@ from mmtrain.config.data_section import Data
 from mmtrain.config.objective_section import Objective
 from mmtrain.config.run_section import Run
 from mmtrain.config.section import Count, Marker, Rate, Section, WatchedMetric
-from mmtrain.config.tune_section import Full, Lora, Tune
+from mmtrain.config.tune_section import ComponentModules, Full, Lora, Tune
 
 
 class Model(Section):
@@ -121,6 +121,7 @@ class Config(Section):
             "labels": self.labels != Labels(),
             "model.adapter": self.model.adapter is not None,
             "model.quantization": self.model.quantization is not None,
+            "tune.components": self.tune.components != ComponentModules(),
             "run.weights: shard": self.run.weights == "shard",
             "run.compile": self.run.compile,
             "run.eval_answers": self.run.eval_answers is not None,

@@ -14,6 +14,7 @@ from mmtrain.config.data_section import Source
 from mmtrain.dataset.decoded_images import images_that_fail
 from mmtrain.dataset.workers import map_in_processes, num_cores
 from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.images import Roots
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation, SampleError
@@ -87,12 +88,18 @@ class EncodedChunk:
     """(num_samples,)"""
     num_images: npt.NDArray[np.int32]
     """(num_samples,)"""
+    num_weights: npt.NDArray[np.int32]
+    """(num_samples,) the trained turns of a sample in which not every weight is 1, 0 of others."""
+    sum_weights: npt.NDArray[np.float64]
+    """(num_samples,) the sum of the weights of its supervised tokens."""
     ids: npt.NDArray[np.int32]
     """(num_tokens,)"""
     supervised: npt.NDArray[np.bool_]
     """(num_tokens,)"""
     spans: npt.NDArray[np.int32]
     """(num_images, 5) start, length, placeholders, width, height"""
+    weights: npt.NDArray[np.float32]
+    """(num_weights,) of the samples one after the other"""
     image_files: tuple[str, ...]
     """The paths of the images that are files, resolved."""
     faults: tuple[Fault, ...]
@@ -123,17 +130,23 @@ class ChunkEncoder:
         spans = [span for one in encoded for span in one.images]
         rows = [(s.start, s.length, s.num_placeholders, *s.image.size) for s in spans]
         sizes = [
-            (one.num_tokens, one.num_supervised, len(one.images)) if isinstance(one, Encoded) else (0, 0, 0)
+            (one.num_tokens, one.num_supervised, len(one.images), len(one.weights))
+            if isinstance(one, Encoded)
+            else (0, 0, 0, 0)
             for _, one in found
         ]
-        num_tokens, num_supervised, num_images = np.array(sizes, np.int32).reshape(-1, 3).T
+        num_tokens, num_supervised, num_images, num_weights = np.array(sizes, np.int32).reshape(-1, 4).T
+        sums = [one.token_weights.sum(dtype=np.float64) if isinstance(one, Encoded) else 0.0 for _, one in found]
         return EncodedChunk(
             num_tokens,
             num_supervised,
             num_images,
+            num_weights,
+            np.array(sums, np.float64),
             np.concatenate([np.zeros(0, np.int32), *(one.ids for one in encoded)]),
             np.concatenate([np.zeros(0, np.bool_), *(one.supervised for one in encoded)]),
             np.array(rows, np.int32).reshape(-1, 5),
+            np.array([weight for one in encoded for weight in one.weights], np.float32),
             tuple(str(span.image.source) for span in spans if isinstance(span.image.source, Path)),
             tuple(Fault(index, one.kind, one.reason) for index, one in findings if one.is_fault),
             merge_notes([{one.kind: Note(1, index, one.reason)} for index, one in findings if not one.is_fault]),
@@ -141,10 +154,10 @@ class ChunkEncoder:
 
     def _encode_each(self, indices: Sequence[int]) -> list[tuple[Conversation | None, Encoded | SampleError]]:
         """Each sample's conversation, None where the record is none, and its encoding or why it cannot be used."""
-        read: list[tuple[Conversation, Path] | SampleError] = []
+        read: list[tuple[Conversation, Roots] | SampleError] = []
         for index in indices:
             try:
-                read.append((self._records.conversation(index), self._records.root(index)))
+                read.append((self._records.conversation(index), self._records.roots(index)))
             except SampleError as error:
                 read.append(error)
         encoded = iter(self._encoder.encode_many(one for one in read if not isinstance(one, SampleError)))

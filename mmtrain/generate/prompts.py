@@ -1,11 +1,13 @@
 """Prompts with the very ids of training: an encoded sample up to where a trained reply begins."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.images import Roots
 from mmtrain.records.chat import Conversation, Message, SampleError, Text
 
 _STAND_IN = Message("assistant", (Text("x"),))
@@ -21,15 +23,21 @@ def prompts_of(encoded: Encoded) -> list[Encoded]:
     return [_up_to(encoded, start) for start in starts]
 
 
-def prompt_for(encoder: Encoder, conversation: Conversation, root: Path) -> Encoded:
-    """The prompt for a reply to `conversation`, which ends with a user's turn.
+def prompt_for(encoder: Encoder, conversation: Conversation, roots: Roots) -> Encoded:
+    """The prompt for a reply to `conversation`, which ends with a turn of the user or of a tool.
 
     It is encoded with a reply in the reply's place, as training encodes it: nothing before a reply depends on its text.
-    `root` is the folder of the images. Raises SampleError where it cannot be encoded.
+    `roots`: where the images are. Raises SampleError where it cannot be encoded.
     """
-    if not conversation.messages or conversation.messages[-1].role != "user":
+    if not is_asked(conversation):
         raise SampleError("the conversation does not end with a turn of the user: there is nothing to reply to")
-    return prompts_of(encoder.encode(Conversation((*conversation.messages, _STAND_IN)), root))[-1]
+    asked = replace(conversation, messages=(*conversation.messages, _STAND_IN))
+    return prompts_of(encoder.encode(asked, roots))[-1]
+
+
+def is_asked(conversation: Conversation) -> bool:
+    """Whether the conversation ends with a turn that is to be replied to, by the user or a tool."""
+    return bool(conversation.messages) and conversation.messages[-1].role in ("user", "tool")
 
 
 def trained_end(encoder: Encoder) -> int | None:

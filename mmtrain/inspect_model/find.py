@@ -8,7 +8,7 @@ import torch
 
 from mmtrain.config.schema import Model
 from mmtrain.config.tune_section import Lora, Tune
-from mmtrain.encoding.layout import Layout
+from mmtrain.encoding.layout import Form, Layout, TurnForm
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
@@ -170,6 +170,6 @@ def _template(processor: ChatProcessor) -> TemplateFound:
 
 def _reply_end(processor: ChatProcessor) -> str | None:
     """What the template writes after a reply, to the end of the token that stops generation."""
-    skeleton = Layout(processor).skeleton((("user", ("text",)), ("assistant", ("text",))))
+    skeleton = Layout(processor).skeleton(Form((TurnForm("user", ("text",)), TurnForm("assistant", ("text",)))))
     end = skeleton.answers[1].end
     return None if end is None else skeleton.pieces[end[0]].text[: end[1]]

@@ -40,7 +40,7 @@ class Trained(Protocol):
     def sharded(self) -> bool:
         """Weights are sharded over the processes."""
 
-    def accumulate(self, batches: Iterable[Any], count: int, step: int) -> tuple[Tensor, int | None]:
+    def accumulate(self, batches: Iterable[Any], count: float, step: int) -> tuple[Tensor, int | None]:
         """Put the gradients of the step's loss into the parameters; `count` is what the loss is divided by.
 
         Gives the loss, () float64, and the signal that asked all processes to stop.
@@ -60,7 +60,7 @@ class Cut(Protocol):
     def own(self) -> Sequence[Sequence[Any]]: ...
 
     @property
-    def count(self) -> int: ...
+    def count(self) -> float: ...
 
     @property
     def figures(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ What was saved is loaded back and must give the same embeddings and the same sca
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,11 +13,10 @@ from torch import Tensor
 
 from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.config import Config
-from mmtrain.contrastive.embedder import EncodedItem
-from mmtrain.contrastive.towers import Towers
+from mmtrain.contrastive.embedder import Embedder, EncodedItem
+from mmtrain.contrastive.load import reloaded
 from mmtrain.encoding.directory import model_directory, processor_files
 from mmtrain.errors import UserError, storage_faults
-from mmtrain.model.load import load_weights
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.contrastive.step import ContrastiveLearner
 
@@ -60,14 +58,15 @@ def export(learner: ContrastiveLearner, config: Config, dataset: PairDataset, na
 
 def _first_items(dataset: PairDataset) -> list[EncodedItem]:
     first = dataset.train.pairs[int(dataset.train.used[0])]
-    return [dataset.train.items[number] for number in (first.query, *first.positives, *first.negatives)]
+    return dataset.train.loaded((first.query, *first.positives, *first.negatives))
 
 
 @torch.no_grad()
-def _embeddings(embedder: Towers, items: Sequence[EncodedItem]) -> list[Tensor]:
-    """That of each item, and the scale."""
+def _embeddings(embedder: Embedder, items: Sequence[EncodedItem]) -> list[Tensor]:
+    """That of each item, and the model's own scale and bias."""
+    numbers = [one.value.cpu() for one in (embedder.scale, embedder.bias) if one.parameter is not None]
     alone = [embedder.embed(embedder.batch([item]), item.kind)[0] for item in items]
-    return [*alone, embedder.scale.value.cpu(), embedder.bias.value.cpu()]
+    return [*alone, *numbers]
 
 
 def _loaded_back(
@@ -81,8 +80,7 @@ def _loaded_back(
         model.set_adapter("default")
         model.delete_adapter("saved")
         return found
-    saved: Any = load_weights(str(target), config.model.dtype, learner.runtime.device)
-    return _embeddings(Towers(saved, embedder.processor, learner.runtime.autocast), items)
+    return _embeddings(reloaded(embedder, str(target), config, learner.runtime), items)
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

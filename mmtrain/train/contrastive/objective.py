@@ -24,7 +24,7 @@ class ContrastiveObjective:
 
     def __init__(self, config: Config, runtime: Runtime, progress: Progress) -> None:
         self._config, self._runtime, self._progress = config, runtime, progress
-        self._embedder = load_embedder(config, runtime)
+        self._embedder = load_embedder(config, runtime, progress)
         self.data = PairDataset(config, self._embedder, progress)
 
     @cached_property
@@ -50,6 +50,8 @@ class ContrastiveObjective:
         yield weights_line(learner)
         yield from bits_lines(self._config, learner)
         yield self._embedder.description
+        if self._config.run.kernels == "auto":
+            yield "kernels: off, contrastive training does not use them yet"
 
     def export(self, name: str | None = None, step: int | None = None) -> str:
         return export(self._learner, self._config, self.data, name)
