@@ -52,7 +52,8 @@ def encode(config: "Config", records: Sequence[Mapping[str, Any]], root: str | P
     from mmtrain.records.chat import SampleError
     from mmtrain.records.formats import read_record
 
-    encoder = EncodingSpec.of(config, config.data.train).encoder(load_processor(config.model.path))
+    processor = load_processor(config.model.path, config.model.chat_template)
+    encoder = EncodingSpec.of(config, config.data.train).encoder(processor)
     ignored = frozenset(config.data.ignore_fields)
     found = []
     for number, record in enumerate(records):

@@ -56,6 +56,9 @@ def files(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
     turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "one"}]
     turns += [{"role": "user", "content": "b?"}, {"role": "assistant", "content": "two"}]
     write_jsonl(tmp_path / "turns.jsonl", [{"messages": turns}])
+    (tmp_path / "dashes.jinja").write_text(
+        "{% for m in messages %}- {{ m.content }}<|endoftext|>\n{% endfor %}{% if add_generation_prompt %}- {% endif %}"
+    )
     write_jsonl(tmp_path / "extra.jsonl", [{"messages": turns, "bbox": [1, 2]}])
     llava = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "one"}]
     write_jsonl(tmp_path / "llava.jsonl", [{"conversations": llava}])
@@ -149,6 +152,11 @@ SKIP_ONE = {"data.max_skipped": 1}
 ONE_IMAGE = {"data.train.0.path": "small/one.jsonl", "train.batch_size": 1}
 DATA = {
     "model.path": Key(seen.model_type, [("text", "qwen3"), (QWEN, QWEN)]),
+    "model.chat_template": Key(
+        seen.text_trained_on,
+        [(None, "one<|im_end|>two<|im_end|>"), ("dashes.jinja", "one<|endoftext|>two<|endoftext|>")],
+        {"data.train.0.path": "turns.jsonl"},
+    ),
     "model.dtype": Key(seen.frozen_types, [("float32", {torch.float32}), ("bfloat16", {torch.bfloat16})]),
     "model.quantization": Key(seen.quantized_layers, [(None, 0), ("nf4", 14)]),
     **sources("data.train.0", seen.num_samples, seen.image_tokens),

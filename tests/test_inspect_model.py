@@ -189,5 +189,5 @@ def test_what_cannot_be_inspected_is_one_line_and_exit_code_2(
     (line,) = capsys.readouterr().err.splitlines()
     assert left.value.code == 2
     assert str(path) in line
-    reason = "copy the chat_template.jinja of a chat model" if what == "no template" else "there is no such directory"
+    reason = "give one as model.chat_template: FILE" if what == "no template" else "there is no such directory"
     assert reason in line

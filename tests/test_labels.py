@@ -578,6 +578,18 @@ def test_refused_templates(template: str | None, vision: bool, reason: str, tmp_
         load_processor(str(path))
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "cannot be read"), (b"\xff{{", "not UTF-8"), (b" \n", "it is empty"), (b"{{ bos_token }}", "user's words")],
+)
+def test_refused_files_with_a_template(content: bytes | None, reason: str, tmp_path: Path) -> None:
+    path, file = make_directory(tmp_path / "model", "byte_level", TEMPLATES["chatml"].text), tmp_path / "own.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=reason):
+        load_processor(str(path), str(file))
+
+
 def _drop(name: str) -> Callable[[Path], None]:
     return lambda path: (path / name).unlink()
 

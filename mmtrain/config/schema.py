@@ -38,6 +38,9 @@ class Section(BaseModel):
 class Model(Section):
     path: Annotated[str, Field(min_length=1)]
     """A directory in the transformers format, or the id of a model already in the local hub cache."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """A file with the chat template, in Jinja, for a model that has none or in place of its own. It is saved with what
+    the run trains."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """The type of the frozen weights. Trainable weights are always float32."""
     quantization: Literal["nf4"] | None = None

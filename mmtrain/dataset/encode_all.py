@@ -35,6 +35,8 @@ class EncodingSpec:
     decode_images: bool = True
     ignored: tuple[str, ...] = ()
     """Keys of records, and marks in their text, that need not be understood."""
+    chat_template: str | None = None
+    """The file with the chat template in place of the model's own."""
 
     @classmethod
     def of(cls, config: Config, sources: Sequence[Source]) -> "EncodingSpec":
@@ -46,6 +48,7 @@ class EncodingSpec:
             labels.end_of_turn,
             data.decode_images,
             tuple(sorted(data.ignore_fields)),
+            config.model.chat_template,
         )
 
     def records(self) -> RecordSet:
@@ -197,7 +200,7 @@ _of_worker: list[ChunkEncoder] = []  # the one of this process, where it is a wo
 
 
 def _start_worker(spec: EncodingSpec) -> None:
-    processor = load_processor(spec.model_path, tried=True)
+    processor = load_processor(spec.model_path, spec.chat_template, tried=True)
     _of_worker[:] = [ChunkEncoder(spec, spec.records(), processor, num_threads=1)]
 
 

@@ -22,6 +22,8 @@ class ChatProcessor:
     template: ChatTemplate
     images: ImageProcessor | None
     """None for a model that takes no images."""
+    given_template: str | None = None
+    """The text of `model.chat_template`, where it is given."""
 
     @property
     def image_token_id(self) -> int | None:
@@ -65,4 +67,6 @@ def make_processor(parts: DirectoryParts) -> ChatProcessor:
     traits = probe_template(source, render, image_token)
     images = None if family is None else ImageProcessor(family, tokenizer, parts.image_token_id)
     around = ("", "") if images is None else images.traits.text_around
-    return ChatProcessor(tokenizer, ChatTemplate(str(source), traits, render, image_token, around), images)
+    return ChatProcessor(
+        tokenizer, ChatTemplate(str(source), traits, render, image_token, around), images, parts.given_template
+    )

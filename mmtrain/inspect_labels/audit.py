@@ -248,7 +248,8 @@ def audit(
     `on_row` is called with the JSON object of each sample, in order, with or without tokens. Raises UserError if a
     source cannot be read.
     """
-    spec, processor = EncodingSpec.of(config, _sources(config, split)), load_processor(config.model.path)
+    spec = EncodingSpec.of(config, _sources(config, split))
+    processor = load_processor(config.model.path, config.model.chat_template)
     records, encoder, progress = spec.records(), spec.encoder(processor), Progress()
     limit = length_limit(config.model.path, config.data.max_length)
     with progress.task(f"checking {split}"):

@@ -32,7 +32,8 @@ def look_at(config: Config, sources: Sequence[Source], choose: Callable[[int], l
 
     Raises UserError where a source cannot be read, or a sample is no longer what is stored for training.
     """
-    spec, processor = EncodingSpec.of(config, sources), load_processor(config.model.path)
+    spec = EncodingSpec.of(config, sources)
+    processor = load_processor(config.model.path, config.model.chat_template)
     records, encoder = spec.records(), spec.encoder(processor)
     indices = choose(len(records))
     found = ChunkEncoder(spec, records, processor).encode(indices).faults

@@ -12,9 +12,12 @@ from mmtrain.safe_text import shown, visible
 _WIDTH, _LABEL = 80, 14
 
 
-def inspect_model(path: str, as_json: bool) -> None:
-    """Print what is found. Raises UserError where the model cannot be trained at all."""
-    found = find(path, Progress().say)
+def inspect_model(path: str, as_json: bool, chat_template: str | None = None) -> None:
+    """Print what is found. `chat_template`: the file with the chat template in place of the model's own.
+
+    Raises UserError where the model cannot be trained at all.
+    """
+    found = find(path, Progress().say, chat_template)
     if as_json:
         print(json.dumps(asdict(found), ensure_ascii=False))
     else:

@@ -77,13 +77,14 @@ class ModelFound:
     """Why features of images are not cached; None where they are."""
 
 
-def find(path: str, say: Callable[[str], None]) -> ModelFound:
+def find(path: str, say: Callable[[str], None], chat_template: str | None = None) -> ModelFound:
     """Load the model at `path`, in the dtype that a config has by default, and try it.
 
-    `say` is given the lines of what falls back. Raises UserError where the model cannot be trained at all.
+    `chat_template`: the file with the chat template in place of the model's own. `say` is given the
+    lines of what falls back. Raises UserError where the model cannot be trained at all.
     """
     dtype = Model(path=path).dtype
-    processor, runtime = load_processor(path), Runtime(dtype)
+    processor, runtime = load_processor(path, chat_template), Runtime(dtype)
     model = load_model(path, dtype, processor)
     family = probe_family(model, processor, say)
     model.requires_grad_(False)

@@ -39,7 +39,7 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
     _check_microbatches(config, runtime)
     check_installed(config.model.quantization)
     activity.set("checking the data")
-    processor = load_processor(config.model.path)
+    processor = load_processor(config.model.path, config.model.chat_template)
     dataset = Dataset(config, processor, progress)
     activity.set("comparing with the checkpoint")
     checkpoints = CheckpointFolder(output_dir / "checkpoints", config.run.keep_checkpoints)
