@@ -40,7 +40,8 @@ def train(config: "Config") -> Path:
 
 
 def encode(config: "Config", records: Sequence[Mapping[str, Any]], root: str | Path = ".") -> "list[Encoded]":
-    """Each record, in any of the shapes of a data file, as training gets it: `ids`, and `supervised`, which is true for
+    """Each record, in any of the shapes of a data file, as training gets it (a record whose replies the chat template
+    rewrites once others follow gives several): `ids`, and `supervised`, which is true for
     the tokens that are trained on; both (num_tokens,). `root` is the folder of the images.
 
     Raises UserError for a record that cannot be trained on.
@@ -51,6 +52,7 @@ def encode(config: "Config", records: Sequence[Mapping[str, Any]], root: str | P
     from mmtrain.errors import UserError
     from mmtrain.records.chat import SampleError
     from mmtrain.records.formats import read_record
+    from mmtrain.records.reasoning import without_reasoning
 
     processor = load_processor(config.model.path, config.model.chat_template)
     encoder = EncodingSpec.of(config, config.data.train).encoder(processor)
@@ -58,7 +60,9 @@ def encode(config: "Config", records: Sequence[Mapping[str, Any]], root: str | P
     found = []
     for number, record in enumerate(records):
         try:
-            found.append(encoder.encode(read_record(dict(record), "auto", ignored), Path(root)))
+            conversation = read_record(dict(record), "auto", ignored)
+            conversation = without_reasoning(conversation) if config.labels.reasoning == "drop" else conversation
+            found += [encoder.encode(one, Path(root)) for _, one in encoder.sequences(conversation)]
         except SampleError as error:
             raise UserError(f"record {number}: {error}") from None
     return found

@@ -515,14 +515,6 @@ def test_an_empty_thought_before_the_last_answer_is_trained_on(root: Path) -> No
     assert supervised_texts(path, encoded) == ["one<|im_end|>", "<think>\n\n</think>\n\ntwo<|im_end|>"]
 
 
-@pytest.mark.parametrize("before", [[], [("user", "0?"), ("assistant", "<think>\nhm\n</think>\n\nzero")]])
-def test_thoughts_that_a_template_takes_apart_are_refused(before: list[Turn], root: Path) -> None:
-    path = directory("byte_level", "qwen3")
-    thought = talk(*before, ("user", "1?"), ("assistant", "<think>\nhm\n</think>\n\none"))
-    with pytest.raises(SampleError, match=r"chat template (changes|rewrites)"):
-        encoder(path).encode(thought, root)
-
-
 def _per_turn(content: str) -> str:
     turn = "<|im_start|>{{ m.role }}\n" + content + "<|im_end|>\n"
     prompt = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -31,6 +31,7 @@ from mmtrain.checks.findings import (
 from mmtrain.checks.reply_frame import ReplyFrame, form_of, reply_frame
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation, Image, Message, Messages, Part
+from mmtrain.records.reasoning import CLOSE, OPEN
 from mmtrain.safe_text import shown
 
 _WINDOW = 8
@@ -233,6 +234,8 @@ class Checker:
             yield Finding(NO_TEXT, True, f"{name}: nothing of {shown(message.text)} is trained on")
             return
         written = self._as_written(sample, turn, frame, _normal(text))
+        if written is not None and self._is_reasoned(sample, turn, text):
+            return
         if written is not None:
             yield Finding(REPLY, True, f"{name}: the labels say {shown(text)}, the assistant wrote {shown(written)}")
         elif message.text[:1].isspace() and text[len(frame.around[0]) :][:1].isspace():
@@ -258,6 +261,16 @@ class Checker:
         after, closing = rest[len(text) :], frame.around[-1]
         closed = len(after) - len(after.lstrip()) == len(closing) - len(closing.lstrip())
         return None if rest.startswith(text) and closed and _squeezed(text) == _squeezed(expected) else expected
+
+    def _is_reasoned(self, sample: _Sample, turn: int, text: str) -> bool:
+        """Whether `text` is a reply that begins with reasoning, which some templates space in their own way; a prompt
+        may end with the `<think>` that opens it."""
+        written = sample.messages[turn].text
+        if CLOSE not in written:
+            return False
+        prompt = self._processor.template.render(_messages(sample.messages[:turn]), add_generation_prompt=True)
+        opening = OPEN if prompt.rstrip().endswith(OPEN) else ""
+        return _squeezed(opening + text).removeprefix(OPEN) == _squeezed(written).removeprefix(OPEN)
 
     def _inference_ids(self, text: str) -> list[int]:
         """Ids as inference makes them: a processor's tokenizer adds its prefix, unless `text` starts with the BOS."""

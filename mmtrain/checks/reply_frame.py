@@ -37,13 +37,16 @@ def reply_frame(processor: ChatProcessor, form: Form, turn: int) -> ReplyFrame:
         content = [{"type": kind, "text": text} for kind, text in zip(kinds, texts, strict=True)]
         messages.append({"role": role, "content": content})
     prompt = processor.template.render(messages[:turn], add_generation_prompt=True)
-    rest = processor.template.render(messages)[len(prompt) :]
-    alone = processor.template.render(messages[: turn + 1])[len(prompt) :]
+    whole, alone = processor.template.render(messages), processor.template.render(messages[: turn + 1])
+    is_continued = whole.startswith(prompt)
+    rest = whole[len(prompt) :] if is_continued else whole
     around = []
     for part in messages[turn]["content"]:
         before, _, rest = rest.partition(part["text"])
         _, _, alone = alone.partition(part["text"])
         around.append(before)
+    if not is_continued:  # the reply follows the prompt without what the template writes before it in the whole
+        around[0] = ""
     to_id = processor.tokenizer.id_of
     end, other_end = _special_run(processor, alone.lstrip()), False
     if not end or not rest.lstrip().startswith("".join(end)):

@@ -221,6 +221,8 @@ class Labels(Section):
     """Every assistant turn, or the last one of each conversation."""
     end_of_turn: bool = True
     """Train on the token that ends a turn, so that the model stops."""
+    reasoning: Literal["keep", "drop"] = "keep"
+    """Train on the reasoning of a reply (`<think>...</think>` at its beginning), or read replies without it."""
 
 
 class Train(Section):

@@ -77,8 +77,20 @@ class Encoder:
         self._constant = functools.lru_cache(maxsize=4096)(processor.tokenizer.encode)
         self._train_on = train_on
 
+    def sequences(self, conversation: Conversation) -> list[tuple[int | None, Conversation]]:
+        """What of a conversation is encoded at a time: all of it (None), where each trained reply is written there as
+        inference would see it, or else each of those replies (the position of its turn) with what precedes it.
+
+        Raises SampleError where nothing is trained on.
+        """
+        trained = self.trained_turns(conversation.messages)
+        if self._layout.is_together(conversation, trained) or trained == [len(conversation.messages) - 1]:
+            return [(None, conversation)]
+        return [(turn, conversation.up_to(turn)) for turn in trained]
+
     def encode(self, conversation: Conversation, root: Path) -> Encoded:
-        """`root` is the folder of the images. Raises SampleError with the reason a sample cannot be used."""
+        """`root` is the folder of the images. Raises SampleError with the reason a sample cannot be used, also where it
+        gives several `sequences`."""
         (found,) = self.encode_many([(conversation, root)])
         if isinstance(found, SampleError):
             raise found
@@ -151,10 +163,13 @@ class Encoder:
         return images
 
     def _lay_out(self, conversation: Conversation) -> tuple[list[Piece], Sequence[Segment]]:
-        pieces, skeleton = self._layout.lay_out(conversation)
         trained = self.trained_turns(conversation.messages)
-        if missing := [turn for turn in trained if turn not in skeleton.answers]:
-            raise SampleError(_why_untrainable(missing[-1], len(conversation.messages)))
+        if self._layout.is_together(conversation, trained):
+            pieces, skeleton = self._layout.lay_out(conversation)
+        elif trained == [len(conversation.messages) - 1]:
+            pieces, skeleton = self._layout.lay_out_alone(conversation)
+        else:
+            raise SampleError("the model's chat template rewrites replies that others follow: it has several sequences")
         return pieces, self._segmenter.cut(pieces, skeleton, tuple(trained))
 
     def _assemble(
@@ -216,18 +231,6 @@ class Encoder:
         last = self.processor.tokenizer.last_characters(text, after) if text else []
         owners = [segment.spans[min(bisect_right(ends, position), len(ends) - 1)].piece for position in last]
         return owners + [-1] * (num_ids - len(owners))
-
-
-def _why_untrainable(turn: int, num_turns: int) -> str:
-    if turn < num_turns - 1:
-        return (
-            f"the model's chat template rewrites turn {turn + 1} once others follow, so it cannot be trained on in one "
-            "sample with them: set labels.train_on to last"
-        )
-    return (
-        f"the model's chat template does not begin turn {turn + 1} as its generation prompt does, so what inference "
-        "feeds the model is not what the conversation holds: such a template cannot be trained on"
-    )
 
 
 def _words(laid_out: LaidOut) -> Iterator[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mmtrain.errors import UserError
 from mmtrain.records.chat import Messages, SampleError
+from mmtrain.records.reasoning import CLOSE, OPEN
 from mmtrain.safe_text import one_line, shown
 
 Render = Callable[[Messages, bool], str]
@@ -127,6 +128,11 @@ class ChatTemplate:
         if self.image_token is None or not (before or after):
             return text
         return text.replace(self.image_token, before + self.image_token + after)
+
+    def reply(self, text: str) -> str:
+        """A reply that says `text`, with reasoning where the prompt for a reply begins it."""
+        prompt = self.traits.generation_prompt
+        return f"{OPEN}{text}{CLOSE}{text}" if prompt is not None and prompt.rstrip().endswith(OPEN) else text
 
     def as_wanted(self, messages: Messages) -> Messages:
         """`messages`, whose content is a list of parts, in the form that the template takes."""

@@ -28,7 +28,8 @@ def answer_all(loaded: Loaded, data: Sequence[str], output: Path, batch_size: in
     Raises UserError for what the user can fix and StorageError where the file cannot be written.
     """
     progress = Progress()
-    questions = Questions([Source(path=path) for path in data], loaded.encoder)
+    drops_reasoning = loaded.target.labels.reasoning == "drop"
+    questions = Questions([Source(path=path) for path in data], loaded.encoder, drops_reasoning)
     answers = AnswersFile(output, _made_with(loaded.target, data, batch_size, sampling))
     if answers.done:
         progress.say(f"{visible(str(output))}: {len(answers.done):,} of {len(questions):,} answers are there")

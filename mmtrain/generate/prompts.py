@@ -8,8 +8,6 @@ import numpy as np
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.records.chat import Conversation, Message, SampleError, Text
 
-_STAND_IN = Message("assistant", (Text("x"),))
-
 
 def prompts_of(encoded: Encoded) -> list[Encoded]:
     """For each trained reply of a sample what the model gets before it, the images up to there included.
@@ -21,6 +19,15 @@ def prompts_of(encoded: Encoded) -> list[Encoded]:
     return [_up_to(encoded, start) for start in starts]
 
 
+def prompts_for_all(encoder: Encoder, conversation: Conversation, root: Path) -> list[Encoded]:
+    """The same for each trained reply of a conversation, whose images are in the folder `root`.
+
+    Raises SampleError where it cannot be encoded.
+    """
+    sequences = (encoder.encode(one, root) for _, one in encoder.sequences(conversation))
+    return [prompt for encoded in sequences for prompt in prompts_of(encoded)]
+
+
 def prompt_for(encoder: Encoder, conversation: Conversation, root: Path) -> Encoded:
     """The prompt for a reply to `conversation`, which ends with a user's turn.
 
@@ -29,7 +36,7 @@ def prompt_for(encoder: Encoder, conversation: Conversation, root: Path) -> Enco
     """
     if not conversation.messages or conversation.messages[-1].role != "user":
         raise SampleError("the conversation does not end with a turn of the user: there is nothing to reply to")
-    return prompts_of(encoder.encode(Conversation((*conversation.messages, _STAND_IN)), root))[-1]
+    return prompts_of(_replied(encoder, conversation.messages, root))[-1]
 
 
 def trained_end(encoder: Encoder) -> int | None:
@@ -37,10 +44,17 @@ def trained_end(encoder: Encoder) -> int | None:
 
     Found on a sample: templates end replies by tokens that the model's generation config may not name.
     """
-    asked = Message("user", (Text("x"),))
-    encoded = encoder.encode(Conversation((asked, _STAND_IN)), Path())
+    encoded = _replied(encoder, (Message("user", (Text("x"),)),), Path())
     last = int(encoded.ids[np.flatnonzero(encoded.supervised)[-1]])
     return last if encoder.processor.tokenizer.is_special(last) else None
+
+
+def _replied(encoder: Encoder, messages: tuple[Message, ...], root: Path) -> Encoded:
+    """The sequence in which a reply to the messages is trained on: with reasoning where their prompt begins it."""
+    reply = Message("assistant", (Text(encoder.processor.template.reply("x")),))
+    conversation = Conversation((*messages, reply))
+    _, last = encoder.sequences(conversation)[-1]
+    return encoder.encode(last, root)
 
 
 def _up_to(encoded: Encoded, start: int) -> Encoded:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Plain
@@ -78,6 +79,8 @@ class AuditReport:
 
     split: str
     sources: list[SourceReport]
+    num_records: int = 0
+    """Fewer than samples where the replies of a conversation are trained on in sequences of their own."""
     lengths: Counter[int] = field(default_factory=Counter)
     image_sides: Counter[int] = field(default_factory=Counter)  # the longer side of each image
     longest: list[tuple[int, str]] = field(default_factory=list)
@@ -104,6 +107,7 @@ class AuditReport:
         tokens = self.total("num_tokens")
         return {
             "split": self.split,
+            "num_records": self.num_records,
             **{name: self.total(name) for name in _COUNTS},
             "supervised_share": self.total("num_supervised") / tokens if tokens else 0.0,
             "sources": [{name: getattr(source, name) for name in ("path", *_COUNTS)} for source in self.sources],
@@ -134,6 +138,8 @@ class AuditReport:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _lines(self) -> Iterator[str]:
+        if self.num_records < self.total("num_samples"):
+            yield f"\n{self.num_records:,} conversations gave {self.total('num_samples'):,} sequences"
         if self.shapes:
             yield f"\nRead as {', '.join(f'{shape} ({count:,})' for shape, count in self.shapes.most_common())}"
         yield from _bars("Tokens of a sample", _histogram(self.lengths))
@@ -180,6 +186,7 @@ class _Counting:
 
     def __init__(self, samples: StoredSamples, config: Config, split: str) -> None:
         self.report = AuditReport(split, [SourceReport(source.path) for source in _sources(config, split)])
+        self.report.num_records = len(np.unique(samples.store.records))
         self._samples = samples
         self._same: dict[bytes, list[int]] = {}
         for kind, note in samples.store.notes.items():
@@ -254,7 +261,7 @@ def audit(
     limit = length_limit(config.model.path, config.data.max_length)
     with progress.task(f"checking {split}"):
         store = open_store(spec, records, processor, progress)
-    samples = StoredSamples(records, store)
+    samples = StoredSamples(records.sequences(store.records, store.turns), store)
     counting = _Counting(samples, config, split)
     with progress.task(f"auditing {split}", len(samples)) as task:
         for index in range(len(samples)):
@@ -274,6 +281,7 @@ def _row(
     place = samples.place(index)
     for finding in found:
         if finding.kind == REFUSED:
-            return {"source": str(place.file), "line": place.line, "index": index, "refused": finding.reason}
+            record = samples.records.record(index)
+            return {"source": str(place.file), "line": place.line, "index": record, "refused": finding.reason}
     faults = [{"kind": finding.kind, "reason": finding.reason} for finding in found if finding.is_fault]
     return view_sample(samples, encoder, index).row(with_tokens) | ({"faults": faults} if faults else {})

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from mmtrain.checks.findings import REFUSED
 from mmtrain.config import Config
 from mmtrain.config.schema import Source
@@ -28,21 +30,32 @@ class ChosenSamples:
 
 
 def look_at(config: Config, sources: Sequence[Source], choose: Callable[[int], list[int]]) -> ChosenSamples:
-    """`choose` is given the number of samples and gives the indices of those to look at.
+    """`choose` is given the number of records and gives the indices of those whose samples to look at.
 
     Raises UserError where a source cannot be read, or a sample is no longer what is stored for training.
     """
     spec = EncodingSpec.of(config, sources)
     processor = load_processor(config.model.path, config.model.chat_template)
     records, encoder = spec.records(), spec.encoder(processor)
-    indices = choose(len(records))
-    found = ChunkEncoder(spec, records, processor).encode(indices).faults
-    refused = {fault.index for fault in found if fault.kind == REFUSED}
+    chosen = choose(len(records))
+    chunk = ChunkEncoder(spec, records, processor).encode(chosen)
+    refused = {fault.index for fault in chunk.faults if fault.kind == REFUSED}
     store = find_store(spec, records, processor)  # if there is one, the very encoding that training reads
-    samples = FreshSamples(records, encoder) if store is None else StoredSamples(records, store)
+    samples: StoredSamples | FreshSamples
+    if store is not None:
+        samples = StoredSamples(records.sequences(store.records, store.turns), store)
+        indices = [index for record in chosen for index in np.flatnonzero(store.records == record).tolist()]
+    elif (chunk.turns < 0).all():
+        samples = FreshSamples(records, encoder)
+        indices = [record for number, record in enumerate(chosen) if number not in refused]
+    else:
+        samples = FreshSamples(records.sequences(chunk.records, chunk.turns), encoder)
+        indices = [index for index in range(len(samples)) if index not in refused]
     try:
-        views = tuple(view_sample(samples, encoder, index) for index in indices if index not in refused)
+        views = tuple(view_sample(samples, encoder, index) for index in indices)
     except SampleError as error:
         raise UserError(f"data: {error}; run the command again once the data has stopped changing") from None
-    faults = tuple(f"{records.place(fault.index)}: {fault.kind}: {fault.reason}" for fault in found)
+    faults = tuple(
+        f"{records.place(int(chunk.records[fault.index]))}: {fault.kind}: {fault.reason}" for fault in chunk.faults
+    )
     return ChosenSamples(samples, processor, views, faults)
