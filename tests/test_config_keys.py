@@ -59,6 +59,8 @@ def files(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
     (tmp_path / "dashes.jinja").write_text(
         "{% for m in messages %}- {{ m.content }}<|endoftext|>\n{% endfor %}{% if add_generation_prompt %}- {% endif %}"
     )
+    reasoned = [turns[0], {"role": "assistant", "content": "<think>hm</think>one"}, *turns[2:]]
+    write_jsonl(tmp_path / "reasoned.jsonl", [{"messages": reasoned}])
     write_jsonl(tmp_path / "extra.jsonl", [{"messages": turns, "bbox": [1, 2]}])
     llava = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "one"}]
     write_jsonl(tmp_path / "llava.jsonl", [{"conversations": llava}])
@@ -182,6 +184,11 @@ DATA = {
         seen.text_trained_on,
         [("assistant", "one<|im_end|>two<|im_end|>"), ("last", "two<|im_end|>")],
         {"data.train.0.path": "turns.jsonl"},
+    ),
+    "labels.reasoning": Key(
+        seen.text_trained_on,
+        [("keep", "<think>hm</think>one<|im_end|>two<|im_end|>"), ("drop", "one<|im_end|>two<|im_end|>")],
+        {"data.train.0.path": "reasoned.jsonl"},
     ),
     "labels.end_of_turn": Key(
         seen.text_trained_on,

@@ -13,6 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from mmtrain.checks.labels import Checker
 from mmtrain.cli import app
 from mmtrain.config.schema import Config
 from mmtrain.dataset.encode_all import EncodingSpec
@@ -68,6 +69,14 @@ CASES = {
     ),
     "thinks in the prompt": Case(
         _chatml(_OPEN + _SHOWN + _END, _OPEN + "<think>\n"),
+        "hm\n</think>\n\none<|im_end|>",
+        "so\n</think>\n\ntwo<|im_end|>",
+    ),
+    "opens it twice": Case(
+        _chatml(
+            _OPEN + "{% if loop.last %}{{ '<think>\n' + m.content }}{% else %}{{ c }}{% endif %}<|im_end|>\n",
+            _OPEN + "<think>\n",
+        ),
         "hm\n</think>\n\none<|im_end|>",
         "so\n</think>\n\ntwo<|im_end|>",
     ),
@@ -183,10 +192,25 @@ def test_replies_that_do_not_fit_the_prompt_are_refused(template: str, content: 
         encoder(template).encode(talk([TURNS[0], {"role": "assistant", "content": content}]), Path())
 
 
+@pytest.mark.parametrize("name", [*CASES, "on its own line"])
+def test_the_checks_find_no_fault_in_it(name: str) -> None:
+    """Nor where the template writes a line break before the token that ends a reply."""
+    template = QWEN3.replace("<|im_end|>", "\n<|im_end|>") if name == "on its own line" else CASES[name].template
+    own, checker = encoder(template), Checker(encoder(template).processor)
+    for _, one in own.sequences(talk(TURNS)):
+        encoded = own.encode(one, Path())
+        labels = [id_ if is_own else -100 for id_, is_own in zip(encoded.ids, encoded.supervised, strict=True)]
+        assert checker.check(encoded.ids.tolist(), labels, one, []) == []
+        last = max(at for at, label in enumerate(labels) if label >= 0 and label != labels[-1])
+        wrong = [-100 if at == last - 1 else label for at, label in enumerate(labels)]
+        assert any(finding.is_fault for finding in checker.check(encoded.ids.tolist(), wrong, one, []))
+
+
 def test_reasoning_is_taken_from_the_beginning_of_a_text() -> None:
-    assert split_reasoning("<think>a</think>b") == ("a", "b")
-    assert split_reasoning(" \n<think>\na\n</think>\n\nb") == ("\na\n", "\n\nb")
-    assert split_reasoning("a</think>b") == ("a", "b")
+    assert split_reasoning("<think>a</think>b") == ("<think>", "a", "</think>", "b")
+    assert split_reasoning(" \n<think>\na\n</think>\n\nb\n") == (" \n<think>\n", "a", "\n</think>\n\n", "b\n")
+    assert split_reasoning("a</think>b") == ("", "a", "</think>", "b")
+    assert split_reasoning("<think>\n\n</think>\nb") == ("<think>\n\n", "", "</think>\n", "b")
     assert split_reasoning("so <think>a</think>b") is None
     assert split_reasoning("<think>a</think>b</think>c") is None
     assert split_reasoning("<think>a") is None

@@ -251,10 +251,11 @@ class Checker:
         """None if `text` is what the template makes of the turn's text, otherwise what it should be."""
         parts = [part.text for part in sample.messages[turn].parts if not isinstance(part, Image)]
         pieces = [piece for pair in zip(frame.around, [*parts, ""], strict=True) for piece in pair][:-2]
-        expected = _normal("".join(pieces))
+        expected, closing = _normal("".join(pieces)), frame.around[-1]
+        gap = closing[: len(closing) - len(closing.lstrip())] if frame.end else ""  # some end a reply on its own line
         has_outer_space = any(part != part.strip() for part in parts)
-        if not has_outer_space or text == expected:
-            return None if text == expected else expected
+        if not has_outer_space or text in (expected, expected + gap):
+            return None if text in (expected, expected + gap) else expected
         messages = _messages(sample.messages)
         prompt = self._processor.template.render(messages[:turn], add_generation_prompt=True)
         rest = _normal(self._processor.template.render(messages)[len(prompt) :])

@@ -17,7 +17,17 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.encoding.stand_ins import STAND_IN, Form, numbered, reasoned_text, stand_in, stand_ins
+from mmtrain.encoding.stand_ins import (
+    STAND_IN,
+    Content,
+    Form,
+    Marks,
+    marks_of,
+    numbered,
+    reasoned_text,
+    stand_in,
+    stand_ins,
+)
 from mmtrain.records.chat import Conversation, Image, Message, Messages, SampleError, Text
 from mmtrain.records.reasoning import CLOSE, OPEN, split_reasoning
 from mmtrain.safe_text import shown
@@ -118,13 +128,15 @@ class Layout:
     @functools.cached_property
     def _rewrites_reasoning(self) -> bool:
         """Whether the template treats reasoning in a reply as more than text: drops it, or writes it in another way."""
-        prompt = self._processor.template.traits.generation_prompt
-        if prompt is not None and prompt.rstrip().endswith((OPEN, CLOSE)):
+        if (self._processor.template.traits.generation_prompt or "").rstrip().endswith((OPEN, CLOSE)):
             return True
         exchange: Form = (("user", ("text",)), ("assistant", ("text",)))
         for form in (exchange * 2, exchange):
             plain, reasoned = stand_ins(form), stand_ins(form)
-            texts = {stand_in(number): reasoned_text(number + 10, number) for number in range(1, len(form), 2)}
+            texts = {
+                stand_in(number): reasoned_text(Marks(f"{OPEN}\n", f"\n{CLOSE}\n\n"), number + 10, number)
+                for number in range(1, len(form), 2)
+            }
             for message in reasoned[1::2]:
                 message["content"] = [{"type": "text", "text": texts[message["content"][0]["text"]]}]
             try:
@@ -139,13 +151,13 @@ class Layout:
     def _form(self, conversation: Conversation) -> Form:
         return tuple((message.role, tuple(self._kinds(message))) for message in conversation.messages)
 
-    def _kinds(self, message: Message) -> Iterator[str]:
+    def _kinds(self, message: Message) -> Iterator[Content]:
         for number, part in enumerate(message.parts):
             if isinstance(part, Image):
                 yield "image"
             elif number == 0 and message.role == "assistant" and CLOSE in part.text:
-                is_reasoned = split_reasoning(part.text) is not None and self._rewrites_reasoning
-                yield "reasoned" if is_reasoned else "text"
+                found = split_reasoning(part.text) if self._rewrites_reasoning else None
+                yield "text" if found is None else Marks(found.opening, found.close)
             else:
                 yield "text"
 
@@ -154,8 +166,11 @@ class Layout:
         found: list[str] = []
         for message in conversation.messages:
             for part, kind in zip(message.parts, self._kinds(message), strict=True):
-                if isinstance(part, Text):
-                    found += (split_reasoning(part.text) or ()) if kind == "reasoned" else (part.text,)
+                reasoned = split_reasoning(part.text) if isinstance(part, Text) and isinstance(kind, Marks) else None
+                if reasoned is not None:
+                    found += (reasoned.reasoning, reasoned.reply)
+                elif isinstance(part, Text):
+                    found.append(part.text)
         return found
 
     def _try_skeleton(self, form: Form) -> Skeleton | str:
@@ -177,6 +192,8 @@ class Layout:
             closing = self._render(messages[: turn + 1])
             if not whole.startswith(prompt) or _hidden(pieces, form, turn) is not None:
                 continue  # the template rewrites earlier turns: this one cannot be trained on in the whole
+            if marks_of(form, turn) and _opens(prompt) and whole[len(prompt) :].lstrip().startswith(OPEN):
+                continue  # reasoning would be opened twice
             answers[turn] = self._answer(pieces, turn, len(prompt), closing)
         return Skeleton(tuple(pieces), answers)
 
@@ -187,11 +204,11 @@ class Layout:
         before, after = self._split(prompt, form[:-1], 0), self._split(closing, form, turn)
         num_before = next(i for i, piece in enumerate(after) if piece.kind == "words" and piece.turn == turn)
         own: list[Piece] = []
-        if (number := _hidden(after, form, turn)) is not None:
-            opening, close = reasoned_text(number, number + 1).split(stand_in(number))
-            if not prompt.rstrip().endswith(OPEN):
-                own.append(Piece("template", opening, turn))
-            own += [Piece("words", str(number), turn), Piece("template", close.split(stand_in(number + 1))[0], turn)]
+        marks, number = marks_of(form, turn), _hidden(after, form, turn)
+        if marks is not None and number is not None:
+            own = [Piece("words", str(number), turn), Piece("template", marks.close, turn)]
+            if not _opens(prompt):
+                own.insert(0, Piece("template", marks.opening, turn))
         pieces = [*before, *own, *after[num_before:]]
         answer = self._answer(pieces, turn, len(prompt), closing)
         return _Alone(Skeleton(tuple(pieces), {turn: answer}), len(before), tuple(after), num_before)
@@ -276,15 +293,20 @@ def _hidden(pieces: list[Piece], form: Form, turn: int) -> int | None:
     return next((number for number in numbers if str(number) not in seen), None)
 
 
+def _opens(prompt: str) -> bool:
+    """Whether the prompt for a reply begins its reasoning."""
+    return prompt.rstrip().endswith(OPEN)
+
+
 def _check_reasoning(prompt: str, form: Form, turn: int) -> None:
     """Raises SampleError where a reply reasons and the prompt for it says that it does not, or the other way round."""
-    is_reasoned, end = "reasoned" in form[turn][1], prompt.rstrip()
-    if is_reasoned and end.endswith(CLOSE):
+    is_reasoned = marks_of(form, turn) is not None
+    if is_reasoned and prompt.rstrip().endswith(CLOSE):
         raise SampleError(
             f"turn {turn + 1} has reasoning, and the prompt for it ends with {CLOSE}: set labels.reasoning to drop, or "
             "give a template whose prompt lets the model reason as model.chat_template"
         )
-    if not is_reasoned and end.endswith(OPEN):
+    if not is_reasoned and _opens(prompt):
         raise SampleError(
             f"turn {turn + 1} has no reasoning, and the prompt for it ends with {OPEN}: begin the reply with "
             f"{OPEN}...{CLOSE}, or give a template whose prompt does not reason as model.chat_template"

@@ -2,13 +2,22 @@
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from mmtrain.records.chat import Messages
-from mmtrain.records.reasoning import CLOSE, OPEN
 
-Form = tuple[tuple[str, tuple[str, ...]], ...]
-"""What the template's own text depends on: each turn's role and the kinds of its parts (text, image, or reasoned: a
-text that begins with reasoning, which the template writes in its own way)."""
+
+class Marks(NamedTuple):
+    """What is around the reasoning at the beginning of a text: `<think>` and `</think>`, with white space."""
+
+    opening: str
+    close: str
+
+
+Content = str | Marks
+"""A part of a turn: "text", "image", or a text that begins with reasoning, which the template writes in its own way."""
+Form = tuple[tuple[str, tuple[Content, ...]], ...]
+"""What the template's own text depends on: each turn's role and its parts."""
 STAND_IN = re.compile(r"Zq(\d+)qZ")
 
 
@@ -17,16 +26,21 @@ def stand_in(number: int) -> str:
     return f"Zq{number}qZ"
 
 
-def reasoned_text(reasoning: int, reply: int) -> str:
+def reasoned_text(marks: Marks, reasoning: int, reply: int) -> str:
     """The stand-ins of a reply that begins with reasoning."""
-    return f"{OPEN}\n{stand_in(reasoning)}\n{CLOSE}\n\n{stand_in(reply)}"
+    return f"{marks.opening}{stand_in(reasoning)}{marks.close}{stand_in(reply)}"
+
+
+def marks_of(form: Form, turn: int) -> Marks | None:
+    """The marks of the reasoning in a turn; None where it has none."""
+    return next((kind for kind in form[turn][1] if isinstance(kind, Marks)), None)
 
 
 def numbered(form: Form) -> Iterator[tuple[int, bool]]:
     """The turn of each stand-in, and whether it is for reasoning."""
     for turn, (_, kinds) in enumerate(form):
         for kind in kinds:
-            if kind == "reasoned":
+            if isinstance(kind, Marks):
                 yield turn, True
             if kind != "image":
                 yield turn, False
@@ -41,9 +55,11 @@ def stand_ins(form: Form) -> Messages:
         for kind in kinds:
             if kind == "image":
                 content.append({"type": "image"})
-                continue
-            text = reasoned_text(number, number + 1) if kind == "reasoned" else stand_in(number)
-            content.append({"type": "text", "text": text})
-            number += 1 + (kind == "reasoned")
+            elif isinstance(kind, Marks):
+                content.append({"type": "text", "text": reasoned_text(kind, number, number + 1)})
+                number += 2
+            else:
+                content.append({"type": "text", "text": stand_in(number)})
+                number += 1
         messages.append({"role": role, "content": content})
     return messages

@@ -1,6 +1,7 @@
 """Reasoning before a reply, between `<think>` and `</think>` in its text."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from mmtrain.records.chat import Conversation, Message, Part, SampleError, Text
 from mmtrain.safe_text import shown
@@ -8,16 +9,26 @@ from mmtrain.safe_text import shown
 OPEN, CLOSE = "<think>", "</think>"
 
 
-def split_reasoning(text: str) -> tuple[str, str] | None:
-    """The reasoning and the reply in the text of a turn, None where it does not begin with reasoning.
+class Reasoned(NamedTuple):
+    """The text of a turn in four: `<think>`, the reasoning, `</think>` and the reply. White space around the reasoning
+    belongs to the marks."""
 
-    `<think>` may be missing: with some models it is the end of the prompt.
-    """
-    before, close, reply = text.partition(CLOSE)
-    head, is_open, reasoning = before.rpartition(OPEN)
-    if not close or CLOSE in reply or head.strip():
+    opening: str
+    reasoning: str
+    close: str
+    reply: str
+
+
+def split_reasoning(text: str) -> Reasoned | None:
+    """None where the text does not begin with reasoning. `<think>` may be missing: some prompts end with it."""
+    before, close, after = text.partition(CLOSE)
+    head, is_open, inside = before.rpartition(OPEN)
+    if not close or CLOSE in after or head.strip():
         return None
-    return (reasoning if is_open else before), reply
+    reasoning, reply = inside.strip(), after.lstrip()
+    opening = head + is_open + inside[: len(inside) - len(inside.lstrip())]
+    close = before[len(opening) + len(reasoning) :] + CLOSE + after[: len(after) - len(reply)]
+    return Reasoned(opening, reasoning, close, reply)
 
 
 def without_reasoning(conversation: Conversation) -> Conversation:
@@ -40,4 +51,4 @@ def _reply(part: Part) -> Part:
             f"labels.reasoning is drop, and it is not clear where the reasoning of {shown(part.text, 40)} ends: "
             f"expected one {OPEN}...{CLOSE} at the beginning of the reply"
         )
-    return Text(found[1].lstrip())
+    return Text(found.reply)
