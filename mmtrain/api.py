@@ -30,12 +30,14 @@ def train(config: "Config") -> Path:
     Raises UserError, and Stopped if a signal stops the run.
     """
     set_environment()
+    from mmtrain.report.after_run import report_after_run
     from mmtrain.train.folder import locked
     from mmtrain.train.run import train as run
 
     folder = Path(config.run.output_dir)
     with locked(folder):
-        run(config)
+        if run(config):
+            report_after_run(folder)
     return folder
 
 

@@ -13,6 +13,8 @@ from mmtrain import __version__
 from mmtrain.config_commands import ConfigPath, Overrides, config_app
 from mmtrain.errors import UserError, grouped
 from mmtrain.eval_commands import eval_app
+from mmtrain.model_commands import compose, inspect_model, merge
+from mmtrain.run_commands import report, runs
 from mmtrain.runtime.environment import set_environment
 
 MAX_LINES_SHOWN = 100
@@ -98,7 +100,10 @@ def train(
                 raise typer.Exit(launch.launch(layout, num_local, ["train", *args]))
         from mmtrain.train.run import train as run
 
-        run(loaded, accept_change or [])
+        if run(loaded, accept_change or []):
+            from mmtrain.report.after_run import report_after_run
+
+            report_after_run(output_dir)
 
 
 @app.command()
@@ -126,42 +131,13 @@ def inspect_labels(
     raise typer.Exit(run(loaded, options))
 
 
-@app.command()
-def inspect_model(
-    path: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or an id in the local hub cache.")],
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
-    chat_template: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A chat template, as model.chat_template.", show_default=False)
-    ] = None,
-) -> None:
-    """Show what a model is made of, how it takes text and images, and what can be trained."""
-    from mmtrain.inspect_model.command import inspect_model as run
-
-    run(path, json, chat_template)
+app.command()(inspect_model)
+app.command()(compose)
+app.command()(merge)
 
 
-@app.command()
-def merge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run or of an adapter.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A new directory for the model.")],
-    base: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The base model.", show_default="the one of the run")
-    ] = None,
-) -> None:
-    """Merge an adapter into its base model: one model that transformers, vLLM and others load."""
-    from mmtrain.merge.command import merge as run_merge
-
-    run_merge(run, output, base)
-
-
-@app.command()
-def runs(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A folder of runs, or a run.")] = Path("runs"),
-) -> None:
-    """List the runs in a folder: state, steps, loss, evaluation and time."""
-    from mmtrain.train.run_list import print_runs
-
-    print_runs(folder)
+app.command()(runs)
+app.command()(report)
 
 
 @app.command()

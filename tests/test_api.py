@@ -65,6 +65,7 @@ def test_records_are_encoded_as_training_does(config_file: Path) -> None:
         api.encode(config, [RECORD, {"messages": []}])
 
 
+@pytest.mark.slow("trains and evaluates in its own process")
 def test_the_code_of_the_page_runs(config_file: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
     done = subprocess.run(

@@ -82,10 +82,10 @@ FLOORS = [
     ["generate"],
     ["answers"],
     ["train"],
-    ["evaluate", "inspect_labels", "inspect_model", "merge", "init"],
+    ["evaluate", "inspect_labels", "inspect_model", "merge", "compose", "init", "report"],
     ["api"],
     ["config_commands"],
-    ["eval_commands"],
+    ["eval_commands", "model_commands", "run_commands"],
     ["cli"],
     ["__main__"],
 ]

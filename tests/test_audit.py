@@ -201,6 +201,7 @@ def test_a_fault_of_the_encoder_is_found(
     assert places(audit(config)) == {findings.NO_END: [f"{file}:{line}" for line in range(1, 9)]}
 
 
+@pytest.mark.slow("encodes in several worker processes")
 def test_the_number_of_workers_changes_nothing(bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = write_jsonl(bad.parent / "mixed.jsonl", mixed_rows(bad.parent, with_images=True) * 3)
     config = config_for(good, bad, max_length=400)

@@ -16,7 +16,7 @@ from mmtrain.checks import labels as label_checks
 from mmtrain.checks.content import image_notes
 from mmtrain.checks.findings import IGNORED, Finding
 from mmtrain.checks.labels import Checker
-from mmtrain.config.schema import TrainSource
+from mmtrain.config.data_section import TrainSource
 from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor

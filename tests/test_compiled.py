@@ -56,6 +56,7 @@ def near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     return torch.allclose(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow("compiles the formulas of a model with a C++ compiler")
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_formulas_are_exact_and_compiled_once(dtype: torch.dtype, compiling: None) -> None:

@@ -18,7 +18,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from mmtrain.config.schema import Config, Lora, Tune
+from mmtrain.config.schema import Config
+from mmtrain.config.tune_section import Lora, Tune
 from mmtrain.errors import UserError
 from mmtrain.model.components import (
     ComponentReport,

@@ -159,6 +159,7 @@ DATA = {
         [(None, "one<|im_end|>two<|im_end|>"), ("dashes.jinja", "one<|endoftext|>two<|endoftext|>")],
         {"data.train.0.path": "turns.jsonl"},
     ),
+    "model.adapter": Key(seen.starts_with_new_adapters, [(None, True), ("earlier", False)]),
     "model.dtype": Key(seen.frozen_types, [("float32", {torch.float32}), ("bfloat16", {torch.bfloat16})]),
     "model.quantization": Key(seen.quantized_layers, [(None, 0), ("nf4", 14)]),
     **sources("data.train.0", seen.num_samples, seen.image_tokens),
@@ -260,8 +261,12 @@ def test_every_key_of_the_schema_is_in_the_table() -> None:
     assert set(leaves(Config, "")) == set(KEYS)
 
 
+SLOW = pytest.mark.slow("several runs for a key; the keys of data, labels, train and tune.language are always tried")
+IS_SLOW = ("tune.vision", "tune.projector", "run.")
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
-@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if name.startswith(IS_SLOW) else ()) for name in KEYS])
 def test_a_key_does_what_it_says(name: str, files: None, tmp_path: Path) -> None:
     key = KEYS[name]
     if name == "model.quantization":

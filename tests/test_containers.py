@@ -14,7 +14,7 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from mmtrain.config.schema import Source
+from mmtrain.config.data_section import Source
 from mmtrain.errors import UserError, grouped
 from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
 from mmtrain.records.record_set import RecordSet

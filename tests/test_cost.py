@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from mmtrain.config.schema import Config, Tune
+from mmtrain.config.schema import Config
+from mmtrain.config.tune_section import Tune
 from mmtrain.dataset.batch import Batch, Loader
 from mmtrain.encoding.load import load_processor
 from mmtrain.model.components import Components, apply_tune

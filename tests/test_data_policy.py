@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from mmtrain.cli import app
-from mmtrain.config.schema import Config, EvalSource
+from mmtrain.config.data_section import EvalSource
+from mmtrain.config.schema import Config
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.validate import FaultPolicy, LengthLimit, check_samples
 from mmtrain.encoding.load import load_processor

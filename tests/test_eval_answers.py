@@ -21,7 +21,8 @@ from mmtrain.answers.page import write_page
 from mmtrain.answers.report import print_report
 from mmtrain.cli import app
 from mmtrain.config import dump_config
-from mmtrain.config.schema import Config, MetricName
+from mmtrain.config.data_section import MetricName
+from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.generate.replies import Reply

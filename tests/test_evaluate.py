@@ -165,6 +165,7 @@ def test_swapped_images_are_never_the_sample_s_own(make_config: MakeConfig) -> N
     assert {decode(span.image).getpixel((1, 1)) for span in grey.images} == {(128, 128, 128)}
 
 
+@pytest.mark.slow("trains and evaluates")
 def test_compare_gives_paired_differences(make_config: MakeConfig, tmp_path: Path) -> None:
     config = with_eval(make_config("text", {"language": LORA}, steps=8, batch_size=8, learning_rate=0.02))
     train(config)

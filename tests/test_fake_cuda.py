@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sliding window": {"kind": "cohere2", "config": {"sliding_window": 8}},
     "text": {"kind": "text"},
 }
-QUICK = ("float32", "bfloat16", "full language", "checkpointing", "llava")
+QUICK = ("float32", "bfloat16")
 NAMES = [pytest.param(name, marks=() if name in QUICK else SLOW) for name in CASES]
 TRAINED_TOWER = ("projector and vision",)
 PADDED = ("padded", "gemma3")

@@ -166,6 +166,7 @@ def test_a_resume_without_keeping_says_that_bits_may_differ(
     assert "its bits may differ: image_cache True → False" in capsys.readouterr().err
 
 
+@pytest.mark.slow("several runs")
 @pytest.mark.parametrize("features", [{}, DISK])
 def test_an_image_that_is_written_over_is_another_image(
     family: str, features: dict[str, float], make_config: MakeConfig
@@ -227,6 +228,7 @@ def test_a_broken_file_is_computed_again(make_config: MakeConfig, tmp_path: Path
     assert len(towers) == 2  # written anew
 
 
+@pytest.mark.slow("several runs")
 @pytest.mark.parametrize("fault", ["full", "no folder"])
 def test_where_nothing_can_be_written_the_run_continues(
     fault: str,
@@ -286,6 +288,7 @@ def test_evaluation_is_that_of_pixels_and_sees_an_adapter_of_the_vision_tower(
     assert abs(found["kept"][2] - found["kept"][0]).max() > 1e-3
 
 
+@pytest.mark.slow("several runs")
 def test_from_the_second_epoch_on_images_cost_nothing(make_config: MakeConfig) -> None:
     found = {}
     for name, features in (("kept", {}), ("pixels", OFF)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from mmtrain.config.schema import Source
+from mmtrain.config.data_section import Source
 from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.images import decode

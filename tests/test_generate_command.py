@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from mmtrain.cli import app
 from mmtrain.config import dump_config
-from mmtrain.config.schema import Config, Source
+from mmtrain.config.data_section import Source
+from mmtrain.config.schema import Config
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError

@@ -80,6 +80,7 @@ def test_what_a_step_of_text_does_not_use_has_the_gradient_zero(make_config: Mak
     assert len(calls) == 2  # every parameter has a gradient
 
 
+@pytest.mark.slow("several runs")
 def test_layers_that_the_model_never_uses_are_no_fault(make_config: Make) -> None:
     """LLaVA-1.5 takes the features before the last layer of its vision tower."""
     learner, dataset = learner_for(make_config("llava", {"vision": {"mode": "full"}, "language": LORA}))
@@ -92,6 +93,7 @@ def test_layers_that_the_model_never_uses_are_no_fault(make_config: Make) -> Non
     assert all("layers.2." in name or "post_layernorm" in name for name in unused)
 
 
+@pytest.mark.slow("several runs")
 def test_the_trial_changes_no_weight_and_no_random_state(make_config: Make) -> None:
     learner, dataset = learner_for(make_config("qwen2_5_vl", {**MIXED, "language": {**LORA, "dropout": 0.2}}))
     before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}

@@ -108,6 +108,7 @@ def test_the_merged_model_is_base_and_adapter_in_plain_transformers(
     assert list(output.parent.iterdir()) == [output]
 
 
+@pytest.mark.slow("trains and merges a model")
 def test_weights_are_cast_once_to_the_type_of_the_base_model(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("qwen2_5_vl", MIXED, steps=3)
     run = trained(config)
@@ -137,6 +138,7 @@ def tied_run(make_config: MakeConfig, folder: Path) -> tuple[Config, Path]:
     return config, trained(config)
 
 
+@pytest.mark.slow("trains and merges a model")
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
 def test_an_adapter_on_a_tied_head_gets_a_head_of_its_own(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -151,6 +153,7 @@ def test_an_adapter_on_a_tied_head_gets_a_head_of_its_own(
     assert torch.equal(merged.get_input_embeddings().weight, both.get_input_embeddings().weight)
 
 
+@pytest.mark.slow("trains and merges a model")
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
 def test_a_wrong_merge_is_refused_and_leaves_nothing(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -181,6 +184,7 @@ def test_a_weight_that_is_not_written_as_merged_is_noticed(
     assert not list(tmp_path.glob("*merged*"))
 
 
+@pytest.mark.slow("trains and merges a model")
 def test_large_models_are_saved_in_several_files(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +199,7 @@ def test_large_models_are_saved_in_several_files(
     assert relative(logits_of(load("llava", tmp_path / "merged"), config), logits_of(both, config)) < 1e-5
 
 
+@pytest.mark.slow("trains and merges a model")
 def test_an_adapter_without_its_run_is_merged_too(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,6 +211,7 @@ def test_an_adapter_without_its_run_is_merged_too(
     assert relative(logits_of(load("llava", tmp_path / "merged"), config), logits_of(both, config)) < 1e-5
 
 
+@pytest.mark.slow("trains and merges a model")
 def test_data_that_has_moved_is_reported(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,6 +249,7 @@ def test_a_complete_model_needs_no_merge(make_config: MakeConfig, tmp_path: Path
         merge(run, tmp_path / "merged")
 
 
+@pytest.mark.slow("trains and merges a model")
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "text"])
 def test_an_adapter_of_a_quantized_base_is_merged_into_the_dequantized_one(
     kind: str, make_config: MakeConfig, tmp_path: Path

@@ -265,6 +265,7 @@ def test_the_other_commands_decide_alike(
             command(packing=True)
 
 
+@pytest.mark.slow("several runs")
 def test_a_run_records_what_was_asked_and_resumes(
     families: dict[str, Path], make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from mmtrain.config.schema import Source
+from mmtrain.config.data_section import Source
 from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
@@ -291,7 +291,7 @@ document.body.dataset.seen = JSON.stringify(seen);
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-@pytest.mark.parametrize("width", [500, 1400])
+@pytest.mark.parametrize("width", [pytest.param(500, marks=pytest.mark.slow("a second width")), 1400])
 def test_the_page_works_in_a_browser(
     views: list[SampleView], written: tuple[str, Path], tmp_path: Path, width: int
 ) -> None:

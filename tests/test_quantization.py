@@ -178,6 +178,7 @@ def test_weights_are_counted_as_if_they_were_not_quantized(kind: str, make_quant
     assert weights.numel() * 2 == weights.quant_state.shape.numel()  # the last one is quantized
 
 
+@pytest.mark.slow("runs with a quantized model")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_repeats_and_resumes_bit_for_bit(dtype: str, make_quantized: Make, tmp_path: Path) -> None:
     settings = {"steps": 4, "batch_size": 3, "checkpoint_every": 2, "eval_every": 2}
@@ -203,6 +204,7 @@ def test_a_run_repeats_and_resumes_bit_for_bit(dtype: str, make_quantized: Make,
     assert result(first) == result(second)
 
 
+@pytest.mark.slow("runs with a quantized model")
 def test_another_version_of_the_quantizer_is_refused_on_resume(
     make_quantized: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +251,7 @@ json.dump(logits[0].tolist(), open(sys.argv[1], "w"))
 """
 
 
+@pytest.mark.slow("runs with a quantized model")
 def test_the_code_of_the_card_loads_the_adapter_on_the_quantized_base(
     make_quantized: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +281,7 @@ def test_the_code_of_the_card_loads_the_adapter_on_the_quantized_base(
     assert (found - trained[0]).norm() <= 1e-5 * trained[0].norm()
 
 
+@pytest.mark.slow("runs with a quantized model")
 def test_evaluation_and_token_losses_use_the_quantized_model(make_quantized: Make) -> None:
     config = make_quantized("qwen2_5_vl", steps=2, batch_size=4)
     train(config)

@@ -174,6 +174,7 @@ def own_data(folder: Path) -> None:
     subprocess.run([sys.executable, "-c", script], cwd=folder, check=True)
 
 
+@pytest.mark.slow("the commands of a page, each in its own process")
 def test_the_way_from_labelled_images_to_an_evaluated_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script of docs/data.md, then the config and the commands of the README, with the tiny model."""
     from typer.testing import CliRunner

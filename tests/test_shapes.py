@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mmtrain.config.schema import RecordFormat
+from mmtrain.config.data_section import RecordFormat
 from mmtrain.records.chat import Conversation, Image, Message, Part, Role, SampleError, Text
 from mmtrain.records.fields import map_fields
 from mmtrain.records.formats import read_record

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmtrain.config.schema import Config, Source
+from mmtrain.config.data_section import Source
+from mmtrain.config.schema import Config
 from mmtrain.dataset import encode_all, store
 from mmtrain.dataset.encode_all import EncodedChunk, EncodingSpec, Fault, Note
 from mmtrain.dataset.samples import FreshSamples, StoredSamples
@@ -128,6 +129,8 @@ def test_a_damaged_store_is_made_anew(how: str, make_config: MakeConfig, home: P
 def chunk(first: int, note: str) -> EncodedChunk:
     """Two samples: three tokens and an image, and one that is refused."""
     return EncodedChunk(
+        np.array([first, first + 1], np.int32),
+        np.array([-1, -1], np.int32),
         np.array([3, 0], np.int32),
         np.array([1, 0], np.int32),
         np.array([1, 0], np.int32),
@@ -135,8 +138,8 @@ def chunk(first: int, note: str) -> EncodedChunk:
         np.array([False, False, True]),
         np.array([[0, 2, 1, 30 + first, 20]], np.int32),
         (__file__,),
-        (Fault(first + 1, "refused", "ünknown"),),
-        {"literal": Note(1, first, note)},
+        (Fault(1, "refused", "ünknown"),),
+        {"literal": Note(1, 0, note)},
     )
 
 

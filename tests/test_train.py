@@ -256,6 +256,7 @@ def test_what_only_changes_the_computing_is_taken_and_fresh_starts_over(shared_r
     train(shared_run)
 
 
+@pytest.mark.slow("a run for each key")
 def test_only_changes_that_may_change_bits_are_reported_on_resume(
     shared_run: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,6 +277,7 @@ def test_only_changes_that_may_change_bits_are_reported_on_resume(
         assert printed == ([expected] if reported else [])
 
 
+@pytest.mark.slow("several runs")
 def test_a_checkpoint_from_before_there_was_a_section_run_is_resumed_to_the_same_bits(shared_run: Config) -> None:
     output = Path(shared_run.run.output_dir).with_name("old")
     shutil.copytree(shared_run.run.output_dir, output)

@@ -14,7 +14,7 @@ from mmtrain.answers.figures import figures
 from mmtrain.answers.metrics import METRICS
 from mmtrain.answers.report import print_report
 from mmtrain.config import Config
-from mmtrain.config.schema import EvalSource
+from mmtrain.config.data_section import EvalSource
 from mmtrain.errors import StorageError, UserError
 from mmtrain.generate.target import Loaded, Target, find_adapter, find_model, load_target
 from mmtrain.progress import Progress

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mmtrain.answers.asked import check_forms, choose_metrics
 from mmtrain.config import Config
-from mmtrain.config.schema import EvalSource
+from mmtrain.config.data_section import EvalSource
 from mmtrain.dataset.batch import Samples
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError

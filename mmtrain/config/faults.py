@@ -8,7 +8,8 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from mmtrain.config.keys import MOVED
-from mmtrain.config.schema import Config, Frozen, Full, Lora, Train
+from mmtrain.config.schema import Config, Train
+from mmtrain.config.tune_section import Frozen, Full, Lora
 from mmtrain.config.yaml_file import KeyPath
 from mmtrain.safe_text import shown
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
-from mmtrain.config.schema import Config, Marker, Run, Section
+from mmtrain.config.run_section import Run
+from mmtrain.config.schema import Config
+from mmtrain.config.section import Marker, Section
 
 
 def _marked(marker: Marker, section: type[Section] = Config, inside: str = "") -> Iterator[str]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mmtrain.config.data_section import in_full
 from mmtrain.config.faults import schema_faults
-from mmtrain.config.schema import Config, in_full
+from mmtrain.config.schema import Config
 from mmtrain.config.yaml_file import KeyPath, dump_yaml, parse_yaml, read_yaml
 from mmtrain.errors import UserError
 from mmtrain.safe_text import shown, visible
@@ -122,7 +123,7 @@ def _missing_files(data: dict[str, Any], where: dict[KeyPath, str], name: str) -
 
 def _paths(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     model, sections = data.get("model"), data.get("data")
-    for key in ("path", "chat_template"):
+    for key in ("path", "chat_template", "adapter"):
         if isinstance(model, dict) and isinstance(model.get(key), str):
             yield ("model", key), model[key]
     for section in ("train", "eval"):

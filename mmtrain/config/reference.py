@@ -12,7 +12,7 @@ Node = dict[str, Any]
 _INTRO = """\
 # Config reference
 
-Printed by `mmtrain config docs`. Do not edit this page: edit the docstrings in `mmtrain/config/schema.py`.
+Printed by `mmtrain config docs`. Do not edit this page: edit the docstrings in `mmtrain/config/`.
 
 A config is one YAML file. A key marked *required* has no default. Every key can also be set on the command line by its
 full name, such as `tune.language.rank=8`. Unknown keys are refused with their line and the nearest valid key.

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from mmtrain.checks.findings import IGNORED, REFUSED, UNCHECKED, UNDECODABLE, Finding
 from mmtrain.checks.labels import Checker
 from mmtrain.config import Config
-from mmtrain.config.schema import Source
+from mmtrain.config.data_section import Source
 from mmtrain.dataset.decoded_images import images_that_fail
 from mmtrain.dataset.workers import map_in_processes, num_cores
 from mmtrain.encoding.encode import Encoded, Encoder

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmtrain.checks.findings import REFUSED
-from mmtrain.config.schema import Data
+from mmtrain.config.data_section import Data
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import StoredSamples

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from mmtrain.config import Config
-from mmtrain.config.schema import EvalSource
+from mmtrain.config.data_section import EvalSource
 from mmtrain.dataset.plan import Indices
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError

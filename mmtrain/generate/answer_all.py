@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mmtrain.config.schema import Source
+from mmtrain.config.data_section import Source
 from mmtrain.dataset.hashes import digest, model_fingerprints
 from mmtrain.errors import UserError
 from mmtrain.generate.answers_file import AnswersFile, Row

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmtrain.config.schema import Source
+from mmtrain.config.data_section import Source
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.errors import UserError
 from mmtrain.generate.prompts import prompt_for, prompts_for_all

@@ -17,7 +17,7 @@ from rich.text import Text as Plain
 
 from mmtrain.checks.findings import REFUSED, Finding
 from mmtrain.config import Config
-from mmtrain.config.schema import Source
+from mmtrain.config.data_section import Source
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.store import open_store

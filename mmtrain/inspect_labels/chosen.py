@@ -7,7 +7,7 @@ import numpy as np
 
 from mmtrain.checks.findings import REFUSED
 from mmtrain.config import Config
-from mmtrain.config.schema import Source
+from mmtrain.config.data_section import Source
 from mmtrain.dataset.encode_all import ChunkEncoder, EncodingSpec
 from mmtrain.dataset.samples import FreshSamples, StoredSamples
 from mmtrain.dataset.store import find_store

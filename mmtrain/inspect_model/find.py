@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from mmtrain.config.schema import Lora, Model, Tune
+from mmtrain.config.schema import Model
+from mmtrain.config.tune_section import Lora, Tune
 from mmtrain.encoding.layout import Layout
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor

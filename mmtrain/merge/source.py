@@ -1,6 +1,5 @@
 """What is merged: the adapter of a run or of a directory, its base model, and samples to compare the result on."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from mmtrain.encoding.directory import template_in
 from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.model.adapter import CONFIG, Adapter, read_adapter
+from mmtrain.model.adapter import CONFIG, Adapter, named_base, read_adapter
 from mmtrain.model.load import length_limit
 from mmtrain.records.chat import SampleError
 from mmtrain.safe_text import one_line, visible
@@ -53,7 +52,7 @@ def find_source(path: Path, base: str | None) -> MergeSource:
     adapter = read_adapter(path)
     run = next((one for one in (path, adapter.folder.parent) if (one / "config.yaml").is_file()), None)
     config = None if run is None else _read_config(run / "config.yaml")
-    named = _named_base(adapter) if config is None else config.model.path
+    named = named_base(adapter) if config is None else config.model.path
     if base is None and named is None:
         raise UserError(f"{visible(str(adapter.folder / CONFIG))}: it names no base model: give it as --base MODEL")
     return MergeSource(adapter, base or str(named), run, config)
@@ -65,11 +64,6 @@ def _read_config(file: Path) -> Config:
         return Config.model_validate(read_yaml(file)[0])
     except ValidationError as error:
         raise UserError(f"{visible(str(file))}: not the config of a run: {one_line(error)}") from None
-
-
-def _named_base(adapter: Adapter) -> str | None:
-    named = json.loads((adapter.folder / CONFIG).read_bytes()).get("base_model_name_or_path")
-    return named if isinstance(named, str) and named else None
 
 
 def samples_of_run(source: MergeSource, processor: ChatProcessor, say: Callable[[str], None]) -> list[Encoded]:

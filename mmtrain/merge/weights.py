@@ -14,11 +14,10 @@ from transformers import GenerationConfig
 from transformers.utils.logging import ERROR, get_verbosity, set_verbosity
 
 from mmtrain.errors import UserError, system_error
+from mmtrain.model.weight_files import MAX_SHARD
 from mmtrain.safe_text import one_line
 
 GENERATION = "generation_config.json"
-MAX_SHARD = "5GB"
-"""The largest file of weights, as the hub's own models have it."""
 
 
 def dequantized(model: Any) -> Any:

@@ -100,7 +100,7 @@ def read_adapter(path: str | Path) -> Adapter:
 
     Raises UserError if there is none, or if it is broken, not LoRA, or not safe to load.
     """
-    folder = _find(Path(path))
+    folder = find_adapter_folder(Path(path))
     weights = _read_weights(folder)
     return Adapter(folder, _read_config(folder / CONFIG, weights), weights)
 
@@ -153,7 +153,8 @@ def _file(adapter: Adapter) -> str:
     return visible(str(adapter.folder / WEIGHTS))
 
 
-def _find(path: Path) -> Path:
+def find_adapter_folder(path: Path) -> Path:
+    """`path` or `path/adapter`, whichever has an adapter. Raises UserError if neither has one."""
     for folder in (path, path / "adapter"):
         if os.path.isfile(folder / CONFIG):  # unlike Path.is_file it takes any name
             return folder
@@ -161,6 +162,12 @@ def _find(path: Path) -> Path:
         f"{visible(str(path))}: no adapter there, neither {CONFIG} nor adapter/{CONFIG}: "
         "give the directory of an adapter, or of a run that saved one"
     )
+
+
+def named_base(adapter: Adapter) -> str | None:
+    """The base model that the adapter's config names, if it names one."""
+    named = json.loads((adapter.folder / CONFIG).read_bytes()).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

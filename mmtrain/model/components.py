@@ -11,7 +11,7 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from mmtrain.config.schema import Full, Lora, Tune
+from mmtrain.config.tune_section import Full, Lora, Tune
 from mmtrain.errors import UserError
 from mmtrain.model.lora_targets import is_linear, refused_by_peft
 from mmtrain.model.quantized_weights import num_weights

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from mmtrain.config.schema import Frozen, Tune
+from mmtrain.config.tune_section import Frozen, Tune
 from mmtrain.model.components import Components, base_name
 from mmtrain.model.family import Family
 from mmtrain.model.kernels.last_layer import last_mlp

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from mmtrain.config.schema import Lora, Tune
+from mmtrain.config.tune_section import Lora, Tune
 from mmtrain.dataset.batch import Batch
 from mmtrain.errors import UserError
 from mmtrain.model.components import base_name

@@ -6,7 +6,13 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.logging import ERROR, disable_progress_bar, get_verbosity, set_tqdm_hook, set_verbosity
@@ -88,15 +94,16 @@ def compile_layers(model: Any) -> None:
 
 
 def _from_pretrained(
-    path: str, config: Any, dtype: str, device: torch.device, tick: Callable[[], None], **settings: Any
+    auto: Any, path: str, dtype: str, device: torch.device, tick: Callable[[], None], **settings: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The model, and the faults of its weights that transformers found. Its own report of them is switched off."""
+    """The model that the class `auto` loads, and what transformers found about its weights, whose own report of it is
+    switched off. Raises UserError where a weight is missing or has another shape."""
     disable_progress_bar()  # the run has its own progress bar
     verbosity = get_verbosity()
     set_verbosity(ERROR)
     hook = set_tqdm_hook(_ticking(tick))
     try:
-        model, info = auto_class(config).from_pretrained(
+        model, info = auto.from_pretrained(
             path,
             # without a map weights stay mapped from the file where their type is the file's, so processes share them;
             # quantized ones would go to a GPU
@@ -116,7 +123,22 @@ def _from_pretrained(
     finally:
         set_verbosity(verbosity)
         set_tqdm_hook(hook)
+    _check_complete(info, path)
     return model, info
+
+
+def _check_complete(info: dict[str, Any], path: str) -> None:
+    """Raise UserError, naming a weight, if weights are missing or have wrong shapes."""
+    shapes = sorted(info["mismatched_keys"])
+    if shapes:
+        name, in_file, expected = shapes[0]
+        raise UserError(
+            f"{path}: {len(shapes)} weights have other shapes than config.json requires, such as {shown(name)}: "
+            f"{tuple(in_file)} in the file, {tuple(expected)} expected"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"{path}: {len(missing)} weights are missing, such as {shown(missing[0])}")
 
 
 def _quantized(path: str, config: Any, quantization: str, dtype: str) -> dict[str, Any]:
@@ -158,22 +180,10 @@ def load_model(
     not finite or have wrong shapes, or if the tokenizer has ids without an embedding in the model.
     """
     config = load_config(path)
-    check_weight_files(model_directory(path))
-    if getattr(config, "transformers_weights", None) is not None:  # it may name a pickle
-        raise UserError(f"{path}: config.json: transformers_weights is not supported: remove the key")
+    _check_files(config, path)
     check_not_stored_quantized(config, quantization, path)
     settings = {} if quantization is None else _quantized(path, config, quantization, dtype)
-    model, info = _from_pretrained(path, config, dtype, device, tick, **settings)
-    shapes = sorted(info["mismatched_keys"])
-    if shapes:
-        name, in_file, expected = shapes[0]
-        raise UserError(
-            f"{path}: {len(shapes)} weights have other shapes than config.json requires, such as {shown(name)}: "
-            f"{tuple(in_file)} in the file, {tuple(expected)} expected"
-        )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(f"{path}: {len(missing)} weights are missing, such as {shown(missing[0])}")
+    model, info = _from_pretrained(auto_class(config), path, dtype, device, tick, **settings)
     check_quantized(model, path)
     _check_finite(model, path, tick)
     unused = sorted(info["unexpected_keys"])
@@ -188,6 +198,25 @@ def load_model(
             f"{path}: the tokenizer has ids up to {largest}, but the model has only {num_embeddings} embeddings"
         )
     return model.eval()
+
+
+def load_headless_model(path: str, dtype: str) -> Any:
+    """A model without a head of its own, such as an image encoder, on the CPU in `dtype`, in eval mode.
+
+    Raises UserError if files are broken, or if weights are missing, not finite or have wrong shapes.
+    """
+    config = load_config(path)
+    _check_files(config, path)
+    check_not_stored_quantized(config, None, path)
+    model, _ = _from_pretrained(AutoModel, path, dtype, _CPU, lambda: None)
+    _check_finite(model, path, lambda: None)
+    return model.eval()
+
+
+def _check_files(config: Any, path: str) -> None:
+    check_weight_files(model_directory(path))
+    if getattr(config, "transformers_weights", None) is not None:  # it may name a pickle
+        raise UserError(f"{path}: config.json: transformers_weights is not supported: remove the key")
 
 
 def _check_finite(model: Any, path: str, tick: Callable[[], None]) -> None:

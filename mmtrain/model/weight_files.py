@@ -12,6 +12,10 @@ from mmtrain.safe_text import one_line, shown, visible
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Types of weights by their names in safetensors files; integers are no weights."""
+MAX_SHARD = "5GB"
+"""The largest file of weights that is written, as the hub's own models have it."""
 
 
 def check_weight_files(directory: Path) -> None:
@@ -29,6 +33,15 @@ def check_weight_files(directory: Path) -> None:
         except (OSError, SafetensorError) as error:
             file = visible(str(directory / name))
             raise UserError(f"{file}: not a complete safetensors file: {one_line(error)}; copy it again") from None
+
+
+def stored_dtypes(directory: Path) -> set[str]:
+    """The types of the floating-point weights in the files, such as float32. Only headers are read."""
+    found = set()
+    for name in _names(directory):
+        with safe_open(directory / name, framework="pt") as file:
+            found |= {file.get_slice(key).get_dtype() for key in file.offset_keys()}
+    return {_DTYPES.get(dtype, dtype) for dtype in found if not dtype.startswith(("I", "U", "BOOL"))}
 
 
 def check_finite_files(directory: Path) -> None:

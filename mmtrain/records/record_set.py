@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mmtrain.config.schema import Source
+from mmtrain.config.data_section import Source
 from mmtrain.records.chat import Conversation
 from mmtrain.records.fields import map_fields
 from mmtrain.records.formats import read_record

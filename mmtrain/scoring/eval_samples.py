@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmtrain.config import Config
-from mmtrain.config.schema import EvalSource
+from mmtrain.config.data_section import EvalSource
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import StoredSamples

@@ -10,7 +10,7 @@ import transformers
 
 from mmtrain import __version__
 from mmtrain.config import Config
-from mmtrain.config.schema import Frozen
+from mmtrain.config.tune_section import Frozen
 from mmtrain.dataset.hashes import cache_folder, model_fingerprints
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.image_cache.features import ImageFeatures, find_fields

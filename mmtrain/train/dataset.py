@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from mmtrain.config import Config
-from mmtrain.config.schema import EvalSource, Train
+from mmtrain.config.data_section import EvalSource
+from mmtrain.config.schema import Train
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Plan
 from mmtrain.dataset.samples import StoredSamples

@@ -4,9 +4,10 @@ import hashlib
 from collections.abc import Callable
 
 from mmtrain.config import Config
-from mmtrain.config.schema import Lora
+from mmtrain.config.tune_section import Lora
 from mmtrain.dataset.hashes import digest, model_fingerprints
 from mmtrain.model.dropout import MASKS
+from mmtrain.model.earlier_run import trained_files
 from mmtrain.model.quantization import quantizer
 from mmtrain.train.dataset import Dataset
 
@@ -16,6 +17,8 @@ def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> 
     dropout masks, a name and version. `tick` is called for every file."""
     template = dataset.encoder.processor.template.source
     found = model_fingerprints(config.model.path, tick)
+    if config.model.adapter is not None:
+        found["model.adapter.weights"] = digest(trained_files(config.model.adapter), tick)
     if config.model.quantization is not None:
         found["model.quantizer"] = quantizer(config.model.quantization)
     found["model.template"] = hashlib.sha256(template.encode()).hexdigest()

@@ -14,6 +14,7 @@ from mmtrain.errors import UserError, storage_faults
 from mmtrain.file_locks import try_lock
 from mmtrain.safe_text import visible
 
+FACTS = "facts.json"
 _LOCK = ".lock"
 
 
@@ -74,7 +75,7 @@ def start_over(output_dir: Path) -> None:
     for name in ("checkpoints", "adapter", "model", "stacks"):
         shutil.rmtree(output_dir / name, ignore_errors=True)
     with storage_faults(f"{visible(str(output_dir))}: an earlier run cannot be deleted"):
-        for name in ("metrics.jsonl", "dropped.jsonl"):
+        for name in ("metrics.jsonl", "dropped.jsonl", "report.html", FACTS):
             (output_dir / name).unlink(missing_ok=True)
 
 

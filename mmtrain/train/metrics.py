@@ -44,6 +44,11 @@ class MetricsFile:
             self._file.close()
 
 
+def is_step(row: dict[str, Any]) -> bool:
+    """Whether a row has the figures of a step, not of an evaluation."""
+    return "loss" in row
+
+
 def evaluated_at(path: Path, step: int) -> tuple[str, ...]:
     """The evaluation sets that have a row for `step` in the metrics at `path`."""
     rows = [json.loads(line) for line in _lines(path) if _step_of(line) == step]

@@ -15,7 +15,7 @@ from mmtrain.train.metrics import METRICS
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CACHED = re.compile(r"models--([A-Za-z0-9][\w.-]*?)--([\w.-]+)")
 """The name of a model's folder in the hub cache: `models--owner--name`."""
-_PATHS: Any = {"model": {"path"}, "data": {"train", "eval"}, "run": {"output_dir"}}
+_PATHS: Any = {"model": {"path", "adapter"}, "data": {"train", "eval"}, "run": {"output_dir"}}
 """The keys of a config that are left out: paths of this machine."""
 _IMAGE_CLASS = "AutoModelForImageTextToText"
 
@@ -159,6 +159,8 @@ def hub_id(path: str) -> str | None:
 def _figures(config: Config, run: Path) -> Iterator[str]:
     names = ", ".join(visible(Path(source.path).name) for source in config.data.train)
     yield f"- trained on: {names}"
+    if config.model.adapter is not None:
+        yield "- started from the trained weights of an earlier run"
     path = run / METRICS
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     steps = [row for row in rows if "eval" not in row]

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from mmtrain.config import Config
-from mmtrain.config.schema import Lora
+from mmtrain.config.tune_section import Lora
 from mmtrain.model.components import ComponentReport
 from mmtrain.progress import Progress, Task
 from mmtrain.runtime.shard import own_and_total_bytes

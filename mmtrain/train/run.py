@@ -5,39 +5,40 @@ from pathlib import Path
 
 from mmtrain.config import Config, dump_config
 from mmtrain.encoding.load import load_processor
-from mmtrain.errors import UserError
-from mmtrain.model.quantization import check_installed
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.checkpoint import CheckpointFolder
 from mmtrain.train.checkpointer import Checkpointer
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.export import export
+from mmtrain.train.facts import write_facts
 from mmtrain.train.folder import is_exported, write_inputs
 from mmtrain.train.learner import make_learner
 from mmtrain.train.loop import OnStep, TrainingLoop
+from mmtrain.train.preconditions import check_preconditions
 from mmtrain.train.report import end_report, start_report
 from mmtrain.train.run_state import RunState
 
 
-def train(config: Config, accept: Sequence[str] = (), on_step: OnStep = lambda row: None) -> None:
+def train(config: Config, accept: Sequence[str] = (), on_step: OnStep = lambda row: None) -> bool:
     """Start or resume the run that `config` describes, `accept`ing changes of these keys since its checkpoint.
 
-    `on_step` is called after each step with its row of metrics.jsonl and the step's floating-point `operations`.
+    `on_step` is called after each step with its row of metrics.jsonl and the step's floating-point `operations`. Gives
+    whether the run took its last steps now and this is its main process, which may add to the run's directory.
 
     Raises UserError for what the user can mend, and Stopped where a signal asked to stop.
     """
     runtime = Runtime(config.model.dtype, config.run.hang_timeout, config.run.num_threads, config.run.device)
     progress = Progress(runtime.activity.tick, quiet=not runtime.is_main)
     with runtime.supervised(Path(config.run.output_dir) / "stacks"):
-        _train(config, accept, on_step, runtime, progress)
+        has_finished = _train(config, accept, on_step, runtime, progress)
     runtime.close()
+    return has_finished and runtime.is_main
 
 
-def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runtime, progress: Progress) -> None:
+def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runtime, progress: Progress) -> bool:
     output_dir, activity = Path(config.run.output_dir), runtime.activity
-    _check_microbatches(config, runtime)
-    check_installed(config.model.quantization)
+    check_preconditions(config, runtime)
     activity.set("checking the data")
     processor = load_processor(config.model.path, config.model.chat_template)
     dataset = Dataset(config, processor, progress)
@@ -47,11 +48,13 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
     resume = state.resume(dataset, checkpoints, accept, progress)
     if resume.step == dataset.num_steps and is_exported(output_dir):
         progress.say(f"the run in {output_dir} is finished; --fresh starts it over")
-        return
+        return False
     if runtime.is_main:
         write_inputs(output_dir, dump_config(config), dataset.dropped_rows())
     activity.set("loading the model")
     learner = make_learner(config, processor, runtime, progress)
+    if runtime.is_main:
+        write_facts(config, dataset, learner)
     checkpointer = Checkpointer(checkpoints, state, learner, progress)
     checkpointer.restore(resume)
     for line in start_report(config, dataset, learner):
@@ -64,12 +67,4 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
         for line in end_report(output_dir):
             progress.say(line)
     activity.set("waiting")
-
-
-def _check_microbatches(config: Config, runtime: Runtime) -> None:
-    microbatches = config.run.microbatches
-    if microbatches != "auto" and microbatches % runtime.num_processes:
-        raise UserError(
-            f"run.microbatches: {microbatches} cannot be shared by {runtime.num_processes} processes: "
-            "expected a multiple of their number, or auto"
-        )
+    return True

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mmtrain.config.schema import Run
+from mmtrain.config.run_section import Run
 from mmtrain.dataset.batch import Batch
 from mmtrain.dataset.microbatches import cut_step
 from mmtrain.model.cost import CostModel

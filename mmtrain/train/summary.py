@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.train.folder import is_exported
-from mmtrain.train.metrics import METRICS
+from mmtrain.train.metrics import METRICS, is_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class RunSummary:
 
 def summarize(run: Path) -> RunSummary:
     """The figures of the run in the directory `run`; zeros and None where it has taken no step."""
-    rows = list(_rows(run / METRICS))
-    steps = [row for row in rows if "eval" not in row]
+    rows = list(rows_of(run / METRICS))
+    steps = [row for row in rows if is_step(row)]
     evals: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if "eval" in row:
@@ -56,7 +56,7 @@ def summarize(run: Path) -> RunSummary:
     )
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file that a run may be writing to: a half-written last one is left out."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

@@ -9,6 +9,7 @@ from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.components import ComponentReport, apply_tune, without_adapter
 from mmtrain.model.dropout import DropoutContext, install_dropout
+from mmtrain.model.earlier_run import start_from_run
 from mmtrain.model.family import Family, probe_family
 from mmtrain.model.load import checkpoint_activations, load_model
 from mmtrain.model.vision import VisionInputs, prepare_vision
@@ -46,6 +47,8 @@ def make_trainable(config: Config, processor: ChatProcessor, runtime: Runtime, p
     for line in without_adapter(base, family.components, config.tune):
         progress.say(line)
     model, reports = apply_tune(base, family.components, config.tune)
+    if settings.adapter is not None:
+        progress.say(start_from_run(model, family.components, settings, processor, runtime.activity.tick))
     if config.run.activation_checkpointing:
         checkpoint_activations(base)
     dropout = DropoutContext(config.train.seed)

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from mmtrain.config.schema import Run
+from mmtrain.config.run_section import Run
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "data_samples" / "tiny-vlm"

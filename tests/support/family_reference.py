@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
+import torch
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import processor_class_from_name
 
+from mmtrain.encoding.encode import Encoded
 from mmtrain.records.chat import Conversation, Image, Message, Text
 from support.families_grid import GRID
 from support.families_more import MORE
@@ -125,6 +127,22 @@ def own_ids(name: str, messages: list[dict[str, Any]], prompt: bool = False) -> 
     """The family's own ids; with `prompt` those that a reply to `messages` follows."""
     ids = own_inputs(name, messages, add_generation_prompt=prompt, return_tensors="pt")["input_ids"]
     return [int(id_) for id_ in ids[0]]
+
+
+def prompted_inputs(
+    name: str, messages: list[dict[str, Any]], whole: list[int], encoded: Encoded
+) -> dict[str, Any] | None:
+    """What a reply follows in inference, then the ids that end the family's own `whole`: the reply and its end. None
+    where that is not what was encoded."""
+    inputs = own_inputs(name, messages[:-1], add_generation_prompt=True, return_tensors="pt")
+    start = int(encoded.supervised.argmax())
+    reply = encoded.ids[start:].tolist()
+    if inputs["input_ids"][0].tolist() != encoded.ids[:start].tolist() or whole[-len(reply) :] != reply:
+        return None
+    added = {"input_ids": reply, "attention_mask": [1] * len(reply)}
+    text_keys = [key for key, value in inputs.items() if value.shape == inputs["input_ids"].shape]
+    more = {key: torch.tensor([added.get(key, [0] * len(reply))]) for key in text_keys}
+    return {key: torch.cat([value, more[key]], dim=1) if key in more else value for key, value in inputs.items()}
 
 
 def as_rows(tried: list[Conversation]) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->\n"
 HEAD = "| family | ids | LoRA and full step | adapter | bfloat16 | rows |\n|---|---|---|---|---|---|\n"
 NOT_TRAINED = {
     "hunyuan_vl": "refused: its processor wants tokens around a placeholder that it does not write itself",
-    "llava_onevision": "refused: its template writes another header before a reply than before a prompt",
     "minicpmv4_6": "refused: its forward takes no `logits_to_keep`",
     "phi4_multimodal": "refused: the features of an image depend on the other images of the batch",
 }
@@ -26,7 +25,8 @@ def row(name: str, proof: Proof) -> str:
     """The line of a family that was proven."""
     own = [line for line in proof.lines if line.startswith("packing: off")]
     rows = "packed" if proof.packed else next(text for part, text in _REASONS.items() if part in own[0])
-    ids = "own" if not proof.refused else f"own; refused: {', '.join(proof.refused).replace('_', ' ')}"
+    ids = "own, each reply after its prompt" if proof.alone else "own"
+    ids += f"; refused: {', '.join(proof.refused).replace('_', ' ')}" if proof.refused else ""
     marks = "failed | failed | failed" if proof.failures else "exact | exact | within 5e-3"
     return f"| {label(name)} | {ids} | {marks} | {rows} |\n"
 

@@ -31,6 +31,7 @@ from mmtrain.train import learner, loop, run
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.optimizer import make_optimizer, set_rate
 from mmtrain.train.step import train_step
+from mmtrain.train.trainable import make_trainable
 from support.learning import learner_for, step_of
 
 REFUSED = "refused"
@@ -103,6 +104,17 @@ def tuned(config: Config) -> tuple[Any, Any]:
     components = Components(base)
     model, _ = apply_tune(base, components, config.tune)
     return model, make_optimizer(model, components, config)
+
+
+def starts_with_new_adapters(config: Config) -> bool:
+    """Whether B of all adapters is zero before the first step. An earlier run that the config names is made first."""
+    if config.model.adapter is not None:
+        data = config.model_dump()
+        data["model"]["adapter"], data["run"]["output_dir"] = None, config.model.adapter
+        run.train(Config.model_validate(data))
+    processor = load_processor(config.model.path)
+    made = make_trainable(config, processor, Runtime(config.model.dtype), QUIET).model
+    return not any(p.any() for name, p in made.named_parameters() if "lora_B" in name)
 
 
 def component_of(name: str) -> str:

@@ -1,0 +1,128 @@
+"""`mmtrain compose`: an image encoder, a language model and a new projector as one model directory of transformers."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.compose.language import Language, load_language, with_image_tokens
+from mmtrain.compose.parts import (
+    ProjectorName,
+    check_fits,
+    image_tokens,
+    make_processor,
+    num_image_tokens,
+    put_together,
+)
+from mmtrain.compose.tower import Tower, load_tower
+from mmtrain.encoding.directory import model_directory
+from mmtrain.encoding.load import load_processor
+from mmtrain.errors import UserError, storage_faults
+from mmtrain.model.load import load_model
+from mmtrain.model.weight_files import MAX_SHARD, check_weight_files, stored_dtypes
+from mmtrain.progress import Progress
+from mmtrain.safe_text import shown, visible
+
+_GENERATION = "generation_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says."""
+
+    vision: str
+    language: str
+    output: Path
+    projector: ProjectorName = "mlp2x-gelu"
+    feature_layer: int = -2
+    dtype: str | None = None
+    """What both parts are cast to; None: they have the same type already."""
+    seed: int = 0
+
+
+def compose(options: Options) -> None:
+    """Write the composed model to a new directory.
+
+    Raises UserError, and leaves nothing there, if the parts do not fit or what was written is not what was composed.
+    """
+    name, progress = visible(str(options.output)), Progress()
+    if options.output.exists():
+        raise UserError(f"{name}: it exists: give a new directory with -o")
+    dtype = options.dtype or _common_dtype(options)
+    tower = load_tower(options.vision, dtype, options.feature_layer)
+    check_fits(tower, options.projector, options.vision)
+    language = load_language(options.language, dtype)
+    torch.manual_seed(options.seed)
+    language = with_image_tokens(language, image_tokens(options.projector), options.language)
+    model = put_together(tower, language, options.projector, dtype)
+    with storage_faults(f"{name}: it cannot be written"):
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_path(options.output) as made:
+            _write(made, model, make_processor(tower, language, options.projector), options)
+            _check_written(made, model, dtype)
+            move_into_place(options.output, made)
+    for line in _report(tower, language, model, options):
+        progress.say(line)
+    progress.say(f"saved {name} in {dtype}: {type(model).__name__} of transformers")
+    progress.say("next: train its projector, for example with configs/compose/projector.yaml")
+
+
+def _common_dtype(options: Options) -> str:
+    """The type in which both parts are stored. Raises UserError if they differ."""
+    found = {}
+    for key, path in (("--vision", options.vision), ("--language", options.language)):
+        directory = model_directory(path)
+        check_weight_files(directory)
+        found[f"{key} {path}"] = stored_dtypes(directory)
+    dtypes = set().union(*found.values())
+    if len(dtypes) != 1:
+        stored = ", ".join(f"{part} is stored in {' and '.join(sorted(own))}" for part, own in found.items())
+        raise UserError(f"{stored}: expected one type; choose the type of the composed model with --dtype")
+    return dtypes.pop()
+
+
+def _write(folder: Path, model: Any, processor: Any, options: Options) -> None:
+    """Write config, weights, tokenizer, template and image settings. Raises OSError."""
+    model.generation_config = GenerationConfig()  # transformers refuses to write some that it reads
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD)
+    processor.save_pretrained(folder)
+    own = model_directory(options.language) / _GENERATION
+    if own.is_file():
+        shutil.copyfile(own, folder / _GENERATION)
+    else:
+        GenerationConfig.from_model_config(model.config.text_config).save_pretrained(folder)
+
+
+def _check_written(folder: Path, model: Any, dtype: str) -> None:
+    """Load what was written as training does. Raises UserError unless every weight is the composed model's."""
+    saved = load_model(str(folder), dtype, load_processor(str(folder)))
+    expected, found = model.state_dict(), saved.state_dict()
+    wrong = [name for name in expected.keys() | found.keys() if not _equal(expected.get(name), found.get(name))]
+    if wrong:
+        raise UserError(
+            f"loaded back, {len(wrong)} weights are not those of the parts, such as {shown(min(wrong))}: "
+            "transformers cannot store these parts as one model"
+        )
+
+
+def _equal(one: Tensor | None, two: Tensor | None) -> bool:
+    return one is not None and two is not None and torch.equal(one, two)
+
+
+def _report(tower: Tower, language: Language, model: Any, options: Options) -> list[str]:
+    """What was composed, in a line for each component."""
+    size, side = tower.image_size, tower.side
+    dropped = ", its class token dropped" if tower.has_class_token else ""
+    num_new = sum(weight.numel() for weight in model.model.multi_modal_projector.parameters())
+    (token, id_), *_ = language.token_ids.items()
+    return [
+        f"vision: {type(tower.model).__name__}, hidden states {tower.feature_layer}{dropped}; {size}x{size} pixels, "
+        f"{side}x{side} patches, {num_image_tokens(tower, options.projector)} tokens an image",
+        f"projector: {options.projector}, {num_new:,} new parameters from seed {options.seed}",
+        f"language: {type(language.model).__name__}; {token} is token {id_}, {language.num_new_rows} new embeddings",
+    ]

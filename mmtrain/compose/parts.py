@@ -1,0 +1,154 @@
+"""The projectors, each with the class of transformers that has it, and the model put together from its parts."""
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import (
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
+    AyaVisionProcessor,
+    GotOcr2ImageProcessorPil,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from mmtrain.compose.language import IMAGE_TOKEN, Language
+from mmtrain.compose.tower import Tower
+from mmtrain.errors import UserError
+
+ProjectorName = Literal["mlp2x-gelu", "linear", "pixel-shuffle"]
+"""`mlp2x-gelu`: two linear layers with GELU between them, as in LLaVA-1.5. `linear`: the same class without GELU, the
+second layer being the identity at first. `pixel-shuffle`: four neighbouring patches become one vector, followed by a
+gated MLP."""
+
+_DOWNSAMPLING = 2
+_PATCH, _START, _TILE, _END = "<image_patch>", "<image_start>", "<image_tile>", "<image_end>"
+
+
+def image_tokens(projector: ProjectorName) -> tuple[str, ...]:
+    """The tokens that the tokenizer needs; the first one stands for an image in a conversation."""
+    return (IMAGE_TOKEN, _PATCH, _START, _TILE, _END) if projector == "pixel-shuffle" else (IMAGE_TOKEN,)
+
+
+def check_fits(tower: Tower, projector: ProjectorName, path: str) -> None:
+    """Raises UserError if the projector cannot take the tower's patches."""
+    if projector == "pixel-shuffle" and tower.side % _DOWNSAMPLING:
+        raise UserError(
+            f"--projector pixel-shuffle: {path} has {tower.side} patches in a row: expected an even number; "
+            "use mlp2x-gelu"
+        )
+
+
+def num_image_tokens(tower: Tower, projector: ProjectorName) -> int:
+    """The vectors that stand for one image in the language model's input."""
+    side = tower.side // _DOWNSAMPLING if projector == "pixel-shuffle" else tower.side
+    return side**2
+
+
+def put_together(tower: Tower, language: Language, projector: ProjectorName, dtype: str) -> Any:
+    """One model of the modules of both parts themselves and a new projector, which torch's own generator initializes.
+
+    Raises UserError where transformers has no such model, or where it computes something else than the language model
+    alone.
+    """
+    config = _config(tower, language, projector)
+    with torch.device("meta"):
+        made: Any = _CLASSES[projector](config)
+    inner, base = made.model, language.model.base_model
+    if type(inner.language_model) is not type(base) or type(inner.vision_tower) is not type(tower.model):
+        raise UserError(
+            f"transformers has no {type(made).__name__} with {type(tower.model).__name__} and {type(base).__name__}: "
+            "use other parts"
+        )
+    inner.multi_modal_projector = _new_projector(type(inner.multi_modal_projector), config, projector).to(
+        getattr(torch, dtype)
+    )
+    inner.vision_tower, inner.language_model = tower.model, base
+    made.lm_head = language.model.get_output_embeddings()
+    _check_text(made, language.model)
+    return made.eval()
+
+
+_CLASSES: dict[str, Any] = {
+    "mlp2x-gelu": LlavaForConditionalGeneration,
+    "linear": LlavaForConditionalGeneration,
+    "pixel-shuffle": AyaVisionForConditionalGeneration,
+}
+
+
+def _config(tower: Tower, language: Language, projector: ProjectorName) -> Any:
+    text = language.model.config
+    common: dict[str, Any] = {
+        "vision_config": _settings(tower.model.config),
+        "text_config": _settings(text),
+        "vision_feature_layer": tower.feature_layer,
+        "vision_feature_select_strategy": tower.selection,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "dtype": text.dtype,
+    }
+    if projector == "pixel-shuffle":
+        return AyaVisionConfig(**common, image_token_index=language.token_ids[_PATCH], downsample_factor=_DOWNSAMPLING)
+    return LlavaConfig(
+        **common,
+        image_token_index=language.token_ids[IMAGE_TOKEN],
+        image_seq_length=num_image_tokens(tower, projector),
+        projector_hidden_act="linear" if projector == "linear" else "gelu",
+    )
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """Without the path that the part was loaded from."""
+    return {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
+
+
+def _new_projector(of: type[nn.Module], config: Any, projector: ProjectorName) -> Any:
+    made: Any = of(config)
+    if projector == "linear":
+        nn.init.eye_(made.linear_2.weight)
+        nn.init.zeros_(made.linear_2.bias)
+    return made
+
+
+@torch.no_grad()
+def _check_text(made: Any, language: Any) -> None:
+    """Raises UserError unless the logits of a text are the language model's, bit for bit."""
+    ids = torch.arange(8)[None]
+    if not torch.equal(made(input_ids=ids).logits, language(input_ids=ids).logits):
+        raise UserError(
+            f"{type(made).__name__} gives other logits for a text than {type(language).__name__}, whose head has a "
+            "bias or whose logits are changed after it: use another language model"
+        )
+
+
+def make_processor(tower: Tower, language: Language, projector: ProjectorName) -> Any:
+    """The processor of transformers for the composed model: tokenizer, chat template and the tower's image settings."""
+    if projector != "pixel-shuffle":
+        return LlavaProcessor(
+            tower.image_processor,
+            language.tokenizer,
+            patch_size=tower.patch_size,
+            vision_feature_select_strategy=tower.selection,
+            chat_template=language.template,
+            image_token=IMAGE_TOKEN,
+            num_additional_image_tokens=int(tower.has_class_token),
+        )
+    size = {"height": tower.image_size, "width": tower.image_size}
+    own = tower.image_processor
+    one_tile = GotOcr2ImageProcessorPil(
+        size=size, image_mean=own.image_mean, image_std=own.image_std, resample=own.resample, max_patches=1
+    )
+    return AyaVisionProcessor(
+        one_tile,
+        language.tokenizer,
+        patch_size=tower.patch_size,
+        img_size=tower.image_size,
+        downsample_factor=_DOWNSAMPLING,
+        image_token=IMAGE_TOKEN,
+        img_patch_token=_PATCH,
+        start_of_img_token=_START,
+        tile_global_token=_TILE,
+        end_of_img_token=_END,
+        chat_template=language.template,
+    )

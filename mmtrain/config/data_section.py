@@ -1,0 +1,115 @@
+"""The section `data`: the samples that are trained on and evaluated."""
+
+import string
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, Strict, field_validator
+
+from mmtrain.config.section import Count, Marker, Section
+
+RecordFormat = Literal[
+    "auto",
+    "openai",
+    "messages",
+    "conversations",
+    "conversation",
+    "gemini",
+    "alpaca",
+    "query",
+    "question",
+    "prompt",
+    "input",
+]
+
+
+class Source(Section):
+    path: Annotated[str, Field(min_length=1)]
+    """A file of records (.json, .jsonl, .parquet, .arrow, .csv, .tsv, .tar and so on), a folder of them, or a glob."""
+    root: str | None = None
+    """The folder that image paths are relative to and may not leave; without it the data file's own."""
+    format: RecordFormat = "auto"
+    """The shape of the records, as docs/data.md lists them, or `auto`: detected for each record by its keys."""
+    fields: dict[str, str] = Field(default={})
+    """Which column of the data is which key of a record: `{image: img, question: q, answer: a}`. A value with braces
+    is a template of several columns: `{prompt: "{context}\\n{question}"}`."""
+    image_mark: Annotated[str, Field(min_length=1)] | None = None
+    """The text that stands for an image in the records; without it `<image>`, or another mark that docs/data.md lists
+    and that a record with images has instead."""
+
+    @field_validator("fields")
+    @classmethod
+    def _check_fields(cls, fields: dict[str, str]) -> dict[str, str]:
+        for source in fields.values():
+            pieces = list(string.Formatter().parse(source))  # raises ValueError on a brace without its other
+            if not source or any(name == "" or spec or conversion for _, name, spec, conversion in pieces):
+                raise ValueError('expected the name of a column, or a template such as "{context} {question}"')
+        return fields
+
+
+class TrainSource(Source):
+    weight: Annotated[float, Field(gt=0, le=10**6)] = 1.0
+    """Passes over the source in one epoch: 2.5 is two whole passes and a random half."""
+
+
+MetricName = Literal[
+    "exact_match",
+    "vqa_match",
+    "anls",
+    "relaxed_accuracy",
+    "multiple_choice",
+    "token_f1",
+    "chrf",
+    "json_accuracy",
+    "box_iou",
+    "box_accuracy",
+]
+
+
+class EvalSource(Source):
+    name: str | None = None
+    """The name of the source in reports; without it the file's name."""
+    metric: MetricName | None = None
+    """How `mmtrain eval answers` scores a generated answer (see docs/answers.md); without it a metric that suits the
+    source's reference answers is chosen and named."""
+
+
+def in_full(sources: Any) -> Any:
+    """Sources as sections: a path alone, or among others, is the section that has only this path."""
+    listed = [sources] if isinstance(sources, str) else sources
+    if not isinstance(listed, list | tuple):
+        return listed
+    return [{"path": source} if isinstance(source, str) else source for source in listed]
+
+
+class Data(Section):
+    train: Annotated[
+        tuple[TrainSource, ...],
+        Strict(False),
+        Field(min_length=1),
+        BeforeValidator(in_full, str | Annotated[list[str | TrainSource], Field(min_length=1)]),
+    ]
+    """What is trained on: a path, or a list of paths and sections."""
+    eval: Annotated[
+        tuple[EvalSource, ...],
+        Strict(False),
+        Marker.SAME_RESULT,
+        BeforeValidator(in_full, str | list[str | EvalSource]),
+    ] = ()
+    """What is evaluated during training and never trained on: a path, or a list of paths and sections."""
+    max_length: Count = 4096
+    """The longest allowed sample, in tokens, image placeholders included."""
+    too_long: Literal["error", "drop"] = "error"
+    """What to do with a longer sample: refuse it before the first step, or leave it out and list it in
+    dropped.jsonl. It is never truncated."""
+    on_fault: Literal["error", "skip"] = "error"
+    """What to do with a sample that cannot be used, such as one with a broken image: refuse it before the first step,
+    or leave it out and list it with its reason in dropped.jsonl. One that is too long follows `too_long`."""
+    max_skipped: Annotated[int, Field(ge=0, le=10**9)] | Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """How many samples of a set `on_fault: skip` leaves out at most: a number of them, or below 1 a share. With more
+    the run is refused."""
+    decode_images: Annotated[bool, Marker.SAME_RESULT] = True
+    """Decode every image once before the first step, and remember those that are sound. Without it a damaged image
+    stops the run at the step that uses it."""
+    ignore_fields: Annotated[tuple[str, ...], Strict(False)] = ()
+    """Keys of records, turns and content parts to ignore. Any other key that is neither understood nor plainly
+    metadata (`id`, `source`, `timestamp` and the like) is refused by line and name."""

@@ -1,0 +1,66 @@
+"""The section `run`: how a run is executed."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mmtrain.config.section import Count, Marker, Section
+
+
+class ImageCache(Section):
+    memory_gib: Annotated[float, Field(ge=0, le=10**6)] = 2.0
+    """GiB of memory in each process for the cached features."""
+    disk_gib: Annotated[float, Field(ge=0, le=10**6)] = 0.0
+    """GiB on disk, in the user's cache, for the cached features: for later runs and for the other processes."""
+
+
+class Run(Section):
+    output_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+    """The directory for everything that the run writes."""
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Marker.AFFECTS_BITS] = "auto"
+    """What the run computes on. `auto`: the GPU if torch finds one, else the CPU. `cuda`: NVIDIA GPUs with any dtype
+    from compute capability 8.0, with float32 below it. `mps` and, with `cuda`, ROCm are not tested, so they must be
+    named."""
+    microbatch_tokens: Annotated[Count, Marker.AFFECTS_BITS] = 2048
+    """Tokens that go through the model at once. Lower it when memory runs out, raise it where a large GPU has memory
+    to spare."""
+    microbatches: Annotated[Literal["auto"] | Annotated[int, Field(gt=0, le=65_536)], Marker.AFFECTS_BITS] = "auto"
+    """The number of micro-batches of a step. `auto`: the fewest that fit into `microbatch_tokens`, a multiple of the
+    number of processes. A number, which the number of processes must divide: a step is divided the same way however
+    many processes there are, so 1, 2, 4 and so on of them give the same bits."""
+    weights: Annotated[Literal["replicate", "shard"], Marker.AFFECTS_BITS] = "replicate"
+    """Every process stores all weights, or the weights are sharded over the processes (FSDP2): for models larger than
+    one device, and for full fine-tuning."""
+    packing: Annotated[Literal["auto"] | bool, Marker.AFFECTS_BITS] = "auto"
+    """Put the samples of a micro-batch end to end in one row, without padding (true), or one row each, padded (false).
+    `auto`: packed, except where a trial at the start shows that the samples of a row change each other's logits in
+    this model. With true such a model is refused."""
+    threads: Annotated[Annotated[int, Field(gt=0, le=1024)] | None, Marker.AFFECTS_BITS] = None
+    """CPU threads of a process. Without it: one where `microbatches` is a number (bits depend on it), else torch's
+    choice, the cores shared among the processes."""
+    hang_timeout: Annotated[float, Field(ge=1, le=10**6)] = 600.0
+    """Seconds without any progress after which the run fails and names the process that hangs."""
+    activation_checkpointing: Annotated[bool, Marker.AFFECTS_BITS] = False
+    """Compute the layers' activations again in the backward pass instead of storing them: less memory for the time of
+    one more forward pass."""
+    compile: Annotated[bool, Marker.AFFECTS_BITS] = False
+    """Compile the layers of the language model with torch.compile: fewer passes over memory, after a minute or more
+    before the first step. Needs a C++ compiler on the CPU."""
+    kernels: Annotated[Literal["auto", "off"], Marker.AFFECTS_BITS] = "auto"
+    """Replace modules of the model by faster equivalents, each one where a trial at the start shows that it computes
+    the same (`auto`), or compute everything with the model's own modules (`off`). On CUDA some are compiled at the
+    start."""
+    image_cache: Annotated[ImageCache, Marker.AFFECTS_BITS] = ImageCache()
+    """Where vision and projector are frozen, each image goes through them once and their outputs are cached. 0 for
+    both sizes: no cache."""
+    checkpoint_every: Count = 500
+    """Steps between checkpoints. The last step always has one."""
+    keep_checkpoints: Annotated[int, Field(ge=2, le=10**6)] = 2
+    """How many checkpoints are kept. Older ones are deleted."""
+    eval_every: Count = 500
+    """Steps between evaluations on `data.eval`. There is also one before the first step and one after the last."""
+
+    @property
+    def num_threads(self) -> int | None:
+        """CPU threads of a process, None where torch may choose."""
+        return 1 if self.threads is None and self.microbatches != "auto" else self.threads

@@ -1,0 +1,92 @@
+"""Runs as one HTML page that needs no network and no script. All text is escaped."""
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.report.chart import number
+from mmtrain.report.compare import differing_keys
+from mmtrain.report.read import Row, RunRecord, read_run
+from mmtrain.report.run_charts import charts, length_chart
+from mmtrain.report.series import column, smoothed
+from mmtrain.train.summary import duration, rows_of
+
+REPORT = "report.html"
+NUM_ANSWERS = 12
+NUM_COLORS = 6
+"""The page has so many colours; a seventh line has the first one again."""
+
+
+def write_report(runs: Sequence[Path], path: Path) -> None:
+    """Write the page of `runs` to `path`. Raises UserError where one is no run, and OSError."""
+    records = [read_run(run) for run in runs]
+    page = (
+        _environment()
+        .from_string(_resource("page.html"))
+        .render(
+            style=Markup(_resource("page.css")),
+            runs=records,
+            tiles=[_tiles(run) for run in records],
+            charts=charts(records),
+            differing=differing_keys([run.config for run in records]),
+            answers=_answers(records[0]) if len(records) == 1 else [],
+            length_chart=length_chart,
+        )
+    )
+    with temporary_path(path) as made:
+        made.write_text(page, encoding="utf-8", newline="\n")
+        move_into_place(path, made, durable=False)
+
+
+def _environment() -> Environment:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "count": "{:,}".format, "duration": duration}
+    environment.globals |= {"num_colors": NUM_COLORS}
+    return environment
+
+
+def _resource(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _tiles(run: RunRecord) -> list[tuple[str, str]]:
+    """What a reader wants to know first: (title, figure)."""
+    found = run.summary
+    planned = run.facts.get("num_steps", found.num_steps)
+    tiles = [
+        ("steps", f"{found.num_steps:,}" + ("" if planned == found.num_steps else f" of {planned:,}")),
+        ("training time", duration(found.seconds)),
+        ("tokens", f"{found.num_tokens:,}"),
+    ]
+    _, losses = column(run.steps, "loss")
+    if len(losses):
+        averages = smoothed(losses)
+        tiles.append(("loss", f"{number(losses[0])} → {number(averages[-1])}"))
+    tiles += [(f"perplexity, {one.name}", f"{number(one.first)} → {number(one.last)}") for one in found.evals]
+    for name, rows in run.answers.items():
+        last = rows[-1]
+        score, blind = last["metrics"].get(last["metric"]), last["blind"].get(last["metric"])
+        if score is not None and blind is not None:
+            tiles.append((f"{last['metric']}, {name}", f"{score:.1%} (blind {blind:.1%})"))
+    return tiles
+
+
+def _answers(run: RunRecord) -> list[dict[str, Any]]:
+    """Some questions with the answers before the first step and after the last one."""
+    files = sorted((run.path / "answers").glob("step-*.jsonl"))
+    if len(files) < 2:
+        return []
+    first = {_question(row): row for row in rows_of(files[0])}
+    last = [row for row in rows_of(files[-1]) if _question(row) in first]
+    shown = last[:: max(1, len(last) // NUM_ANSWERS)][:NUM_ANSWERS]
+    return [{**row, "before": first[_question(row)]["answer"]} for row in shown]
+
+
+def _question(row: Row) -> str:
+    return json.dumps([row["source"], row["place"], row["question"]])

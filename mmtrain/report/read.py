@@ -1,0 +1,94 @@
+"""What a run has left in its directory: config, figures of its data and model, metrics, and sampled answers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmtrain.config.yaml_file import read_yaml
+from mmtrain.errors import UserError
+from mmtrain.safe_text import visible
+from mmtrain.train.folder import FACTS
+from mmtrain.train.metrics import METRICS, is_step
+from mmtrain.train.summary import RunSummary, rows_of, summarize
+
+Row = dict[str, Any]
+
+NUM_DROPPED_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """The samples that a run left out."""
+
+    number: int
+    first: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """All that a page shows of a run."""
+
+    path: Path
+    name: str
+    summary: RunSummary
+    config: Row
+    """The merged config, as written to config.yaml."""
+    config_text: str
+    facts: Row
+    """What the run wrote about its data and its model before the first step; empty for a run of an earlier version."""
+    steps: tuple[Row, ...]
+    evals: dict[str, tuple[Row, ...]]
+    """By evaluation set."""
+    answers: dict[str, tuple[Row, ...]]
+    """Rows of answers generated during training, by evaluation set."""
+    dropped: Dropped
+
+
+def read_run(path: Path) -> RunRecord:
+    """The run in the directory `path`. Raises UserError where there is none, or it has taken no step yet."""
+    name = visible(str(path))
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{name}: no run there (it has no config.yaml): give the directory of a run (run.output_dir)")
+    rows = list(rows_of(path / METRICS))
+    if not rows:
+        raise UserError(f"{name}: {METRICS} has no row: the run has taken no step yet")
+    text = (path / "config.yaml").read_text(encoding="utf-8")
+    return RunRecord(
+        path=path,
+        name=path.resolve().name,
+        summary=summarize(path),
+        config=read_yaml(path / "config.yaml")[0],
+        config_text=text,
+        facts=_read_json(path / FACTS),
+        steps=tuple(row for row in rows if is_step(row)),
+        evals=_grouped(rows, "eval"),
+        answers=_grouped(rows, "answers"),
+        dropped=_dropped(path / "dropped.jsonl"),
+    )
+
+
+def _grouped(rows: list[Row], key: str) -> dict[str, tuple[Row, ...]]:
+    found: dict[str, tuple[Row, ...]] = {}
+    for row in rows:
+        if key in row:
+            found[row[key]] = (*found.get(row[key], ()), row)
+    return found
+
+
+def _read_json(path: Path) -> Row:
+    """An object from a file that a killed run may have left incomplete; empty where it cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _dropped(path: Path) -> Dropped:
+    number, first = 0, []
+    for row in rows_of(path):
+        number += 1
+        if number <= NUM_DROPPED_SHOWN:
+            first.append(row)
+    return Dropped(number, tuple(first))

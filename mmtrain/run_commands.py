@@ -1,0 +1,29 @@
+"""The commands about runs that are there. Each imports its modules when it runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A folder of runs, or a run.")] = Path("runs"),
+) -> None:
+    """List the runs in a folder: state, steps, loss, evaluation and time."""
+    from mmtrain.train.run_list import print_runs
+
+    print_runs(folder)
+
+
+def report(
+    run: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The directory of a run; several are compared.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The page.", show_default="report.html in the run"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object instead.")] = False,
+) -> None:
+    """Write one HTML page about a run, or about several side by side: curves, data, config, answers."""
+    from mmtrain.report.command import report as write
+
+    write(run, output, json)

@@ -1,0 +1,17 @@
+"""What can be refused before the data is read."""
+
+from mmtrain.config import Config
+from mmtrain.errors import UserError
+from mmtrain.model.quantization import check_installed
+from mmtrain.runtime.processes import Runtime
+
+
+def check_preconditions(config: Config, runtime: Runtime) -> None:
+    """Raises UserError where the processes cannot share the micro-batches, or a library that is needed is missing."""
+    microbatches = config.run.microbatches
+    if microbatches != "auto" and microbatches % runtime.num_processes:
+        raise UserError(
+            f"run.microbatches: {microbatches} cannot be shared by {runtime.num_processes} processes: "
+            "expected a multiple of their number, or auto"
+        )
+    check_installed(config.model.quantization)
