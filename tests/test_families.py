@@ -102,8 +102,9 @@ REFUSED = {
 """What the family's template allows no training on, and what the refusal says."""
 
 ALONE = {("qwen3_5", "two_answers"), "llava_onevision"}
-"""Cases and families whose template writes a reply in another way than it has it for inference: each reply is a sequence
-of its own, after the prompt for it."""
+"""Cases and families whose template writes a reply in another way than for inference: each reply is a sequence of its
+own, after the prompt for it."""
+
 REFUSED_AT_START = {
     "hunyuan_vl": "refuses an image of 64x64",
 }

@@ -86,10 +86,11 @@ def prove(name: str, root: Path, folder: Path) -> Proof:
         tried[case] = conversation
         for one, made in zip(sequences, encoded, strict=True):
             messages = as_messages(name, one, root)
-            inputs = own_inputs(name, messages, return_tensors="pt")
-            if made.ids.tolist() != inputs["input_ids"][0].tolist():
+            whole = own_inputs(name, messages, return_tensors="pt")
+            is_whole = made.ids.tolist() == whole["input_ids"][0].tolist()
+            inputs = whole if is_whole else prompted_inputs(name, messages, whole["input_ids"][0].tolist(), made)
+            if len(sequences) > 1 or not is_whole:
                 proof.alone.append(case)
-                inputs = prompted_inputs(name, messages, inputs["input_ids"][0].tolist(), made)
             if inputs is None:
                 proof.other_ids.append(case)
             samples.append((made, inputs))

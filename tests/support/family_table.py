@@ -1,7 +1,7 @@
 """The table of docs/models.md, printed or written: `PYTHONPATH=.:tests python -m support.family_table [--write]`."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,10 +25,14 @@ def row(name: str, proof: Proof) -> str:
     """The line of a family that was proven."""
     own = [line for line in proof.lines if line.startswith("packing: off")]
     rows = "packed" if proof.packed else next(text for part, text in _REASONS.items() if part in own[0])
-    ids = "own, each reply after its prompt" if proof.alone else "own"
-    ids += f"; refused: {', '.join(proof.refused).replace('_', ' ')}" if proof.refused else ""
+    ids = "; ".join(["own", *_cases("alone", proof.alone), *_cases("refused", proof.refused)])
     marks = "failed | failed | failed" if proof.failures else "exact | exact | within 5e-3"
     return f"| {label(name)} | {ids} | {marks} | {rows} |\n"
+
+
+def _cases(what: str, found: Collection[str]) -> Iterator[str]:
+    if found:
+        yield f"{what}: {', '.join(dict.fromkeys(found)).replace('_', ' ')}"
 
 
 def label(name: str) -> str:
