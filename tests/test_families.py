@@ -168,10 +168,11 @@ def test_encoding_many_gives_what_encoding_one_gives(name: str, root: Path) -> N
 def test_a_trace_is_of_the_same_ids(name: str, root: Path) -> None:
     for case, conversation in conversations(name).items():
         if (name, case) not in REFUSED:
-            encoded = encoder(name).encode(conversation, root)
-            traced = encoder(name).trace(conversation, encoded)
-            assert traced.encoded.ids.tolist() == encoded.ids.tolist()
-            assert len(traced.owners) == encoded.num_tokens
+            for _, one in encoder(name).sequences(conversation):
+                encoded = encoder(name).encode(one, root)
+                traced = encoder(name).trace(one, encoded)
+                assert traced.encoded.ids.tolist() == encoded.ids.tolist()
+                assert len(traced.owners) == encoded.num_tokens
 
 
 @pytest.mark.parametrize("name", USED)
@@ -217,13 +218,19 @@ def test_training_reads_what_is_shown_and_what_the_family_makes(name: str, root:
     config, tried = written(name, root, tmp_path)
     spec, processor = EncodingSpec.of(config, config.data.train), encoder(name).processor
     trained, _ = check_samples(spec, processor, LengthLimit(10_000, "data.max_length"))
-    records = spec.records()
-    shown = StoredSamples(records, open_store(spec, records, processor, QUIET))
-    for index, conversation in enumerate(tried):
+    store = open_store(spec, spec.records(), processor, QUIET)
+    assert set(store.records.tolist()) == set(range(len(tried)))
+    shown = StoredSamples(spec.records().sequences(store.records, store.turns), store)
+    for index in range(len(shown)):
         encoded, view = trained.encoded(index), view_sample(shown, spec.encoder(processor), index)
         assert [token.id for token in view.tokens] == encoded.ids.tolist()
         assert [token.supervised for token in view.tokens] == encoded.supervised.tolist()
-        assert without_added_ends(name, encoded)[0] == own_ids(name, as_messages(name, conversation, root))
+        messages = as_messages(name, shown.records.conversation(index), root)
+        whole = own_ids(name, messages)
+        if name in ALONE:
+            assert prompted_inputs(name, messages, whole, encoded) is not None
+        else:
+            assert without_added_ends(name, encoded)[0] == whole
 
 
 CANNOT_PACK = {
