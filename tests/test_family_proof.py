@@ -7,6 +7,7 @@ import pytest
 from support.family_proof import prove
 from support.family_reference import FAMILIES, is_usable, save_images
 from support.family_table import NOT_TRAINED, refusal, row, table
+from support.real_models import REAL, other_ids, real_files
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -27,6 +28,14 @@ def test_the_first_step_is_that_of_plain_transformers(name: str, root: Path, tmp
     proof = prove(name, root, tmp_path)
     assert proof.failures == []
     assert table()[name] == row(name, proof)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_ids_of_published_tokenizers_and_templates_are_the_familys_own(name: str, root: Path) -> None:
+    if not real_files(name).exists():
+        pytest.skip(f"{real_files(name).name} is not here")
+    assert other_ids(name, root) == []
+    assert f"| {REAL[name][1]} |" in table()[name]
 
 
 def test_the_page_has_every_family() -> None:

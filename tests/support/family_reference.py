@@ -87,15 +87,19 @@ def reference(name: str) -> Any:
     settings = json.loads((path / "processor_config.json").read_text())
     family = processor_class_from_name(settings.pop("processor_class"))
     parts = {"tokenizer": tokenizer, "image_processor": AutoImageProcessor.from_pretrained(path, backend="pil")}
+    return without_video(family, parts, chat_template=tokenizer.chat_template, **settings)
 
+
+def without_video(family: Any, parts: dict[str, Any], **settings: Any) -> Any:
+    """A processor of the class `family` without its parts for video and sound."""
     absent = SimpleNamespace(num_frames=None, fps=None, slice_mode=None, downsample_mode=None)
 
-    class WithoutVideo(family):  # type: ignore[misc, valid-type]
+    class WithoutVideo(family):  # type: ignore[misc]
         def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
             return None if argument is absent else super().check_argument_for_proper_class(name, argument)
 
     made = {part: parts.get(part, absent) for part in family.get_attributes()}
-    return WithoutVideo(**made, chat_template=tokenizer.chat_template, **settings)
+    return WithoutVideo(**made, **settings)
 
 
 def tokenizer_of(name: str) -> Any:

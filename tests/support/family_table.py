@@ -7,11 +7,13 @@ from tempfile import TemporaryDirectory
 
 from support.builders import ROOT
 from support.family_proof import Proof, prove
-from support.family_reference import FAMILIES, save_images
+from support.family_reference import FAMILIES, conversations, save_images
+from support.real_models import real_column
 
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->\n"
-HEAD = "| family | ids | LoRA and full step | adapter | bfloat16 | rows |\n|---|---|---|---|---|---|\n"
+COLUMNS = ("family", "ids", "published files", "LoRA and full step", "adapter", "bfloat16", "rows")
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
 NOT_TRAINED = {
     "hunyuan_vl": "refused: its processor wants tokens around a placeholder that it does not write itself",
     "minicpmv4_6": "refused: its forward takes no `logits_to_keep`",
@@ -25,9 +27,10 @@ def row(name: str, proof: Proof) -> str:
     """The line of a family that was proven."""
     own = [line for line in proof.lines if line.startswith("packing: off")]
     rows = "packed" if proof.packed else next(text for part, text in _REASONS.items() if part in own[0])
-    ids = "; ".join(["own", *_cases("alone", proof.alone), *_cases("refused", proof.refused)])
+    alone = ["every case"] if set(proof.alone) == conversations(name).keys() else proof.alone
+    ids = "; ".join(["own", *_cases("alone", alone), *_cases("refused", proof.refused)])
     marks = "failed | failed | failed" if proof.failures else "exact | exact | within 5e-3"
-    return f"| {label(name)} | {ids} | {marks} | {rows} |\n"
+    return f"| {label(name)} | {ids} | {real_column(name)} | {marks} | {rows} |\n"
 
 
 def _cases(what: str, found: Collection[str]) -> Iterator[str]:
@@ -41,7 +44,7 @@ def label(name: str) -> str:
 
 
 def refusal(name: str) -> str:
-    return f"| {label(name)} | {NOT_TRAINED[name]} | | | | |\n"
+    return f"| {label(name)} | {NOT_TRAINED[name]} | | | | | |\n"
 
 
 def table(page: Path = PAGE) -> dict[str, str]:
