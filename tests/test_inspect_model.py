@@ -19,6 +19,7 @@ from transformers import (
 
 from mmtrain import cli
 from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.processor import EncodingTrial
 from mmtrain.inspect_model.command import lines
 from mmtrain.inspect_model.find import ComponentFound, ModelFound, find
 from mmtrain.model.family import probe_family
@@ -155,6 +156,21 @@ def test_patches_per_token_are_measured(name: str, directories: dict[str, Path])
     family = probe_family(load_model(str(directories[name]), "float32", processor), processor, print)
     assert family.patches_per_token == PATCHES[name]
     assert family.grid_key == ("image_grid_thw" if name == "tiny" else None)
+
+
+EVERY_PROBE = [
+    *("no image", "no image and two replies", "one image", "one image and two replies", "two images"),
+    *("two images and two replies", "images among the words", "a system turn"),
+]
+
+
+def test_what_the_ids_were_compared_on_is_shown(found: dict[str, ModelFound]) -> None:
+    for name in ("tiny", "llava", "idefics3"):
+        assert found[name].encoding == EncodingTrial(EVERY_PROBE, [], {})
+    assert found["text"].encoding == EncodingTrial(["no image", "no image and two replies", "a system turn"], [], {})
+    shown = " ".join("\n".join(lines(found["tiny"])).split())
+    assert f"ids equal the model's own with {', '.join(EVERY_PROBE)}" in shown
+    assert "packing on: packed rows equal samples alone image cache on: cached features equal pixels" in shown
 
 
 def test_the_lines_fit_the_terminal_and_json_says_the_same(

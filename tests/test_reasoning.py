@@ -21,6 +21,7 @@ from mmtrain.dataset.samples import FreshSamples
 from mmtrain.dataset.store import open_store
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.processor import EncodingTrial
 from mmtrain.generate.prompts import prompt_for, prompts_for_all
 from mmtrain.progress import QUIET
 from mmtrain.records.chat import Conversation, Message, SampleError, Text
@@ -144,6 +145,24 @@ def test_each_reply_is_trained_on_after_the_prompt_of_inference(name: str) -> No
     prompts = [prompt.ids.tolist() for prompt in prompts_for_all(encoder(case.template), talk(TURNS), Path())]
     assert prompts == [ids for ids, _ in parts]
     assert prompt_for(encoder(case.template), talk(TURNS[:3]), Path()).ids.tolist() == parts[1][0]
+
+
+def test_the_trial_at_the_start_says_which_replies_are_alone() -> None:
+    trial = encoder(QWEN3).processor.trial
+    assert trial == EncodingTrial(["no image", "no image and two replies", "a system turn"], [], {})
+    trial = encoder(CASES["drops all"].template).processor.trial
+    assert trial == EncodingTrial([], ["no image", "no image and two replies", "a system turn"], {})
+    refusing = QWEN3.replace(
+        "{% for m in messages %}{% set c", "{% for m in messages if 1 / (m.role != 'system') %}{% set c"
+    )
+    trial = encoder(refusing).processor.trial
+    assert trial is not None
+    assert trial.equal == ["no image", "no image and two replies"]
+    assert "division by zero" in trial.refused["a system turn"]
+    assert list(trial.lines()) == [
+        "equal the model's own with no image, no image and two replies",
+        f"refused with a system turn: {trial.refused['a system turn']}",
+    ]
 
 
 @pytest.mark.parametrize("name", CASES)

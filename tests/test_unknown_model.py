@@ -72,7 +72,7 @@ def reference(
         targets, supervised = own["input_ids"][0, 1:], torch.tensor(sample.supervised[1:])
         total = total + F.cross_entropy(logits[supervised], targets[supervised], reduction="sum")
     loss = total / sum(sample.num_supervised for sample in samples)
-    loss.backward()
+    torch.autograd.backward(loss)
     return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -18,9 +18,9 @@ from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.image_processor import TEXT_KEYS
 from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.layout import as_messages
-from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.processor import ChatProcessor, EncodingTrial
 from mmtrain.errors import UserError
-from mmtrain.records.chat import Conversation, Image, Message, Part, SampleError, Text
+from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
 from mmtrain.records.reasoning import CLOSE
 from mmtrain.safe_text import one_line, shown
 
@@ -35,41 +35,45 @@ class _Probe:
     conversation: Conversation
 
 
-def try_family(processor: ChatProcessor) -> None:
+def try_family(processor: ChatProcessor) -> EncodingTrial:
     """Raises UserError naming the first position that differs, or what the model's own processor refuses."""
     # without an end token a run can still train on replies alone (labels.end_of_turn: false)
     encoder = Encoder(processor, end_of_turn=processor.tokenizer.traits.eos_id is not None)
-    refusals = []
-    probes = list(_probes(processor))
-    for probe in probes:
+    trial = EncodingTrial([], [], {})
+    for probe in _probes(processor):
         images = _found_images(probe.conversation)
         try:
             sequences = [one for _, one in encoder.sequences(probe.conversation)]
             encoded = [encoder.encode_with(one, images[: len(one.images)]) for one in sequences]
         except SampleError as error:  # a template may refuse a system turn or several replies: so are samples like that
-            refusals.append(str(error))
+            trial.refused[probe.name] = str(error)
             continue
-        for conversation, made in zip(sequences, encoded, strict=True):
+        is_whole = [
             _compare(processor, _Probe(probe.name, conversation), made, images[: len(conversation.images)])
-    if len(refusals) == len(probes):
-        raise UserError(f"every probe conversation is refused, the first because {refusals[0]}")
+            for conversation, made in zip(sequences, encoded, strict=True)
+        ]
+        (trial.equal if is_whole == [True] else trial.alone).append(probe.name)
+    if not trial.equal and not trial.alone:
+        raise UserError(f"every probe conversation is refused, the first because {next(iter(trial.refused.values()))}")
+    return trial
 
 
 def _probes(processor: ChatProcessor) -> Iterator[_Probe]:
-    question, answer = Text("What is it?"), (Text(processor.template.reply("A cat.")),)
-    system = Message("system", (Text("Be brief."),))
-    texts = [Message("user", (question,)), Message("assistant", answer)]
-    yield _Probe("without an image", Conversation(tuple(texts)))
-    yield _Probe("with a system turn and two replies", Conversation((system, *texts, *texts)))
+    question, answer = Text("What is it?"), Message("assistant", (Text(processor.template.reply("A cat.")),))
+    plain = Message("user", (question,))
+    first, second = (Message("user", (Image(f"probe {n}"), question)) for n in range(2))
+    both = Message("user", (*first.parts, *second.parts))
+    among = Message("user", (Text("This"), Image("probe 0"), Text("and what is it?\n")))
+    last = Message("user", (Image("probe 1"), Text("\nAnd this?")))
+    yield _Probe("no image", Conversation((plain, answer)))
+    yield _Probe("no image and two replies", Conversation((plain, answer) * 2))
     if processor.images is not None:
-        for number in (1, 2):
-            images: tuple[Part, ...] = tuple(Image(f"probe {n}") for n in range(number))
-            turn = Message("user", (*images, question))
-            name = "with one image" if number == 1 else "with two images"
-            yield _Probe(name, Conversation((turn, texts[1])))
-        between = Message("user", (Text("This"), Image("probe 0"), Text("and what is it?\n")))
-        last = Message("user", (Image("probe 1"), Text("\nAnd this?")))
-        yield _Probe("with images among the words", Conversation((between, texts[1], last, texts[1])))
+        yield _Probe("one image", Conversation((first, answer)))
+        yield _Probe("one image and two replies", Conversation((first, answer, plain, answer)))
+        yield _Probe("two images", Conversation((both, answer)))
+        yield _Probe("two images and two replies", Conversation((first, answer, second, answer)))
+        yield _Probe("images among the words", Conversation((among, answer, last, answer)))
+    yield _Probe("a system turn", Conversation((Message("system", (Text("Be brief."),)), plain, answer)))
 
 
 def _found_images(conversation: Conversation) -> list[FoundImage]:
@@ -81,9 +85,12 @@ def _gradient(size: tuple[int, int]) -> PIL.Image.Image:
     return PIL.Image.linear_gradient("L").resize(size).convert("RGB")
 
 
-def _compare(processor: ChatProcessor, probe: _Probe, encoded: Encoded, images: Sequence[FoundImage]) -> None:
-    """Raises UserError where ids or tensors are not the model's own."""
-    name = f"a probe conversation {probe.name}"
+def _compare(processor: ChatProcessor, probe: _Probe, encoded: Encoded, images: Sequence[FoundImage]) -> bool:
+    """Whether the ids are those of the whole conversation, not only of the prompt and then the reply.
+
+    Raises UserError where ids or tensors are not the model's own.
+    """
+    name = f"a probe conversation with {probe.name}"
     pixels = [_gradient(image.size) for image in images]
     try:
         own = _own(processor, probe.conversation, pixels)
@@ -102,6 +109,7 @@ def _compare(processor: ChatProcessor, probe: _Probe, encoded: Encoded, images: 
     if images:
         _compare_tensors(processor, name, own, images)
         _compare_types(processor, name, own)
+    return at is None
 
 
 def _follows_the_prompt(

@@ -1,5 +1,6 @@
 """A model directory's chat processor, ready for use."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,9 @@ def load_processor(path: str, template_file: str | None = None, tried: bool = Fa
         if not tried:
             try_template(template, through_wrapper(parts.tokenizer, template))
         processor = make_processor(parts)
-        if not tried:
-            try_family(processor)
+        return processor if tried else replace(processor, trial=try_family(processor))
     except (UserError, SampleError) as error:
         raise UserError(f"{path}: {error}") from None
-    return processor
 
 
 def read_template(file: Path) -> str:

@@ -1,6 +1,6 @@
 """The model's own tokenizer, chat template and image processor."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,27 @@ from mmtrain.records.chat import SampleError
 
 
 @dataclass(frozen=True, slots=True)
+class EncodingTrial:
+    """What came of a few conversations that were encoded here and by the model's own processor, by what is in them."""
+
+    equal: list[str]
+    """Their ids are those of the model's own `apply_chat_template`."""
+    alone: list[str]
+    """The same for each reply after the prompt for it: the template writes replies in another way once others follow,
+    or than for inference."""
+    refused: dict[str, str]
+    """With the reason: samples like them are refused too."""
+
+    def lines(self) -> Iterator[str]:
+        if self.equal:
+            yield f"equal the model's own with {', '.join(self.equal)}"
+        if self.alone:
+            yield f"equal it for each reply alone, after the prompt for it, with {', '.join(self.alone)}"
+        for name, reason in self.refused.items():
+            yield f"refused with {name}: {reason}"
+
+
+@dataclass(frozen=True, slots=True)
 class ChatProcessor:
     """Renders conversations, turns text into ids and images into tensors, as inference does."""
 
@@ -24,6 +45,8 @@ class ChatProcessor:
     """None for a model that takes no images."""
     given_template: str | None = None
     """The text of `model.chat_template`, where it is given."""
+    trial: EncodingTrial | None = None
+    """None where another process tried it."""
 
     @property
     def image_token_id(self) -> int | None:

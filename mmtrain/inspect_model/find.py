@@ -10,7 +10,7 @@ from mmtrain.config.schema import Model
 from mmtrain.config.tune_section import Lora, Tune
 from mmtrain.encoding.layout import Layout
 from mmtrain.encoding.load import load_processor
-from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.processor import ChatProcessor, EncodingTrial
 from mmtrain.errors import UserError
 from mmtrain.model.components import COMPONENTS, Components, apply_tune, targets_of
 from mmtrain.model.family import probe_family
@@ -71,6 +71,7 @@ class ModelFound:
     components: list[ComponentFound]
     images: ImagesFound | None
     template: TemplateFound
+    encoding: EncodingTrial | None
     head: str
     packing: str | None
     """Why samples do not share a row; None where they do."""
@@ -101,6 +102,7 @@ def find(path: str, say: Callable[[str], None], chat_template: str | None = None
         components=components,
         images=_images(processor),
         template=_template(processor),
+        encoding=processor.trial,
         head=family.head_kind,
         packing=packing,
         image_cache=fields if isinstance(fields, str) else None,

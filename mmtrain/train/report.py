@@ -29,6 +29,7 @@ def start_report(config: Config, dataset: Dataset, learner: Learner) -> Iterator
     """What is printed before the first step."""
     yield _component_table(learner.component_reports)
     yield dataset.summary()
+    yield from _trial_lines(learner)
     yield _weights_line(learner)
     yield from _bits_lines(config, learner)
     yield from _image_cache_lines(config, learner)
@@ -47,6 +48,14 @@ def _component_table(reports: Sequence[ComponentReport]) -> Table:
         numbers = [row.trainable, row.frozen, *([row.quantized] if quantized else [])]
         table.add_row(row.component, row.mode, modules, *(f"{number:,}" for number in numbers))
     return table
+
+
+def _trial_lines(learner: Learner) -> Iterator[str]:
+    """What the trials at the start found; what falls back has been said."""
+    if learner.processor.trial is not None:
+        yield from (f"ids {line}" for line in learner.processor.trial.lines())
+    if learner.packing:
+        yield "packing: on, packed rows equal samples alone"
 
 
 def _weights_line(learner: Learner) -> str:

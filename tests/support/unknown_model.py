@@ -39,7 +39,7 @@ TEMPLATE = (
 )
 
 
-class EyeConfig(PreTrainedConfig):
+class EyeConfig(PreTrainedConfig):  # type: ignore[misc]
     model_type = "pic_eye"
 
     def __init__(self, hidden_size: int = 24, patch_size: int = PATCH, **others: Any) -> None:
@@ -47,13 +47,18 @@ class EyeConfig(PreTrainedConfig):
         super().__init__(**others)
 
 
-class PicConfig(PreTrainedConfig):
+class PicConfig(PreTrainedConfig):  # type: ignore[misc]
     model_type = "pic"
     sub_configs: ClassVar = {"vision_config": EyeConfig, "text_config": LlamaConfig}
     attribute_map: ClassVar = {"image_token_id": "pic_id"}
 
     def __init__(
-        self, vision_config: Any = None, text_config: Any = None, pic_id: int = 0, variant: str = "plain", **others: Any
+        self,
+        vision_config: Any = None,
+        text_config: Any = None,
+        pic_id: int | None = None,
+        variant: str = "plain",
+        **others: Any,
     ) -> None:
         self.vision_config = EyeConfig(**vision_config) if isinstance(vision_config, dict) else vision_config
         self.text_config = LlamaConfig(**text_config) if isinstance(text_config, dict) else text_config
@@ -61,8 +66,8 @@ class PicConfig(PreTrainedConfig):
         super().__init__(**others)
 
 
-class PicPreTrained(PreTrainedModel):
-    config_class = PicConfig
+class PicPreTrained(PreTrainedModel):  # type: ignore[misc]
+    config_class: Any = PicConfig
     base_model_prefix = "body"
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -124,7 +129,7 @@ class Pic(PicPreTrained):
         return self.talker(inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids, **others)
 
 
-class PicForConditionalGeneration(PicPreTrained, GenerationMixin):
+class PicForConditionalGeneration(PicPreTrained, GenerationMixin):  # type: ignore[misc]
     def __init__(self, config: PicConfig) -> None:
         super().__init__(config)
         self.body = Pic(config)
@@ -134,10 +139,10 @@ class PicForConditionalGeneration(PicPreTrained, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.mouth
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.body.talker.get_input_embeddings()
 
-    def get_decoder(self) -> nn.Module:
+    def get_decoder(self) -> Any:
         return self.body.talker
 
     def get_image_features(self, pixel_values: Tensor, **others: Any) -> BaseModelOutputWithPooling:
@@ -170,12 +175,14 @@ class PicForConditionalGeneration(PicPreTrained, GenerationMixin):
 class PicForAllLogits(PicForConditionalGeneration):
     """Its forward takes no `logits_to_keep`."""
 
-    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None, **others: Any) -> CausalLMOutputWithPast:
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, **others: Any
+    ) -> CausalLMOutputWithPast:
         others = {key: value for key, value in others.items() if key != "logits_to_keep"}
         return super().forward(input_ids, pixel_values, **others)
 
 
-class PicProcessor(ProcessorMixin):
+class PicProcessor(ProcessorMixin):  # type: ignore[misc]
     def __init__(
         self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, style: str = "plain"
     ) -> None:
