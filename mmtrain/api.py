@@ -53,18 +53,14 @@ def encode(config: "Config", records: Sequence[Mapping[str, Any]], root: str | P
     from mmtrain.encoding.load import load_processor
     from mmtrain.errors import UserError
     from mmtrain.records.chat import SampleError
-    from mmtrain.records.formats import read_record
-    from mmtrain.records.reasoning import without_reasoning
 
     processor = load_processor(config.model.path, config.model.chat_template)
-    encoder = EncodingSpec.of(config, config.data.train).encoder(processor)
-    ignored = frozenset(config.data.ignore_fields)
+    spec = EncodingSpec.of(config, config.data.train)
+    encoder = spec.encoder(processor)
     found = []
     for number, record in enumerate(records):
         try:
-            conversation = read_record(dict(record), "auto", ignored)
-            conversation = without_reasoning(conversation) if config.labels.reasoning == "drop" else conversation
-            found += [encoder.encode(one, Path(root)) for _, one in encoder.sequences(conversation)]
+            found += [encoder.encode(one, Path(root)) for _, one in encoder.sequences(spec.read(record))]
         except SampleError as error:
             raise UserError(f"record {number}: {error}") from None
     return found

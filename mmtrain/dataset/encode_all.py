@@ -1,8 +1,9 @@
 """All samples of a record set encoded and checked, chunk by chunk, by several processes where there are many."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation, SampleError
+from mmtrain.records.formats import read_record
+from mmtrain.records.reasoning import without_reasoning
 from mmtrain.records.record_set import RecordSet
 
 _CHUNK = 256
@@ -57,6 +60,11 @@ class EncodingSpec:
     def records(self) -> RecordSet:
         """The records, their files opened. Raises UserError where one cannot be read."""
         return RecordSet(self.sources, frozenset(self.ignored), self.drops_reasoning)
+
+    def read(self, record: Mapping[str, Any]) -> Conversation:
+        """The conversation of a record that stands in no file. Raises SampleError where it is none."""
+        found = read_record(dict(record), "auto", frozenset(self.ignored))
+        return without_reasoning(found) if self.drops_reasoning else found
 
     def encoder(self, processor: ChatProcessor) -> Encoder:
         return Encoder(processor, self.train_on, self.end_of_turn)
