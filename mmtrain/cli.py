@@ -14,7 +14,7 @@ from mmtrain.config_commands import ConfigPath, Overrides, config_app
 from mmtrain.errors import UserError, grouped
 from mmtrain.eval_commands import eval_app
 from mmtrain.model_commands import compose, inspect_model, merge
-from mmtrain.run_commands import report, runs
+from mmtrain.run_commands import plan, report, runs
 from mmtrain.runtime.environment import set_environment
 
 MAX_LINES_SHOWN = 100
@@ -138,6 +138,7 @@ app.command()(merge)
 
 app.command()(runs)
 app.command()(report)
+app.command()(plan)
 
 
 @app.command()

@@ -1,9 +1,11 @@
-"""The commands about runs that are there. Each imports its modules when it runs."""
+"""The commands about runs: those that are there, and one that is not yet. Each imports its modules when it runs."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mmtrain.config_commands import ConfigPath, Overrides
 
 
 def runs(
@@ -27,3 +29,16 @@ def report(
     from mmtrain.report.command import report as write
 
     write(run, output, json)
+
+
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    processes: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of processes to plan for.")] = "1,2,8",
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object instead.")] = False,
+) -> None:
+    """Show what a run will do and need before it is started: steps, memory per GPU, disk, time."""
+    from mmtrain.config import load_config
+    from mmtrain.plan.command import plan as run
+
+    run(load_config(config, overrides or []), processes, json)

@@ -82,7 +82,7 @@ FLOORS = [
     ["generate"],
     ["answers"],
     ["train"],
-    ["evaluate", "inspect_labels", "inspect_model", "merge", "compose", "init", "report"],
+    ["evaluate", "inspect_labels", "inspect_model", "merge", "compose", "init", "report", "plan"],
     ["api"],
     ["config_commands"],
     ["eval_commands", "model_commands", "run_commands"],

@@ -32,7 +32,7 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compi
 @pytest.fixture
 def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU counts as a device on which formulas are compiled."""
-    caches = (compiled.compiled, compiled.compile_fault, rotary._forward)
+    caches = (compiled._compiled, compiled.compile_fault, rotary._forward)
 
     def forget() -> None:
         torch._dynamo.reset()

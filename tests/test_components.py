@@ -2,37 +2,34 @@
 
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from pydantic import ValidationError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Llama4ForCausalLM,
     Llama4TextConfig,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from mmtrain.config.schema import Config
-from mmtrain.config.tune_section import Lora, Tune
+from mmtrain.config.tune_section import ComponentModules, Lora, Tune
 from mmtrain.errors import UserError
-from mmtrain.model.components import (
-    ComponentReport,
-    Components,
-    apply_tune,
-    base_name,
-    targets_of,
-    without_adapter,
-)
+from mmtrain.model.components import Components, base_name
+from mmtrain.model.lora_targets import targets_of, without_adapter
+from mmtrain.model.tune import ComponentReport, apply_tune
+from mmtrain.scoring.image_cache import caches_features
 from mmtrain.train.optimizer import make_optimizer
+from mmtrain.train.report import start_report
 from support.attention_models import TEXT_MODELS
 from support.builders import DECODER_SIZES
-from support.learning import LORA
+from support.learning import LORA, learner_for
 
 # Where each component's parameters lie in each architecture, written down from the models' own module trees.
 PATTERNS = {
@@ -187,20 +184,13 @@ def test_layers_that_peft_refuses_are_named_in_one_line() -> None:
     assert report.num_modules == 4
 
 
-def test_what_gets_no_adapter_is_said_in_one_line_each() -> None:
-    """By default peft's refusals are left out. Experts: 2 layers of 4 x 3 x 32 x 48 parameters."""
+def test_layers_that_peft_refuses_are_left_out_by_default() -> None:
     tune = Tune.model_validate({"language": LORA})
     mamba = TEXT_MODELS["mamba"]()
     refused = "tune.language: no adapter on 2 linear layers that peft refuses: out_proj"
     assert list(without_adapter(mamba, Components(mamba), tune)) == [refused]
     _, (report,) = prepared(mamba, tune)
     assert report.num_modules == 6  # in_proj, x_proj and dt_proj of two layers
-    sizes = DECODER_SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-    experts = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
-    (line,) = without_adapter(experts, Components(experts), tune)
-    assert line.startswith("tune.language: no adapter on 4 weights of experts (36,864 parameters)")
-    named = Tune.model_validate({"language": LORA | {"targets": ["q_proj"]}})
-    assert not list(without_adapter(experts, Components(experts), named))
 
 
 def test_a_router_that_inherits_from_a_linear_layer_gets_no_adapter() -> None:
@@ -208,7 +198,83 @@ def test_a_router_that_inherits_from_a_linear_layer_gets_no_adapter() -> None:
     model = Llama4ForCausalLM(Llama4TextConfig(**sizes))
     assert any(name.endswith("router") and isinstance(m, nn.Linear) for name, m in model.named_modules())
     targets = targets_of(model, Components(model), "language", Lora(mode="lora"))
-    assert {name.rpartition(".")[2] for name in targets} == {
+    assert {name.rpartition(".")[2] for name in targets.modules} == {
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj"),
     }
+
+
+MOVED = ComponentModules(
+    projector=("model.visual.patch_embed", "model.language_model.embed_tokens"),
+    language=("model.visual.merger.ln_q.weight",),
+)
+
+
+def test_named_modules_and_parameters_belong_to_the_component_that_names_them(model_dirs: dict[str, Path]) -> None:
+    model = load("qwen2_5_vl", model_dirs)
+    components = Components(model, MOVED)
+    patterns = {
+        "projector": r"model\.visual\.(patch_embed|merger\.(?!ln_q))|model\.language_model\.embed_tokens",
+        "vision": r"model\.visual\.blocks",
+        "language": r"model\.visual\.merger\.ln_q|model\.language_model\.(?!embed)|lm_head",
+    }
+    for name, _ in model.named_parameters():
+        (expected,) = (component for component, pattern in patterns.items() if re.match(pattern, name))
+        assert components.component_of(name) == expected, name
+    assert set(components.roots("projector")) == {"model.visual.merger", *MOVED.projector}
+    total = sum(p.numel() for p in model.parameters())
+    tune = Tune.model_validate({"projector": {"mode": "full"}})
+    _, report = apply_tune(model, components, tune)
+    assert sum(row.trainable + row.frozen for row in report) == total
+    (projector,) = (row for row in report if row.component == "projector")
+    assert projector.trainable == sum(
+        p.numel() for n, p in model.named_parameters() if re.match(patterns["projector"], n)
+    )
+
+
+def test_a_name_that_the_model_does_not_have_is_refused_with_close_ones(model_dirs: dict[str, Path]) -> None:
+    model = load("llava", model_dirs)
+    with pytest.raises(UserError) as refused:
+        Components(model, ComponentModules(vision=("model.multi_modal_projektor",)))
+    assert str(refused.value).startswith(
+        "tune.components.vision: the model has no module called 'model.multi_modal_projektor'; "
+        "did you mean 'model.multi_modal_projector' or "
+    )
+    with pytest.raises(ValidationError, match=r"a\.b: named twice; each belongs to one component"):
+        ComponentModules(vision=("a.b",), projector=("a.b",))
+
+
+def test_a_vision_tower_that_is_not_found_can_be_named(
+    model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load("qwen2_5_vl", model_dirs)
+    expected = {name: Components(model).component_of(name) for name, _ in model.named_parameters()}
+    monkeypatch.setattr(model, "get_encoder", lambda modality: None)
+    model.config.vision_config = deepcopy(model.config.vision_config)
+    with pytest.raises(UserError, match=r"vision tower was not found: name its modules, such as tune\.components="):
+        Components(model)
+    named = Components(model, ComponentModules(vision=("model.visual",)))
+    assert {name: named.component_of(name) for name, _ in model.named_parameters()} == expected
+
+
+def test_features_are_cached_only_where_nothing_that_makes_them_is_trained(
+    make_config: Callable[..., Config],
+) -> None:
+    def config(mode: dict[str, Any], names: dict[str, list[str]]) -> Config:
+        return make_config("qwen2_5_vl", {"language": mode, "projector": {"mode": "frozen"}, "components": names})
+
+    inside = {"language": ["model.visual.merger"]}
+    assert caches_features(config(LORA, {}), 1)
+    assert caches_features(config(LORA, {"projector": ["model.visual.patch_embed"]}), 1)
+    assert not caches_features(config(LORA, inside), 1)
+
+
+def test_the_start_names_the_modules_of_each_component(make_config: Callable[..., Config]) -> None:
+    tune = {"projector": {"mode": "full"}, "components": {"projector": ["model.visual.patch_embed"]}}
+    config = make_config("qwen2_5_vl", tune)
+    learner, dataset = learner_for(config)
+    assert list(start_report(config, dataset, learner))[1:4] == [
+        "vision: model.visual",
+        "projector: model.visual.merger, model.visual.patch_embed",
+        "language: lm_head, model.language_model",
+    ]

@@ -14,12 +14,13 @@ from mmtrain.config.schema import Config
 from mmtrain.config.tune_section import Tune
 from mmtrain.dataset.batch import Batch, Loader
 from mmtrain.encoding.load import load_processor
-from mmtrain.model.components import Components, apply_tune
+from mmtrain.model.components import Components
 from mmtrain.model.cost import cost_model
 from mmtrain.model.family import Family, probe_family
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.load import load_model
 from mmtrain.model.loss import supervised_nll
+from mmtrain.model.tune import apply_tune
 from mmtrain.progress import QUIET
 from mmtrain.train.dataset import Dataset
 from support.builders import TINY

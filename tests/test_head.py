@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     Cohere2Config,
@@ -20,7 +21,15 @@ from transformers import (
 )
 
 from mmtrain.dataset.batch import Batch, Segment
-from mmtrain.model.head import TOKEN_BLOCK, VOCABULARY_BLOCK, FrozenHeadNLL, HeadKind, find_head_kind, frozen_head
+from mmtrain.model.head import (
+    TOKEN_BLOCK,
+    VOCABULARY_BLOCK,
+    FrozenHeadNLL,
+    HeadKind,
+    accept_positions,
+    find_head_kind,
+    frozen_head,
+)
 from mmtrain.model.loss import supervised_nll
 from support.builders import DECODER_SIZES as SIZES
 
@@ -232,3 +241,32 @@ def test_where_the_head_is_trained_the_cross_entropy_is_in_float32_and_the_likel
     assert torch.allclose(nll.double(), expected, rtol=1e-6, atol=0)
     assert torch.equal(right, logits.argmax(-1) == targets)
     assert 0 < int(right.sum()) < len(right)
+
+
+class _AllLogits(LlamaForCausalLM):  # type: ignore[misc]
+    """A model in the manner of MiniCPM-V 4.6, whose forward always gives all logits."""
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
+        inputs.pop("logits_to_keep", None)
+        return super().forward(input_ids=input_ids, **inputs)
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_a_model_that_gives_all_logits_takes_the_positions_to_keep(with_adapter: bool) -> None:
+    torch.manual_seed(0)
+    made: Any = _AllLogits(LlamaConfig(**SIZES))
+    model: Any = made.eval()
+    ids = torch.randint(0, SIZES["vocab_size"], (2, 9))
+    supervised = torch.rand(2, 9) > 0.5
+    assert model(input_ids=ids, logits_to_keep=supervised).logits.shape[:2] == (2, 9)
+    accept_positions(model)
+    assert find_head_kind(model, print) == "plain"
+    if with_adapter:  # which replaces the head
+        adapter = LoraConfig(target_modules=["lm_head", "q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        model = get_peft_model(model, adapter).eval()
+    logits = model(input_ids=ids).logits
+    assert logits.shape == (2, 9, SIZES["vocab_size"])
+    assert torch.allclose(model(input_ids=ids, logits_to_keep=supervised).logits, logits[supervised], atol=1e-6)
+    assert torch.allclose(
+        model(input_ids=ids, logits_to_keep=torch.tensor([1, 4])).logits, logits[:, [1, 4]], atol=1e-6
+    )

@@ -47,8 +47,8 @@ def test_what_is_not_given_is_asked(data: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["init", "-o", str(output)], input=f"{TINY}\n{data}\n")
     assert result.exit_code == 0, result.exception
     assert load_config(output).model.path == str(TINY)
-    assert load_config(output).data.eval == ()
-    assert "# move about 1 samples" in output.read_text()
+    assert [source.share for source in load_config(output).data.eval] == [0.1]
+    assert "held out and not trained on" in output.read_text()
 
 
 def test_an_existing_file_and_unusable_data_are_refused(data: Path, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from mmtrain.config.schema import Config
 from mmtrain.errors import FINAL_CODES, PeerError, UserError
 from mmtrain.runtime import processes as runtime
 from mmtrain.runtime.processes import Runtime
-from support.learning import LORA, MIXED
+from support.attention_models import make_text_family
+from support.learning import LORA, MIXED, relative_l2
 
 
 def start(processes: int, *words: str) -> subprocess.CompletedProcess[str]:
@@ -97,6 +98,25 @@ def test_a_trial_of_lost_gradients_does_not_disturb_sharded_weights(
     for before, after in zip(one_rows, two_rows, strict=True):
         for key in ("loss", "grad_norm"):
             assert after[key] == pytest.approx(before[key], rel=1e-5), key
+
+
+@SLOW
+@pytest.mark.parametrize("weights", ["replicate", "shard"])
+def test_two_processes_with_adapters_on_experts_equal_one(
+    weights: str, make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Not every expert gets tokens on every process."""
+    config = make_config("text", {"language": LORA}, steps=3, microbatch_tokens=100, learning_rate=1e-3)
+    changed = config.model_dump() | {
+        "model": {"path": str(make_text_family("mixture", tmp_path / "model")), "dtype": "float32"},
+        "run": config.run.model_dump() | {"weights": weights},
+    }
+    rows, found = zip(*(run(Config.model_validate(changed), n, tmp_path / str(n)) for n in (1, 2)), strict=True)
+    assert any("experts" in name for name in found[0])
+    for before, after in zip(*rows, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert after[key] == pytest.approx(before[key], rel=1e-5), key
+    assert relative_l2(found[1], found[0]) <= 1e-5
 
 
 @SLOW

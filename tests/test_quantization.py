@@ -27,11 +27,11 @@ from mmtrain.encoding.load import load_processor
 from mmtrain.errors import LostGradientError, UserError
 from mmtrain.evaluate.evaluation import Evaluation
 from mmtrain.inspect_labels.losses import token_losses
-from mmtrain.model.components import apply_tune
 from mmtrain.model.cost import cost_model
 from mmtrain.model.family import probe_family
 from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
+from mmtrain.model.tune import apply_tune
 from mmtrain.scoring.statistics import summary
 from mmtrain.train import run as run_module
 from mmtrain.train.export import export

@@ -288,6 +288,20 @@ def test_a_step_of_sequences_is_the_same_packed_and_padded(config: Config) -> No
         assert relative_l2(others, gradients) < 1e-5
 
 
+def test_the_sequences_of_a_conversation_stay_on_one_side_of_a_split(config: Config, tmp_path: Path) -> None:
+    number = iter(range(99))
+    rows = [
+        {"messages": [{**turn, "content": turn["content"] + str(next(number))} for turn in TURNS]} for _ in range(8)
+    ]
+    data = {"train": [str(write_jsonl(tmp_path / "eight.jsonl", rows))], "eval": [{"from": "train", "share": 0.5}]}
+    dataset = dataset_of(Config.model_validate(config.model_dump() | {"data": data}))
+    trained = [dataset.train.records.record(index) for index in dataset.checked.used.tolist()]
+    held_out = dataset.eval[0]
+    scored = [held_out.samples.records.record(index) for index in held_out.checked.used.tolist()]
+    assert sorted(trained + scored) == sorted([*range(8), *range(8)])
+    assert set(trained).isdisjoint(scored)
+
+
 def test_inspect_labels_shows_each_sequence(config: Config, tmp_path: Path) -> None:
     """The same ones before they are stored for training and after."""
     from mmtrain.config.load import dump_config

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mmtrain.config.schema import Config
-from mmtrain.dataset.batch import Batch
+from mmtrain.dataset.batch import Batch, Loader
+from mmtrain.errors import UserError
 from mmtrain.progress import QUIET, Progress
 from mmtrain.scoring.packing import choose_packing
 from mmtrain.scoring.scorer import Scorer
@@ -72,6 +74,23 @@ def score(learner: Learner, dataset: Any, numbers: list[int], runtime: Any, pack
     return scorer.score(loaded, 120, QUIET)
 
 
+def cuts_of(
+    learner: Learner, dataset: Any, processor: Any, packing: bool, limit: int, index: int = 0, count: int = 1
+) -> list[list[int]]:
+    """The samples of each micro-batch that a process scores."""
+    scorer = Scorer(dataset.train, dataset.encoder, np.arange(8), dataset.checked.num_tokens.tolist())
+    seen: list[list[int]] = []
+
+    def batches(samples: Any, own: list[list[int]]) -> Any:
+        seen.extend(list(one) for one in own)
+        return iter(())
+
+    runtime: Any = Process(learner.runtime, index, count)
+    loaded = SimpleNamespace(runtime=runtime, processor=processor, packing=packing, batches=batches)
+    assert scorer.score(loaded, limit, QUIET) is not None  # type: ignore[arg-type]
+    return seen
+
+
 @pytest.fixture
 def made(make_config: Callable[..., Config]) -> tuple[Learner, Any]:
     return learner_for(make_config("text"))
@@ -112,6 +131,87 @@ def test_every_micro_batch_ticks_the_watchdog(made: tuple[Learner, Any]) -> None
     assert len(ticks) == 8  # one token is too few for any two samples
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_micro_batch_has_as_many_tokens_as_fit(packing: bool, made: tuple[Learner, Any]) -> None:
+    """Packed the tokens of its samples count; padded, the longest one once for each sample."""
+    learner, dataset = made
+    lengths = dataset.checked.num_tokens.tolist()
+    cuts = cuts_of(learner, dataset, SimpleNamespace(lays_out_together=True), packing, 120)
+    assert sorted(index for cut in cuts for index in cut) == list(range(8))
+    sizes = [[lengths[i] for i in cut] for cut in cuts]
+    assert max(len(cut) for cut in cuts) > 1
+    assert all(len(size) == 1 or (sum(size) if packing else len(size) * max(size)) <= 120 for size in sizes)
+    assert packing or cuts != cuts_of(learner, dataset, SimpleNamespace(lays_out_together=True), True, 120)
+
+
+def test_samples_that_cannot_be_laid_out_together_are_scored_one_by_one(made: tuple[Learner, Any]) -> None:
+    learner, dataset = made
+    cuts = cuts_of(learner, dataset, SimpleNamespace(lays_out_together=False), False, 10_000)
+    assert sorted(cuts) == [[number] for number in range(8)]
+
+
+def test_a_process_without_a_sample_has_no_scores(made: tuple[Learner, Any]) -> None:
+    learner, dataset = made
+    found = score(learner, dataset, [5], Process(learner.runtime, 1, 2))
+    assert found is not None
+    assert not found.num_supervised.any()
+
+
+def test_a_batch_without_a_supervised_token_has_no_answer(made: tuple[Learner, Any]) -> None:
+    """What a process computes only because others do has weight 0; samples that come after it keep their answers."""
+    learner, dataset = made
+    scorer = Scorer(dataset.train, dataset.encoder, np.arange(8), dataset.checked.num_tokens.tolist())
+    loader = Loader(dataset.train, learner.processor, packing=True)
+    batch = loader.load([1, 2])
+    first = batch.segments[0]
+    only_second, none = batch.supervised.clone(), torch.zeros_like(batch.supervised)
+    only_second[first.row, first.start : first.start + first.length] = False
+    expected = scorer._answers(loader.load([2]))
+    assert scorer._answers(dataclasses.replace(batch, supervised=only_second)).tolist() == expected.tolist()
+    found = scorer._answers(dataclasses.replace(batch, supervised=none))
+    assert found.shape == (0,)
+    assert found.dtype == np.dtype(np.int64)
+
+
+def test_a_sample_that_is_supervised_from_its_first_token_has_an_answer(made: tuple[Learner, Any]) -> None:
+    learner, dataset = made
+    scorer = Scorer(dataset.train, dataset.encoder, np.array([2]), [int(dataset.checked.num_tokens[2])])
+    batch = Loader(dataset.train, learner.processor, packing=True).load([2])
+    supervised = torch.zeros_like(batch.supervised)
+    supervised[0, :3] = True
+    assert scorer._answers(dataclasses.replace(batch, supervised=supervised)).tolist() == [0, 0, 0]
+
+
+def test_changed_samples_are_what_the_model_is_given(made: tuple[Learner, Any]) -> None:
+    learner, dataset = made
+    given: list[Any] = []
+
+    def batches(samples: Any, own: list[list[int]]) -> Any:
+        given.append(samples)
+        return iter(())
+
+    changed: Any = object()
+    scorer = Scorer(dataset.train, dataset.encoder, np.array([2]), [10], changed)
+    processor = SimpleNamespace(lays_out_together=True)
+    loaded: Any = SimpleNamespace(
+        runtime=learner.runtime,
+        processor=processor,
+        packing=True,
+        batches=batches,
+    )
+    scorer.score(loaded, 120, QUIET)
+    assert given == [changed]
+
+
+def test_samples_with_images_are_marked(make_config: Callable[..., Config]) -> None:
+    learner, dataset = learner_for(make_config("qwen2_5_vl"))
+    found = score(learner, dataset, list(range(8)), learner.runtime)
+    assert found is not None
+    expected = [row[3] for row in expected_rows(dataset, list(range(8)))]
+    assert found.has_image.tolist() == expected
+    assert len(set(expected)) == 2
+
+
 def test_a_signal_leaves_no_scores(made: tuple[Learner, Any]) -> None:
     learner, dataset = made
     assert score(learner, dataset, [0, 1], Process(learner.runtime, 0, 1, signal=15)) is None
@@ -143,8 +243,25 @@ def test_packing_is_what_the_config_and_the_trial_say(
         return fault
 
     monkeypatch.setattr("mmtrain.scoring.packing.packing_fault", trial)
-    first: Any = type("First", (), {"from_first": staticmethod(lambda key, make: make())})
+    keys: list[str] = []
+
+    def from_first(key: str, make: Callable[[], str]) -> str:
+        keys.append(key)
+        return make()
+
+    first: Any = SimpleNamespace(from_first=from_first)
     model, processor, lines = Any, Any, list[str]()
     assert choose_packing(model, processor, make_config("text", packing=wanted), first, lines.append) is packs  # type: ignore[arg-type]
     assert asked == [(model, processor, torch.float32, wanted is not False)]
+    assert keys == ["packing"]
     assert lines == ([] if fault is None else [f"packing: off, {fault}"])
+
+
+def test_packing_that_the_config_demands_is_refused_where_it_leaks(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmtrain.scoring.packing.packing_fault", lambda *args, **settings: "it leaks")
+    first: Any = type("First", (), {"from_first": staticmethod(lambda key, make: make())})
+    with pytest.raises(UserError) as caught:
+        choose_packing(Any, Any, make_config("text", packing=True), first, lambda line: None)  # type: ignore[arg-type]
+    assert str(caught.value) == "run.packing: it leaks; expected false or auto for this model"

@@ -15,7 +15,18 @@ from rich.console import Console
 from mmtrain.errors import NonFiniteError, UserError
 from mmtrain.evaluate.report import image_verdict, print_comparison, print_report
 from mmtrain.scoring.scores import Scores
-from mmtrain.scoring.statistics import by_answer, by_image, by_length, by_source, difference, extremes, summary
+from mmtrain.scoring.statistics import (
+    NUM_RESAMPLES,
+    _resampled,
+    by_answer,
+    by_image,
+    by_length,
+    by_source,
+    difference,
+    extremes,
+    mean_by_sample,
+    summary,
+)
 
 Row = tuple[int, int, int, bool, float, int, int, int]
 """sample, source, answer, has_image, nll, num_supervised, num_right, num_bytes"""
@@ -163,6 +174,34 @@ def test_extremes_by_hand() -> None:
     assert extremes(even) == ([(i, 1.0) for i in range(10)],) * 2
 
 
+def test_of_equal_samples_the_earlier_one_comes_first() -> None:
+    worst, best = extremes(scores_of([(n, 0, 1, False, 1.0 + n % 2, 1, 0, 1) for n in range(200)]), 80)
+    assert [index for index, _ in worst] == list(range(1, 160, 2))
+    assert [index for index, _ in best] == list(range(0, 160, 2))
+
+
+def test_bits_per_byte_are_of_the_loss_not_of_the_tokens() -> None:
+    found = summary(scores_of([(0, 0, 1, False, 3.0, 7, 1, 4), (1, 0, 1, False, 5.0, 9, 1, 12)]))
+    assert found["bits_per_byte"] == pytest.approx(8 / 16 * math.log2(math.e))
+
+
+def test_the_mean_of_values_is_resampled_by_their_samples() -> None:
+    """Three samples with one, two and four values: a draw takes all values of a sample."""
+    samples, values = np.array([4, 9, 9, 2, 2, 2, 2]), np.array([1.0, 0.0, 0.5, 0.0, 0.0, 1.0, 0.0])
+    mean, (low, high) = mean_by_sample(samples, values)
+    assert mean == pytest.approx(2.5 / 7)
+    groups = [values[samples == sample].tolist() for sample in (4, 9, 2)]
+    expected_low, expected_high, _ = plain_bootstrap(groups, lambda drawn: sum(drawn) / len(drawn))
+    assert (low, high) == pytest.approx((expected_low, expected_high))
+
+
+def test_every_draw_is_made() -> None:
+    """One sample alone gives the same sums in every draw, whatever was in the memory before."""
+    drawn = _resampled(np.array([[2.0, 3.0]]))
+    assert drawn.shape == (NUM_RESAMPLES, 2)
+    assert (drawn == [2.0, 3.0]).all()
+
+
 def test_difference_is_that_of_a_plain_paired_bootstrap() -> None:
     a = uneven(40, seed=3)
     rng = np.random.default_rng(4)
@@ -203,6 +242,13 @@ def test_difference_of_the_same_scores_is_exactly_zero() -> None:
     assert (found["share"], found["share_interval"]) == (0.0, [0.0, 0.0])
 
 
+def test_the_share_of_a_small_loss_is_given_as_well() -> None:
+    a = scores_of([(0, 0, 1, False, 0.2, 4, 4, 1), (1, 0, 1, False, 0.2, 4, 4, 1)])
+    found = difference(a, replace(a, nll=np.array([0.3, 0.3])))
+    assert found["share"] == pytest.approx(0.5)
+    assert found["share_interval"] == pytest.approx([0.5, 0.5])
+
+
 def test_no_share_of_nothing() -> None:
     a = scores_of([(0, 0, 1, False, 0.0, 2, 2, 1), (1, 0, 1, False, 0.0, 2, 2, 1)])
     found = difference(a, replace(a, nll=np.array([1.0, 3.0])))
@@ -230,6 +276,15 @@ def test_nothing_supervised_is_an_error(rows: list[Row]) -> None:
     for call in wanted:
         with pytest.raises(UserError, match="nothing is supervised"):
             call(empty)
+
+
+def test_the_error_says_what_is_needed_and_what_to_do() -> None:
+    with pytest.raises(UserError) as caught:
+        summary(scores_of([]))
+    assert str(caught.value) == (
+        "eval: nothing is supervised: no sample has a supervised token, at least one is needed; see `mmtrain "
+        "inspect-labels` for what is trained on"
+    )
 
 
 def test_an_answer_without_supervised_tokens_counts_for_nothing() -> None:

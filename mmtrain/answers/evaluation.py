@@ -45,7 +45,7 @@ class AnswerEvaluation:
             conversation = records.conversation(index)
             self._questions += questions_of(conversation, index, own.encoder.trained_turns(conversation.messages))
         of_source = [own.names[records.source(question.sample)] for question in self._questions]
-        metrics = dict(zip(own.names, (metric or source.metric for source in sources), strict=True))
+        metrics = {source.title: metric or source.metric for source in sources}
         self.questions, self.reasons = choose_metrics(self._questions, of_source, metrics)
         self.places = [str(self.samples.place(question.sample)) for question in self._questions]
         check_forms(self.questions, self.places)

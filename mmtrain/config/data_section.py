@@ -1,9 +1,10 @@
 """The section `data`: the samples that are trained on and evaluated."""
 
 import string
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, Strict, field_validator
+from pydantic import BeforeValidator, Field, Strict, field_validator, model_validator
 
 from mmtrain.config.section import Count, Marker, Section
 
@@ -47,6 +48,8 @@ class Source(Section):
 
 
 class TrainSource(Source):
+    max_samples: Annotated[int, Field(gt=0, le=10**9)] | None = None
+    """How many of its samples are used at most: a random choice, the same in every run."""
     weight: Annotated[float, Field(gt=0, le=10**6)] = 1.0
     """Passes over the source in one epoch: 2.5 is two whole passes and a random half."""
 
@@ -66,16 +69,43 @@ MetricName = Literal[
 
 
 class EvalSource(Source):
+    path: str = ""
+    """As for `data.train`; required, except with `from: train`."""
+    from_: Annotated[Literal["train"] | None, Field(alias="from")] = None
+    """`train`: samples of `data.train` that are held out, so they are not trained on. Give `share` with it and no
+    `path`."""
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The share of the samples that is held out with `from: train`. Which ones follows from their content, so they
+    stay the same when data is added. Samples with the same image are on the same side."""
+    max_samples: Annotated[int, Field(gt=0, le=10**9)] | None = None
+    """How many of its samples are used at most: a random choice, the same in every run."""
     name: str | None = None
-    """The name of the source in reports; without it the file's name."""
+    """The name of the source in reports; without it the file's name, or `held-out`."""
     metric: MetricName | None = None
     """How `mmtrain eval answers` scores a generated answer (see docs/answers.md); without it a metric that suits the
     source's reference answers is chosen and named."""
 
+    @property
+    def title(self) -> str:
+        """Its name in reports."""
+        return self.name or (Path(self.path).name if self.path else "held-out")
+
+    @model_validator(mode="after")
+    def _is_a_path_or_held_out(self) -> "EvalSource":
+        if (self.from_ is None) != (self.share is None):
+            raise ValueError("`from: train` and `share` belong together: give both, or a path")
+        if self.share is None and not self.path:
+            raise ValueError("needs a path, or `from: train` with a share")
+        keys = ("path", "root", "format", "fields", "image_mark")
+        given = [key for key in keys if getattr(self, key) != type(self).model_fields[key].get_default()]
+        if self.share is not None and given:
+            raise ValueError(f"`from: train` reads what data.train says: remove {', '.join(given)}")
+        return self
+
 
 def in_full(sources: Any) -> Any:
-    """Sources as sections: a path alone, or among others, is the section that has only this path."""
-    listed = [sources] if isinstance(sources, str) else sources
+    """Sources as a list of sections: a path alone, or among others, is the section that has only this path."""
+    listed = [sources] if isinstance(sources, str | dict) else sources
     if not isinstance(listed, list | tuple):
         return listed
     return [{"path": source} if isinstance(source, str) else source for source in listed]
@@ -86,16 +116,20 @@ class Data(Section):
         tuple[TrainSource, ...],
         Strict(False),
         Field(min_length=1),
-        BeforeValidator(in_full, str | Annotated[list[str | TrainSource], Field(min_length=1)]),
+        BeforeValidator(in_full, str | TrainSource | Annotated[list[str | TrainSource], Field(min_length=1)]),
     ]
-    """What is trained on: a path, or a list of paths and sections."""
+    """What is trained on: a path, a section, or a list of them."""
     eval: Annotated[
         tuple[EvalSource, ...],
         Strict(False),
         Marker.SAME_RESULT,
-        BeforeValidator(in_full, str | list[str | EvalSource]),
+        BeforeValidator(in_full, str | EvalSource | list[str | EvalSource]),
     ] = ()
-    """What is evaluated during training and never trained on: a path, or a list of paths and sections."""
+    """What is evaluated during training and never trained on: a path, a section, or a list of them.
+    With `{from: train, share: 0.05}` a share of the training data is held out."""
+    dedup: bool = False
+    """Leave out each training sample that is the same as an earlier one: the same tokens, the same labels and the same
+    image files. It is listed in dropped.jsonl."""
     max_length: Count = 4096
     """The longest allowed sample, in tokens, image placeholders included."""
     too_long: Literal["error", "drop"] = "error"
@@ -113,3 +147,9 @@ class Data(Section):
     ignore_fields: Annotated[tuple[str, ...], Strict(False)] = ()
     """Keys of records, turns and content parts to ignore. Any other key that is neither understood nor plainly
     metadata (`id`, `source`, `timestamp` and the like) is refused by line and name."""
+
+    @model_validator(mode="after")
+    def _holds_out_once(self) -> "Data":
+        if sum(source.share is not None for source in self.eval) > 1:
+            raise ValueError("more than one entry of eval is `from: train`: keep one")
+        return self

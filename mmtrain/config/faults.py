@@ -101,7 +101,7 @@ def _unknown_key(at: KeyPath, data: dict[str, Any]) -> str:
         return f"moved to {MOVED[path]}"
     if at[:-1] == ("run",) and key in Train.model_fields:
         return f"unknown key; did you mean train.{key}?"
-    if len(at) == 3 and at[0] == "tune":
+    if len(at) == 3 and at[0] == "tune" and at[1] != "components":
         component = f"{at[0]}.{at[1]}"
         mode = data["tune"][at[1]]["mode"]
         others = [name for name, model in _MODES.items() if key in model.model_fields]
@@ -127,7 +127,7 @@ def _valid_keys(at: KeyPath, data: dict[str, Any]) -> list[str]:
             model = _MODES.get(here.get("mode"), Frozen)
         else:
             model = next(_models_in(model.model_fields[step].annotation))
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -40,9 +40,10 @@ class Run(Section):
     choice, the cores shared among the processes."""
     hang_timeout: Annotated[float, Field(ge=1, le=10**6)] = 600.0
     """Seconds without any progress after which the run fails and names the process that hangs."""
-    activation_checkpointing: Annotated[bool, Marker.AFFECTS_BITS] = False
-    """Compute the layers' activations again in the backward pass instead of storing them: less memory for the time of
-    one more forward pass."""
+    activation_checkpointing: Annotated[Literal["auto"] | bool, Marker.AFFECTS_BITS] = "auto"
+    """Compute the layers' activations again in the backward pass instead of storing them (true): less memory for the
+    time of one more forward pass. `auto`: false on the CPU, and true on a GPU whose memory is smaller than what is
+    predicted for the longest micro-batch."""
     compile: Annotated[bool, Marker.AFFECTS_BITS] = False
     """Compile the layers of the language model with torch.compile: fewer passes over memory, after a minute or more
     before the first step. Needs a C++ compiler on the CPU."""

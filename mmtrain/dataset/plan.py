@@ -46,12 +46,12 @@ class Plan:
             whole = int(weight)
             rest = round(len(indices) * weight) - whole * len(indices)
             chosen += [indices] * whole
-            chosen.append(indices[_permutation(len(indices), self._seed, epoch, number + 1)[:rest]])
+            chosen.append(indices[permutation(len(indices), self._seed, epoch, number + 1)[:rest]])
         together = np.concatenate(chosen)
-        return together[_permutation(len(together), self._seed, epoch, 0)]
+        return together[permutation(len(together), self._seed, epoch, 0)]
 
 
-def _permutation(length: int, seed: int, epoch: int, stream: int) -> Indices:
+def permutation(length: int, seed: int, epoch: int, stream: int) -> Indices:
     """A random order, the same in every version of numpy: Philox's raw stream is fixed, `permutation` is not.
 
     `stream`: 0 for the whole epoch, from 1 on for each source.

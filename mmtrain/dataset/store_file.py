@@ -112,6 +112,13 @@ class EncodedStore:
         return self.spans[end - int(self.num_images[index]) : end]
 
     @property
+    def num_bytes(self) -> int:
+        """The size of the file, without its header."""
+        num_tokens = int(self.num_tokens.sum(dtype=np.int64))
+        paths = sum(len(path) + 1 for path in self._image_paths)
+        return 5 * num_tokens + 12 * len(self.num_tokens) + self.spans.nbytes + self._image_versions.nbytes + paths
+
+    @property
     def image_files(self) -> set[Path]:
         """The images that are files."""
         return {Path(os.fsdecode(path)) for path in self._image_paths}

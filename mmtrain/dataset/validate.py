@@ -1,6 +1,7 @@
 """The check of every sample before the first step."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from mmtrain.config.data_section import Data
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import StoredSamples
+from mmtrain.dataset.selection import Choice, Side, select
 from mmtrain.dataset.store import open_store
 from mmtrain.dataset.store_file import EncodedStore
 from mmtrain.encoding.processor import ChatProcessor
@@ -72,11 +74,17 @@ class CheckedSamples:
     """Sample index and reason of each sample that is left out as too long."""
     skipped: tuple[tuple[int, str], ...] = ()
     """Sample index and reason of each sample that is left out because it has a fault."""
+    duplicates: tuple[tuple[int, str], ...] = ()
+    """Sample index and reason of each sample that is left out because it is the same as an earlier one."""
+    num_other_side: int = 0
+    """Samples that are held out of training; in an evaluation set those that are trained on."""
+    num_over_max: int = 0
+    """Samples that are left out by `max_samples`."""
 
     @property
     def left_out(self) -> list[tuple[int, str]]:
-        """Sample index and reason of each sample that is not used, in order."""
-        return sorted([*self.dropped, *self.skipped])
+        """Sample index and reason of each sample that is left out for what it is, in order."""
+        return sorted([*self.dropped, *self.skipped, *self.duplicates])
 
     @property
     def used(self) -> Indices:
@@ -89,9 +97,11 @@ def check_samples(
     limit: LengthLimit,
     policy: FaultPolicy | None = None,
     progress: Progress = QUIET,
+    choices: Sequence[Choice] = (),
 ) -> tuple[StoredSamples, CheckedSamples]:
     """Every sample of `spec`, encoded once.
 
+    `choices`: which samples of each source are used; without it all.
     Raises UserError naming the file, the line and the reason of every sample that cannot be used, except those that
     `policy` drops or skips; without it all of them.
     """
@@ -115,7 +125,35 @@ def check_samples(
     if not checked.num_tokens.any():
         reasons = sorted([*long, *skipped])
         raise UserError([f"{records.place(index)}: dropped, no sample is left: {reason}" for index, reason in reasons])
-    return StoredSamples(records, store), checked
+    samples = StoredSamples(records, store)
+    return samples, _selected(samples, checked, choices)
+
+
+def _selected(samples: StoredSamples, checked: CheckedSamples, choices: Sequence[Choice]) -> CheckedSamples:
+    """`checked` without what `choices` leave out. Raises UserError where nothing is left."""
+    if all(choice == Choice() for choice in choices):
+        return checked
+    found = select(samples, checked.used, choices)
+    is_used = ~np.isin(np.arange(len(samples)), found.indices)
+    num_tokens = np.where(is_used, checked.num_tokens, 0)
+    left = replace(
+        checked,
+        num_tokens=num_tokens,
+        num_supervised=np.where(is_used, checked.num_supervised, 0),
+        num_image_tokens=np.where(is_used, checked.num_image_tokens, 0),
+        image_token_pairs=np.where(is_used, checked.image_token_pairs, 0),
+        num_images=int(samples.store.num_images[num_tokens > 0].sum()),
+        duplicates=found.duplicates,
+        num_other_side=len(found.other_side),
+        num_over_max=len(found.over_max),
+    )
+    if not len(left.used):
+        side = "training" if any(choice.side is Side.TRAINING for choice in choices) else "evaluation"
+        raise UserError(
+            f"data.eval: of {len(checked.used):,} samples that can be used none is left for {side}: change `share`, or "
+            "add data"
+        )
+    return left
 
 
 def _skipped(faults: list[tuple[int, str]], num_samples: int, policy: FaultPolicy) -> list[tuple[int, str]]:

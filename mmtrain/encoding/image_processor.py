@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import PIL.Image
@@ -63,6 +63,8 @@ class _Runner:
     tokenizer: Tokenizer
     token_id: int | None
     separator: int | None
+    frame: tuple[str, str] = ("", "")
+    """The special token that the processor wants before the text that stands for an image, and that after it."""
 
     def run(self, samples: Sequence[Sequence[PIL.Image.Image]]) -> tuple[dict[str, Any], list[list[int]]]:
         """The tensors for the images of some samples, and all the ids that the processor writes for each image, with
@@ -88,17 +90,19 @@ class _Runner:
 
     def _text(self, images: Sequence[PIL.Image.Image]) -> str:
         separator = "" if self.separator is None else self.tokenizer.traits.added[self.separator]
-        token: str = self.processor.image_token
+        before, after = self.frame
+        token = f"{before}{self.processor.image_token}{after}"
         return separator + (token + separator) * len(images)
 
     def _cut(self, ids: list[int], num_images: int) -> list[list[int]]:
         """The ids of each image in those of a sample."""
+        before, after = (int(bool(token)) for token in self.frame)
         if self.separator is None:
-            return [ids]
+            return [ids[before : len(ids) - after]]
         cuts = [i for i, id_ in enumerate(ids) if id_ == self.separator]
         if len(cuts) != num_images + 1:
             raise SampleError("the model's processor changes the special tokens around an image")
-        return [ids[start + 1 : end] for start, end in itertools.pairwise(cuts)]
+        return [ids[start + 1 + before : end - after] for start, end in itertools.pairwise(cuts)]
 
     def blank(self, sizes: Sequence[tuple[int, int]]) -> tuple[dict[str, Any], list[list[int]]]:
         """`run` on one sample of blank images of these sizes (width, height)."""
@@ -168,6 +172,15 @@ def _probe_images(runner: _Runner) -> ImageTraits:
     return ImageTraits(runner.text_around(ids), grid_key, per_token, _is_by_sample(runner), _are_together(runner))
 
 
+def _refuses(runner: _Runner) -> bool:
+    """Whether the processor refuses an image."""
+    try:
+        runner.blank([_PROBE_SIZE])
+    except SampleError:
+        return True
+    return False
+
+
 def _is_by_sample(runner: _Runner) -> bool:
     """Whether the images of one sample have other spans than each has alone."""
     try:
@@ -200,13 +213,18 @@ class ImageProcessor:
     take, and `placeholder` its text: the two texts can differ.
     """
 
-    def __init__(self, processor: Any, tokenizer: Tokenizer, token_id: int | None) -> None:
-        """`processor` is the family's own. Raises UserError or SampleError where it makes no placeholder."""
+    def __init__(
+        self, processor: Any, tokenizer: Tokenizer, token_id: int | None, frame: tuple[str, str] = ("", "")
+    ) -> None:
+        """`processor` is the family's own; `frame`: the special tokens that the chat template writes before and after
+        the text that stands for an image. Raises UserError or SampleError where it makes no placeholder."""
         self.processor = processor
         self.token: str = processor.image_token
         self.token_id = token_id
         self.placeholder = self.token if token_id is None else tokenizer.traits.added.get(token_id, self.token)
         self._runner = _Runner(processor, tokenizer, token_id, _find_separator(tokenizer, self.token, token_id))
+        if _refuses(self._runner) and any(frame):
+            self._runner = replace(self._runner, frame=frame)
         self.traits = _probe_images(self._runner)
         self._tokens = functools.lru_cache(maxsize=65536)(self._lay_out)
 

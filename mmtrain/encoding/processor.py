@@ -9,7 +9,7 @@ import PIL.Image
 from mmtrain.encoding.directory import DirectoryParts
 from mmtrain.encoding.fast_template import chat_template, renderer
 from mmtrain.encoding.image_processor import ImageProcessor, ImageTokens
-from mmtrain.encoding.template import ChatTemplate, probe_template
+from mmtrain.encoding.template import ChatTemplate, image_frame, probe_template
 from mmtrain.encoding.tokenizer import Tokenizer
 from mmtrain.records.chat import SampleError
 
@@ -88,7 +88,10 @@ def make_processor(parts: DirectoryParts) -> ChatProcessor:
     source = chat_template(tokenizer.wrapped, family)
     render = renderer(tokenizer.wrapped, source)
     traits = probe_template(source, render, image_token)
-    images = None if family is None else ImageProcessor(family, tokenizer, parts.image_token_id)
+    images = None
+    if family is not None:
+        frame = image_frame(render, traits, family.image_token, tokenizer.traits.special_tokens)
+        images = ImageProcessor(family, tokenizer, parts.image_token_id, frame)
     around = ("", "") if images is None else images.traits.text_around
     return ChatProcessor(
         tokenizer, ChatTemplate(str(source), traits, render, image_token, around), images, parts.given_template

@@ -1,5 +1,6 @@
 """The model's chat template: what it takes, found out by rendering a few conversations, and the text that it makes."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,19 @@ def probe_template(source: str | None, render: Render, image_token: str | None) 
         if _rendered(render, as_wanted([turn], text_roles), False).count(image_token) != 1:
             raise UserError(f"the chat template writes no placeholder {shown(image_token)} for an image")
     return TemplateTraits(text_roles, bool(tried), _find_generation_prompt(render, text_roles))
+
+
+def image_frame(render: Render, traits: TemplateTraits, image_token: str, special: re.Pattern[str]) -> tuple[str, str]:
+    """The special tokens that the template writes right before and right after an image of a user's turn, at most one
+    of each. `special` matches one."""
+    content = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
+    turn = {"role": "user", "content": content}
+    try:
+        text = _rendered(render, as_wanted([turn], traits.text_roles), False)
+    except SampleError:
+        return "", ""
+    found = re.search(f"({special.pattern})?{re.escape(image_token)}({special.pattern})?", text)
+    return ("", "") if found is None else (found[1] or "", found[2] or "")
 
 
 def _find_generation_prompt(render: Render, text_roles: frozenset[str]) -> str | None:

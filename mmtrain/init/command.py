@@ -97,8 +97,8 @@ def _max_length(found: Survey) -> int:
 def _evaluation(found: Survey, evaluation: str | None) -> str:
     if evaluation is not None:
         return f"  eval: {_yaml(evaluation)}"
-    num = max(1, min(200, found.num_samples // 10))
-    return f"  # eval: eval.jsonl             # move about {num:,} samples from the training data into such a file"
+    share = 0.1 if found.num_samples < 2_000 else min(0.05, 500 / found.num_samples)
+    return f"  eval: {{from: train, share: {share:.2g}}}  # held out and not trained on, or the path of a file"
 
 
 def _yaml(text: str) -> str:

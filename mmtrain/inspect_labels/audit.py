@@ -20,11 +20,13 @@ from mmtrain.config import Config
 from mmtrain.config.data_section import Source
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.samples import StoredSamples
+from mmtrain.dataset.selection import Selected, select
 from mmtrain.dataset.store import open_store
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.load import load_processor
-from mmtrain.errors import UserError, grouped
+from mmtrain.errors import grouped
+from mmtrain.inspect_labels.chosen import selected_sources
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
@@ -32,13 +34,6 @@ from mmtrain.records.chat import Conversation, Text
 
 TOO_LONG = "too long"
 _NUM_LONGEST, _NUM_DUPLICATES, _NUM_SHOWN = 10, 10, 20
-
-
-def _sources(config: Config, split: str) -> Sequence[Source]:
-    sources = config.data.train if split == "train" else config.data.eval
-    if not sources:
-        raise UserError(f"data.{split}: there is no source to audit")
-    return sources
 
 
 def _digest(conversation: Conversation, images: list[FoundImage], with_bytes: bool = False) -> bytes:
@@ -92,6 +87,8 @@ class AuditReport:
     """By kind, (place, reason) in the order of the samples."""
     notes: Counter[str] = field(default_factory=Counter)
     first_notes: dict[str, tuple[str, str]] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Samples that the config does not select, by the reason. They are in no other count."""
     shapes: Counter[str] = field(default_factory=Counter)
     """How many of the samples that are not refused have each shape of record."""
 
@@ -118,6 +115,7 @@ class AuditReport:
             "duplicates": self.duplicates,
             "faults": {kind: list(map(_named, found)) for kind, found in self.faults.items()},
             "notes": dict(self.notes),
+            "left_out": dict(self.left_out),
             "shapes": dict(self.shapes),
         }
 
@@ -149,6 +147,8 @@ class AuditReport:
         if self.num_duplicates:
             yield f"\n{self.num_duplicates:,} samples are the same as an earlier one, such as"
             yield from (f"  {' = '.join(places[:3])}{' …' if len(places) > 3 else ''}" for places in self.duplicates)
+        for why, count in self.left_out.items():
+            yield f"\nLeft out: {count:,} {why}"
         for kind, count in self.notes.items():
             yield f"\nNote: {kind}: {count:,} times, first at\n  {': '.join(self.first_notes[kind])}"
         for kind, found in self.faults.items():
@@ -184,8 +184,8 @@ def _bars(title: str, bins: list[dict[str, int]]) -> Iterator[str]:
 class _Counting:
     """Adds samples to a report, one after another."""
 
-    def __init__(self, samples: StoredSamples, config: Config, split: str) -> None:
-        self.report = AuditReport(split, [SourceReport(source.path) for source in _sources(config, split)])
+    def __init__(self, samples: StoredSamples, sources: Sequence[Source], split: str) -> None:
+        self.report = AuditReport(split, [SourceReport(source.path) for source in sources])
         self.report.num_records = len(np.unique(samples.store.records))
         self._samples = samples
         self._same: dict[bytes, list[int]] = {}
@@ -195,6 +195,13 @@ class _Counting:
         self._faults: dict[int, list[Finding]] = {}
         for fault in samples.store.faults:
             self._faults.setdefault(fault.index, []).append(Finding(fault.kind, True, fault.reason))
+
+    def leave_out(self, found: Selected, split: str) -> None:
+        """Count what the config does not select."""
+        held_out = "held out for evaluation" if split == "train" else "trained on"
+        numbers = {"duplicates": len(found.duplicates), held_out: len(found.other_side)}
+        numbers["over max_samples"] = len(found.over_max)
+        self.report.left_out.update({why: number for why, number in numbers.items() if number})
 
     def add(self, index: int, too_long: Finding | None) -> list[Finding]:
         """Count sample `index`, with the finding about its length if there is one. Returns all its findings."""
@@ -255,21 +262,31 @@ def audit(
     `on_row` is called with the JSON object of each sample, in order, with or without tokens. Raises UserError if a
     source cannot be read.
     """
-    spec = EncodingSpec.of(config, _sources(config, split))
+    selected = selected_sources(config, split)
+    spec = EncodingSpec.of(config, selected.sources)
     processor = load_processor(config.model.path, config.model.chat_template)
     records, encoder, progress = spec.records(), spec.encoder(processor), Progress()
     limit = length_limit(config.model.path, config.data.max_length)
     with progress.task(f"checking {split}"):
         store = open_store(spec, records, processor, progress)
     samples = StoredSamples(records.sequences(store.records, store.turns), store)
-    counting = _Counting(samples, config, split)
+    counting = _Counting(samples, selected.sources, split)
+    is_possible = (store.num_tokens > 0) & (store.num_tokens <= limit.num_tokens)
+    found = select(samples, np.flatnonzero(is_possible), selected.choices)
+    counting.leave_out(found, split)
+    left_out = set(found.indices.tolist())
     with progress.task(f"auditing {split}", len(samples)) as task:
         for index in range(len(samples)):
+            if index in left_out:
+                task.advance()
+                continue
             num_tokens = int(store.num_tokens[index])
             is_too_long, is_fault = num_tokens > limit.num_tokens, config.data.too_long == "error"
-            found = counting.add(index, Finding(TOO_LONG, is_fault, limit.reason(num_tokens)) if is_too_long else None)
+            findings = counting.add(
+                index, Finding(TOO_LONG, is_fault, limit.reason(num_tokens)) if is_too_long else None
+            )
             if on_row is not None:
-                on_row(_row(samples, encoder, index, found, with_tokens))
+                on_row(_row(samples, encoder, index, findings, with_tokens))
             task.advance()
     return counting.finish()
 

@@ -7,15 +7,17 @@ import numpy as np
 
 from mmtrain.checks.findings import REFUSED
 from mmtrain.config import Config
-from mmtrain.config.data_section import Source
 from mmtrain.dataset.encode_all import ChunkEncoder, EncodingSpec
 from mmtrain.dataset.samples import FreshSamples, StoredSamples
-from mmtrain.dataset.store import find_store
+from mmtrain.dataset.selection import SelectedSources, select
+from mmtrain.dataset.store import find_store, open_store
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels.view import SampleView, view_sample
+from mmtrain.progress import Progress
 from mmtrain.records.chat import SampleError
+from mmtrain.records.record_set import RecordSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +31,17 @@ class ChosenSamples:
     """One line for each fault of a chosen sample."""
 
 
-def look_at(config: Config, sources: Sequence[Source], choose: Callable[[int], list[int]]) -> ChosenSamples:
-    """`choose` is given the number of records and gives the indices of those whose samples to look at.
+def look_at(config: Config, split: str, choose: Callable[[int, Sequence[int]], list[int]]) -> ChosenSamples:
+    """Samples of `split` ("train" or "eval"). `choose` is given the number of records and the indices of those that
+    the config selects, and gives the indices of those to look at.
 
     Raises UserError where a source cannot be read, or a sample is no longer what is stored for training.
     """
-    spec = EncodingSpec.of(config, sources)
+    selected = selected_sources(config, split)
+    spec = EncodingSpec.of(config, selected.sources)
     processor = load_processor(config.model.path, config.model.chat_template)
     records, encoder = spec.records(), spec.encoder(processor)
-    chosen = choose(len(records))
+    chosen = choose(len(records), _used(spec, records, processor, selected))
     chunk = ChunkEncoder(spec, records, processor).encode(chosen)
     refused = {fault.index for fault in chunk.faults if fault.kind == REFUSED}
     store = find_store(spec, records, processor)  # if there is one, the very encoding that training reads
@@ -59,3 +63,27 @@ def look_at(config: Config, sources: Sequence[Source], choose: Callable[[int], l
         f"{records.place(int(chunk.records[fault.index]))}: {fault.kind}: {fault.reason}" for fault in chunk.faults
     )
     return ChosenSamples(samples, processor, views, faults)
+
+
+def selected_sources(config: Config, split: str) -> SelectedSources:
+    """The sources of `split` ("train" or "eval"). Raises UserError where there are none."""
+    data = config.data
+    if not getattr(data, split):
+        raise UserError(f"data.{split}: there are no sources in the config")
+    return (
+        SelectedSources.for_training(data)
+        if split == "train"
+        else SelectedSources.for_evaluation(data, config.data.eval)
+    )
+
+
+def _used(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor, selected: SelectedSources) -> Sequence[int]:
+    """The records of the samples that the config selects. To know them all samples must be encoded."""
+    if selected.is_everything:
+        return range(len(records))
+    store = open_store(spec, records, processor, Progress())
+    samples = StoredSamples(records.sequences(store.records, store.turns), store)
+    possible = np.flatnonzero(store.num_tokens)
+    left_out = select(samples, possible, selected.choices).indices
+    used: list[int] = np.unique(store.records[np.setdiff1d(possible, left_out)]).tolist()
+    return used

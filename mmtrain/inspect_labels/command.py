@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +36,7 @@ def inspect_labels(config: Config, options: Options) -> int:
         _check_page(options.html)
     if options.all:
         return _audit(config, options)
-    sources = config.data.train if options.split == "train" else config.data.eval
-    if not sources:
-        raise UserError(f"data.{options.split}: there are no sources in the config")
-    chosen = look_at(config, sources, lambda num_samples: _chosen(num_samples, options))
+    chosen = look_at(config, options.split, lambda num_samples, used: _chosen(num_samples, used, options))
     losses = _losses(config, options, chosen)
     if options.html is not None:
         from mmtrain.inspect_labels.page import write_page
@@ -79,13 +77,13 @@ def _print_json(row: object) -> None:
     print(line)
 
 
-def _chosen(num_samples: int, options: Options) -> list[int]:
-    """The indices that were given, or `num` evenly spaced ones."""
+def _chosen(num_samples: int, used: Sequence[int], options: Options) -> list[int]:
+    """The indices that were given, or `num` evenly spaced ones of those that are used."""
     wrong = [index for index in options.indices if not 0 <= index < num_samples]
     if wrong:
         raise UserError(f"--index {wrong[0]}: there are {num_samples:,} samples, 0 to {num_samples - 1}")
-    num = min(options.num, num_samples)
-    return list(options.indices) or [i * num_samples // num for i in range(num)]
+    num = min(options.num, len(used))
+    return list(options.indices) or [used[i * len(used) // num] for i in range(num)]
 
 
 def _losses(config: Config, options: Options, chosen: ChosenSamples) -> dict[int, dict[int, float]] | None:

@@ -12,11 +12,13 @@ from mmtrain.encoding.layout import Layout
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor, EncodingTrial
 from mmtrain.errors import UserError
-from mmtrain.model.components import COMPONENTS, Components, apply_tune, targets_of
+from mmtrain.model.components import COMPONENTS, Components
 from mmtrain.model.family import probe_family
 from mmtrain.model.image_cache.features import find_fields
 from mmtrain.model.load import load_model, model_structure
+from mmtrain.model.lora_targets import targets_of
 from mmtrain.model.packing_trial import packing_fault
+from mmtrain.model.tune import apply_tune
 from mmtrain.records.chat import SampleError
 from mmtrain.runtime.processes import Runtime
 
@@ -34,7 +36,7 @@ class ComponentFound:
     modules: list[str]
     num_parameters: int
     num_adapted: int
-    """Linear layers that get an adapter."""
+    """Linear layers and weights of experts that get an adapter."""
     num_without_adapter: int
     """Parameters of everything else."""
     modes: dict[str, str | None]
@@ -115,14 +117,14 @@ def _components(path: str, model: Any, components: Components) -> Iterator[Compo
     for part in present:
         own = {name: size for name, size in sizes.items() if components.component_of(name) == part}
         adapted = _adapted(model, components, part)
-        bare = [size for name, size in own.items() if name.rpartition(".")[0] not in adapted]
+        bare = [size for name, size in own.items() if not adapted & {name, name.rpartition(".")[0]}]
         others = [other for other in present if other != part and _adapted(model, components, other)]
         modes = {name: _refusal(path, tune) for name, tune in _tunes(part, others).items()}
         yield ComponentFound(part, components.roots(part), sum(own.values()), len(adapted), sum(bare), modes)
 
 
 def _adapted(model: Any, components: Components, part: str) -> set[str]:
-    """The names of the linear layers of a component that LoRA adapts."""
+    """The names of what LoRA adapts in a component: linear layers, and weights of experts."""
     try:
         return set(targets_of(model, components, part, Lora(mode="lora")))
     except UserError:  # it has none

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
@@ -39,10 +40,13 @@ def untie(model: PeftModel) -> list[str]:
     uses = Counter(id(weight) for module in modules.values() for weight in module.parameters(recurse=False))
     names = []
     for name, module in modules.items():
-        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else None
-        if layer is not None and uses[id(layer.weight)] > 1:
-            uses[id(layer.weight)] -= 1
-            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        layer, key = module.get_base_layer(), module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+        weight = getattr(layer, key)
+        if uses[id(weight)] > 1:
+            uses[id(weight)] -= 1
+            setattr(layer, key, nn.Parameter(weight.detach().clone(), requires_grad=False))
             names.append(name.removeprefix("base_model.model."))
     return names
 

@@ -66,6 +66,7 @@ class _Settings(BaseModel):
     r: PositiveInt
     lora_alpha: FiniteFloat
     target_modules: _Targets
+    target_parameters: Annotated[list[str], AfterValidator(_as_names)] | None = None
     exclude_modules: _Targets | None = None
     modules_to_save: Annotated[list[str], AfterValidator(_as_names)] | None = None
     layers_to_transform: int | list[int] | None = None

@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mmtrain.dataset.batch import Batch
 from mmtrain.model.kernels.block_attention import BlockAttention
+from mmtrain.model.planned_device import kind_of, planned_kernels
 from mmtrain.model.transfer import on_device
 
 NAME = "mmtrain_segments"
@@ -62,6 +63,8 @@ def _lengths(batch: Batch) -> tuple[int, ...]:
 
 def has_varlen(device: torch.device) -> bool:
     """Whether `device` has torch's variable-length kernel."""
+    if planned_kernels() is not None:
+        return True
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -129,7 +132,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _in_blocks(query: Tensor, value: Tensor) -> bool:
     is_wide_enough = query.dtype in (torch.float32, torch.bfloat16)
-    return query.device.type == "cpu" and is_wide_enough and query.shape[-1] == value.shape[-1]
+    return kind_of(query.device) == "cpu" and is_wide_enough and query.shape[-1] == value.shape[-1]
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:

@@ -91,7 +91,7 @@ def _own(weight: nn.Parameter) -> float:
 
 def _passes(tune: Tune) -> dict[str, float]:
     """How often each component's weights are multiplied: forward, and backward if gradients pass through them."""
-    passes = {component: 1.0 if isinstance(mode, Frozen) else 2.0 for component, mode in tune.components.items()}
+    passes = {component: 1.0 if isinstance(mode, Frozen) else 2.0 for component, mode in tune.modes.items()}
     passes["language"] = 2.0
     passes["projector"] = max(passes["projector"], passes["vision"])
     return passes

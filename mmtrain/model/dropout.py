@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from mmtrain.config.tune_section import Lora, Tune
@@ -119,15 +119,15 @@ def install_dropout(
     device: torch.device,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Give every adapter of a component with dropout its own `SampleDropout`. The model will be on `device`; `say` is
-    given one line where masks cannot be made there."""
+    """Give every adapter of a linear layer of a component with dropout its own `SampleDropout`. The model will be on
+    `device`; `say` is given one line where masks cannot be made there."""
     found = False
     for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
+        if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
             continue
         own = base_name(name)
         component = family.components.component_of(own)
-        lora = tune.components[component]
+        lora = tune.modes[component]
         if isinstance(lora, Lora) and lora.dropout > 0:
             found = True
             for adapter in list(module.lora_dropout):

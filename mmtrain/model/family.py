@@ -9,9 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mmtrain.config.tune_section import ComponentModules
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.components import Components
 from mmtrain.model.head import HeadKind, find_head_kind
+
+_NONE = ComponentModules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +29,16 @@ class Family:
     """Patches of the vision tower for each placeholder in the text, measured on one image; 1 if unknown."""
 
 
-def probe_family(model: Any, processor: ChatProcessor, say: Callable[[str], None]) -> Family:
-    """The record of `model`, as it was loaded: without adapters, in eval mode.
+def probe_family(
+    model: Any, processor: ChatProcessor, say: Callable[[str], None], named: ComponentModules = _NONE
+) -> Family:
+    """The record of `model`, as it was loaded: without adapters, in eval mode. `named`: what the config says of its
+    components.
 
     If a slower head is used, `say` prints the reason in one line. Raises UserError if a component is not found.
     """
     return Family(
-        components=Components(model),
+        components=Components(model, named),
         head_kind=find_head_kind(model, say),
         grid_key=processor.grid_key,
         patches_per_token=_patches_per_token(model.config, processor),

@@ -7,6 +7,8 @@ softmax", so nothing is computed twice and only one block is in memory. The targ
 almost certain, the gradient would otherwise be the difference of two nearly equal rows, which bfloat16 rounds away.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +17,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_utils import slice_logits_to_keep
 
 from mmtrain.model.kernels.products import product
+from mmtrain.model.planned_device import kind_of
 from mmtrain.safe_text import one_line
 
 TOKEN_BLOCK = 512
@@ -123,7 +127,7 @@ class _Softmax:
 
 
 def _block_size(weight: Tensor) -> int:
-    return VOCABULARY_BLOCK if weight.device.type == "cpu" else len(weight)
+    return VOCABULARY_BLOCK if kind_of(weight.device) == "cpu" else len(weight)
 
 
 def frozen_head(model: Any) -> nn.Linear | None:
@@ -183,3 +187,25 @@ def _passing_on(head: nn.Linear) -> Iterator[list[Tensor]]:
         yield given
     finally:
         head.forward = forward  # type: ignore[method-assign]
+
+
+def accept_positions(model: Any) -> None:
+    """Give a model whose forward has no `logits_to_keep` that argument: its head then gets the hidden states of these
+    positions alone, as in other families of transformers."""
+    own = model.forward
+    if "logits_to_keep" in inspect.signature(own).parameters:
+        return
+
+    @functools.wraps(own)
+    def forward(*args: Any, logits_to_keep: int | Tensor = 0, **inputs: Any) -> Any:
+        def select(_: nn.Module, hidden: tuple[Tensor]) -> Tensor:
+            kept: Tensor = slice_logits_to_keep(hidden[0], logits_to_keep)
+            return kept
+
+        hook = model.get_output_embeddings().register_forward_pre_hook(select)  # adapters may have replaced it
+        try:
+            return own(*args, **inputs)
+        finally:
+            hook.remove()
+
+    model.forward = forward

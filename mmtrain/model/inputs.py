@@ -38,6 +38,7 @@ class InputMaker:
         self._model = model
         self._vision = vision or VisionInputs(model)
         self._get_rope_index = getattr(model.base_model, "get_rope_index", None)
+        self._num_axes = 0 if self._get_rope_index is None else _num_axes(model.config)
         self.attends_by_sample = install_attention(model)
         """Whether the model uses mmtrain's attention, which keeps the samples of a packed row apart."""
         self._takes = frozenset(inspect.signature(model.forward).parameters)
@@ -77,27 +78,36 @@ class InputMaker:
         return (input_ids == self._image_token_id).long()
 
     def _positions(self, batch: Batch) -> Tensor:
-        """(rows, length), or (4, rows, length) for a model with M-RoPE: text positions, then the three of M-RoPE."""
+        """(rows, length), or for a model with M-RoPE the positions of its axes, (axes, rows, length). In a packed row
+        text positions come before them: they show where samples begin."""
         rows, length = batch.input_ids.shape
-        depth = 1 if self._get_rope_index is None else 4
+        depth = 1 + self._num_axes
         positions = torch.zeros(depth, rows, length, dtype=torch.long, device=batch.input_ids.device)
         for segment in batch.segments:
             span = slice(segment.start, segment.start + segment.length)
             positions[0, segment.row, span] = torch.arange(segment.length, device=positions.device)
             if self._get_rope_index is not None:
                 positions[1:, segment.row, span] = self._rope_positions(batch, segment, span)
-        return positions[0] if depth == 1 else positions
+        if depth == 1:
+            return positions[0]
+        return positions if batch.packed else positions[1:]
 
     def _rope_positions(self, batch: Batch, segment: Segment, span: slice) -> Tensor:
-        """(3, length) the M-RoPE positions of one sample, computed by the model."""
+        """(axes, length) the M-RoPE positions of one sample, computed by the model."""
         assert self._get_rope_index is not None
         ids = batch.input_ids[segment.row : segment.row + 1, span]
         images = slice(segment.first_image, segment.first_image + segment.num_images)
         grids = {key: value[images] for key, value in batch.image_inputs.items() if key == self._grid_key}
         if not segment.num_images:
-            return torch.arange(segment.length, device=ids.device).expand(3, -1)
+            return torch.arange(segment.length, device=ids.device).expand(self._num_axes, -1)
         positions: Tensor = self._get_rope_index(input_ids=ids, mm_token_type_ids=self._token_types(ids), **grids)[0]
         return positions[:, 0]
+
+
+def _num_axes(config: Any) -> int:
+    """The axes of a model's M-RoPE: as many as its rotary dimensions are divided into, or time, height and width."""
+    settings = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return len(settings.get("mrope_section") or (0, 0, 0))
 
 
 def _padding_mask(batch: Batch) -> Tensor:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import (
@@ -17,10 +17,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.logging import ERROR, disable_progress_bar, get_verbosity, set_tqdm_hook, set_verbosity
 
+from mmtrain.config.tune_section import ComponentModules
 from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.directory import model_directory, takes_images
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
+from mmtrain.model.head import accept_positions
 from mmtrain.model.quantization import (
     check_installed,
     check_not_stored_quantized,
@@ -32,6 +34,22 @@ from mmtrain.safe_text import one_line, shown
 
 _log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
+_NONE = ComponentModules()
+
+
+class LoadModel(Protocol):
+    """What gives a base model: `load_model`, or `load_without_weights`."""
+
+    def __call__(
+        self,
+        path: str,
+        dtype: str,
+        processor: ChatProcessor,
+        device: torch.device,
+        tick: Callable[[], None],
+        quantization: str | None,
+        named: ComponentModules,
+    ) -> Any: ...
 
 
 def load_config(path: str) -> Any:
@@ -56,6 +74,23 @@ def model_structure(path: str) -> Any:
     try:
         with torch.device("meta"):
             return auto_class(config).from_config(config).eval()
+    except Exception as error:  # a broken config makes transformers raise anything
+        raise UserError(f"{path}: the model cannot be made: {type(error).__name__}: {one_line(error)}") from None
+
+
+def load_without_weights(
+    path: str,
+    dtype: str,
+    processor: ChatProcessor,
+    device: torch.device = _CPU,
+    tick: Callable[[], None] = lambda: None,
+    quantization: str | None = None,
+    named: ComponentModules = _NONE,
+) -> Any:
+    """The model as `load_model` gives it, with new weights of which none is read. For `WithoutValues`."""
+    config = load_config(path)
+    try:
+        return auto_class(config).from_config(config, dtype=getattr(torch, dtype)).eval()
     except Exception as error:  # a broken config makes transformers raise anything
         raise UserError(f"{path}: the model cannot be made: {type(error).__name__}: {one_line(error)}") from None
 
@@ -141,13 +176,13 @@ def _check_complete(info: dict[str, Any], path: str) -> None:
         raise UserError(f"{path}: {len(missing)} weights are missing, such as {shown(missing[0])}")
 
 
-def _quantized(path: str, config: Any, quantization: str, dtype: str) -> dict[str, Any]:
+def _quantized(path: str, config: Any, quantization: str, dtype: str, named: ComponentModules) -> dict[str, Any]:
     """What `_from_pretrained` needs to quantize the weights as they are read."""
     check_installed(quantization)
     check_finite_files(model_directory(path))
     with torch.device("meta"):
         skeleton = auto_class(config).from_config(deepcopy(config), trust_remote_code=False)
-    return {"quantization_config": quantization_config(skeleton, getattr(torch, dtype))}
+    return {"quantization_config": quantization_config(skeleton, getattr(torch, dtype), named)}
 
 
 def _ticking(tick: Callable[[], None]) -> Callable[..., Any]:
@@ -171,10 +206,12 @@ def load_model(
     device: torch.device = _CPU,
     tick: Callable[[], None] = lambda: None,
     quantization: str | None = None,
+    named: ComponentModules = _NONE,
 ) -> Any:
     """The model on `device` in `dtype`, in eval mode: the base model's own dropout is never on. On another device than
     the CPU no weight waits in host memory for the others. `tick` is called as weights are read. With
-    `quantization` the language model's linear layers are quantized as they are read.
+    `quantization` the language model's linear layers are quantized as they are read; `named` is what the config says
+    of its components.
 
     Raises torch.OutOfMemoryError if the device is too small, and UserError if files are broken, if weights are missing,
     not finite or have wrong shapes, or if the tokenizer has ids without an embedding in the model.
@@ -182,9 +219,10 @@ def load_model(
     config = load_config(path)
     _check_files(config, path)
     check_not_stored_quantized(config, quantization, path)
-    settings = {} if quantization is None else _quantized(path, config, quantization, dtype)
+    settings = {} if quantization is None else _quantized(path, config, quantization, dtype, named)
     model, info = _from_pretrained(auto_class(config), path, dtype, device, tick, **settings)
-    check_quantized(model, path)
+    if quantization is not None:
+        check_quantized(model, path, named)
     _check_finite(model, path, tick)
     unused = sorted(info["unexpected_keys"])
     if unused:
@@ -197,6 +235,7 @@ def load_model(
         raise UserError(
             f"{path}: the tokenizer has ids up to {largest}, but the model has only {num_embeddings} embeddings"
         )
+    accept_positions(model)
     return model.eval()
 
 

@@ -1,13 +1,43 @@
-"""Which layers can have a LoRA adapter: found out, not known by family."""
+"""Which weights can have a LoRA adapter: found out, not known by family.
 
-from collections.abc import Iterable
+peft puts an adapter on a linear layer, or on a weight of any module (`target_parameters`): there the module computes
+with the sum of weight and adapter. Experts, whose weights are stacks of matrices, need the second way, and so do linear
+layers with a name under which peft looks for experts.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from mmtrain.model.quantized_weights import is_quantized
+from mmtrain.config.tune_section import Lora, Tune
+from mmtrain.errors import UserError
+from mmtrain.model.components import Components
+from mmtrain.model.quantized_weights import is_quantized, num_weights
+
+_EXPERTS, _ROUTER = re.compile(r"experts$"), re.compile(r"router|gate$|gate\.")
+"""Keys of a config with a number of experts; names of the layer that chooses experts, from its parent's name on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What gets an adapter, by name in the base model."""
+
+    modules: list[str] = field(default_factory=list)
+    """Linear layers."""
+    parameters: list[str] = field(default_factory=list)
+    """Weights whose module computes with the sum of weight and adapter."""
+
+    def __len__(self) -> int:
+        return len(self.modules) + len(self.parameters)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.modules
+        yield from self.parameters
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -16,21 +46,112 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or is_quantized(module))
 
 
-def refused_by_peft(config: Any, names: Iterable[str]) -> list[str]:
-    """Those of the linear layers `names` that peft gives no adapter in a model with this configuration, such as a
-    layer whose weight a recurrent family takes in a kernel of its own, where an adapter would have no effect."""
-    refused: dict[str, bool] = {}
-    found = []
-    for name in names:
-        last = name.rpartition(".")[2]
-        if last not in refused:
-            refused[last] = not _takes_adapter(config, last)
-        if refused[last]:
-            found.append(name)
-    return found
+def targets_of(model: Any, components: Components, component: str, lora: Lora) -> Targets:
+    """What gets an adapter in a component of `model`, a base model. Raises UserError if there is nothing.
+
+    Some get one only if `targets` names them: the head, because an adapter on it is rarely useful and takes much
+    memory, routers, and layers that peft refuses.
+    """
+    found = _Weights(model, components, component)
+    if lora.targets is None:
+        modules, weights, unknown = found.by_default, [*found.experts, *found.named_as_experts], []
+    else:
+        named = [*found.linear, *found.experts, *found.routers]
+        chosen = {name for name in named if any(_ends_with(name, target) for target in lora.targets)}
+        modules = [name for name in found.linear if name in chosen and name not in found.named_as_experts]
+        weights = [name for name in (*found.experts, *found.named_as_experts, *found.routers) if name in chosen]
+        unknown = [target for target in lora.targets if not any(_ends_with(name, target) for name in named)]
+    targets = Targets(modules, _run_alone(model, map(found.weight_of, weights)) if lora.variant != "dora" else [])
+    if unknown or not targets:
+        names = ", ".join(sorted({_last(name) for name in (*found.linear, *found.experts)})) or "none"
+        what = f"no linear layer is called {', '.join(unknown)}" if unknown else "no linear layer was found"
+        raise UserError(f"tune.{component}: {what}; the linear layers of {component} are: {names}")
+    return targets
 
 
-def _takes_adapter(config: Any, name: str) -> bool:
+def without_adapter(model: Any, components: Components, tune: Tune) -> Iterator[str]:
+    """Lines about weights of `model`, a base model, that are multiplied and get no adapter though their component has
+    LoRA without `targets`."""
+    for component, mode in tune.trainable.items():
+        if not isinstance(mode, Lora) or mode.targets is not None:
+            continue
+        found = _Weights(model, components, component)
+        if found.refused:
+            kinds = ", ".join(sorted({_last(name) for name in found.refused}))
+            yield f"tune.{component}: no adapter on {len(found.refused)} linear layers that peft refuses: {kinds}"
+        weights = [found.weight_of(name) for name in (*found.experts, *found.named_as_experts)]
+        adapted = [] if mode.variant == "dora" else _run_alone(model, weights)
+        left_out = [name for name in weights if name not in adapted]
+        if left_out:
+            size = sum(num_weights(model.get_parameter(name)) for name in left_out)
+            reason = "peft has no DoRA for them" if mode.variant == "dora" else "their module does not run by itself"
+            yield f"tune.{component}: no adapter on {len(left_out)} weights of experts ({size:,} parameters): {reason}"
+        if adapted and mode.dropout:
+            yield (
+                f"tune.{component}.dropout: not on {len(adapted)} weights of experts: their adapters are added to the "
+                "weights, not to the outputs"
+            )
+
+
+class _Weights:
+    """The weights of a component that can have an adapter, by what they are: names in the base model, of parameters for
+    experts and of modules for all others."""
+
+    def __init__(self, model: Any, components: Components, component: str) -> None:
+        own = {name: m for name, m in model.named_modules() if name and components.component_of(name) == component}
+        sizes = _numbers_of_experts(model.config)
+        self.linear = [name for name, module in own.items() if is_linear(module)]
+        self.experts = [name for name, stack in _stacks(own) if len(stack) in sizes]
+        owners = {name.rpartition(".")[0] for name in self.experts}
+        routers = [name for name, module in own.items() if name not in owners and _is_router(name, module, sizes)]
+        self.routers = [name for name in routers if name not in self.linear]
+        """Those that are no linear layers."""
+        by_last = {last: _way(model.config, last) for last in {_last(name) for name in self.linear}}
+        ways = {name: by_last[_last(name)] for name in self.linear}
+        ways |= {name: None for name, way in ways.items() if way == "weight" and is_quantized(own[name])}
+        self.named_as_experts = [name for name, way in ways.items() if way == "weight"]
+        self.refused = [name for name, way in ways.items() if way is None]
+        left_out = {components.head_name, *routers}
+        self.by_default = [name for name, way in ways.items() if way == "layer" and name not in left_out]
+
+    def weight_of(self, name: str) -> str:
+        """The name of the parameter that gets the adapter."""
+        return name if name in self.experts else f"{name}.weight"
+
+
+def _numbers_of_experts(config: Any) -> set[int]:
+    settings = config.get_text_config().to_dict()
+    return {value for key, value in settings.items() if _EXPERTS.search(key) and type(value) is int and value > 1}
+
+
+def _stacks(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The stacks of matrices, but for convolutions."""
+    for name, module in modules.items():
+        if not isinstance(module, nn.modules.conv._ConvNd):
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3:
+                    yield f"{name}.{key}", parameter
+
+
+def _is_router(name: str, module: nn.Module, sizes: set[int]) -> bool:
+    """Whether a module has one row of weights for each expert, and the name of a router."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None or weight.ndim != 2 or is_quantized(module) or len(weight) not in sizes:
+        return False
+    return _ROUTER.search(".".join(name.split(".")[-2:])) is not None
+
+
+def _way(config: Any, name: str) -> str | None:
+    """How peft puts an adapter on a linear layer of this name in a model with this configuration: on the "layer", only
+    on its "weight", or, None, not at all, such as on a layer whose weight a recurrent family takes in a kernel of its
+    own, where an adapter would have no effect."""
+    if _is_made(config, name, LoraConfig(target_modules=[name], r=1)):
+        return "layer"
+    by_weight = LoraConfig(target_modules=[], target_parameters=[f"{name}.weight"], r=1)
+    return "weight" if _is_made(config, name, by_weight) else None
+
+
+def _is_made(config: Any, name: str, lora: LoraConfig) -> bool:
     """Tried on a module with this configuration and a layer of this name. The random state does not change: the initial
     weights of the real adapters follow from it."""
     probe = nn.Module()
@@ -38,7 +159,50 @@ def _takes_adapter(config: Any, name: str) -> bool:
     with torch.random.fork_rng([]):
         probe.add_module(name, nn.Linear(1, 1))
         try:
-            inject_adapter_in_model(LoraConfig(target_modules=[name], r=1), probe)
+            inject_adapter_in_model(lora, probe)
         except ValueError:
             return False
     return True
+
+
+def patterns_are_rewritten(config: Any) -> bool:
+    """Whether peft makes a list of last names of a pattern of full names: it does where names have changed since
+    adapters were trained with transformers 4."""
+    lora = LoraConfig(target_modules="^(?:layer)$", r=1)
+    _is_made(config, "layer", lora)
+    return not isinstance(lora.target_modules, str)
+
+
+@torch.no_grad()
+def _run_alone(model: Any, names: Iterable[str]) -> list[str]:
+    """Those of the parameters `names` whose module is called with a tensor as first argument, as peft needs it. Where
+    another module takes the weight out of it, an adapter would have no effect. Tried on one token."""
+    names = list(names)
+    called: set[str] = set()
+
+    def note(owner: str) -> Any:
+        return lambda _, inputs: called.add(owner) if inputs and isinstance(inputs[0], torch.Tensor) else None
+
+    owners = {name.rpartition(".")[0] for name in names}
+    layers = {owner for owner in owners if is_linear(model.get_submodule(owner))}
+    owners -= layers
+    hooks = [model.get_submodule(owner).register_forward_pre_hook(note(owner)) for owner in owners]
+    token, device = torch.zeros(1, 1, dtype=torch.long, device=model.device), model.device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            if owners:
+                model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
+    except Exception:  # a family that requires more than text can raise anything
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [name for name in names if name.rpartition(".")[0] in called | layers]
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)

@@ -25,6 +25,7 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
+from mmtrain.model.planned_device import kind_of
 from mmtrain.model.quantized_weights import num_weights
 from mmtrain.safe_text import one_line
 
@@ -159,7 +160,7 @@ def _reach(model: Any) -> int:
 
 def _longest(model: Any) -> int:
     """The longest window that is tried."""
-    limit = _CPU_MULTIPLICATIONS if model.device.type == "cpu" else _GPU_MULTIPLICATIONS
+    limit = _CPU_MULTIPLICATIONS if kind_of(model.device) == "cpu" else _GPU_MULTIPLICATIONS
     return max(_NUM_TOKENS[0] // 2, int(limit / sum(map(num_weights, model.parameters()))))
 
 

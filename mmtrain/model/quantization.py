@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmtrain.config.tune_section import ComponentModules
 from mmtrain.errors import UserError
 from mmtrain.model.components import Components
 from mmtrain.model.quantized_weights import is_quantized
@@ -52,14 +53,14 @@ def check_not_stored_quantized(config: Any, quantization: str | None, path: str)
         )
 
 
-def quantization_config(skeleton: Any, dtype: torch.dtype) -> Any:
+def quantization_config(skeleton: Any, dtype: torch.dtype, named: ComponentModules) -> Any:
     """What transformers needs to quantize a model while it loads it. `skeleton` is the model without weights.
 
     Vision, projector and head keep `dtype`. Raises UserError where the language model has no linear layer.
     """
     from transformers import BitsAndBytesConfig
 
-    components = Components(skeleton)
+    components = Components(skeleton, named)
     if not any(_is_quantizable(name, module, components) for name, module in skeleton.named_modules()):
         raise UserError("model.quantization: the language model has no linear layer that can be quantized; remove it")
     return BitsAndBytesConfig(
@@ -76,12 +77,12 @@ def _is_quantizable(name: str, module: nn.Module, components: Components) -> boo
     return isinstance(module, nn.Linear) and is_language
 
 
-def check_quantized(model: Any, path: str) -> None:
+def check_quantized(model: Any, path: str, named: ComponentModules) -> None:
     """Make a model that was loaded with `quantization_config` safe to train.
 
     Raises UserError where a layer outside the language model is quantized.
     """
-    components = Components(model)
+    components = Components(model, named)
     for name, module in model.named_modules():
         if not is_quantized(module):
             continue

@@ -32,7 +32,7 @@ def shard(root: nn.Module, device: torch.device) -> None:
     Gradients are summed, not averaged, as the loss is a sum. Only what runs inside `root`'s forward sees whole weights.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in _blocks(root):
+    for block in repeated_blocks(root):
         fully_shard(block, mesh=mesh)
     fully_shard(root, mesh=mesh)
     for module in root.modules():
@@ -51,14 +51,14 @@ def reshard(root: nn.Module) -> None:
             module.reshard()
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     """The outermost repeated blocks. What is nested in them, such as experts, may not run on every process."""
     found: list[nn.Module] = []
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             found += [block for block in child if any(True for _ in block.parameters())]
         else:
-            found += _blocks(child)
+            found += repeated_blocks(child)
     return found
 
 

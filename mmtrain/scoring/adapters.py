@@ -47,9 +47,10 @@ class AdaptedModels:
                 runtime.device,
                 runtime.activity.tick,
                 settings.quantization,
+                config.tune.components,
             )
         self._model.requires_grad_(False)
-        self._family = probe_family(self._model, processor, progress.say)
+        self._family = probe_family(self._model, processor, progress.say, config.tune.components)
         with runtime.autocast():
             self._vision = prepare_vision(self._model, processor, progress.say)
         self._packing = choose_packing(self._model, processor, config, runtime, progress.say)
@@ -72,7 +73,8 @@ class AdaptedModels:
 
     def _loaded(self) -> LoadedModel:
         model, runtime = self._model, self._runtime
-        same = is_as_loaded(model, self._family.components, ("vision", "projector"))  # with all adapters so far
+        makes_features = ["vision", "projector", *(["language"] if self._config.tune.components.language else [])]
+        same = is_as_loaded(model, self._family.components, makes_features)  # with all adapters so far
         store = self._store if same else None
         make_inputs = input_maker(
             model, self._processor, self._config, runtime, store, self._vision, self._progress.say

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import StoredSamples
+from mmtrain.dataset.selection import SelectedSources
 from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, check_samples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.processor import ChatProcessor
@@ -35,10 +35,10 @@ class EvalSamples:
     ) -> "EvalSamples":
         """Encode and check them as `config` says. Raises UserError where a sample cannot be used."""
         limit = length_limit(config.model.path, config.data.max_length)
-        spec = EncodingSpec.of(config, sources)
-        samples, checked = check_samples(spec, processor, limit, FaultPolicy.of(config.data), progress)
-        names = tuple(source.name or Path(source.path).name for source in sources)
-        return cls(samples, checked, spec.encoder(processor), names, limit.num_tokens)
+        selected = SelectedSources.for_evaluation(config.data, sources)
+        spec, policy = EncodingSpec.of(config, selected.sources), FaultPolicy.of(config.data)
+        samples, checked = check_samples(spec, processor, limit, policy, progress, selected.choices)
+        return cls(samples, checked, spec.encoder(processor), selected.names, limit.num_tokens)
 
     @property
     def indices(self) -> Indices:

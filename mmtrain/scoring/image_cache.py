@@ -17,6 +17,7 @@ from mmtrain.model.image_cache.features import ImageFeatures, find_fields
 from mmtrain.model.image_cache.files import FeatureFolder
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.inputs import InputMaker
+from mmtrain.model.planned_device import kind_of
 from mmtrain.model.vision import VisionInputs
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
@@ -31,6 +32,8 @@ def caches_features(config: Config, num_processes: int) -> bool:
     """
     tune, run = config.tune, config.run
     frozen = isinstance(tune.vision, Frozen) and isinstance(tune.projector, Frozen)
+    if tune.components.language:  # they may be modules that make features
+        frozen = frozen and isinstance(tune.language, Frozen)
     sharded = run.weights == "shard" and num_processes > 1
     return frozen and not sharded and max(run.image_cache.memory_gib, run.image_cache.disk_gib) > 0
 
@@ -74,7 +77,7 @@ def input_maker(
 def _encodes_together(config: Config, runtime: Runtime) -> bool:
     """Whether images that are missing from the cache are encoded at once. Not on the CPU, where that gains nothing, nor
     where bits are promised: those of an image would depend on which others were missing."""
-    return runtime.device.type == "cuda" and config.run.microbatches == "auto"
+    return kind_of(runtime.device) == "cuda" and config.run.microbatches == "auto"
 
 
 def _model_key(config: Config, runtime: Runtime, progress: Progress) -> str:

@@ -4,7 +4,6 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from mmtrain.config.schema import Train
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Plan
 from mmtrain.dataset.samples import StoredSamples
+from mmtrain.dataset.selection import SelectedSources
 from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, check_samples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.processor import ChatProcessor
@@ -42,12 +42,17 @@ class Dataset:
 
     def __init__(self, config: Config, processor: ChatProcessor, progress: Progress) -> None:
         sources = _eval_sources(config)
-        specs = {f"evaluation set {name}": EncodingSpec.of(config, [source]) for name, source in sources.items()}
-        train_spec = EncodingSpec.of(config, config.data.train)
+        selected = {
+            "train": SelectedSources.for_training(config.data),
+            **{
+                f"evaluation set {name}": SelectedSources.for_evaluation(config.data, [source])
+                for name, source in sources.items()
+            },
+        }
         limit = length_limit(config.model.path, config.data.max_length)
         check = functools.partial(check_samples, processor=processor, limit=limit, policy=FaultPolicy.of(config.data))
-        (self.train, self.checked), *found = _check_all({"train": train_spec, **specs}, check, progress)
-        self.encoder = train_spec.encoder(processor)
+        (self.train, self.checked), *found = _check_all(config, selected, check, progress)
+        self.encoder = EncodingSpec.of(config, config.data.train).encoder(processor)
         self.eval = [_eval_set(name, self.encoder, *one) for name, one in zip(sources, found, strict=True)]
         self.plan = _plan(config, self.train, self.checked)
         self.num_steps = _num_steps(config.train, self.plan)
@@ -64,16 +69,23 @@ class Dataset:
             f"{samples}, {self.checked.num_images:,} images, {tokens:,} tokens "
             f"({supervised / tokens:.1%} trained on); {self.num_steps:,} steps, {self.plan.steps_per_epoch:,} an epoch"
         )
-        long, faulty = (sum(len(getattr(one, name)) for one in self._all_checked) for name in ("dropped", "skipped"))
-        left_out = [
-            f"{number:,} samples {why}"
-            for number, why in ((long, "dropped as too long"), (faulty, "skipped because of faults"))
-            if number
-        ]
-        if not left_out:
-            return line
+        return line + "".join(f"; {more}" for more in (self._left_out(), self._not_chosen()) if more)
+
+    def _left_out(self) -> str:
+        """What is missing from all sets for what it is."""
+        reasons = {"dropped": "dropped as too long", "skipped": "skipped because of faults", "duplicates": "duplicates"}
+        numbers = {why: sum(len(getattr(one, name)) for one in self._all_checked) for name, why in reasons.items()}
+        found = [f"{number:,} samples {why}" for why, number in numbers.items() if number]
         num_read = sum(len(one.num_tokens) for one in self._all_checked)
-        return f"{line}; of {num_read:,} read, {', '.join(left_out)}, listed in dropped.jsonl"
+        return f"of {num_read:,} read, {', '.join(found)}, listed in dropped.jsonl" if found else ""
+
+    def _not_chosen(self) -> str:
+        """What the config leaves out of the training data otherwise."""
+        numbers = {
+            "held out for evaluation": self.checked.num_other_side,
+            "over max_samples": self.checked.num_over_max,
+        }
+        return ", ".join(f"{number:,} samples {why}" for why, number in numbers.items() if number)
 
     def dropped_rows(self) -> list[dict[str, Any]]:
         """A row for each sample that is left out by `data.too_long: drop` or `data.on_fault: skip`."""
@@ -92,23 +104,24 @@ class Dataset:
 
 def _eval_sources(config: Config) -> dict[str, EvalSource]:
     """By name. Raises UserError where two have the same."""
-    found = {source.name or Path(source.path).name: source for source in config.data.eval}
+    found = {source.title: source for source in config.data.eval}
     if len(found) < len(config.data.eval):
         raise UserError("data.eval: two sources have the same name: give each its own `name`")
     return found
 
 
 def _check_all(
-    specs: dict[str, EncodingSpec],
+    config: Config,
+    selected: dict[str, SelectedSources],
     check: Callable[..., tuple[StoredSamples, CheckedSamples]],
     progress: Progress,
 ) -> list[tuple[StoredSamples, CheckedSamples]]:
     """Check each, by name, and raise the faults of all of them together."""
     found, faults = [], []
-    for name, spec in specs.items():
+    for name, one in selected.items():
         try:
             with progress.task(f"checking {name}"):
-                found.append(check(spec, progress=progress))
+                found.append(check(EncodingSpec.of(config, one.sources), progress=progress, choices=one.choices))
         except UserError as error:
             faults += error.faults
     if faults:

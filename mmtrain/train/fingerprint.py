@@ -6,6 +6,7 @@ from collections.abc import Callable
 from mmtrain.config import Config
 from mmtrain.config.tune_section import Lora
 from mmtrain.dataset.hashes import digest, model_fingerprints
+from mmtrain.dataset.selection import SelectedSources
 from mmtrain.model.dropout import MASKS
 from mmtrain.model.earlier_run import trained_files
 from mmtrain.model.quantization import quantizer
@@ -24,8 +25,10 @@ def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> 
     found["model.template"] = hashlib.sha256(template.encode()).hexdigest()
     for number in range(len(config.data.train)):
         found[f"data.train.{number}.records"] = digest(dataset.train.records.files_of(number), tick)
+    if not SelectedSources.for_training(config.data).is_everything:
+        found["data.train.used"] = hashlib.sha256(dataset.checked.used.astype("<i8").tobytes()).hexdigest()
     found["data.train.pictures"] = digest(sorted(dataset.checked.image_files), tick)
-    for component, tuned in config.tune.components.items():
+    for component, tuned in config.tune.modes.items():
         if isinstance(tuned, Lora) and tuned.dropout > 0:
             found[f"tune.{component}.dropout.masks"] = MASKS
     return found

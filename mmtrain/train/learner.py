@@ -4,7 +4,7 @@ from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.cost import cost_model
 from mmtrain.model.kernels.install import install
-from mmtrain.model.load import compile_layers
+from mmtrain.model.load import LoadModel, compile_layers, load_model
 from mmtrain.model.root import Root
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
@@ -16,14 +16,17 @@ from mmtrain.train.step import Learner
 from mmtrain.train.trainable import is_sharded, make_trainable
 
 
-def make_learner(config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress) -> Learner:
+def make_learner(
+    config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress, load: LoadModel = load_model
+) -> Learner:
     """Load the model, add its trainable parameters, and decide how it is computed; `progress` says what was decided.
+    `load` gives the base model.
 
     Packing and the image cache are tried before the weights are sharded or the layers compiled.
     """
     if config.run.microbatches != "auto":
         runtime.make_deterministic()
-    made = make_trainable(config, processor, runtime, progress)
+    made = make_trainable(config, processor, runtime, progress, load)
     model, settings = made.model, config.run
     root = Root(model)
     sharded = is_sharded(config, runtime)

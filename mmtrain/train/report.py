@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mmtrain.config import Config
 from mmtrain.config.tune_section import Lora
-from mmtrain.model.components import ComponentReport
+from mmtrain.model.tune import ComponentReport
 from mmtrain.progress import Progress, Task
 from mmtrain.runtime.shard import own_and_total_bytes
 from mmtrain.safe_text import visible
@@ -28,6 +28,9 @@ NUM_AVERAGED = 50
 def start_report(config: Config, dataset: Dataset, learner: Learner) -> Iterator[str | Table]:
     """What is printed before the first step."""
     yield _component_table(learner.component_reports)
+    for row in learner.component_reports:
+        if row.roots:
+            yield f"{row.component}: {', '.join(map(visible, row.roots))}"
     yield dataset.summary()
     yield from _trial_lines(learner)
     yield _weights_line(learner)

@@ -81,6 +81,8 @@ def _accepting(keys: Sequence[str]) -> str:
 def _change(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     if key.endswith((".records", ".pictures", ".weights")) or key in ("model.processor", "model.template"):
         return "the content has changed since the run started"
+    if key == "data.train.used":
+        return "other samples are trained on (max_samples, dedup, or the share of data.eval)"
     was, is_now = ("not set" if found.get(key) is None else shown(found[key]) for found in (before, now))
     return f"was {was} and is {is_now}"
 

@@ -9,11 +9,11 @@ from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.checkpoint import CheckpointFolder
 from mmtrain.train.checkpointer import Checkpointer
+from mmtrain.train.checkpointing import decided_learner
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.export import export
 from mmtrain.train.facts import write_facts
 from mmtrain.train.folder import is_exported, write_inputs
-from mmtrain.train.learner import make_learner
 from mmtrain.train.loop import OnStep, TrainingLoop
 from mmtrain.train.preconditions import check_preconditions
 from mmtrain.train.report import end_report, start_report
@@ -52,7 +52,7 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
     if runtime.is_main:
         write_inputs(output_dir, dump_config(config), dataset.dropped_rows())
     activity.set("loading the model")
-    learner = make_learner(config, processor, runtime, progress)
+    learner = decided_learner(config, dataset, processor, runtime, progress)
     if runtime.is_main:
         write_facts(config, dataset, learner)
     checkpointer = Checkpointer(checkpoints, state, learner, progress)

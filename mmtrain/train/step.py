@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mmtrain.dataset.batch import Batch
 from mmtrain.errors import NonFiniteError
-from mmtrain.model.components import ComponentReport
 from mmtrain.model.cost import CostModel
 from mmtrain.model.dropout import DropoutContext
+from mmtrain.model.tune import ComponentReport
 from mmtrain.runtime.device import device_faults, microbatch_faults, wide
 from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.shard import reshard, whole

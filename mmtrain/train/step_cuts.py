@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from mmtrain.config.run_section import Run
 from mmtrain.dataset.batch import Batch
@@ -39,21 +40,32 @@ class StepCuts:
         microbatches = (indices for step in range(first, last + 1) for indices in self.of(step).own if indices)
         return self._learner.batches(self._filled or self._dataset.train, microbatches)
 
-    def _cut(self, step: int) -> StepCut:
-        """Every process has as many micro-batches."""
-        samples, checked = self._dataset.plan.step(step), self._dataset.checked
-        lengths, supervised = checked.num_tokens[samples], checked.num_supervised[samples]
-        image_tokens, pairs = checked.num_image_tokens[samples], checked.image_token_pairs[samples]
-        cost = self._costs(step).of(lengths, image_tokens, pairs, supervised)
+    def of_all(self, step: int) -> list[tuple[int, ...]]:
+        """The micro-batches of all processes, one process after the other; each has as many."""
+        samples = self._dataset.plan.step(step)
+        lengths, _, cost = self._sizes(step, samples)
         settings, runtime = self._settings, self._learner.runtime
         multiple = runtime.num_processes if settings.microbatches == "auto" else settings.microbatches
         limit = settings.microbatch_tokens if self._learner.processor.lays_out_together else 1
         cuts = cut_step(lengths.tolist(), limit, self._learner.packing, multiple, cost.tolist())
-        share = len(cuts) // runtime.num_processes
-        own = [tuple(samples[i] for i in cut) for cut in cuts[runtime.index * share : (runtime.index + 1) * share]]
+        return [tuple(samples[i] for i in cut) for cut in cuts]
+
+    def _cut(self, step: int) -> StepCut:
+        samples, runtime = self._dataset.plan.step(step), self._learner.runtime
+        lengths, supervised, cost = self._sizes(step, samples)
+        every = self.of_all(step)
+        share = len(every) // runtime.num_processes
+        own = every[runtime.index * share : (runtime.index + 1) * share]
         if self._filled is not None:
             own = list(map(self._filled.fill, own))
         return StepCut(tuple(samples), tuple(own), int(lengths.sum()), int(supervised.sum()), 2.0 * float(cost.sum()))
+
+    def _sizes(self, step: int, samples: list[int]) -> tuple[Any, Any, Any]:
+        """(num_samples,) each: tokens, supervised tokens and cost."""
+        checked = self._dataset.checked
+        lengths, supervised = checked.num_tokens[samples], checked.num_supervised[samples]
+        image_tokens, pairs = checked.num_image_tokens[samples], checked.image_token_pairs[samples]
+        return lengths, supervised, self._costs(step).of(lengths, image_tokens, pairs, supervised)
 
     def _costs(self, step: int) -> CostModel:
         # from the second epoch on every image was seen; a rule that follows from the step alone, as the cut must

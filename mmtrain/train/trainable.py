@@ -7,11 +7,12 @@ import torch
 
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model.components import ComponentReport, apply_tune, without_adapter
 from mmtrain.model.dropout import DropoutContext, install_dropout
 from mmtrain.model.earlier_run import start_from_run
 from mmtrain.model.family import Family, probe_family
-from mmtrain.model.load import checkpoint_activations, load_model
+from mmtrain.model.load import LoadModel, checkpoint_activations, load_model
+from mmtrain.model.lora_targets import without_adapter
+from mmtrain.model.tune import ComponentReport, apply_tune
 from mmtrain.model.vision import VisionInputs, prepare_vision
 from mmtrain.progress import Progress
 from mmtrain.runtime.device import loading_faults
@@ -35,21 +36,23 @@ class TrainableModel:
     vision: VisionInputs
 
 
-def make_trainable(config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress) -> TrainableModel:
+def make_trainable(
+    config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress, load: LoadModel = load_model
+) -> TrainableModel:
     """Load the base model, freeze it, and add what is trainable, whose initial weights follow from the seed alone."""
     torch.manual_seed(config.train.seed)
-    settings = config.model
+    settings, named = config.model, config.tune.components
     home = torch.device("cpu") if is_sharded(config, runtime) else runtime.device
     with loading_faults():
-        base = load_model(settings.path, settings.dtype, processor, home, runtime.activity.tick, settings.quantization)
+        base = load(settings.path, settings.dtype, processor, home, runtime.activity.tick, settings.quantization, named)
     runtime.activity.set("preparing the model")
-    family = probe_family(base, processor, progress.say)
+    family = probe_family(base, processor, progress.say, named)
     for line in without_adapter(base, family.components, config.tune):
         progress.say(line)
     model, reports = apply_tune(base, family.components, config.tune)
     if settings.adapter is not None:
         progress.say(start_from_run(model, family.components, settings, processor, runtime.activity.tick))
-    if config.run.activation_checkpointing:
+    if config.run.activation_checkpointing is True:
         checkpoint_activations(base)
     dropout = DropoutContext(config.train.seed)
     install_dropout(model, family, config.tune, dropout, runtime.device, progress.say)

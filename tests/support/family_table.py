@@ -15,12 +15,14 @@ BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->\n"
 COLUMNS = ("family", "ids", "published files", "LoRA and full step", "adapter", "bfloat16", "rows")
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
 NOT_TRAINED = {
-    "hunyuan_vl": "refused: its processor wants tokens around a placeholder that it does not write itself",
-    "minicpmv4_6": "refused: its forward takes no `logits_to_keep`",
     "phi4_multimodal": "refused: the features of an image depend on the other images of the batch",
 }
 """Families that are refused at the start, and why."""
-_REASONS = {"differ by": "padded: packed samples change each other", "one sample at a time": "one sample at a time"}
+_REASONS = {
+    "differ by": "padded: packed samples change each other",
+    "cannot run packed rows": "padded: it takes no packed rows",
+    "one sample at a time": "one sample at a time",
+}
 
 
 def row(name: str, proof: Proof) -> str:

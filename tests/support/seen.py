@@ -20,9 +20,10 @@ from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.model.components import Components, apply_tune
+from mmtrain.model.components import Components
 from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
+from mmtrain.model.tune import apply_tune
 from mmtrain.progress import QUIET
 from mmtrain.runtime import processes
 from mmtrain.runtime.processes import Runtime
@@ -61,6 +62,7 @@ eval_image_tokens = or_refused(lambda dataset: int(dataset.eval[0].checked.num_i
 num_steps = or_refused(lambda dataset: dataset.num_steps)
 samples_of_a_step = or_refused(lambda dataset: len(dataset.plan.step(1)))
 steps_of_an_epoch = or_refused(lambda dataset: dataset.plan.steps_per_epoch)
+num_samples_of_both_sides = or_refused(lambda dataset: len(dataset.checked.used) + len(dataset.eval[0].checked.used))
 eval_name = or_refused(lambda dataset: dataset.eval[0].name)
 
 
@@ -101,7 +103,7 @@ def quantized_layers(config: Config) -> int:
 def tuned(config: Config) -> tuple[Any, Any]:
     processor, quantization = load_processor(config.model.path, config.model.chat_template), config.model.quantization
     base = load_model(config.model.path, config.model.dtype, processor, quantization=quantization)
-    components = Components(base)
+    components = Components(base, config.tune.components)
     model, _ = apply_tune(base, components, config.tune)
     return model, make_optimizer(model, components, config)
 
@@ -126,6 +128,11 @@ def trainable_kinds(config: Config, component: str) -> set[str]:
     named = tuned(config)[0].named_parameters()
     of_component = [name for name, parameter in named if parameter.requires_grad and component_of(name) == component]
     return {"adapter" if "lora_" in name else "own" for name in of_component}
+
+
+def is_trainable(name: str) -> Callable[[Config], bool]:
+    """Of a parameter of the base model."""
+    return lambda config: dict(tuned(config)[0].named_parameters())[name].requires_grad
 
 
 def rates(config: Config, component: str) -> set[float]:

@@ -7,11 +7,12 @@ micro-batch has another. It is computed in float32 and rounded once. Whether any
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from mmtrain.model.planned_device import planned_kernels
 from mmtrain.safe_text import one_line
 
 _VARIANTS = 64
@@ -36,7 +37,7 @@ def one_pass(formula: Callable[P, R]) -> Callable[P, R]:
 
 def is_compiled(device: torch.device) -> bool:
     """Whether formulas are compiled for this device."""
-    return gains_by_compiling(device) and compile_fault(device) is None
+    return planned_kernels() is not None or (gains_by_compiling(device) and compile_fault(device) is None)
 
 
 def gains_by_compiling(device: torch.device) -> bool:
@@ -67,12 +68,21 @@ def _small_formula(x: Tensor) -> Tensor:
     return x.sigmoid() * x.square().mean(-1, keepdim=True).rsqrt()
 
 
-@functools.cache
 def compiled(formula: Callable[..., R]) -> Callable[..., R]:
-    """`formula`, compiled for any number of rows. torch.compile does the work when it is first called.
+    """`formula`, compiled for any number of rows. torch.compile does the work when it is first called."""
 
-    Its kernels are chosen without measuring, or a sum could be computed in another order in the next run.
-    """
+    def call(*args: Any, **kwargs: Any) -> R:
+        plan = planned_kernels()
+        if plan is not None:
+            return cast(R, plan.as_one_kernel(formula, *args, **kwargs))
+        return cast(R, _compiled(formula)(*args, **kwargs))
+
+    return call
+
+
+@functools.cache
+def _compiled(formula: Callable[..., R]) -> Callable[..., R]:
+    """Its kernels are chosen without measuring, or a sum could be computed in another order in the next run."""
     from torch._dynamo import config as dynamo  # takes a second to import
     from torch._inductor import config as inductor
 

@@ -13,6 +13,7 @@ from mmtrain.model.dropout import SampleDropout, mask_of
 from mmtrain.model.kernels.masks import DroppedProduct, Mask
 from mmtrain.model.kernels.products import ROW_MULTIPLE, FrozenLinear
 from mmtrain.model.kernels.trial import Kernel, example_for
+from mmtrain.model.planned_device import kind_of
 from mmtrain.model.quantized_weights import is_quantized
 
 
@@ -48,7 +49,7 @@ class Frozen(Kernel):
     """W x + b by the fastest library."""
 
     def compute(self, module: Any, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not x.dtype == module.weight.dtype == torch.float32:
+        if kind_of(x.device) != "cpu" or not x.dtype == module.weight.dtype == torch.float32:
             return F.linear(x, module.weight, module.bias)
         rows = x.reshape(-1, x.shape[-1])
         return FrozenLinear.apply(rows, module.weight, module.bias).view(*x.shape[:-1], -1)  # type: ignore[no-untyped-call, no-any-return]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmtrain.model.planned_device import kind_of
+
 ROW_MULTIPLE = 32
 """A packed row is padded to a multiple of this many tokens: oneDNN compiles and caches a program for each number of
 rows, and allocators cache memory of each size."""
@@ -27,7 +29,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN computes this product. Not for any number of rows, because it caches a program for each. Not for a
     weight with gaps between its rows, which takes it a thousand times as long."""
-    is_plain = _ONEDNN is not None and x.device.type == "cpu" and x.dtype == torch.float32
+    is_plain = _ONEDNN is not None and kind_of(x.device) == "cpu" and x.dtype == torch.float32
     is_dense = weight.is_contiguous() or weight.t().is_contiguous()
     return is_plain and is_dense and len(x) > 0 and len(x) % ROW_MULTIPLE == 0
 

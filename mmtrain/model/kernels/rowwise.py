@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.model.kernels.compiled import is_compiled, one_pass
+from mmtrain.model.planned_device import kind_of
 
 _CACHED_VALUES = 2**17
 """Values in a block on the CPU: a block and its inputs stay in the caches, and there are few enough blocks that calling
@@ -159,4 +160,4 @@ def _widened(value: Tensor) -> Tensor:
 
 def _is_cached(value: Tensor) -> bool:
     """Whether it is computed in blocks that fit into a cache."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+    return kind_of(value.device) == "cpu" and not torch.compiler.is_compiling()

@@ -1,0 +1,125 @@
+"""`mmtrain plan`: every figure, and their output."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from mmtrain.config import Config
+from mmtrain.encoding.load import load_processor
+from mmtrain.errors import UserError
+from mmtrain.plan.memory import cpu_memory, gpu_memory
+from mmtrain.plan.report import print_plan
+from mmtrain.plan.structure import Structure, structure_of
+from mmtrain.plan.waiting import Simulation, Step
+from mmtrain.progress import Progress
+from mmtrain.runtime.device import find_device
+from mmtrain.scoring.image_cache import GIB, caches_features
+from mmtrain.train.ceiling import matmul_rate
+from mmtrain.train.dataset import Dataset
+
+_NUM_STEPS = 50
+"""Steps that are cut to find waiting and padding, evenly spaced over the first epoch."""
+
+
+def plan(config: Config, processes: str, as_json: bool) -> None:
+    """Print what the run of `config` does and needs, for each number in `processes`. Raises UserError."""
+    counts = _counts(processes)
+    progress = Progress()
+    processor = load_processor(config.model.path, config.model.chat_template)
+    dataset = Dataset(config, processor, progress)
+    structure = structure_of(config, processor)
+    device = find_device(config.run.device, config.model.dtype)
+    figures: dict[str, Any] = {
+        "data": _data(dataset),
+        "steps": _steps(config, dataset, structure, counts),
+        "disk": _disk(config, dataset, structure),
+        "time": _time(config, dataset, structure, device),
+    }
+    with progress.task("counting memory"):
+        weight_bytes = structure.num_parameters * getattr(torch, config.model.dtype).itemsize
+        if device.type == "cpu":
+            figures["cpu_memory"] = cpu_memory(config, dataset, processor, weight_bytes, progress)
+        if config.run.device != "cpu":
+            figures["gpu_memory"] = gpu_memory(config, dataset, processor, max(counts), progress)
+    if as_json:
+        print(json.dumps(figures, allow_nan=False))
+    else:
+        print_plan(figures, config, Console(highlight=False, emoji=False, markup=False))
+
+
+def _counts(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise UserError(f"--processes: {text!r}: expected numbers above 0 with commas between them, such as 1,2,8")
+    return sorted({int(word) for word in words})
+
+
+def _data(dataset: Dataset) -> dict[str, int]:
+    checked = dataset.checked
+    return {
+        "samples": len(checked.used),
+        "images": checked.num_images,
+        "tokens": int(checked.num_tokens.sum()),
+        "supervised": int(checked.num_supervised.sum()),
+        "longest": int(checked.num_tokens.max()),
+        "left_out": len(checked.left_out),
+    }
+
+
+def _steps(config: Config, dataset: Dataset, structure: Structure, counts: Sequence[int]) -> dict[str, Any]:
+    packing = config.run.packing is not False  # auto: the trial at the start is taken to pass
+    simulation = Simulation(config.run, dataset.checked, structure.costs, packing)
+    numbers = np.unique(np.linspace(1, dataset.plan.steps_per_epoch, _NUM_STEPS).astype(int)).tolist()
+    steps = [simulation.step(dataset.plan.step(number)) for number in numbers]
+    wanted = config.run.microbatches
+    waiting = {n: simulation.waiting(steps, n) for n in counts if wanted == "auto" or wanted % n == 0}
+    return {
+        "steps": dataset.num_steps,
+        "steps_per_epoch": dataset.plan.steps_per_epoch,
+        "batch_size": config.train.batch_size,
+        "microbatches": float(np.mean([len(simulation.cut(step, 1)) for step in steps])),
+        "packing": packing,
+        "padding_of_rows": _padding(simulation, steps),
+        "waiting": waiting,
+    }
+
+
+def _padding(simulation: Simulation, steps: Sequence[Step]) -> float:
+    """The share of padding if every sample had a row of its own."""
+    tokens = sum(int(step.lengths.sum()) for step in steps)
+    positions = sum(step.positions(cut, False) for step in steps for cut in simulation.cut(step, 1, packing=False))
+    return 1 - tokens / positions
+
+
+def _disk(config: Config, dataset: Dataset, structure: Structure) -> dict[str, Any]:
+    """Bytes. A checkpoint is the trainable weights and two moments, in float32; one more exists while it is written."""
+    checked, store = dataset.checked, dataset.train.store
+    features = float(checked.num_image_tokens.sum(dtype=np.int64)) * structure.feature_bytes
+    cache = config.run.image_cache
+    is_cached = caches_features(config, 1)
+    return {
+        "checkpoint": 12 * structure.num_trainable,
+        "num_checkpoints": config.run.keep_checkpoints + 1,
+        "encoded_samples": store.num_bytes,
+        "image_features": features if is_cached else 0.0,
+        "image_features_on_disk": min(features, cache.disk_gib * GIB) if is_cached else 0.0,
+    }
+
+
+def _time(config: Config, dataset: Dataset, structure: Structure, device: torch.device) -> dict[str, Any]:
+    """The operations that no run can avoid, at the measured rate of a large matrix product on `device`."""
+    checked, plan = dataset.checked, dataset.plan
+    epochs = dataset.num_steps / plan.steps_per_epoch
+    cached = structure.costs.with_cached_features if caches_features(config, 1) else structure.costs
+
+    def epoch(costs: Any) -> float:
+        of = checked.num_tokens, checked.num_image_tokens, checked.image_token_pairs, checked.num_supervised
+        return 2.0 * float(costs.of(*of).sum()) * plan.epoch_samples / len(checked.used)
+
+    operations = min(epochs, 1.0) * epoch(structure.costs) + max(epochs - 1.0, 0.0) * epoch(cached)
+    rate = matmul_rate(device, getattr(torch, config.model.dtype))
+    return {"operations": operations, "rate": rate, "device": device.type, "seconds": operations / rate}

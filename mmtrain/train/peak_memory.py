@@ -1,0 +1,134 @@
+"""How much memory a run takes at most, found without its weights: its own code is run on tensors without values.
+
+The model is made as the config says, and takes two steps: with the first micro-batch of the plan, then with the
+longest one, when the optimizer's moments exist. See `model/without_values.py`.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmtrain.config import Config
+from mmtrain.config.run_section import ImageCache
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.model.live_memory import LiveMemory
+from mmtrain.model.load import load_without_weights
+from mmtrain.model.planned_device import planned_on
+from mmtrain.model.without_values import WithoutValues
+from mmtrain.progress import Progress
+from mmtrain.runtime.planned import PlannedRuntime
+from mmtrain.runtime.shard import repeated_blocks
+from mmtrain.train.checkpoint import trainable_parameters
+from mmtrain.train.dataset import Dataset
+from mmtrain.train.learner import make_learner
+from mmtrain.train.step import Learner, train_step
+from mmtrain.train.step_cuts import StepCuts
+
+_BLOCKS = {"cuda": 512}
+"""Bytes that an allocator rounds up to, by kind of device."""
+_NUM_STEPS = 200
+"""Steps of the first epoch whose micro-batches are compared, evenly spaced."""
+_NO_CACHE = ImageCache(memory_gib=1e-9, disk_gib=0.0)
+"""Image features are computed as with a cache, and none is kept: on a GPU they are in host memory."""
+
+Microbatch = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PeakMemory:
+    """Bytes on the device of one process."""
+
+    weights: int
+    """Of the model, frozen and trainable."""
+    trainable: int
+    """Of the trainable weights, and of their gradients."""
+    peak: int
+    """The most at once: weights, gradients, moments and activations."""
+    num_tokens: int
+    """Of the longest micro-batch."""
+    num_images: int
+    largest_block: int
+    """Of the weights of the largest repeated block, such as a layer."""
+
+    def sharded(self, num_processes: int) -> int:
+        """The peak where the weights, their gradients and moments are sharded over so many processes. Two blocks are
+        whole at a time: the one that is computed and the next one, which is being gathered."""
+        state = self.weights + 3 * self.trainable
+        return self.peak - state + state // num_processes + 2 * self.largest_block
+
+
+def predict_peak(
+    config: Config, dataset: Dataset, processor: ChatProcessor, kind: str, num_processes: int, progress: Progress
+) -> PeakMemory:
+    """The memory of one of `num_processes` processes on devices of `kind` (`cpu` or `cuda`), weights replicated.
+
+    `progress` is ticked. Raises NeedsValuesError where what the model allocates depends on values, and whatever the
+    model raises where it cannot be run. Random states change.
+    """
+    memory = LiveMemory(_BLOCKS.get(kind, 1))
+    counting, quiet = WithoutValues(memory), Progress(progress.tick, quiet=True)
+    config = _as_planned(config)
+    runtime = PlannedRuntime(config.model.dtype, num_processes, progress.tick)
+    with planned_on(kind, counting), counting:
+        learner = make_learner(config, processor, runtime, quiet, load_without_weights)
+        first, longest = _microbatches(StepCuts(dataset, learner, config.run), dataset, learner.packing)
+        weights = memory.num_bytes
+        memory.reset()
+        for step, microbatches in ((1, [first]), (2, [first, longest])):
+            progress.tick()
+            _take_step(learner, dataset, microbatches, step, config.train.max_grad_norm)
+        trainable = sum(parameter.nbytes for parameter in trainable_parameters(learner.model).values())
+        update = memory.num_bytes + trainable + trainable * (kind == "cuda")  # foreach: one copy of all at once
+        return PeakMemory(
+            weights=weights,
+            trainable=trainable,
+            peak=max(memory.peak, update),
+            num_tokens=int(dataset.checked.num_tokens[list(longest)].sum()),
+            num_images=int(dataset.train.store.num_images[list(longest)].sum()),
+            largest_block=_largest_block(learner),
+        )
+
+
+def _as_planned(config: Config) -> Config:
+    """Without what changes no memory on a GPU, or cannot be run without values."""
+    checkpointing = config.run.activation_checkpointing is True
+    changes = {
+        "weights": "replicate",
+        "compile": False,
+        "activation_checkpointing": checkpointing,
+        "image_cache": _NO_CACHE if max(config.run.image_cache.model_dump().values()) else config.run.image_cache,
+    }
+    run, model = config.run.model_copy(update=changes), config.model.model_copy(update={"adapter": None})
+    return config.model_copy(update={"run": run, "model": model})
+
+
+def _microbatches(cuts: StepCuts, dataset: Dataset, packing: bool) -> tuple[Microbatch, Microbatch]:
+    """The first one, and the one with the most tokens, padding included; of equal ones the one with the most of
+    images."""
+    checked = dataset.checked
+    steps = np.unique(np.linspace(1, dataset.plan.steps_per_epoch, _NUM_STEPS).astype(int)).tolist()
+    every = [own for step in steps for own in cuts.of_all(step) if own]
+    every.append((int(checked.num_tokens.argmax()),))
+
+    def size(own: Sequence[int]) -> tuple[int, int]:
+        lengths = checked.num_tokens[list(own)]
+        num_tokens = lengths.sum() if packing else len(own) * lengths.max()
+        return int(num_tokens), int(checked.num_image_tokens[list(own)].sum())
+
+    return every[0], max(every, key=size)
+
+
+def _take_step(
+    learner: Learner, dataset: Dataset, microbatches: Sequence[Microbatch], step: int, max_grad_norm: float | None
+) -> None:
+    samples = list(itertools.chain.from_iterable(microbatches))
+    num_supervised = max(1, int(dataset.checked.num_supervised[samples].sum()))
+    train_step(learner, learner.batches(dataset.train, microbatches), num_supervised, step, max_grad_norm)
+
+
+def _largest_block(learner: Learner) -> int:
+    blocks: list[Any] = repeated_blocks(learner.model)
+    return max((sum(parameter.nbytes for parameter in block.parameters()) for block in blocks), default=0)
