@@ -67,9 +67,11 @@ def encode(config: "Config", records: Sequence[Mapping[str, Any]], root: str | P
 
 
 def evaluate(
-    config: "Config", adapter: str | Path | None = None, measure: Literal["answers", "perplexity"] = "answers"
+    config: "Config",
+    adapter: str | Path | None = None,
+    measure: Literal["answers", "perplexity", "retrieval"] = "answers",
 ) -> dict[str, Any]:
-    """What `mmtrain eval answers --json` or `mmtrain eval perplexity --json` prints, for `data.eval`.
+    """What `mmtrain eval answers --json`, `eval perplexity --json` or `eval retrieval --json` prints, for `data.eval`.
 
     `adapter`: the directory of a run or of an adapter; without it the base model is evaluated. Raises UserError.
     """
@@ -77,10 +79,12 @@ def evaluate(
     path = None if adapter is None else Path(adapter)
     if measure == "perplexity":
         from mmtrain.evaluate import command as perplexity
-        from mmtrain.evaluate.evaluation import Evaluation
 
-        options = perplexity.Options(path)
-        return perplexity.figures(Evaluation(config, adapters=options.adapters), options)
+        return perplexity.perplexity_figures(config, perplexity.Options(path))
+    if measure == "retrieval":
+        from mmtrain.retrieval import command as retrieval
+
+        return retrieval.retrieval_figures(config, retrieval.Options(path))[0]
     from mmtrain.answers import command as answers
 
     return answers.answer_figures(config, answers.Options(path))[0]

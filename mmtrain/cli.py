@@ -111,7 +111,10 @@ def inspect_labels(
     config: ConfigPath,
     overrides: Overrides = None,
     index: Annotated[list[int] | None, typer.Option(help="The index of a sample to show; may be repeated.")] = None,
-    num: Annotated[int, typer.Option(min=1, help="How many samples to show, evenly spaced.")] = 3,
+    num: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many samples to show.", show_default="3; of pairs the queries of a step, 12"),
+    ] = None,
     split: Annotated[Literal["train", "eval"], typer.Option(help="The sources: data.train or data.eval.")] = "train",
     html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page.", show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per sample.")] = False,
@@ -120,7 +123,7 @@ def inspect_labels(
     losses: Annotated[bool, typer.Option("--losses", help="Load the model and show each token's loss.")] = False,
     adapter: Annotated[Path | None, typer.Option(help="With --losses: an adapter.", show_default=False)] = None,
 ) -> None:
-    """Show which tokens are trained on, or check every sample."""
+    """Show which tokens are trained on or which pairs are compared, or check every sample."""
     from mmtrain.config import load_config
 
     loaded = load_config(config, overrides or [])

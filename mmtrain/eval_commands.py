@@ -7,7 +7,7 @@ import typer
 
 from mmtrain.config_commands import ConfigPath, Overrides
 
-eval_app = typer.Typer(help="Measure a model on held-out conversations.", no_args_is_help=True)
+eval_app = typer.Typer(help="Measure a model on held-out data.", no_args_is_help=True)
 
 
 @eval_app.command()
@@ -63,3 +63,36 @@ def answers(
     from mmtrain.answers.command import Options, eval_answers
 
     eval_answers(loaded, Options(adapter, tuple(data or ()), metric, html, json, batch_size, max_new_tokens))
+
+
+@eval_app.command()
+def retrieval(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="A run or an adapter; without it the base model.", show_default=False),
+    ] = None,
+    compare: Annotated[
+        Literal["base"] | None, typer.Option(help="Compare with the base model.", show_default=False)
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="A data file instead of data.eval; may be repeated.")] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Classify images too: a file with one class on each line.", show_default=False),
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(help="The text of a class, such as 'a photo of a {}'; may be repeated.", show_default="{}"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON object.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", show_default=False)] = None,
+) -> None:
+    """Measure how well images find their texts, or queries their documents, and the other way round."""
+    from mmtrain.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from mmtrain.retrieval.command import Options, eval_retrieval
+
+    options = Options(adapter, compare, tuple(data or ()), classes, tuple(template or ()), html, json)
+    eval_retrieval(loaded, options)

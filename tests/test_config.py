@@ -392,7 +392,7 @@ def test_what_may_change_on_resume_is_run_and_a_short_list_and_the_docs_name_it(
 
 
 def test_the_keys_of_run_that_may_change_bits() -> None:
-    no_bit = {"output_dir", "hang_timeout", "checkpoint_every", "keep_checkpoints", "eval_every"}
+    no_bit = {"output_dir", "hang_timeout", "graph_memory_gib", "checkpoint_every", "keep_checkpoints", "eval_every"}
     assert set(Run.model_fields) - set(AFFECTS_BITS) == no_bit
 
 
@@ -739,7 +739,7 @@ def test_a_dumped_config_loads_to_an_equal_one(
 
 def test_a_dumped_config_writes_every_key_out(tmp_path: Path, text: str) -> None:
     dumped = yaml.safe_load(dump_config(load(tmp_path, text)))
-    assert set(dumped) == {"model", "tune", "data", "labels", "train", "run"}
+    assert set(dumped) == {"model", "tune", "data", "objective", "labels", "train", "run"}
     assert set(dumped["train"]) == set(Train.model_fields)
     assert set(dumped["run"]) == set(Run.model_fields)
     assert dumped["labels"] == {"train_on": "assistant", "end_of_turn": True}
@@ -813,4 +813,4 @@ def test_a_shipped_config_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     data = ROOT / "data_samples" / "quickstart" / "train.jsonl"
     overrides = [] if path.stem == "quickstart" else [f"data.train=[{{path: {data}}}]", "data.eval=[]"]
     assert load_config(path, overrides).run.output_dir
-    assert set(yaml.safe_load(text)) <= {"model", "tune", "data", "labels", "train", "run"}
+    assert set(yaml.safe_load(text)) <= {"model", "tune", "data", "objective", "labels", "train", "run"}

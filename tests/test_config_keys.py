@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from mmtrain.config.schema import Config
-from support import seen
+from support import seen, seen_contrastive
 from support.builders import mixed_rows, write_jsonl
 from support.seen import REFUSED
 
@@ -68,6 +68,7 @@ def files(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
     write_jsonl(tmp_path / "faulty.jsonl", faulty)
     write_jsonl(tmp_path / "twice.jsonl", [{"question": "a?", "answer": "one"}] * 2)
     write_jsonl(tmp_path / "columns.jsonl", [{"q": "a?", "a": "one"}])
+    write_jsonl(tmp_path / "pairs.jsonl", [{"query": "a", "positive": "b", "topic": 7, "brand_id": "b"}])
     image = [{"role": "user", "content": "<image>a?"}, {"role": "assistant", "content": "one"}]
     for name in ("small", "large", "broken"):
         write_jsonl(tmp_path / name / "one.jsonl", [{"messages": image, "images": ["0.png"]}])
@@ -192,7 +193,20 @@ DATA = {
         {"data.eval": [{"from": "train"}]},
     ),
     "data.dedup": Key(seen.num_samples, [(False, 2), (True, 1)], {"data.train.0.path": "twice.jsonl"}),
+    **{
+        f"data.{section}.0.group": Key(
+            seen.group_of_a_pair(section),
+            [("topic", "7"), ("brand_id", "b")],
+            {f"data.{section}.0.path": "pairs.jsonl", "objective": {"kind": "contrastive", "scale": "fixed"}},
+        )
+        for section in ("train", "eval")
+    },
     "data.train.0.weight": Key(seen.steps_of_an_epoch, [(1.0, 4), (2.5, 10)]),
+    "data.train.0.batch": Key(
+        seen.sources_of_the_first_step,
+        [("mixed", {0, 1}), ("own", {0})],
+        {"data.train": [{"path": "three.jsonl"}, {"path": "three.jsonl"}], "train.batch_size": 6},
+    ),
     "data.eval.0.name": Key(seen.eval_name, [(None, "three.jsonl"), ("held-out", "held-out")]),
     "data.eval.0.metric": Key(seen.metric_of_answers, [(None, "exact_match"), ("chrf", "chrf"), ("anls", "anls")]),
     "data.max_length": Key(seen.num_samples, [(4096, 8), (5, REFUSED)]),
@@ -240,6 +254,38 @@ TRAIN = {
     "train.max_grad_norm": Key(seen.norm_of_the_first_gradient, [(None, None), (0.05, 0.05), (0.1, 0.1)]),
     "train.seed": Key(seen.same_as_seed_0, [(0, (True, True)), (1, (False, False))]),
 }
+FULL = {"mode": "full"}
+PAIRS = {"objective.kind": "contrastive", "tune": {"vision": FULL, "projector": FULL, "language": FULL}}
+NO_SCALE = PAIRS | {"objective.scale": 1e-6, "train.batch_size": 3}
+"""All similarities are 0: a positive among n items costs ln n."""
+ACROSS, DOWN = (math.log(3) + 2 * math.log(4)) / 3, math.log(3)
+OBJECTIVE = {
+    "objective.kind": Key(
+        seen_contrastive.what_a_step_counts,
+        [("chat", {"num_supervised"}), ("contrastive", {"num_pairs"})],
+        {"tune": {"language": FULL}},
+    ),
+    "objective.loss": Key(
+        seen_contrastive.loss,
+        [("infonce", round((ACROSS + DOWN) / 2, 4)), ("sigmoid", round((3 + 8) * math.log(2) / 3, 4))],
+        NO_SCALE,
+    ),
+    "objective.symmetric": Key(
+        seen_contrastive.loss,
+        [("auto", round((ACROSS + DOWN) / 2, 4)), (True, round((ACROSS + DOWN) / 2, 4)), (False, round(ACROSS, 4))],
+        NO_SCALE,
+    ),
+    "objective.scale": Key(
+        seen_contrastive.scale, [("trained", (14.285, True)), ("fixed", (14.285, False)), (20.0, (20.0, False))], PAIRS
+    ),
+    "objective.bias": Key(
+        seen_contrastive.bias,
+        [(None, (0.0, True)), ("trained", (0.0, True)), ("fixed", (0.0, False)), (-10.0, (-10.0, False))],
+        PAIRS | {"objective.loss": "sigmoid"},
+    ),
+    "objective.temperature_max": Key(seen_contrastive.scale, [(100.0, (14.285, True)), (5.0, (5.0, True))], PAIRS),
+    "objective.dims": Key(seen_contrastive.num_trained_values, [((), 16), ([4], 4), ([4, 8], 8)], PAIRS),
+}
 RUN = {
     "run.output_dir": Key(seen.folders_written, [("run", ["run"]), ("other", ["other"])]),
     "run.microbatch_tokens": Key(seen.microbatches, [(1, [(2, True)]), (10_000, [(1, True)])]),
@@ -261,12 +307,13 @@ RUN = {
         ONE_IMAGE | {"run.image_cache.memory_gib": 0.0},
         QWEN,
     ),
+    "run.graph_memory_gib": Key(seen_contrastive.num_kept_graphs, [(0.0, 0), (1.0, 2)], PAIRS),
     "run.checkpoint_every": Key(seen.saved_steps, [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4])], {"train.steps": 4}),
     "run.keep_checkpoints": Key(seen.saved_steps, [(2, [3, 4]), (3, [2, 3, 4])], {"train.steps": 4}),
     "run.eval_every": Key(seen.steps_evaluated, [(2, [0, 2, 4]), (3, [0, 3, 4])], {"train.steps": 4}),
 }
 TUNE = {**keys_of("vision"), **keys_of("projector"), **keys_of("language"), **component_modules()}
-KEYS = {**DATA, **TUNE, **TRAIN, **RUN}
+KEYS = {**DATA, **TUNE, **TRAIN, **OBJECTIVE, **RUN}
 
 
 def seen_with(key: Key, keys: dict[str, Any]) -> Any:
@@ -285,7 +332,7 @@ def leaves(annotation: Any, at: str) -> Iterator[str]:
         for name, of in annotation.model_fields.items():
             if name != "mode":
                 yield from leaves(of.annotation, f"{at}.{of.alias or name}".strip("."))
-    elif get_origin(annotation) is tuple and issubclass(inner[0], BaseModel):
+    elif get_origin(annotation) is tuple and isinstance(inner[0], type) and issubclass(inner[0], BaseModel):
         yield from leaves(inner[0], f"{at}.0")
     elif any(isinstance(one, type) and issubclass(one, BaseModel) for one in inner):
         yield at

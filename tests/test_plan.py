@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Set
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from mmtrain.errors import UserError
 FUZZ = settings(derandomize=True, deadline=None, database=None, max_examples=200)
 
 
-def plan(sizes: list[int], weights: list[float], batch_size: int = 4, seed: int = 0) -> Plan:
+def plan(
+    sizes: list[int], weights: list[float], batch_size: int = 4, seed: int = 0, own: Set[int] = frozenset()
+) -> Plan:
     """Sources of the given sizes, numbered through: 0, 1, … in the first, and so on."""
     ends = np.cumsum([0, *sizes])
-    return Plan([np.arange(a, b) for a, b in itertools.pairwise(ends)], weights, batch_size, seed)
+    return Plan([np.arange(a, b) for a, b in itertools.pairwise(ends)], weights, batch_size, seed, own)
 
 
 def epoch(made: Plan, number: int) -> list[list[int]]:
@@ -82,6 +85,32 @@ def test_over_many_epochs_a_half_pass_favours_no_sample() -> None:
 def test_sources_are_mixed() -> None:
     steps = epoch(plan([200, 200], [1.0, 1.0], 20), 0)
     assert all(0 < sum(sample < 200 for sample in step) < 20 for step in steps)
+
+
+def test_an_own_source_shares_no_step() -> None:
+    made = plan([10, 7, 13, 9], [1.0, 1.0, 2.0, 1.0], 4, own={0, 2})
+    of_source = [{*range(10)}, {*range(10, 17)}, {*range(17, 30)}, {*range(30, 39)}]
+    assert made.steps_per_epoch == 3 + 7 + 4
+    for number in range(3):
+        steps = epoch(made, number)
+        assert Counter(itertools.chain(*steps)) == Counter([*range(39), *range(17, 30)])
+        kinds = [[bool(set(step) & own) for own in of_source] for step in steps]
+        assert sorted(kinds).count([True, False, False, False]) == 3
+        assert sorted(kinds).count([False, False, True, False]) == 7
+        assert all(sum(kind) == 1 or kind == [False, True, False, True] for kind in kinds)
+        assert sorted(len(step) for step in steps) == [2, 2, *[4] * 12]
+
+
+def test_the_steps_of_own_sources_are_in_random_order() -> None:
+    """Not one source after the other, and another order in every epoch."""
+    made = plan([40, 40], [1.0, 1.0], 4, own={0, 1})
+    orders = [[step[0] < 40 for step in epoch(made, number)] for number in range(3)]
+    assert all(order != sorted(order) and order != sorted(order, reverse=True) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_one_own_source_alone_is_as_a_mixed_one() -> None:
+    assert epoch(plan([10], [1.5], own={0}), 1) == epoch(plan([10], [1.5]), 1)
 
 
 def test_the_numbers_of_the_samples_are_those_given() -> None:

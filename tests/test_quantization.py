@@ -33,7 +33,7 @@ from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
 from mmtrain.model.tune import apply_tune
 from mmtrain.scoring.statistics import summary
-from mmtrain.train import run as run_module
+from mmtrain.train import chat as chat_module
 from mmtrain.train.export import export
 from mmtrain.train.run import train
 from support.learning import LORA, MIXED, learner_for, relative_l2, step_of
@@ -263,7 +263,7 @@ def test_the_code_of_the_card_loads_the_adapter_on_the_quantized_base(
         trained.append(learner.model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]]), use_cache=False).logits[0].clone())
         return export(learner, *args)
 
-    monkeypatch.setattr(run_module, "export", noting)
+    monkeypatch.setattr(chat_module, "export", noting)
     train(config)
     folder = Path(config.run.output_dir) / "adapter"
     card = (folder / "README.md").read_text()

@@ -1,7 +1,5 @@
 """The figures of `eval answers` as one HTML page that needs no network, with the images of the examples."""
 
-import base64
-import io
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -12,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from mmtrain.answers.report import KINDS, summary_lines
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.encoding.images import decode, find_image
+from mmtrain.encoding.thumbnails import data_uri
 from mmtrain.records.chat import SampleError
 
 _SHOWN_SIDE = 320
@@ -34,11 +33,7 @@ def _images(samples: StoredSamples, index: int) -> list[str]:
     found, root = [], samples.records.root(index)
     for image in samples.records.conversation(index).images:
         try:
-            pixels = decode(find_image(image, root))
+            found.append(data_uri(decode(find_image(image, root)), _SHOWN_SIDE))
         except SampleError:  # it was there when the answer was generated
             continue
-        pixels.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
-        buffer = io.BytesIO()
-        pixels.save(buffer, "PNG")
-        found.append(f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}")
     return found

@@ -36,6 +36,10 @@ class Source(Section):
     image_mark: Annotated[str, Field(min_length=1)] | None = None
     """The text that stands for an image in the records; without it `<image>`, or another mark that docs/data.md lists
     and that a record with images has instead."""
+    group: Annotated[str, Field(min_length=1)] | None = None
+    """Contrastive training: the key that names a record's group. Pairs of a group are never negatives of each other."""
+    max_samples: Annotated[int, Field(gt=0, le=10**9)] | None = None
+    """How many of its samples are used at most: a random choice, the same in every run."""
 
     @field_validator("fields")
     @classmethod
@@ -48,10 +52,11 @@ class Source(Section):
 
 
 class TrainSource(Source):
-    max_samples: Annotated[int, Field(gt=0, le=10**9)] | None = None
-    """How many of its samples are used at most: a random choice, the same in every run."""
     weight: Annotated[float, Field(gt=0, le=10**6)] = 1.0
     """Passes over the source in one epoch: 2.5 is two whole passes and a random half."""
+    batch: Literal["mixed", "own"] = "mixed"
+    """`own`: the source has steps of its own. For contrastive training: a model can tell samples of different sources
+    apart by their style alone."""
 
 
 MetricName = Literal[
@@ -77,8 +82,6 @@ class EvalSource(Source):
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The share of the samples that is held out with `from: train`. Which ones follows from their content, so they
     stay the same when data is added. Samples with the same image are on the same side."""
-    max_samples: Annotated[int, Field(gt=0, le=10**9)] | None = None
-    """How many of its samples are used at most: a random choice, the same in every run."""
     name: str | None = None
     """The name of the source in reports; without it the file's name, or `held-out`."""
     metric: MetricName | None = None

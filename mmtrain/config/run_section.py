@@ -54,6 +54,9 @@ class Run(Section):
     image_cache: Annotated[ImageCache, Marker.AFFECTS_BITS] = ImageCache()
     """Where vision and projector are frozen, each image goes through them once and their outputs are cached. 0 for
     both sizes: no cache."""
+    graph_memory_gib: Annotated[float, Field(ge=0, le=10**6)] = 2.0
+    """Contrastive training embeds a step's items, then computes the gradients. GiB of memory in each process for
+    activations kept in between; what does not fit is computed twice."""
     checkpoint_every: Count = 500
     """Steps between checkpoints. The last step always has one."""
     keep_checkpoints: Annotated[int, Field(ge=2, le=10**6)] = 2

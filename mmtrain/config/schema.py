@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from mmtrain.config.data_section import Data
+from mmtrain.config.objective_section import Objective
 from mmtrain.config.run_section import Run
 from mmtrain.config.section import Count, Marker, Rate, Section
 from mmtrain.config.tune_section import Full, Lora, Tune
@@ -73,6 +74,8 @@ class Config(Section):
     model gets LoRA."""
     data: Data
     """The samples that are trained on and evaluated."""
+    objective: Objective = Objective()
+    """What training minimises."""
     labels: Labels = Labels()
     """Which tokens are trained on."""
     train: Train = Train()
@@ -91,6 +94,26 @@ class Config(Section):
             raise ValueError(f"{key} needs an adapter to save, and no component has mode: lora; set one to lora")
         if self.run.weights == "shard":
             raise ValueError(f"{key} does not work with run.weights: shard; set it to replicate")
+        return self
+
+    @model_validator(mode="after")
+    def objective_fits(self) -> "Config":
+        sources = (*self.data.train, *self.data.eval)
+        of_chats = {
+            "labels": self.labels != Labels(),
+            "model.adapter": self.model.adapter is not None,
+            "model.quantization": self.model.quantization is not None,
+            "run.weights: shard": self.run.weights == "shard",
+            "run.compile": self.run.compile,
+            "metric of a source of data.eval": any(source.metric for source in self.data.eval),
+            "data.dedup": self.data.dedup,
+            "from: train of a source of data.eval": any(source.from_ for source in self.data.eval),
+            "max_samples of a source": any(source.max_samples for source in sources),
+            "format of a source": any(source.format != "auto" for source in sources),
+        }
+        has_group = any(source.group for source in sources)
+        of_pairs = {"run.graph_memory_gib": self.run.graph_memory_gib != 2.0, "group of a source": has_group}
+        self.objective.check_others(of_chats, of_pairs, any(isinstance(m, Lora) for m in self.tune.trainable.values()))
         return self
 
 

@@ -1,11 +1,11 @@
 """Encoded samples and their pixels as the tensors of one micro-batch."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.sources.place import Place
+
+Wanted = TypeVar("Wanted")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,23 @@ def _image_inputs(encoded: Sequence[Encoded], processor: ChatProcessor) -> dict[
     return inputs
 
 
+def in_order(
+    make: Callable[[Wanted], Made], each: Iterable[Wanted], num_threads: int = 2, ahead: int = 4
+) -> Iterator[Made]:
+    """What `make` gives for each, in order, made ahead of its use in threads."""
+    pending: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(num_threads, "mmtrain-loader") as pool:
+        try:
+            for one in each:
+                pending.append(pool.submit(make, one))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 class Samples(Protocol):
     """Samples by index."""
 
@@ -144,17 +164,7 @@ class Loader:
 
     def batches(self, cuts: Iterable[Sequence[int]]) -> Iterator[Batch]:
         """A batch for each list of sample indices, in order. Raises UserError naming the sample that fails."""
-        pending: deque[Future[Batch]] = deque()
-        with ThreadPoolExecutor(self._num_threads, "mmtrain-loader") as pool:
-            try:
-                for numbers in cuts:
-                    pending.append(pool.submit(self.load, numbers))
-                    if len(pending) > self._ahead:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        return in_order(self.load, cuts, self._num_threads, self._ahead)
 
     def load(self, numbers: Sequence[int]) -> Batch:
         """The batch of these samples. Raises UserError naming the sample that cannot be read or decoded, or all of them

@@ -18,6 +18,10 @@ from mmtrain.dataset.store_file import EncodedStore
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.progress import QUIET, Progress
+from mmtrain.records.record_set import RecordSet
+
+LeftOut = tuple[int, str]
+"""The index of a sample, and why it is not used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,20 +117,37 @@ def check_samples(
     faulty = {index for index, _ in faults}
     over = [i for i in np.flatnonzero(store.num_tokens > limit.num_tokens).tolist() if i not in faulty]
     long = [(index, limit.reason(store.num_tokens[index])) for index in over]
+    dropped, skipped = leave_out(records, faults, long, policy)
+    checked = _without(store, dropped, skipped)
+    if not checked.num_tokens.any():
+        raise nothing_left(records, dropped, skipped)
+    samples = StoredSamples(records, store)
+    return samples, _selected(samples, checked, choices)
+
+
+def leave_out(
+    records: RecordSet, faults: list[LeftOut], long: list[LeftOut], policy: FaultPolicy
+) -> tuple[list[LeftOut], list[LeftOut]]:
+    """The samples that `policy` drops as too long and those that it skips because of faults.
+
+    Raises UserError with every other sample that has a fault or is too long.
+    """
     skipped = _skipped(faults, len(records), policy)
     refused = [] if skipped else faults
     if policy.too_long != "drop":
         refused = refused + [(index, f"{reason}; or set data.too_long to drop") for index, reason in long]
     if refused:
+        faulty = {index for index, _ in faults}
         too_many = policy.too_many(len(faulty), len(records)) if faults and policy.on_fault == "skip" else None
         lines = [f"{records.place(index)}: {reason}" for index, reason in sorted(refused)]
         raise UserError([*lines, *([too_many] if too_many else [])])
-    checked = _without(store, long, skipped)
-    if not checked.num_tokens.any():
-        reasons = sorted([*long, *skipped])
-        raise UserError([f"{records.place(index)}: dropped, no sample is left: {reason}" for index, reason in reasons])
-    samples = StoredSamples(records, store)
-    return samples, _selected(samples, checked, choices)
+    return long, skipped
+
+
+def nothing_left(records: RecordSet, dropped: list[LeftOut], skipped: list[LeftOut]) -> UserError:
+    """The error where no sample is left."""
+    reasons = sorted([*dropped, *skipped])
+    return UserError([f"{records.place(index)}: dropped, no sample is left: {reason}" for index, reason in reasons])
 
 
 def _selected(samples: StoredSamples, checked: CheckedSamples, choices: Sequence[Choice]) -> CheckedSamples:

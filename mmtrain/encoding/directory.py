@@ -140,7 +140,7 @@ def _family_processor(directory: Path, config: Any, tokenizer: Any) -> Any:
     """
     made = AutoImageProcessor.from_pretrained(directory, backend="pil", local_files_only=True, trust_remote_code=False)
     parts: dict[str, Any] = {"tokenizer": tokenizer, "image_processor": made}
-    family = _processor_class(directory, config)
+    family = processor_class(directory, config)
 
     class ImageTextProcessor(family):  # type: ignore[misc, valid-type]
         @classmethod
@@ -166,7 +166,7 @@ class _Absent(dict[str, Any]):
             raise AttributeError(name)
 
 
-def _processor_class(directory: Path, config: Any) -> Any:
+def processor_class(directory: Path, config: Any) -> Any:
     """The class that the directory names, as AutoProcessor looks for it, or else the one of the model's family."""
     for name in _NAMES_PROCESSOR:
         if (directory / name).is_file():

@@ -52,6 +52,11 @@ def eval_perplexity(config: Config, options: Options) -> None:
         print_report(row, console)
 
 
+def perplexity_figures(config: Config, options: Options) -> dict[str, Any]:
+    """Every figure of one model on `data.eval`. Raises UserError as above."""
+    return figures(Evaluation(config, options.data, options.adapters), options)
+
+
 def figures(evaluation: Evaluation, options: Options) -> dict[str, Any]:
     """Every figure of one model, as `--json` prints them."""
     path = str(options.adapter) if options.adapter is not None else None

@@ -108,8 +108,8 @@ class AuditReport:
             **{name: self.total(name) for name in _COUNTS},
             "supervised_share": self.total("num_supervised") / tokens if tokens else 0.0,
             "sources": [{name: getattr(source, name) for name in ("path", *_COUNTS)} for source in self.sources],
-            "length_histogram": _histogram(self.lengths),
-            "image_histogram": _histogram(self.image_sides),
+            "length_histogram": histogram(self.lengths),
+            "image_histogram": histogram(self.image_sides),
             "longest": [{"num_tokens": length, "place": place} for length, place in self.longest],
             "num_duplicates": self.num_duplicates,
             "duplicates": self.duplicates,
@@ -140,8 +140,8 @@ class AuditReport:
             yield f"\n{self.num_records:,} conversations gave {self.total('num_samples'):,} sequences"
         if self.shapes:
             yield f"\nRead as {', '.join(f'{shape} ({count:,})' for shape, count in self.shapes.most_common())}"
-        yield from _bars("Tokens of a sample", _histogram(self.lengths))
-        yield from _bars("Longer side of an image, in pixels", _histogram(self.image_sides))
+        yield from bars("Tokens of a sample", histogram(self.lengths))
+        yield from bars("Longer side of an image, in pixels", histogram(self.image_sides))
         yield "\nLongest samples" if self.longest else ""
         yield from (f"  {length:>9,} tokens  {place}" for length, place in self.longest)
         if self.num_duplicates:
@@ -164,7 +164,7 @@ def _named(found: tuple[str, str]) -> dict[str, str]:
     return {"place": found[0], "reason": found[1]}
 
 
-def _histogram(counts: Counter[int]) -> list[dict[str, int]]:
+def histogram(counts: Counter[int]) -> list[dict[str, int]]:
     """Bins between powers of two; `from` and `to` are both in the bin. Empty bins between others are included."""
     bins: Counter[int] = Counter()
     for value, count in counts.items():
@@ -173,7 +173,7 @@ def _histogram(counts: Counter[int]) -> list[dict[str, int]]:
     return [{"from": 2**number // 2, "to": 2**number - 1, "count": bins[number]} for number in numbers]
 
 
-def _bars(title: str, bins: list[dict[str, int]]) -> Iterator[str]:
+def bars(title: str, bins: list[dict[str, int]]) -> Iterator[str]:
     most = max((one["count"] for one in bins), default=0)
     yield f"\n{title}" if bins else ""
     for one in bins:

@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -11,29 +10,22 @@ from rich.console import Console
 from mmtrain.config import Config
 from mmtrain.errors import StorageError, UserError, grouped
 from mmtrain.inspect_labels.chosen import ChosenSamples, look_at
+from mmtrain.inspect_labels.options import Options
 from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.safe_text import shown, visible
 
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The options of the command line."""
-
-    split: str = "train"
-    indices: tuple[int, ...] = ()
-    num: int = 3
-    html: Path | None = None
-    all: bool = False
-    json: bool = False
-    tokens: bool = False
-    losses: bool = False
-    adapter: Path | None = None
+__all__ = ["Options", "inspect_labels"]
+_NUM_SAMPLES = 3
 
 
 def inspect_labels(config: Config, options: Options) -> int:
     """Show samples, or check all of them. Returns the exit code: 1 if a sample has a fault, 0 otherwise."""
     if options.html is not None:
         _check_page(options.html)
+    if config.objective.kind == "contrastive":
+        from mmtrain.inspect_labels.pair_command import inspect_pairs
+
+        return inspect_pairs(config, options)
     if options.all:
         return _audit(config, options)
     chosen = look_at(config, options.split, lambda num_samples, used: _chosen(num_samples, used, options))
@@ -82,7 +74,7 @@ def _chosen(num_samples: int, used: Sequence[int], options: Options) -> list[int
     wrong = [index for index in options.indices if not 0 <= index < num_samples]
     if wrong:
         raise UserError(f"--index {wrong[0]}: there are {num_samples:,} samples, 0 to {num_samples - 1}")
-    num = min(options.num, len(used))
+    num = min(options.num or _NUM_SAMPLES, len(used))
     return list(options.indices) or [used[i * len(used) // num] for i in range(num)]
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -60,8 +61,18 @@ def load_config(path: str) -> Any:
         raise UserError(f"{path}: the model's config cannot be loaded: {one_line(error)}") from None
 
 
+def is_dual_encoder(config: Any) -> bool:
+    """Whether a model with this configuration embeds texts and images apart, each with a tower of its own."""
+    if takes_images(config) or type(config) not in MODEL_MAPPING:
+        return False
+    found = MODEL_MAPPING[type(config)]
+    return all(hasattr(found, name) for name in ("get_text_features", "get_image_features"))
+
+
 def auto_class(config: Any) -> Any:
     """The class of transformers that loads a model with this configuration."""
+    if is_dual_encoder(config):
+        return AutoModel
     if not takes_images(config):
         return AutoModelForCausalLM
     is_image_text = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -208,34 +219,53 @@ def load_model(
     quantization: str | None = None,
     named: ComponentModules = _NONE,
 ) -> Any:
+    """The model of `load_weights`, for a chat. Raises UserError also if the tokenizer has ids without an embedding in
+    the model."""
+    model = load_weights(path, dtype, device, tick, quantization, named)
+    if quantization is not None:
+        check_quantized(model, path, named)
+    accept_positions(model)
+    check_vocabulary(path, processor.tokenizer.wrapped, model.get_input_embeddings())
+    return model
+
+
+def check_vocabulary(path: str, tokenizer: Any, embeddings: Any) -> None:
+    """Raises UserError if the tokenizer has ids without an embedding."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= embeddings.num_embeddings:
+        raise UserError(
+            f"{path}: the tokenizer has ids up to {largest}, but the model has only {embeddings.num_embeddings} "
+            "embeddings"
+        )
+
+
+def load_weights(
+    path: str,
+    dtype: str,
+    device: torch.device = _CPU,
+    tick: Callable[[], None] = lambda: None,
+    quantization: str | None = None,
+    named: ComponentModules = _NONE,
+) -> Any:
     """The model on `device` in `dtype`, in eval mode: the base model's own dropout is never on. On another device than
     the CPU no weight waits in host memory for the others. `tick` is called as weights are read. With
     `quantization` the language model's linear layers are quantized as they are read; `named` is what the config says
     of its components.
 
-    Raises torch.OutOfMemoryError if the device is too small, and UserError if files are broken, if weights are missing,
-    not finite or have wrong shapes, or if the tokenizer has ids without an embedding in the model.
+    Raises torch.OutOfMemoryError if the device is too small, and UserError if files are broken, or if weights are
+    missing, not finite or have wrong shapes.
     """
     config = load_config(path)
     _check_files(config, path)
     check_not_stored_quantized(config, quantization, path)
     settings = {} if quantization is None else _quantized(path, config, quantization, dtype, named)
     model, info = _from_pretrained(auto_class(config), path, dtype, device, tick, **settings)
-    if quantization is not None:
-        check_quantized(model, path, named)
     _check_finite(model, path, tick)
     unused = sorted(info["unexpected_keys"])
     if unused:
         _log.warning(
             "warning: %s: %d weights are not used by the model, such as %s", path, len(unused), shown(unused[0])
         )
-    num_embeddings = model.get_input_embeddings().num_embeddings
-    largest = max(processor.tokenizer.wrapped.get_vocab().values())
-    if largest >= num_embeddings:
-        raise UserError(
-            f"{path}: the tokenizer has ids up to {largest}, but the model has only {num_embeddings} embeddings"
-        )
-    accept_positions(model)
     return model.eval()
 
 

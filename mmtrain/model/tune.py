@@ -69,7 +69,8 @@ def apply_tune(model: Any, components: Components, tune: Tune) -> tuple[Any, lis
 def _with_adapters(model: Any, loras: dict[str, Lora], targets: dict[str, Targets], saved: list[str]) -> PeftModel:
     """`model` with adapters on `targets` and a trainable copy of the modules `saved`. Raises UserError."""
     try:
-        adapted = get_peft_model(model, _lora_config(model.config, loras, targets, saved))
+        task = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION"
+        adapted = get_peft_model(model, _lora_config(model.config, loras, targets, saved, task))
     except (ValueError, NotImplementedError) as error:  # such as a layer that a family computes in its own kernel
         keys = ", ".join(f"tune.{component}" for component in loras)
         raise UserError(f"{keys}: peft refuses it: {one_line(error)}; name other layers in `targets`") from None
@@ -96,12 +97,14 @@ def _check_made(model: PeftModel, targets: dict[str, Targets]) -> None:
         )
 
 
-def _lora_config(config: Any, loras: dict[str, Lora], targets: dict[str, Targets], saved: list[str]) -> LoraConfig:
+def _lora_config(
+    config: Any, loras: dict[str, Lora], targets: dict[str, Targets], saved: list[str], task: str
+) -> LoraConfig:
     first = next(iter(loras.values()))
     names = {component: _pattern([*own]) for component, own in targets.items()}
     modules = [name for own in targets.values() for name in own.modules]
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task,
         target_modules=modules if not modules or patterns_are_rewritten(config) else _pattern(modules),
         target_parameters=[name for own in targets.values() for name in own.parameters] or None,
         modules_to_save=saved or None,

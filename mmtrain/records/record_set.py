@@ -7,14 +7,16 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mmtrain.config.data_section import Source
-from mmtrain.records.chat import Conversation
+from mmtrain.records.chat import Conversation, SampleError
 from mmtrain.records.fields import map_fields
 from mmtrain.records.formats import read_record
+from mmtrain.records.pairs import Pair, read_pair
 from mmtrain.records.reasoning import without_reasoning
 from mmtrain.records.sources.open import open_records
 from mmtrain.records.sources.place import Place, RecordFile
@@ -104,12 +106,23 @@ class RecordSet:
 
     def conversation(self, index: int) -> Conversation:
         """Raises SampleError where the record is not a conversation."""
-        file, local = self._find(index)
-        record = map_fields(file.records.record(local), file.spec.fields)
-        found = read_record(record, file.spec.format, self._ignored, file.spec.image_mark)
+        record, spec = self._record(index)
+        found = read_record(record, spec.format, self._ignored, spec.image_mark)
         found = without_reasoning(found) if self._drops_reasoning else found
         turn = self.turn(index)
         return found if turn is None else found.up_to(turn)
+
+    def pair(self, index: int) -> Pair:
+        """Raises SampleError where the record is not a pair."""
+        record, spec = self._record(index)
+        if spec.format != "auto":
+            raise SampleError(f"`format: {spec.format}` is a format of conversations: pairs are recognised without it")
+        return read_pair(record, spec.group, self._ignored, spec.image_mark)
+
+    def _record(self, index: int) -> tuple[Any, Source]:
+        """The record of a sample with the keys that `fields` gives it, and its source."""
+        file, local = self._find(index)
+        return map_fields(file.records.record(local), file.spec.fields), file.spec
 
     def _find(self, index: int) -> tuple[_OpenFile, int]:
         record = self.record(index)

@@ -6,15 +6,15 @@ from mmtrain.errors import StorageError, UserError
 from mmtrain.progress import Progress
 from mmtrain.runtime.shard import share, whole
 from mmtrain.train.checkpoint import CheckpointFolder, checkpoint_bytes, restore, snapshot
+from mmtrain.train.objective import Trained
 from mmtrain.train.resume import Resume
 from mmtrain.train.run_state import RunState
-from mmtrain.train.step import Learner
 
 
 class Checkpointer:
     """The state of `learner` in a folder of checkpoints. All processes call it; the first one writes."""
 
-    def __init__(self, checkpoints: CheckpointFolder, state: RunState, learner: Learner, progress: Progress) -> None:
+    def __init__(self, checkpoints: CheckpointFolder, state: RunState, learner: Trained, progress: Progress) -> None:
         """Raises StorageError where there is no room for the checkpoints to come."""
         self._checkpoints, self._state, self._learner, self._progress = checkpoints, state, learner, progress
         self._saved = 0

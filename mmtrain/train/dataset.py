@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
 from mmtrain.config.schema import Train
 from mmtrain.dataset.encode_all import EncodingSpec
-from mmtrain.dataset.plan import Plan
+from mmtrain.dataset.plan import Indices, Plan
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.selection import SelectedSources
 from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, check_samples
@@ -41,7 +42,7 @@ class Dataset:
     """
 
     def __init__(self, config: Config, processor: ChatProcessor, progress: Progress) -> None:
-        sources = _eval_sources(config)
+        sources = eval_sources(config)
         selected = {
             "train": SelectedSources.for_training(config.data),
             **{
@@ -54,8 +55,8 @@ class Dataset:
         (self.train, self.checked), *found = _check_all(config, selected, check, progress)
         self.encoder = EncodingSpec.of(config, config.data.train).encoder(processor)
         self.eval = [_eval_set(name, self.encoder, *one) for name, one in zip(sources, found, strict=True)]
-        self.plan = _plan(config, self.train, self.checked)
-        self.num_steps = _num_steps(config.train, self.plan)
+        self.plan = Plan.of(config, self.train.records, self.checked.used)
+        self.num_steps = num_steps(config.train, self.plan)
 
     def summary(self) -> str:
         """What was read, in one line, and what was dropped."""
@@ -98,11 +99,24 @@ class Dataset:
         ]
 
     @property
+    def used(self) -> Indices:
+        """The indices of the training samples that are used."""
+        return self.checked.used
+
+    @property
+    def image_files(self) -> frozenset[Path]:
+        return self.checked.image_files
+
+    @property
+    def template(self) -> str:
+        return self.encoder.processor.template.source
+
+    @property
     def _all_checked(self) -> list[CheckedSamples]:
         return [self.checked, *(one.checked for one in self.eval)]
 
 
-def _eval_sources(config: Config) -> dict[str, EvalSource]:
+def eval_sources(config: Config) -> dict[str, EvalSource]:
     """By name. Raises UserError where two have the same."""
     found = {source.title: source for source in config.data.eval}
     if len(found) < len(config.data.eval):
@@ -134,14 +148,7 @@ def _eval_set(name: str, encoder: Encoder, samples: StoredSamples, checked: Chec
     return EvalSet(name, samples, checked, scorer)
 
 
-def _plan(config: Config, samples: StoredSamples, checked: CheckedSamples) -> Plan:
-    """The steps over the used samples. Raises UserError where a source has none of them."""
-    source_of = samples.records.sources_of(checked.used)
-    by_source = [checked.used[source_of == number] for number in range(samples.records.num_sources)]
-    weights = [source.weight for source in config.data.train]
-    return Plan(by_source, weights, config.train.batch_size, config.train.seed)
-
-
-def _num_steps(settings: Train, plan: Plan) -> int:
+def num_steps(settings: Train, plan: Plan) -> int:
+    """The steps of a run: as many as the config says, or as its epochs have."""
     by_epochs = max(1, math.ceil((settings.epochs or 1.0) * plan.steps_per_epoch))
     return settings.steps if settings.steps is not None else by_epochs

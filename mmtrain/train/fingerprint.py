@@ -10,24 +10,24 @@ from mmtrain.dataset.selection import SelectedSources
 from mmtrain.model.dropout import MASKS
 from mmtrain.model.earlier_run import trained_files
 from mmtrain.model.quantization import quantizer
-from mmtrain.train.dataset import Dataset
+from mmtrain.train.objective import RunData
 
 
-def fingerprints(config: Config, dataset: Dataset, tick: Callable[[], None]) -> dict[str, str]:
+def fingerprints(config: Config, data: RunData, tick: Callable[[], None]) -> dict[str, str]:
     """A SHA-256 for each thing, by the name under which a change of it is refused; for what quantizes the model and for
     dropout masks, a name and version. `tick` is called for every file."""
-    template = dataset.encoder.processor.template.source
     found = model_fingerprints(config.model.path, tick)
     if config.model.adapter is not None:
         found["model.adapter.weights"] = digest(trained_files(config.model.adapter), tick)
     if config.model.quantization is not None:
         found["model.quantizer"] = quantizer(config.model.quantization)
-    found["model.template"] = hashlib.sha256(template.encode()).hexdigest()
+    if data.template is not None:
+        found["model.template"] = hashlib.sha256(data.template.encode()).hexdigest()
     for number in range(len(config.data.train)):
-        found[f"data.train.{number}.records"] = digest(dataset.train.records.files_of(number), tick)
+        found[f"data.train.{number}.records"] = digest(data.train.records.files_of(number), tick)
     if not SelectedSources.for_training(config.data).is_everything:
-        found["data.train.used"] = hashlib.sha256(dataset.checked.used.astype("<i8").tobytes()).hexdigest()
-    found["data.train.pictures"] = digest(sorted(dataset.checked.image_files), tick)
+        found["data.train.used"] = hashlib.sha256(data.used.astype("<i8").tobytes()).hexdigest()
+    found["data.train.pictures"] = digest(sorted(data.image_files), tick)
     for component, tuned in config.tune.modes.items():
         if isinstance(tuned, Lora) and tuned.dropout > 0:
             found[f"tune.{component}.dropout.masks"] = MASKS

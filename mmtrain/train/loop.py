@@ -8,18 +8,15 @@ from typing import Any
 import torch
 
 from mmtrain.config import Config
-from mmtrain.dataset.batch import Batch
 from mmtrain.errors import NonFiniteError, Stopped, UserError
 from mmtrain.progress import Progress
 from mmtrain.train.ceiling import matmul_rate
 from mmtrain.train.checkpointer import Checkpointer
-from mmtrain.train.dataset import Dataset
-from mmtrain.train.evaluations import Evaluations
 from mmtrain.train.metrics import METRICS, MetricsFile
+from mmtrain.train.objective import Objective
 from mmtrain.train.optimizer import rate_factor, set_rate
 from mmtrain.train.report import StepReporter
-from mmtrain.train.step import Learner, train_step
-from mmtrain.train.step_cuts import StepCuts
+from mmtrain.train.step import train_step
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -27,13 +24,11 @@ OnStep = Callable[[dict[str, Any]], None]
 class TrainingLoop:
     """Takes steps, and evaluates and saves after those where that is due."""
 
-    def __init__(
-        self, config: Config, dataset: Dataset, learner: Learner, checkpointer: Checkpointer, progress: Progress
-    ) -> None:
-        self._config, self._dataset, self._learner = config, dataset, learner
+    def __init__(self, config: Config, objective: Objective, checkpointer: Checkpointer, progress: Progress) -> None:
+        self._config, self._objective = config, objective
         self._checkpointer, self._progress = checkpointer, progress
-        self._cuts = StepCuts(dataset, learner, config.run)
-        dtype, runtime = getattr(torch, config.model.dtype), learner.runtime
+        self._data, self._learner, self._steps = objective.data, objective.load(), objective.steps()
+        dtype, runtime = getattr(torch, config.model.dtype), self._learner.runtime
         self._ceiling = matmul_rate(runtime.device, dtype) * runtime.num_processes
 
     def take_steps(self, first: int, evaluated: Sequence[str], on_step: OnStep) -> None:
@@ -42,7 +37,7 @@ class TrainingLoop:
         Raises Stopped, with a checkpoint, where a signal asked to stop. Where a fault of the data ends the run, the
         last complete step is saved before the error leaves.
         """
-        runtime, last = self._learner.runtime, self._dataset.num_steps
+        runtime, last = self._learner.runtime, self._data.num_steps
         runtime.activity.saves_alone = runtime.is_main and not self._learner.sharded
         path = Path(self._config.run.output_dir) / METRICS
         try:
@@ -50,15 +45,15 @@ class TrainingLoop:
                 MetricsFile(path, first - 1, runtime.is_main) as metrics,
                 self._progress.task("step", last, first - 1) as task,
             ):
-                reporter = StepReporter(last, self._dataset.plan.steps_per_epoch, task, self._progress)
-                evaluations = Evaluations(self._config, self._dataset, self._learner, metrics, self._progress)
+                reporter = StepReporter(last, self._data.plan.steps_per_epoch, task, self._progress)
+                evaluations = self._objective.evaluations(metrics)
                 evaluations.run(first - 1, evaluated)  # at the start what the base model scores
-                batches = self._cuts.batches(first, last)
+                batches = self._steps.batches(first, last)
                 for step in range(first, last + 1):
                     row, stop_signal = self._take_step(step, batches)
                     metrics.write(row)
                     reporter.report(row)
-                    on_step({**row, "operations": self._cuts.of(step).operations})
+                    on_step({**row, "operations": self._steps.of(step).operations})
                     self._after(step, stop_signal or evaluations.run(step))
         except UserError as error:
             self._checkpointer.save_complete(error)
@@ -66,32 +61,31 @@ class TrainingLoop:
 
     def _after(self, step: int, stop_signal: int | None) -> None:
         """Save if that is due after `step`. Raises Stopped where a signal asked to stop."""
-        last = self._dataset.num_steps
+        last = self._data.num_steps
         if stop_signal is not None or step % self._config.run.checkpoint_every == 0 or step == last:
             stop_signal = self._checkpointer.save(step) or stop_signal
         if stop_signal is not None and step < last:
             raise Stopped(stop_signal, f"stopped after step {step}, which is saved; the same command resumes")
 
-    def _take_step(self, step: int, batches: Iterator[Batch]) -> tuple[dict[str, Any], int | None]:
+    def _take_step(self, step: int, batches: Iterator[Any]) -> tuple[dict[str, Any], int | None]:
         """One step: its row of metrics.jsonl, and the signal that asked to stop."""
         self._learner.runtime.activity.set("data", step)
         settings, start = self._config.train, time.perf_counter()
-        cut = self._cuts.of(step)
-        factor = rate_factor(step, self._dataset.num_steps, settings.warmup_steps, settings.schedule)
+        cut = self._steps.of(step)
+        factor = rate_factor(step, self._data.num_steps, settings.warmup_steps, settings.schedule)
         set_rate(self._learner.optimizer, factor)
         own = (self._next(batches) if indices else None for indices in cut.own)
         try:
-            done = train_step(self._learner, own, cut.num_supervised, step, settings.max_grad_norm)
+            done = train_step(self._learner, own, cut.count, step, settings.max_grad_norm)
         except NonFiniteError as error:
-            places = ", ".join(str(self._dataset.train.place(index)) for index in cut.samples)
+            places = ", ".join(str(self._data.train.place(index)) for index in cut.samples)
             raise NonFiniteError(f"{error}; its samples: {places}; nothing of it is saved") from None
         self._checkpointer.complete = step
         seconds = time.perf_counter() - start
         row = {
             "step": step,
             "loss": done.loss,
-            "num_tokens": cut.num_tokens,
-            "num_supervised": cut.num_supervised,
+            **cut.figures,
             "learning_rate": settings.learning_rate * factor,
             "grad_norm": done.grad_norm,
             "seconds": seconds,
@@ -99,6 +93,6 @@ class TrainingLoop:
         }
         return row, done.stop_signal
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
+    def _next(self, batches: Iterator[Any]) -> Any:
         self._learner.runtime.activity.set("data")
         return next(batches)

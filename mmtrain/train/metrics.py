@@ -52,7 +52,7 @@ def is_step(row: dict[str, Any]) -> bool:
 def evaluated_at(path: Path, step: int) -> tuple[str, ...]:
     """The evaluation sets that have a row for `step` in the metrics at `path`."""
     rows = [json.loads(line) for line in _lines(path) if _step_of(line) == step]
-    return tuple(row["eval"] for row in rows if "eval" in row)
+    return tuple(row[key] for row in rows for key in ("eval", "retrieval") if key in row)
 
 
 def _lines(path: Path) -> list[str]:

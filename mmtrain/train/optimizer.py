@@ -29,11 +29,12 @@ def make_optimizer(model: Any, components: Components, config: Config) -> torch.
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault((components.component_of(base_name(name)), parameter.ndim >= 2), []).append(parameter)
+    own_rates = {component: mode.learning_rate for component, mode in config.tune.trainable.items()}
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
-                "base_rate": config.tune.trainable[component].learning_rate or config.train.learning_rate,
+                "base_rate": own_rates.get(component) or config.train.learning_rate,
                 "weight_decay": config.train.weight_decay if is_matrix else 0.0,
             }
             for (component, is_matrix), parameters in groups.items()

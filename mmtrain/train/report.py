@@ -17,6 +17,7 @@ from mmtrain.safe_text import visible
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.gradients import is_exact
 from mmtrain.train.metrics import METRICS
+from mmtrain.train.objective import Trained
 from mmtrain.train.step import Learner
 from mmtrain.train.summary import duration, summarize
 
@@ -27,20 +28,24 @@ NUM_AVERAGED = 50
 
 def start_report(config: Config, dataset: Dataset, learner: Learner) -> Iterator[str | Table]:
     """What is printed before the first step."""
-    yield _component_table(learner.component_reports)
-    for row in learner.component_reports:
-        if row.roots:
-            yield f"{row.component}: {', '.join(map(visible, row.roots))}"
+    yield from component_lines(learner.component_reports)
     yield dataset.summary()
     yield from _trial_lines(learner)
-    yield _weights_line(learner)
-    yield from _bits_lines(config, learner)
+    yield weights_line(learner)
+    yield from bits_lines(config, learner)
     yield from _image_cache_lines(config, learner)
     yield from serving_lines(config)
 
 
+def component_lines(reports: Sequence[ComponentReport]) -> Iterator[str | Table]:
+    """What is trainable, and the modules that each component was found in."""
+    yield _component_table(reports)
+    for row in reports:
+        if row.roots:
+            yield f"{row.component}: {', '.join(map(visible, row.roots))}"
+
+
 def _component_table(reports: Sequence[ComponentReport]) -> Table:
-    """What is trainable."""
     quantized = any(row.quantized for row in reports)
     columns = ["component", "mode", "modules", "trainable", "frozen", *(["in 4 bits"] if quantized else [])]
     table = Table(*columns, box=None, pad_edge=False)
@@ -61,7 +66,8 @@ def _trial_lines(learner: Learner) -> Iterator[str]:
         yield "packing: on, packed rows equal samples alone"
 
 
-def _weights_line(learner: Learner) -> str:
+def weights_line(learner: Trained) -> str:
+    """Where the weights are."""
     own, total = own_and_total_bytes(learner.model)
     count, threads = learner.runtime.num_processes, learner.runtime.num_threads
     return (
@@ -70,7 +76,7 @@ def _weights_line(learner: Learner) -> str:
     )
 
 
-def _bits_lines(config: Config, learner: Learner) -> Iterator[str]:
+def bits_lines(config: Config, learner: Trained) -> Iterator[str]:
     """Whether another number of processes gives the same bits."""
     count = learner.runtime.num_processes
     if learner.exact and is_exact(int(config.run.microbatches), count):
@@ -106,10 +112,8 @@ def serving_lines(config: Config) -> Iterator[str]:
 def end_report(run: Path) -> Iterator[str]:
     """What is printed when the run in `run` has finished."""
     found, name = summarize(run), visible(str(run))
-    yield (
-        f"{found.num_steps:,} steps in {duration(found.seconds)}, {found.num_tokens:,} tokens "
-        f"({found.num_supervised:,} trained on)"
-    )
+    trained_on = f"{found.num_pairs:,} pairs" if found.num_pairs else f"{found.num_supervised:,} trained on"
+    yield f"{found.num_steps:,} steps in {duration(found.seconds)}, {found.num_tokens:,} tokens ({trained_on})"
     for one in found.evals:
         yield (
             f"perplexity on {visible(one.name)}: {one.first:,.4f} before the first step, "
@@ -117,6 +121,8 @@ def end_report(run: Path) -> Iterator[str]:
         )
     saved = "adapter" if (run / "adapter").is_dir() else "model"
     yield f"{saved}: {name}/{saved}, metrics: {name}/{METRICS}, config: {name}/config.yaml"
+    if found.num_pairs:
+        return
     if saved == "adapter" and found.evals:
         yield f"next: mmtrain eval answers {name}/config.yaml --adapter {name}"
     else:

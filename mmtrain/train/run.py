@@ -4,19 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmtrain.config import Config, dump_config
-from mmtrain.encoding.load import load_processor
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
+from mmtrain.train.chat import ChatObjective
 from mmtrain.train.checkpoint import CheckpointFolder
 from mmtrain.train.checkpointer import Checkpointer
-from mmtrain.train.checkpointing import decided_learner
-from mmtrain.train.dataset import Dataset
-from mmtrain.train.export import export
-from mmtrain.train.facts import write_facts
+from mmtrain.train.contrastive.objective import ContrastiveObjective
 from mmtrain.train.folder import is_exported, write_inputs
 from mmtrain.train.loop import OnStep, TrainingLoop
+from mmtrain.train.objective import Objective
 from mmtrain.train.preconditions import check_preconditions
-from mmtrain.train.report import end_report, start_report
+from mmtrain.train.report import end_report
 from mmtrain.train.run_state import RunState
 
 
@@ -40,31 +38,36 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
     output_dir, activity = Path(config.run.output_dir), runtime.activity
     check_preconditions(config, runtime)
     activity.set("checking the data")
-    processor = load_processor(config.model.path, config.model.chat_template)
-    dataset = Dataset(config, processor, progress)
+    objective = _objective(config, runtime, progress)
+    data = objective.data
     activity.set("comparing with the checkpoint")
     checkpoints = CheckpointFolder(output_dir / "checkpoints", config.run.keep_checkpoints)
     state = RunState(config, runtime)
-    resume = state.resume(dataset, checkpoints, accept, progress)
-    if resume.step == dataset.num_steps and is_exported(output_dir):
+    resume = state.resume(data, checkpoints, accept, progress)
+    if resume.step == data.num_steps and is_exported(output_dir):
         progress.say(f"the run in {output_dir} is finished; --fresh starts it over")
         return False
     if runtime.is_main:
-        write_inputs(output_dir, dump_config(config), dataset.dropped_rows())
+        write_inputs(output_dir, dump_config(config), data.dropped_rows())
     activity.set("loading the model")
-    learner = decided_learner(config, dataset, processor, runtime, progress)
+    learner = objective.load()
     if runtime.is_main:
-        write_facts(config, dataset, learner)
+        objective.write_facts()
     checkpointer = Checkpointer(checkpoints, state, learner, progress)
     checkpointer.restore(resume)
-    for line in start_report(config, dataset, learner):
+    for line in objective.report():
         progress.say(line)
-    loop = TrainingLoop(config, dataset, learner, checkpointer, progress)
+    loop = TrainingLoop(config, objective, checkpointer, progress)
     loop.take_steps(resume.step + 1, resume.evaluated, on_step)
     activity.set("exporting" if runtime.is_main else "waiting")
     if runtime.is_main or learner.sharded:
-        progress.say(export(learner, config, dataset))
+        progress.say(objective.export())
         for line in end_report(output_dir):
             progress.say(line)
     activity.set("waiting")
     return True
+
+
+def _objective(config: Config, runtime: Runtime, progress: Progress) -> Objective:
+    made = ChatObjective if config.objective.kind == "chat" else ContrastiveObjective
+    return made(config, runtime, progress)

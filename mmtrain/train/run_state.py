@@ -12,9 +12,9 @@ from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.image_cache import caches_features
 from mmtrain.train.checkpoint import CheckpointFolder
-from mmtrain.train.dataset import Dataset
 from mmtrain.train.fingerprint import fingerprints
 from mmtrain.train.metrics import METRICS, evaluated_at
+from mmtrain.train.objective import RunData
 from mmtrain.train.resume import Resume, find_resume
 
 
@@ -26,23 +26,19 @@ class RunState:
         self._fingerprints: dict[str, str] = {}
         self._accepted: tuple[str, ...] = ()
 
-    def resume(
-        self, dataset: Dataset, checkpoints: CheckpointFolder, accept: Sequence[str], progress: Progress
-    ) -> Resume:
+    def resume(self, data: RunData, checkpoints: CheckpointFolder, accept: Sequence[str], progress: Progress) -> Resume:
         """Where the run resumes, found by the first process and reported to all. Raises what `find_resume` raises."""
 
         def find() -> str:
-            found = self._find(dataset, checkpoints, accept, progress)
+            found = self._find(data, checkpoints, accept, progress)
             return json.dumps(asdict(found), default=str)
 
         found = json.loads(self._runtime.from_first("resume", find))
         return Resume(**found | {"checkpoint": found["checkpoint"] and Path(found["checkpoint"])})
 
-    def _find(
-        self, dataset: Dataset, checkpoints: CheckpointFolder, accept: Sequence[str], progress: Progress
-    ) -> Resume:
+    def _find(self, data: RunData, checkpoints: CheckpointFolder, accept: Sequence[str], progress: Progress) -> Resume:
         """Hash what the result depends on and look for a checkpoint."""
-        self._fingerprints = fingerprints(self._config, dataset, progress.tick)
+        self._fingerprints = fingerprints(self._config, data, progress.tick)
         found = find_resume(checkpoints, self._config, self._fingerprints, self._layout, accept, progress)
         self._accepted = found.accepted
         return replace(found, evaluated=evaluated_at(Path(self._config.run.output_dir) / METRICS, found.step))

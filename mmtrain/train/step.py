@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.gradients import branch_of, flatten, put_back, sum_running, sum_tree
 from mmtrain.train.lost_gradients import LostGradients, backward
+from mmtrain.train.objective import Trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,12 @@ class Learner(LoadedModel):
     """Micro-batches are summed in a tree that does not depend on the number of processes."""
     sharded: bool
     """Gradients are summed by the backward pass itself."""
+
+    def accumulate(self, batches: Iterable[Batch | None], count: int, step: int) -> tuple[Tensor, int | None]:
+        return accumulate_gradients(self, batches, count, step)
+
+    def updated(self) -> None:
+        """Nothing follows an update of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +133,14 @@ def _nothing(runtime: Runtime) -> Tensor:
 
 
 def train_step(
-    learner: Learner, batches: Iterable[Batch | None], num_supervised: int, step: int, max_grad_norm: float | None
+    learner: Trained, batches: Iterable[Any], count: int, step: int, max_grad_norm: float | None
 ) -> StepResult:
-    """Gradients, clipping and the update.
+    """Gradients, clipping and the update. `count` is what the loss is divided by.
 
     Raises, with the weights untouched, NonFiniteError where the loss or the gradient's norm is not finite, and
     LostGradientError where a parameter that the loss depends on has no gradient.
     """
-    total, stop_signal = accumulate_gradients(learner, batches, num_supervised, step)
+    total, stop_signal = learner.accumulate(batches, count, step)
     learner.runtime.activity.set("update")
     parameters = trainable_parameters(learner.model).values()
     clipped = whole(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
@@ -143,4 +151,5 @@ def train_step(
     with device_faults(lambda: f"step {step}, the update", "train fewer weights, or set run.weights to shard"):
         learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
+    learner.updated()
     return StepResult(loss, norm, stop_signal)

@@ -25,6 +25,15 @@ class StepCut:
     operations: float
     """What it must compute, over all processes: a multiplication and an addition are two."""
 
+    @property
+    def count(self) -> int:
+        return self.num_supervised
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The step's sizes in its row of metrics.jsonl."""
+        return {"num_tokens": self.num_tokens, "num_supervised": self.num_supervised}
+
 
 class StepCuts:
     """How the steps of a data set are cut for `learner`, as `settings` say."""

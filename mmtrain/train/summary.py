@@ -31,10 +31,13 @@ class RunSummary:
     """Of the last step."""
     num_tokens: int
     num_supervised: int
+    """0 for a contrastive run."""
     seconds: float
     """The time that the steps took, without evaluations and saving."""
     evals: tuple[EvalSummary, ...]
     is_finished: bool
+    num_pairs: int = 0
+    """0 for any other run."""
 
 
 def summarize(run: Path) -> RunSummary:
@@ -49,10 +52,11 @@ def summarize(run: Path) -> RunSummary:
         num_steps=steps[-1]["step"] if steps else 0,
         loss=steps[-1]["loss"] if steps else None,
         num_tokens=sum(row["num_tokens"] for row in steps),
-        num_supervised=sum(row["num_supervised"] for row in steps),
+        num_supervised=sum(row.get("num_supervised", 0) for row in steps),
         seconds=sum(row["seconds"] for row in steps),
         evals=tuple(_eval_summary(name, own) for name, own in evals.items()),
         is_finished=is_exported(run),
+        num_pairs=sum(row.get("num_pairs", 0) for row in steps),
     )
 
 

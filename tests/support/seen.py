@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
 from mmtrain.model.tune import apply_tune
 from mmtrain.progress import QUIET
+from mmtrain.records.record_set import RecordSet
 from mmtrain.runtime import processes
 from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.supervisor import Supervisor
@@ -66,11 +68,20 @@ num_samples_of_both_sides = or_refused(lambda dataset: len(dataset.checked.used)
 eval_name = or_refused(lambda dataset: dataset.eval[0].name)
 
 
+def sources_of_the_first_step(config: Config) -> set[int]:
+    dataset = dataset_of(config)
+    return set(dataset.train.records.sources_of(np.array(dataset.plan.step(1))).tolist())
+
+
 def metric_of_answers(config: Config) -> str:
     processor = load_processor(config.model.path, config.model.chat_template)
     evaluation = AnswerEvaluation(config, config.data.eval, processor, QUIET)
     (metric,) = {question.metric for question in evaluation.questions}
     return metric
+
+
+def group_of_a_pair(section: str) -> Callable[[Config], Any]:
+    return lambda config: RecordSet(getattr(config.data, section)).pair(0).group
 
 
 num_dropped = or_refused(lambda dataset: len(dataset.checked.dropped))

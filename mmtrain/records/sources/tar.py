@@ -1,11 +1,13 @@
 """Shards in WebDataset layout: members of a tar that share a key are one sample.
 
 `KEY.json` is the record. Where it names no image, the other members of the key that are images are its images, in the
-order of the shard; an image that it names is taken from the shard if it is there. Nothing is unpacked.
+order of the shard; an image that it names is taken from the shard if it is there. `KEY.txt` in its place is the
+record's `text`, as shards of images and captions have it. Nothing is unpacked.
 """
 
 import os
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -61,13 +63,22 @@ class TarFile:
                 content = {member.name: _content(member, file.fileno()) for member in members}
         except OSError as error:
             raise SampleError(f"cannot be read: {error.strerror}") from None
-        records = [member for member in members if member.suffix == ".json"]
-        if len(records) != 1:
-            raise SampleError(f"{len(records)} .json members of the key, expected one: {_names(members)}")
-        record = parse_json(content.pop(records[0].name))
-        if not isinstance(record, dict):
-            return record
-        return _with_images(record, content)
+        record = _parsed(members, content)
+        return _with_images(record, content) if isinstance(record, dict) else record
+
+
+def _parsed(members: Sequence[_Member], content: dict[str, bytes]) -> Any:
+    """The record of a key, removed from `content`."""
+    records = [member for member in members if member.suffix == ".json"]
+    texts = [member for member in members if member.suffix == ".txt"]
+    if not records and len(texts) == 1:
+        try:
+            return {"text": content.pop(texts[0].name).decode("utf-8").strip()}
+        except UnicodeDecodeError:
+            raise SampleError(f"the member {shown(texts[0].name)} is not UTF-8") from None
+    if len(records) != 1:
+        raise SampleError(f"{len(records)} .json members of the key, expected one: {_names(members)}")
+    return parse_json(content.pop(records[0].name))
 
 
 def _with_images(record: dict[str, Any], content: dict[str, bytes]) -> dict[str, Any]:
@@ -130,5 +141,5 @@ def _content(member: _Member, descriptor: int) -> bytes:
     return found
 
 
-def _names(members: list[_Member]) -> str:
+def _names(members: Sequence[_Member]) -> str:
     return ", ".join(shown(member.name, 40) for member in members[:4])

@@ -1,0 +1,41 @@
+"""Embeddings without gradients: of any number of items, in batches of one kind."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+
+from mmtrain.contrastive.embedder import Embedder, EncodedItem
+from mmtrain.progress import QUIET, Progress
+
+
+def embed_all(
+    embedder: Embedder, items: Sequence[EncodedItem], max_tokens: int, progress: Progress = QUIET
+) -> torch.Tensor:
+    """(num_items, width) unit vectors in float32 on the CPU.
+
+    `max_tokens`: of a batch with more than one item, padding included. Raises SampleError where
+    an image does not decode.
+    """
+    found = torch.empty(len(items), embedder.width)
+    with torch.no_grad(), progress.task("embeddings", len(items)) as task:
+        for batch in _batches(items, max_tokens):
+            own = [items[position] for position in batch]
+            embeddings = embedder.embed(embedder.batch(own), own[0].kind)
+            found[batch] = F.normalize(embeddings, dim=-1).cpu()
+            task.advance(len(batch))
+    return found
+
+
+def _batches(items: Sequence[EncodedItem], max_tokens: int) -> Iterator[list[int]]:
+    """Positions of items of one kind, the longest first."""
+    order = sorted(range(len(items)), key=lambda position: (items[position].kind, -items[position].row_tokens))
+    for _, group in groupby(order, key=lambda position: items[position].kind):
+        batch: list[int] = []
+        for position in group:
+            if batch and (len(batch) + 1) * items[batch[0]].row_tokens > max_tokens:
+                yield batch
+                batch = []
+            batch.append(position)
+        yield batch

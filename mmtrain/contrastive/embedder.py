@@ -1,0 +1,86 @@
+"""What training and retrieval need of a model that embeds items."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from mmtrain.contrastive.scale import Multiplier
+from mmtrain.dataset.batch import Batch
+from mmtrain.dataset.validate import LengthLimit
+from mmtrain.encoding.encode import Encoded
+from mmtrain.errors import UserError
+from mmtrain.model.components import Components
+from mmtrain.records.chat import SampleError
+from mmtrain.records.pairs import Item
+
+Kind = str
+"""Which of a model's computations embeds an item; only items of one kind share a micro-batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedItem:
+    """An item as the model gets it."""
+
+    kind: Kind
+    encoded: Encoded
+    """Its ids and images; none of its tokens is supervised."""
+    row_tokens: int
+    """Tokens of its row in a micro-batch, with the padding that its model needs."""
+    cost: float
+    """Multiplications that its embedding takes."""
+    key: str = ""
+    """The hash of its content."""
+
+    @property
+    def seed(self) -> int:
+        """What dropout depends on in the place of a sample's index: equal content drops the same."""
+        return int(self.key[:15], 16)
+
+
+class Embedder(Protocol):
+    """A model that turns items into vectors of `width` values, which are not normalized."""
+
+    model: Any
+    """The model of transformers, or a PeftModel around it."""
+    width: int
+    scale: Multiplier
+    bias: Multiplier
+
+    @property
+    def components(self) -> Components: ...
+
+    def encode(self, items: Sequence[tuple[Item, Path]]) -> list[EncodedItem | SampleError]:
+        """Each item, whose images are relative to the path, or why it has no embedding; `key` is left empty."""
+        ...
+
+    def limit(self, max_length: int) -> LengthLimit:
+        """The longest item: `max_length` tokens, or fewer if the model takes fewer."""
+        ...
+
+    def batch(self, items: Sequence[EncodedItem]) -> Batch:
+        """Items of one kind as tensors on the CPU. Raises SampleError where an image does not decode."""
+        ...
+
+    def embed(self, batch: Batch, kind: Kind) -> Tensor:
+        """(num_items, width) float32"""
+        ...
+
+    def is_frozen(self, kind: Kind) -> bool:
+        """Whether no trainable weight changes the embeddings of this kind."""
+        ...
+
+
+def no_labels(num_tokens: int) -> npt.NDArray[np.bool_]:
+    """(num_tokens,) Nothing is predicted of an item."""
+    return np.zeros(num_tokens, np.bool_)
+
+
+def check_dims(dims: Sequence[int], width: int) -> None:
+    """Raises UserError where an embedding cannot be cut to one of `dims`."""
+    if dims and max(dims) > width:
+        raise UserError(f"objective.dims: {max(dims)} is more than the {width} values of the model's embeddings")

@@ -1,0 +1,74 @@
+"""The tokenizer and image processor of a dual encoder, which embeds texts and images apart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import PIL.Image
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+from mmtrain.encoding.directory import model_directory, processor_class
+from mmtrain.errors import UserError
+from mmtrain.safe_text import one_line
+
+
+@dataclass(frozen=True, slots=True)
+class TowerProcessor:
+    """Turns texts into ids and images into tensors, as inference does."""
+
+    tokenizer: Any
+    images: Any
+    max_length: int
+    """Tokens of the longest text that the text tower takes, special tokens included."""
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id or 0)
+
+    @property
+    def pads_left(self) -> bool:
+        return bool(self.tokenizer.padding_side == "left")
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether the text tower is told which tokens are padding."""
+        return "attention_mask" in self.tokenizer.model_input_names
+
+    def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, special tokens included; nothing is cut off."""
+        if not texts:
+            return []
+        made: list[list[int]] = self.tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
+        return made
+
+    def image_inputs(self, images: Sequence[PIL.Image.Image]) -> dict[str, Tensor]:
+        """The tensors of images, one row for each."""
+        made = self.images(images=list(images), return_tensors="pt")
+        return {
+            key: value.float() if value.is_floating_point() else value
+            for key, value in made.items()
+            if isinstance(value, Tensor)
+        }
+
+
+def load_tower_processor(path: str) -> TowerProcessor:
+    """The processor in a model directory or the local hub cache. Raises UserError, naming `path`."""
+    directory = model_directory(path)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        images = AutoImageProcessor.from_pretrained(
+            directory, backend="pil", local_files_only=True, trust_remote_code=False
+        )
+        family = getattr(processor_class(directory, config), "text_kwargs", {})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # a broken directory makes transformers raise anything
+        raise UserError(f"{path}: the processor cannot be loaded: {one_line(error)}") from None
+    limits = (
+        tokenizer.model_max_length,
+        getattr(config.text_config, "max_position_embeddings", None),
+        family.get("max_length") if isinstance(family, dict) else None,
+    )
+    return TowerProcessor(tokenizer, images, min(int(limit) for limit in limits if limit))

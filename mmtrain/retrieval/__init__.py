@@ -1,0 +1,1 @@
+"""`mmtrain eval retrieval`: how well items find the items that match them."""

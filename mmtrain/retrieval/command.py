@@ -1,0 +1,110 @@
+"""`mmtrain eval retrieval`: how well items find the items that match them."""
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import PeftModel
+from rich.console import Console
+
+from mmtrain.config import Config
+from mmtrain.config.data_section import EvalSource
+from mmtrain.contrastive.load import load_embedder
+from mmtrain.contrastive.towers import Towers
+from mmtrain.errors import StorageError, UserError
+from mmtrain.generate.target import find_adapter, find_model
+from mmtrain.model.adapter import load_adapter, read_adapter
+from mmtrain.progress import Progress
+from mmtrain.retrieval.evaluation import RetrievalEvaluation
+from mmtrain.retrieval.report import print_report
+from mmtrain.retrieval.zero_shot import read_classes
+from mmtrain.runtime.processes import Runtime
+from mmtrain.safe_text import shown, visible
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says besides the config."""
+
+    adapter: Path | None = None
+    compare: Literal["base"] | None = None
+    data: tuple[str, ...] = ()
+    classes: Path | None = None
+    templates: tuple[str, ...] = ()
+    html: Path | None = None
+    json: bool = False
+
+
+def eval_retrieval(config: Config, options: Options) -> None:
+    """Embed, rank and print. Raises UserError for what the user can fix."""
+    row, evaluation = retrieval_figures(config, options)
+    if options.html is not None:
+        from mmtrain.retrieval.page import write_page
+
+        try:
+            write_page(options.html, row, evaluation.content)
+        except OSError as error:
+            raise StorageError(f"--html {shown(options.html)}: cannot be written: {error.strerror}") from None
+    if options.json:
+        print(json.dumps(row, ensure_ascii=False, allow_nan=False))
+    else:
+        print_report(row, Console(highlight=False, emoji=False, markup=False))
+        if options.html is not None:
+            print(f"\nwrote {visible(str(options.html))}")
+
+
+def retrieval_figures(config: Config, options: Options) -> tuple[dict[str, Any], RetrievalEvaluation]:
+    """Every figure, as `--json` prints them, and what they were computed from. Raises UserError as above."""
+    sources = [EvalSource(path=path) for path in options.data] or list(config.data.eval)
+    _check(config, options, sources)
+    classes = None if options.classes is None else read_classes(options.classes, options.templates)
+    runtime = Runtime(config.model.dtype, device=config.run.device)
+    if runtime.num_processes > 1:
+        raise UserError("eval retrieval: it runs in one process: start it without a launcher")
+    progress = Progress(runtime.activity.tick)
+    embedder = _loaded(config, options.adapter, runtime)
+    evaluation = RetrievalEvaluation(config, sources, embedder, progress, classes)
+    own = evaluation.embed(embedder)
+    if options.compare is None:
+        return evaluation.figures(own), evaluation
+    base, without = _base(config, embedder, runtime)
+    with without:
+        return evaluation.figures(own, evaluation.embed(base)), evaluation
+
+
+def _check(config: Config, options: Options, sources: list[EvalSource]) -> None:
+    if config.objective.kind != "contrastive":
+        raise UserError("eval retrieval: set objective.kind to contrastive, or use eval perplexity")
+    if not sources:
+        raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")
+    if options.compare is not None and options.adapter is None:
+        raise UserError("--compare base: there is nothing to compare with the base model: give --adapter too")
+    if options.templates and options.classes is None:
+        raise UserError("--template: it is for zero-shot classification: give --classes too")
+    if options.html is not None and not options.html.absolute().parent.is_dir():
+        raise UserError(f"--html {shown(options.html)}: there is no such folder: create it first")
+
+
+def _loaded(config: Config, path: Path | None, runtime: Runtime) -> Towers:
+    """The base model, an adapter on it, or the model that a run saved."""
+    if path is None:
+        return load_embedder(config, runtime)
+    adapter, model = find_adapter(path), find_model(path)
+    if adapter is None and model is None:
+        raise UserError(f"--adapter {visible(str(path))}: expected the directory of an adapter or of a finished run")
+    if adapter is None:
+        settings = config.model.model_copy(update={"path": str(model), "quantization": None})
+        return load_embedder(config.model_copy(update={"model": settings}), runtime)
+    embedder = load_embedder(config, runtime)
+    embedder.model = load_adapter(embedder.model, read_adapter(adapter))
+    embedder.model.to(runtime.device)
+    return embedder
+
+
+def _base(config: Config, embedder: Towers, runtime: Runtime) -> tuple[Towers, AbstractContextManager[Any]]:
+    """The base model, and the context in which it is that."""
+    if isinstance(embedder.model, PeftModel):
+        return embedder, embedder.model.disable_adapter()
+    return load_embedder(config, runtime), nullcontext()

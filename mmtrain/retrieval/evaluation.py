@@ -1,0 +1,132 @@
+"""The pairs of a config's evaluation sources, a model's embeddings of their items, and the figures of both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmtrain.config import Config
+from mmtrain.config.data_section import EvalSource
+from mmtrain.contrastive.embed_all import embed_all
+from mmtrain.contrastive.embedder import Embedder, EncodedItem
+from mmtrain.contrastive.pair_samples import PairSamples, read_pairs
+from mmtrain.contrastive.relation import relate
+from mmtrain.dataset.plan import Indices
+from mmtrain.dataset.validate import FaultPolicy
+from mmtrain.errors import UserError
+from mmtrain.progress import Progress
+from mmtrain.records.chat import SampleError
+from mmtrain.retrieval.figures import Direction, directions, figures
+from mmtrain.retrieval.item_content import ItemContent
+from mmtrain.retrieval.zero_shot import Classes, labels, zero_shot_figures
+from mmtrain.safe_text import shown
+
+_ANY_LENGTH = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Unit vectors of one model."""
+
+    items: torch.Tensor
+    """(num_items, dim)"""
+    classes: torch.Tensor | None
+    """(num_classes, dim)"""
+
+
+class RetrievalEvaluation:
+    """The pairs of `sources`, all of them together and each source alone."""
+
+    def __init__(
+        self,
+        config: Config,
+        sources: Sequence[EvalSource],
+        embedder: Embedder,
+        progress: Progress,
+        classes: Classes | None = None,
+    ) -> None:
+        """`embedder` encodes the items. Raises UserError where a sample cannot be used."""
+        data = config.data
+        self.samples: PairSamples = read_pairs(
+            sources,
+            embedder,
+            embedder.limit(data.max_length),
+            FaultPolicy.of(data),
+            frozenset(data.ignore_fields),
+            data.decode_images,
+            progress,
+        )
+        self._max_tokens = config.run.microbatch_tokens
+        self._progress = progress
+        self._names = [source.name or Path(source.path).name for source in sources]
+        used = self.samples.used
+        self.content = ItemContent.of(self.samples, used.tolist())
+        self._ways = self._directions(used)
+        self._classes = classes
+        self._labels = None if classes is None else labels(self.samples, used, classes)
+        self._class_items = [] if classes is None else _encoded(embedder, classes)
+
+    def embed(self, embedder: Embedder) -> Embeddings:
+        """Raises UserError where an image no longer decodes."""
+        try:
+            of_items = embed_all(embedder, self.samples.items, self._max_tokens, self._progress)
+            of_texts = embed_all(embedder, self._class_items, self._max_tokens) if self._class_items else None
+        except SampleError as error:
+            raise UserError(f"eval retrieval: {error}") from None
+        classes = None if of_texts is None or self._classes is None else self._classes.embeddings(of_texts)
+        return Embeddings(of_items, classes)
+
+    def figures(self, own: Embeddings, base: Embeddings | None = None) -> dict[str, Any]:
+        """Every figure of the report."""
+        of_base = None if base is None else base.items
+        zero_shot = self._zero_shot(own)
+        if zero_shot is not None and base is not None:
+            zero_shot["base"] = self._zero_shot(base)
+        return {
+            **figures(self.content, self._ways, own.items, of_base),
+            "zero_shot": zero_shot,
+            "num_samples": len(self.samples.used),
+            "sources": self._sources(own.items, of_base),
+            "dropped": [
+                {"place": str(self.samples.place(index)), "reason": reason} for index, reason in self.samples.left_out
+            ],
+        }
+
+    def _directions(self, indices: Indices) -> tuple[Direction, ...]:
+        relation = relate([self.samples.pairs[index] for index in indices.tolist()])
+        return directions(self.samples.items, relation)
+
+    def _sources(self, own: torch.Tensor, base: torch.Tensor | None) -> dict[str, Any]:
+        """The figures of each source alone, its items being the only candidates, where there are several."""
+        if len(set(self._names)) < 2:
+            return {}
+        used = self.samples.used
+        source_of = self.samples.records.sources_of(used)
+        found = {}
+        for name in dict.fromkeys(self._names):
+            numbers = [number for number, other in enumerate(self._names) if other == name]
+            if len(indices := used[np.isin(source_of, numbers)]):
+                found[name] = figures(self.content, self._directions(indices), own, base)
+        return found
+
+    def _zero_shot(self, found: Embeddings) -> dict[str, Any] | None:
+        if self._classes is None or self._labels is None or found.classes is None:
+            return None
+        images, pairs = self._labels
+        return zero_shot_figures(found.items[images], found.classes, pairs, self._classes)
+
+
+def _encoded(embedder: Embedder, classes: Classes) -> list[EncodedItem]:
+    """The texts of the classes. Raises UserError where one cannot be embedded."""
+    items, limit = classes.items(), embedder.limit(_ANY_LENGTH)
+    made: list[EncodedItem] = []
+    for item, one in zip(items, embedder.encode([(item, Path()) for item in items]), strict=True):
+        if isinstance(one, SampleError):
+            raise UserError(f"--classes: {shown(item.text)}: {one}")
+        if len(one.encoded.ids) > limit.num_tokens:
+            raise UserError(f"--classes: {shown(item.text)}: {limit.reason(len(one.encoded.ids))}")
+        made.append(replace(one, key=item.content_key([])))
+    return made

@@ -1,0 +1,51 @@
+"""The objective of chats: the cross-entropy of the supervised tokens of conversations."""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+from rich.table import Table
+
+from mmtrain.config import Config
+from mmtrain.encoding.load import load_processor
+from mmtrain.progress import Progress
+from mmtrain.runtime.processes import Runtime
+from mmtrain.train.checkpointing import decided_learner
+from mmtrain.train.dataset import Dataset
+from mmtrain.train.evaluations import Evaluations
+from mmtrain.train.export import export
+from mmtrain.train.facts import write_facts
+from mmtrain.train.metrics import MetricsFile
+from mmtrain.train.report import start_report
+from mmtrain.train.step import Learner
+from mmtrain.train.step_cuts import StepCuts
+
+
+class ChatObjective:
+    """The data of a config, read and checked; the model is loaded later."""
+
+    def __init__(self, config: Config, runtime: Runtime, progress: Progress) -> None:
+        self._config, self._runtime, self._progress = config, runtime, progress
+        self._processor = load_processor(config.model.path, config.model.chat_template)
+        self.data = Dataset(config, self._processor, progress)
+
+    @cached_property
+    def _learner(self) -> Learner:
+        return decided_learner(self._config, self.data, self._processor, self._runtime, self._progress)
+
+    def load(self) -> Learner:
+        return self._learner
+
+    def write_facts(self) -> None:
+        write_facts(self._config, self.data, self._learner)
+
+    def steps(self) -> StepCuts:
+        return StepCuts(self.data, self._learner, self._config.run)
+
+    def evaluations(self, metrics: MetricsFile) -> Evaluations:
+        return Evaluations(self._config, self.data, self._learner, metrics, self._progress)
+
+    def report(self) -> Iterator[str | Table]:
+        return start_report(self._config, self.data, self._learner)
+
+    def export(self) -> str:
+        return export(self._learner, self._config, self.data)

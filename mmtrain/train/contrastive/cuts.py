@@ -1,0 +1,120 @@
+"""How a step of pairs is cut: its distinct items, those of one kind together, in micro-batches."""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmtrain.config.run_section import Run
+from mmtrain.contrastive.embedder import EncodedItem, Kind
+from mmtrain.contrastive.relation import Numbers, Relation, relate
+from mmtrain.dataset.microbatches import cut_step
+from mmtrain.dataset.plan import Plan
+from mmtrain.train.contrastive.pair_dataset import PairDataset
+
+
+@dataclass(frozen=True, slots=True)
+class ItemBatch:
+    """Items of one kind that go through the model at once, by number."""
+
+    kind: Kind
+    numbers: tuple[int, ...]
+
+
+Microbatch = tuple[ItemBatch, ...]
+"""At most one batch of each kind: their gradients are added as one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairCut:
+    """One step: its samples, its distinct items, and the micro-batches, some perhaps empty, of this process."""
+
+    samples: tuple[int, ...]
+    items: Numbers
+    """(num_items,) the numbers of all distinct items of the step, ascending"""
+    relation: Relation
+    own: tuple[Microbatch, ...]
+    num_tokens: int
+    operations: float
+    """What it must compute, over all processes: a multiplication and an addition are two."""
+
+    @property
+    def count(self) -> int:
+        return len(self.samples)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The step's sizes in its row of metrics.jsonl."""
+        return {"num_tokens": self.num_tokens, "num_pairs": len(self.samples), "num_items": len(self.items)}
+
+    def rows(self, numbers: Sequence[int]) -> Numbers:
+        """The positions of these items among the step's."""
+        return np.searchsorted(self.items, np.array(numbers, np.int64))
+
+
+class PairCuts:
+    """How the steps of a data set are cut. A kind in `alone` goes through the model one item at a time: its embeddings
+    are cached, so they must not depend on their neighbours."""
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        settings: Run,
+        num_processes: int,
+        index: int,
+        packing: bool = False,
+        alone: frozenset[Kind] = frozenset(),
+    ) -> None:
+        self._plan: Plan = dataset.plan
+        self._samples, self._settings = dataset.train, settings
+        self._num_processes, self._index = num_processes, index
+        self._packing, self._alone = packing, alone
+        self.of = functools.lru_cache(maxsize=256)(self._cut)
+        """The cut of a step, counted from 1."""
+
+    def microbatches(self, first: int, last: int) -> Iterator[Microbatch]:
+        """This process's micro-batches that are not empty, of the steps `first` to `last`."""
+        return (own for step in range(first, last + 1) for own in self.of(step).own if own)
+
+    def _cut(self, step: int) -> PairCut:
+        """Every process has as many micro-batches."""
+        samples = self._plan.step(step)
+        relation = relate([self._samples.pairs[index] for index in samples])
+        numbers = np.union1d(relation.queries, relation.documents)
+        of_kind: dict[Kind, list[int]] = {}
+        for number in numbers.tolist():
+            of_kind.setdefault(self._samples.items[number].kind, []).append(number)
+        settings = self._settings
+        multiple = self._num_processes if settings.microbatches == "auto" else settings.microbatches
+        microbatches = _joined([self._batches(kind, own, multiple) for kind, own in sorted(of_kind.items())], multiple)
+        share = len(microbatches) // self._num_processes
+        items = [self._samples.items[number] for number in numbers]
+        return PairCut(
+            tuple(samples),
+            numbers,
+            relation,
+            tuple(microbatches[self._index * share : (self._index + 1) * share]),
+            sum(item.row_tokens for item in items),
+            6.0 * sum(item.cost for item in items),
+        )
+
+    def _batches(self, kind: Kind, numbers: Sequence[int], multiple: int) -> list[ItemBatch]:
+        """Runs of as many batches as each other, `multiple` of them; some batches may be empty."""
+        items: list[EncodedItem] = [self._samples.items[number] for number in numbers]
+        limit = 1 if kind in self._alone else self._settings.microbatch_tokens
+        lengths, costs = [item.row_tokens for item in items], [item.cost for item in items]
+        cuts = cut_step(lengths, limit, self._packing, multiple, costs)
+        return [ItemBatch(kind, tuple(numbers[i] for i in cut)) for cut in cuts]
+
+
+def _joined(kinds: Sequence[Sequence[ItemBatch]], multiple: int) -> list[Microbatch]:
+    """Micro-batches with a batch of each kind, so that every run of them has its share of each kind."""
+    runs = []
+    for run in range(multiple):
+        own = [batches[run * len(batches) // multiple : (run + 1) * len(batches) // multiple] for batches in kinds]
+        runs.append([tuple(one for one in group if one and one.numbers) for group in itertools.zip_longest(*own)])
+    longest = max(map(len, runs))
+    return [microbatch for run in runs for microbatch in (*run, *[()] * (longest - len(run)))]

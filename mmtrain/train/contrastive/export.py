@@ -1,0 +1,88 @@
+"""Saves an embedder: a directory that transformers loads, or an adapter in peft's format.
+
+What was saved is loaded back and must give the same embeddings and the same scale.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.config import Config
+from mmtrain.contrastive.embedder import EncodedItem
+from mmtrain.contrastive.towers import Towers
+from mmtrain.encoding.directory import model_directory, processor_files
+from mmtrain.errors import UserError, storage_faults
+from mmtrain.model.load import load_weights
+from mmtrain.train.contrastive.pair_dataset import PairDataset
+from mmtrain.train.contrastive.step import ContrastiveLearner
+
+MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 3e-2}
+"""Largest relative difference (L2) of the embeddings once loaded back."""
+
+
+def export(learner: ContrastiveLearner, config: Config, dataset: PairDataset) -> str:
+    """Write `adapter/` (or `model/` where nothing is LoRA) and load it back. Gives a line that says what was found.
+
+    The embeddings of the first pair's items are compared. Raises UserError where what was saved is not what was
+    trained, and StorageError where it cannot be written.
+    """
+    model = learner.model
+    is_adapter = isinstance(model, PeftModel)
+    target = Path(config.run.output_dir) / ("adapter" if is_adapter else "model")
+    dtype = getattr(torch, config.model.dtype)
+    if is_adapter and Path(config.model.path).is_dir():  # to be found from any directory
+        model.peft_config["default"].base_model_name_or_path = str(Path(config.model.path).resolve())
+    if not is_adapter:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    with storage_faults(f"{target}: it cannot be written"), temporary_path(target) as made:
+        model.save_pretrained(made)
+        for path in processor_files(model_directory(config.model.path)):
+            shutil.copyfile(path, made / path.name)
+        move_into_place(target, made)
+    items = _first_items(dataset)
+    before = _embeddings(learner.embedder, items)
+    after = _loaded_back(learner, target, config, items)
+    difference = max(_distance(one, other) for one, other in zip(after, before, strict=True))
+    if not difference <= MAX_DIFFERENCE[config.model.dtype]:
+        raise UserError(
+            f"{target}: loaded back, its embeddings differ by {difference:.1e} from the trained model's: do not use it"
+        )
+    return f"saved {target}; loaded back, its embeddings differ by {difference:.1e} (relative)"
+
+
+def _first_items(dataset: PairDataset) -> list[EncodedItem]:
+    first = dataset.train.pairs[int(dataset.train.used[0])]
+    return [dataset.train.items[number] for number in (first.query, *first.positives, *first.negatives)]
+
+
+@torch.no_grad()
+def _embeddings(embedder: Towers, items: Sequence[EncodedItem]) -> list[Tensor]:
+    """That of each item, and the scale."""
+    alone = [embedder.embed(embedder.batch([item]), item.kind)[0] for item in items]
+    return [*alone, embedder.scale.value.cpu(), embedder.bias.value.cpu()]
+
+
+def _loaded_back(
+    learner: ContrastiveLearner, target: Path, config: Config, items: Sequence[EncodedItem]
+) -> list[Tensor]:
+    embedder, model = learner.embedder, learner.model
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(target), adapter_name="saved", torch_device=str(learner.runtime.device))
+        model.set_adapter("saved")
+        found = _embeddings(embedder, items)
+        model.set_adapter("default")
+        model.delete_adapter("saved")
+        return found
+    saved: Any = load_weights(str(target), config.model.dtype, learner.runtime.device)
+    return _embeddings(Towers(saved, embedder.processor, learner.runtime.autocast), items)
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-6))

@@ -1,0 +1,44 @@
+"""The embedder that is trained, with its optimizer."""
+
+from mmtrain.config import Config
+from mmtrain.contrastive.loss import LossSettings
+from mmtrain.contrastive.towers import Towers
+from mmtrain.progress import Progress
+from mmtrain.runtime.processes import Runtime
+from mmtrain.train.contrastive.cuts import PairCuts
+from mmtrain.train.contrastive.embedding_cache import EmbeddingCache
+from mmtrain.train.contrastive.graphs import GraphMemory
+from mmtrain.train.contrastive.pair_dataset import PairDataset
+from mmtrain.train.contrastive.step import ContrastiveLearner
+from mmtrain.train.contrastive.trainable import make_trainable
+from mmtrain.train.lost_gradients import LostGradients
+from mmtrain.train.optimizer import make_optimizer
+
+GIB = 2**30
+
+
+def make_contrastive_learner(
+    config: Config, embedder: Towers, dataset: PairDataset, runtime: Runtime, progress: Progress
+) -> ContrastiveLearner:
+    """The embedder's model with its trainable parameters, and how its steps are computed."""
+    dropout, reports = make_trainable(config, embedder, runtime, progress)
+    model = embedder.model
+    settings, run = config.objective, config.run
+    frozen = frozenset(kind for kind in ("text", "image") if embedder.is_frozen(kind))
+    caches = frozen if run.image_cache.memory_gib > 0 else frozenset[str]()
+    alone = frozenset[str]() if runtime.device.type == "cuda" and run.microbatches == "auto" else caches
+    return ContrastiveLearner(
+        embedder=embedder,
+        items=dataset.train.items,
+        cuts=PairCuts(dataset, run, runtime.num_processes, runtime.index, alone=alone),
+        loss=LossSettings(settings.loss, settings.symmetric in ("auto", True), settings.dims),
+        temperature_max=settings.temperature_max,
+        runtime=runtime,
+        optimizer=make_optimizer(model, embedder.components, config),
+        dropout=dropout,
+        lost_gradients=LostGradients(model, embedder.components),
+        component_reports=reports,
+        graph_memory=GraphMemory(model, run.graph_memory_gib * GIB),
+        cache=EmbeddingCache(caches, run.image_cache.memory_gib * GIB),
+        exact=run.microbatches != "auto",
+    )

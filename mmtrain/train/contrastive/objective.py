@@ -1,0 +1,69 @@
+"""The contrastive objective: the embeddings of pairs."""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+from rich.table import Table
+
+from mmtrain.config import Config
+from mmtrain.contrastive.load import load_embedder
+from mmtrain.progress import Progress
+from mmtrain.runtime.processes import Runtime
+from mmtrain.train.contrastive.cuts import PairCut
+from mmtrain.train.contrastive.evaluations import RetrievalEvaluations
+from mmtrain.train.contrastive.export import export
+from mmtrain.train.contrastive.learner import make_contrastive_learner
+from mmtrain.train.contrastive.pair_dataset import PairDataset
+from mmtrain.train.contrastive.step import ContrastiveLearner, Loaded
+from mmtrain.train.metrics import MetricsFile
+from mmtrain.train.report import bits_lines, component_lines, weights_line
+
+
+class ContrastiveObjective:
+    """The data of a config, read and checked. Its model is loaded first: it decides how items are encoded."""
+
+    def __init__(self, config: Config, runtime: Runtime, progress: Progress) -> None:
+        self._config, self._runtime, self._progress = config, runtime, progress
+        self._embedder = load_embedder(config, runtime)
+        self.data = PairDataset(config, self._embedder, progress)
+
+    @cached_property
+    def _learner(self) -> ContrastiveLearner:
+        return make_contrastive_learner(self._config, self._embedder, self.data, self._runtime, self._progress)
+
+    def load(self) -> ContrastiveLearner:
+        return self._learner
+
+    def write_facts(self) -> None:
+        """There are none: lengths of pairs are no lengths of samples."""
+
+    def steps(self) -> "ContrastiveSteps":
+        return ContrastiveSteps(self._learner)
+
+    def evaluations(self, metrics: MetricsFile) -> RetrievalEvaluations:
+        data = self.data
+        return RetrievalEvaluations(self._config, data.eval, data.num_steps, self._learner, metrics, self._progress)
+
+    def report(self) -> Iterator[str | Table]:
+        learner = self._learner
+        yield from component_lines(learner.component_reports)
+        yield self.data.summary()
+        yield weights_line(learner)
+        yield from bits_lines(self._config, learner)
+        yield self._embedder.description
+
+    def export(self) -> str:
+        return export(self._learner, self._config, self.data)
+
+
+class ContrastiveSteps:
+    """The steps of a run."""
+
+    def __init__(self, learner: ContrastiveLearner) -> None:
+        self._learner = learner
+
+    def of(self, step: int) -> PairCut:
+        return self._learner.cuts.of(step)
+
+    def batches(self, first: int, last: int) -> Iterator[Loaded]:
+        return self._learner.batches(first, last)

@@ -1,0 +1,80 @@
+"""The pairs that a run is trained and evaluated on, checked before the first step."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmtrain.config import Config
+from mmtrain.contrastive.embedder import Embedder
+from mmtrain.contrastive.pair_samples import read_pairs
+from mmtrain.dataset.plan import Indices, Plan
+from mmtrain.dataset.validate import FaultPolicy
+from mmtrain.errors import UserError
+from mmtrain.progress import Progress
+from mmtrain.retrieval.evaluation import RetrievalEvaluation
+from mmtrain.train.dataset import eval_sources, num_steps
+
+
+class PairDataset:
+    """The training pairs, the evaluation sets and the plan of steps of one config.
+
+    Raises UserError with every sample of every source that cannot be used.
+    """
+
+    template = None
+    """There is no chat."""
+
+    def __init__(self, config: Config, embedder: Embedder, progress: Progress) -> None:
+        data = config.data
+        limit, policy, ignored = embedder.limit(data.max_length), FaultPolicy.of(data), frozenset(data.ignore_fields)
+        faults: list[str] = []
+        with _collected(faults), progress.task("checking train"):
+            self.train = read_pairs(data.train, embedder, limit, policy, ignored, data.decode_images, progress)
+        self.eval: dict[str, RetrievalEvaluation] = {}
+        for name, source in eval_sources(config).items():
+            with _collected(faults), progress.task(f"checking evaluation set {name}"):
+                self.eval[name] = RetrievalEvaluation(config, [source], embedder, progress)
+        if faults:
+            raise UserError(faults)
+        self.plan = Plan.of(config, self.train.records, self.train.used)
+        self.num_steps = num_steps(config.train, self.plan)
+
+    def summary(self) -> str:
+        """What was read, in one line, and what was dropped."""
+        items = self.train.items
+        num_images = sum(bool(item.encoded.images) for item in items)
+        line = (
+            f"{len(self.train.pairs):,} pairs of {len(items):,} distinct items, {num_images:,} of them with images; "
+            f"{self.num_steps:,} steps, {self.plan.steps_per_epoch:,} an epoch"
+        )
+        num_left_out = len(self.dropped_rows())
+        return f"{line}; {num_left_out:,} pairs left out, listed in dropped.jsonl" if num_left_out else line
+
+    def dropped_rows(self) -> list[dict[str, Any]]:
+        """A row for each pair that is left out by `data.too_long: drop` or `data.on_fault: skip`."""
+        return [
+            {"file": str(place.file), "line": place.line, "place": str(place), "reason": reason}
+            for samples in (self.train, *(one.samples for one in self.eval.values()))
+            for index, reason in samples.left_out
+            for place in [samples.place(index)]
+        ]
+
+    @property
+    def used(self) -> Indices:
+        """The indices of the training pairs that are used."""
+        return self.train.used
+
+    @property
+    def image_files(self) -> frozenset[Path]:
+        """Those of the training pairs."""
+        return self.train.image_files
+
+
+@contextmanager
+def _collected(faults: list[str]) -> Iterator[None]:
+    """Add the faults of a UserError raised inside."""
+    try:
+        yield
+    except UserError as error:
+        faults += error.faults

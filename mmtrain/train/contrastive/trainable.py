@@ -1,0 +1,35 @@
+"""What is trainable of an embedder."""
+
+from typing import Any
+
+import torch
+
+from mmtrain.config import Config
+from mmtrain.contrastive.load import set_trained
+from mmtrain.contrastive.towers import Towers
+from mmtrain.model.dropout import DropoutContext, install_dropout
+from mmtrain.model.family import Family
+from mmtrain.model.load import checkpoint_activations
+from mmtrain.model.lora_targets import without_adapter
+from mmtrain.model.tune import ComponentReport, apply_tune
+from mmtrain.progress import Progress
+from mmtrain.runtime.processes import Runtime
+
+
+def make_trainable(
+    config: Config, embedder: Towers, runtime: Runtime, progress: Progress
+) -> tuple[DropoutContext, list[ComponentReport]]:
+    """Add what is trainable to the embedder's model, whose initial weights follow from the seed alone."""
+    torch.manual_seed(config.train.seed)
+    base: Any = embedder.model
+    for line in without_adapter(base, embedder.components, config.tune):
+        progress.say(line)
+    embedder.model, reports = apply_tune(base, embedder.components, config.tune)
+    set_trained(config, embedder)
+    if config.run.activation_checkpointing is True:
+        checkpoint_activations(base)
+    dropout = DropoutContext(config.train.seed)
+    family = Family(embedder.components, "own")
+    install_dropout(embedder.model, family, config.tune, dropout, runtime.device, progress.say)
+    embedder.model.to(runtime.device)
+    return dropout, reports

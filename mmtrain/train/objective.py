@@ -1,0 +1,149 @@
+"""What the run, the loop and checkpoints need of an objective. They do not know which one is trained."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from mmtrain.dataset.plan import Indices, Plan
+from mmtrain.model.tune import ComponentReport
+from mmtrain.records.record_set import RecordSet
+from mmtrain.records.sources.place import Place
+from mmtrain.runtime.processes import Runtime
+from mmtrain.train.metrics import MetricsFile
+
+
+class Trained(Protocol):
+    """A model that is trained, its optimizer, and how the gradients of a step are computed."""
+
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def runtime(self) -> Runtime: ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+
+    @property
+    def component_reports(self) -> list[ComponentReport]:
+        """What is trainable of each component."""
+
+    @property
+    def exact(self) -> bool:
+        """Micro-batches are summed in a tree that does not depend on the number of processes."""
+
+    @property
+    def sharded(self) -> bool:
+        """Weights are sharded over the processes."""
+
+    def accumulate(self, batches: Iterable[Any], count: int, step: int) -> tuple[Tensor, int | None]:
+        """Put the gradients of the step's loss into the parameters; `count` is what the loss is divided by.
+
+        Gives the loss, () float64, and the signal that asked all processes to stop.
+        """
+
+    def updated(self) -> None:
+        """After each update of the weights."""
+
+
+class Cut(Protocol):
+    """One step: its samples, and the micro-batches, some perhaps empty, that this process computes."""
+
+    @property
+    def samples(self) -> tuple[int, ...]: ...
+
+    @property
+    def own(self) -> Sequence[Sequence[Any]]: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The step's sizes in its row of metrics.jsonl; one of them is `num_tokens`."""
+
+    @property
+    def operations(self) -> float:
+        """What it must compute, over all processes: a multiplication and an addition are two."""
+
+
+class Steps(Protocol):
+    """The steps of a run."""
+
+    @property
+    def of(self) -> Callable[[int], Cut]:
+        """The cut of a step, counted from 1."""
+
+    def batches(self, first: int, last: int) -> Iterator[Any]:
+        """The batches of this process's micro-batches that are not empty, of the steps `first` to `last`."""
+
+
+class Samples(Protocol):
+    """The training samples by index."""
+
+    @property
+    def records(self) -> RecordSet: ...
+
+    def place(self, index: int) -> Place: ...
+
+
+class RunData(Protocol):
+    """What a run is trained on, checked."""
+
+    @property
+    def train(self) -> Samples: ...
+
+    @property
+    def plan(self) -> Plan: ...
+
+    @property
+    def num_steps(self) -> int: ...
+
+    @property
+    def used(self) -> Indices:
+        """The indices of the training samples that are used."""
+
+    @property
+    def image_files(self) -> frozenset[Path]: ...
+
+    @property
+    def template(self) -> str | None:
+        """The source of the chat template, if there is one."""
+
+    def summary(self) -> str: ...
+
+    def dropped_rows(self) -> list[dict[str, Any]]: ...
+
+
+class Evaluations(Protocol):
+    """What is evaluated during a run."""
+
+    def run(self, step: int, done: Sequence[str] = ()) -> int | None:
+        """Evaluate all sets but those `done` after `step`, if that is due; gives the signal that asked to stop."""
+
+
+class Objective(Protocol):
+    """An objective over the data of one config."""
+
+    @property
+    def data(self) -> RunData: ...
+
+    def load(self) -> Trained:
+        """Load the model, add its trainable parameters, and decide how it is computed. Called before the rest."""
+
+    def write_facts(self) -> None:
+        """Write what was found about data and model into the directory of the run, for reports."""
+
+    def steps(self) -> Steps: ...
+
+    def evaluations(self, metrics: MetricsFile) -> Evaluations: ...
+
+    def report(self) -> Iterator[str | Table]:
+        """What is printed before the first step."""
+
+    def export(self) -> str:
+        """Save what was trained and load it back; gives a line that says what was found."""

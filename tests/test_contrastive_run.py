@@ -1,0 +1,189 @@
+"""Contrastive runs end to end: trained, stopped, resumed, exported and loaded by transformers."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, CLIPImageProcessorPil
+
+from mmtrain.config import dump_config
+from mmtrain.config.schema import Config
+from mmtrain.errors import UserError
+from mmtrain.train import loop
+from mmtrain.train.run import train
+from mmtrain.train.step import StepResult, train_step
+from support.pair_data import pair_config, write_pairs
+from support.tower_models import TOWERS
+from test_processes import start
+
+LORA = {"mode": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1}
+SMALL = {"train": {"steps": 5, "batch_size": 9}, "run": {"microbatch_tokens": 100, "checkpoint_every": 2}}
+Make = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("contrastive")
+    TOWERS["clip"](made / "clip")
+    write_pairs(made)
+    return made
+
+
+@pytest.fixture
+def make(folder: Path, tmp_path: Path) -> Make:
+    def made(file: str = "pairs.jsonl", **sections: Any) -> Config:
+        given = {name: SMALL.get(name, {}) | keys if name != "tune" else keys for name, keys in sections.items()}
+        return pair_config(folder / "clip", folder / file, tmp_path / "run", **{**SMALL, **given})
+
+    return made
+
+
+class Stop(Exception):
+    """Stands for a process that dies."""
+
+
+def weights(config: Config) -> dict[str, Tensor]:
+    (path,) = Path(config.run.output_dir).glob("*/*model.safetensors")
+    return load_file(path)
+
+
+def rows(config: Config) -> list[dict[str, Any]]:
+    lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "mfu")} for line in lines]
+
+
+ADAPTER: dict[str, Any] = {"tune": {"vision": LORA, "language": LORA}, "objective": {"scale": 20.0}}
+FULL: dict[str, Any] = {}
+LATER = [pytest.param(step, marks=pytest.mark.slow("stops after other steps")) for step in (1, 2, 4)]
+
+
+@pytest.mark.parametrize("stop_at", [3, *LATER])
+@pytest.mark.parametrize("sections", [FULL, ADAPTER], ids=["full", "adapter"])
+def test_a_stopped_run_continues_to_the_same_bits(
+    sections: dict[str, Any], stop_at: int, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(**sections)
+    train(config)
+    expected, expected_rows = weights(config), rows(config)
+    shutil.rmtree(config.run.output_dir)
+
+    def die(learner: Any, batches: Any, count: int, step: int, norm: float | None) -> StepResult:
+        result = train_step(learner, batches, count, step, norm)
+        if step == stop_at:
+            raise Stop
+        return result
+
+    monkeypatch.setattr(loop, "train_step", die)
+    with pytest.raises(Stop):
+        train(config)
+    monkeypatch.undo()
+    train(config)
+    found = weights(config)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert rows(config) == expected_rows
+
+
+@pytest.mark.slow("runs of two processes")
+def test_two_processes_give_the_bits_of_one(make: Make, tmp_path: Path) -> None:
+    config = make(run={"microbatches": 2})
+    train(config)
+    data = yaml.safe_load(dump_config(config))
+    data["run"]["output_dir"] = str(tmp_path / "two")
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(data))
+    start(2, "train", str(tmp_path / "two.yaml"))
+    found = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in weights(config).items())
+
+
+def test_the_trained_model_loads_in_transformers(make: Make, folder: Path) -> None:
+    """Its embeddings are those of the weights in the last checkpoint, with the trained scale."""
+    config = make()
+    train(config)
+    saved = Path(config.run.output_dir) / "model"
+    model = AutoModel.from_pretrained(saved).eval()
+    last = load_file(Path(config.run.output_dir) / "checkpoints" / "step-000005" / "trainable.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, last[name]), name
+    base = AutoModel.from_pretrained(folder / "clip")
+    assert abs((model.logit_scale - base.logit_scale).item()) > 1e-3
+    inputs = AutoTokenizer.from_pretrained(saved)(["a red circle"], return_tensors="pt")
+    pixels = CLIPImageProcessorPil.from_pretrained(saved)(PIL.Image.new("RGB", (40, 40)), return_tensors="pt")
+    assert model(**inputs, **pixels).logits_per_image.isfinite().all()
+
+
+def test_the_adapter_loads_in_peft(make: Make, folder: Path) -> None:
+    config = make(**ADAPTER)
+    train(config)
+    base = AutoModel.from_pretrained(folder / "clip")
+    model = PeftModel.from_pretrained(base, Path(config.run.output_dir) / "adapter").eval()
+    last = load_file(Path(config.run.output_dir) / "checkpoints" / "step-000005" / "trainable.safetensors")
+    found = {name: value for name, value in model.state_dict().items() if "lora_" in name}
+    assert found.keys() == last.keys()
+    assert all(torch.equal(value, last[name]) for name, value in found.items())
+
+
+def test_training_brings_pairs_together(make: Make) -> None:
+    train(make(train={"steps": 60, "batch_size": 24, "learning_rate": 3e-3}, run={"checkpoint_every": 500}))
+    losses = [row["loss"] for row in rows(make())]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_scale_stays_below_its_limit(make: Make) -> None:
+    """Every step would raise it: the loss of embeddings that fit falls with it."""
+    config = make(objective={"temperature_max": 14.3}, train={"steps": 120, "learning_rate": 3e-3, "batch_size": 24})
+    train(config)
+    scale = AutoModel.from_pretrained(Path(config.run.output_dir) / "model").logit_scale.exp()
+    assert scale.item() == pytest.approx(14.3, rel=1e-6)
+
+
+def test_a_text_that_is_too_long_is_named(make: Make, folder: Path, tmp_path: Path) -> None:
+    path = folder / "long.jsonl"
+    path.write_text(
+        json.dumps({"image": "0.png", "text": "red"})
+        + "\n"
+        + json.dumps({"image": "1.png", "text": "red " * 60})
+        + "\n"
+    )
+    with pytest.raises(UserError, match=r"long.jsonl:2: \d+ tokens, over the 48 allowed \(the text tower's longest"):
+        train(make("long.jsonl"))
+    train(make("long.jsonl", data={"too_long": "drop"}, train={"steps": 1}))
+    dropped = json.loads((tmp_path / "run" / "dropped.jsonl").read_text())
+    assert (dropped["line"], "48 allowed" in dropped["reason"]) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"tune": {"language": LORA}}, "objective.scale: an adapter cannot store trained numbers"),
+        ({"objective": {"bias": -1.0}}, "objective.bias is for `loss: sigmoid`"),
+        ({"objective": {"loss": "sigmoid", "symmetric": True}}, "objective.symmetric is for `loss: infonce`"),
+        ({"objective": {"kind": "chat", "dims": [8]}}, "objective.dims is for `kind: contrastive`"),
+        ({"objective": {"kind": "chat"}, "run": {"graph_memory_gib": 1.0}}, "run.graph_memory_gib does not work"),
+        ({"run": {"weights": "shard"}}, "run.weights: shard does not work with objective.kind: contrastive"),
+        ({"labels": {"end_of_turn": False}}, "labels does not work with objective.kind: contrastive"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_its_key(sections: dict[str, Any], words: str, make: Make) -> None:
+    with pytest.raises(ValueError, match=words):
+        make(**sections)
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ({"loss": "sigmoid"}, "objective.bias: trained: the model has no bias of its own: give a number"),
+        ({"dims": [4, 999]}, "objective.dims: 999 is more than the 16 values"),
+    ],
+)
+def test_what_the_model_lacks_is_refused(objective: dict[str, Any], words: str, make: Make) -> None:
+    with pytest.raises(UserError, match=words):
+        train(make(objective=objective))
