@@ -102,6 +102,7 @@ class Config(Section):
         of_chats = {
             "labels": self.labels != Labels(),
             "model.adapter": self.model.adapter is not None,
+            "model.chat_template": self.model.chat_template is not None,
             "model.quantization": self.model.quantization is not None,
             "run.weights: shard": self.run.weights == "shard",
             "run.compile": self.run.compile,
