@@ -182,6 +182,8 @@ class Encoder:
         after: int | None = None
         spans: list[ImageSpan] = []
         placed: list[Placed] = []
+        if not images and self.processor.needs_image:
+            raise SampleError("the model's processor takes no conversation without an image")
         of_images = self.processor.image_tokens([image.size for image in images])
         for segment in segments:
             if segment.kind == "image":

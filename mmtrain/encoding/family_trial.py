@@ -15,7 +15,7 @@ import PIL.Image
 from torch import Tensor
 
 from mmtrain.encoding.encode import Encoded, Encoder
-from mmtrain.encoding.image_processor import TEXT_KEYS
+from mmtrain.encoding.image_processor import TEXT_KEYS, TYPE_KEYS
 from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.layout import as_messages
 from mmtrain.encoding.processor import ChatProcessor, EncodingTrial
@@ -213,10 +213,11 @@ def _equal(one: Any, two: Any) -> bool:
 
 def _compare_types(processor: ChatProcessor, name: str, own: dict[str, Any]) -> None:
     """Where the family marks tokens by their kind, images must be exactly the placeholders."""
-    for key in TEXT_KEYS[2:]:
+    for key in TYPE_KEYS:
         if key in own:
             found = [bool(value) for value in own[key][0].tolist()]
-            if found != [id_ == processor.image_token_id for id_ in own["input_ids"]]:
+            expected = [id_ == processor.image_token_id and not processor.marks_replies for id_ in own["input_ids"]]
+            if found != expected:
                 raise UserError(
                     f"the model's processor marks other tokens than placeholders in {key!r} of {name}; "
                     "this family is not supported"

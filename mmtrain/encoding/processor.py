@@ -59,6 +59,16 @@ class ChatProcessor:
         return None if self.images is None else self.images.traits.grid_key
 
     @property
+    def needs_image(self) -> bool:
+        """Whether a sample must have an image."""
+        return self.images is not None and self.images.traits.needs_image
+
+    @property
+    def marks_replies(self) -> bool:
+        """See `ImageTraits.marks_replies`."""
+        return self.images is not None and self.images.traits.marks_replies
+
+    @property
     def lays_out_together(self) -> bool:
         """Whether samples with images can go through the model at once; see `ImageTraits.together`."""
         return self.images is None or self.images.traits.together
@@ -92,7 +102,7 @@ def make_processor(parts: DirectoryParts) -> ChatProcessor:
     if family is not None:
         frame = image_frame(render, traits, family.image_token, tokenizer.traits.special_tokens)
         images = ImageProcessor(family, tokenizer, parts.image_token_id, frame)
-    around = ("", "") if images is None else images.traits.text_around
+    around, end = (("", ""), "") if images is None else (images.traits.text_around, images.traits.text_end)
     return ChatProcessor(
-        tokenizer, ChatTemplate(str(source), traits, render, image_token, around), images, parts.given_template
+        tokenizer, ChatTemplate(str(source), traits, render, image_token, around, end), images, parts.given_template
     )

@@ -131,6 +131,8 @@ class ChatTemplate:
     """The text that stands for an image, None for a model that takes none."""
     text_around_image: tuple[str, str] = ("", "")
     """Ordinary text that the processor writes before and after an image's span, such as newlines."""
+    text_end: str = ""
+    """Ordinary text that the processor writes after all of a text with images."""
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         """The text that the template makes, with what the processor writes around an image's span.
@@ -139,9 +141,9 @@ class ChatTemplate:
         """
         text = _rendered(self.make_text, self.as_wanted(messages), add_generation_prompt)
         before, after = self.text_around_image
-        if self.image_token is None or not (before or after):
+        if self.image_token is None or not (before or after or self.text_end) or self.image_token not in text:
             return text
-        return text.replace(self.image_token, before + self.image_token + after)
+        return text.replace(self.image_token, before + self.image_token + after) + self.text_end
 
     def reply(self, text: str) -> str:
         """A reply that says `text`, with reasoning where the prompt for a reply begins it."""

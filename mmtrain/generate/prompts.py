@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from mmtrain.encoding.encode import Encoded, Encoder
-from mmtrain.records.chat import Conversation, Message, SampleError, Text
+from mmtrain.encoding.images import FoundImage
+from mmtrain.records.chat import Conversation, Image, Message, Part, SampleError, Text
 
 
 def prompts_of(encoded: Encoded) -> list[Encoded]:
@@ -36,7 +37,7 @@ def prompt_for(encoder: Encoder, conversation: Conversation, root: Path) -> Enco
     """
     if not conversation.messages or conversation.messages[-1].role != "user":
         raise SampleError("the conversation does not end with a turn of the user: there is nothing to reply to")
-    return prompts_of(_replied(encoder, conversation.messages, root))[-1]
+    return prompts_of(encoder.encode(_replied(encoder, conversation.messages), root))[-1]
 
 
 def trained_end(encoder: Encoder) -> int | None:
@@ -44,17 +45,19 @@ def trained_end(encoder: Encoder) -> int | None:
 
     Found on a sample: templates end replies by tokens that the model's generation config may not name.
     """
-    encoded = _replied(encoder, (Message("user", (Text("x"),)),), Path())
+    image = FoundImage("blank", b"", (64, 64))
+    parts: tuple[Part, ...] = (Image(image.name), Text("x")) if encoder.processor.needs_image else (Text("x"),)
+    conversation = _replied(encoder, (Message("user", parts),))
+    encoded = encoder.encode_with(conversation, [image] * len(conversation.images))
     last = int(encoded.ids[np.flatnonzero(encoded.supervised)[-1]])
     return last if encoder.processor.tokenizer.is_special(last) else None
 
 
-def _replied(encoder: Encoder, messages: tuple[Message, ...], root: Path) -> Encoded:
+def _replied(encoder: Encoder, messages: tuple[Message, ...]) -> Conversation:
     """The sequence in which a reply to the messages is trained on: with reasoning where their prompt begins it."""
     reply = Message("assistant", (Text(encoder.processor.template.reply("x")),))
-    conversation = Conversation((*messages, reply))
-    _, last = encoder.sequences(conversation)[-1]
-    return encoder.encode(last, root)
+    _, last = encoder.sequences(Conversation((*messages, reply)))[-1]
+    return last
 
 
 def _up_to(encoded: Encoded, start: int) -> Encoded:

@@ -34,6 +34,7 @@ from support.family_reference import (
     as_rows,
     conversations,
     directory,
+    given_template,
     own_inputs,
     prompted_inputs,
 )
@@ -74,7 +75,8 @@ class Proof:
 def prove(name: str, root: Path, folder: Path) -> Proof:
     """Train family `name` for a step in `folder`; `root` has the images."""
     proof = Proof()
-    encoder = Encoder(load_processor(str(directory(name))), end_of_turn=not FAMILIES[name].unended)
+    processor = load_processor(str(directory(name)), given_template(name))
+    encoder = Encoder(processor, end_of_turn=not FAMILIES[name].unended)
     tried, samples = {}, []
     for case, conversation in conversations(name).items():
         try:
@@ -104,7 +106,7 @@ def prove(name: str, root: Path, folder: Path) -> Proof:
         (output / "metrics.jsonl").touch()  # the model card shows its figures
         return Config.model_validate(
             {
-                "model": {"path": str(directory(name)), "dtype": dtype},
+                "model": {"path": str(directory(name)), "dtype": dtype, "chat_template": given_template(name)},
                 "tune": _tune(name, mode),
                 "data": {"train": [{"path": str(data), "root": str(root)}]},
                 "labels": {"end_of_turn": not FAMILIES[name].unended},
@@ -175,7 +177,7 @@ def _cuts(dataset: Dataset) -> list[list[int]]:
 
 def _prepared(config: Config) -> tuple[Learner, Dataset, list[str]]:
     lines: list[str] = []
-    processor = load_processor(config.model.path, tried=True)
+    processor = load_processor(config.model.path, config.model.chat_template, tried=True)
     dataset = Dataset(config, processor, QUIET)
     progress = Progress(quiet=True)
     progress.say = lines.append  # type: ignore[method-assign, assignment]

@@ -75,11 +75,18 @@ def directory(name: str) -> Path:
     return make_family(FAMILIES[name], home() / name)
 
 
+def given_template(name: str) -> str | None:
+    """The file to give as `model.chat_template`."""
+    return str(directory(name) / "given.jinja") if FAMILIES[name].given_template else None
+
+
 @cache
 def reference(name: str) -> Any:
     """The family's own processor, or the tokenizer of a text model; its parts for video and sound are left out."""
     path = directory(name)
     tokenizer = AutoTokenizer.from_pretrained(path)
+    if FAMILIES[name].given_template:
+        tokenizer.chat_template = FAMILIES[name].template
     if "strftime_now" in tokenizer.chat_template:
         tokenizer.chat_template = FIXED_DATE + tokenizer.chat_template
     if not FAMILIES[name].images:
@@ -124,7 +131,8 @@ def as_messages(name: str, conversation: Conversation, root: Path) -> list[dict[
 
 def own_inputs(name: str, messages: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
     """What the family's own `apply_chat_template` makes of the messages."""
-    return dict(reference(name).apply_chat_template(messages, tokenize=True, return_dict=True, **options))
+    made = dict(reference(name).apply_chat_template(messages, tokenize=True, return_dict=True, **options))
+    return {key: value for key, value in made.items() if key != "labels"}
 
 
 def own_ids(name: str, messages: list[dict[str, Any]], prompt: bool = False) -> list[int]:
@@ -144,6 +152,8 @@ def prompted_inputs(
     if inputs["input_ids"][0].tolist() != encoded.ids[:start].tolist() or whole[-len(reply) :] != reply:
         return None
     added = {"input_ids": reply, "attention_mask": [1] * len(reply)}
+    if FAMILIES[name].marks_replies:
+        added["token_type_ids"] = [1] * len(reply)
     text_keys = [key for key, value in inputs.items() if value.shape == inputs["input_ids"].shape]
     more = {key: torch.tensor([added.get(key, [0] * len(reply))]) for key in text_keys}
     return {key: torch.cat([value, more[key]], dim=1) if key in more else value for key, value in inputs.items()}
