@@ -742,7 +742,7 @@ def test_a_dumped_config_writes_every_key_out(tmp_path: Path, text: str) -> None
     assert set(dumped) == {"model", "tune", "data", "objective", "labels", "train", "run"}
     assert set(dumped["train"]) == set(Train.model_fields)
     assert set(dumped["run"]) == set(Run.model_fields)
-    assert dumped["labels"] == {"train_on": "assistant", "end_of_turn": True}
+    assert dumped["labels"] == {"train_on": "assistant", "end_of_turn": True, "reasoning": "keep"}
 
 
 # --- the schema ---
@@ -766,7 +766,7 @@ def test_the_json_schema_has_every_key_with_its_meaning() -> None:
     schema = json_schema()
     objects = {"Config": schema, **schema["$defs"]}
     models = models_under(Config)
-    assert len(models) == 14
+    assert len(models) == 15
     for model in models:
         written = objects[model.__name__]
         assert set(written["properties"]) == {field.alias or key for key, field in model.model_fields.items()}

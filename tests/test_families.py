@@ -36,6 +36,7 @@ from support.family_reference import (
     as_rows,
     conversations,
     directory,
+    given_template,
     home,
     is_usable,
     own_ids,
@@ -61,7 +62,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def encoder(name: str) -> Encoder:
-    return Encoder(load_processor(str(directory(name))))
+    return Encoder(load_processor(str(directory(name)), given_template(name)))
 
 
 def runs(encoded: Encoded) -> list[tuple[int, int]]:
@@ -93,13 +94,21 @@ def loss(name: str, case: str, root: Path) -> torch.Tensor:
     return found
 
 
+_NO_IMAGE = "takes no conversation without an image"
 REFUSED = {
+    **{("paligemma2", case): _NO_IMAGE for case in ("text", "system", "two_answers")},
     ("mllama", "system_and_image"): "Prompting with images is incompatible with system messages",
     ("perception_lm", "two_images"): "refuses images of 64x64, 120x50",
 }
 """What the family's template allows no training on, and what the refusal says."""
 
-ALONE = {("qwen3_5", "two_answers"), ("pixtral", "system"), ("pixtral", "system_and_image"), "llava_onevision"}
+ALONE = {
+    ("qwen3_5", "two_answers"),
+    ("pixtral", "system"),
+    ("pixtral", "system_and_image"),
+    "llava_onevision",
+    "paligemma2",
+}
 """Cases and families whose template writes a reply in another way than for inference: each reply is a sequence of its
 own, after the prompt for it."""
 
@@ -175,7 +184,8 @@ def test_a_trace_is_of_the_same_ids(name: str, root: Path) -> None:
 
 @pytest.mark.parametrize("name", USED)
 def test_what_stops_generation_is_trained_on(name: str, root: Path) -> None:
-    encoded = encoder(name).encode(conversations(name)["text"], root)
+    case = "one_image" if FAMILIES[name].images else "text"
+    encoded = encoder(name).encode(conversations(name)[case], root)
     last = tokenizer_of(name).convert_ids_to_tokens(int(encoded.ids[encoded.supervised][-1]))
     assert last in (FAMILIES[name].eos, *FAMILIES[name].stops)
 
@@ -202,7 +212,7 @@ def written(name: str, root: Path, folder: Path) -> tuple[Config, list[Conversat
     data = write_jsonl(folder / "cases.jsonl", as_rows(tried))
     return Config.model_validate(
         {
-            "model": {"path": str(directory(name)), "dtype": "float32"},
+            "model": {"path": str(directory(name)), "dtype": "float32", "chat_template": given_template(name)},
             "data": {"train": [{"path": str(data), "root": str(root)}]},
             "train": {"steps": 1},
             "run": {"output_dir": str(folder / "run")},
@@ -231,7 +241,7 @@ def test_training_reads_what_is_shown_and_what_the_family_makes(name: str, root:
 
 
 CANNOT_PACK = {
-    *("gemma3", "gemma4 both ways"),  # images attended to in both directions
+    *("gemma3", "gemma4 both ways", "paligemma2"),  # images, or prompts, attended to in both directions
     *("qwen3_5", "qwen3_next", "granitemoehybrid", "jamba", "mamba", "falcon_mamba", "falcon_h1", "nemotron_h"),
     *("lfm2", "lfm2_vl"),  # convolutions; those before are recurrent
     "gpt_oss",  # attention that gets no positions
@@ -259,7 +269,7 @@ def test_a_model_that_cannot_be_trained_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*(name for name in USED if name not in CANNOT_RUN), "gemma4 both ways"])
 def test_packing_is_found_out(name: str) -> None:
-    path = both_ways() if name == "gemma4 both ways" else directory(name)
-    processor = load_processor(str(path))
+    path, template = (both_ways(), None) if name not in FAMILIES else (directory(name), given_template(name))
+    processor = load_processor(str(path), template)
     fault = packing_fault(load_model(str(path), "float32", processor), processor, torch.float32)
     assert (fault is not None) == (name in CANNOT_PACK), fault

@@ -34,7 +34,8 @@ def load_processor(path: str, template_file: str | None = None, tried: bool = Fa
         processor = make_processor(parts)
         return processor if tried else replace(processor, trial=try_family(processor))
     except (UserError, SampleError) as error:
-        raise UserError(f"{path}: {error}") from None
+        name = path if template_file is None else f"{path} with the chat template {visible(template_file)}"
+        raise UserError(f"{name}: {error}") from None
 
 
 def read_template(file: Path) -> str:
