@@ -153,7 +153,7 @@ def test_config_schema_prints_the_json_schema(
     schema = json.loads(out)
     assert (code, err) == (0, "")
     assert schema["$schema"].startswith("https://json-schema.org/")
-    assert list(schema["properties"]) == ["model", "tune", "data", "labels", "train", "run"]
+    assert list(schema["properties"]) == ["model", "tune", "data", "objective", "labels", "train", "run"]
 
 
 def test_an_interrupt_ends_with_130_and_no_traceback(
