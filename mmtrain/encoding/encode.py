@@ -84,7 +84,9 @@ class Encoder:
         Raises SampleError where nothing is trained on.
         """
         trained = self.trained_turns(conversation.messages)
-        if self._layout.is_together(conversation, trained) or trained == [len(conversation.messages) - 1]:
+        if self._layout.is_together(self._layout.form(conversation), trained) or trained == [
+            len(conversation.messages) - 1
+        ]:
             return [(None, conversation)]
         return [(turn, conversation.up_to(turn)) for turn in trained]
 
@@ -164,10 +166,11 @@ class Encoder:
 
     def _lay_out(self, conversation: Conversation) -> tuple[list[Piece], Sequence[Segment]]:
         trained = self.trained_turns(conversation.messages)
-        if self._layout.is_together(conversation, trained):
-            pieces, skeleton = self._layout.lay_out(conversation)
+        form = self._layout.form(conversation)
+        if self._layout.is_together(form, trained):
+            pieces, skeleton = self._layout.lay_out(conversation, form)
         elif trained == [len(conversation.messages) - 1]:
-            pieces, skeleton = self._layout.lay_out_alone(conversation)
+            pieces, skeleton = self._layout.lay_out_alone(conversation, form)
         else:
             raise SampleError("the model's chat template rewrites replies that others follow: it has several sequences")
         return pieces, self._segmenter.cut(pieces, skeleton, tuple(trained))

@@ -97,23 +97,26 @@ class Layout:
             raise SampleError(found)
         return found
 
-    def is_together(self, conversation: Conversation, turns: Collection[int]) -> bool:
+    def form(self, conversation: Conversation) -> Form:
+        return tuple([(message.role, self._kinds(message)) for message in conversation.messages])
+
+    def is_together(self, form: Form, turns: Collection[int]) -> bool:
         """Whether these replies can be trained on in one sequence: each is written there as inference would see it."""
-        found = self._whole(self._form(conversation))
+        found = self._whole(form)
         return not isinstance(found, str) and all(turn in found.answers for turn in turns)
 
-    def lay_out(self, conversation: Conversation) -> tuple[list[Piece], Skeleton]:
-        """The pieces of the rendered text and the skeleton they follow.
+    def lay_out(self, conversation: Conversation, form: Form) -> tuple[list[Piece], Skeleton]:
+        """The pieces of the rendered text and the skeleton they follow. `form` is that of the conversation.
 
         Raises SampleError where the template refuses the conversation or rewrites its words.
         """
-        skeleton = self.skeleton(self._form(conversation))
+        skeleton = self.skeleton(form)
         whole = self._render(as_messages(conversation))
-        return _filled(skeleton.pieces, self._words(conversation), whole), skeleton
+        return _filled(skeleton.pieces, _words(conversation, form), whole), skeleton
 
-    def lay_out_alone(self, conversation: Conversation) -> tuple[list[Piece], Skeleton]:
+    def lay_out_alone(self, conversation: Conversation, form: Form) -> tuple[list[Piece], Skeleton]:
         """The same for its last turn, after the prompt that inference would give for it."""
-        alone, words = self._alone(self._form(conversation)), self._words(conversation)
+        alone, words = self._alone(form), _words(conversation, form)
         messages = as_messages(conversation)
         pieces = alone.skeleton.pieces
         prompt = _filled(pieces[: alone.num_prompt], words, self._render(messages[:-1], add_generation_prompt=True))
@@ -148,30 +151,13 @@ class Layout:
             return found != expected
         return False
 
-    def _form(self, conversation: Conversation) -> Form:
-        return tuple((message.role, tuple(self._kinds(message))) for message in conversation.messages)
-
-    def _kinds(self, message: Message) -> Iterator[Content]:
-        for number, part in enumerate(message.parts):
-            if isinstance(part, Image):
-                yield "image"
-            elif number == 0 and message.role == "assistant" and CLOSE in part.text:
-                found = split_reasoning(part.text) if self._rewrites_reasoning else None
-                yield "text" if found is None else Marks(found.opening, found.close)
-            else:
-                yield "text"
-
-    def _words(self, conversation: Conversation) -> list[str]:
-        """The words of the conversation by the number of their stand-in."""
-        found: list[str] = []
-        for message in conversation.messages:
-            for part, kind in zip(message.parts, self._kinds(message), strict=True):
-                reasoned = split_reasoning(part.text) if isinstance(part, Text) and isinstance(kind, Marks) else None
-                if reasoned is not None:
-                    found += (reasoned.reasoning, reasoned.reply)
-                elif isinstance(part, Text):
-                    found.append(part.text)
-        return found
+    def _kinds(self, message: Message) -> tuple[Content, ...]:
+        kinds: list[Content] = ["image" if isinstance(part, Image) else "text" for part in message.parts]
+        first = message.parts[0] if message.role == "assistant" and message.parts else None
+        if isinstance(first, Text) and CLOSE in first.text and self._rewrites_reasoning:
+            found = split_reasoning(first.text)
+            kinds[0] = "text" if found is None else Marks(found.opening, found.close)
+        return tuple(kinds)
 
     def _try_skeleton(self, form: Form) -> Skeleton | str:
         """The skeleton, or why there is none."""
@@ -284,6 +270,18 @@ class Layout:
         while match := tokenizer.traits.special_tokens.match(text, at):
             at = match.end()
             yield at, tokenizer.id_of(match.group()) in tokenizer.traits.eos_ids
+
+
+def _words(conversation: Conversation, form: Form) -> list[str]:
+    """The words of the conversation by the number of their stand-in."""
+    found: list[str] = []
+    for message, (_, kinds) in zip(conversation.messages, form, strict=True):
+        for part, kind in zip(message.parts, kinds, strict=True):
+            if not isinstance(part, Text):
+                continue
+            reasoned = split_reasoning(part.text) if isinstance(kind, Marks) else None
+            found += (part.text,) if reasoned is None else (reasoned.reasoning, reasoned.reply)
+    return found
 
 
 def _hidden(pieces: list[Piece], form: Form, turn: int) -> int | None:
