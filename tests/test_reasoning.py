@@ -13,6 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from mmtrain.answers.asked import choose_metrics
+from mmtrain.answers.judged import JudgedAnswers
 from mmtrain.checks.labels import Checker
 from mmtrain.cli import app
 from mmtrain.config.schema import Config
@@ -23,6 +25,7 @@ from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import EncodingTrial
 from mmtrain.generate.prompts import prompt_for, prompts_for_all
+from mmtrain.generate.questions import Question
 from mmtrain.progress import QUIET
 from mmtrain.records.chat import Conversation, Message, SampleError, Text
 from mmtrain.records.reasoning import split_reasoning, without_reasoning
@@ -236,6 +239,17 @@ def test_reasoning_is_taken_from_the_beginning_of_a_text() -> None:
     assert [m.text for m in without_reasoning(talk(TURNS)).messages] == ["1?", "one", "2?", "two"]
     with pytest.raises(SampleError, match=r"labels\.reasoning is drop, and it is not clear"):
         without_reasoning(talk([{"role": "assistant", "content": "so <think>a</think>b"}]))
+
+
+def test_answers_are_scored_without_reasoning() -> None:
+    """A reply that follows a prompt ending with `<think>` has only the closing mark."""
+    question = Question(0, 1, 0, "what?", "<think>\nhm\n</think>\n\nblue")
+    (asked,), reasons = choose_metrics([question], ["held-out"], {"held-out": None})
+    assert (asked.reference, asked.metric) == ("blue", "exact_match")
+    assert reasons["held-out"].startswith("most references have at most")
+    answers = {"model": {0: "<think>is it red?</think>blue"}, "grey": {0: "so\n</think>\n\nblue"}, "none": {0: "red"}}
+    scores = JudgedAnswers([asked], answers).scores
+    assert [scores[kind]["exact_match"].tolist() for kind in answers] == [[1.0], [1.0], [0.0]]
 
 
 @pytest.fixture

@@ -31,6 +31,12 @@ def split_reasoning(text: str) -> Reasoned | None:
     return Reasoned(opening, reasoning, close, reply)
 
 
+def reply_of(text: str) -> str:
+    """The text without the reasoning at its beginning."""
+    found = split_reasoning(text)
+    return text if found is None else found.reply
+
+
 def without_reasoning(conversation: Conversation) -> Conversation:
     """The conversation without the reasoning of its replies. Raises SampleError where it is not clear what that is."""
     return replace(conversation, messages=tuple(map(_without, conversation.messages)))
