@@ -385,6 +385,7 @@ def test_the_checks_do_not_know_the_encoder() -> None:
         "mmtrain.records.reasoning",
         "mmtrain.checks.findings",
         "mmtrain.checks.content",
+        "mmtrain.encoding.messages",
         "mmtrain.encoding.processor",
         "mmtrain.checks.reply_frame",
         "mmtrain.safe_text",

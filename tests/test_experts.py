@@ -11,18 +11,22 @@ from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig, MixtralConfig, MixtralForCausalLM
 
-from mmtrain.config.schema import Config
+from mmtrain.config.schema import Config, Model
 from mmtrain.config.tune_section import Lora, Tune
+from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.merge.command import merge
 from mmtrain.model.adapter import load_adapter, read_adapter
 from mmtrain.model.components import Components, base_name
+from mmtrain.model.earlier_run import start_from_run
+from mmtrain.model.load import load_model
 from mmtrain.model.lora_targets import targets_of, without_adapter
 from mmtrain.model.tune import apply_tune
 from mmtrain.train.run import train
 from support.attention_models import TEXT_MODELS, make_text_family
 from support.builders import DECODER_SIZES
 from support.family_proof import fill_adapters
+from support.family_reference import directory
 from support.learning import LORA, learner_for, relative_l2, step_of
 
 TUNE = Tune.model_validate({"language": LORA})
@@ -229,3 +233,24 @@ def test_a_run_is_merged(make_config: Callable[..., Config], tmp_path: Path) -> 
     expected, base = logits(own), logits(load(config.model.path))
     assert (expected - base).norm() > 1e-3 * base.norm()
     assert (logits(load(tmp_path / "merged")) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_run_starts_from_adapters_on_experts(tmp_path: Path) -> None:
+    """Two components of other ranks: peft has those of one by pattern."""
+    path = str(directory("qwen3_vl_moe"))
+    processor = load_processor(path)
+    tune = Tune.model_validate({"vision": LORA | {"rank": 2}, "language": LORA})
+
+    def tuned() -> Any:
+        model = load_model(path, "float32", processor)
+        return apply_tune(model, Components(model), tune)[0]
+
+    before, after = tuned(), tuned()
+    experts = [layer for _, layer in before.named_modules() if isinstance(layer, ParamWrapper)]
+    assert [layer.scaling["default"] for layer in experts] == [SCALE] * 4
+    fill_adapters(before)
+    before.save_pretrained(tmp_path)
+    settings = Model(path=path, adapter=str(tmp_path))
+    start_from_run(after, Components(after.get_base_model()), settings, lambda: None)
+    found = dict(after.named_parameters())
+    assert all(torch.equal(found[name], value) for name, value in before.named_parameters())

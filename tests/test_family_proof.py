@@ -7,6 +7,7 @@ import pytest
 
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
+from mmtrain.errors import UserError
 from mmtrain.generate.prompts import prompt_for
 from mmtrain.generate.replies import Generator
 from mmtrain.generate.sampling import Sampling
@@ -52,6 +53,15 @@ def test_ids_of_published_tokenizers_and_templates_are_the_familys_own(name: str
         pytest.skip(f"{real_files(name).name} is not here")
     assert other_ids(name, root) == []
     assert f"| {REAL[name][1]} |" in table()[name]
+
+
+@pytest.mark.parametrize("name", NOT_TRAINED)
+def test_the_others_are_refused_in_one_line(name: str, root: Path, tmp_path: Path) -> None:
+    if not is_usable(name):
+        pytest.skip(f"needs {FAMILIES[name].needs}")
+    with pytest.raises(UserError) as refused:
+        prove(name, root, tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 def test_the_page_has_every_family() -> None:

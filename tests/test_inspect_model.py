@@ -141,7 +141,7 @@ def test_what_the_template_takes_and_writes(found: dict[str, ModelFound]) -> Non
     tiny, mamba, gemma = (found[name].template for name in ("tiny", "falcon_mamba", "gemma3"))
     assert (tiny.text_roles, tiny.takes_system, tiny.added_end) == ([], True, None)
     assert (tiny.generation_prompt, tiny.reply_end) == ("<|im_start|>assistant\n", "<|im_end|>")
-    assert mamba.text_roles == ["assistant", "system", "user"]
+    assert mamba.text_roles == ["assistant", "system", "tool", "user"]
     assert (mamba.reply_end, mamba.added_end) == (None, MADE["falcon_mamba"].eos)
     assert gemma.reply_end in MADE["gemma3"].stops
 

@@ -26,8 +26,8 @@ TOKENIZER = SimpleNamespace(
 def template(render: Render, prompt: str, image_token: str | None) -> ChatTemplate:
     """A chat template in Python."""
 
-    def make_text(messages: Any, add_generation_prompt: bool) -> str:
-        return render(messages) + (prompt if add_generation_prompt else "")
+    def make_text(messages: Any, begun: bool, tools: Any = None) -> str:
+        return render(messages) + (prompt if begun else "")
 
     return ChatTemplate("", TemplateTraits(frozenset(), True, prompt), make_text, image_token)
 

@@ -50,7 +50,7 @@ def sample_inputs(config: Config) -> tuple[Tensor, dict[str, Any]]:
     """The ids of the first sample, and its image tensors, as training has them."""
     processor = load_processor(config.model.path)
     records = RecordSet(config.data.train)
-    encoded = Encoder(processor).encode(records.conversation(0), records.root(0))
+    encoded = Encoder(processor).encode(records.conversation(0), records.roots(0))
     ids = torch.tensor(encoded.ids, dtype=torch.long)[None]
     images = [decode(span.image) for span in encoded.images]
     inputs = processor.image_inputs([images])[0] if images else {}

@@ -40,9 +40,10 @@ BY_HAND: list[Row] = [
 
 
 def scores_of(rows: list[Row]) -> Scores:
-    columns = list(zip(*rows, strict=True)) if rows else [()] * 8
+    columns: list[Any] = list(zip(*rows, strict=True)) if rows else [()] * 8
     kinds = (np.int64, np.int64, np.int64, np.bool_, np.float64, np.int64, np.int64, np.int64)
-    return Scores(*(np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))
+    columns.append((1.0,) * len(rows))
+    return Scores(*(np.array(column, kind) for column, kind in zip(columns, (*kinds, np.float64), strict=True)))
 
 
 def uneven(num_samples: int, seed: int) -> Scores:
@@ -312,7 +313,7 @@ def test_many_samples_need_little_memory() -> None:
     num = 100_000
     ones, numbers = np.ones(num, np.int64), np.arange(num)
     nll = np.random.default_rng(0).gamma(2.0, size=num)
-    scores = Scores(numbers, 0 * ones, ones, ones > 0, nll, ones, ones, ones)
+    scores = Scores(numbers, 0 * ones, ones, ones > 0, nll, ones, ones, ones, np.ones(num))
     tracemalloc.start()
     low, high = summary(scores)["interval"]["nll"]
     peak = tracemalloc.get_traced_memory()[1]

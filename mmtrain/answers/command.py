@@ -9,9 +9,10 @@ from typing import Any
 from peft import PeftModel
 from rich.console import Console
 
-from mmtrain.answers.evaluation import AnswerEvaluation, Replies
+from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.answers.figures import figures
 from mmtrain.answers.metrics import METRICS
+from mmtrain.answers.question_set import Replies
 from mmtrain.answers.report import print_report
 from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
@@ -43,6 +44,7 @@ def eval_answers(config: Config, options: Options) -> None:
 
 def answer_figures(config: Config, options: Options) -> tuple[dict[str, Any], AnswerEvaluation]:
     """Every figure, as `--json` prints them, and what they were computed from. Raises UserError as above."""
+    config.objective.check_command("eval answers", "chat", "eval retrieval")
     if options.metric is not None and options.metric not in METRICS:
         raise UserError(f"--metric {shown(options.metric)}: expected one of {', '.join(METRICS)}")
     sources = [EvalSource(path=path) for path in options.data] or list(config.data.eval)
@@ -81,13 +83,12 @@ def _target(config: Config, path: Path | None) -> Target:
 
 def _replies(evaluation: AnswerEvaluation, loaded: Loaded, options: Options) -> dict[str, Replies]:
     """By kind: the model's, and its with the images of others and without images, where there are such."""
-    sizes = options.batch_size, options.max_new_tokens or evaluation.max_new_tokens
+    generator, size, limit = loaded.generator, options.batch_size, options.max_new_tokens
+    changed = evaluation.replies_with_changed_images
     found = {
-        "model": evaluation.replies(loaded.generator, "answers", *sizes),
-        "swapped": evaluation.replies_with_changed_images(
-            loaded.generator, "swapped", "answers with swapped images", *sizes
-        ),
-        "no_images": evaluation.replies_with_changed_images(loaded.generator, "none", "answers without images", *sizes),
+        "model": evaluation.all_replies(generator, "answers", size, limit),
+        "swapped": changed(generator, "swapped", "answers with swapped images", size, limit),
+        "no_images": changed(generator, "none", "answers without images", size, limit),
     }
     return {kind: replies for kind, replies in found.items() if replies}
 
@@ -97,8 +98,9 @@ def _base_replies(evaluation: AnswerEvaluation, loaded: Loaded, config: Config, 
     without: AbstractContextManager[Any] = loaded.model.disable_adapter() if is_adapted else nullcontext()
     base = loaded if is_adapted else load_target(_target(config, None), loaded.runtime)
     with without:
-        new_tokens = options.max_new_tokens or evaluation.max_new_tokens
-        return evaluation.replies(base.generator, "answers of the base model", options.batch_size, new_tokens)
+        return evaluation.all_replies(
+            base.generator, "answers of the base model", options.batch_size, options.max_new_tokens
+        )
 
 
 def _show(row: dict[str, Any], evaluation: AnswerEvaluation, options: Options) -> None:

@@ -114,7 +114,8 @@ def _missing_files(data: dict[str, Any], where: dict[KeyPath, str], name: str) -
         elif at == ("model", "chat_template"):
             exists = os.path.isfile(path)
         else:
-            exists = os.path.exists(path) or (at[-1] == "path" and "\0" not in path and bool(glob.glob(path)))
+            is_found = path.startswith("hub:") or ("\0" not in path and bool(glob.glob(path)))
+            exists = os.path.exists(path) or (at[-1] == "path" and is_found)
         if not exists:
             expected = "expected a model directory or a hub id; " if is_model else ""
             tried = "" if os.path.isabs(path) else f" (looked for {visible(os.path.join(os.getcwd(), path))})"
@@ -129,6 +130,6 @@ def _paths(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     for section in ("train", "eval"):
         sources = sections.get(section) if isinstance(sections, dict) else None
         for i, source in enumerate(sources if isinstance(sources, list) else []):
-            for key in ("path", "root"):
-                if isinstance(source, dict) and isinstance(source.get(key), str):
-                    yield ("data", section, i, key), source[key]
+            for key in ("path", "root") if isinstance(source, dict) else ():
+                named = source.get(key) if isinstance(source.get(key), list) else [source.get(key)]
+                yield from ((("data", section, i, key), path) for path in named if isinstance(path, str))

@@ -107,12 +107,18 @@ class EncodedChunk:
     """(num_samples,)"""
     num_images: npt.NDArray[np.int32]
     """(num_samples,)"""
+    num_weights: npt.NDArray[np.int32]
+    """(num_samples,) the trained turns of a sample in which not every weight is 1, 0 of others."""
+    sum_weights: npt.NDArray[np.float64]
+    """(num_samples,) the sum of the weights of its supervised tokens."""
     ids: npt.NDArray[np.int32]
     """(num_tokens,)"""
     supervised: npt.NDArray[np.bool_]
     """(num_tokens,)"""
     spans: npt.NDArray[np.int32]
     """(num_images, 5) start, length, placeholders, width, height"""
+    weights: npt.NDArray[np.float32]
+    """(num_weights,) of the samples one after the other"""
     image_files: tuple[str, ...]
     """The paths of the images that are files, resolved."""
     faults: tuple[Fault, ...]
@@ -142,19 +148,28 @@ class ChunkEncoder:
         spans = [span for one in encoded for span in one.images]
         rows = [(s.start, s.length, s.num_placeholders, *s.image.size) for s in spans]
         sizes = [
-            (one.num_tokens, one.num_supervised, len(one.images)) if isinstance(one, Encoded) else (0, 0, 0)
+            (one.num_tokens, one.num_supervised, len(one.images), len(one.weights))
+            if isinstance(one, Encoded)
+            else (0, 0, 0, 0)
             for one in (row.encoded for row in found)
         ]
-        num_tokens, num_supervised, num_images = np.array(sizes, np.int32).reshape(-1, 3).T
+        num_tokens, num_supervised, num_images, num_weights = np.array(sizes, np.int32).reshape(-1, 4).T
+        sums = [
+            one.token_weights.sum(dtype=np.float64) if isinstance(one, Encoded) else 0.0
+            for one in (row.encoded for row in found)
+        ]
         return EncodedChunk(
             np.array([row.record for row in found], np.int32),
             np.array([-1 if row.turn is None else row.turn for row in found], np.int32),
             num_tokens,
             num_supervised,
             num_images,
+            num_weights,
+            np.array(sums, np.float64),
             np.concatenate([np.zeros(0, np.int32), *(one.ids for one in encoded)]),
             np.concatenate([np.zeros(0, np.bool_), *(one.supervised for one in encoded)]),
             np.array(rows, np.int32).reshape(-1, 5),
+            np.array([weight for one in encoded for weight in one.weights], np.float32),
             tuple(str(span.image.source) for span in spans if isinstance(span.image.source, Path)),
             tuple(Fault(index, one.kind, one.reason) for index, one in findings if one.is_fault),
             merge_notes([{one.kind: Note(1, index, one.reason)} for index, one in findings if not one.is_fault]),
@@ -168,7 +183,7 @@ class ChunkEncoder:
                 read += [_Row(record, turn, own) for turn, own in self._encoder.sequences(conversation)]
             except SampleError as error:
                 read.append(_Row(record, None, None, error))
-        pairs = ((row.conversation, self._records.root(row.record)) for row in read if row.conversation is not None)
+        pairs = ((row.conversation, self._records.roots(row.record)) for row in read if row.conversation is not None)
         encoded = iter(self._encoder.encode_many(pairs))
         return [row if row.conversation is None else replace(row, encoded=next(encoded)) for row in read]
 

@@ -135,7 +135,9 @@ def _duplicates(samples: StoredSamples, indices: Indices) -> list[tuple[int, str
 def _tokens_key(samples: StoredSamples, index: int) -> bytes:
     """A hash of what the model is given and trained on, except for the pixels."""
     made = hashlib.sha256()
-    for array in (*samples.store.tokens(index), samples.store.spans_of(index)):
+    weights = samples.store.weights_of(index)
+    more = (np.array(weights, np.float32),) if weights else ()
+    for array in (*samples.store.tokens(index), samples.store.spans_of(index), *more):
         made.update(len(array).to_bytes(8, "little") + np.ascontiguousarray(array).tobytes())
     return made.digest()
 
@@ -155,6 +157,11 @@ def content_keys(samples: StoredSamples, indices: Iterable[int]) -> Keys:
         or (_tokens_key(samples, index),)
         for index, sources in found.items()
     }
+
+
+def sample_keys(samples: StoredSamples, indices: Sequence[int]) -> Keys:
+    """By sample, what two samples that are the same have in common: tokens, labels and the bytes of their images."""
+    return {index: (_tokens_key(samples, index), *keys) for index, keys in content_keys(samples, indices).items()}
 
 
 # --- the split

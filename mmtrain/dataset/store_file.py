@@ -4,6 +4,9 @@ Its tensors, for n samples with t tokens and m images, f of which are files:
 
 records, turns                           (n,) int32: the record, and the turn that alone is trained on or -1
 num_tokens, num_supervised, num_images   (n,) int32
+num_weights                              (n,) int32: trained turns of a sample in which not every weight is 1, else 0
+sum_weights                              (n,) float64: of the weights of its supervised tokens
+weights                                  float32: of those turns, the samples one after the other
 ids, supervised                          (t,) int32 and bool, the samples one after the other
 spans                                    (m, 5) int32: start, length, placeholders, width, height
 image_paths                              bytes: the path of each file, closed by a null
@@ -29,12 +32,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mmtrain.dataset.encode_all import EncodedChunk, Fault, Note, merge_notes
-from mmtrain.dataset.hashes import file_version
 from mmtrain.errors import system_error
+from mmtrain.user_cache import file_version
 
-_OF_CHUNKS = ("records", "turns", "num_tokens", "num_supervised", "num_images", "spans")
+_TYPES_OF_CHUNKS = {
+    **dict.fromkeys(("records", "turns", "num_tokens", "num_supervised", "num_images", "num_weights", "spans"), "I32"),
+    "sum_weights": "F64",
+    "weights": "F32",
+}
 _TYPES = {
-    **dict.fromkeys(_OF_CHUNKS, "I32"),
+    **_TYPES_OF_CHUNKS,
     "ids": "I32",
     "supervised": "BOOL",
     "image_paths": "U8",
@@ -88,6 +95,10 @@ class EncodedStore:
         """(num_samples,)"""
         self.num_images: npt.NDArray[np.int32] = file.get_tensor("num_images")
         """(num_samples,)"""
+        self.num_weights: npt.NDArray[np.int32] = file.get_tensor("num_weights")
+        """(num_samples,) the weights of its turns that are stored."""
+        self.sum_weights: npt.NDArray[np.float64] = file.get_tensor("sum_weights")
+        """(num_samples,) the sum of the weights of its supervised tokens."""
         self.spans: npt.NDArray[np.int32] = file.get_tensor("spans")
         """(num_images, 5) start, length, placeholders, width, height"""
         self.faults = [Fault(*fault) for fault in json.loads(file.get_tensor("faults").tobytes())]
@@ -97,6 +108,8 @@ class EncodedStore:
         self._ids, self._supervised = found["ids"], found["supervised"]
         self._token_ends = self.num_tokens.cumsum(dtype=np.int64)
         self._span_ends = self.num_images.cumsum(dtype=np.int64)
+        self._weights: npt.NDArray[np.float32] = file.get_tensor("weights")
+        self._weight_ends = self.num_weights.cumsum(dtype=np.int64)
         self._image_paths = file.get_tensor("image_paths").tobytes().split(b"\0")[:-1]
         self._image_versions: npt.NDArray[np.int64] = file.get_tensor("image_versions")
 
@@ -105,6 +118,11 @@ class EncodedStore:
         end = int(self._token_ends[index])
         start = end - int(self.num_tokens[index])
         return self._ids[start:end], self._supervised[start:end]
+
+    def weights_of(self, index: int) -> tuple[float, ...]:
+        """The weights of a sample's trained turns, none if all are 1."""
+        end = int(self._weight_ends[index])
+        return tuple(self._weights[end - int(self.num_weights[index]) : end].tolist())
 
     def spans_of(self, index: int) -> npt.NDArray[np.int32]:
         """The rows of `spans` that are a sample's."""
@@ -139,7 +157,7 @@ def write_store(path: Path, chunks: Iterable[EncodedChunk], advance: Callable[[i
     """Write the file of all `chunks`, whose ids go through temporary files: there are more than fit into memory.
     `advance` is given the number of records of each chunk. Raises CannotWriteError.
     """
-    arrays: dict[str, list[Any]] = {name: [] for name in _OF_CHUNKS}
+    arrays: dict[str, list[Any]] = {name: [] for name in _TYPES_OF_CHUNKS}
     files: set[str] = set()
     faults: list[Fault] = []
     notes: list[dict[str, Note]] = []

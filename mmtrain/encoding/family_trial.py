@@ -17,7 +17,7 @@ from torch import Tensor
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.image_processor import TEXT_KEYS, TYPE_KEYS
 from mmtrain.encoding.images import FoundImage
-from mmtrain.encoding.layout import as_messages
+from mmtrain.encoding.messages import as_messages
 from mmtrain.encoding.processor import ChatProcessor, EncodingTrial
 from mmtrain.errors import UserError
 from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
@@ -138,7 +138,8 @@ def _own(
     processor: ChatProcessor, conversation: Conversation, images: list[PIL.Image.Image], **options: bool
 ) -> dict[str, Any]:
     """What the model's own processor, or a text model's tokenizer, makes of the conversation."""
-    messages, template = processor.template.as_wanted(as_messages(conversation)), processor.template.source
+    messages = processor.template.as_wanted(as_messages(conversation.messages))
+    template = processor.template.source
     if processor.images is None:
         ids = processor.tokenizer.wrapped.apply_chat_template(
             messages, chat_template=template, return_dict=False, **options

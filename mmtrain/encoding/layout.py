@@ -3,7 +3,8 @@
 Nothing is searched for in the finished text. The conversation is rendered twice: once with each text replaced by a
 unique stand-in, which shows what the template writes around the words, and once as it is. Words put into the first
 must give the second, character for character; otherwise the template rewrites the words, and the sample is refused.
-The first rendering depends only on the form of the conversation (roles and kinds of parts) and is kept.
+The first rendering depends only on the form of the conversation (roles, kinds of parts, tools and calls) and is kept.
+Tools and calls are in it as they are; where a call lies is found by `encoding/calls.py`.
 
 Some templates write a reply in another way once others follow, or begin it in another way than the prompt for it: they
 drop the reasoning of earlier replies, for example. Such a reply is laid out alone: the prompt of inference, the reply
@@ -11,33 +12,37 @@ as the template writes it last, and its end.
 """
 
 import functools
+import itertools
+import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mmtrain.encoding.calls import check_plain, length_without_end, shared_reply, shows_all
+from mmtrain.encoding.messages import as_messages, as_tools
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.reasoning import check_reasoning, opens, rewrites_reasoning
 from mmtrain.encoding.stand_ins import (
     STAND_IN,
-    Content,
     Form,
-    Marks,
-    marks_of,
+    TurnForm,
     numbered,
-    reasoned_text,
     stand_in,
     stand_ins,
+    turn_form,
+    words_of,
 )
-from mmtrain.records.chat import Conversation, Image, Message, Messages, SampleError, Text
-from mmtrain.records.reasoning import CLOSE, OPEN, split_reasoning
+from mmtrain.records.chat import Conversation, SampleError
+from mmtrain.records.reasoning import CLOSE, OPEN
 from mmtrain.safe_text import shown
 
-Kind = Literal["template", "words", "image"]
+Kind = Literal["template", "words", "calls", "image"]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of the rendered text: the template's own, words of a turn, or the placeholder of an image."""
+    """A stretch of the rendered text: the template's own, words or calls of a turn, or the placeholder of an image."""
 
     kind: Kind
     text: str
@@ -87,6 +92,7 @@ class Layout:
     def __init__(self, processor: ChatProcessor) -> None:
         self._processor = processor
         self._render = processor.template.render
+        self._rewrites_reasoning = functools.cache(lambda: rewrites_reasoning(processor.template))
         self._whole = functools.lru_cache(maxsize=4096)(self._try_skeleton)
         self._alone = functools.lru_cache(maxsize=4096)(self._lone_skeleton)
 
@@ -98,7 +104,9 @@ class Layout:
         return found
 
     def form(self, conversation: Conversation) -> Form:
-        return tuple([(message.role, self._kinds(message)) for message in conversation.messages])
+        messages, has_reasoning = conversation.messages, any(CLOSE in message.text for message in conversation.messages)
+        splits = has_reasoning and self._rewrites_reasoning()
+        return Form(tuple([turn_form(message, splits) for message in messages]), conversation.tools)
 
     def is_together(self, form: Form, turns: Collection[int]) -> bool:
         """Whether these replies can be trained on in one sequence: each is written there as inference would see it."""
@@ -111,53 +119,19 @@ class Layout:
         Raises SampleError where the template refuses the conversation or rewrites its words.
         """
         skeleton = self.skeleton(form)
-        whole = self._render(as_messages(conversation))
-        return _filled(skeleton.pieces, _words(conversation, form), whole), skeleton
+        whole = self._render(as_messages(conversation.messages), tools=as_tools(conversation))
+        return _filled(skeleton.pieces, words_of(conversation, form), whole), skeleton
 
     def lay_out_alone(self, conversation: Conversation, form: Form) -> tuple[list[Piece], Skeleton]:
         """The same for its last turn, after the prompt that inference would give for it."""
-        alone, words = self._alone(form), _words(conversation, form)
-        messages = as_messages(conversation)
-        pieces = alone.skeleton.pieces
-        prompt = _filled(pieces[: alone.num_prompt], words, self._render(messages[:-1], add_generation_prompt=True))
-        closing = _filled(alone.closing, words, self._render(messages))
-        tail = closing[alone.num_before :]
+        alone, words = self._alone(form), words_of(conversation, form)
+        messages, tools = as_messages(conversation.messages), as_tools(conversation)
+        pieces, asked = alone.skeleton.pieces, self._render(messages[:-1], add_generation_prompt=True, tools=tools)
+        prompt = _filled(pieces[: alone.num_prompt], words, asked)
+        tail = _filled(alone.closing, words, self._render(messages, tools=tools))[alone.num_before :]
         between = pieces[alone.num_prompt : len(pieces) - len(tail)]
-        own = [
-            replace(piece, text=words[int(piece.text)].strip()) if piece.kind == "words" else piece for piece in between
-        ]
+        own = [replace(piece, text=words[int(piece.text)]) if piece.kind == "words" else piece for piece in between]
         return [*prompt, *own, *tail], alone.skeleton
-
-    @functools.cached_property
-    def _rewrites_reasoning(self) -> bool:
-        """Whether the template treats reasoning in a reply as more than text: drops it, or writes it in another way."""
-        if (self._processor.template.traits.generation_prompt or "").rstrip().endswith((OPEN, CLOSE)):
-            return True
-        exchange: Form = (("user", ("text",)), ("assistant", ("text",)))
-        for form in (exchange * 2, exchange):
-            plain, reasoned = stand_ins(form), stand_ins(form)
-            texts = {
-                stand_in(number): reasoned_text(Marks(f"{OPEN}\n", f"\n{CLOSE}\n\n"), number + 10, number)
-                for number in range(1, len(form), 2)
-            }
-            for message in reasoned[1::2]:
-                message["content"] = [{"type": "text", "text": texts[message["content"][0]["text"]]}]
-            try:
-                expected, found = self._render(plain), self._render(reasoned)
-            except SampleError:  # such as a template that takes one reply
-                continue
-            for before, after in texts.items():
-                expected = expected.replace(before, after)
-            return found != expected
-        return False
-
-    def _kinds(self, message: Message) -> tuple[Content, ...]:
-        kinds: list[Content] = ["image" if isinstance(part, Image) else "text" for part in message.parts]
-        first = message.parts[0] if message.role == "assistant" and message.parts else None
-        if isinstance(first, Text) and CLOSE in first.text and self._rewrites_reasoning:
-            found = split_reasoning(first.text)
-            kinds[0] = "text" if found is None else Marks(found.opening, found.close)
-        return tuple(kinds)
 
     def _try_skeleton(self, form: Form) -> Skeleton | str:
         """The skeleton, or why there is none."""
@@ -167,37 +141,80 @@ class Layout:
             return str(error)
 
     def _skeleton(self, form: Form) -> Skeleton:
-        messages = stand_ins(form)
-        whole = self._render(messages)
+        conversation = stand_ins(form)
+        messages, tools = as_messages(conversation.messages), as_tools(conversation)
+        render = functools.partial(self._render, tools=tools)
+        self._check_tools(form, whole := render(messages), self._render(messages))
         pieces = self._split(whole, form, 0)
-        answers = {}
-        for turn, (role, _) in enumerate(form):
-            if role != "assistant" or turn == 0:
+        replies: dict[int, tuple[int, str]] = {}
+        for turn, of_turn in enumerate(form.turns):
+            if of_turn.role != "assistant" or turn == 0:
                 continue  # without a turn before it there is no prompt
-            prompt = self._render(messages[:turn], add_generation_prompt=True)
-            closing = self._render(messages[: turn + 1])
-            if not whole.startswith(prompt) or _hidden(pieces, form, turn) is not None:
+            prompt = render(messages[:turn], add_generation_prompt=True)
+            closing = render(messages[: turn + 1])
+            if not whole.startswith(prompt):
                 continue  # the template rewrites earlier turns: this one cannot be trained on in the whole
-            if marks_of(form, turn) and _opens(prompt) and whole[len(prompt) :].lstrip().startswith(OPEN):
+            if of_turn.marks and opens(prompt) and whole[len(prompt) :].lstrip().startswith(OPEN):
                 continue  # reasoning would be opened twice
-            answers[turn] = self._answer(pieces, turn, len(prompt), closing)
+            if of_turn.calls:
+                closing = shared_reply(whole, closing, len(prompt))
+                if not shows_all(closing, of_turn.calls):
+                    continue
+                pieces = self._with_calls(pieces, turn, len(prompt), closing)
+            replies[turn] = len(prompt), closing
+        answers = {
+            turn: self._answer(pieces, turn, *reply)
+            for turn, reply in replies.items()
+            if _is_whole(form.turns[turn], [piece.kind for piece in pieces if piece.turn == turn])
+        }
         return Skeleton(tuple(pieces), answers)
 
     def _lone_skeleton(self, form: Form) -> _Alone:
-        messages, turn = stand_ins(form), len(form) - 1
-        prompt, closing = self._render(messages[:-1], add_generation_prompt=True), self._render(messages)
-        _check_reasoning(prompt, form, turn)
-        before, after = self._split(prompt, form[:-1], 0), self._split(closing, form, turn)
+        conversation, turn = stand_ins(form), len(form.turns) - 1
+        messages, tools, last = as_messages(conversation.messages), as_tools(conversation), form.turns[turn]
+        prompt = self._render(messages[:-1], add_generation_prompt=True, tools=tools)
+        closing = self._render(messages, tools=tools)
+        check_reasoning(prompt, last, turn)
+        before = self._split(prompt, Form(form.turns[:-1], form.tools), 0)
+        after = self._split(closing, form, turn)
+        own, hidden = [], _hidden(after, form, turn)
+        if last.calls or (hidden is not None and last.marks is None):
+            raise SampleError(
+                f"the model's chat template does not show all of turn {turn + 1} as inference would see it"
+            )
+        if last.marks is not None and hidden is not None:
+            own = [Piece("words", str(hidden), turn), Piece("template", last.marks.close, turn)]
+            if not opens(prompt):
+                own.insert(0, Piece("template", last.marks.opening, turn))
         num_before = next(i for i, piece in enumerate(after) if piece.kind == "words" and piece.turn == turn)
-        own: list[Piece] = []
-        marks, number = marks_of(form, turn), _hidden(after, form, turn)
-        if marks is not None and number is not None:
-            own = [Piece("words", str(number), turn), Piece("template", marks.close, turn)]
-            if not _opens(prompt):
-                own.insert(0, Piece("template", marks.opening, turn))
         pieces = [*before, *own, *after[num_before:]]
         answer = self._answer(pieces, turn, len(prompt), closing)
         return _Alone(Skeleton(tuple(pieces), {turn: answer}), len(before), tuple(after), num_before)
+
+    def _check_tools(self, form: Form, with_tools: str, without_tools: str) -> None:
+        if form.tools and with_tools == without_tools:
+            raise SampleError("the model's chat template has no place for tools: name 'tools' in data.ignore_fields")
+        calls = [call for turn in form.turns for call in turn.calls]
+        texts = [text for call in calls for text in (call.name, json.dumps(json.loads(call.arguments)), call.id or "")]
+        check_plain([*form.tools, *texts], self._processor.tokenizer)
+
+    def _with_calls(self, pieces: list[Piece], turn: int, prompt_length: int, reply: str) -> list[Piece]:
+        """`pieces` with a piece for the calls of `turn`, whose reply with its end is `reply`, where words do not follow
+        them: what the template writes after the words of the turn, or after the prompt."""
+        starts = _starts(pieces)
+        own = [i for i, piece in enumerate(pieces) if piece.kind == "words" and piece.turn == turn]
+        start = starts[own[-1] + 1] if own else prompt_length
+        stop = prompt_length + length_without_end(reply, self._processor.tokenizer)
+        at = max(i for i in range(len(pieces)) if starts[i] <= start)
+        text, start, stop = pieces[at].text, start - starts[at], stop - starts[at]
+        if start >= stop or stop > len(text) or pieces[at].kind != "template":
+            return pieces
+        cut = [
+            Piece("template", text[:start], pieces[at].turn),
+            Piece("calls", text[start:stop], turn),
+            Piece("template", text[stop:], turn),
+        ]
+        return [*pieces[:at], *(piece for piece in cut if piece.text), *pieces[at + 1 :]]
 
     def _split(self, whole: str, form: Form, first: int) -> list[Piece]:
         """A rendered text in pieces; the text of a words piece is the number of its stand-in.
@@ -205,7 +222,7 @@ class Layout:
         Raises SampleError unless all the texts from turn `first` on are there exactly once. Reasoning may be missing.
         """
         numbers = list(numbered(form))
-        image_turns = [turn for turn, (_, kinds) in enumerate(form) for kind in kinds if kind == "image"]
+        image_turns = [turn for turn, of_turn in enumerate(form.turns) for kind in of_turn.kinds if kind == "image"]
         image = self._processor.template.image_token
         pattern = STAND_IN.pattern + (f"|({re.escape(image)})" if image else "|((?!))")
         pieces: list[Piece] = []
@@ -223,10 +240,7 @@ class Layout:
                 pieces.append(Piece("image", match.group(), turn))
         if at < len(whole):
             pieces.append(Piece("template", whole[at:], turn))
-        seen = [int(piece.text) for piece in pieces if piece.kind == "words"]
-        wanted = {n for n, (turn, is_reasoning) in enumerate(numbers) if turn >= first and not is_reasoning}
-        if len(seen) > len(set(seen)) or not wanted <= set(seen):
-            raise SampleError("the model's chat template does not show every text of the conversation exactly once")
+        _check_shown(pieces, form, first)
         if num_images != len(image_turns):
             raise SampleError(
                 f"the model's chat template writes {num_images} placeholders for {len(image_turns)} images"
@@ -234,11 +248,8 @@ class Layout:
         return pieces
 
     def _answer(self, pieces: list[Piece], turn: int, prompt_length: int, closing: str) -> Answer:
-        starts, at = [], 0
-        for piece in pieces:
-            starts.append(at)
-            at += len(stand_in(int(piece.text))) if piece.kind == "words" else len(piece.text)
-        own = [i for i, piece in enumerate(pieces) if piece.kind == "words" and piece.turn == turn]
+        starts = _starts(pieces)
+        own = [i for i, piece in enumerate(pieces) if piece.kind in ("words", "calls") and piece.turn == turn]
         first, last = own[0], own[-1]
         if prompt_length > starts[first]:
             raise SampleError("the model's chat template writes words of the answer into its prompt")
@@ -246,7 +257,7 @@ class Layout:
         after = last + 1
         end, other_end = None, False
         if after < len(pieces) and pieces[after].kind == "template":
-            length, other_end = self._end(pieces[after].text, closing.rpartition(stand_in(int(pieces[last].text)))[2])
+            length, other_end = self._end(pieces[after].text, closing.rpartition(_in_skeleton(pieces[last]))[2])
             end = (after, length) if length else None
         return Answer((border, prompt_length - starts[border]), last, end, other_end)
 
@@ -272,16 +283,29 @@ class Layout:
             yield at, tokenizer.id_of(match.group()) in tokenizer.traits.eos_ids
 
 
-def _words(conversation: Conversation, form: Form) -> list[str]:
-    """The words of the conversation by the number of their stand-in."""
-    found: list[str] = []
-    for message, (_, kinds) in zip(conversation.messages, form, strict=True):
-        for part, kind in zip(message.parts, kinds, strict=True):
-            if not isinstance(part, Text):
-                continue
-            reasoned = split_reasoning(part.text) if isinstance(kind, Marks) else None
-            found += (part.text,) if reasoned is None else (reasoned.reasoning, reasoned.reply)
-    return found
+def _in_skeleton(piece: Piece) -> str:
+    return stand_in(int(piece.text)) if piece.kind == "words" else piece.text
+
+
+def _starts(pieces: list[Piece]) -> list[int]:
+    """Where each piece begins in the skeleton's text, and where the last one ends."""
+    return list(itertools.accumulate((len(_in_skeleton(piece)) for piece in pieces), initial=0))
+
+
+def _is_whole(form: TurnForm, kinds: list[Kind]) -> bool:
+    """Whether the pieces of a turn have all its texts: templates leave the reasoning of earlier turns out."""
+    return kinds.count("words") == form.num_texts and (form.num_texts > 0 or "calls" in kinds)
+
+
+def _check_shown(pieces: Sequence[Piece], form: Form, first: int) -> None:
+    """Raises SampleError unless the texts from turn `first` on are among the pieces, and none of all twice."""
+    seen = [int(piece.text) for piece in pieces if piece.kind == "words"]
+    missing = [turn for n, (turn, is_reasoning) in enumerate(numbered(form)) if n not in seen and not is_reasoning]
+    said = "the model's chat template does not show every text of the conversation exactly once"
+    if lost := [turn for turn in missing if turn >= first]:
+        raise SampleError(f"{said}: one of turn {lost[0] + 1} ({form.turns[lost[0]].role}) is missing")
+    if len(seen) > len(set(seen)):
+        raise SampleError(said)
 
 
 def _hidden(pieces: list[Piece], form: Form, turn: int) -> int | None:
@@ -289,37 +313,6 @@ def _hidden(pieces: list[Piece], form: Form, turn: int) -> int | None:
     seen = {piece.text for piece in pieces if piece.kind == "words"}
     numbers = (number for number, found in enumerate(numbered(form)) if found == (turn, True))
     return next((number for number in numbers if str(number) not in seen), None)
-
-
-def _opens(prompt: str) -> bool:
-    """Whether the prompt for a reply begins its reasoning."""
-    return prompt.rstrip().endswith(OPEN)
-
-
-def _check_reasoning(prompt: str, form: Form, turn: int) -> None:
-    """Raises SampleError where a reply reasons and the prompt for it says that it does not, or the other way round."""
-    is_reasoned = marks_of(form, turn) is not None
-    if is_reasoned and prompt.rstrip().endswith(CLOSE):
-        raise SampleError(
-            f"turn {turn + 1} has reasoning, and the prompt for it ends with {CLOSE}: set labels.reasoning to drop, or "
-            "give a template whose prompt lets the model reason as model.chat_template"
-        )
-    if not is_reasoned and _opens(prompt):
-        raise SampleError(
-            f"turn {turn + 1} has no reasoning, and the prompt for it ends with {OPEN}: begin the reply with "
-            f"{OPEN}...{CLOSE}, or give a template whose prompt does not reason as model.chat_template"
-        )
-
-
-def as_messages(conversation: Conversation) -> Messages:
-    """The conversation as chat templates take it, content in parts."""
-    return [{"role": message.role, "content": _content(message)} for message in conversation.messages]
-
-
-def _content(message: Message) -> list[dict[str, str]]:
-    return [
-        {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part.text} for part in message.parts
-    ]
 
 
 def _filled(skeleton: Sequence[Piece], words: Sequence[str], whole: str) -> list[Piece]:
@@ -340,9 +333,9 @@ def _filled(skeleton: Sequence[Piece], words: Sequence[str], whole: str) -> list
 
 
 def _as_rendered(words: str, following: str, whole: str, at: int) -> str:
-    """The words as they stand in `whole` at `at`: as written, or trimmed as some templates do."""
+    """The words as they stand in `whole` at `at`: as written, trimmed, or escaped as in JSON, as some templates do."""
     trimmed = (words.lstrip(), words.rstrip(), words.strip(), words.lstrip("\n"), words.rstrip("\n"), words.strip("\n"))
-    for variant in (words, *trimmed):
+    for variant in (words, *trimmed, json.dumps(words, ensure_ascii=False)[1:-1]):
         if whole.startswith(variant + following, at):
             return variant
     raise SampleError(f"the model's chat template changes the words {shown(words, 40)}")

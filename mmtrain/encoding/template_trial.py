@@ -9,9 +9,9 @@ import resource
 import signal
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
+from mmtrain.encoding.messages import Render
 from mmtrain.errors import UserError
 from mmtrain.records.chat import Messages
 
@@ -28,7 +28,7 @@ _REASONS = {
 }
 
 
-def try_template(template: str | None, render: Callable[[Messages, bool], str]) -> None:
+def try_template(template: str | None, render: Render) -> None:
     """Raise UserError where a few short conversations take the template longer or more memory than any can need.
 
     `render` makes text of messages by `template`; what it raises is no fault here. Nothing is tried where processes
@@ -62,7 +62,7 @@ def _outcome(child: int) -> str | None:
     return f"takes longer than {SECONDS:g} seconds"
 
 
-def _render_all(render: Callable[[Messages, bool], str]) -> int:
+def _render_all(render: Render) -> int:
     """The exit code of the process that tries."""
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_DFL)  # a handler of this program would act as if it were its main process

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mmtrain.config.data_section import Source
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.errors import UserError
-from mmtrain.generate.prompts import prompt_for, prompts_for_all
+from mmtrain.generate.prompts import is_asked, prompt_for, prompts_for_all
 from mmtrain.records.chat import Conversation, SampleError
 from mmtrain.records.record_set import RecordSet
 
@@ -77,12 +77,12 @@ class Questions:
 
     def _turns(self, conversation: Conversation) -> list[int]:
         messages = conversation.messages
-        if messages[-1].role == "user":
+        if is_asked(conversation):
             return [len(messages)]
         return self._encoder.trained_turns(messages)
 
     def _prompts(self, sample: int) -> list[Encoded]:
-        conversation, root = self._records.conversation(sample), self._records.root(sample)
-        if conversation.messages[-1].role == "user":
-            return [prompt_for(self._encoder, conversation, root)]
-        return prompts_for_all(self._encoder, conversation, root)
+        conversation, roots = self._records.conversation(sample), self._records.roots(sample)
+        if is_asked(conversation):
+            return [prompt_for(self._encoder, conversation, roots)]
+        return prompts_for_all(self._encoder, conversation, roots)

@@ -74,7 +74,7 @@ def _lengths(records: RecordSet, encoder: Encoder, faults: list[str]) -> Sequenc
     for index in np.unique(np.linspace(0, len(records) - 1, NUM_ENCODED).astype(int)).tolist():
         try:
             sequences = [one for _, one in encoder.sequences(records.conversation(index))]
-            found.append(max(encoder.encode(one, records.root(index)).num_tokens for one in sequences))
+            found.append(max(encoder.encode(one, records.roots(index)).num_tokens for one in sequences))
         except SampleError as error:
             faults.append(f"{records.place(index)}: {error}")
     return found

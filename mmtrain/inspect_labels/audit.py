@@ -41,7 +41,9 @@ def _digest(conversation: Conversation, images: list[FoundImage], with_bytes: bo
     made = hashlib.blake2b(digest_size=16)
     for message in conversation.messages:
         texts = [part.text if isinstance(part, Text) else None for part in message.parts]
-        made.update(repr((message.role, message.train, texts)).encode())
+        other = (message.weight, message.reasoning, message.calls)
+        made.update(repr((message.role, message.train, texts, *other)).encode())
+    made.update(repr(conversation.tools).encode())
     for image in images:
         data = image.source
         if with_bytes:
@@ -89,6 +91,8 @@ class AuditReport:
     first_notes: dict[str, tuple[str, str]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     """Samples that the config does not select, by the reason. They are in no other count."""
+    roles: Counter[str] = field(default_factory=Counter)
+    """How many turns of these samples have each role."""
     shapes: Counter[str] = field(default_factory=Counter)
     """How many of the samples that are not refused have each shape of record."""
 
@@ -116,6 +120,7 @@ class AuditReport:
             "faults": {kind: list(map(_named, found)) for kind, found in self.faults.items()},
             "notes": dict(self.notes),
             "left_out": dict(self.left_out),
+            "roles": dict(self.roles),
             "shapes": dict(self.shapes),
         }
 
@@ -140,6 +145,8 @@ class AuditReport:
             yield f"\n{self.num_records:,} conversations gave {self.total('num_samples'):,} sequences"
         if self.shapes:
             yield f"\nRead as {', '.join(f'{shape} ({count:,})' for shape, count in self.shapes.most_common())}"
+        if self.roles:
+            yield f"Turns: {', '.join(f'{role} ({count:,})' for role, count in self.roles.most_common())}"
         yield from bars("Tokens of a sample", histogram(self.lengths))
         yield from bars("Longer side of an image, in pixels", histogram(self.image_sides))
         yield "\nLongest samples" if self.longest else ""
@@ -226,7 +233,9 @@ class _Counting:
             report.longest.append((num_tokens, place))
             report.longest.sort(key=lambda one: -one[0])  # stable: equal lengths stay in order
             del report.longest[_NUM_LONGEST:]
-            report.shapes[self._samples.records.conversation(index).shape] += 1
+            conversation = self._samples.records.conversation(index)
+            report.shapes[conversation.shape] += 1
+            report.roles.update(message.role for message in conversation.messages)
             self._same.setdefault(self._digest(index), []).append(index)
         return found
 

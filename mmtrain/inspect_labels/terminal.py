@@ -52,7 +52,9 @@ def _spans(view: SampleView) -> Table:
 def _lines(spans: Sequence[SpanView], images: Mapping[int, ImageView], supervised: bool) -> Iterable[tuple[str, Text]]:
     """A line for each span; a reply and the token that ends its turn are one line."""
     if supervised:
-        yield spans[0].role, Text("".join(visible(span.text) for span in spans))
+        weight = spans[0].weight
+        name = spans[0].role if weight == 1 else f"×{weight:g}"
+        yield name, Text("".join(visible(span.text) for span in spans))
         return
     for span in spans:
         yield span.role, _image(images[span.start]) if span.kind == "image" else Text(visible(span.text))

@@ -11,6 +11,7 @@ from mmtrain.config.tune_section import Lora, Tune
 from mmtrain.encoding.layout import Layout
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor, EncodingTrial
+from mmtrain.encoding.stand_ins import Form, TurnForm
 from mmtrain.errors import UserError
 from mmtrain.model.components import COMPONENTS, Components
 from mmtrain.model.family import probe_family
@@ -173,6 +174,6 @@ def _template(processor: ChatProcessor) -> TemplateFound:
 
 def _reply_end(processor: ChatProcessor) -> str | None:
     """What the template writes after a reply, to the end of the token that stops generation."""
-    skeleton = Layout(processor).skeleton((("user", ("text",)), ("assistant", ("text",))))
+    skeleton = Layout(processor).skeleton(Form((TurnForm("user", ("text",)), TurnForm("assistant", ("text",)))))
     end = skeleton.answers[1].end
     return None if end is None else skeleton.pieces[end[0]].text[: end[1]]

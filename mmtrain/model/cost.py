@@ -53,10 +53,8 @@ class CostModel:
 def cost_model(model: Any, family: Family, tune: Tune) -> CostModel:
     """The costs in a model whose components are trained as `tune` says."""
     products, passes = _products(model, family.components, tune), _passes(tune)
-    config = model.config
-    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
-    patches = family.patches_per_token
-    full, windows = (0.0, 0.0) if vision is None else _image_attention(vision)
+    text, patches = model.config.get_text_config(), family.patches_per_token
+    full, windows = family.image_attention
     attention = 1.0 if passes["vision"] == 1 else 3.0
     head, last = model.get_output_embeddings().weight, last_mlp(model)
     matrices = [] if last is None else [weight for weight in last.parameters() if weight.ndim >= 2]
@@ -97,19 +95,8 @@ def _passes(tune: Tune) -> dict[str, float]:
     return passes
 
 
-def _image_attention(vision: Any) -> tuple[float, float]:
-    """Forward multiply-additions per pair of patches, and per patch for layers that attend within windows."""
-    if not hasattr(vision, "hidden_size") or not _depth(vision):  # a tower of another library: its products count alone
-        return 0.0, 0.0
-    depth, width = _depth(vision), _width(vision)
-    blocks = getattr(vision, "fullatt_block_indexes", None)
-    full = depth if blocks is None else len(blocks)
-    in_window = 0 if blocks is None else (vision.window_size // vision.patch_size) ** 2
-    return 2.0 * full * width, 2.0 * (depth - full) * width * in_window
-
-
 def _depth(config: Any) -> int:
-    return int(getattr(config, "num_hidden_layers", 0) or getattr(config, "depth", 0))
+    return int(config.num_hidden_layers)
 
 
 def _width(config: Any) -> int:

@@ -43,6 +43,7 @@ def without_reasoning(conversation: Conversation) -> Conversation:
 
 
 def _without(message: Message) -> Message:
+    message = replace(message, reasoning="")
     if message.role != "assistant" or CLOSE not in message.text:
         return message
     return replace(message, parts=tuple(map(_reply, message.parts)))

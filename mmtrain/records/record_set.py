@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmtrain.config.data_section import Source
+from mmtrain.records.archives import is_archive, open_archive
 from mmtrain.records.chat import Conversation, SampleError
 from mmtrain.records.fields import map_fields
 from mmtrain.records.formats import read_record
@@ -27,7 +28,7 @@ Counts = npt.NDArray[np.int32]
 @dataclass(frozen=True, slots=True)
 class _OpenFile:
     records: RecordFile
-    root: Path
+    roots: tuple[Path, ...]
     spec: Source
     source: int
 
@@ -50,9 +51,11 @@ class RecordSet:
         self.num_sources = len(sources)
         self._files: list[_OpenFile] = []
         for number, source in enumerate(sources):
-            for records in open_records(source.path):
-                root = Path(source.root) if source.root is not None else records.path.parent
-                self._files.append(_OpenFile(records, root, source, number))
+            for records in open_records(source.path, source.split):
+                roots = tuple(map(Path, source.roots)) or (records.path.parent,)
+                self._files.append(_OpenFile(records, roots, source, number))
+        for path in self.archives:
+            open_archive(path)  # a broken one is found now
         self._ends = list(accumulate(len(file.records) for file in self._files))
 
     def __len__(self) -> int:
@@ -77,9 +80,14 @@ class RecordSet:
         return None if turn < 0 else turn
 
     @property
-    def files(self) -> list[tuple[Path, Path, str]]:
-        """Each file of records, the folder of its images, and how its records are read, in order."""
-        return [(file.records.path, file.root, _reading(file.spec)) for file in self._files]
+    def files(self) -> list[tuple[Path, tuple[Path, ...], str]]:
+        """Each file of records, where its images are, and how its records are read, in order."""
+        return [(file.records.path, file.roots, _reading(file.spec)) for file in self._files]
+
+    @property
+    def archives(self) -> list[Path]:
+        """The archives that images are read from."""
+        return sorted({root for file in self._files for root in file.roots if is_archive(root)})
 
     def files_of(self, source: int) -> list[Path]:
         """The files of one source."""
@@ -100,9 +108,9 @@ class RecordSet:
         file, local = self._find(index)
         return file.records.place(local)
 
-    def root(self, index: int) -> Path:
-        """The folder that a sample's image paths are relative to."""
-        return self._find(index)[0].root
+    def roots(self, index: int) -> tuple[Path, ...]:
+        """The folders and archives that a sample's image paths are relative to."""
+        return self._find(index)[0].roots
 
     def conversation(self, index: int) -> Conversation:
         """Raises SampleError where the record is not a conversation."""

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
+from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.load import load_embedder
-from mmtrain.contrastive.towers import Towers
 from mmtrain.errors import StorageError, UserError
 from mmtrain.generate.target import find_adapter, find_model
 from mmtrain.model.adapter import load_adapter, read_adapter
@@ -75,8 +75,7 @@ def retrieval_figures(config: Config, options: Options) -> tuple[dict[str, Any],
 
 
 def _check(config: Config, options: Options, sources: list[EvalSource]) -> None:
-    if config.objective.kind != "contrastive":
-        raise UserError("eval retrieval: set objective.kind to contrastive, or use eval perplexity")
+    config.objective.check_command("eval retrieval", "contrastive", "eval answers or eval perplexity")
     if not sources:
         raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")
     if options.compare is not None and options.adapter is None:
@@ -87,7 +86,7 @@ def _check(config: Config, options: Options, sources: list[EvalSource]) -> None:
         raise UserError(f"--html {shown(options.html)}: there is no such folder: create it first")
 
 
-def _loaded(config: Config, path: Path | None, runtime: Runtime) -> Towers:
+def _loaded(config: Config, path: Path | None, runtime: Runtime) -> Embedder:
     """The base model, an adapter on it, or the model that a run saved."""
     if path is None:
         return load_embedder(config, runtime)
@@ -103,7 +102,7 @@ def _loaded(config: Config, path: Path | None, runtime: Runtime) -> Towers:
     return embedder
 
 
-def _base(config: Config, embedder: Towers, runtime: Runtime) -> tuple[Towers, AbstractContextManager[Any]]:
+def _base(config: Config, embedder: Embedder, runtime: Runtime) -> tuple[Embedder, AbstractContextManager[Any]]:
     """The base model, and the context in which it is that."""
     if isinstance(embedder.model, PeftModel):
         return embedder, embedder.model.disable_adapter()

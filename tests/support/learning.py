@@ -42,7 +42,7 @@ def step_of(
     """The loss and every gradient of the step made of `cuts`; the step's number is 3."""
     learner.optimizer.zero_grad(set_to_none=True)
     samples = [number for cut in cuts for number in cut]
-    count = int(dataset.checked.num_supervised[samples].sum())
+    count = float(dataset.checked.sum_weights[samples].sum())
     batches = Loader(
         dataset.train, dataset.encoder.processor, packing, learner.make_inputs.store, row_multiple
     ).batches(cuts)
