@@ -31,7 +31,8 @@ def answer_all(loaded: Loaded, data: Sequence[str], output: Path, batch_size: in
     """
     runtime = loaded.runtime
     progress = Progress(runtime.activity.tick, quiet=not runtime.is_main)
-    questions = Questions([Source(path=path) for path in data], loaded.encoder)
+    drops_reasoning = loaded.target.labels.reasoning == "drop"
+    questions = Questions([Source(path=path) for path in data], loaded.encoder, drops_reasoning)
     made_with = _made_with(loaded.target, data, batch_size, sampling)
     answers = AnswersFile(output, made_with) if runtime.is_main else None
     found = runtime.from_first("answers", lambda: json.dumps(sorted(answers.done if answers else ())))
