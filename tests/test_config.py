@@ -743,7 +743,7 @@ def test_a_dumped_config_writes_every_key_out(tmp_path: Path, text: str) -> None
     assert set(dumped) == {"model", "tune", "data", "objective", "labels", "train", "run"}
     assert set(dumped["train"]) == set(Train.model_fields)
     assert set(dumped["run"]) == set(Run.model_fields)
-    assert dumped["labels"] == {"train_on": "assistant", "end_of_turn": True}
+    assert dumped["labels"] == {"train_on": "assistant", "end_of_turn": True, "reasoning": "keep"}
 
 
 # --- the schema ---

@@ -59,6 +59,11 @@ def files(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
     turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "one"}]
     turns += [{"role": "user", "content": "b?"}, {"role": "assistant", "content": "two"}]
     write_jsonl(tmp_path / "turns.jsonl", [{"messages": turns}])
+    (tmp_path / "dashes.jinja").write_text(
+        "{% for m in messages %}- {{ m.content }}<|endoftext|>\n{% endfor %}{% if add_generation_prompt %}- {% endif %}"
+    )
+    reasoned = [turns[0], {"role": "assistant", "content": "<think>hm</think>one"}, *turns[2:]]
+    write_jsonl(tmp_path / "reasoned.jsonl", [{"messages": reasoned}])
     write_jsonl(tmp_path / "extra.jsonl", [{"messages": turns, "bbox": [1, 2]}])
     llava = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "one"}]
     write_jsonl(tmp_path / "llava.jsonl", [{"conversations": llava}])
@@ -169,6 +174,11 @@ SKIP_ONE = {"data.max_skipped": 1}
 ONE_IMAGE = {"data.train.0.path": "small/one.jsonl", "train.batch_size": 1}
 DATA = {
     "model.path": Key(seen.model_type, [("text", "qwen3"), (QWEN, QWEN)]),
+    "model.chat_template": Key(
+        seen.text_trained_on,
+        [(None, "one<|im_end|>two<|im_end|>"), ("dashes.jinja", "one<|endoftext|>two<|endoftext|>")],
+        {"data.train.0.path": "turns.jsonl"},
+    ),
     "model.adapter": Key(seen.starts_with_new_adapters, [(None, True), ("earlier", False)]),
     "model.dtype": Key(seen.frozen_types, [("float32", {torch.float32}), ("bfloat16", {torch.bfloat16})]),
     "model.quantization": Key(seen.quantized_layers, [(None, 0), ("nf4", 14)]),
@@ -221,6 +231,11 @@ DATA = {
         seen.text_trained_on,
         [("assistant", "one<|im_end|>two<|im_end|>"), ("last", "two<|im_end|>")],
         {"data.train.0.path": "turns.jsonl"},
+    ),
+    "labels.reasoning": Key(
+        seen.text_trained_on,
+        [("keep", "<think>hm</think>one<|im_end|>two<|im_end|>"), ("drop", "one<|im_end|>two<|im_end|>")],
+        {"data.train.0.path": "reasoned.jsonl"},
     ),
     "labels.end_of_turn": Key(
         seen.text_trained_on,

@@ -48,7 +48,8 @@ def lay_out(
         content = tuple(part if isinstance(part, Image) else Text(part) for part in parts)
         messages.append(Message(role, content))  # type: ignore[arg-type]
     made: Any = SimpleNamespace(tokenizer=TOKENIZER, template=template(render, prompt, image_token))
-    return Layout(made).lay_out(Conversation(tuple(messages)))
+    layout, conversation = Layout(made), Conversation(tuple(messages))
+    return layout.lay_out(conversation, layout.form(conversation))
 
 
 IMAGE = Image("0.png")

@@ -129,6 +129,8 @@ def test_a_damaged_store_is_made_anew(how: str, make_config: MakeConfig, home: P
 def chunk(first: int, note: str) -> EncodedChunk:
     """Two samples: three tokens and an image, and one that is refused."""
     return EncodedChunk(
+        np.array([first, first + 1], np.int32),
+        np.array([-1, -1], np.int32),
         np.array([3, 0], np.int32),
         np.array([1, 0], np.int32),
         np.array([1, 0], np.int32),
@@ -139,8 +141,8 @@ def chunk(first: int, note: str) -> EncodedChunk:
         np.array([[0, 2, 1, 30 + first, 20]], np.int32),
         np.array([0.5 + first], np.float32),
         (__file__,),
-        (Fault(first + 1, "refused", "ünknown"),),
-        {"literal": Note(1, first, note)},
+        (Fault(1, "refused", "ünknown"),),
+        {"literal": Note(1, 0, note)},
     )
 
 

@@ -12,11 +12,16 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from mmtrain.config import load_config
 from mmtrain.config.schema import Config
 from mmtrain.errors import NonFiniteError, UserError
+from mmtrain.generate.prompts import prompt_for
+from mmtrain.generate.target import find_target, load_target
+from mmtrain.merge.command import merge
+from mmtrain.records.chat import Conversation, Message, Text
+from mmtrain.runtime.processes import Runtime
 from mmtrain.train import loop, run
 from mmtrain.train.folder import start_over
 from mmtrain.train.run import train
@@ -105,6 +110,34 @@ def test_without_lora_a_whole_model_is_left(make_config: MakeConfig) -> None:
         assert (name in weights) == ("vision_tower" not in name)
         assert name not in weights or torch.equal(parameter, weights[name])
     assert (output / "model" / "chat_template.jinja").is_file()
+
+
+DASHES = (
+    "{% for m in messages %}- {% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ p.text }}{% endif %}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}- {% endif %}"
+)
+
+
+def test_a_given_chat_template_is_trained_with_and_saved(make_config: MakeConfig, tmp_path: Path) -> None:
+    """The adapter's directory, `generate` and a merged model have it; another content does not resume."""
+    (tmp_path / "dashes.jinja").write_text(DASHES)
+    config = make_config("qwen2_5_vl", {"language": LORA}, **SMALL)
+    model = config.model.model_copy(update={"chat_template": str(tmp_path / "dashes.jinja")})
+    config = config.model_copy(update={"model": model})
+    train(config)
+    adapter = Path(config.run.output_dir) / "adapter"
+    (tmp_path / "dashes.jinja").write_text(DASHES.replace("- ", "* "))
+    with pytest.raises(UserError, match=r"model.template: the content has changed"):
+        train(config)
+    assert [path.name for path in adapter.glob("chat_template*")] == ["chat_template.jinja"]
+    assert AutoTokenizer.from_pretrained(adapter).chat_template == DASHES
+    merge(adapter.parent, tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == DASHES
+    loaded = load_target(find_target(str(adapter.parent), dtype="float32"), Runtime("float32"))
+    asked = Conversation((Message("user", (Text("what?"),)),))
+    prompt = prompt_for(loaded.encoder, asked, tmp_path)
+    assert loaded.encoder.processor.tokenizer.decode(prompt.ids.tolist()) == "- what?<|im_end|>\n- "
 
 
 class Stop(Exception):

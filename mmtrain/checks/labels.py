@@ -32,6 +32,7 @@ from mmtrain.checks.reply_frame import ReplyFrame, form_of, reply_frame, texts_o
 from mmtrain.encoding.messages import as_messages, as_tools
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation, Message
+from mmtrain.records.reasoning import CLOSE, OPEN
 from mmtrain.safe_text import shown
 
 _WINDOW = 8
@@ -236,6 +237,8 @@ class Checker:
             yield Finding(NO_TEXT, True, f"{name}: nothing of {shown(message.text)} is trained on")
             return
         written = self._as_written(sample, turn, frame, _normal(text))
+        if written is not None and self._is_reasoned(sample, turn, text):
+            return
         if written is not None:
             yield Finding(REPLY, True, f"{name}: the labels say {shown(text)}, the assistant wrote {shown(written)}")
         elif message.text[:1].isspace() and text[len(frame.around[0]) :][:1].isspace():
@@ -253,14 +256,24 @@ class Checker:
             return self._calls_as_written(sample, turn, text)
         parts = texts_of(sample.messages[turn])
         pieces = [piece for pair in zip(frame.around, [*parts, ""], strict=True) for piece in pair][:-2]
-        expected = _normal("".join(pieces))
+        expected, closing = _normal("".join(pieces)), frame.around[-1]
+        gap = closing[: len(closing) - len(closing.lstrip())] if frame.end else ""  # some end a reply on its own line
         has_outer_space = any(part != part.strip() for part in parts)
-        if not has_outer_space or text == expected:
-            return None if text == expected else expected
+        if not has_outer_space or text in (expected, expected + gap):
+            return None if text in (expected, expected + gap) else expected
         rest = self._after_prompt(sample, turn, len(sample.messages))
         after, closing = rest[len(text) :], frame.around[-1]
         closed = len(after) - len(after.lstrip()) == len(closing) - len(closing.lstrip())
         return None if rest.startswith(text) and closed and _squeezed(text) == _squeezed(expected) else expected
+
+    def _is_reasoned(self, sample: _Sample, turn: int, text: str) -> bool:
+        """Whether `text` is a reply that begins with reasoning, which some templates space in their own way; a prompt
+        may end with the `<think>` that opens it."""
+        written = sample.messages[turn].text
+        if CLOSE not in written:
+            return False
+        opening = OPEN if self._rendered(sample, turn, begun=True).rstrip().endswith(OPEN) else ""
+        return _squeezed(opening + text).removeprefix(OPEN) == _squeezed(written).removeprefix(OPEN)
 
     def _calls_as_written(self, sample: _Sample, turn: int, text: str) -> str | None:
         """None if `text` is all that the template writes for a turn with calls, otherwise what it should be: the

@@ -44,16 +44,20 @@ def reply_frame(processor: ChatProcessor, form: Conversation, turn: int) -> Repl
     """What the template writes around the reply of `turn`, in a conversation of this form."""
     messages, tools = as_messages(form.messages), as_tools(form)
     prompt = processor.template.render(messages[:turn], add_generation_prompt=True, tools=tools)
-    rest = processor.template.render(messages, tools=tools)[len(prompt) :]
-    alone = processor.template.render(messages[: turn + 1], tools=tools)[len(prompt) :]
+    whole = processor.template.render(messages, tools=tools)
+    alone = processor.template.render(messages[: turn + 1], tools=tools)
     if form.messages[turn].calls:
-        last = without_end(processor, alone)[1]
+        last = without_end(processor, alone[len(prompt) :])[1]
         return ReplyFrame((), (processor.tokenizer.id_of(last),) if last else (), False)
+    is_continued = whole.startswith(prompt)
+    rest = whole[len(prompt) :] if is_continued else whole
     around = []
     for text in texts_of(form.messages[turn]):
         before, _, rest = rest.partition(text)
         _, _, alone = alone.partition(text)
         around.append(before)
+    if not is_continued:  # the reply follows the prompt without what the template writes before it in the whole
+        around[0] = ""
     to_id = processor.tokenizer.id_of
     end, other_end = _special_run(processor, alone.lstrip()), False
     if not end or not rest.lstrip().startswith("".join(end)):

@@ -111,6 +111,8 @@ def _missing_files(data: dict[str, Any], where: dict[KeyPath, str], name: str) -
         is_model = at == ("model", "path")
         if is_model:
             exists = os.path.isdir(path) or _HUB_ID.fullmatch(path) is not None
+        elif at == ("model", "chat_template"):
+            exists = os.path.isfile(path)
         else:
             is_found = path.startswith("hub:") or ("\0" not in path and bool(glob.glob(path)))
             exists = os.path.exists(path) or (at[-1] == "path" and is_found)
@@ -122,10 +124,9 @@ def _missing_files(data: dict[str, Any], where: dict[KeyPath, str], name: str) -
 
 def _paths(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     model, sections = data.get("model"), data.get("data")
-    if isinstance(model, dict) and isinstance(model.get("path"), str):
-        yield ("model", "path"), model["path"]
-    if isinstance(model, dict) and isinstance(model.get("adapter"), str):
-        yield ("model", "adapter"), model["adapter"]
+    for key in ("path", "chat_template", "adapter"):
+        if isinstance(model, dict) and isinstance(model.get(key), str):
+            yield ("model", key), model[key]
     for section in ("train", "eval"):
         sources = sections.get(section) if isinstance(sections, dict) else None
         for i, source in enumerate(sources if isinstance(sources, list) else []):

@@ -14,6 +14,9 @@ from mmtrain.config.tune_section import ComponentModules, Full, Lora, Tune
 class Model(Section):
     path: Annotated[str, Field(min_length=1)]
     """A directory in the transformers format, or the id of a model already in the local hub cache."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """A file with the chat template, in Jinja, for a model that has none or in place of its own. It is saved with what
+    the run trains."""
     adapter: Annotated[str, Field(min_length=1)] | None = None
     """The directory of an earlier run, or of an adapter for the same model. `mmtrain train` starts from its trained
     weights, all of which must be trainable here, with a fresh optimizer; other commands do not use it."""
@@ -30,6 +33,8 @@ class Labels(Section):
     """Every assistant turn, or the last one of each conversation."""
     end_of_turn: bool = True
     """Train on the token that ends a turn, so that the model stops."""
+    reasoning: Literal["keep", "drop"] = "keep"
+    """Train on the reasoning of a reply (`<think>...</think>` at its beginning), or read replies without it."""
 
 
 class EarlyStopping(Section):
@@ -120,6 +125,7 @@ class Config(Section):
         of_chats = {
             "labels": self.labels != Labels(),
             "model.adapter": self.model.adapter is not None,
+            "model.chat_template": self.model.chat_template is not None,
             "model.quantization": self.model.quantization is not None,
             "tune.components": self.tune.components != ComponentModules(),
             "run.weights: shard": self.run.weights == "shard",

@@ -37,7 +37,8 @@ class StoredSamples:
 
 @dataclass(frozen=True, slots=True)
 class FreshSamples:
-    """Records, each encoded on access: to look at a few samples of a set that is not stored."""
+    """Records, each encoded on access: to look at a few samples of a set that is not stored. Of a record that gives
+    several sequences it is the last one."""
 
     records: RecordSet
     encoder: Encoder
@@ -50,4 +51,5 @@ class FreshSamples:
 
     def encoded(self, index: int) -> Encoded:
         """Raises SampleError with the reason the sample cannot be used."""
-        return self.encoder.encode(self.records.conversation(index), self.records.roots(index))
+        _, conversation = self.encoder.sequences(self.records.conversation(index))[-1]
+        return self.encoder.encode(conversation, self.records.roots(index))

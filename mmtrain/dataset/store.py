@@ -30,7 +30,7 @@ from mmtrain.progress import QUIET, Progress
 from mmtrain.records.record_set import RecordSet
 from mmtrain.user_cache import cache_folder
 
-_VERSION = 5
+_VERSION = 6
 """Raised with every change of what the encoder makes or of the file, so that no earlier store is taken."""
 _UNUSED_SECONDS = 30 * 24 * 3600
 """Stores that nobody opened for so long are removed when another one is made."""
@@ -72,7 +72,7 @@ def _name(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor, tick
         "model": str(processor.image_token_id),
         "end": sorted(processor.tokenizer.traits.eos_ids),
         "template": processor.template.source,
-        "labels": [spec.train_on, spec.end_of_turn],
+        "labels": [spec.train_on, spec.end_of_turn, spec.drops_reasoning],
         "ignored": spec.ignored,
         "decoded": [spec.decode_images, PIL.__version__],
         "records": digest([path for path, _, _ in records.files], tick),

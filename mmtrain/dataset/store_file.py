@@ -2,6 +2,7 @@
 
 Its tensors, for n samples with t tokens and m images, f of which are files:
 
+records, turns                           (n,) int32: the record, and the turn that alone is trained on or -1
 num_tokens, num_supervised, num_images   (n,) int32
 num_weights                              (n,) int32: trained turns of a sample in which not every weight is 1, else 0
 sum_weights                              (n,) float64: of the weights of its supervised tokens
@@ -21,7 +22,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,7 +36,7 @@ from mmtrain.errors import system_error
 from mmtrain.user_cache import file_version
 
 _TYPES_OF_CHUNKS = {
-    **dict.fromkeys(("num_tokens", "num_supervised", "num_images", "num_weights", "spans"), "I32"),
+    **dict.fromkeys(("records", "turns", "num_tokens", "num_supervised", "num_images", "num_weights", "spans"), "I32"),
     "sum_weights": "F64",
     "weights": "F32",
 }
@@ -84,6 +85,10 @@ class EncodedStore:
             raise ValueError(f"{path} is damaged: its tensors are of other types")
         if header.get("crc32") != _checksum(notes, found, shapes):
             raise ValueError(f"{path} is damaged: its checksum is not that of its content")
+        self.records: npt.NDArray[np.int32] = file.get_tensor("records")
+        """(num_samples,) the record of each sample"""
+        self.turns: npt.NDArray[np.int32] = file.get_tensor("turns")
+        """(num_samples,) the turn that alone is trained on, -1 where the sample is all of its record"""
         self.num_tokens: npt.NDArray[np.int32] = file.get_tensor("num_tokens")
         """(num_samples,) 0 where a sample is refused."""
         self.num_supervised: npt.NDArray[np.int32] = file.get_tensor("num_supervised")
@@ -150,12 +155,13 @@ class EncodedStore:
 
 def write_store(path: Path, chunks: Iterable[EncodedChunk], advance: Callable[[int], None]) -> None:
     """Write the file of all `chunks`, whose ids go through temporary files: there are more than fit into memory.
-    `advance` is given the number of samples of each chunk. Raises CannotWriteError.
+    `advance` is given the number of records of each chunk. Raises CannotWriteError.
     """
     arrays: dict[str, list[Any]] = {name: [] for name in _TYPES_OF_CHUNKS}
     files: set[str] = set()
     faults: list[Fault] = []
     notes: list[dict[str, Note]] = []
+    num_samples = 0
     with ExitStack() as stack:
         with writing():
             ids, supervised = (stack.enter_context(tempfile.TemporaryFile(dir=path.parent)) for _ in range(2))
@@ -163,12 +169,13 @@ def write_store(path: Path, chunks: Iterable[EncodedChunk], advance: Callable[[i
             for name, own in arrays.items():
                 own.append(getattr(chunk, name))
             files.update(chunk.image_files)
-            faults += chunk.faults
-            notes.append(chunk.notes)
+            faults += [replace(fault, index=num_samples + fault.index) for fault in chunk.faults]
+            notes.append({kind: replace(note, first=num_samples + note.first) for kind, note in chunk.notes.items()})
+            num_samples += len(chunk.records)
             with writing():
                 ids.write(chunk.ids.tobytes())
                 supervised.write(chunk.supervised.tobytes())
-            advance(len(chunk.num_tokens))
+            advance(len(np.unique(chunk.records)))
         with writing():
             tensors = {name: np.concatenate(own) for name, own in arrays.items()}
             tensors |= {"ids": _mapped(ids, np.int32), "supervised": _mapped(supervised, np.bool_)}

@@ -114,6 +114,7 @@ def check_samples(
     policy = policy or FaultPolicy()
     records = spec.records()
     store = open_store(spec, records, processor, progress)
+    records = records.sequences(store.records, store.turns)
     faults = [(one.index, one.reason if one.kind == REFUSED else f"{one.kind}: {one.reason}") for one in store.faults]
     faulty = {index for index, _ in faults}
     over = [i for i in np.flatnonzero(store.num_tokens > limit.num_tokens).tolist() if i not in faulty]

@@ -93,8 +93,22 @@ class Encoder:
         self._constant = functools.lru_cache(maxsize=4096)(processor.tokenizer.encode)
         self._train_on = train_on
 
+    def sequences(self, conversation: Conversation) -> list[tuple[int | None, Conversation]]:
+        """What of a conversation is encoded at a time: all of it (None), where each trained reply is written there as
+        inference would see it, or else each of those replies (the position of its turn) with what precedes it.
+
+        Raises SampleError where nothing is trained on.
+        """
+        trained = self.trained_turns(conversation.messages)
+        if self._layout.is_together(self._layout.form(conversation), trained) or trained == [
+            len(conversation.messages) - 1
+        ]:
+            return [(None, conversation)]
+        return [(turn, conversation.up_to(turn)) for turn in trained]
+
     def encode(self, conversation: Conversation, roots: Roots) -> Encoded:
-        """`roots`: where the images are. Raises SampleError with the reason a sample cannot be used."""
+        """`roots`: where the images are. Raises SampleError with the reason a sample cannot be used, also where it
+        gives several `sequences`."""
         (found,) = self.encode_many([(conversation, roots)])
         if isinstance(found, SampleError):
             raise found
@@ -168,10 +182,14 @@ class Encoder:
         return images
 
     def _lay_out(self, conversation: Conversation) -> LaidOut:
-        pieces, skeleton = self._layout.lay_out(conversation)
         trained = self.trained_turns(conversation.messages)
-        if missing := [turn for turn in trained if turn not in skeleton.answers]:
-            raise SampleError(_why_untrainable(missing[-1], len(conversation.messages)))
+        form = self._layout.form(conversation)
+        if self._layout.is_together(form, trained):
+            pieces, skeleton = self._layout.lay_out(conversation, form)
+        elif trained == [len(conversation.messages) - 1]:
+            pieces, skeleton = self._layout.lay_out_alone(conversation, form)
+        else:
+            raise SampleError("the model's chat template rewrites replies that others follow: it has several sequences")
         weights = tuple(float(np.float32(conversation.messages[turn].weight)) for turn in trained)
         weights = () if all(weight == 1 for weight in weights) else weights
         return pieces, self._segmenter.cut(pieces, skeleton, tuple(trained)), weights
@@ -186,6 +204,8 @@ class Encoder:
         after: int | None = None
         spans: list[ImageSpan] = []
         placed: list[Placed] = []
+        if not images and self.processor.needs_image:
+            raise SampleError("the model's processor takes no conversation without an image")
         of_images = self.processor.image_tokens([image.size for image in images])
         for segment in segments:
             if segment.kind == "image":
@@ -238,18 +258,6 @@ class Encoder:
         last = self.processor.tokenizer.last_characters(text, after) if text else []
         owners = [segment.spans[min(bisect_right(ends, position), len(ends) - 1)].piece for position in last]
         return owners + [-1] * (num_ids - len(owners))
-
-
-def _why_untrainable(turn: int, num_turns: int) -> str:
-    if turn < num_turns - 1:
-        return (
-            f"the model's chat template rewrites turn {turn + 1} once others follow, so it cannot be trained on in one "
-            "sample with them: set labels.train_on to last"
-        )
-    return (
-        f"the model's chat template does not begin turn {turn + 1} as its generation prompt does, so what inference "
-        "feeds the model is not what the conversation holds: such a template cannot be trained on"
-    )
 
 
 def _words(laid_out: LaidOut) -> Iterator[str]:

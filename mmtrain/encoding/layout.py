@@ -5,41 +5,39 @@ unique stand-in, which shows what the template writes around the words, and once
 must give the second, character for character; otherwise the template rewrites the words, and the sample is refused.
 The first rendering depends only on the form of the conversation (roles, kinds of parts, tools and calls) and is kept.
 Tools and calls are in it as they are; where a call lies is found by `encoding/calls.py`.
+
+Some templates write a reply in another way once others follow, or begin it in another way than the prompt for it: they
+drop the reasoning of earlier replies, for example. Such a reply is laid out alone: the prompt of inference, the reply
+as the template writes it last, and its end.
 """
 
 import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from mmtrain.encoding.calls import check_plain, length_without_end, shared_reply, shows_all
 from mmtrain.encoding.messages import as_messages, as_tools
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.records.chat import Conversation, Image, Message, Part, Role, SampleError, Text, ToolCall
+from mmtrain.encoding.reasoning import check_reasoning, opens, rewrites_reasoning
+from mmtrain.encoding.stand_ins import (
+    STAND_IN,
+    Form,
+    TurnForm,
+    numbered,
+    stand_in,
+    stand_ins,
+    turn_form,
+    words_of,
+)
+from mmtrain.records.chat import Conversation, SampleError
+from mmtrain.records.reasoning import CLOSE, OPEN
 from mmtrain.safe_text import shown
 
 Kind = Literal["template", "words", "calls", "image"]
-
-
-class TurnForm(NamedTuple):
-    """What the template's own text depends on in a turn."""
-
-    role: Role
-    kinds: tuple[str, ...]
-    """`text` or `image` for each part, after `reasoning` if the turn has some."""
-    calls: tuple[ToolCall, ...] = ()
-    name: str | None = None
-    call_id: str | None = None
-
-
-class Form(NamedTuple):
-    """What the template's own text depends on."""
-
-    turns: tuple[TurnForm, ...]
-    tools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,45 +73,79 @@ class Skeleton:
     answers: dict[int, Answer]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Alone:
+    """A conversation of which the last reply alone is trained on, after the prompt of inference."""
+
+    skeleton: Skeleton
+    num_prompt: int
+    """Pieces of the prompt."""
+    closing: tuple[Piece, ...]
+    """What the template writes for the conversation with the reply."""
+    num_before: int
+    """Pieces of `closing` before the words of the reply."""
+
+
 class Layout:
     """Lays conversations out by one model's template."""
 
     def __init__(self, processor: ChatProcessor) -> None:
         self._processor = processor
-        self.skeleton = functools.lru_cache(maxsize=4096)(self._skeleton)
+        self._render = processor.template.render
+        self._rewrites_reasoning = functools.cache(lambda: rewrites_reasoning(processor.template))
+        self._whole = functools.lru_cache(maxsize=4096)(self._try_skeleton)
+        self._alone = functools.lru_cache(maxsize=4096)(self._lone_skeleton)
 
-    def lay_out(self, conversation: Conversation) -> tuple[list[Piece], Skeleton]:
-        """The pieces of the rendered text and the skeleton they follow.
+    def skeleton(self, form: Form) -> Skeleton:
+        """Raises SampleError where the template refuses conversations of this form, or does not show all of one."""
+        found = self._whole(form)
+        if isinstance(found, str):
+            raise SampleError(found)
+        return found
+
+    def form(self, conversation: Conversation) -> Form:
+        messages, has_reasoning = conversation.messages, any(CLOSE in message.text for message in conversation.messages)
+        splits = has_reasoning and self._rewrites_reasoning()
+        return Form(tuple([turn_form(message, splits) for message in messages]), conversation.tools)
+
+    def is_together(self, form: Form, turns: Collection[int]) -> bool:
+        """Whether these replies can be trained on in one sequence: each is written there as inference would see it."""
+        found = self._whole(form)
+        return not isinstance(found, str) and all(turn in found.answers for turn in turns)
+
+    def lay_out(self, conversation: Conversation, form: Form) -> tuple[list[Piece], Skeleton]:
+        """The pieces of the rendered text and the skeleton they follow. `form` is that of the conversation.
 
         Raises SampleError where the template refuses the conversation or rewrites its words.
         """
-        skeleton = self.skeleton(_form(conversation))
-        whole = self._processor.template.render(as_messages(conversation.messages), tools=as_tools(conversation))
-        words = list(_words(conversation))
-        pieces, at = [], 0
-        for i, piece in enumerate(skeleton.pieces):
-            text = piece.text
-            if piece.kind == "words":
-                following = skeleton.pieces[i + 1].text if i + 1 < len(skeleton.pieces) else ""
-                if i + 1 < len(skeleton.pieces) and skeleton.pieces[i + 1].kind == "words":
-                    following = ""
-                text = _as_rendered(words[int(piece.text)], following, whole, at)
-            if not whole.startswith(text, at):
-                raise SampleError(
-                    f"the model's chat template rewrites the conversation near {shown(whole[at : at + 40])}"
-                )
-            pieces.append(Piece(piece.kind, text, piece.turn))
-            at += len(text)
-        if at != len(whole):
-            raise SampleError(f"the model's chat template adds {shown(whole[at : at + 40])} to the conversation")
-        return pieces, skeleton
+        skeleton = self.skeleton(form)
+        whole = self._render(as_messages(conversation.messages), tools=as_tools(conversation))
+        return _filled(skeleton.pieces, words_of(conversation, form), whole), skeleton
+
+    def lay_out_alone(self, conversation: Conversation, form: Form) -> tuple[list[Piece], Skeleton]:
+        """The same for its last turn, after the prompt that inference would give for it."""
+        alone, words = self._alone(form), words_of(conversation, form)
+        messages, tools = as_messages(conversation.messages), as_tools(conversation)
+        pieces, asked = alone.skeleton.pieces, self._render(messages[:-1], add_generation_prompt=True, tools=tools)
+        prompt = _filled(pieces[: alone.num_prompt], words, asked)
+        tail = _filled(alone.closing, words, self._render(messages, tools=tools))[alone.num_before :]
+        between = pieces[alone.num_prompt : len(pieces) - len(tail)]
+        own = [replace(piece, text=words[int(piece.text)]) if piece.kind == "words" else piece for piece in between]
+        return [*prompt, *own, *tail], alone.skeleton
+
+    def _try_skeleton(self, form: Form) -> Skeleton | str:
+        """The skeleton, or why there is none."""
+        try:
+            return self._skeleton(form)
+        except SampleError as error:
+            return str(error)
 
     def _skeleton(self, form: Form) -> Skeleton:
-        conversation = _stand_ins(form)
+        conversation = stand_ins(form)
         messages, tools = as_messages(conversation.messages), as_tools(conversation)
-        render = functools.partial(self._processor.template.render, tools=tools)
-        self._check_tools(form, whole := render(messages), self._processor.template.render(messages))
-        pieces = self._split(whole, form)
+        render = functools.partial(self._render, tools=tools)
+        self._check_tools(form, whole := render(messages), self._render(messages))
+        pieces = self._split(whole, form, 0)
         replies: dict[int, tuple[int, str]] = {}
         for turn, of_turn in enumerate(form.turns):
             if of_turn.role != "assistant" or turn == 0:
@@ -122,6 +154,8 @@ class Layout:
             closing = render(messages[: turn + 1])
             if not whole.startswith(prompt):
                 continue  # the template rewrites earlier turns: this one cannot be trained on in the whole
+            if of_turn.marks and opens(prompt) and whole[len(prompt) :].lstrip().startswith(OPEN):
+                continue  # reasoning would be opened twice
             if of_turn.calls:
                 closing = shared_reply(whole, closing, len(prompt))
                 if not shows_all(closing, of_turn.calls):
@@ -134,6 +168,28 @@ class Layout:
             if _is_whole(form.turns[turn], [piece.kind for piece in pieces if piece.turn == turn])
         }
         return Skeleton(tuple(pieces), answers)
+
+    def _lone_skeleton(self, form: Form) -> _Alone:
+        conversation, turn = stand_ins(form), len(form.turns) - 1
+        messages, tools, last = as_messages(conversation.messages), as_tools(conversation), form.turns[turn]
+        prompt = self._render(messages[:-1], add_generation_prompt=True, tools=tools)
+        closing = self._render(messages, tools=tools)
+        check_reasoning(prompt, last, turn)
+        before = self._split(prompt, Form(form.turns[:-1], form.tools), 0)
+        after = self._split(closing, form, turn)
+        own, hidden = [], _hidden(after, form, turn)
+        if last.calls or (hidden is not None and last.marks is None):
+            raise SampleError(
+                f"the model's chat template does not show all of turn {turn + 1} as inference would see it"
+            )
+        if last.marks is not None and hidden is not None:
+            own = [Piece("words", str(hidden), turn), Piece("template", last.marks.close, turn)]
+            if not opens(prompt):
+                own.insert(0, Piece("template", last.marks.opening, turn))
+        num_before = next(i for i, piece in enumerate(after) if piece.kind == "words" and piece.turn == turn)
+        pieces = [*before, *own, *after[num_before:]]
+        answer = self._answer(pieces, turn, len(prompt), closing)
+        return _Alone(Skeleton(tuple(pieces), {turn: answer}), len(before), tuple(after), num_before)
 
     def _check_tools(self, form: Form, with_tools: str, without_tools: str) -> None:
         if form.tools and with_tools == without_tools:
@@ -160,39 +216,31 @@ class Layout:
         ]
         return [*pieces[:at], *(piece for piece in cut if piece.text), *pieces[at + 1 :]]
 
-    def _split(self, whole: str, form: Form) -> list[Piece]:
-        """The skeleton's text in pieces; the text of a words piece is the number of its text part."""
-        turns = list(enumerate(form.turns))
-        turn_of = [turn for turn, of_turn in turns for kind in of_turn.kinds if kind != "image"]
-        image_turns = [turn for turn, of_turn in turns for kind in of_turn.kinds if kind == "image"]
+    def _split(self, whole: str, form: Form, first: int) -> list[Piece]:
+        """A rendered text in pieces; the text of a words piece is the number of its stand-in.
+
+        Raises SampleError unless all the texts from turn `first` on are there exactly once. Reasoning may be missing.
+        """
+        numbers = list(numbered(form))
+        image_turns = [turn for turn, of_turn in enumerate(form.turns) for kind in of_turn.kinds if kind == "image"]
         image = self._processor.template.image_token
-        pattern = _STAND_IN.pattern + (f"|({re.escape(image)})" if image else "|((?!))")
+        pattern = STAND_IN.pattern + (f"|({re.escape(image)})" if image else "|((?!))")
         pieces: list[Piece] = []
-        seen_words: list[int] = []
         num_images = at = turn = 0
         for match in re.finditer(pattern, whole):
             if match.start() > at:
                 pieces.append(Piece("template", whole[at : match.start()], turn))
             at = match.end()
             if match.group(1) is not None:
-                number = int(match.group(1))
-                seen_words.append(number)
-                turn = turn_of[number]
-                pieces.append(Piece("words", str(number), turn))
+                turn = numbers[int(match.group(1))][0]
+                pieces.append(Piece("words", match.group(1), turn))
             else:
                 turn = image_turns[num_images] if num_images < len(image_turns) else turn
                 num_images += 1
                 pieces.append(Piece("image", match.group(), turn))
         if at < len(whole):
             pieces.append(Piece("template", whole[at:], turn))
-        if missing := set(_needed_words(form)) - set(seen_words):
-            role = form.turns[turn_of[min(missing)]].role
-            raise SampleError(
-                "the model's chat template does not show every text of the conversation exactly once: one of turn "
-                f"{turn_of[min(missing)] + 1} ({role}) is missing"
-            )
-        if len(seen_words) > len(set(seen_words)):
-            raise SampleError("the model's chat template does not show every text of the conversation exactly once")
+        _check_shown(pieces, form, first)
         if num_images != len(image_turns):
             raise SampleError(
                 f"the model's chat template writes {num_images} placeholders for {len(image_turns)} images"
@@ -235,15 +283,8 @@ class Layout:
             yield at, tokenizer.id_of(match.group()) in tokenizer.traits.eos_ids
 
 
-_STAND_IN = re.compile(r"Zq(\d+)qZ")
-
-
-def _stand_in(number: int) -> str:
-    return f"Zq{number}qZ"
-
-
 def _in_skeleton(piece: Piece) -> str:
-    return _stand_in(int(piece.text)) if piece.kind == "words" else piece.text
+    return stand_in(int(piece.text)) if piece.kind == "words" else piece.text
 
 
 def _starts(pieces: list[Piece]) -> list[int]:
@@ -253,51 +294,48 @@ def _starts(pieces: list[Piece]) -> list[int]:
 
 def _is_whole(form: TurnForm, kinds: list[Kind]) -> bool:
     """Whether the pieces of a turn have all its texts: templates leave the reasoning of earlier turns out."""
-    num_texts = len(form.kinds) - form.kinds.count("image")
-    return kinds.count("words") == num_texts and (num_texts > 0 or "calls" in kinds)
+    return kinds.count("words") == form.num_texts and (form.num_texts > 0 or "calls" in kinds)
 
 
-def _form(conversation: Conversation) -> Form:
-    return Form(tuple(map(_turn_form, conversation.messages)), conversation.tools)
+def _check_shown(pieces: Sequence[Piece], form: Form, first: int) -> None:
+    """Raises SampleError unless the texts from turn `first` on are among the pieces, and none of all twice."""
+    seen = [int(piece.text) for piece in pieces if piece.kind == "words"]
+    missing = [turn for n, (turn, is_reasoning) in enumerate(numbered(form)) if n not in seen and not is_reasoning]
+    said = "the model's chat template does not show every text of the conversation exactly once"
+    if lost := [turn for turn in missing if turn >= first]:
+        raise SampleError(f"{said}: one of turn {lost[0] + 1} ({form.turns[lost[0]].role}) is missing")
+    if len(seen) > len(set(seen)):
+        raise SampleError(said)
 
 
-def _turn_form(message: Message) -> TurnForm:
-    kinds = tuple("image" if isinstance(part, Image) else "text" for part in message.parts)
-    kinds = ("reasoning", *kinds) if message.reasoning else kinds
-    return TurnForm(message.role, kinds, message.calls, message.name, message.call_id)
+def _hidden(pieces: list[Piece], form: Form, turn: int) -> int | None:
+    """The stand-in for the reasoning of a turn that is not among the pieces."""
+    seen = {piece.text for piece in pieces if piece.kind == "words"}
+    numbers = (number for number, found in enumerate(numbered(form)) if found == (turn, True))
+    return next((number for number in numbers if str(number) not in seen), None)
 
 
-def _words(conversation: Conversation) -> Iterator[str]:
-    """The texts of the conversation, numbered as in its skeleton."""
-    for message in conversation.messages:
-        if message.reasoning:
-            yield message.reasoning
-        yield from (part.text for part in message.parts if isinstance(part, Text))
-
-
-def _needed_words(form: Form) -> Iterator[int]:
-    """The numbers of the texts that the template must show: templates leave the reasoning of earlier turns out."""
-    kinds = [(turn, kind) for turn, of_turn in enumerate(form.turns) for kind in of_turn.kinds if kind != "image"]
-    last = len(form.turns) - 1
-    return (number for number, (turn, kind) in enumerate(kinds) if kind == "text" or turn == last)
-
-
-def _stand_ins(form: Form) -> Conversation:
-    """A conversation of this form with stand-ins for its texts."""
-    numbers = itertools.count()
-    messages: list[Message] = []
-    for role, kinds, calls, name, call_id in form.turns:
-        reasoning = _stand_in(next(numbers)) if "reasoning" in kinds else ""
-        parts: list[Part] = [
-            Image("") if kind == "image" else Text(_stand_in(next(numbers))) for kind in kinds if kind != "reasoning"
-        ]
-        messages.append(Message(role, tuple(parts), reasoning=reasoning, calls=calls, name=name, call_id=call_id))
-    return Conversation(tuple(messages), tools=form.tools)
+def _filled(skeleton: Sequence[Piece], words: Sequence[str], whole: str) -> list[Piece]:
+    """The pieces with words in the place of numbers. Raises SampleError unless they are the rendered text `whole`."""
+    pieces, at = [], 0
+    for i, piece in enumerate(skeleton):
+        text = piece.text
+        if piece.kind == "words":
+            following = skeleton[i + 1].text if i + 1 < len(skeleton) and skeleton[i + 1].kind != "words" else ""
+            text = _as_rendered(words[int(piece.text)], following, whole, at)
+        if not whole.startswith(text, at):
+            raise SampleError(f"the model's chat template rewrites the conversation near {shown(whole[at : at + 40])}")
+        pieces.append(Piece(piece.kind, text, piece.turn))
+        at += len(text)
+    if at != len(whole):
+        raise SampleError(f"the model's chat template adds {shown(whole[at : at + 40])} to the conversation")
+    return pieces
 
 
 def _as_rendered(words: str, following: str, whole: str, at: int) -> str:
     """The words as they stand in `whole` at `at`: as written, trimmed, or escaped as in JSON, as some templates do."""
-    for variant in (words, words.lstrip(), words.rstrip(), words.strip(), json.dumps(words, ensure_ascii=False)[1:-1]):
+    trimmed = (words.lstrip(), words.rstrip(), words.strip(), words.lstrip("\n"), words.rstrip("\n"), words.strip("\n"))
+    for variant in (words, *trimmed, json.dumps(words, ensure_ascii=False)[1:-1]):
         if whole.startswith(variant + following, at):
             return variant
     raise SampleError(f"the model's chat template changes the words {shown(words, 40)}")

@@ -10,6 +10,7 @@ from typing import Any
 from mmtrain.encoding.messages import REASONING, ArgumentForm, MessageForm, Render, Tools
 from mmtrain.errors import UserError
 from mmtrain.records.chat import Messages, SampleError
+from mmtrain.records.reasoning import CLOSE, OPEN
 from mmtrain.safe_text import one_line, shown
 
 _UNKNOWN = "Zq-unknown-qZ"
@@ -44,8 +45,8 @@ def probe_template(source: str | None, render: Render, image_token: str | None) 
     """
     if not source:
         raise UserError(
-            "the model directory has no chat template (chat_template.jinja, or in tokenizer_config.json): copy the "
-            "chat_template.jinja of a chat model with the same tokenizer into it"
+            "the model has no chat template: give one as model.chat_template: FILE, such as the chat_template.jinja of "
+            "a chat model with the same tokenizer"
         )
     roles = _find_text_roles(render)
     tried = [wanted for wanted in (roles, roles | {"system"}) if _shows(render, wanted, "system", "user")]
@@ -165,6 +166,8 @@ class ChatTemplate:
     """The text that stands for an image, None for a model that takes none."""
     text_around_image: tuple[str, str] = ("", "")
     """Ordinary text that the processor writes before and after an image's span, such as newlines."""
+    text_end: str = ""
+    """Ordinary text that the processor writes after all of a text with images."""
 
     def render(self, messages: Messages, add_generation_prompt: bool = False, tools: Tools | None = None) -> str:
         """The text that the template makes, with what the processor writes around an image's span.
@@ -173,9 +176,14 @@ class ChatTemplate:
         """
         text = _rendered(self.make_text, self.as_wanted(messages), add_generation_prompt, tools)
         before, after = self.text_around_image
-        if self.image_token is None or not (before or after):
+        if self.image_token is None or not (before or after or self.text_end) or self.image_token not in text:
             return text
-        return text.replace(self.image_token, before + self.image_token + after)
+        return text.replace(self.image_token, before + self.image_token + after) + self.text_end
+
+    def reply(self, text: str) -> str:
+        """A reply that says `text`, with reasoning where the prompt for a reply begins it."""
+        prompt = self.traits.generation_prompt
+        return f"{OPEN}{text}{CLOSE}{text}" if prompt is not None and prompt.rstrip().endswith(OPEN) else text
 
     def as_wanted(self, messages: Messages) -> Messages:
         """`messages`, as `as_messages` gives them, in the form that the template takes. Raises SampleError where it has

@@ -100,7 +100,8 @@ class Generator:
         """The arguments of `generate`, padded on the left, on the model's device."""
         ids, mask = _padded_left(batch)
         image = self._processor.image_token_id
-        types = torch.zeros_like(ids) if image is None else ((ids == image) & mask.bool()).long()
+        no_types = image is None or self._processor.marks_replies
+        types = torch.zeros_like(ids) if no_types else ((ids == image) & mask.bool()).long()
         inputs = {"input_ids": ids, "attention_mask": mask, **batch.image_inputs}
         inputs |= {key: types for key in ("mm_token_type_ids", "token_type_ids") if key in self._takes}
         device = self._model.device

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from mmtrain.config.schema import Config, Labels
 from mmtrain.config.yaml_file import read_yaml
+from mmtrain.encoding.directory import template_in
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
@@ -31,6 +32,11 @@ class Target:
     dtype: str = "bfloat16"
     quantization: str | None = None
     """How the base model of an adapter is quantized, as in the run that trained the adapter."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The file with the chat template that the adapter was trained with, if it is saved with the adapter."""
+        return None if self.adapter is None else template_in(self.adapter)
 
     @property
     def name(self) -> str:
@@ -109,7 +115,7 @@ class Loaded:
 def load_target(target: Target, runtime: Runtime) -> Loaded:
     """Raises UserError where something is missing, broken or does not fit together."""
     adapter = None if target.adapter is None else read_adapter(target.adapter)
-    processor = load_processor(target.model)
+    processor = load_processor(target.model, target.chat_template)
     encoder = Encoder(processor, target.labels.train_on, target.labels.end_of_turn)
     with loading_faults():
         model = load_model(

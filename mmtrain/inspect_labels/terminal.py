@@ -19,7 +19,7 @@ NUM_SURPRISING = 5
 def print_sample(view: SampleView, console: Console, losses: Mapping[int, float] | None = None) -> None:
     """Print the conversation by turns, then pairs of input and target that show the shift by one."""
     share = view.num_supervised / len(view.tokens)
-    console.print(Text(f"{visible(str(view.place))} · sample {view.index}", style="bold", overflow="fold"))
+    console.print(Text(f"{visible(str(view.place))} · sample {view.name}", style="bold", overflow="fold"))
     images = f", {len(view.images)} image{'s' * (len(view.images) != 1)}" if view.images else ""
     shape = f", read as {view.conversation.shape}" if view.conversation.shape else ""
     console.print(

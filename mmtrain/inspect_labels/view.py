@@ -74,10 +74,19 @@ class ImageView:
 class SampleView:
     place: Place
     index: int
+    """Of the sample among those that are looked at."""
+    record: int
+    turn: int | None
+    """The turn that alone is trained on, where the record gives several samples."""
     conversation: Conversation
     tokens: tuple[TokenView, ...]
     spans: tuple[SpanView, ...]
     images: tuple[ImageView, ...]
+
+    @property
+    def name(self) -> str:
+        """The number of its record, and after a dot that of the turn which alone is trained on."""
+        return str(self.record) if self.turn is None else f"{self.record}.{self.turn + 1}"
 
     @property
     def num_supervised(self) -> int:
@@ -88,7 +97,8 @@ class SampleView:
         row: dict[str, Any] = {
             "source": str(self.place.file),
             "line": self.place.line,
-            "index": self.index,
+            "index": self.record,
+            **({} if self.turn is None else {"turn": self.turn}),
             "shape": self.conversation.shape,
             "num_tokens": len(self.tokens),
             "num_supervised": self.num_supervised,
@@ -113,7 +123,10 @@ def view_sample(samples: StoredSamples | FreshSamples, encoder: Encoder, index: 
         zip(np.flatnonzero(traced.encoded.supervised).tolist(), traced.encoded.token_weights.tolist(), strict=True)
     )
     spans = tuple(_spans(tokens, {image.start for image in images}, processor, weights))
-    return SampleView(samples.place(index), index, conversation, tokens, spans, images)
+    records = samples.records
+    return SampleView(
+        samples.place(index), index, records.record(index), records.turn(index), conversation, tokens, spans, images
+    )
 
 
 def _tokens(traced: Traced, processor: ChatProcessor, conversation: Conversation) -> Iterator[TokenView]:

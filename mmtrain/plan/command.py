@@ -30,7 +30,7 @@ def plan(config: Config, processes: str, as_json: bool) -> None:
     config.objective.check_command("plan", "chat", "inspect-labels --all to check pairs")
     counts = _counts(processes)
     progress = Progress()
-    processor = load_processor(config.model.path)
+    processor = load_processor(config.model.path, config.model.chat_template)
     dataset = Dataset(config, processor, progress)
     structure = structure_of(config, processor)
     is_elsewhere = config.run.device == "cuda" and not torch.cuda.is_available()

@@ -1,6 +1,6 @@
 """A conversation as plain data: every record format is read into it, and the encoder sees nothing else."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -73,3 +73,8 @@ class Conversation:
     @property
     def images(self) -> tuple[Image, ...]:
         return tuple(part for message in self.messages for part in message.parts if isinstance(part, Image))
+
+    def up_to(self, turn: int) -> "Conversation":
+        """The conversation up to `turn`, which alone is trained on."""
+        earlier = (replace(message, train=message.role != "assistant") for message in self.messages[:turn])
+        return replace(self, messages=(*earlier, self.messages[turn]))

@@ -25,7 +25,7 @@ class ChatObjective:
 
     def __init__(self, config: Config, runtime: Runtime, progress: Progress) -> None:
         self._config, self._runtime, self._progress = config, runtime, progress
-        self._processor = load_processor(config.model.path)
+        self._processor = load_processor(config.model.path, config.model.chat_template)
         self.data = Dataset(config, self._processor, progress)
 
     @cached_property

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmtrain.config import Config
 from mmtrain.config.schema import Train
 from mmtrain.dataset.encode_all import EncodingSpec
@@ -49,8 +51,12 @@ class Dataset:
         """What was read, in one line, and what was dropped."""
         used = self.checked.used
         tokens, supervised = self.checked.num_tokens.sum(), self.checked.num_supervised.sum()
+        num_records = len(np.unique(self.train.store.records[used]))
+        samples = f"{len(used):,} samples"
+        if num_records < len(used):
+            samples = f"{num_records:,} conversations gave {len(used):,} sequences"
         line = (
-            f"{len(used):,} samples, {self.checked.num_images:,} images, {tokens:,} tokens "
+            f"{samples}, {self.checked.num_images:,} images, {tokens:,} tokens "
             f"({supervised / tokens:.1%} trained on); {self.num_steps:,} steps, {self.plan.steps_per_epoch:,} an epoch"
         )
         return line + "".join(f"; {more}" for more in (self._left_out(), self._not_chosen()) if more)

@@ -32,6 +32,7 @@ def start_report(config: Config, dataset: Dataset, learner: Learner) -> Iterator
     """What is printed before the first step."""
     yield from component_lines(learner.component_reports)
     yield dataset.summary()
+    yield from _trial_lines(learner)
     yield weights_line(learner)
     yield from bits_lines(config, learner)
     yield from _image_cache_lines(config, learner)
@@ -57,6 +58,14 @@ def _component_table(reports: Sequence[ComponentReport]) -> Table:
         numbers = [row.trainable, row.frozen, *([row.quantized] if quantized else [])]
         table.add_row(row.component, row.mode, modules, *(f"{number:,}" for number in numbers))
     return table
+
+
+def _trial_lines(learner: Learner) -> Iterator[str]:
+    """What the trials at the start found; what falls back has been said."""
+    if learner.processor.trial is not None:
+        yield from (f"ids {line}" for line in learner.processor.trial.lines())
+    if learner.packing:
+        yield "packing: on, packed rows equal samples alone"
 
 
 def weights_line(learner: Trained) -> str:

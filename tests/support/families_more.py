@@ -4,7 +4,7 @@ from typing import Any
 
 from support import family_templates as templates
 from support.families_grid import GRID
-from support.family_models import CHATML, MROPE, PATCH, SIDE, SPLIT, TEXT, TILES, VISION, Family
+from support.family_models import CHATML, MROPE, PATCH, SIDE, SPLIT, TEXT, TILES, VISION, Family, gemma_tokenizer
 
 _SIGLIP = VISION | {"model_type": "siglip_vision_model", "vision_use_head": False}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
@@ -57,6 +57,30 @@ MORE = {
         config=_GLM.config | {"model_type": "glm46v"},
         images=_GLM.images | {"image_processor_type": "Glm46VImageProcessor"},
         processor={"processor_class": "Glm46VProcessor"},
+    ),
+    "paligemma2": Family(
+        templates.PALIGEMMA,
+        "<pad> <eos> <bos> <unk> <image>",
+        {
+            "model_type": "paligemma",
+            # its processor adds 1,152 tokens for places and outlines
+            "text_config": TEXT
+            | {"model_type": "gemma2", "vocab_size": 2048, "layer_types": ["sliding_attention", "full_attention"]},
+            "vision_config": _SIGLIP,
+            "projection_dim": 32,
+            "hidden_size": 32,
+            "image_token_index": "id:<image>",
+        },
+        tokenizer=gemma_tokenizer,
+        tokenizer_class="GemmaTokenizer",
+        bos="<bos>",
+        eos="<eos>",
+        pad="<pad>",
+        names={"image_token": "<image>"},
+        images={"image_processor_type": "SiglipImageProcessor", "size": _SQUARE, "image_seq_length": 16},
+        processor={"processor_class": "PaliGemmaProcessor"},
+        given_template=True,
+        marks_replies=True,
     ),
     "deepseek_vl": Family(
         templates.INTERNVL.replace("<IMG_CONTEXT>", "<image_placeholder>"),

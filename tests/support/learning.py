@@ -25,7 +25,7 @@ ALL_FULL = {"vision": {"mode": "full"}, "projector": {"mode": "full"}, "language
 
 
 def learner_for(config: Config) -> tuple[Learner, Dataset]:
-    processor = load_processor(config.model.path)
+    processor = load_processor(config.model.path, config.model.chat_template)
     dataset = Dataset(config, processor, QUIET)
     learner = make_learner(config, processor, Runtime(config.model.dtype, device=config.run.device), QUIET)
     generator = torch.Generator().manual_seed(7)

@@ -46,7 +46,7 @@ REFUSED = "refused"
 
 
 def dataset_of(config: Config) -> Dataset:
-    return Dataset(config, load_processor(config.model.path), QUIET)
+    return Dataset(config, load_processor(config.model.path, config.model.chat_template), QUIET)
 
 
 def or_refused(seen: Callable[[Dataset], Any]) -> Callable[[Config], Any]:
@@ -76,7 +76,7 @@ def sources_of_the_first_step(config: Config) -> set[int]:
 
 
 def metric_of_answers(config: Config) -> str:
-    processor = load_processor(config.model.path)
+    processor = load_processor(config.model.path, config.model.chat_template)
     evaluation = AnswerEvaluation(config, config.data.eval, processor, QUIET)
     (metric,) = {question.metric for question in evaluation.questions}
     return metric
@@ -114,7 +114,7 @@ def quantized_layers(config: Config) -> int:
 
 
 def tuned(config: Config) -> tuple[Any, Any]:
-    processor, quantization = load_processor(config.model.path), config.model.quantization
+    processor, quantization = load_processor(config.model.path, config.model.chat_template), config.model.quantization
     base = load_model(config.model.path, config.model.dtype, processor, quantization=quantization)
     components = Components(base, config.tune.components)
     model, _ = apply_tune(base, components, config.tune)
@@ -357,7 +357,7 @@ def num_shardings(config: Config) -> int:
     runtime.num_processes, runtime._store = 2, HashStore()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learner, "shard", lambda *arguments: calls.append(arguments))
-        learner.make_learner(config, load_processor(config.model.path), runtime, QUIET)
+        learner.make_learner(config, load_processor(config.model.path, config.model.chat_template), runtime, QUIET)
     return len(calls)
 
 
