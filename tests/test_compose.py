@@ -26,12 +26,13 @@ from mmtrain.cli import app
 from mmtrain.compose import command
 from mmtrain.compose.command import Options, compose
 from mmtrain.compose.language import Language, with_image_tokens
+from mmtrain.config import load_config
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.merge.command import merge
 from mmtrain.train.run import train
-from support.builders import DECODER_SIZES, copy_text_tokenizer, make_text, mixed_rows, randomized, write_jsonl
+from support.builders import DECODER_SIZES, ROOT, copy_text_tokenizer, make_text, mixed_rows, randomized, write_jsonl
 from support.towers import (
     SIDE,
     SIZE,
@@ -42,7 +43,7 @@ from support.towers import (
     make_registers,
 )
 
-PROJECTORS = ("mlp2x-gelu", "linear", "pixel-shuffle")
+COMBINATIONS = [*((tower, "mlp2x-gelu") for tower in TOWERS), ("siglip", "linear"), ("dinov2", "pixel-shuffle")]
 TEXT_WIDTH = 64
 
 
@@ -70,8 +71,7 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
     return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
-@pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("projector", PROJECTORS)
+@pytest.mark.parametrize(("tower", "projector"), COMBINATIONS)
 def test_every_weight_of_both_parts_is_carried_over_to_the_bit(
     tower: str, projector: str, parts: dict[str, Path], compose_once: Callable[[str, str], Path]
 ) -> None:
@@ -124,8 +124,7 @@ def hand_wired(folder: Path, tower: Path, language: Path, projector: str, ids: T
     return logits
 
 
-@pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("projector", PROJECTORS)
+@pytest.mark.parametrize(("tower", "projector"), COMBINATIONS)
 @torch.no_grad()
 def test_the_forward_is_the_hand_wired_one(
     tower: str, projector: str, parts: dict[str, Path], compose_once: Callable[[str, str], Path]
@@ -162,7 +161,13 @@ print("GENERATED", out.shape[1] - inputs["input_ids"].shape[1], int((inputs["inp
 """
 
 
-@pytest.mark.parametrize(("projector", "num_tokens"), [("mlp2x-gelu", SIDE**2), ("pixel-shuffle", SIDE**2 // 4)])
+@pytest.mark.parametrize(
+    ("projector", "num_tokens"),
+    [
+        ("mlp2x-gelu", SIDE**2),
+        pytest.param("pixel-shuffle", SIDE**2 // 4, marks=pytest.mark.slow("starts another process")),
+    ],
+)
 def test_plain_transformers_loads_it_and_generates(
     projector: str, num_tokens: int, compose_once: Callable[[str, str], Path]
 ) -> None:
@@ -331,7 +336,9 @@ def test_a_tokenizer_that_cannot_take_a_token_is_refused(tokenizer: Any, reason:
         with_image_tokens(Language(None, tokenizer, "", {}, 0), ("<image>",), "lm")
 
 
-@pytest.mark.parametrize("projector", ["mlp2x-gelu", "pixel-shuffle"])
+@pytest.mark.parametrize(
+    "projector", ["mlp2x-gelu", pytest.param("pixel-shuffle", marks=pytest.mark.slow("trains and merges again"))]
+)
 def test_it_is_inspected_trained_and_merged_like_any_model(
     projector: str, compose_once: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
@@ -369,3 +376,17 @@ def test_the_command_prints_what_it_composed(parts: dict[str, Path], tmp_path: P
     assert f"its class token dropped; {SIZE}x{SIZE} pixels, {SIDE}x{SIDE} patches, 16 tokens" in result.stderr
     assert "projector: mlp2x-gelu, 6,272 new parameters from seed 0" in result.stderr  # 32·64 + 64 + 64·64 + 64
     assert "<image> is token 1280, 1 new embeddings" in result.stderr
+
+
+def test_the_shipped_configs_are_two_stages_of_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data_samples").symlink_to(ROOT / "data_samples")
+    for name in ("model", "projector"):
+        (tmp_path / "runs" / "compose" / name).mkdir(parents=True)
+    files = [ROOT / "configs" / "compose" / f"{name}.yaml" for name in ("projector", "instructions")]
+    first, second = (load_config(file) for file in files)
+    assert first.model.path == second.model.path
+    assert second.model.adapter == first.run.output_dir
+    assert set(first.tune.trainable) == {"projector"}
+    assert set(second.tune.trainable) == {"projector", "language"}
+    assert all(file.read_text().startswith("# yaml-language-server: $schema=../schema.json\n") for file in files)

@@ -243,6 +243,17 @@ TRAIN = {
     "train.max_grad_norm": Key(seen.norm_of_the_first_gradient, [(None, None), (0.05, 0.05), (0.1, 0.1)]),
     "train.seed": Key(seen.same_as_seed_0, [(0, (True, True)), (1, (False, False))]),
 }
+WATCHED = {"train.steps": 4, "run.eval_every": 1}
+STOPPING = {"metric": "eval/nll", "patience": 1}
+TRAIN |= {
+    "train.early_stopping": Key(seen.last_step, [(None, 4), (STOPPING, 2)], WATCHED),
+    "train.early_stopping.metric": Key(
+        seen.last_step, [("eval/nll", 2), ("eval/token_accuracy", 4)], {**WATCHED, "train.early_stopping.patience": 1}
+    ),
+    "train.early_stopping.patience": Key(
+        seen.last_step, [(1, 2), (2, 3)], {**WATCHED, "train.early_stopping.metric": "eval/nll"}
+    ),
+}
 FULL = {"mode": "full"}
 PAIRS = {"objective.kind": "contrastive", "tune": {"vision": FULL, "projector": FULL, "language": FULL}}
 NO_SCALE = PAIRS | {"objective.scale": 1e-6, "train.batch_size": 3}
@@ -273,6 +284,11 @@ OBJECTIVE = {
         PAIRS | {"objective.loss": "sigmoid"},
     ),
     "objective.temperature_max": Key(seen_contrastive.scale, [(100.0, (14.285, True)), (5.0, (5.0, True))], PAIRS),
+    "objective.pooling": Key(
+        seen_contrastive.num_pooled_tokens,
+        [("last", 1), ("mean", 32), ("family", REFUSED)],  # by transformers the prompt has 32 tokens
+        {"objective.kind": "contrastive", "objective.scale": 20.0},
+    ),
     "objective.dims": Key(seen_contrastive.num_trained_values, [((), 16), ([4], 4), ([4, 8], 8)], PAIRS),
 }
 RUN = {
@@ -284,7 +300,7 @@ RUN = {
     "run.device": Key(seen.device, [("cpu", "cpu"), ("cuda", REFUSED)]),
     "run.threads": Key(seen.num_threads, [(1, 1), (2, 2)]),
     "run.hang_timeout": Key(seen.seconds_of_the_supervisor, [(100.0, [100.0]), (200.0, [200.0])]),
-    "run.activation_checkpointing": Key(seen.forward_passes_of_a_layer, [(False, 1), (True, 2)]),
+    "run.activation_checkpointing": Key(seen.forward_passes_of_a_layer, [(False, 1), (True, 2), ("auto", 1)]),
     "run.kernels": Key(seen.has_kernels, [("auto", True), ("off", False)]),
     "run.compile": Key(seen.is_compiled, [(False, False), (True, True)]),
     "run.image_cache.memory_gib": Key(
@@ -300,6 +316,15 @@ RUN = {
     "run.checkpoint_every": Key(seen.saved_steps, [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4])], {"train.steps": 4}),
     "run.keep_checkpoints": Key(seen.saved_steps, [(2, [3, 4]), (3, [2, 3, 4])], {"train.steps": 4}),
     "run.eval_every": Key(seen.steps_evaluated, [(2, [0, 2, 4]), (3, [0, 3, 4])], {"train.steps": 4}),
+    # of the three samples one, which seed 0 takes first, has two questions
+    "run.eval_answers": Key(seen.times_asked, [(None, []), ({}, [(0, 4), (2, 4)])]),
+    "run.eval_answers.samples": Key(seen.times_asked, [(1, [(0, 2), (2, 2)]), (2, [(0, 3), (2, 3)])]),
+    "run.eval_answers.every": Key(
+        seen.times_asked, [(2, [(0, 4), (2, 4), (4, 4)]), (3, [(0, 4), (3, 4), (4, 4)])], {"train.steps": 4}
+    ),
+    "run.keep_best": Key(seen.best_step, [(None, None), ("eval/nll", 1), ("eval/token_accuracy", 4)], WATCHED),
+    "run.trackers": Key(seen.trackers_started, [([], []), (["wandb", "mlflow"], ["wandb", "mlflow"])]),
+    "run.eval_answers.batch_size": Key(seen.questions_at_a_time, [(2, [2, 2]), (3, [3, 1])]),
 }
 TUNE = {**keys_of("vision"), **keys_of("projector"), **keys_of("language"), **component_modules()}
 KEYS = {**DATA, **TUNE, **TRAIN, **OBJECTIVE, **RUN}

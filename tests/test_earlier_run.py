@@ -62,7 +62,7 @@ def with_eval(config: Config) -> Config:
     return Config.model_validate(data)
 
 
-@pytest.mark.parametrize("tune", [{"language": LORA}, MIXED])
+@pytest.mark.parametrize("tune", [{"language": LORA}, pytest.param(MIXED, marks=pytest.mark.slow("trains again"))])
 def test_an_adapter_is_continued_with_a_fresh_optimizer(tune: dict[str, Any], make_config: MakeConfig) -> None:
     config = with_eval(make_config("qwen2_5_vl", tune, steps=3))
     earlier = trained(config)
@@ -140,6 +140,7 @@ def test_what_would_be_lost_or_computed_otherwise_is_refused(make_config: MakeCo
         assert str(caught.value).startswith("model.adapter: ")
 
 
+@pytest.mark.slow("trains twice and copies models")
 def test_an_adapter_of_another_model_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("llava", {"language": LORA}, steps=1)
     earlier = trained(config)

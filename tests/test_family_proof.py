@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from mmtrain.errors import UserError
 from support.family_proof import prove
 from support.family_reference import FAMILIES, is_usable, save_images
 from support.family_table import NOT_TRAINED, refusal, row, table
@@ -27,6 +28,15 @@ def test_the_first_step_is_that_of_plain_transformers(name: str, root: Path, tmp
     proof = prove(name, root, tmp_path)
     assert proof.failures == []
     assert table()[name] == row(name, proof)
+
+
+@pytest.mark.parametrize("name", NOT_TRAINED)
+def test_the_others_are_refused_in_one_line(name: str, root: Path, tmp_path: Path) -> None:
+    if not is_usable(name):
+        pytest.skip(f"needs {FAMILIES[name].needs}")
+    with pytest.raises(UserError) as refused:
+        prove(name, root, tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 def test_the_page_has_every_family() -> None:

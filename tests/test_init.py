@@ -83,8 +83,7 @@ def test_the_survey_counts_what_the_tiny_model_and_the_data_have(data: Path) -> 
         (replace(GPU, has_bfloat16=False), "model.dtype", "float32"),
         (GPU, "model.quantization", None),
         (replace(GPU, gpu_memory=24 * 10**9), "model.quantization", "nf4"),  # 16 GB of weights
-        (GPU, "run.activation_checkpointing", False),
-        (replace(GPU, gpu_memory=40 * 10**9), "run.activation_checkpointing", True),
+        (replace(GPU, gpu_memory=40 * 10**9), "run.activation_checkpointing", "auto"),
         (SMALL, "data.max_length", 512),
         (replace(SMALL, is_complete=False, longest=1000), "data.max_length", 1280),
         (replace(SMALL, longest=4000), "data.max_length", 4096),

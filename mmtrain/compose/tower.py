@@ -5,10 +5,10 @@ from typing import Any
 
 import PIL.Image
 import torch
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from mmtrain.errors import UserError
-from mmtrain.model.load import load_headless_model
+from mmtrain.model.load import load_weights
 from mmtrain.safe_text import one_line
 
 _PROBE_SIZE = (300, 200)
@@ -46,7 +46,7 @@ def load_tower(path: str, dtype: str, feature_layer: int) -> Tower:
 
     Raises UserError if the directory is broken, or if the encoder does not give one vector for each patch.
     """
-    model = _image_encoder(load_headless_model(path, dtype), path)
+    model = _image_encoder(load_weights(path, dtype, auto=AutoModel), path)
     try:
         image_processor = AutoImageProcessor.from_pretrained(
             path, backend="pil", local_files_only=True, trust_remote_code=False

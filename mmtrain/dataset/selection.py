@@ -159,6 +159,11 @@ def content_keys(samples: StoredSamples, indices: Iterable[int]) -> Keys:
     }
 
 
+def sample_keys(samples: StoredSamples, indices: Sequence[int]) -> Keys:
+    """By sample, what two samples that are the same have in common: tokens, labels and the bytes of their images."""
+    return {index: (_tokens_key(samples, index), *keys) for index, keys in content_keys(samples, indices).items()}
+
+
 # --- the split
 
 

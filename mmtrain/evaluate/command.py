@@ -10,13 +10,16 @@ from rich.console import Console
 
 from mmtrain.config import Config
 from mmtrain.errors import UserError
-from mmtrain.evaluate.evaluation import BASE, Evaluation
+from mmtrain.evaluate.evaluation import Evaluation
+from mmtrain.evaluate.models import BASE
 from mmtrain.evaluate.report import image_verdict, print_comparison, print_report
 from mmtrain.generate.questions import questions_of
 from mmtrain.scoring import statistics
 from mmtrain.scoring.changed_images import CHANGES
+from mmtrain.scoring.distributions import Distributions, calibration_figures
 from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.scoring.scores import Scores
+from mmtrain.scoring.statistics import per_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,7 @@ def _images(evaluation: Evaluation, model: LoadedModel, right: Scores) -> dict[s
 
 
 def _compare(evaluation: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each adapter (or `base`), with its paired difference from the first."""
+    """A row for each model, with its paired difference and its divergence from the first."""
     rows: list[dict[str, Any]] = []
     first: Scores | None = None
     for name in names:
@@ -115,4 +118,16 @@ def _compare(evaluation: Evaluation, names: Sequence[str]) -> list[dict[str, Any
         first = scores if first is None else first
         figures = {key: found[key] for key in ("perplexity", "nll", "token_accuracy", "bits_per_byte", "interval")}
         rows.append({"name": name, **figures, "difference": difference})
+    for number, row in list(enumerate(rows))[len(rows) > 1 :]:
+        pair = evaluation.distributions(names[0], names[number])
+        row |= _distribution(pair, 1) | {"divergence": per_token(pair.sample, pair.divergence, pair.num_tokens)}
+        rows[0] |= _distribution(pair, 0) | {"divergence": None}
     return rows
+
+
+def _distribution(pair: Distributions, number: int) -> dict[str, Any]:
+    """Entropy in nats per token and calibration of the first (0) or the second (1) of two models."""
+    return {
+        "entropy": per_token(pair.sample, pair.entropy[:, number], pair.num_tokens),
+        "calibration": calibration_figures(pair.calibration[:, number].sum(axis=0)),
+    }

@@ -17,6 +17,14 @@ _NOTHING = 5e-5
 _FEW_SAMPLES = 20
 _MAX_TEXT = 32
 """Characters of a question or a reply that are shown."""
+_BAR = 40
+"""Characters of a bar."""
+_DISTRIBUTIONS = (
+    "KL (first ‖ model) is how far a model's next-token probabilities are from the first model's, and entropy how "
+    "undecided it is, in nats per supervised token. The expected accuracy is the mean probability of the most likely "
+    "token; above the observed accuracy, the model is too sure of itself. The error is the expected calibration error. "
+    "In the bars, │ marks the expected accuracy."
+)
 _NOT_ACCURACY = (
     "Likelihood is not accuracy: a model can find the right answers likely and still write wrong ones. "
     "`mmtrain eval answers` generates answers and scores them."
@@ -57,6 +65,34 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], console: Console) -> Non
     _say("\nThe second lines are 95 % intervals.", console)
     if any(row["difference"] for row in rows):
         _say("Below 0 a model is better than the first, surely so where its whole interval is.", console, wrap=True)
+    console.print()
+    console.print(_distribution_table(rows))
+    _say(f"\n{_DISTRIBUTIONS}", console, wrap=True)
+    for row in rows:
+        _say(f"\n{visible(row['name'])}: accuracy of the most likely token by its probability", console)
+        for line in _calibration_plot(row["calibration"]["bins"]):
+            _say(line, console)
+
+
+def _distribution_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("model", "KL", "entropy", "expected", "observed", "error")
+    for row in rows:
+        own, far = row["calibration"], row["divergence"]
+        divergence = "–" if far is None else f"{far['mean']:.4f}\n{far['interval'][0]:.4f} to {far['interval'][1]:.4f}"
+        shares = [own[key] for key in ("expected_accuracy", "observed_accuracy", "expected_calibration_error")]
+        entropy = f"{row['entropy']['mean']:.4f}"
+        table.add_row(Text(visible(row["name"])), divergence, entropy, *(f"{share:.1%}" for share in shares))
+    return table
+
+
+def _calibration_plot(bins: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A bar of the observed accuracy for each bin of confidence, with a mark at the expected one."""
+    for one in bins:
+        mark = round(one["confidence"] * (_BAR - 1))
+        bar = ["█" if place < round(one["accuracy"] * _BAR) else " " for place in range(_BAR)]
+        bar[mark] = "│"
+        low, high = one["range"]
+        yield f"  {low:.1f} to {high:.1f} {''.join(bar)} {one['accuracy']:>6.1%}  {_count(one['num_tokens'], 'token')}"
 
 
 def image_verdict(images: Mapping[str, Any]) -> str:

@@ -12,14 +12,12 @@ from mmtrain.config.yaml_file import read_yaml
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.generate.replies import Generator
+from mmtrain.generate.replies import ANY_LENGTH, Generator
 from mmtrain.model.adapter import CONFIG, load_adapter, read_adapter
 from mmtrain.model.load import length_limit, load_model
 from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import one_line, visible
-
-_ANY_LENGTH = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,7 @@ def _named_base(adapter: Path) -> str:
 def _config_of_run(folder: Path) -> Config | None:
     """The config of the run in `folder`, or of the one that saved its adapter or model there; None where there is no
     run."""
-    run = folder.parent if folder.name in ("adapter", "model") else folder
+    run = folder.parent if folder.name in ("adapter", "model", "best") else folder
     file = run / "config.yaml"
     if not (run / "checkpoints").is_dir() or not file.is_file():
         return None
@@ -120,5 +118,5 @@ def load_target(target: Target, runtime: Runtime) -> Loaded:
     if adapter is not None:
         model = load_adapter(model, adapter)
         model.to(runtime.device)
-    limit = length_limit(target.model, _ANY_LENGTH).num_tokens
+    limit = length_limit(target.model, ANY_LENGTH).num_tokens
     return Loaded(target, model, encoder, Generator(model, encoder, runtime.autocast, limit), runtime)

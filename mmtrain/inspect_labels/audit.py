@@ -89,6 +89,8 @@ class AuditReport:
     first_notes: dict[str, tuple[str, str]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     """Samples that the config does not select, by the reason. They are in no other count."""
+    roles: Counter[str] = field(default_factory=Counter)
+    """How many turns of these samples have each role."""
     shapes: Counter[str] = field(default_factory=Counter)
     """How many of the samples that are not refused have each shape of record."""
 
@@ -115,6 +117,7 @@ class AuditReport:
             "faults": {kind: list(map(_named, found)) for kind, found in self.faults.items()},
             "notes": dict(self.notes),
             "left_out": dict(self.left_out),
+            "roles": dict(self.roles),
             "shapes": dict(self.shapes),
         }
 
@@ -137,6 +140,8 @@ class AuditReport:
     def _lines(self) -> Iterator[str]:
         if self.shapes:
             yield f"\nRead as {', '.join(f'{shape} ({count:,})' for shape, count in self.shapes.most_common())}"
+        if self.roles:
+            yield f"Turns: {', '.join(f'{role} ({count:,})' for role, count in self.roles.most_common())}"
         yield from bars("Tokens of a sample", histogram(self.lengths))
         yield from bars("Longer side of an image, in pixels", histogram(self.image_sides))
         yield "\nLongest samples" if self.longest else ""
@@ -222,7 +227,9 @@ class _Counting:
             report.longest.append((num_tokens, place))
             report.longest.sort(key=lambda one: -one[0])  # stable: equal lengths stay in order
             del report.longest[_NUM_LONGEST:]
-            report.shapes[self._samples.records.conversation(index).shape] += 1
+            conversation = self._samples.records.conversation(index)
+            report.shapes[conversation.shape] += 1
+            report.roles.update(message.role for message in conversation.messages)
             self._same.setdefault(self._digest(index), []).append(index)
         return found
 

@@ -17,11 +17,11 @@ from peft.utils.other import get_pattern_key
 from mmtrain.config.schema import Model
 from mmtrain.dataset.hashes import digest
 from mmtrain.encoding.directory import files_in
-from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.adapter import WEIGHTS, Adapter, find_adapter_folder, named_base, read_adapter
 from mmtrain.model.components import Components, base_name
-from mmtrain.model.load import load_model
+from mmtrain.model.load import load_weights
+from mmtrain.model.tune import target_name
 from mmtrain.safe_text import shown, visible
 
 _KEY = "model.adapter"
@@ -30,13 +30,11 @@ _MERGE = "or merge it with `mmtrain merge` and give the merged model as model.pa
 
 def trained_files(path: str) -> list[Path]:
     """The files with the trained weights of the run or adapter at `path`. Raises UserError if there are none."""
-    model = _complete_model(path)
+    model = complete_model(path)
     return files_in(model, ["*.safetensors"]) if model is not None else [find_adapter_folder(Path(path)) / WEIGHTS]
 
 
-def start_from_run(
-    model: Any, components: Components, settings: Model, processor: ChatProcessor, tick: Callable[[], None]
-) -> str:
+def start_from_run(model: Any, components: Components, settings: Model, tick: Callable[[], None]) -> str:
     """Give the trainable weights of `model` the values that the run or adapter `settings.adapter` trained.
 
     `model` is what `apply_tune` gives. Weights that were not trained there keep their first values. Returns a line that
@@ -44,9 +42,9 @@ def start_from_run(
     compute something else.
     """
     path = str(settings.adapter)
-    complete = _complete_model(path)
+    complete = complete_model(path)
     if complete is not None:
-        num_loaded = _load_complete(model, components, settings, complete, processor, tick)
+        num_loaded = _load_complete(model, components, settings, complete, tick)
     else:
         adapter = read_adapter(path)
         _check_base(adapter, settings.path)
@@ -55,7 +53,7 @@ def start_from_run(
     return f"started from {visible(path)}: {num_loaded} of {num_trainable} trainable tensors have its values"
 
 
-def _complete_model(path: str) -> Path | None:
+def complete_model(path: str) -> Path | None:
     """The complete model that the run at `path` saved, if it did."""
     folder = Path(path) / "model"
     return folder if (folder / "config.json").is_file() else None
@@ -66,13 +64,11 @@ def _load_complete(
     components: Components,
     settings: Model,
     folder: Path,
-    processor: ChatProcessor,
     tick: Callable[[], None],
 ) -> int:
     """Copy the weights in which the model in `folder` differs from the base model; gives their number."""
     before, after = (
-        dict(load_model(str(one), settings.dtype, processor, tick=tick).named_parameters())
-        for one in (settings.path, folder)
+        dict(load_weights(str(one), settings.dtype, tick=tick).named_parameters()) for one in (settings.path, folder)
     )
     where = f"{_KEY}: {visible(str(folder))}"
     shapes = [{name: value.shape for name, value in one.items()} for one in (before, after)]
@@ -142,7 +138,7 @@ def _check_same_function(model: PeftModel, adapter: Adapter, own: Iterable[str],
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or name not in loaded:
             continue
-        expected = _scaling(adapter.config, name.removeprefix("base_model.model."))
+        expected = _scaling(adapter.config, target_name(name, layer))
         if not math.isclose(layer.scaling["default"], expected, rel_tol=1e-6):
             raise UserError(
                 f"{where}: its output is scaled by {expected:g} in {shown(name, 120)}, and by "

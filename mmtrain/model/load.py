@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from mmtrain.model.quantization import (
     check_not_stored_quantized,
     check_quantized,
     quantization_config,
+    stand_in_for_quantized,
 )
 from mmtrain.model.weight_files import check_finite_files, check_weight_files, is_finite
 from mmtrain.safe_text import one_line, shown
@@ -101,9 +103,12 @@ def load_without_weights(
     """The model as `load_model` gives it, with new weights of which none is read. For `WithoutValues`."""
     config = load_config(path)
     try:
-        return auto_class(config).from_config(config, dtype=getattr(torch, dtype)).eval()
+        model = auto_class(config).from_config(config, dtype=getattr(torch, dtype)).eval()
     except Exception as error:  # a broken config makes transformers raise anything
         raise UserError(f"{path}: the model cannot be made: {type(error).__name__}: {one_line(error)}") from None
+    if quantization is not None:
+        stand_in_for_quantized(model)
+    return model
 
 
 def length_limit(path: str, max_length: int) -> LengthLimit:
@@ -129,6 +134,22 @@ def checkpoint_activations(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # required for checkpointing; the dropouts inside have their own flag, which is off
+
+
+@contextmanager
+def without_training_settings(model: Any) -> Iterator[None]:
+    """Around generation by a model that is being trained: a checkpointed layer would drop the cache of earlier tokens,
+    and a compiled one would be compiled again for each of its lengths."""
+    checkpointed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    flags = [module.training for module in checkpointed]
+    for module in checkpointed:
+        module.training = False
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, flag in zip(checkpointed, flags, strict=True):
+            module.training = flag
 
 
 def compile_layers(model: Any) -> None:
@@ -246,11 +267,12 @@ def load_weights(
     tick: Callable[[], None] = lambda: None,
     quantization: str | None = None,
     named: ComponentModules = _NONE,
+    auto: Any = None,
 ) -> Any:
     """The model on `device` in `dtype`, in eval mode: the base model's own dropout is never on. On another device than
     the CPU no weight waits in host memory for the others. `tick` is called as weights are read. With
     `quantization` the language model's linear layers are quantized as they are read; `named` is what the config says
-    of its components.
+    of its components. `auto`: the class of transformers that loads it; None: `auto_class` chooses.
 
     Raises torch.OutOfMemoryError if the device is too small, and UserError if files are broken, or if weights are
     missing, not finite or have wrong shapes.
@@ -259,26 +281,13 @@ def load_weights(
     _check_files(config, path)
     check_not_stored_quantized(config, quantization, path)
     settings = {} if quantization is None else _quantized(path, config, quantization, dtype, named)
-    model, info = _from_pretrained(auto_class(config), path, dtype, device, tick, **settings)
+    model, info = _from_pretrained(auto or auto_class(config), path, dtype, device, tick, **settings)
     _check_finite(model, path, tick)
     unused = sorted(info["unexpected_keys"])
     if unused:
         _log.warning(
             "warning: %s: %d weights are not used by the model, such as %s", path, len(unused), shown(unused[0])
         )
-    return model.eval()
-
-
-def load_headless_model(path: str, dtype: str) -> Any:
-    """A model without a head of its own, such as an image encoder, on the CPU in `dtype`, in eval mode.
-
-    Raises UserError if files are broken, or if weights are missing, not finite or have wrong shapes.
-    """
-    config = load_config(path)
-    _check_files(config, path)
-    check_not_stored_quantized(config, None, path)
-    model, _ = _from_pretrained(AutoModel, path, dtype, _CPU, lambda: None)
-    _check_finite(model, path, lambda: None)
     return model.eval()
 
 

@@ -55,7 +55,8 @@ class AdaptedModels:
             self._vision = prepare_vision(self._model, processor, progress.say)
         self._packing = choose_packing(self._model, processor, config, runtime, progress.say)
         self._store = make_store(config, runtime, progress) if cache_images else None
-        self._num_loaded = 0
+        self._names: dict[str, str] = {}
+        """The name in the model of each adapter that is in it."""
 
     @contextmanager
     def adapted(self, name: str | None) -> Iterator[LoadedModel]:
@@ -63,15 +64,28 @@ class AdaptedModels:
 
         Raises UserError where the adapter does not fit the model.
         """
-        if name is not None:
-            self._model = load_adapter(self._model, self._adapters[name], f"adapter_{self._num_loaded}")
+        self.add(name)
+        with self.active(name):
+            yield self.loaded()
+
+    def add(self, name: str | None) -> None:
+        """Load the adapter `name`, unless it is loaded. Raises UserError where it does not fit the model."""
+        if name is not None and name not in self._names:
+            self._names[name] = f"adapter_{len(self._names)}"
+            self._model = load_adapter(self._model, self._adapters[name], self._names[name])
             self._model.to(self._runtime.device)
-            self._num_loaded += 1
+
+    @contextmanager
+    def active(self, name: str | None) -> Iterator[None]:
+        """Inside, the model computes with the adapter `name`, which was added, or with none."""
+        if name is not None:
+            self._model.set_adapter(self._names[name], inference_mode=True)
         is_base = name is None and isinstance(self._model, PeftModel)
         with self._model.disable_adapter() if is_base else nullcontext():
-            yield self._loaded()
+            yield
 
-    def _loaded(self) -> LoadedModel:
+    def loaded(self) -> LoadedModel:
+        """The model, which computes with the adapter that is active then; to be made after all adapters are added."""
         model, runtime = self._model, self._runtime
         makes_features = ["vision", "projector", *(["language"] if self._config.tune.components.language else [])]
         same = is_as_loaded(model, self._family.components, makes_features)  # with all adapters so far

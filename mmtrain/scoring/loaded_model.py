@@ -1,6 +1,6 @@
 """A model on its device, ready to compute the loss of a batch: the one way that training and all scoring go."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.head import HeadKind
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
-from mmtrain.model.loss import supervised_nll
+from mmtrain.model.loss import supervised_logits, supervised_nll
 from mmtrain.model.root import Root
 from mmtrain.runtime.processes import Runtime
 
@@ -39,4 +39,12 @@ class LoadedModel:
         likely one."""
         with self.runtime.autocast():
             found: tuple[Tensor, Tensor] = self.root(supervised_nll, self.head_kind, self.make_inputs(batch), batch)
+        return found
+
+    def logits(self, batch: Batch) -> Callable[[slice], Tensor]:
+        """From a range of the batch's supervised tokens to their logits, (num_tokens, vocabulary) in float32."""
+        with self.runtime.autocast():
+            found: Callable[[slice], Tensor] = self.root(
+                supervised_logits, self.head_kind, self.make_inputs(batch), batch
+            )
         return found

@@ -1,9 +1,10 @@
 """Scores of a model on a set of samples, by the encoding, the batches and the cross-entropy of training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmtrain.dataset.batch import Batch, Samples
 from mmtrain.dataset.microbatches import cut_step
@@ -14,7 +15,7 @@ from mmtrain.progress import Progress
 from mmtrain.runtime.device import microbatch_faults, wide
 from mmtrain.runtime.shard import Filled
 from mmtrain.scoring.loaded_model import LoadedModel
-from mmtrain.scoring.scores import Scores
+from mmtrain.scoring.scores import Floats, Ints, Scores
 
 
 class Scorer:
@@ -47,7 +48,6 @@ class Scorer:
         self._rows = np.array(rows, np.int64).reshape(-1, 5)
         self._weights = np.array(weights, np.float64)
 
-    @torch.no_grad()
     def score(
         self, loaded: LoadedModel, microbatch_tokens: int, progress: Progress, filled: Filled | None = None
     ) -> Scores | None:
@@ -55,29 +55,52 @@ class Scorer:
 
         `filled`: the samples where weights are sharded over the processes.
         """
-        runtime = loaded.runtime
-        own = self._own_microbatches(loaded, microbatch_tokens)
-        own = [indices for indices in own if indices] if filled is None else [filled.fill(indices) for indices in own]
-        sums = np.zeros((len(self._rows), 3))
-        with progress.task("scoring", len(own)) as task:
-            for batch in loaded.batches(self._inputs if filled is None else filled, own):
-                with microbatch_faults("evaluation", batch):
-                    nll, right = loaded.nll(batch)
-                rows = self._answers(batch)
-                for column, values in enumerate((wide(nll), torch.ones_like(nll), right)):
-                    np.add.at(sums[:, column], rows, values.cpu().numpy())
-                task.advance()
-                if runtime.should_break(together=filled is not None):
-                    break
-        total, stop_signal = runtime.agree(torch.from_numpy(sums).flatten())
-        if stop_signal is not None:
+
+        def of_tokens(batch: Batch) -> Tensor:
+            nll, right = loaded.nll(batch)
+            return torch.stack([wide(nll), torch.ones_like(wide(nll)), wide(right)], dim=1)
+
+        sums = self.sums(loaded, microbatch_tokens, progress, 3, of_tokens, filled)
+        if sums is None:
             return None
-        sums = total.numpy().reshape(sums.shape)
         sample, source, answer, has_image, num_bytes = self._rows.T
         counts = sums.round().astype(np.int64)
         return Scores(
             sample, source, answer, has_image > 0, sums[:, 0], counts[:, 1], counts[:, 2], num_bytes, self._weights
         )
+
+    @property
+    def sample(self) -> Ints:
+        """(num_answers,) the sample index of each answer."""
+        return self._rows[:, 0]
+
+    @torch.no_grad()
+    def sums(
+        self,
+        loaded: LoadedModel,
+        microbatch_tokens: int,
+        progress: Progress,
+        num_columns: int,
+        of_tokens: Callable[[Batch], Tensor],
+        filled: Filled | None = None,
+    ) -> Floats | None:
+        """(num_answers, num_columns) the sums over each answer's tokens of what `of_tokens` gives for a batch,
+        (num_supervised, num_columns). Each is computed by one process and known to all; None where a signal asked to
+        stop. `loaded` decides how batches are made."""
+        runtime = loaded.runtime
+        own = self._own_microbatches(loaded, microbatch_tokens)
+        own = [indices for indices in own if indices] if filled is None else [filled.fill(indices) for indices in own]
+        sums = np.zeros((len(self._rows), num_columns))
+        with progress.task("scoring", len(own)) as task:
+            for batch in loaded.batches(self._inputs if filled is None else filled, own):
+                with microbatch_faults("evaluation", batch):
+                    values = of_tokens(batch)
+                np.add.at(sums, self._answers(batch), values.cpu().numpy())
+                task.advance()
+                if runtime.should_break(together=filled is not None):
+                    break
+        total, stop_signal = runtime.agree(torch.from_numpy(sums).flatten())
+        return None if stop_signal is not None else total.numpy().reshape(sums.shape)
 
     def _own_microbatches(self, loaded: LoadedModel, microbatch_tokens: int) -> list[Sequence[int]]:
         """The sample indices of each micro-batch of this process, some perhaps empty; every process has as many."""

@@ -131,6 +131,17 @@ def difference(a: Scores, b: Scores) -> dict[str, Any]:
     }
 
 
+def per_token(samples: Ints, sums: Floats, num_tokens: Floats) -> dict[str, Any]:
+    """The mean per token of what `sums` (num_answers,) are the sums of, as `mean`, and its 95 % `interval`.
+
+    `samples`: the sample of each answer.
+    """
+    inverse = np.unique(samples, return_inverse=True)[1]
+    columns = [np.bincount(inverse, weights=values) for values in (sums, num_tokens)]
+    drawn_sum, drawn_tokens = _resampled(np.stack(columns, axis=1)).T
+    return {"mean": float(sums.sum() / num_tokens.sum()), "interval": list(_interval(drawn_sum / drawn_tokens))}
+
+
 def mean_by_sample(samples: Ints, values: Floats) -> tuple[float, tuple[float, float]]:
     """The mean of `values` (num_values,), of which several may be of one sample, and its 95 % interval.
 

@@ -32,8 +32,9 @@ MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 3e-2}
 themselves; in bfloat16 peft rounds components trained in full to the base model's type as it loads them."""
 
 
-def export(learner: Learner, config: Config, dataset: Dataset) -> str:
-    """Write `adapter/` (or `model/` where nothing is LoRA) and load it back. Gives a line that says what was found.
+def export(learner: Learner, config: Config, dataset: Dataset, name: str | None = None, step: int | None = None) -> str:
+    """Write the folder `name`, by default `adapter/` (or `model/` where nothing is LoRA), and load it back. Gives a
+    line that says what was found. `step`: after which the weights are these; None: the last.
 
     The logits are compared on the first sample. Where weights are sharded all processes must call this, and the first
     one writes.
@@ -41,7 +42,7 @@ def export(learner: Learner, config: Config, dataset: Dataset) -> str:
     """
     model, runtime = learner.model, learner.runtime
     is_adapter = isinstance(model, PeftModel)
-    target = Path(config.run.output_dir) / ("adapter" if is_adapter else "model")
+    target = Path(config.run.output_dir) / (name or ("adapter" if is_adapter else "model"))
     dtype = getattr(torch, config.model.dtype)
     weights = _whole_weights(model, is_adapter, dtype) if learner.sharded else None
     if not runtime.is_main:
@@ -56,8 +57,8 @@ def export(learner: Learner, config: Config, dataset: Dataset) -> str:
         settings = {"save_embedding_layers": False} if is_adapter else {}
         model.save_pretrained(made, state_dict=weights, **settings)
         _copy_processor(model_directory(config.model.path), made)
-        name, quantization = auto_class(model.config).__name__, config_as_code(model)
-        card = model_card(config, name, is_adapter, len(dataset.checked.used), quantization)
+        loader, quantization = auto_class(model.config).__name__, config_as_code(model)
+        card = model_card(config, loader, is_adapter, len(dataset.checked.used), quantization, step)
         (made / "README.md").write_text(card, encoding="utf-8")
         move_into_place(target, made)
     if weights is not None:

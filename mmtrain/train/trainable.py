@@ -50,8 +50,8 @@ def make_trainable(
     for line in without_adapter(base, family.components, config.tune):
         progress.say(line)
     model, reports = apply_tune(base, family.components, config.tune)
-    if settings.adapter is not None:
-        progress.say(start_from_run(model, family.components, settings, processor, runtime.activity.tick))
+    if settings.adapter is not None and load is load_model:  # else the model has no values
+        progress.say(start_from_run(model, family.components, settings, runtime.activity.tick))
     if config.run.activation_checkpointing is True:
         checkpoint_activations(base)
     dropout = DropoutContext(config.train.seed)

@@ -1,0 +1,1 @@
+"""Which component to train: see __main__.py."""

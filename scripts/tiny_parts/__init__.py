@@ -1,0 +1,1 @@
+"""Makes two small parts for `mmtrain compose`: see __main__.py."""
