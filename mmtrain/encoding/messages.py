@@ -68,8 +68,11 @@ class MessageForm:
         return [self._of_turn(message) for message in messages]
 
     def _of_turn(self, message: dict[str, Any]) -> dict[str, Any]:
+        takes_text = message["role"] in self.text_roles
+        if not takes_text and "tool_calls" not in message and REASONING not in message:
+            return message
         found = dict(message)
-        if message["role"] in self.text_roles:
+        if takes_text:
             found["content"] = "".join(part.get("text", "") for part in message["content"])
         if "tool_calls" in message:
             found["tool_calls"] = [self._of_call(call) for call in message["tool_calls"]]

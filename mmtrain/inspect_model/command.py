@@ -5,7 +5,8 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from mmtrain.inspect_model.find import ComponentFound, ImagesFound, ModelFound, TemplateFound, find
+from mmtrain.inspect_model.find import ImagesFound, ModelFound, TemplateFound, find
+from mmtrain.inspect_model.trainable_components import ComponentFound
 from mmtrain.progress import Progress
 from mmtrain.safe_text import shown, visible
 

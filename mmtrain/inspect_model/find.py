@@ -1,47 +1,25 @@
 """A model is loaded and tried as at the start of a training: what was found, as plain data."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from mmtrain.config.schema import Model
-from mmtrain.config.tune_section import Lora, Tune
 from mmtrain.encoding.layout import Layout
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor, EncodingTrial
 from mmtrain.encoding.stand_ins import Form, TurnForm
-from mmtrain.errors import UserError
-from mmtrain.model.components import COMPONENTS, Components
+from mmtrain.inspect_model.trainable_components import ComponentFound, find_components
 from mmtrain.model.family import probe_family
 from mmtrain.model.image_cache.features import find_fields
-from mmtrain.model.load import load_model, model_structure
-from mmtrain.model.lora_targets import targets_of
+from mmtrain.model.load import load_model
 from mmtrain.model.packing_trial import packing_fault
-from mmtrain.model.tune import apply_tune
 from mmtrain.records.chat import SampleError
 from mmtrain.runtime.processes import Runtime
 
 SIZES = ((336, 336), (1000, 1000))
 """(width, height) of the images whose tokens are counted."""
-_LORA: dict[str, Any] = {"mode": "lora"}
-_FULL: dict[str, Any] = {"mode": "full"}
-
-
-@dataclass(frozen=True, slots=True)
-class ComponentFound:
-    """A component of the model. The adapters are those of LoRA without `targets`."""
-
-    name: str
-    modules: list[str]
-    num_parameters: int
-    num_adapted: int
-    """Linear layers and weights of experts that get an adapter."""
-    num_without_adapter: int
-    """Parameters of everything else."""
-    modes: dict[str, str | None]
-    """For each way to train it, why `tune` refuses it; None where it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +71,7 @@ def find(path: str, say: Callable[[str], None], chat_template: str | None = None
     model = load_model(path, dtype, processor)
     family = probe_family(model, processor, say)
     model.requires_grad_(False)
-    components = list(_components(path, model, family.components))
+    components = list(find_components(path, model, family.components))
     model.to(runtime.device)
     packing = packing_fault(model, processor, getattr(torch, dtype))
     with runtime.autocast():
@@ -110,42 +88,6 @@ def find(path: str, say: Callable[[str], None], chat_template: str | None = None
         packing=packing,
         image_cache=fields if isinstance(fields, str) else None,
     )
-
-
-def _components(path: str, model: Any, components: Components) -> Iterator[ComponentFound]:
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    present = [part for part in COMPONENTS if any(components.component_of(name) == part for name in sizes)]
-    for part in present:
-        own = {name: size for name, size in sizes.items() if components.component_of(name) == part}
-        adapted = _adapted(model, components, part)
-        bare = [size for name, size in own.items() if not adapted & {name, name.rpartition(".")[0]}]
-        others = [other for other in present if other != part and _adapted(model, components, other)]
-        modes = {name: _refusal(path, tune) for name, tune in _tunes(part, others).items()}
-        yield ComponentFound(part, components.roots(part), sum(own.values()), len(adapted), sum(bare), modes)
-
-
-def _adapted(model: Any, components: Components, part: str) -> set[str]:
-    """The names of what LoRA adapts in a component: linear layers, and weights of experts."""
-    try:
-        return set(targets_of(model, components, part, Lora(mode="lora")))
-    except UserError:  # it has none
-        return set()
-
-
-def _tunes(part: str, others: list[str]) -> dict[str, dict[str, Any]]:
-    """The ways to train a component: alone, and in full next to LoRA of another."""
-    ways = {"lora": {part: _LORA}, "full": {part: _FULL}}
-    return ways | ({"full next to lora": {part: _FULL, others[-1]: _LORA}} if others else {})
-
-
-def _refusal(path: str, tune: dict[str, Any]) -> str | None:
-    """Why `tune` is refused, tried on the model without its weights."""
-    model = model_structure(path)
-    try:
-        apply_tune(model, Components(model), Tune.model_validate(tune))
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def _images(processor: ChatProcessor) -> ImagesFound | None:
