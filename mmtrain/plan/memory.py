@@ -44,11 +44,13 @@ def gpu_memory(
 ) -> dict[str, Any]:
     """The rows of the table, and the longest micro-batch; or the reason why the memory cannot be predicted."""
     rows: list[Row] = []
+    weights = 0
     longest = int(dataset.checked.num_tokens.max())
     try:
         for own in _variants(config):
             found = predict_peak(own, dataset, processor, "cuda", 1, progress)
             quantization = own.model.quantization
+            weights = found.weights if not rows else weights
             if config.run.weights == "replicate" or num_processes == 1:
                 rows.append(_row(own, found, longest, 1))
             if num_processes > 1 and quantization is None:
@@ -62,7 +64,7 @@ def gpu_memory(
     return {
         "microbatch_tokens": found.num_tokens,
         "microbatch_images": found.num_images,
-        "weights": found.weights,
+        "weights": weights,
         "rows": [asdict(row) for row in sorted(rows, key=lambda row: row.shards)],
     }
 
