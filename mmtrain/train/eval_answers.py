@@ -74,7 +74,7 @@ class AnswersEvaluation:
             for batch in batches:
                 if runtime.should_break(together=False):
                     break
-                made = questions.replies(self._generator, list(batch), questions.max_new_tokens)
+                made = questions.replies(self._generator, list(batch))
                 own |= dict(zip(batch, made, strict=True))
                 task.advance()
         num = len(questions.questions)
