@@ -42,7 +42,8 @@ def train(config: "Config") -> Path:
 
 
 def encode(config: "Config", records: Sequence[Mapping[str, Any]], root: str | Path = ".") -> "list[Encoded]":
-    """Each record, in any of the shapes of a data file, as training gets it: `ids`, and `supervised`, which is true for
+    """Each record, in any of the shapes of a data file, as training gets it (a record whose replies the chat template
+    rewrites once others follow gives several): `ids`, and `supervised`, which is true for
     the tokens that are trained on; both (num_tokens,). `root` is the folder of the images.
 
     Raises UserError for a record that cannot be trained on.
@@ -52,14 +53,14 @@ def encode(config: "Config", records: Sequence[Mapping[str, Any]], root: str | P
     from mmtrain.encoding.load import load_processor
     from mmtrain.errors import UserError
     from mmtrain.records.chat import SampleError
-    from mmtrain.records.formats import read_record
 
-    encoder = EncodingSpec.of(config, config.data.train).encoder(load_processor(config.model.path))
-    ignored = frozenset(config.data.ignore_fields)
+    processor = load_processor(config.model.path, config.model.chat_template)
+    spec = EncodingSpec.of(config, config.data.train)
+    encoder = spec.encoder(processor)
     found = []
     for number, record in enumerate(records):
         try:
-            found.append(encoder.encode(read_record(dict(record), "auto", ignored), Path(root)))
+            found += [encoder.encode(one, Path(root)) for _, one in encoder.sequences(spec.read(record))]
         except SampleError as error:
             raise UserError(f"record {number}: {error}") from None
     return found

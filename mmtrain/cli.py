@@ -11,6 +11,7 @@ import typer
 
 from mmtrain import __version__
 from mmtrain.config_commands import ConfigPath, Overrides, config_app
+from mmtrain.data_commands import inspect_data, inspect_labels
 from mmtrain.errors import UserError, grouped
 from mmtrain.eval_commands import eval_app
 from mmtrain.model_commands import compose, inspect_model, merge
@@ -106,34 +107,8 @@ def train(
             report_after_run(output_dir)
 
 
-@app.command()
-def inspect_labels(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    index: Annotated[list[int] | None, typer.Option(help="The index of a sample to show; may be repeated.")] = None,
-    num: Annotated[
-        int | None,
-        typer.Option(min=1, help="How many samples to show.", show_default="3; of pairs the queries of a step, 12"),
-    ] = None,
-    split: Annotated[Literal["train", "eval"], typer.Option(help="The sources: data.train or data.eval.")] = "train",
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page.", show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per sample.")] = False,
-    tokens: Annotated[bool, typer.Option("--tokens", help="With --json: include every token.")] = False,
-    audit: Annotated[bool, typer.Option("--all", help="Check every sample; exit 1 if any has a fault.")] = False,
-    losses: Annotated[bool, typer.Option("--losses", help="Load the model and show each token's loss.")] = False,
-    adapter: Annotated[Path | None, typer.Option(help="With --losses: an adapter.", show_default=False)] = None,
-) -> None:
-    """Show which tokens are trained on or which pairs are compared, or check every sample."""
-    from mmtrain.config import load_config
-
-    loaded = load_config(config, overrides or [])
-    from mmtrain.inspect_labels.command import Options
-    from mmtrain.inspect_labels.command import inspect_labels as run
-
-    options = Options(split, tuple(index or ()), num, html, audit, json, tokens, losses, adapter)
-    raise typer.Exit(run(loaded, options))
-
-
+app.command()(inspect_data)
+app.command()(inspect_labels)
 app.command()(inspect_model)
 app.command()(compose)
 app.command()(merge)
@@ -177,8 +152,14 @@ def generate(
     num_beams: Annotated[int, typer.Option(min=1, help="Beams of a beam search.")] = 1,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 repetition is penalized.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="With --do-sample: decides what is sampled.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, max=1024, help="With --data: processes on this machine.")] = 1,
 ) -> None:
     """Ask a trained model: one question, a chat (-i), or all questions of a file (--data)."""
+    from mmtrain.runtime.launch import launch_again
+
+    code = launch_again(processes)
+    if code is not None:
+        raise typer.Exit(code)
     from mmtrain.generate.command import Options
     from mmtrain.generate.command import generate as run
     from mmtrain.generate.sampling import Sampling

@@ -9,11 +9,14 @@ import typer
 def inspect_model(
     path: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or an id in the local hub cache.")],
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A chat template, as model.chat_template.", show_default=False)
+    ] = None,
 ) -> None:
     """Show what a model is made of, how it takes text and images, and what can be trained."""
     from mmtrain.inspect_model.command import inspect_model as run
 
-    run(path, json)
+    run(path, json, chat_template)
 
 
 def compose(

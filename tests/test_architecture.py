@@ -1,6 +1,8 @@
 """The rules of the house, read from the syntax tree."""
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mmtrain"
 FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
-FAMILY_WORDS = ("qwen", "llava", "idefics", "gemma", "internvl", "merger", "visual")
+FAMILY_WORDS = re.compile(
+    "qwen|llava|idefics|gemma|internvl|pixtral|mistral|mllama|llama|phi[34]|glm|hunyuan|minicpm|kimi|janus|ovis|smolvlm"
+    "|deepseek|cohere|granite|jamba|falcon|nemotron|mamba|lfm2|olmo|merger|visual|fullatt|resampler|perceiver"
+)
 
 
 ENVIRONMENT = {
@@ -70,7 +75,7 @@ def test_the_light_rooms_import_nothing_heavy(name: str) -> None:
 
 
 FLOORS = [
-    ["errors", "safe_text", "regular_files", "atomic_files", "file_locks", "parent_death", "progress"],
+    ["errors", "safe_text", "regular_files", "atomic_files", "file_locks", "parent_death", "progress", "user_cache"],
     ["config"],
     ["records"],
     ["encoding"],
@@ -85,9 +90,10 @@ FLOORS = [
     ["retrieval"],
     ["train"],
     ["evaluate", "inspect_labels", "inspect_model", "merge", "compose", "init", "report", "plan"],
+    ["inspect_data"],
     ["api"],
     ["config_commands"],
-    ["eval_commands", "model_commands", "run_commands"],
+    ["data_commands", "eval_commands", "model_commands", "run_commands"],
     ["cli"],
     ["__main__"],
 ]
@@ -147,15 +153,42 @@ def test_only_the_runtime_asks_the_environment_or_talks_to_other_processes() -> 
         assert not any(module.startswith(("torch.distributed", "accelerate")) for module in imports(tree)), name
 
 
+def words_of(node: ast.AST) -> Iterator[str]:
+    """The names that a node of the syntax tree uses or gives, and short strings: longer ones are prose, which may name
+    a family as an example."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value.split()) <= 3:
+        yield node.value
+    for key in ("attr", "id", "arg", "name", "asname", "module"):
+        if isinstance(word := getattr(node, key, None), str):
+            yield word
+
+
+def names_a_family(tree: ast.AST) -> list[str]:
+    words = (word for node in ast.walk(tree) for word in words_of(node))
+    return [word for word in words if FAMILY_WORDS.search(word.lower())]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "config.fullatt_block_indexes",
+        "model.visual(x)",
+        "def qwen(): ...",
+        "f(llava=1)",
+        "import gemma",
+        "getattr(m, 'merger')",
+    ],
+)
+def test_a_family_is_seen_in_names_attributes_and_strings(code: str) -> None:
+    assert names_a_family(ast.parse(code))
+
+
 def test_family_names_stand_in_one_place() -> None:
-    for path in FILES:
-        if name_of(path) == "mmtrain.model.components":
-            continue
-        for node in ast.walk(MODULES[name_of(path)]):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                words = node.value.lower().split()
-                is_prose = len(words) > 3  # docstrings and comments may name a family as an example
-                assert is_prose or not any(family in node.value.lower() for family in FAMILY_WORDS), path
+    """A module tree has names of families, and only `components` reads it; `compose` makes models of one family."""
+    assert {name for name, tree in MODULES.items() if names_a_family(tree)} == {
+        "mmtrain.model.components",
+        "mmtrain.compose.parts",
+    }
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -382,8 +382,10 @@ def test_the_checks_do_not_know_the_encoder() -> None:
     own = {name for name in names if name.startswith("mmtrain")}
     assert own == {
         "mmtrain.records.chat",
+        "mmtrain.records.reasoning",
         "mmtrain.checks.findings",
         "mmtrain.checks.content",
+        "mmtrain.encoding.messages",
         "mmtrain.encoding.processor",
         "mmtrain.checks.reply_frame",
         "mmtrain.safe_text",

@@ -218,7 +218,7 @@ def test_a_shell_can_complete_commands() -> None:
         "COMP_CWORD": "1",
     }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["inspect-labels", "inspect-model"]
+    assert done.stdout.split() == ["inspect-data", "inspect-labels", "inspect-model"]
 
 
 @pytest.mark.parametrize("command", [["config", "check"], ["config", "show"], ["runs"]])

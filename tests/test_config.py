@@ -392,7 +392,8 @@ def test_what_may_change_on_resume_is_run_and_a_short_list_and_the_docs_name_it(
 
 
 def test_the_keys_of_run_that_may_change_bits() -> None:
-    no_bit = {"output_dir", "hang_timeout", "graph_memory_gib", "checkpoint_every", "keep_checkpoints", "eval_every"}
+    no_bit = {"output_dir", "hang_timeout", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_answers"}
+    no_bit |= {"keep_best", "trackers", "graph_memory_gib"}
     assert set(Run.model_fields) - set(AFFECTS_BITS) == no_bit
 
 
@@ -742,7 +743,7 @@ def test_a_dumped_config_writes_every_key_out(tmp_path: Path, text: str) -> None
     assert set(dumped) == {"model", "tune", "data", "objective", "labels", "train", "run"}
     assert set(dumped["train"]) == set(Train.model_fields)
     assert set(dumped["run"]) == set(Run.model_fields)
-    assert dumped["labels"] == {"train_on": "assistant", "end_of_turn": True}
+    assert dumped["labels"] == {"train_on": "assistant", "end_of_turn": True, "reasoning": "keep"}
 
 
 # --- the schema ---
@@ -766,7 +767,7 @@ def test_the_json_schema_has_every_key_with_its_meaning() -> None:
     schema = json_schema()
     objects = {"Config": schema, **schema["$defs"]}
     models = models_under(Config)
-    assert len(models) == 15
+    assert len(models) == 17
     for model in models:
         written = objects[model.__name__]
         assert set(written["properties"]) == {field.alias or key for key, field in model.model_fields.items()}

@@ -52,10 +52,18 @@ def files(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
     rows = mixed_rows(tmp_path, with_images=False)
     write_jsonl(tmp_path / "eight.jsonl", rows)
     write_jsonl(tmp_path / "three.jsonl", rows[:3])
+    write_jsonl(tmp_path / "splits" / "train.jsonl", rows[:1])
+    for number in range(2):
+        write_jsonl(tmp_path / "splits" / "data" / f"test-{number}.jsonl", rows[:1])
     write_jsonl(tmp_path / "mixed.jsonl", mixed_rows(tmp_path, with_images=True))
     turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "one"}]
     turns += [{"role": "user", "content": "b?"}, {"role": "assistant", "content": "two"}]
     write_jsonl(tmp_path / "turns.jsonl", [{"messages": turns}])
+    (tmp_path / "dashes.jinja").write_text(
+        "{% for m in messages %}- {{ m.content }}<|endoftext|>\n{% endfor %}{% if add_generation_prompt %}- {% endif %}"
+    )
+    reasoned = [turns[0], {"role": "assistant", "content": "<think>hm</think>one"}, *turns[2:]]
+    write_jsonl(tmp_path / "reasoned.jsonl", [{"messages": reasoned}])
     write_jsonl(tmp_path / "extra.jsonl", [{"messages": turns, "bbox": [1, 2]}])
     llava = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "one"}]
     write_jsonl(tmp_path / "llava.jsonl", [{"conversations": llava}])
@@ -139,6 +147,7 @@ def sources(at: str, number: Callable[[Config], Any], tokens: Callable[[Config],
     columns = [({}, REFUSED), ({"question": "q", "answer": "a"}, 1)]
     return {
         f"{at}.path": Key(number, [("eight.jsonl", 8), ("three.jsonl", 3)]),
+        f"{at}.split": Key(number, [("train", 1), ("test", 2), ("validation", REFUSED)], {f"{at}.path": "splits"}),
         f"{at}.root": Key(tokens, [(None, 16), ("large", 64)], image, QWEN),
         f"{at}.format": Key(number, formats, {f"{at}.path": "llava.jsonl"}),
         f"{at}.fields": Key(number, columns, {f"{at}.path": "columns.jsonl"}),
@@ -165,6 +174,11 @@ SKIP_ONE = {"data.max_skipped": 1}
 ONE_IMAGE = {"data.train.0.path": "small/one.jsonl", "train.batch_size": 1}
 DATA = {
     "model.path": Key(seen.model_type, [("text", "qwen3"), (QWEN, QWEN)]),
+    "model.chat_template": Key(
+        seen.text_trained_on,
+        [(None, "one<|im_end|>two<|im_end|>"), ("dashes.jinja", "one<|endoftext|>two<|endoftext|>")],
+        {"data.train.0.path": "turns.jsonl"},
+    ),
     "model.adapter": Key(seen.starts_with_new_adapters, [(None, True), ("earlier", False)]),
     "model.dtype": Key(seen.frozen_types, [("float32", {torch.float32}), ("bfloat16", {torch.bfloat16})]),
     "model.quantization": Key(seen.quantized_layers, [(None, 0), ("nf4", 14)]),
@@ -218,6 +232,11 @@ DATA = {
         [("assistant", "one<|im_end|>two<|im_end|>"), ("last", "two<|im_end|>")],
         {"data.train.0.path": "turns.jsonl"},
     ),
+    "labels.reasoning": Key(
+        seen.text_trained_on,
+        [("keep", "<think>hm</think>one<|im_end|>two<|im_end|>"), ("drop", "one<|im_end|>two<|im_end|>")],
+        {"data.train.0.path": "reasoned.jsonl"},
+    ),
     "labels.end_of_turn": Key(
         seen.text_trained_on,
         [(True, "one<|im_end|>two<|im_end|>"), (False, "onetwo")],
@@ -238,6 +257,17 @@ TRAIN = {
     "train.weight_decay": Key(seen.weight_decay, [(0.0, 0.0), (10.0, 10.0)]),
     "train.max_grad_norm": Key(seen.norm_of_the_first_gradient, [(None, None), (0.05, 0.05), (0.1, 0.1)]),
     "train.seed": Key(seen.same_as_seed_0, [(0, (True, True)), (1, (False, False))]),
+}
+WATCHED = {"train.steps": 4, "run.eval_every": 1}
+STOPPING = {"metric": "eval/nll", "patience": 1}
+TRAIN |= {
+    "train.early_stopping": Key(seen.last_step, [(None, 4), (STOPPING, 2)], WATCHED),
+    "train.early_stopping.metric": Key(
+        seen.last_step, [("eval/nll", 2), ("eval/token_accuracy", 4)], {**WATCHED, "train.early_stopping.patience": 1}
+    ),
+    "train.early_stopping.patience": Key(
+        seen.last_step, [(1, 2), (2, 3)], {**WATCHED, "train.early_stopping.metric": "eval/nll"}
+    ),
 }
 FULL = {"mode": "full"}
 PAIRS = {"objective.kind": "contrastive", "tune": {"vision": FULL, "projector": FULL, "language": FULL}}
@@ -269,6 +299,11 @@ OBJECTIVE = {
         PAIRS | {"objective.loss": "sigmoid"},
     ),
     "objective.temperature_max": Key(seen_contrastive.scale, [(100.0, (14.285, True)), (5.0, (5.0, True))], PAIRS),
+    "objective.pooling": Key(
+        seen_contrastive.num_pooled_tokens,
+        [("last", 1), ("mean", 32), ("family", REFUSED)],  # by transformers the prompt has 32 tokens
+        {"objective.kind": "contrastive", "objective.scale": 20.0},
+    ),
     "objective.dims": Key(seen_contrastive.num_trained_values, [((), 16), ([4], 4), ([4, 8], 8)], PAIRS),
 }
 RUN = {
@@ -280,7 +315,7 @@ RUN = {
     "run.device": Key(seen.device, [("cpu", "cpu"), ("cuda", REFUSED)]),
     "run.threads": Key(seen.num_threads, [(1, 1), (2, 2)]),
     "run.hang_timeout": Key(seen.seconds_of_the_supervisor, [(100.0, [100.0]), (200.0, [200.0])]),
-    "run.activation_checkpointing": Key(seen.forward_passes_of_a_layer, [(False, 1), (True, 2)]),
+    "run.activation_checkpointing": Key(seen.forward_passes_of_a_layer, [(False, 1), (True, 2), ("auto", 1)]),
     "run.kernels": Key(seen.has_kernels, [("auto", True), ("off", False)]),
     "run.compile": Key(seen.is_compiled, [(False, False), (True, True)]),
     "run.image_cache.memory_gib": Key(
@@ -296,6 +331,15 @@ RUN = {
     "run.checkpoint_every": Key(seen.saved_steps, [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4])], {"train.steps": 4}),
     "run.keep_checkpoints": Key(seen.saved_steps, [(2, [3, 4]), (3, [2, 3, 4])], {"train.steps": 4}),
     "run.eval_every": Key(seen.steps_evaluated, [(2, [0, 2, 4]), (3, [0, 3, 4])], {"train.steps": 4}),
+    # of the three samples one, which seed 0 takes first, has two questions
+    "run.eval_answers": Key(seen.times_asked, [(None, []), ({}, [(0, 4), (2, 4)])]),
+    "run.eval_answers.samples": Key(seen.times_asked, [(1, [(0, 2), (2, 2)]), (2, [(0, 3), (2, 3)])]),
+    "run.eval_answers.every": Key(
+        seen.times_asked, [(2, [(0, 4), (2, 4), (4, 4)]), (3, [(0, 4), (3, 4), (4, 4)])], {"train.steps": 4}
+    ),
+    "run.keep_best": Key(seen.best_step, [(None, None), ("eval/nll", 1), ("eval/token_accuracy", 4)], WATCHED),
+    "run.trackers": Key(seen.trackers_started, [([], []), (["wandb", "mlflow"], ["wandb", "mlflow"])]),
+    "run.eval_answers.batch_size": Key(seen.questions_at_a_time, [(2, [2, 2]), (3, [3, 1])]),
 }
 TUNE = {**keys_of("vision"), **keys_of("projector"), **keys_of("language"), **component_modules()}
 KEYS = {**DATA, **TUNE, **TRAIN, **OBJECTIVE, **RUN}

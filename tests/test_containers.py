@@ -256,7 +256,7 @@ def test_a_data_set_saved_to_disk_that_cannot_be_read_as_it_is_is_refused(tmp_pa
     write(tmp_path / "train" / "state.json", b"{}")
     assert "not the state of a data set" in faults_of(tmp_path)[0]
     write(tmp_path / "dataset_dict.json", b'{"splits": ["train"]}')
-    assert faults_of(tmp_path) == [f"{tmp_path}: it has several splits: name the folder of one of them"]
+    assert faults_of(tmp_path) == [f"{tmp_path}: it has several splits: set `split`, or name the folder of one"]
 
 
 # --- shards ---

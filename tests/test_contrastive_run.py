@@ -21,6 +21,7 @@ from mmtrain.errors import UserError
 from mmtrain.train import loop
 from mmtrain.train.run import train
 from mmtrain.train.step import StepResult, train_step
+from support.builders import TINY
 from support.pair_data import pair_config, write_pairs
 from support.tower_models import TOWERS
 from test_processes import start
@@ -137,6 +138,7 @@ def test_training_brings_pairs_together(make: Make) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow("120 steps")
 def test_the_scale_stays_below_its_limit(make: Make) -> None:
     """Every step would raise it: the loss of embeddings that fit falls with it."""
     config = make(objective={"temperature_max": 14.3}, train={"steps": 120, "learning_rate": 3e-3, "batch_size": 24})
@@ -181,9 +183,24 @@ def test_what_does_not_fit_is_refused_by_its_key(sections: dict[str, Any], words
     ("objective", "words"),
     [
         ({"loss": "sigmoid"}, "objective.bias: trained: the model has no bias of its own: give a number"),
+        ({"pooling": "last"}, "objective.pooling: last: a dual encoder"),
         ({"dims": [4, 999]}, "objective.dims: 999 is more than the 16 values"),
     ],
 )
 def test_what_the_model_lacks_is_refused(objective: dict[str, Any], words: str, make: Make) -> None:
     with pytest.raises(UserError, match=words):
         train(make(objective=objective))
+
+
+def test_a_vision_language_model_becomes_an_embedder(folder: Path, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {**SMALL, "tune": {"language": LORA}, "objective": {"scale": 20.0, "pooling": "last"}}
+    config = pair_config(TINY, folder / "pairs.jsonl", tmp_path / "run", **sections)
+    train(config)
+    assert all(row["num_pairs"] in (6, 9) for row in rows(config))
+    assert any("lora_B" in name and value.any() for name, value in weights(config).items())
+    with pytest.raises(UserError, match=r"objective\.pooling: family is for dual encoders"):
+        train(
+            pair_config(
+                TINY, folder / "pairs.jsonl", tmp_path / "other", tune={"language": LORA}, objective={"scale": 20.0}
+            )
+        )

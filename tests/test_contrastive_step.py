@@ -14,6 +14,7 @@ from mmtrain.config.schema import Config
 from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.contrastive.graphs import GraphMemory
 from mmtrain.train.contrastive.step import ContrastiveLearner, accumulate_gradients
+from support.builders import TINY
 from support.pair_data import FULL, Exchange, in_threads, learner_of, pair_config, write_pairs
 from support.tower_models import TOWERS
 
@@ -85,10 +86,10 @@ def dense(config: Config, dtype: torch.dtype = torch.float32) -> Found:
         "text": sorted({number for _, pair in pairs for number in pair.positives}),
     }
     found = {}
-    for kind, own in numbers.items():
+    for side, own in numbers.items():
         batch = embedder.batch([items[number] for number in own])
         with learner.dropout.at(STEP, batch):
-            found[kind] = F.normalize(embedder.embed(batch, kind), dim=1)
+            found[side] = F.normalize(embedder.embed(batch, items[own[0]].kind), dim=1)
     scale, bias = (
         torch.as_tensor(one.constant) if one.parameter is None else one.parameter
         for one in (embedder.scale, embedder.bias)
@@ -109,7 +110,7 @@ def dense(config: Config, dtype: torch.dtype = torch.float32) -> Found:
             else:
                 across = F.softplus(logits[row][negative[row]].logsumexp(0) - positive)
                 down = F.softplus(logits[:, column][negative[:, column]].logsumexp(0) - positive)
-                one = (across + down) / 2
+                one = (across + down) / 2 if embedder.symmetric else across
             total = total + one / len(pair.positives)
     if config.objective.loss == "sigmoid":
         total = total + F.softplus(logits[negative]).sum()
@@ -204,7 +205,8 @@ def test_every_family_and_loss(name: str, loss: str, make: Callable[..., Config]
     if loss == "sigmoid" and not name.startswith("siglip"):
         objective["bias"] = -10.0
     config = make(name, objective=objective, run={"microbatch_tokens": 100})
-    assert_equal(step_of(config, 2), dense(config))
+    # random weights without the norms' own statistics grow with every layer, and rounding with them
+    assert_equal(step_of(config, 2), dense(config), 1e-5 if name == "align" else 2e-6)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -227,3 +229,25 @@ def test_a_frozen_tower_is_computed_once(processes: int, make: Callable[..., Con
     assert embedded.count("image") == kinds.count("image") > 10
     assert_equal((float(loss), gradients_of(learner)), dense(config))
     assert_equal(step_of(config, processes), dense(config))
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(3, marks=slow)])
+@pytest.mark.parametrize(
+    ("pooling", "packing"),
+    [
+        ("last", "auto"),
+        pytest.param("mean", "auto", marks=slow),
+        pytest.param("last", False, marks=slow),
+        ("mean", False),
+    ],
+)
+def test_a_vision_language_model_as_an_embedder(
+    pooling: str, packing: bool | str, processes: int, pairs: Path, tmp_path: Path
+) -> None:
+    """In float64: prompts have so much in common that the cosines are near 1, and rounding counts for more."""
+    tune = {"language": {**LORA, "dropout": 0.1}, "vision": LORA}
+    sections: dict[str, Any] = {"tune": tune, "objective": {"pooling": pooling, "scale": 20.0}}
+    one = pair_config(TINY, pairs, tmp_path / "run", **sections, run={"packing": packing, "kernels": "off"})
+    cut = {"packing": packing, "microbatch_tokens": 200, "graph_memory_gib": 0.0}
+    found = step_of(pair_config(TINY, pairs, tmp_path / "run", **sections, run=cut), processes, torch.float64)
+    assert_equal(found, dense(one, torch.float64), 1e-9, 1e-9)

@@ -18,9 +18,10 @@ from mmtrain.model.components import Components
 from mmtrain.model.cost import cost_model
 from mmtrain.model.family import Family, probe_family
 from mmtrain.model.inputs import InputMaker
-from mmtrain.model.load import load_model
+from mmtrain.model.load import load_model, model_structure
 from mmtrain.model.loss import supervised_nll
 from mmtrain.model.tune import apply_tune
+from mmtrain.model.vision_cost import _solved
 from mmtrain.progress import QUIET
 from mmtrain.train.dataset import Dataset
 from support.builders import TINY
@@ -119,7 +120,8 @@ def test_what_is_looked_up_costs_nothing() -> None:
     components = Components(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(components.component_of(name) == "language")
-    costs = cost_model(model, Family(components, "plain", patches_per_token=4), tune)
+    attention = 2.0 * 2 * 96, 2.0 * 2 * 64 * 96
+    costs = cost_model(model, Family(components, "plain", patches_per_token=4, image_attention=attention), tune)
     assert costs.token == 3 * 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 352)
     assert costs.token_pair == 3 * 4 * 128
     vision = 4 * (4 * (4 * 96 * 96 + 3 * 96 * 256) + 384 * 96 + 2 * 2 * 64 * 96)
@@ -134,3 +136,44 @@ def test_the_width_of_attention_is_that_of_its_heads(model_dirs: dict[str, Path]
         model = AutoModelForCausalLM.from_config(config)
     costs = cost_model(model, Family(Components(model), "plain"), Tune.model_validate({"language": LORA}))
     assert costs.token_pair == 3 * 2 * 4 * 32
+
+
+def implementations(model: Any) -> dict[str, str]:
+    """The kind of attention by module."""
+    return {name: m.config._attn_implementation for name, m in model.named_modules() if hasattr(m, "config")}
+
+
+def test_the_attention_to_images_is_measured(model_dirs: dict[str, Path]) -> None:
+    """Worked out by hand. Qwen2.5-VL: one of 2 layers attends to the whole image, one within windows of 8 x 8 patches;
+    both are 96 wide. Images have 14 and 28 patches a side: 8 + 6, and 8 + 8 + 8 + 4. LLaVA-1.5: 3 layers,
+    32 wide, and every image has 16 patches and a class token."""
+
+    def found(kind: str) -> tuple[float, float]:
+        processor = load_processor(str(model_dirs[kind]))
+        model = load_model(str(model_dirs[kind]), "float32", processor)
+        before, lines = implementations(model), list[str]()
+        measured = probe_family(model, processor, lines.append).image_attention
+        assert lines == []
+        assert implementations(model) == before
+        return measured
+
+    small, large = 14**2, 28**2
+    windows = (8**2 + 6**2) ** 2 / small, (3 * 8**2 + 4**2) ** 2 / large
+    pairs = 2 * 96 * (1 + (windows[1] - windows[0]) / (large - small))
+    each = 2 * 96 * (small + windows[0]) - pairs * small
+    assert found("qwen2_5_vl") == pytest.approx((pairs, each), rel=1e-9)
+    assert found("llava") == pytest.approx((3 * 2 * 17**2 * 32 / 16**2, 0.0), rel=1e-9)
+    assert found("text") == (0.0, 0.0)
+    path = str(model_dirs["qwen2_5_vl"])
+    without_weights, processor = model_structure(path), load_processor(path)
+    with torch.device("meta"):
+        family = probe_family(without_weights, processor, print)
+    assert family.image_attention == pytest.approx((pairs, each), rel=1e-9)
+    assert {parameter.device.type for parameter in without_weights.parameters()} == {"meta"}
+
+
+def test_costs_are_never_negative() -> None:
+    """8 n² and 3 n of two images; and a cost that grows more than with n², as where patches are counted wrong."""
+    assert _solved([(10.0, 830.0), (20.0, 3260.0)]) == pytest.approx((8.0, 3.0))
+    assert _solved([(10.0, 100.0), (20.0, 1000.0)]) == (2.5, 0.0)
+    assert _solved([(10.0, 700.0), (10.0, 700.0)]) == (7.0, 0.0)

@@ -95,20 +95,29 @@ def test_a_missing_end_token_is_refused_where_one_is_wanted(folder: Path, tmp_pa
 OPEN = "{% if add_generation_prompt %}assistant:{% endif %}"
 
 
-def test_a_reply_that_is_rewritten_once_others_follow_is_refused_but_as_the_last(tmp_path: Path) -> None:
+def test_a_reply_that_is_rewritten_once_others_follow_has_a_sequence_of_its_own(tmp_path: Path) -> None:
     text = "{% for m in messages %}{{ m.role }}{{ '!' if not loop.last and m.role == 'assistant' }}:{{ m.content }}\n"
     encoder = Encoder(template(tmp_path, text + "{% endfor %}" + OPEN))
-    for conversation in (talk(USER, RED, USER, RED), talk(USER, RED, USER)):
-        with pytest.raises(SampleError, match=r"rewrites turn 2 once others follow.*labels\.train_on to last"):
-            encoder.encode(conversation, Path())
-    assert encoder.encode(talk(USER, replace(RED, train=False), USER, RED), Path()).supervised.any()
+    decode = encoder.processor.tokenizer.decode
+
+    def texts(*messages: Message) -> list[tuple[int | None, str]]:
+        found = encoder.sequences(talk(*messages))
+        return [(turn, decode(encoder.encode(one, Path()).ids.tolist())) for turn, one in found]
+
+    first, second = "user:what?\nassistant:red</s>\n", "user:what?\nassistant!:red\nuser:what?\nassistant:red</s>\n"
+    assert texts(USER, RED, USER, RED) == [(1, first), (3, second)]
+    assert texts(USER, RED, USER) == [(1, first)]
+    assert texts(USER, replace(RED, train=False), USER, RED) == [(None, second)]
+    with pytest.raises(SampleError, match="it has several sequences"):
+        encoder.encode(talk(USER, RED, USER, RED), Path())
 
 
-def test_a_reply_that_does_not_begin_as_the_prompt_does_is_refused(tmp_path: Path) -> None:
+def test_a_reply_that_does_not_begin_as_the_prompt_does_follows_the_prompt(tmp_path: Path) -> None:
     text = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}" + OPEN.replace("assistant:", "model:")
     encoder = Encoder(template(tmp_path, text))
-    with pytest.raises(SampleError, match="does not begin turn 4 as its generation prompt does"):
-        encoder.encode(talk(USER, replace(RED, train=False), USER, RED), Path())
+    ids = encoder.encode(talk(USER, replace(RED, train=False), USER, RED), Path()).ids.tolist()
+    said = encoder.processor.tokenizer.decode(ids)
+    assert said == "user:what?\nassistant:red\nuser:what?\nmodel:red</s>\n"
 
 
 def test_images_for_a_model_without_them_are_refused(chatml: ChatProcessor, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Adapters on experts, whose weights are stacks of matrices, and on layers that peft takes for experts."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,25 @@ from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig, MixtralConfig, MixtralForCausalLM
 
-from mmtrain.config.schema import Config
+from mmtrain.config.schema import Config, Model
 from mmtrain.config.tune_section import Lora, Tune
+from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.merge.command import merge
 from mmtrain.model.adapter import load_adapter, read_adapter
 from mmtrain.model.components import Components, base_name
+from mmtrain.model.cost import cost_model
+from mmtrain.model.earlier_run import start_from_run
+from mmtrain.model.experts import expert_shares
+from mmtrain.model.family import Family
+from mmtrain.model.load import load_model
 from mmtrain.model.lora_targets import targets_of, without_adapter
 from mmtrain.model.tune import apply_tune
 from mmtrain.train.run import train
 from support.attention_models import TEXT_MODELS, make_text_family
 from support.builders import DECODER_SIZES
 from support.family_proof import fill_adapters
+from support.family_reference import directory
 from support.learning import LORA, learner_for, relative_l2, step_of
 
 TUNE = Tune.model_validate({"language": LORA})
@@ -229,3 +237,37 @@ def test_a_run_is_merged(make_config: Callable[..., Config], tmp_path: Path) -> 
     expected, base = logits(own), logits(load(config.model.path))
     assert (expected - base).norm() > 1e-3 * base.norm()
     assert (logits(load(tmp_path / "merged")) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_run_starts_from_adapters_on_experts(tmp_path: Path) -> None:
+    """Two components of other ranks: peft has those of one by pattern."""
+    path = str(directory("qwen3_vl_moe"))
+    processor = load_processor(path)
+    tune = Tune.model_validate({"vision": LORA | {"rank": 2}, "language": LORA})
+
+    def tuned() -> Any:
+        model = load_model(path, "float32", processor)
+        return apply_tune(model, Components(model), tune)[0]
+
+    before, after = tuned(), tuned()
+    experts = [layer for _, layer in before.named_modules() if isinstance(layer, ParamWrapper)]
+    assert [layer.scaling["default"] for layer in experts] == [SCALE] * 4
+    fill_adapters(before)
+    before.save_pretrained(tmp_path)
+    settings = Model(path=path, adapter=str(tmp_path))
+    start_from_run(after, Components(after.get_base_model()), settings, lambda: None)
+    found = dict(after.named_parameters())
+    assert all(torch.equal(found[name], value) for name, value in before.named_parameters())
+
+
+@pytest.mark.parametrize(("name", "chosen"), [("qwen3_moe", 2), ("gpt_oss", 2), ("llama4", 2), ("mixtral", 2)])
+def test_a_token_costs_the_experts_that_it_goes_to(name: str, chosen: int) -> None:
+    """Llama 4 computes every expert for every token."""
+    model = built(name).requires_grad_(False)
+    count = next(len(p) for key, p in model.named_parameters() if "experts" in key and p.ndim == 3)
+    shares = expert_shares(model)
+    assert set(shares.values()) == {chosen / count}
+    stacks = sum(p.numel() for key, p in model.named_parameters() if ".experts." in key and p.ndim >= 2)
+    family = Family(Components(model), "plain")
+    all_, some = (cost_model(model, one, TUNE).token for one in (family, replace(family, expert_shares=shares)))
+    assert all_ - some == pytest.approx(2 * stacks * (1 - chosen / count))

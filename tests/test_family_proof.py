@@ -1,12 +1,30 @@
 """Every family takes its first step as plain transformers and peft take it; docs/models.md says so."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from support.family_proof import prove
-from support.family_reference import FAMILIES, is_usable, save_images
+from mmtrain.encoding.encode import Encoder
+from mmtrain.encoding.load import load_processor
+from mmtrain.errors import UserError
+from mmtrain.generate.prompts import prompt_for
+from mmtrain.generate.replies import Generator
+from mmtrain.generate.sampling import Sampling
+from mmtrain.records.chat import Conversation
+from support.family_proof import plain, prove
+from support.family_reference import (
+    FAMILIES,
+    as_messages,
+    conversation_of,
+    directory,
+    given_template,
+    is_usable,
+    own_inputs,
+    save_images,
+)
 from support.family_table import NOT_TRAINED, refusal, row, table
+from support.real_models import REAL, other_ids, real_files
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -29,7 +47,40 @@ def test_the_first_step_is_that_of_plain_transformers(name: str, root: Path, tmp
     assert table()[name] == row(name, proof)
 
 
+@pytest.mark.parametrize("name", REAL)
+def test_ids_of_published_tokenizers_and_templates_are_the_familys_own(name: str, root: Path) -> None:
+    if not real_files(name).exists():
+        pytest.skip(f"{real_files(name).name} is not here")
+    assert other_ids(name, root) == []
+    assert f"| {REAL[name][1]} |" in table()[name]
+
+
+@pytest.mark.parametrize("name", NOT_TRAINED)
+def test_the_others_are_refused_in_one_line(name: str, root: Path, tmp_path: Path) -> None:
+    if not is_usable(name):
+        pytest.skip(f"needs {FAMILIES[name].needs}")
+    with pytest.raises(UserError) as refused:
+        prove(name, root, tmp_path)
+    assert "\n" not in str(refused.value)
+
+
 def test_the_page_has_every_family() -> None:
     found = table()
     assert found.keys() == FAMILIES.keys()
     assert all(found[name] == refusal(name) for name in NOT_TRAINED)
+
+
+@pytest.mark.parametrize("name", ["paligemma2", "llava_onevision", "qwen3_5"])
+def test_greedy_replies_are_those_of_plain_transformers(name: str, root: Path) -> None:
+    """Also where a reply follows the prompt in another way than the template writes it, and one reply after another."""
+    processor = load_processor(str(directory(name)), given_template(name))
+    encoder = Encoder(processor)
+    first, second = (conversation_of(case).messages for case in ("one_image", "two_answers"))
+    asked = Conversation((*first, second[2]))
+    inputs = own_inputs(name, as_messages(name, asked, root), add_generation_prompt=True, return_tensors="pt")
+    model = plain(name)
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    generator = Generator(model, encoder, nullcontext)
+    (reply,) = generator.replies([prompt_for(encoder, asked, root)], Sampling(max_new_tokens=8))
+    assert list(reply.ids) == expected.tolist()[: len(reply.ids)]
+    assert len(reply.ids) > 1

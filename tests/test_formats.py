@@ -189,7 +189,7 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
     "two marks, one image": (marked("<image><image>Q", "a.png"), ["2 <image> marks", "1 image"]),
     "one mark, two images": (marked("<image>Q", "a.png", "b.png"), ["1 <image> mark", "2 images"]),
     "a mark without an image": (llava("<image>Q"), ["1 <image> mark", "0 images"]),
-    "an unknown role": ({"messages": [ASKED, {"role": "tool", "content": "A"}]}, ["unknown role 'tool'"]),
+    "an unknown role": ({"messages": [ASKED, {"role": "critic", "content": "A"}]}, ["unknown role 'critic'"]),
     "no role": ({"messages": [{"content": "Q"}]}, ["unknown role 'None'"]),
     "a role that is a list": ({"messages": [{"role": ["user"], "content": "Q"}]}, ["unknown role"]),
     "an empty answer": ({"messages": [ASKED, {"role": "assistant", "content": ""}]}, ["without text"]),
@@ -199,9 +199,9 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
     "an answer that is a number": ({"messages": [ASKED, {"role": "assistant", "content": 5}]}, ["'5'"]),
     "tool calls": (
         {"messages": [ASKED, {**SAID, "tool_calls": [{"id": 1}]}]},
-        ["'tool_calls' of turn 2 is not understood"],
+        ["a call must be an object with a 'name'"],
     ),
-    "tools": ({"messages": [ASKED, SAID], "tools": [{"name": "f"}]}, ["'tools'"]),
+    "tools": ({"messages": [ASKED, SAID], "tools": [{"type": "f"}]}, ["a tool must be an object"]),
     "an http image": (openai({"type": "image_url", "image_url": {"url": "http://x/a.png"}}), ["nothing is fetched"]),
     "an https image": (marked("<image>Q", "https://x/a.png"), ["nothing is fetched", "'https://x/a.png'"]),
     "an image in a bucket": (marked("<image>Q", "s3://x/a.png"), ["not a local file"]),
@@ -320,8 +320,9 @@ def test_a_turn_says_in_four_ways_whether_it_is_trained_on(key: str) -> None:
         True,
         True,
     ]
-    for value in (0.5, 2, -1, "false", "0", [0], {"a": 1}):
-        assert f"'{key}' must be true, false, 1 or 0" in refusal({"messages": [ASKED, {**SAID, key: value}]})
+    expected = "a number from 0 to 1,000" if key == "weight" else "true, false, 1 or 0"
+    for value in (-1, "false", "0", [0], {"a": 1}) if key == "weight" else (0.5, 2, -1, "false", "0", [0], {"a": 1}):
+        assert f"'{key}' must be {expected}" in refusal({"messages": [ASKED, {**SAID, key: value}]})
     assert f"'{key}' is on in a turn of the user" in refusal({"messages": [{**ASKED, key: True}, SAID]})
     assert read_record({"messages": [{**ASKED, key: False}, SAID]}, "auto").messages[1].train
 
@@ -337,7 +338,6 @@ def test_two_switches_of_a_turn_must_agree() -> None:
 
 # Keys that people's data have and that would change what is trained on: by the place where they are.
 MEANT = {
-    "tools": [{"name": "f"}],
     "objects": {"bbox": [[1, 2, 3, 4]]},
     "bbox": [1, 2, 3, 4],
     "label": False,
@@ -356,12 +356,7 @@ MEANT = {
 }
 MEANT_OF_TURN = {
     "mask": True,
-    "reasoning_content": "hm",
-    "thinking": "hm",
-    "function_call": {"name": "f"},
-    "tool_calls": [1],
     "images": ["a.png"],
-    "loss_scale": 0.5,
     "prefix": False,
     "name": "Bob",
 }

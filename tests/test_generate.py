@@ -80,7 +80,7 @@ def test_a_prompt_is_what_training_has_before_the_reply(case: Case) -> None:
     """Asked again without its reply, each turn gets the ids that the encoded sample has before it."""
     numbers = []
     for index, encoded in enumerate(case.encoded):
-        conversation, root = case.samples.records.conversation(index), case.samples.records.root(index)
+        conversation, root = case.samples.records.conversation(index), case.samples.records.roots(index)
         turns = [turn for turn, message in enumerate(conversation.messages) if message.role == "assistant"]
         prompts = prompts_of(encoded)
         assert len(prompts) == len(turns)

@@ -35,7 +35,7 @@ def test_the_config_trains_at_once(data: Path, tmp_path: Path, monkeypatch: pyte
     assert "next: mmtrain inspect-labels my.yaml --all" in result.stderr
     config = load_config(Path("my.yaml"))
     encoder, records = Encoder(load_processor(str(TINY))), RecordSet(config.data.train)
-    longest = max(encoder.encode(records.conversation(i), records.root(i)).num_tokens for i in range(len(records)))
+    longest = max(encoder.encode(records.conversation(i), records.roots(i)).num_tokens for i in range(len(records)))
     assert longest <= config.data.max_length < longest + 256
     assert (config.run.output_dir, len(config.data.eval), config.model.dtype) == ("runs/my", 1, "float32")
     train(config)
@@ -83,8 +83,7 @@ def test_the_survey_counts_what_the_tiny_model_and_the_data_have(data: Path) -> 
         (replace(GPU, has_bfloat16=False), "model.dtype", "float32"),
         (GPU, "model.quantization", None),
         (replace(GPU, gpu_memory=24 * 10**9), "model.quantization", "nf4"),  # 16 GB of weights
-        (GPU, "run.activation_checkpointing", False),
-        (replace(GPU, gpu_memory=40 * 10**9), "run.activation_checkpointing", True),
+        (replace(GPU, gpu_memory=40 * 10**9), "run.activation_checkpointing", "auto"),
         (SMALL, "data.max_length", 512),
         (replace(SMALL, is_complete=False, longest=1000), "data.max_length", 1280),
         (replace(SMALL, longest=4000), "data.max_length", 4096),

@@ -96,7 +96,7 @@ def test_json_has_the_keys_that_are_promised(make_config: MakeConfig, tmp_path: 
     assert row.keys() == promised
     assert (row["line"], row["index"]) == (3, 2)
     assert row["images"][0].keys() == {"path", "size", "used_size", "grid", "start", "num_placeholders"}
-    assert row["spans"][0].keys() == {"role", "turn", "start", "end", "text", "supervised", "kind"}
+    assert row["spans"][0].keys() == {"role", "turn", "start", "end", "text", "supervised", "kind", "weight"}
     token = row["tokens"][0]
     assert token.keys() == {"position", "id", "text", "label", "role", "turn", "kind", "supervised"}
     assert {token["kind"] for token in row["tokens"]} == {"text", "special", "image"}

@@ -19,6 +19,7 @@ from transformers import (
 
 from mmtrain import cli
 from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.processor import EncodingTrial
 from mmtrain.inspect_model.command import lines
 from mmtrain.inspect_model.find import ComponentFound, ModelFound, find
 from mmtrain.model.family import probe_family
@@ -140,7 +141,7 @@ def test_what_the_template_takes_and_writes(found: dict[str, ModelFound]) -> Non
     tiny, mamba, gemma = (found[name].template for name in ("tiny", "falcon_mamba", "gemma3"))
     assert (tiny.text_roles, tiny.takes_system, tiny.added_end) == ([], True, None)
     assert (tiny.generation_prompt, tiny.reply_end) == ("<|im_start|>assistant\n", "<|im_end|>")
-    assert mamba.text_roles == ["assistant", "system", "user"]
+    assert mamba.text_roles == ["assistant", "system", "tool", "user"]
     assert (mamba.reply_end, mamba.added_end) == (None, MADE["falcon_mamba"].eos)
     assert gemma.reply_end in MADE["gemma3"].stops
 
@@ -155,6 +156,21 @@ def test_patches_per_token_are_measured(name: str, directories: dict[str, Path])
     family = probe_family(load_model(str(directories[name]), "float32", processor), processor, print)
     assert family.patches_per_token == PATCHES[name]
     assert family.grid_key == ("image_grid_thw" if name == "tiny" else None)
+
+
+EVERY_PROBE = [
+    *("no image", "no image and two replies", "one image", "one image and two replies", "two images"),
+    *("two images and two replies", "images among the words", "a system turn"),
+]
+
+
+def test_what_the_ids_were_compared_on_is_shown(found: dict[str, ModelFound]) -> None:
+    for name in ("tiny", "llava", "idefics3"):
+        assert found[name].encoding == EncodingTrial(EVERY_PROBE, [], {})
+    assert found["text"].encoding == EncodingTrial(["no image", "no image and two replies", "a system turn"], [], {})
+    shown = " ".join("\n".join(lines(found["tiny"])).split())
+    assert f"ids equal the model's own with {', '.join(EVERY_PROBE)}" in shown
+    assert "packing on: packed rows equal samples alone image cache on: cached features equal pixels" in shown
 
 
 def test_the_lines_fit_the_terminal_and_json_says_the_same(
@@ -189,5 +205,5 @@ def test_what_cannot_be_inspected_is_one_line_and_exit_code_2(
     (line,) = capsys.readouterr().err.splitlines()
     assert left.value.code == 2
     assert str(path) in line
-    reason = "copy the chat_template.jinja of a chat model" if what == "no template" else "there is no such directory"
+    reason = "give one as model.chat_template: FILE" if what == "no template" else "there is no such directory"
     assert reason in line

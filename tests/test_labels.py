@@ -515,14 +515,6 @@ def test_an_empty_thought_before_the_last_answer_is_trained_on(root: Path) -> No
     assert supervised_texts(path, encoded) == ["one<|im_end|>", "<think>\n\n</think>\n\ntwo<|im_end|>"]
 
 
-@pytest.mark.parametrize("before", [[], [("user", "0?"), ("assistant", "<think>\nhm\n</think>\n\nzero")]])
-def test_thoughts_that_a_template_takes_apart_are_refused(before: list[Turn], root: Path) -> None:
-    path = directory("byte_level", "qwen3")
-    thought = talk(*before, ("user", "1?"), ("assistant", "<think>\nhm\n</think>\n\none"))
-    with pytest.raises(SampleError, match=r"chat template (changes|rewrites)"):
-        encoder(path).encode(thought, root)
-
-
 def _per_turn(content: str) -> str:
     turn = "<|im_start|>{{ m.role }}\n" + content + "<|im_end|>\n"
     prompt = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -576,6 +568,18 @@ def test_refused_templates(template: str | None, vision: bool, reason: str, tmp_
     path = make_directory(tmp_path, "byte_level", template, vision=vision)
     with pytest.raises(UserError, match=f"(?s){tmp_path}.*{reason}"):
         load_processor(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "cannot be read"), (b"\xff{{", "not UTF-8"), (b" \n", "it is empty"), (b"{{ bos_token }}", "user's words")],
+)
+def test_refused_files_with_a_template(content: bytes | None, reason: str, tmp_path: Path) -> None:
+    path, file = make_directory(tmp_path / "model", "byte_level", TEMPLATES["chatml"].text), tmp_path / "own.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=reason):
+        load_processor(str(path), str(file))
 
 
 def _drop(name: str) -> Callable[[Path], None]:

@@ -26,8 +26,8 @@ TOKENIZER = SimpleNamespace(
 def template(render: Render, prompt: str, image_token: str | None) -> ChatTemplate:
     """A chat template in Python."""
 
-    def make_text(messages: Any, add_generation_prompt: bool) -> str:
-        return render(messages) + (prompt if add_generation_prompt else "")
+    def make_text(messages: Any, begun: bool, tools: Any = None) -> str:
+        return render(messages) + (prompt if begun else "")
 
     return ChatTemplate("", TemplateTraits(frozenset(), True, prompt), make_text, image_token)
 
@@ -48,7 +48,8 @@ def lay_out(
         content = tuple(part if isinstance(part, Image) else Text(part) for part in parts)
         messages.append(Message(role, content))  # type: ignore[arg-type]
     made: Any = SimpleNamespace(tokenizer=TOKENIZER, template=template(render, prompt, image_token))
-    return Layout(made).lay_out(Conversation(tuple(messages)))
+    layout, conversation = Layout(made), Conversation(tuple(messages))
+    return layout.lay_out(conversation, layout.form(conversation))
 
 
 IMAGE = Image("0.png")

@@ -15,7 +15,7 @@ from mmtrain.contrastive.pair_samples import PairSamples, read_pairs
 from mmtrain.contrastive.relation import PairItems, relate
 from mmtrain.dataset.validate import FaultPolicy, LengthLimit
 from mmtrain.encoding.encode import Encoded, ImageSpan
-from mmtrain.encoding.images import find_image
+from mmtrain.encoding.images import Roots, find_image
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.pairs import Item
@@ -29,10 +29,10 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 class Words:
     """An embedder that takes texts of three words, and none with the word `unknown`."""
 
-    def encode(self, items: Sequence[tuple[Item, Path]]) -> list[EncodedItem | SampleError]:
+    def encode(self, items: Sequence[tuple[Item, Roots]]) -> list[EncodedItem | SampleError]:
         return [self._encode(item, root) for item, root in items]
 
-    def _encode(self, item: Item, root: Path) -> EncodedItem | SampleError:
+    def _encode(self, item: Item, root: Roots) -> EncodedItem | SampleError:
         words = (item.text or "").split()
         if "unknown" in words:
             return SampleError("the model takes no such text")
@@ -131,3 +131,22 @@ def test_the_policy_leaves_samples_out_and_names_them(tmp_path: Path) -> None:
 def test_no_sample_left_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pairs\.jsonl:1: dropped, no sample is left: 4 tokens"):
         read(tmp_path, [{"query": "one two three four", "positive": "b"}], FaultPolicy("drop"))
+
+
+def test_bytes_of_images_stay_in_their_file(tmp_path: Path) -> None:
+    """A table of images is not read into memory, and `loaded` gives the right one."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    contents = [
+        (tmp_path / image(tmp_path, f"{colour}.png", colour)).read_bytes() for colour in ("red", "green", "red")
+    ]
+    table = {"image": [{"bytes": content, "path": "x.png"} for content in contents], "caption": ["a", "b", "c"]}
+    parquet.write_table(arrow.table(table), tmp_path / "pairs.parquet")
+    embedder: Any = Words()
+    data = read_pairs(
+        [Source(path=str(tmp_path / "pairs.parquet"))], embedder, LengthLimit(3, "the test"), FaultPolicy()
+    )
+    assert list(data.pairs.values()) == [PairItems(0, (1,)), PairItems(2, (3,)), PairItems(0, (4,))]
+    assert [item.encoded.images[0].image.source for item in (data.items[0], data.items[2])] == [b"", b""]
+    loaded = data.loaded([2, 1, 0])
+    assert [span.image.source for item in loaded for span in item.encoded.images] == [contents[1], contents[0]]
+    assert [item.key for item in loaded] == [data.items[number].key for number in (2, 1, 0)]

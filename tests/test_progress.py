@@ -71,14 +71,15 @@ def test_steps_are_reported_in_lines_a_few_seconds_apart_where_no_bar_shows_them
     progress = Progress(console=Console(file=shown, force_terminal=terminal, width=150))
     monkeypatch.setattr("mmtrain.train.report.time", SimpleNamespace(monotonic=lambda: clock[0]))
     with progress.task("step", 5) as task:
-        reporter = StepReporter(5, 4, task, progress)
+        memory = iter([2**30, 3 * 2**30, *[2**31] * 3])
+        reporter = StepReporter(5, 4, task, progress, lambda: next(memory))
         for step, clock[0] in enumerate((100.0, 105.0, 106.0, 107.0, 108.0), start=1):
             reporter.report(row | {"step": step, "loss": 3.5 - step})
     figures = "lr 1.00e-03  grad 0.500  1,500 tok/s  25% mfu"
     wanted = {
-        1: f"step 1/5  epoch 0.25  loss 2.5000 (average 2.5000)  {figures}  ETA 6:40",
-        2: f"step 2/5  epoch 0.50  loss 1.5000 (average 2.0000)  {figures}  ETA 2:38",
-        5: f"step 5/5  epoch 1.25  loss -1.5000 (average 0.5000)  {figures}\n",
+        1: f"step 1/5  epoch 0.25  loss 2.5000 (average 2.5000)  {figures}  peak 1.0 GiB  ETA 6:40",
+        2: f"step 2/5  epoch 0.50  loss 1.5000 (average 2.0000)  {figures}  peak 3.0 GiB  ETA 2:38",
+        5: f"step 5/5  epoch 1.25  loss -1.5000 (average 0.5000)  {figures}  peak 3.0 GiB\n",
     }
     for step in expected:
         assert wanted[step] in shown.getvalue()

@@ -42,7 +42,9 @@ class Run:
         said = io.StringIO()
         now = {"threads": 1, "device": "A", **layout}
         folder, progress = CheckpointFolder(self.folder, 2), Progress(console=Console(file=said, width=60))
-        found = find_resume(folder, config or self.config, hashes, now, accept, progress)
+        found = find_resume(
+            folder, config or self.config, hashes, now, accept, progress, lambda train: train.steps or 8
+        )
         self.said[:] = said.getvalue().splitlines()
         return found
 

@@ -9,15 +9,20 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from transformers import CLIPModel
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageTextToText, CLIPModel
 from typer.testing import CliRunner
 
 from mmtrain import api
 from mmtrain.cli import app
-from mmtrain.config import Config
+from mmtrain.config import Config, dump_config
 from mmtrain.encoding.tower_processor import load_tower_processor
 from mmtrain.errors import UserError
-from mmtrain.retrieval.command import Options, retrieval_figures
+from mmtrain.progress import QUIET
+from mmtrain.retrieval.command import Options, loaded_embedder, retrieval_figures
+from mmtrain.retrieval.evaluation import RetrievalEvaluation
+from mmtrain.runtime.processes import Runtime
+from support.builders import TINY
 from support.tower_models import LENGTH, make_clip
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
@@ -203,8 +208,6 @@ def test_a_model_that_was_saved_whole_is_compared_with_the_base_model(clip: Path
 
 
 def command(config: Config, folder: Path, *words: str) -> Any:
-    from mmtrain.config import dump_config
-
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     return CliRunner().invoke(app, ["eval", "retrieval", str(folder / "config.yaml"), *words])
 
@@ -250,5 +253,73 @@ def test_options_that_do_not_fit_are_refused(clip: Path, tmp_path: Path, options
 
 def test_a_config_for_chats_is_refused(clip: Path, tmp_path: Path) -> None:
     config = config_of(clip, tmp_path, write_pairs(tmp_path, captioned()), objective={"kind": "chat"})
-    with pytest.raises(UserError, match=r"eval retrieval: set objective\.kind to contrastive"):
+    with pytest.raises(UserError, match=r"eval retrieval: it is for objective\.kind: contrastive, the config has chat"):
         retrieval_figures(config, Options())
+
+
+@pytest.mark.parametrize("command", [["eval", "perplexity"], ["eval", "answers"], ["plan"]])
+def test_commands_for_chats_refuse_pairs_by_name(clip: Path, tmp_path: Path, command: list[str]) -> None:
+    config = config_of(clip, tmp_path, write_pairs(tmp_path, captioned()))
+    (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    error = CliRunner().invoke(app, [*command, str(tmp_path / "config.yaml")]).exception
+    assert isinstance(error, UserError)
+    assert f"{' '.join(command)}: it is for objective.kind: chat, the config has contrastive; use " in str(error)
+
+
+def test_an_adapter_is_compared_with_the_base_model(clip: Path, tmp_path: Path) -> None:
+    """The embeddings are those of peft; the base model's are as without the adapter."""
+    targets = ["q_proj", "v_proj"]
+    settings = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="FEATURE_EXTRACTION")
+    torch.manual_seed(0)
+    adapted = get_peft_model(CLIPModel.from_pretrained(clip), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    config = config_of(clip, tmp_path, write_pairs(tmp_path, captioned()))
+    base = retrieval_figures(config, Options())[0]["text_to_image"]
+    found = retrieval_figures(config, Options(adapter=tmp_path / "adapter", compare="base"))[0]["text_to_image"]
+    assert found["base"] == {key: base[key] for key in found["base"]}
+    processor = load_tower_processor(str(clip))
+    with torch.no_grad():
+        tokens = processor.tokenizer(["it is green"], padding=True, return_tensors="pt")
+        images = [PIL.Image.open(tmp_path / f"{colour}.png") for colour in COLOURS]
+        made = adapted.eval().get_base_model()(**tokens, **processor.images(images=images, return_tensors="pt"))
+    scores = (made.image_embeds @ made.text_embeds.T)[:, 0]
+    (one,) = [one for one in found["most_confused"] if one["query"]["text"] == "it is green"] or [None]
+    rank = 1 + int((scores[[0, 2, 3, 4, 5]] >= scores[1]).sum())
+    assert (one is None) == (rank == 1)
+    if one is not None:
+        assert one["rank"] == rank
+        assert one["right_score"] == pytest.approx(float(scores[1]), abs=1e-5)
+
+
+def test_a_vision_language_model_searches_documents_of_images_and_texts(tmp_path: Path) -> None:
+    """Also with an adapter, whose base model is as without it."""
+    records: list[dict[str, Any]] = [
+        {
+            "query": {"text": "which is red?", "instruction": "Find it."},
+            "positive": {"image": "red.png", "text": "one"},
+        },
+        {"query": {"text": "which is blue?"}, "positive": {"image": "blue.png"}, "negatives": ["a blue one"]},
+    ]
+    keys = {
+        "tune": {"language": {"mode": "lora"}},
+        "objective": {"kind": "contrastive", "scale": 20.0, "pooling": "last"},
+    }
+    config = config_of(TINY, tmp_path, write_pairs(tmp_path, records), **keys)
+    base = retrieval_figures(config, Options())[0]
+    assert (base["query_to_document"]["num_queries"], base["query_to_document"]["num_candidates"]) == (2, 3)
+    assert (base["document_to_query"]["num_queries"], base["document_to_query"]["num_candidates"]) == (2, 2)
+    targets = r"^(?:model\.language_model\.layers\.0\.self_attn\.q_proj)$"
+    settings = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    get_peft_model(AutoModelForImageTextToText.from_pretrained(TINY), settings).save_pretrained(tmp_path / "adapter")
+    found = retrieval_figures(config, Options(adapter=tmp_path / "adapter", compare="base"))[0]
+    assert found["query_to_document"]["base"]["mrr"] == base["query_to_document"]["mrr"]
+    adapted, alone = (embeddings_of(config, options) for options in (Options(tmp_path / "adapter"), Options()))
+    assert adapted.shape == alone.shape
+    assert not torch.allclose(adapted, alone, atol=1e-3)
+
+
+def embeddings_of(config: Config, options: Options) -> torch.Tensor:
+    runtime = Runtime(config.model.dtype, device="cpu")
+    embedder = loaded_embedder(config, options.adapter, runtime, QUIET)
+    return RetrievalEvaluation(config, config.data.eval, embedder, QUIET).embed(embedder).items

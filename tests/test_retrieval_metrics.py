@@ -1,5 +1,6 @@
 """Retrieval metrics equal a brute force that sorts all candidates of one query after another."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,10 +8,8 @@ import pytest
 import torch
 
 from mmtrain.errors import NonFiniteError
-from mmtrain.retrieval.metrics import means, metrics_of
+from mmtrain.retrieval.metrics import NAMES, chance, means, metrics_of
 from mmtrain.retrieval.ranking import Ranking, rank_positives
-
-NAMES = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
 
 
 def brute_force(
@@ -109,6 +108,23 @@ def test_more_positives_than_the_depth_can_be_perfect() -> None:
 def test_embeddings_that_are_not_finite_are_refused() -> None:
     with pytest.raises(NonFiniteError, match="eval retrieval: an embedding is not a finite number"):
         rank_positives(torch.tensor([[math.nan]]), torch.ones(1, 1), np.array([[0, 0]]))
+
+
+@pytest.mark.parametrize(("num_positives", "num_candidates"), [(1, 1), (1, 7), (3, 7), (7, 7), (2, 12), (11, 12)])
+def test_chance_is_the_mean_over_all_orders(num_positives: int, num_candidates: int) -> None:
+    sums = dict.fromkeys(NAMES, 0.0)
+    places = list(itertools.combinations(range(num_candidates), num_positives))
+    for right in places:
+        scores = torch.arange(num_candidates, 0, -1).float()[:, None]
+        for name, (value,) in brute_force(torch.ones(1, 1), scores, {(0, c) for c in right}, set()).items():
+            sums[name] += value
+    found = chance(np.array([num_positives]), np.array([num_candidates]))
+    assert found == pytest.approx({name: total / len(places) for name, total in sums.items()}, rel=1e-12)
+
+
+def test_chance_is_averaged_over_queries() -> None:
+    found = chance(np.array([1, 1, 2]), np.array([4, 8, 8]))
+    assert found["recall@1"] == pytest.approx((1 / 4 + 1 / 8 + 2 / 8) / 3)
 
 
 def test_intervals_are_the_percentiles_of_resampled_queries() -> None:

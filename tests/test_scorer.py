@@ -50,7 +50,7 @@ def expected_rows(dataset: Any, numbers: list[int]) -> list[Row]:
 
 
 def rows_of(scores: Scores) -> list[Row]:
-    columns = [getattr(scores, field.name).tolist() for field in fields(scores)]
+    columns = [getattr(scores, field.name).tolist() for field in fields(scores) if field.name != "weight"]
     return list(zip(*columns, strict=True))
 
 
@@ -219,13 +219,14 @@ def test_a_signal_leaves_no_scores(made: tuple[Learner, Any]) -> None:
 
 def test_scores_of_some_samples_are_their_rows() -> None:
     ints, floats = np.array([1, 1, 4, 9]), np.array([0.5, 1.5, 2.5, 3.5])
-    scores = Scores(ints, ints * 0, ints * 2, ints > 1, floats, ints * 3, ints * 4, ints * 5)
+    scores = Scores(ints, ints * 0, ints * 2, ints > 1, floats, ints * 3, ints * 4, ints * 5, floats)
     found = scores.of(np.array([9, 1, 2]))
     assert rows_of(found) == [
         (1, 0, 2, False, 0.5, 3, 4, 5),
         (1, 0, 2, False, 1.5, 3, 4, 5),
         (9, 0, 18, True, 3.5, 27, 36, 45),
     ]
+    assert found.weight.tolist() == [0.5, 1.5, 3.5]
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,19 @@ SHAPES: dict[str, tuple[str, Any, Conversation]] = {
         {"query": "Q", "response": "A", "history": [["P", "B"]], "images": ["a.png", "b.png"]},
         talk(("user", [Image("a.png"), Image("b.png"), Text("P")]), EARLIER[1], ASKED, SAID),
     ),
+    "the old form of Qwen-VL": (
+        "conversations",
+        {
+            "conversations": [
+                {"from": "user", "value": "Picture 1: <img>a.png</img>\n<img>b.png</img>\nQ"},
+                {"from": "assistant", "value": "A"},
+            ]
+        },
+        talk(
+            ("user", [Text("Picture 1: "), Image("a.png"), Image("b.png"), Text("Q")]),
+            SAID,
+        ),
+    ),
     "question and answer": ("question", {"question": "Q", "answer": "A", "image": "a.png"}, talk(WITH_IMAGE, SAID)),
     "input and output": ("input", {"input": "Q", "output": "A", "image": "a.png"}, talk(WITH_IMAGE, SAID)),
     "prompt and completion": ("prompt", {"prompt": "Q", "completion": "A"}, talk(ASKED, SAID)),
@@ -263,6 +276,11 @@ def test_an_image_is_given_in_many_ways(name: str) -> None:
         assert [image.data for image in found.images] == [expected.data]
 
 
+def test_a_path_in_a_reply_stays_text() -> None:
+    found = read_record({"query": "Q", "response": "A <img>a.png</img>"})
+    assert found == talk(ASKED, ("assistant", "A <img>a.png</img>"))
+
+
 def test_images_can_be_a_list_in_JSON_text() -> None:
     found = read_record({"question": "Q", "answer": "A", "images": '["a.png", "b.png"]'})
     assert found.images == (Image("a.png"), Image("b.png"))
@@ -438,10 +456,12 @@ def test_a_real_file_of_longer_texts(
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not there")
-def test_the_old_form_of_an_image_in_a_text_stays_text_and_is_found_by_the_checks() -> None:
-    from mmtrain.checks.content import MARKS, unmatched_marks
-
+def test_the_old_form_of_an_image_in_a_text_is_an_image() -> None:
+    """In this file all of them are addresses of a server."""
     lines = (SHARED / "chat_demos/ms_swift_tests/multi_modal_1.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [list(unmatched_marks(read_record(json.loads(line)).messages, MARKS)) for line in lines]
-    assert [[one.is_fault for one in each] for each in found] == [[True], [True], []]
-    assert "'</img>'" in found[0][0].reason
+    for record, num_images in zip(map(json.loads, lines), (1, 2, 0), strict=True):
+        if num_images:
+            assert "demo.jpeg' is not a local file: nothing is fetched" in refusal(record)
+        assert read_record(record, "auto", frozenset({"</img>"})).images == ()
+        local = json.loads(json.dumps(record).replace("https://qianwen-res.oss-cn-beijing.aliyuncs.com", "images"))
+        assert read_record(local).images == (Image("images/Qwen-VL/assets/demo.jpeg"),) * num_images

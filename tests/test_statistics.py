@@ -40,9 +40,10 @@ BY_HAND: list[Row] = [
 
 
 def scores_of(rows: list[Row]) -> Scores:
-    columns = list(zip(*rows, strict=True)) if rows else [()] * 8
+    columns: list[Any] = list(zip(*rows, strict=True)) if rows else [()] * 8
     kinds = (np.int64, np.int64, np.int64, np.bool_, np.float64, np.int64, np.int64, np.int64)
-    return Scores(*(np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))
+    columns.append((1.0,) * len(rows))
+    return Scores(*(np.array(column, kind) for column, kind in zip(columns, (*kinds, np.float64), strict=True)))
 
 
 def uneven(num_samples: int, seed: int) -> Scores:
@@ -312,7 +313,7 @@ def test_many_samples_need_little_memory() -> None:
     num = 100_000
     ones, numbers = np.ones(num, np.int64), np.arange(num)
     nll = np.random.default_rng(0).gamma(2.0, size=num)
-    scores = Scores(numbers, 0 * ones, ones, ones > 0, nll, ones, ones, ones)
+    scores = Scores(numbers, 0 * ones, ones, ones > 0, nll, ones, ones, ones, np.ones(num))
     tracemalloc.start()
     low, high = summary(scores)["interval"]["nll"]
     peak = tracemalloc.get_traced_memory()[1]
@@ -402,7 +403,10 @@ def test_report_without_images() -> None:
 
 
 def test_comparison_names_every_model_and_its_difference() -> None:
-    first = {key: report()[key] for key in ("perplexity", "nll", "interval")}
+    bins = [{"confidence": 0.75, "accuracy": 0.5, "range": (0.7, 0.8), "num_tokens": 4}]
+    calibration = {"expected_accuracy": 0.75, "observed_accuracy": 0.5, "expected_calibration_error": 0.25}
+    distributions = {"calibration": {**calibration, "bins": bins}, "divergence": None, "entropy": {"mean": 1.25}}
+    first = {key: report()[key] for key in ("perplexity", "nll", "interval")} | distributions
     a = uneven(40, seed=8)
     more = difference(a, replace(a, nll=a.nll * 1.5))
     rows = [
@@ -415,3 +419,4 @@ def test_comparison_names_every_model_and_its_difference() -> None:
     assert any(line.startswith("base") and line.split()[-2:] == ["–", "–"] for line in lines)
     assert sum(f"{more['nats_per_token']:+.4f}" in line for line in lines) == 2
     assert sum("+50.0 %" in line for line in lines) == 1
+    assert sum(line.split()[-4:] == ["1.2500", "75.0%", "50.0%", "25.0%"] for line in lines) == 3

@@ -129,15 +129,20 @@ def test_a_damaged_store_is_made_anew(how: str, make_config: MakeConfig, home: P
 def chunk(first: int, note: str) -> EncodedChunk:
     """Two samples: three tokens and an image, and one that is refused."""
     return EncodedChunk(
+        np.array([first, first + 1], np.int32),
+        np.array([-1, -1], np.int32),
         np.array([3, 0], np.int32),
         np.array([1, 0], np.int32),
         np.array([1, 0], np.int32),
+        np.array([1, 0], np.int32),
+        np.array([0.5, 0.0]),
         np.array([first, first + 1, first + 2], np.int32),
         np.array([False, False, True]),
         np.array([[0, 2, 1, 30 + first, 20]], np.int32),
+        np.array([0.5 + first], np.float32),
         (__file__,),
-        (Fault(first + 1, "refused", "ünknown"),),
-        {"literal": Note(1, first, note)},
+        (Fault(1, "refused", "ünknown"),),
+        {"literal": Note(1, 0, note)},
     )
 
 
@@ -150,6 +155,8 @@ def test_a_store_of_several_chunks_gives_back_each_sample(tmp_path: Path) -> Non
     assert [opened_store.tokens(index)[0].tolist() for index in (0, 2)] == [[0, 1, 2], [2, 3, 4]]
     assert [opened_store.tokens(index)[1].tolist() for index in (0, 2)] == [[False, False, True]] * 2
     assert [opened_store.spans_of(i).tolist() for i in range(4)] == [[[0, 2, 1, 30, 20]], [], [[0, 2, 1, 32, 20]], []]
+    assert [opened_store.weights_of(i) for i in range(4)] == [(0.5,), (), (2.5,), ()]
+    assert opened_store.sum_weights.tolist() == [0.5, 0.0, 0.5, 0.0]
     assert opened_store.faults == [Fault(1, "refused", "ünknown"), Fault(3, "refused", "ünknown")]
     assert opened_store.notes == {"literal": Note(2, 0, "a")}
     assert opened_store.image_files == {Path(__file__)}

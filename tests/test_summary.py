@@ -13,7 +13,7 @@ from mmtrain.train.folder import locked
 from mmtrain.train.report import end_report, serving_lines
 from mmtrain.train.run import train
 from mmtrain.train.run_list import print_runs
-from mmtrain.train.summary import EvalSummary, duration, summarize
+from mmtrain.train.summary import AnswersSummary, EvalSummary, duration, summarize
 from support.learning import ALL_FULL, LORA, MIXED
 
 STEPS = [
@@ -47,6 +47,19 @@ def test_a_run_is_summed_up_from_its_metrics(tmp_path: Path) -> None:
         f"adapter: {run}/adapter, metrics: {run}/metrics.jsonl, config: {run}/config.yaml",
         f"next: mmtrain eval answers {run}/config.yaml --adapter {run}",
     ]
+
+
+def test_the_summary_has_the_answers_next_to_the_blind_ones(tmp_path: Path) -> None:
+    rows = [
+        {"step": step, "answers": "held-out", "metric": "anls", "metrics": {"anls": score}, "blind": {"anls": 0.25}}
+        for step, score in ((0, 0.0), (1, 0.75), (2, 0.5))
+    ]
+    run = run_with(tmp_path / "run", [rows[0], STEPS[0], rows[1], STEPS[1], rows[2]], "adapter")
+    assert summarize(run).answers == (AnswersSummary("held-out", "anls", 0.0, 0.5, 0.75, 1, 0.25),)
+    assert list(end_report(run))[1] == (
+        "anls on held-out: 0.0% before the first step, 50.0% after the last, best 75.0% after step 1; best blind "
+        "answer 25.0%"
+    )
 
 
 def test_a_run_without_evaluations_can_be_asked_next(tmp_path: Path) -> None:

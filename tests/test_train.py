@@ -12,15 +12,21 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from mmtrain.config import load_config
 from mmtrain.config.schema import Config
 from mmtrain.errors import NonFiniteError, UserError
-from mmtrain.train import loop
+from mmtrain.generate.prompts import prompt_for
+from mmtrain.generate.target import find_target, load_target
+from mmtrain.merge.command import merge
+from mmtrain.records.chat import Conversation, Message, Text
+from mmtrain.runtime.processes import Runtime
+from mmtrain.train import loop, run
 from mmtrain.train.folder import start_over
 from mmtrain.train.run import train
 from mmtrain.train.step import StepResult, train_step
+from mmtrain.train.summary import summarize
 from support.learning import LORA, MIXED
 
 MakeConfig = Callable[..., Config]
@@ -106,6 +112,34 @@ def test_without_lora_a_whole_model_is_left(make_config: MakeConfig) -> None:
     assert (output / "model" / "chat_template.jinja").is_file()
 
 
+DASHES = (
+    "{% for m in messages %}- {% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ p.text }}{% endif %}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}- {% endif %}"
+)
+
+
+def test_a_given_chat_template_is_trained_with_and_saved(make_config: MakeConfig, tmp_path: Path) -> None:
+    """The adapter's directory, `generate` and a merged model have it; another content does not resume."""
+    (tmp_path / "dashes.jinja").write_text(DASHES)
+    config = make_config("qwen2_5_vl", {"language": LORA}, **SMALL)
+    model = config.model.model_copy(update={"chat_template": str(tmp_path / "dashes.jinja")})
+    config = config.model_copy(update={"model": model})
+    train(config)
+    adapter = Path(config.run.output_dir) / "adapter"
+    (tmp_path / "dashes.jinja").write_text(DASHES.replace("- ", "* "))
+    with pytest.raises(UserError, match=r"model.template: the content has changed"):
+        train(config)
+    assert [path.name for path in adapter.glob("chat_template*")] == ["chat_template.jinja"]
+    assert AutoTokenizer.from_pretrained(adapter).chat_template == DASHES
+    merge(adapter.parent, tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == DASHES
+    loaded = load_target(find_target(str(adapter.parent), dtype="float32"), Runtime("float32"))
+    asked = Conversation((Message("user", (Text("what?"),)),))
+    prompt = prompt_for(loaded.encoder, asked, tmp_path)
+    assert loaded.encoder.processor.tokenizer.decode(prompt.ids.tolist()) == "- what?<|im_end|>\n- "
+
+
 class Stop(Exception):
     """Stands for a process that dies."""
 
@@ -173,7 +207,7 @@ def changed(config: Config, key: str, value: Any) -> Config:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("train.steps", 7),
+        ("train.steps", 5),
         ("train.batch_size", 4),
         ("train.learning_rate", 0.02),
         ("train.schedule", "linear"),
@@ -193,6 +227,61 @@ def test_a_change_of_the_result_is_refused_by_name(
         train(changed(shared_run, key, value))
     assert any(fault.startswith(key) for fault in refused.value.faults)
     assert {path: path.stat().st_mtime_ns for path in Path(shared_run.run.output_dir).rglob("*")} == before
+
+
+def test_a_finished_run_with_a_constant_rate_is_extended_to_the_bits_of_a_longer_one(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tune = {"language": {**LORA, "dropout": 0.1}}
+    config = make_config("text", tune, **SMALL, schedule="constant", warmup_steps=2)
+    longer = changed(config, "train.steps", 9)
+    train(changed(longer, "run.output_dir", str(tmp_path / "whole")))
+    train(config)
+    capsys.readouterr()
+    train(longer)
+    line = "extended from 6 to 9 steps: the rate is constant, so the result is that of 9 steps from the start"
+    assert line in capsys.readouterr().err.splitlines()
+    whole, extended = adapter(changed(longer, "run.output_dir", str(tmp_path / "whole"))), adapter(longer)
+    assert all(torch.equal(whole[name], extended[name]) for name in whole)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000009" / "state.json").read_text())
+    assert state["accepted"] == ["step 6: train.steps: was '6' and is '9'"]
+
+
+def test_an_extension_says_what_the_rate_does(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """Epochs of 3 steps; the line falls to 0 in 6 steps, and then in 9."""
+    config = make_config("text", epochs=2, batch_size=3, learning_rate=0.01, schedule="linear")
+    train(config)
+    train(changed(config, "train.epochs", 3))
+    line = (
+        "extended from 6 to 9 steps: the rate was 1.67e-03 in step 6 and is 3.33e-03 in step 7, on the linear of 9 "
+        "steps; 9 steps from the start would give another result"
+    )
+    assert line in capsys.readouterr().err.splitlines()
+    rates = [row["learning_rate"] for row in rows(config)]
+    assert rates[5:7] == pytest.approx([0.01 / 6, 0.01 * 3 / 9])
+    assert len(rates) == 9
+
+
+def test_an_extended_run_is_not_finished_until_it_is_exported_again(make_config: MakeConfig) -> None:
+    """The adapter of the shorter run is there all the time."""
+    config = make_config("text", **SMALL)
+    longer = changed(config, "train.steps", 8)
+    train(config)
+    short = adapter(config)
+    assert summarize(Path(config.run.output_dir)).is_finished
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "write_outputs", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(longer)
+    assert not summarize(Path(config.run.output_dir)).is_finished
+    assert all(torch.equal(short[name], value) for name, value in adapter(longer).items())
+    train(longer)
+    assert any(not torch.equal(short[name], value) for name, value in adapter(longer).items())
+    assert summarize(Path(config.run.output_dir)).is_finished
+
+
+def interrupted(*arguments: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_change_of_the_data_is_refused(shared_run: Config) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mmtrain.answers.metrics import METRICS, find_metric
 from mmtrain.errors import UserError
 from mmtrain.generate.questions import Question
+from mmtrain.records.reasoning import reply_of
 from mmtrain.safe_text import shown
 
 
@@ -32,11 +33,15 @@ def choose_metrics(
     """
     chosen, reasons = {}, {}
     for name, metric in configured.items():
-        own = [question.reference or "" for question, source in zip(questions, sources, strict=True) if source == name]
+        own = [
+            reply_of(question.reference or "")
+            for question, source in zip(questions, sources, strict=True)
+            if source == name
+        ]
         if own:
             chosen[name], reasons[name] = find_metric(own) if metric is None else (metric, "as configured")
     asked = [
-        AskedQuestion(question.sample, name, question.text, question.reference or "", chosen[name])
+        AskedQuestion(question.sample, name, question.text, reply_of(question.reference or ""), chosen[name])
         for question, name in zip(questions, sources, strict=True)
     ]
     return asked, reasons

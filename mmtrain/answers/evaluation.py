@@ -2,28 +2,21 @@
 
 from collections.abc import Sequence
 
-from mmtrain.answers.asked import check_forms, choose_metrics
+from mmtrain.answers.question_set import QuestionSet, Replies
 from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
 from mmtrain.dataset.batch import Samples
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.errors import UserError
-from mmtrain.generate.prompts import prompts_of
-from mmtrain.generate.questions import Question, questions_of
-from mmtrain.generate.replies import Generator, Reply, batched
-from mmtrain.generate.sampling import Sampling
+from mmtrain.generate.over_processes import known_to_all
+from mmtrain.generate.replies import Generator, batched
 from mmtrain.progress import Progress
-from mmtrain.records.chat import SampleError
+from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.changed_images import Change
 from mmtrain.scoring.eval_samples import EvalSamples
 
-Replies = dict[int, Reply]
-"""By the position of the question."""
-_LEAST_NEW_TOKENS, _MOST_NEW_TOKENS = 16, 1024
 
-
-class AnswerEvaluation:
-    """The questions of `sources`, each trained reply being the reference of one."""
+class AnswerEvaluation(QuestionSet):
+    """All questions of `sources`."""
 
     def __init__(
         self,
@@ -38,55 +31,50 @@ class AnswerEvaluation:
         self._progress = progress
         own = EvalSamples.of(config, sources, processor, progress)
         self._eval_samples = own
-        self.samples, self.dropped = own.samples, own.dropped
-        records = own.samples.records
-        self._questions: list[Question] = []
-        for index in own.indices.tolist():
-            conversation = records.conversation(index)
-            self._questions += questions_of(conversation, index, own.encoder.trained_turns(conversation.messages))
-        of_source = [own.names[records.source(question.sample)] for question in self._questions]
+        self.dropped = own.dropped
         metrics = {source.title: metric or source.metric for source in sources}
-        self.questions, self.reasons = choose_metrics(self._questions, of_source, metrics)
-        self.places = [str(self.samples.place(question.sample)) for question in self._questions]
-        check_forms(self.questions, self.places)
-        longest = max(int(own.checked.num_supervised[question.sample]) for question in self._questions)
-        self.max_new_tokens = min(max(2 * longest, _LEAST_NEW_TOKENS), _MOST_NEW_TOKENS)
-        """Twice what the longest reference needs: a longer answer is wrong however it goes on."""
+        super().__init__(own.samples, own.checked, own.encoder, own.indices.tolist(), own.names, metrics)
 
-    def replies(self, generator: Generator, name: str, batch_size: int, max_new_tokens: int) -> Replies:
+    def all_replies(
+        self, generator: Generator, runtime: Runtime, name: str, batch_size: int, max_new_tokens: int | None
+    ) -> Replies:
         """The greedy reply to every question; `name` is shown while they are generated."""
-        every = range(len(self._questions))
-        return self._ask(generator, self.samples, every, name, batch_size, max_new_tokens)
+        return self._ask(generator, runtime, self.samples, range(len(self.questions)), name, batch_size, max_new_tokens)
 
     def replies_with_changed_images(
-        self, generator: Generator, change: Change, name: str, batch_size: int, max_new_tokens: int
+        self,
+        generator: Generator,
+        runtime: Runtime,
+        change: Change,
+        name: str,
+        batch_size: int,
+        max_new_tokens: int | None,
     ) -> Replies:
         """The same for the questions of samples with images, which are swapped, grey or left out; none where no sample
         can be changed so."""
         changed, indices, _ = self._eval_samples.changed(change)
         there = set(indices.tolist())
-        numbers = [i for i, question in enumerate(self._questions) if question.sample in there]
-        return self._ask(generator, changed, numbers, name, batch_size, max_new_tokens)
+        numbers = [i for i, question in enumerate(self.questions) if question.sample in there]
+        return self._ask(generator, runtime, changed, numbers, name, batch_size, max_new_tokens)
 
     def _ask(
         self,
         generator: Generator,
+        runtime: Runtime,
         samples: Samples,
         numbers: Sequence[int],
         name: str,
         batch_size: int,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
     ) -> Replies:
-        found: Replies = {}
-        with self._progress.task(name, len(numbers)) as task:
-            for positions in batched(len(numbers), batch_size):
+        """Each process asks some batches, which are the same on any number of processes."""
+        own: Replies = {}
+        batches = list(batched(len(numbers), batch_size))[runtime.index :: runtime.num_processes]
+        with self._progress.task(name, len(batches)) as task:
+            for positions in batches:
                 batch = [numbers[position] for position in positions]
-                asked = [self._questions[i] for i in batch]
-                prompts = [prompts_of(samples.encoded(question.sample))[question.prompt] for question in asked]
-                try:
-                    replies = generator.replies(prompts, Sampling(max_new_tokens))
-                except SampleError as error:
-                    raise UserError(f"{self.places[batch[0]]} and the samples after it: {error}") from None
-                found |= dict(zip(batch, replies, strict=True))
-                task.advance(len(batch))
-        return found
+                own |= dict(zip(positions, self.replies(generator, batch, max_new_tokens, samples), strict=True))
+                task.advance()
+        longest = max_new_tokens or self.max_new_tokens
+        found, _ = known_to_all(own, len(numbers), longest, generator, runtime)
+        return {numbers[position]: reply for position, reply in found.items()}

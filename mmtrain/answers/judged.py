@@ -8,6 +8,7 @@ from mmtrain.answers.asked import AskedQuestion
 from mmtrain.answers.blind import best_blind_answers
 from mmtrain.answers.metrics import METRICS
 from mmtrain.answers.normalize import as_written
+from mmtrain.records.reasoning import reply_of
 from mmtrain.scoring.scores import Floats, Ints
 from mmtrain.scoring.statistics import mean_by_sample
 
@@ -50,7 +51,7 @@ class JudgedAnswers:
         score = METRICS[metric].score
         for i in self._questions_of(metric):
             if i in answers:
-                found[i] = score(answers[i], self.questions[i].reference)
+                found[i] = score(reply_of(answers[i]), self.questions[i].reference)
         return found
 
     def _blind_answers(self, metric: str) -> dict[int, str]:

@@ -30,10 +30,10 @@ def write_page(path: Path, row: Mapping[str, Any], samples: StoredSamples) -> No
 
 def _images(samples: StoredSamples, index: int) -> list[str]:
     """The sample's images as data URIs, scaled down; those that cannot be read are left out."""
-    found, root = [], samples.records.root(index)
+    found, roots = [], samples.records.roots(index)
     for image in samples.records.conversation(index).images:
         try:
-            found.append(data_uri(decode(find_image(image, root)), _SHOWN_SIDE))
+            found.append(data_uri(decode(find_image(image, roots)), _SHOWN_SIDE))
         except SampleError:  # it was there when the answer was generated
             continue
     return found

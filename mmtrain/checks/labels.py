@@ -28,9 +28,11 @@ from mmtrain.checks.findings import (
     WHITE_SPACE,
     Finding,
 )
-from mmtrain.checks.reply_frame import ReplyFrame, form_of, reply_frame
+from mmtrain.checks.reply_frame import ReplyFrame, form_of, reply_frame, texts_of, without_end
+from mmtrain.encoding.messages import as_messages, as_tools
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.records.chat import Conversation, Image, Message, Messages, Part
+from mmtrain.records.chat import Conversation, Message
+from mmtrain.records.reasoning import CLOSE, OPEN
 from mmtrain.safe_text import shown
 
 _WINDOW = 8
@@ -45,10 +47,14 @@ _Span = tuple[int, int]
 class _Sample:
     """One sample with each image folded to one placeholder."""
 
-    messages: tuple[Message, ...]
+    conversation: Conversation
     ids: list[int]
     labels: list[int]
     spans: list[_Span]
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        return self.conversation.messages
 
 
 class Checker:
@@ -80,7 +86,7 @@ class Checker:
             return [Finding(NO_LABEL, True, "no token of it is trained on")]
         found = list(_wrong_labels(ids, labels))
         folded_ids, folded, faults = self._fold(list(ids), list(labels), sizes)
-        found += faults + self._turns(_Sample(conversation.messages, folded_ids, folded, _spans(folded)))
+        found += faults + self._turns(_Sample(conversation, folded_ids, folded, _spans(folded)))
         found += unmatched_marks(conversation.messages, self._marks)
         found += literal_specials(conversation.messages, self._processor)
         found += placed_images(conversation)
@@ -139,12 +145,11 @@ class Checker:
 
     def _by_overlap(self, sample: _Sample, trained: list[int]) -> dict[int, list[_Span]]:
         """The spans by the assistant turn that they overlap most, or -1; in characters without white space."""
-        render, messages = self._processor.template.render, _messages(sample.messages)
         replies: dict[int, tuple[int, int]] = {}
         for turn, message in enumerate(sample.messages):
             if message.role == "assistant" and turn > 0:
-                begin = render(messages[:turn], add_generation_prompt=True)
-                ids = (self._inference_ids(text) for text in (begin, render(messages[: turn + 1])))
+                texts = self._rendered(sample, turn, begun=True), self._rendered(sample, turn + 1)
+                ids = map(self._inference_ids, texts)
                 first, last = map(self._num_characters, ids)
                 replies[turn] = first, last
         found: dict[int, list[_Span]] = {}
@@ -160,8 +165,7 @@ class Checker:
 
     def _prompt(self, sample: _Sample, turn: int, span: _Span) -> Iterator[Finding]:
         """Checks that the ids before a reply are those that inference would give to the model."""
-        prompt = self._processor.template.render(_messages(sample.messages[:turn]), add_generation_prompt=True)
-        expected = self._inference_ids(prompt)
+        expected = self._inference_ids(self._rendered(sample, turn, begun=True))
         start = span[0]
         actual = sample.ids[:start]
         if actual == expected:
@@ -200,7 +204,7 @@ class Checker:
 
     def _without_added_ends(self, sample: _Sample, end: int, trained: list[int]) -> list[int]:
         """ids[:end] without the end tokens that were added after trained replies because the template has none."""
-        frames = [self._frame(form_of(sample.messages), turn) for turn in trained]
+        frames = [self._frame(form_of(sample.conversation), turn) for turn in trained]
         if all(frame.end or frame.other_end for frame in frames):
             return sample.ids[:end]
         eos = self._processor.tokenizer.traits.eos_id
@@ -213,7 +217,7 @@ class Checker:
         if not spans:
             yield Finding(NO_TEXT, True, f"{name}: nothing of {shown(message.text)} is trained on")
             return
-        frame = self._frame(form_of(sample.messages), turn)
+        frame = self._frame(form_of(sample.conversation), turn)
         labels = [label for span in spans for label in sample.labels[slice(*span)]]
         num_end = self._num_end(labels, frame)
         has_end = num_end > 0
@@ -233,6 +237,8 @@ class Checker:
             yield Finding(NO_TEXT, True, f"{name}: nothing of {shown(message.text)} is trained on")
             return
         written = self._as_written(sample, turn, frame, _normal(text))
+        if written is not None and self._is_reasoned(sample, turn, text):
+            return
         if written is not None:
             yield Finding(REPLY, True, f"{name}: the labels say {shown(text)}, the assistant wrote {shown(written)}")
         elif message.text[:1].isspace() and text[len(frame.around[0]) :][:1].isspace():
@@ -246,18 +252,45 @@ class Checker:
 
     def _as_written(self, sample: _Sample, turn: int, frame: ReplyFrame, text: str) -> str | None:
         """None if `text` is what the template makes of the turn's text, otherwise what it should be."""
-        parts = [part.text for part in sample.messages[turn].parts if not isinstance(part, Image)]
+        if sample.messages[turn].calls:
+            return self._calls_as_written(sample, turn, text)
+        parts = texts_of(sample.messages[turn])
         pieces = [piece for pair in zip(frame.around, [*parts, ""], strict=True) for piece in pair][:-2]
-        expected = _normal("".join(pieces))
+        expected, closing = _normal("".join(pieces)), frame.around[-1]
+        gap = closing[: len(closing) - len(closing.lstrip())] if frame.end else ""  # some end a reply on its own line
         has_outer_space = any(part != part.strip() for part in parts)
-        if not has_outer_space or text == expected:
-            return None if text == expected else expected
-        messages = _messages(sample.messages)
-        prompt = self._processor.template.render(messages[:turn], add_generation_prompt=True)
-        rest = _normal(self._processor.template.render(messages)[len(prompt) :])
+        if not has_outer_space or text in (expected, expected + gap):
+            return None if text in (expected, expected + gap) else expected
+        rest = self._after_prompt(sample, turn, len(sample.messages))
         after, closing = rest[len(text) :], frame.around[-1]
         closed = len(after) - len(after.lstrip()) == len(closing) - len(closing.lstrip())
         return None if rest.startswith(text) and closed and _squeezed(text) == _squeezed(expected) else expected
+
+    def _is_reasoned(self, sample: _Sample, turn: int, text: str) -> bool:
+        """Whether `text` is a reply that begins with reasoning, which some templates space in their own way; a prompt
+        may end with the `<think>` that opens it."""
+        written = sample.messages[turn].text
+        if CLOSE not in written:
+            return False
+        opening = OPEN if self._rendered(sample, turn, begun=True).rstrip().endswith(OPEN) else ""
+        return _squeezed(opening + text).removeprefix(OPEN) == _squeezed(written).removeprefix(OPEN)
+
+    def _calls_as_written(self, sample: _Sample, turn: int, text: str) -> str | None:
+        """None if `text` is all that the template writes for a turn with calls, otherwise what it should be: the
+        template may write more before it where the turn is the last."""
+        rest, alone = (self._after_prompt(sample, turn, end) for end in (len(sample.messages), turn + 1))
+        expected, _ = without_end(self._processor, alone)
+        are_shown = all(call.name in text for call in sample.messages[turn].calls)
+        return None if are_shown and rest.startswith(text) and expected.endswith(text) else expected
+
+    def _after_prompt(self, sample: _Sample, turn: int, end: int) -> str:
+        """What the template writes for the turns from `turn` up to `end` after inference's prompt for `turn`."""
+        return _normal(self._rendered(sample, end)[len(self._rendered(sample, turn, begun=True)) :])
+
+    def _rendered(self, sample: _Sample, end: int, begun: bool = False) -> str:
+        """The turns before `end` as the template writes them, `begun`: up to where the reply of the next one begins."""
+        messages, tools = as_messages(sample.messages[:end]), as_tools(sample.conversation)
+        return self._processor.template.render(messages, add_generation_prompt=begun, tools=tools)
 
     def _inference_ids(self, text: str) -> list[int]:
         """Ids as inference makes them: a processor's tokenizer adds its prefix, unless `text` starts with the BOS."""
@@ -286,14 +319,6 @@ def _spans(labels: list[int]) -> list[_Span]:
 
 def _find(ids: list[int], run: list[int], at: int) -> int | None:
     return next((i for i in range(at, len(ids)) if ids[i] == run[0] and ids[i : i + len(run)] == run), None)
-
-
-def _messages(messages: tuple[Message, ...]) -> Messages:
-    return [{"role": message.role, "content": [_part(part) for part in message.parts]} for message in messages]
-
-
-def _part(part: Part) -> dict[str, str]:
-    return {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part.text}
 
 
 def _normal(text: str) -> str:

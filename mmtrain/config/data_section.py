@@ -25,9 +25,14 @@ RecordFormat = Literal[
 
 class Source(Section):
     path: Annotated[str, Field(min_length=1)]
-    """A file of records (.json, .jsonl, .parquet, .arrow, .csv, .tsv, .tar and so on), a folder of them, or a glob."""
-    root: str | None = None
-    """The folder that image paths are relative to and may not leave; without it the data file's own."""
+    """A file of records (.json, .jsonl, .parquet, .arrow, .csv, .tsv, .tar and so on), a folder of them, a glob, or
+    `hub:owner/name`: a data set of the Hugging Face hub that is in the local cache."""
+    split: Annotated[str, Field(min_length=1)] | None = None
+    """Only the files of this split, such as `train`, `validation` or `test`: of a folder with several, by the names of
+    files and folders as in the library `datasets`."""
+    root: str | Annotated[tuple[str, ...], Strict(False), Field(min_length=1)] | None = None
+    """What image paths are relative to and may not leave: a folder, a zip or tar file, or a list of them, in which an
+    image is looked for in order; without it the data file's own folder."""
     format: RecordFormat = "auto"
     """The shape of the records, as docs/data.md lists them, or `auto`: detected for each record by its keys."""
     fields: dict[str, str] = Field(default={})
@@ -40,6 +45,11 @@ class Source(Section):
     """Contrastive training: the key that names a record's group. Pairs of a group are never negatives of each other."""
     max_samples: Annotated[int, Field(gt=0, le=10**9)] | None = None
     """How many of its samples are used at most: a random choice, the same in every run."""
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The entries of `root`, none without it."""
+        return () if self.root is None else (self.root,) if isinstance(self.root, str) else self.root
 
     @field_validator("fields")
     @classmethod
@@ -99,7 +109,7 @@ class EvalSource(Source):
             raise ValueError("`from: train` and `share` belong together: give both, or a path")
         if self.share is None and not self.path:
             raise ValueError("needs a path, or `from: train` with a share")
-        keys = ("path", "root", "format", "fields", "image_mark")
+        keys = ("path", "split", "root", "format", "fields", "image_mark")
         given = [key for key in keys if getattr(self, key) != type(self).model_fields[key].get_default()]
         if self.share is not None and given:
             raise ValueError(f"`from: train` reads what data.train says: remove {', '.join(given)}")

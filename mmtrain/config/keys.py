@@ -19,6 +19,9 @@ def _marked(marker: Marker, section: type[Section] = Config, inside: str = "") -
 CHANGEABLE = tuple(_marked(Marker.SAME_RESULT))
 """Sections and keys that may change on resume: they decide how the result is computed or what is reported."""
 
+EVALUATED = ("data.eval", "run.eval_every", "run.eval_answers")
+"""What decides the evaluations of a run, and with `train.early_stopping` the step at which it ends."""
+
 AFFECTS_BITS = tuple(_marked(Marker.AFFECTS_BITS, Run))
 """Keys of `run` whose change may change the bits of the result, within rounding."""
 

@@ -111,8 +111,11 @@ def _missing_files(data: dict[str, Any], where: dict[KeyPath, str], name: str) -
         is_model = at == ("model", "path")
         if is_model:
             exists = os.path.isdir(path) or _HUB_ID.fullmatch(path) is not None
+        elif at == ("model", "chat_template"):
+            exists = os.path.isfile(path)
         else:
-            exists = os.path.exists(path) or (at[-1] == "path" and "\0" not in path and bool(glob.glob(path)))
+            is_found = path.startswith("hub:") or ("\0" not in path and bool(glob.glob(path)))
+            exists = os.path.exists(path) or (at[-1] == "path" and is_found)
         if not exists:
             expected = "expected a model directory or a hub id; " if is_model else ""
             tried = "" if os.path.isabs(path) else f" (looked for {visible(os.path.join(os.getcwd(), path))})"
@@ -121,13 +124,12 @@ def _missing_files(data: dict[str, Any], where: dict[KeyPath, str], name: str) -
 
 def _paths(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     model, sections = data.get("model"), data.get("data")
-    if isinstance(model, dict) and isinstance(model.get("path"), str):
-        yield ("model", "path"), model["path"]
-    if isinstance(model, dict) and isinstance(model.get("adapter"), str):
-        yield ("model", "adapter"), model["adapter"]
+    for key in ("path", "chat_template", "adapter"):
+        if isinstance(model, dict) and isinstance(model.get(key), str):
+            yield ("model", key), model[key]
     for section in ("train", "eval"):
         sources = sections.get(section) if isinstance(sections, dict) else None
         for i, source in enumerate(sources if isinstance(sources, list) else []):
-            for key in ("path", "root"):
-                if isinstance(source, dict) and isinstance(source.get(key), str):
-                    yield ("data", section, i, key), source[key]
+            for key in ("path", "root") if isinstance(source, dict) else ():
+                named = source.get(key) if isinstance(source.get(key), list) else [source.get(key)]
+                yield from ((("data", section, i, key), path) for path in named if isinstance(path, str))

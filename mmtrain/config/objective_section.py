@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import PositiveFloat, Strict, model_validator
 
 from mmtrain.config.section import Count, Section
+from mmtrain.errors import UserError
 
 
 class Objective(Section):
@@ -16,13 +17,16 @@ class Objective(Section):
     """`infonce`: the cross-entropy of the positive among all items (CLIP). `sigmoid`: each pair of items on its own
     (SigLIP)."""
     symmetric: Literal["auto"] | bool = "auto"
-    """For `infonce`: whether documents also choose among the queries. `auto`: yes for a dual encoder, whose queries are
-    images and whose documents are texts or the other way round."""
+    """For `infonce`: whether documents also choose among the queries. `auto`: for a dual
+    encoder yes, for a vision-language model no."""
     scale: Literal["trained", "fixed"] | PositiveFloat = "trained"
     """What multiplies cosines, 1 / temperature: the model's own scale, trained or fixed, or a fixed number."""
     bias: Literal["trained", "fixed"] | float | None = None
     """For `sigmoid`: what is added to all similarities: the model's own bias, trained (as without the key) or fixed, or
     a fixed number."""
+    pooling: Literal["family", "last", "mean"] = "family"
+    """How a vision-language model makes one vector of its last hidden states: from the `last` token of the prompt, or
+    the `mean` of all. `family`: a dual encoder pools in its own way."""
     temperature_max: PositiveFloat = 100.0
     """The largest value of a trained scale."""
     dims: Annotated[tuple[Count, ...], Strict(False)] = ()
@@ -39,6 +43,11 @@ class Objective(Section):
         if self.loss == "infonce" and self.bias is not None:
             raise ValueError("objective.bias is for `loss: sigmoid`: a bias does not change infonce; remove it")
         return self
+
+    def check_command(self, command: str, kind: str, instead: str) -> None:
+        """Raise UserError where `command`, which is for the objective `kind`, is used with another."""
+        if self.kind != kind:
+            raise UserError(f"{command}: it is for objective.kind: {kind}, the config has {self.kind}; use {instead}")
 
     def check_others(self, of_chats: dict[str, bool], of_pairs: dict[str, bool], has_adapter: bool) -> None:
         """Raise ValueError where a key of another section is given (true) and is not for this kind."""

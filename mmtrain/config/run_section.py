@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, Strict
 
-from mmtrain.config.section import Count, Marker, Section
+from mmtrain.config.section import Count, Marker, Section, WatchedMetric
 
 
 class ImageCache(Section):
@@ -12,6 +12,16 @@ class ImageCache(Section):
     """GiB of memory in each process for the cached features."""
     disk_gib: Annotated[float, Field(ge=0, le=10**6)] = 0.0
     """GiB on disk, in the user's cache, for the cached features: for later runs and for the other processes."""
+
+
+class EvalAnswers(Section):
+    samples: Count = 64
+    """How many samples of `data.eval` are asked, spread over its sources and chosen by `train.seed`: always the
+    same."""
+    every: Count = 200
+    """Steps between two times. The samples are also asked before the first step and after the last."""
+    batch_size: Annotated[int, Field(gt=0, le=10**6)] = 16
+    """Questions at a time. Lower it when memory runs out."""
 
 
 class Run(Section):
@@ -63,6 +73,18 @@ class Run(Section):
     """How many checkpoints are kept. Older ones are deleted."""
     eval_every: Count = 500
     """Steps between evaluations on `data.eval`. There is also one before the first step and one after the last."""
+    eval_answers: EvalAnswers | None = None
+    """Generate answers to some samples of `data.eval` during training, and score them as `mmtrain eval answers` does,
+    next to the best blind answers. `{}` takes the defaults; null: no answers."""
+    keep_best: WatchedMetric | None = None
+    """Keep the best checkpoint by this figure besides the newest ones, and export it as `best/` at the end:
+    `eval/perplexity`, `eval/nll`, `eval/token_accuracy`, or with `run.eval_answers` a metric such as
+    `answers/exact_match`; of one source `eval/SOURCE/perplexity`."""
+
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Strict(False)] = ()
+    """Experiment trackers that get the figures of metrics.jsonl too, such as `[tensorboard]`. They write into
+    `trackers/` in the output directory and never use the network. Each needs its library:
+    `pip install "mmtrain[tensorboard]"`."""
 
     @property
     def num_threads(self) -> int | None:

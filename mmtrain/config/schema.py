@@ -7,13 +7,16 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from mmtrain.config.data_section import Data
 from mmtrain.config.objective_section import Objective
 from mmtrain.config.run_section import Run
-from mmtrain.config.section import Count, Marker, Rate, Section
-from mmtrain.config.tune_section import Full, Lora, Tune
+from mmtrain.config.section import Count, Marker, Rate, Section, WatchedMetric
+from mmtrain.config.tune_section import ComponentModules, Full, Lora, Tune
 
 
 class Model(Section):
     path: Annotated[str, Field(min_length=1)]
     """A directory in the transformers format, or the id of a model already in the local hub cache."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """A file with the chat template, in Jinja, for a model that has none or in place of its own. It is saved with what
+    the run trains."""
     adapter: Annotated[str, Field(min_length=1)] | None = None
     """The directory of an earlier run, or of an adapter for the same model. `mmtrain train` starts from its trained
     weights, all of which must be trainable here, with a fresh optimizer; other commands do not use it."""
@@ -30,6 +33,16 @@ class Labels(Section):
     """Every assistant turn, or the last one of each conversation."""
     end_of_turn: bool = True
     """Train on the token that ends a turn, so that the model stops."""
+    reasoning: Literal["keep", "drop"] = "keep"
+    """Train on the reasoning of a reply (`<think>...</think>` at its beginning), or read replies without it."""
+
+
+class EarlyStopping(Section):
+    metric: WatchedMetric
+    """The figure that has to improve, such as `eval/perplexity` or `answers/exact_match`; see `run.keep_best`."""
+    patience: Count = 3
+    """Evaluations in a row without a better value, after which the run ends. The one before the first step does not
+    count."""
 
 
 class Train(Section):
@@ -51,6 +64,11 @@ class Train(Section):
     """Gradients with a larger norm are scaled down to this norm. null: never."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides the order of the samples, the initial adapter weights and dropout."""
+
+    early_stopping: EarlyStopping | None = None
+    """End the run before its last step when a figure of its evaluations no longer improves. Then `data.eval`,
+    `run.eval_every` and `run.eval_answers` decide the result, so they may not change on resume. The learning rate
+    falls as if all steps were taken. null: never."""
 
     @model_validator(mode="after")
     def steps_or_epochs(self) -> "Train":
@@ -92,14 +110,29 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def answers_can_be_evaluated(self) -> "Config":
+        if self.run.eval_answers is None:
+            return self
+        if not self.data.eval:
+            raise ValueError("run.eval_answers: there is nothing to ask: give data.eval, or remove it")
+        if self.run.weights == "shard":
+            raise ValueError("run.eval_answers does not work with run.weights: shard; use `mmtrain eval answers` later")
+        return self
+
+    @model_validator(mode="after")
     def objective_fits(self) -> "Config":
         sources = (*self.data.train, *self.data.eval)
         of_chats = {
             "labels": self.labels != Labels(),
             "model.adapter": self.model.adapter is not None,
+            "model.chat_template": self.model.chat_template is not None,
             "model.quantization": self.model.quantization is not None,
+            "tune.components": self.tune.components != ComponentModules(),
             "run.weights: shard": self.run.weights == "shard",
             "run.compile": self.run.compile,
+            "run.eval_answers": self.run.eval_answers is not None,
+            "run.keep_best": self.run.keep_best is not None,
+            "train.early_stopping": self.train.early_stopping is not None,
             "metric of a source of data.eval": any(source.metric for source in self.data.eval),
             "data.dedup": self.data.dedup,
             "from: train of a source of data.eval": any(source.from_ for source in self.data.eval),

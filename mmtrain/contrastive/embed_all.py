@@ -1,6 +1,6 @@
 """Embeddings without gradients: of any number of items, in batches of one kind."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -11,18 +11,21 @@ from mmtrain.progress import QUIET, Progress
 
 
 def embed_all(
-    embedder: Embedder, items: Sequence[EncodedItem], max_tokens: int, progress: Progress = QUIET
+    embedder: Embedder,
+    items: Sequence[EncodedItem],
+    load: Callable[[Sequence[int]], Sequence[EncodedItem]],
+    max_tokens: int,
+    progress: Progress = QUIET,
 ) -> torch.Tensor:
     """(num_items, width) unit vectors in float32 on the CPU.
 
-    `max_tokens`: of a batch with more than one item, padding included. Raises SampleError where
-    an image does not decode.
+    `load`: items by position, with their images. `max_tokens`: of a batch with more than one item, padding included.
+    Raises SampleError where an image does not decode.
     """
     found = torch.empty(len(items), embedder.width)
     with torch.no_grad(), progress.task("embeddings", len(items)) as task:
-        for batch in _batches(items, max_tokens):
-            own = [items[position] for position in batch]
-            embeddings = embedder.embed(embedder.batch(own), own[0].kind)
+        for batch in _batches(items, max_tokens if embedder.processor.lays_out_together else 1):
+            embeddings = embedder.embed(embedder.batch(load(batch)), items[batch[0]].kind)
             found[batch] = F.normalize(embeddings, dim=-1).cpu()
             task.advance(len(batch))
     return found

@@ -1,8 +1,7 @@
 """What training and retrieval need of a model that embeds items."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,8 +12,10 @@ from mmtrain.contrastive.scale import Multiplier
 from mmtrain.dataset.batch import Batch
 from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.encode import Encoded
+from mmtrain.encoding.images import Roots
 from mmtrain.errors import UserError
 from mmtrain.model.components import Components
+from mmtrain.model.family import Family
 from mmtrain.records.chat import SampleError
 from mmtrain.records.pairs import Item
 
@@ -50,17 +51,37 @@ class Embedder(Protocol):
     width: int
     scale: Multiplier
     bias: Multiplier
+    packing: bool
+    """The items of a micro-batch share one row."""
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]: ...
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether documents also choose among queries, where the config does not say."""
+
+    @property
+    def family(self) -> Family: ...
 
     @property
     def components(self) -> Components: ...
 
-    def encode(self, items: Sequence[tuple[Item, Path]]) -> list[EncodedItem | SampleError]:
-        """Each item, whose images are relative to the path, or why it has no embedding; `key` is left empty."""
+    @property
+    def processor(self) -> Any:
+        """Of the model; `lays_out_together` says whether several items with images go through it at once."""
+
+    @property
+    def description(self) -> str:
+        """How items are embedded, in one line."""
+
+    def encode(self, items: Sequence[tuple[Item, Roots]]) -> list[EncodedItem | SampleError]:
+        """Each item, whose images are at the roots, or why it has no embedding; `key` is left empty."""
         ...
 
-    def limit(self, max_length: int) -> LengthLimit:
-        """The longest item: `max_length` tokens, or fewer if the model takes fewer."""
-        ...
+    @property
+    def limit(self) -> Callable[[int], LengthLimit]:
+        """The longest item: so many tokens, or fewer if the model takes fewer."""
 
     def batch(self, items: Sequence[EncodedItem]) -> Batch:
         """Items of one kind as tensors on the CPU. Raises SampleError where an image does not decode."""

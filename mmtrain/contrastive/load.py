@@ -1,24 +1,50 @@
 """The embedder of a config."""
 
+import functools
+
 from mmtrain.config import Config
-from mmtrain.contrastive.embedder import check_dims
+from mmtrain.contrastive.chat_embedder import ChatEmbedder
+from mmtrain.contrastive.embedder import Embedder, check_dims
 from mmtrain.contrastive.scale import Multiplier, constant
 from mmtrain.contrastive.towers import Towers
+from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.tower_processor import load_tower_processor
 from mmtrain.errors import UserError
-from mmtrain.model.load import check_vocabulary, is_dual_encoder, load_config, load_weights
+from mmtrain.model.family import probe_family
+from mmtrain.model.load import (
+    check_vocabulary,
+    is_dual_encoder,
+    length_limit,
+    load_config,
+    load_model,
+    load_weights,
+)
+from mmtrain.progress import QUIET, Progress
 from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
+from mmtrain.scoring.packing import choose_packing
 
 
-def load_embedder(config: Config, runtime: Runtime) -> Towers:
+def load_embedder(config: Config, runtime: Runtime, progress: Progress = QUIET) -> Embedder:
     """The model of the config on its device, frozen, with the scale and bias of `objective`.
 
-    Raises UserError where it is no dual encoder, or lacks what the config names.
+    Raises UserError where it lacks what the config names.
     """
-    path = config.model.path
-    if not is_dual_encoder(load_config(path)):
-        raise UserError(f"{path}: objective.kind: contrastive needs a dual encoder such as CLIP or SigLIP")
+    is_dual = is_dual_encoder(load_config(config.model.path))
+    embedder = load_towers(config, runtime) if is_dual else load_chat_embedder(config, runtime, progress)
+    settings = config.objective
+    check_dims(settings.dims, embedder.width)
+    embedder.scale = _chosen("scale", embedder.scale, settings.scale)
+    if settings.loss == "sigmoid":
+        embedder.bias = _chosen("bias", embedder.bias, "trained" if settings.bias is None else settings.bias)
+    return embedder
+
+
+def load_towers(config: Config, runtime: Runtime) -> Towers:
+    """A dual encoder. Raises UserError where it does not pass its trial."""
+    path, pooling = config.model.path, config.objective.pooling
+    if pooling != "family":
+        raise UserError(f"objective.pooling: {pooling}: a dual encoder pools in its own way: set it to family")
     processor = load_tower_processor(path)
     with loading_faults():
         model = load_weights(path, config.model.dtype, runtime.device, runtime.activity.tick)
@@ -28,12 +54,28 @@ def load_embedder(config: Config, runtime: Runtime) -> Towers:
         check_vocabulary(path, processor.tokenizer, model.get_submodule(towers.text_tower).get_input_embeddings())
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    settings = config.objective
-    check_dims(settings.dims, towers.width)
-    towers.scale = _chosen("scale", towers.scale, settings.scale)
-    if settings.loss == "sigmoid":
-        towers.bias = _chosen("bias", towers.bias, "trained" if settings.bias is None else settings.bias)
     return towers
+
+
+def load_chat_embedder(config: Config, runtime: Runtime, progress: Progress) -> ChatEmbedder:
+    """A model of chats. Raises UserError where it cannot be used."""
+    path, pooling, dtype = config.model.path, config.objective.pooling, config.model.dtype
+    if pooling == "family":
+        raise UserError("objective.pooling: family is for dual encoders: set it to last or mean")
+    processor = load_processor(path)
+    with loading_faults():
+        model = load_model(path, dtype, processor, runtime.device, runtime.activity.tick)
+    model.requires_grad_(False)
+    family = probe_family(model, processor, progress.say)
+    packing = choose_packing(model, processor, config, runtime, progress.say)
+    limit = functools.partial(length_limit, path)
+    return ChatEmbedder(model, processor, family, packing, pooling, limit, runtime.autocast)
+
+
+def reloaded(embedder: Embedder, path: str, config: Config, runtime: Runtime) -> Embedder:
+    """An embedder of the same kind with the model saved at `path`."""
+    saved = config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+    return load_towers(saved, runtime) if isinstance(embedder, Towers) else load_chat_embedder(saved, runtime, QUIET)
 
 
 def _chosen(name: str, own: Multiplier, setting: str | float) -> Multiplier:
@@ -48,7 +90,7 @@ def _chosen(name: str, own: Multiplier, setting: str | float) -> Multiplier:
     return own
 
 
-def set_trained(config: Config, towers: Towers) -> None:
+def set_trained(config: Config, towers: Embedder) -> None:
     """Have the scale and the bias trained, in float32, where the config says so. After `apply_tune`, which freezes."""
     settings = config.objective
     chosen = [(towers.scale, settings.scale)]

@@ -1,6 +1,6 @@
 """The pairs of some sources, checked, and their items, each distinct one encoded once."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from mmtrain.dataset.pair_items import content_keys
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.validate import FaultPolicy, LeftOut, LengthLimit, leave_out, nothing_left
 from mmtrain.dataset.workers import num_cores
+from mmtrain.encoding.images import FoundImage, Roots, locate
 from mmtrain.progress import QUIET, Progress
 from mmtrain.records.chat import SampleError
 from mmtrain.records.pairs import Item, Pair
@@ -21,6 +22,7 @@ from mmtrain.records.record_set import RecordSet
 from mmtrain.records.sources.place import Place
 
 _CHUNK = 256
+_NOT_LOADED = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,9 @@ class PairSamples:
     pairs: dict[int, PairItems]
     """The pairs that are used, by sample index."""
     items: list[EncodedItem]
+    """Without the bytes of images that are not files of their own: `loaded` reads them."""
+    first: list[tuple[int, int]]
+    """Of each item, the first sample that has it, and its position in `Pair.items` of that sample."""
     dropped: tuple[LeftOut, ...]
     """As too long."""
     skipped: tuple[LeftOut, ...]
@@ -54,6 +59,19 @@ class PairSamples:
     def place(self, index: int) -> Place:
         return self.records.place(index)
 
+    def loaded(self, numbers: Iterable[int]) -> list[EncodedItem]:
+        """Items with their images. Raises SampleError where a record can no longer be read."""
+        return [self._loaded(number) for number in numbers]
+
+    def _loaded(self, number: int) -> EncodedItem:
+        item = self.items[number]
+        if not any(span.image.source == _NOT_LOADED for span in item.encoded.images):
+            return item
+        sample, position = self.first[number]
+        images, roots = self.records.pair(sample).items[position].images, self.records.roots(sample)
+        found = iter([locate(one, roots, own.image.size) for one, own in zip(images, item.encoded.images, strict=True)])
+        return _with_images(item, lambda _: next(found))
+
 
 def read_pairs(
     sources: Sequence[Source],
@@ -70,27 +88,26 @@ def read_pairs(
     `policy` drops or skips. `ignored`: keys of records that need not be understood.
     """
     records = RecordSet(sources, ignored)
-    table = _Table(embedder, limit)
+    table = _Table(embedder, limit, decode_images)
     for start in range(0, len(records), _CHUNK):
         table.add(records, range(start, min(start + _CHUNK, len(records))))
         progress.tick()
-    if decode_images:
-        table.check_images()
     dropped, skipped = leave_out(records, table.faults, table.long, policy)
     for index, _ in (*dropped, *skipped):
         table.pairs.pop(index, None)
     if not table.pairs:
         raise nothing_left(records, dropped, skipped)
-    return PairSamples(records, table.pairs, table.items, tuple(dropped), tuple(skipped))
+    return PairSamples(records, table.pairs, table.items, table.first, tuple(dropped), tuple(skipped))
 
 
 class _Table:
     """Pairs and distinct items, collected chunk by chunk."""
 
-    def __init__(self, embedder: Embedder, limit: LengthLimit) -> None:
-        self._embedder, self._limit = embedder, limit
+    def __init__(self, embedder: Embedder, limit: LengthLimit, decode_images: bool) -> None:
+        self._embedder, self._limit, self._decode_images = embedder, limit, decode_images
         self._number_of: dict[str, int] = {}
         self.items: list[EncodedItem] = []
+        self.first: list[tuple[int, int]] = []
         self.pairs: dict[int, PairItems] = {}
         self.faults: list[LeftOut] = []
         self.long: list[LeftOut] = []
@@ -103,8 +120,10 @@ class _Table:
             except SampleError as error:
                 self.faults.append((index, str(error)))
         every = [(index, item) for index, pair in read.items() for item in pair.items]
-        encoded = self._embedder.encode([(item, records.root(index)) for index, item in every])
-        keys = _keys([(item, records.root(index)) for index, item in every], encoded)
+        encoded = self._embedder.encode([(item, records.roots(index)) for index, item in every])
+        if self._decode_images:
+            encoded = _decoded(encoded)
+        keys = _keys([(item, records.roots(index)) for index, item in every], encoded)
         found = iter(zip(encoded, keys, strict=True))
         for index, pair in read.items():
             self._add_pair(index, pair, [next(found) for _ in pair.items])
@@ -118,30 +137,43 @@ class _Table:
         if longest > self._limit.num_tokens:
             self.long.append((index, self._limit.reason(longest)))
             return
-        numbers = [self._number(one, key) for one, key in items if isinstance(one, EncodedItem)]
+        sound = [(one, key) for one, key in items if isinstance(one, EncodedItem)]
+        numbers = [self._number(one, key, (index, position)) for position, (one, key) in enumerate(sound)]
         end = 1 + len(pair.positives)
         self.pairs[index] = PairItems(numbers[0], tuple(numbers[1:end]), tuple(numbers[end:]), pair.group)
 
-    def _number(self, item: EncodedItem, key: str) -> int:
+    def _number(self, item: EncodedItem, key: str, at: tuple[int, int]) -> int:
         number = self._number_of.setdefault(key, len(self.items))
         if number == len(self.items):
-            self.items.append(replace(item, key=key))
+            self.items.append(_with_images(replace(item, key=key), _without_bytes))
+            self.first.append(at)
         return number
 
-    def check_images(self) -> None:
-        """Add a fault for each pair with an image that does not decode."""
-        spans = [span.image for item in self.items for span in item.encoded.images]
-        failing = images_that_fail(spans, num_cores())
-        if not failing:
-            return
-        for index, pair in self.pairs.items():
-            for number in (pair.query, *pair.positives, *pair.negatives):
-                for span in self.items[number].encoded.images:
-                    if span.image.source in failing:
-                        self.faults.append((index, failing[span.image.source]))
+
+def _decoded(items: Sequence[EncodedItem | SampleError]) -> list[EncodedItem | SampleError]:
+    """The items, and the reason in the place of each that has an image that does not decode."""
+    images = [span.image for item in items if isinstance(item, EncodedItem) for span in item.encoded.images]
+    failing = images_that_fail(images, num_cores()) if images else {}
+    return [_reason(item, failing) or item for item in items]
 
 
-def _keys(items: Sequence[tuple[Item, Path]], encoded: Sequence[EncodedItem | SampleError]) -> list[str]:
+def _reason(item: EncodedItem | SampleError, failing: dict[Path | bytes, str]) -> SampleError | None:
+    if isinstance(item, SampleError):
+        return item
+    reasons = (failing.get(span.image.source) for span in item.encoded.images)
+    return next((SampleError(reason) for reason in reasons if reason), None)
+
+
+def _with_images(item: EncodedItem, make: Callable[[FoundImage], FoundImage]) -> EncodedItem:
+    spans = tuple(replace(span, image=make(span.image)) for span in item.encoded.images)
+    return replace(item, encoded=replace(item.encoded, images=spans))
+
+
+def _without_bytes(image: FoundImage) -> FoundImage:
+    return replace(image, source=_NOT_LOADED) if isinstance(image.source, bytes) else image
+
+
+def _keys(items: Sequence[tuple[Item, Roots]], encoded: Sequence[EncodedItem | SampleError]) -> list[str]:
     """The content key of each item, empty where it could not be encoded."""
     good = [item for item, one in zip(items, encoded, strict=True) if isinstance(one, EncodedItem)]
     keys = iter(content_keys(good))

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,11 @@ from mmtrain.contrastive.scale import find_multipliers
 from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.encode import Encoded, ImageSpan
-from mmtrain.encoding.images import decode, find_image
+from mmtrain.encoding.images import Roots, decode, find_image
 from mmtrain.encoding.tower_processor import TowerProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.components import base_name
-from mmtrain.model.image_cache.features import base_model
+from mmtrain.model.family import Family
 from mmtrain.model.tower_components import TowerComponents
 from mmtrain.model.transfer import all_on_device
 from mmtrain.records.chat import SampleError
@@ -38,11 +37,16 @@ _ALIKE_LOW = 2e-2
 class Towers:
     """A dual encoder of transformers, loaded and tried. Without adapters: those are added afterwards, in place."""
 
+    kinds: tuple[Kind, ...] = ("image", "text")
+    symmetric = True
+    packing = False
+
     def __init__(
         self, model: Any, processor: TowerProcessor, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> None:
         """Raises UserError where the model does not compute embeddings as dual encoders do."""
         self.model, self.processor = model, processor
+        self._base = model  # adapters change it in place
         self.components = TowerComponents(model)
         self._autocast = autocast
         self._pads_to_limit = False
@@ -64,6 +68,10 @@ class Towers:
             self._check(cosines, self._own_logits(images))
 
     @property
+    def family(self) -> Family:
+        return Family(self.components, "own")
+
+    @property
     def description(self) -> str:
         """What the trial found, in one line."""
         padding = f", padded to {self.processor.max_length} tokens" if self._pads_to_limit else ""
@@ -77,11 +85,11 @@ class Towers:
         """The name of its module."""
         return next(name for name in self.components.roots("language"))
 
-    def encode(self, items: Sequence[tuple[Item, Path]]) -> list[EncodedItem | SampleError]:
+    def encode(self, items: Sequence[tuple[Item, Roots]]) -> list[EncodedItem | SampleError]:
         ids = iter(self.processor.text_ids([item.text for item, _ in items if item.text is not None]))
-        return [self._encode(item, root, None if item.text is None else next(ids)) for item, root in items]
+        return [self._encode(item, roots, None if item.text is None else next(ids)) for item, roots in items]
 
-    def _encode(self, item: Item, root: Path, ids: list[int] | None) -> EncodedItem | SampleError:
+    def _encode(self, item: Item, roots: Roots, ids: list[int] | None) -> EncodedItem | SampleError:
         if item.instruction is not None:
             return SampleError("it has an instruction, and the model, a dual encoder, takes none")
         if (ids is not None) + len(item.images) != 1:
@@ -91,7 +99,7 @@ class Towers:
             row = self.processor.max_length if self._pads_to_limit else len(ids)
             return EncodedItem("text", encoded, row, self._costs["language"] * len(ids))
         try:
-            image = find_image(item.images[0], root)
+            image = find_image(item.images[0], roots)
         except SampleError as error:
             return error
         encoded = Encoded(np.zeros(0, np.int32), no_labels(0), (ImageSpan(image, 0, 0, 0),))
@@ -110,7 +118,7 @@ class Towers:
         return self._images(inputs, seeds)
 
     def embed(self, batch: Batch, kind: Kind) -> Tensor:
-        model = base_model(self.model)
+        model = self._base
         with self._autocast():
             if kind == "text":
                 found = model.get_text_features(**self._text_inputs(batch))
@@ -147,7 +155,7 @@ class Towers:
             for segment in batch.segments:
                 mask[segment.row, segment.start : segment.start + segment.length] = 1
             inputs["attention_mask"] = mask
-        return all_on_device(inputs, base_model(self.model).device)
+        return all_on_device(inputs, self._base.device)
 
     def _images(self, inputs: dict[str, Tensor], seeds: Sequence[int] = (0, 1)) -> Batch:
         segments = tuple(Segment(seed, row, 0, self._image_tokens, row, 1) for row, seed in enumerate(seeds))

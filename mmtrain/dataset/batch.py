@@ -50,10 +50,16 @@ class Batch:
     """The model's inputs for the images, as its processor made them; without pixels where features are cached."""
     images: tuple[ImageInputs, ...] = ()
     """Each image on its own where features are cached; otherwise none."""
+    weights: Tensor | None = None
+    """(num_supervised,) float32: what each supervised token counts in the loss; None where every one counts 1."""
 
     @property
     def num_tokens(self) -> int:
         return sum(segment.length for segment in self.segments)
+
+    def weighted(self, nll: Tensor) -> Tensor:
+        """`nll`, (num_supervised,), each value times the weight of its token."""
+        return nll if self.weights is None else nll * self.weights.to(nll.device)
 
 
 def make_batch(
@@ -85,11 +91,18 @@ def make_batch(
         input_ids[span] = sample.ids
         supervised[span] = sample.supervised
     tensors = torch.from_numpy(input_ids), torch.from_numpy(supervised)
+    weights = _weights(encoded)
     if store is None:
-        return Batch(*tensors, tuple(segments), packing, _image_inputs(encoded, processor))
+        return Batch(*tensors, tuple(segments), packing, _image_inputs(encoded, processor), weights=weights)
     spans = [(span, sample.ids[span.start : span.start + span.length]) for sample in encoded for span in sample.images]
     images = tuple(load_image_inputs(span, ids.tolist(), processor, store) for span, ids in spans)
-    return Batch(*tensors, tuple(segments), packing, _other_inputs(images), images)
+    return Batch(*tensors, tuple(segments), packing, _other_inputs(images), images, weights)
+
+
+def _weights(encoded: Sequence[Encoded]) -> Tensor | None:
+    if not any(sample.weights for sample in encoded):
+        return None
+    return torch.from_numpy(np.concatenate([sample.token_weights for sample in encoded]))
 
 
 def _other_inputs(images: Sequence[ImageInputs]) -> dict[str, Tensor]:

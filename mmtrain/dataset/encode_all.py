@@ -1,8 +1,9 @@
 """All samples of a record set encoded and checked, chunk by chunk, by several processes where there are many."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation, SampleError
+from mmtrain.records.formats import read_record
+from mmtrain.records.reasoning import without_reasoning
 from mmtrain.records.record_set import RecordSet
 
 _CHUNK = 256
@@ -35,6 +38,10 @@ class EncodingSpec:
     decode_images: bool = True
     ignored: tuple[str, ...] = ()
     """Keys of records, and marks in their text, that need not be understood."""
+    chat_template: str | None = None
+    """The file with the chat template in place of the model's own."""
+    drops_reasoning: bool = False
+    """Whether replies are trained on without their reasoning."""
 
     @classmethod
     def of(cls, config: Config, sources: Sequence[Source]) -> "EncodingSpec":
@@ -46,11 +53,18 @@ class EncodingSpec:
             labels.end_of_turn,
             data.decode_images,
             tuple(sorted(data.ignore_fields)),
+            config.model.chat_template,
+            labels.reasoning == "drop",
         )
 
     def records(self) -> RecordSet:
         """The records, their files opened. Raises UserError where one cannot be read."""
-        return RecordSet(self.sources, frozenset(self.ignored))
+        return RecordSet(self.sources, frozenset(self.ignored), self.drops_reasoning)
+
+    def read(self, record: Mapping[str, Any]) -> Conversation:
+        """The conversation of a record that stands in no file. Raises SampleError where it is none."""
+        found = read_record(dict(record), "auto", frozenset(self.ignored))
+        return without_reasoning(found) if self.drops_reasoning else found
 
     def encoder(self, processor: ChatProcessor) -> Encoder:
         return Encoder(processor, self.train_on, self.end_of_turn)
@@ -64,13 +78,15 @@ class Fault:
     """Why training refuses a sample."""
 
     index: int
+    """Of the sample; in a chunk its position there."""
     kind: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What is right and yet worth knowing: how often it was found, and the first sample with its reason."""
+    """What is right and yet worth knowing: how often it was found, and the first sample with its reason. In a chunk
+    `first` is the sample's position there."""
 
     count: int
     first: int
@@ -81,18 +97,28 @@ class Note:
 class EncodedChunk:
     """Some samples, encoded: their ids one after the other, and a row for each image."""
 
+    records: npt.NDArray[np.int32]
+    """(num_samples,) the number of each sample's record"""
+    turns: npt.NDArray[np.int32]
+    """(num_samples,) the turn that alone is trained on, -1 where the sample is all of its record"""
     num_tokens: npt.NDArray[np.int32]
     """(num_samples,) 0 where a sample is refused."""
     num_supervised: npt.NDArray[np.int32]
     """(num_samples,)"""
     num_images: npt.NDArray[np.int32]
     """(num_samples,)"""
+    num_weights: npt.NDArray[np.int32]
+    """(num_samples,) the trained turns of a sample in which not every weight is 1, 0 of others."""
+    sum_weights: npt.NDArray[np.float64]
+    """(num_samples,) the sum of the weights of its supervised tokens."""
     ids: npt.NDArray[np.int32]
     """(num_tokens,)"""
     supervised: npt.NDArray[np.bool_]
     """(num_tokens,)"""
     spans: npt.NDArray[np.int32]
     """(num_images, 5) start, length, placeholders, width, height"""
+    weights: npt.NDArray[np.float32]
+    """(num_weights,) of the samples one after the other"""
     image_files: tuple[str, ...]
     """The paths of the images that are files, resolved."""
     faults: tuple[Fault, ...]
@@ -111,66 +137,86 @@ class ChunkEncoder:
         self._encoder, self._checker = spec.encoder(processor), spec.checker(processor)
         self._decode, self._num_threads = spec.decode_images, num_threads or num_cores()
 
-    def encode(self, indices: Sequence[int]) -> EncodedChunk:
-        found = self._encode_each(indices)
-        encoded = [one for _, one in found if isinstance(one, Encoded)]
+    def encode(self, records: Sequence[int]) -> EncodedChunk:
+        """The samples that these records give."""
+        found = self._encode_each(records)
+        encoded = [row.encoded for row in found if isinstance(row.encoded, Encoded)]
         failing = self._failing_images(encoded)
         findings = [
-            (index, finding)
-            for index, (conversation, one) in zip(indices, found, strict=True)
-            for finding in self._findings(conversation, one, failing)
+            (position, finding) for position, row in enumerate(found) for finding in self._findings(row, failing)
         ]
         spans = [span for one in encoded for span in one.images]
         rows = [(s.start, s.length, s.num_placeholders, *s.image.size) for s in spans]
         sizes = [
-            (one.num_tokens, one.num_supervised, len(one.images)) if isinstance(one, Encoded) else (0, 0, 0)
-            for _, one in found
+            (one.num_tokens, one.num_supervised, len(one.images), len(one.weights))
+            if isinstance(one, Encoded)
+            else (0, 0, 0, 0)
+            for one in (row.encoded for row in found)
         ]
-        num_tokens, num_supervised, num_images = np.array(sizes, np.int32).reshape(-1, 3).T
+        num_tokens, num_supervised, num_images, num_weights = np.array(sizes, np.int32).reshape(-1, 4).T
+        sums = [
+            one.token_weights.sum(dtype=np.float64) if isinstance(one, Encoded) else 0.0
+            for one in (row.encoded for row in found)
+        ]
         return EncodedChunk(
+            np.array([row.record for row in found], np.int32),
+            np.array([-1 if row.turn is None else row.turn for row in found], np.int32),
             num_tokens,
             num_supervised,
             num_images,
+            num_weights,
+            np.array(sums, np.float64),
             np.concatenate([np.zeros(0, np.int32), *(one.ids for one in encoded)]),
             np.concatenate([np.zeros(0, np.bool_), *(one.supervised for one in encoded)]),
             np.array(rows, np.int32).reshape(-1, 5),
+            np.array([weight for one in encoded for weight in one.weights], np.float32),
             tuple(str(span.image.source) for span in spans if isinstance(span.image.source, Path)),
             tuple(Fault(index, one.kind, one.reason) for index, one in findings if one.is_fault),
             merge_notes([{one.kind: Note(1, index, one.reason)} for index, one in findings if not one.is_fault]),
         )
 
-    def _encode_each(self, indices: Sequence[int]) -> list[tuple[Conversation | None, Encoded | SampleError]]:
-        """Each sample's conversation, None where the record is none, and its encoding or why it cannot be used."""
-        read: list[tuple[Conversation, Path] | SampleError] = []
-        for index in indices:
+    def _encode_each(self, records: Sequence[int]) -> list["_Row"]:
+        read: list[_Row] = []
+        for record in records:
             try:
-                read.append((self._records.conversation(index), self._records.root(index)))
+                conversation = self._records.conversation(record)
+                read += [_Row(record, turn, own) for turn, own in self._encoder.sequences(conversation)]
             except SampleError as error:
-                read.append(error)
-        encoded = iter(self._encoder.encode_many(one for one in read if not isinstance(one, SampleError)))
-        return [(None, one) if isinstance(one, SampleError) else (one[0], next(encoded)) for one in read]
+                read.append(_Row(record, None, None, error))
+        pairs = ((row.conversation, self._records.roots(row.record)) for row in read if row.conversation is not None)
+        encoded = iter(self._encoder.encode_many(pairs))
+        return [row if row.conversation is None else replace(row, encoded=next(encoded)) for row in read]
 
     def _failing_images(self, encoded: Sequence[Encoded]) -> dict[Path | bytes, str]:
         if not self._decode:
             return {}
         return images_that_fail((span.image for one in encoded for span in one.images), self._num_threads)
 
-    def _findings(
-        self, conversation: Conversation | None, one: Encoded | SampleError, failing: dict[Path | bytes, str]
-    ) -> Iterator[Finding]:
+    def _findings(self, row: "_Row", failing: dict[Path | bytes, str]) -> Iterator[Finding]:
         """What is wrong with a sample, or worth knowing."""
-        if isinstance(one, SampleError) or conversation is None:
+        one = row.encoded
+        if row.conversation is None or not isinstance(one, Encoded):
             yield Finding(REFUSED, True, str(one))
             return
         labels = np.where(one.supervised, one.ids, IGNORED).tolist()
         sizes = [span.image.size for span in one.images]
         try:
-            yield from self._checker.check(one.ids.tolist(), labels, conversation, sizes)
+            yield from self._checker.check(one.ids.tolist(), labels, row.conversation, sizes)
         except SampleError as error:
             yield Finding(UNCHECKED, True, str(error))
         for span in one.images:
             if span.image.source in failing:
                 yield Finding(UNDECODABLE, True, failing[span.image.source])
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A sample of a chunk, or a record that is none."""
+
+    record: int
+    turn: int | None
+    conversation: Conversation | None
+    encoded: Encoded | SampleError | None = None
 
 
 def merge_notes(each: Sequence[dict[str, Note]]) -> dict[str, Note]:
@@ -197,7 +243,7 @@ _of_worker: list[ChunkEncoder] = []  # the one of this process, where it is a wo
 
 
 def _start_worker(spec: EncodingSpec) -> None:
-    processor = load_processor(spec.model_path, tried=True)
+    processor = load_processor(spec.model_path, spec.chat_template, tried=True)
     _of_worker[:] = [ChunkEncoder(spec, spec.records(), processor, num_threads=1)]
 
 

@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 
-import platformdirs
-
 from mmtrain.encoding.directory import files_in, model_directory, processor_files
+from mmtrain.user_cache import cache_folder, file_version
 
 _WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _THREADS = 4
@@ -20,13 +19,7 @@ _SETTLED_SECONDS = 2.0
 
 _TABLE = "file_hashes (path BLOB PRIMARY KEY, size INTEGER, changed INTEGER, status_changed INTEGER, sha256 TEXT)"
 
-Version = tuple[int, int, int]
 Key = tuple[str, int, int, int]
-
-
-def cache_folder() -> Path:
-    """The user's cache folder, under XDG_CACHE_HOME where that is set."""
-    return platformdirs.user_cache_path("mmtrain")
 
 
 def digest(paths: Iterable[Path], tick: Callable[[], None] = lambda: None) -> str:
@@ -66,12 +59,6 @@ def file_hashes(paths: list[Path]) -> Iterator[str]:
 def file_key(path: Path) -> Key:
     """A file's resolved path and its version. Raises OSError."""
     return str(path.resolve()), *file_version(path)
-
-
-def file_version(path: str | Path) -> Version:
-    """A file's size in bytes and its times in nanoseconds, which change when the file does. Raises OSError."""
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def open_cache(table: str) -> sqlite3.Connection:

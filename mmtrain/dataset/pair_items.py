@@ -5,17 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmtrain.dataset.hashes import file_hashes
-from mmtrain.encoding.images import find_image
+from mmtrain.encoding.images import Roots, find_image
 from mmtrain.records.pairs import Item
 
 
-def content_keys(items: Sequence[tuple[Item, Path]]) -> list[str]:
-    """The key of each item; the path is the folder that its images are relative to.
+def content_keys(items: Sequence[tuple[Item, Roots]]) -> list[str]:
+    """The key of each item; the roots are where its images are.
 
     Images are hashed by the bytes of their files, once per version of a file. Raises SampleError where an image cannot
     be read.
     """
-    sources = [[find_image(image, root).source for image in item.images] for item, root in items]
+    sources = [[find_image(image, roots).source for image in item.images] for item, roots in items]
     files = list(dict.fromkeys(source for own in sources for source in own if isinstance(source, Path)))
     hash_of = dict(zip(files, file_hashes(files), strict=True))
     keys = []

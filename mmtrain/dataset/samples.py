@@ -27,17 +27,18 @@ class StoredSamples:
         ids, supervised = self.store.tokens(index)
         rows = self.store.spans_of(index).tolist()
         images = self.records.conversation(index).images if rows else ()
-        root = self.records.root(index)
+        roots = self.records.roots(index)
         spans = [
-            ImageSpan(locate(image, root, (width, height)), start, length, num_placeholders)
+            ImageSpan(locate(image, roots, (width, height)), start, length, num_placeholders)
             for image, (start, length, num_placeholders, width, height) in zip(images, rows, strict=True)
         ]
-        return Encoded(ids, supervised, tuple(spans))
+        return Encoded(ids, supervised, tuple(spans), self.store.weights_of(index))
 
 
 @dataclass(frozen=True, slots=True)
 class FreshSamples:
-    """Records, each encoded on access: to look at a few samples of a set that is not stored."""
+    """Records, each encoded on access: to look at a few samples of a set that is not stored. Of a record that gives
+    several sequences it is the last one."""
 
     records: RecordSet
     encoder: Encoder
@@ -50,4 +51,5 @@ class FreshSamples:
 
     def encoded(self, index: int) -> Encoded:
         """Raises SampleError with the reason the sample cannot be used."""
-        return self.encoder.encode(self.records.conversation(index), self.records.root(index))
+        _, conversation = self.encoder.sequences(self.records.conversation(index))[-1]
+        return self.encoder.encode(conversation, self.records.roots(index))

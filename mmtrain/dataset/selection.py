@@ -135,7 +135,9 @@ def _duplicates(samples: StoredSamples, indices: Indices) -> list[tuple[int, str
 def _tokens_key(samples: StoredSamples, index: int) -> bytes:
     """A hash of what the model is given and trained on, except for the pixels."""
     made = hashlib.sha256()
-    for array in (*samples.store.tokens(index), samples.store.spans_of(index)):
+    weights = samples.store.weights_of(index)
+    more = (np.array(weights, np.float32),) if weights else ()
+    for array in (*samples.store.tokens(index), samples.store.spans_of(index), *more):
         made.update(len(array).to_bytes(8, "little") + np.ascontiguousarray(array).tobytes())
     return made.digest()
 
@@ -157,18 +159,27 @@ def content_keys(samples: StoredSamples, indices: Iterable[int]) -> Keys:
     }
 
 
+def sample_keys(samples: StoredSamples, indices: Sequence[int]) -> Keys:
+    """By sample, what two samples that are the same have in common: tokens, labels and the bytes of their images."""
+    return {index: (_tokens_key(samples, index), *keys) for index, keys in content_keys(samples, indices).items()}
+
+
 # --- the split
 
 
 def _held_out(samples: StoredSamples, indices: Indices, share: float) -> set[int]:
     """The samples that are held out of training: about a `share` of them.
 
-    Samples that have an image in common, directly or through others, stay on one side. The side follows from the
-    smallest hash among them, so it stays the same when data is added or put in another order, except where new samples
-    connect two groups. Each side has at least one group where there are two.
+    Samples that have an image or their record in common, directly or through others, stay on one side. The side follows
+    from the smallest hash among them, so it stays the same when data is added or put in another order, except where new
+    samples connect two groups. Each side has at least one group where there are two.
     """
     keys = content_keys(samples, indices.tolist()) if len(indices) else {}
-    smallest = _smallest_of_groups(keys.values())
+    of_record: dict[int, tuple[bytes, ...]] = {}
+    for index, own in keys.items():
+        record = samples.records.record(index)
+        of_record[record] = (*of_record.get(record, ()), *own)
+    smallest = _smallest_of_groups(of_record.values())
     fractions = sorted({_fraction(group) for group in smallest.values()})
     num_below = sum(fraction < share for fraction in fractions)
     num_held_out = min(max(num_below, 1), max(len(fractions) - 1, 0))

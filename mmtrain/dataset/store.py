@@ -20,7 +20,7 @@ import transformers
 import mmtrain
 from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.dataset.encode_all import EncodingSpec, encode_all
-from mmtrain.dataset.hashes import cache_folder, digest
+from mmtrain.dataset.hashes import digest
 from mmtrain.dataset.store_file import CannotWriteError, EncodedStore, write_store, writing
 from mmtrain.encoding.directory import model_directory, processor_files
 from mmtrain.encoding.processor import ChatProcessor
@@ -28,8 +28,9 @@ from mmtrain.errors import storage_faults
 from mmtrain.file_locks import wait_for_lock
 from mmtrain.progress import QUIET, Progress
 from mmtrain.records.record_set import RecordSet
+from mmtrain.user_cache import cache_folder
 
-_VERSION = 4
+_VERSION = 6
 """Raised with every change of what the encoder makes or of the file, so that no earlier store is taken."""
 _UNUSED_SECONDS = 30 * 24 * 3600
 """Stores that nobody opened for so long are removed when another one is made."""
@@ -71,11 +72,14 @@ def _name(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor, tick
         "model": str(processor.image_token_id),
         "end": sorted(processor.tokenizer.traits.eos_ids),
         "template": processor.template.source,
-        "labels": [spec.train_on, spec.end_of_turn],
+        "labels": [spec.train_on, spec.end_of_turn, spec.drops_reasoning],
         "ignored": spec.ignored,
         "decoded": [spec.decode_images, PIL.__version__],
         "records": digest([path for path, _, _ in records.files], tick),
-        "files": [[str(path.resolve()), str(root.resolve()), kind] for path, root, kind in records.files],
+        "archives": digest(records.archives, tick),
+        "files": [
+            [str(path.resolve()), [str(root.resolve()) for root in roots], kind] for path, roots, kind in records.files
+        ],
     }
     return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]
 

@@ -2,7 +2,11 @@
 
 Its tensors, for n samples with t tokens and m images, f of which are files:
 
+records, turns                           (n,) int32: the record, and the turn that alone is trained on or -1
 num_tokens, num_supervised, num_images   (n,) int32
+num_weights                              (n,) int32: trained turns of a sample in which not every weight is 1, else 0
+sum_weights                              (n,) float64: of the weights of its supervised tokens
+weights                                  float32: of those turns, the samples one after the other
 ids, supervised                          (t,) int32 and bool, the samples one after the other
 spans                                    (m, 5) int32: start, length, placeholders, width, height
 image_paths                              bytes: the path of each file, closed by a null
@@ -18,7 +22,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,12 +32,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mmtrain.dataset.encode_all import EncodedChunk, Fault, Note, merge_notes
-from mmtrain.dataset.hashes import file_version
 from mmtrain.errors import system_error
+from mmtrain.user_cache import file_version
 
-_OF_CHUNKS = ("num_tokens", "num_supervised", "num_images", "spans")
+_TYPES_OF_CHUNKS = {
+    **dict.fromkeys(("records", "turns", "num_tokens", "num_supervised", "num_images", "num_weights", "spans"), "I32"),
+    "sum_weights": "F64",
+    "weights": "F32",
+}
 _TYPES = {
-    **dict.fromkeys(_OF_CHUNKS, "I32"),
+    **_TYPES_OF_CHUNKS,
     "ids": "I32",
     "supervised": "BOOL",
     "image_paths": "U8",
@@ -77,12 +85,20 @@ class EncodedStore:
             raise ValueError(f"{path} is damaged: its tensors are of other types")
         if header.get("crc32") != _checksum(notes, found, shapes):
             raise ValueError(f"{path} is damaged: its checksum is not that of its content")
+        self.records: npt.NDArray[np.int32] = file.get_tensor("records")
+        """(num_samples,) the record of each sample"""
+        self.turns: npt.NDArray[np.int32] = file.get_tensor("turns")
+        """(num_samples,) the turn that alone is trained on, -1 where the sample is all of its record"""
         self.num_tokens: npt.NDArray[np.int32] = file.get_tensor("num_tokens")
         """(num_samples,) 0 where a sample is refused."""
         self.num_supervised: npt.NDArray[np.int32] = file.get_tensor("num_supervised")
         """(num_samples,)"""
         self.num_images: npt.NDArray[np.int32] = file.get_tensor("num_images")
         """(num_samples,)"""
+        self.num_weights: npt.NDArray[np.int32] = file.get_tensor("num_weights")
+        """(num_samples,) the weights of its turns that are stored."""
+        self.sum_weights: npt.NDArray[np.float64] = file.get_tensor("sum_weights")
+        """(num_samples,) the sum of the weights of its supervised tokens."""
         self.spans: npt.NDArray[np.int32] = file.get_tensor("spans")
         """(num_images, 5) start, length, placeholders, width, height"""
         self.faults = [Fault(*fault) for fault in json.loads(file.get_tensor("faults").tobytes())]
@@ -92,6 +108,8 @@ class EncodedStore:
         self._ids, self._supervised = found["ids"], found["supervised"]
         self._token_ends = self.num_tokens.cumsum(dtype=np.int64)
         self._span_ends = self.num_images.cumsum(dtype=np.int64)
+        self._weights: npt.NDArray[np.float32] = file.get_tensor("weights")
+        self._weight_ends = self.num_weights.cumsum(dtype=np.int64)
         self._image_paths = file.get_tensor("image_paths").tobytes().split(b"\0")[:-1]
         self._image_versions: npt.NDArray[np.int64] = file.get_tensor("image_versions")
 
@@ -100,6 +118,11 @@ class EncodedStore:
         end = int(self._token_ends[index])
         start = end - int(self.num_tokens[index])
         return self._ids[start:end], self._supervised[start:end]
+
+    def weights_of(self, index: int) -> tuple[float, ...]:
+        """The weights of a sample's trained turns, none if all are 1."""
+        end = int(self._weight_ends[index])
+        return tuple(self._weights[end - int(self.num_weights[index]) : end].tolist())
 
     def spans_of(self, index: int) -> npt.NDArray[np.int32]:
         """The rows of `spans` that are a sample's."""
@@ -132,12 +155,13 @@ class EncodedStore:
 
 def write_store(path: Path, chunks: Iterable[EncodedChunk], advance: Callable[[int], None]) -> None:
     """Write the file of all `chunks`, whose ids go through temporary files: there are more than fit into memory.
-    `advance` is given the number of samples of each chunk. Raises CannotWriteError.
+    `advance` is given the number of records of each chunk. Raises CannotWriteError.
     """
-    arrays: dict[str, list[Any]] = {name: [] for name in _OF_CHUNKS}
+    arrays: dict[str, list[Any]] = {name: [] for name in _TYPES_OF_CHUNKS}
     files: set[str] = set()
     faults: list[Fault] = []
     notes: list[dict[str, Note]] = []
+    num_samples = 0
     with ExitStack() as stack:
         with writing():
             ids, supervised = (stack.enter_context(tempfile.TemporaryFile(dir=path.parent)) for _ in range(2))
@@ -145,12 +169,13 @@ def write_store(path: Path, chunks: Iterable[EncodedChunk], advance: Callable[[i
             for name, own in arrays.items():
                 own.append(getattr(chunk, name))
             files.update(chunk.image_files)
-            faults += chunk.faults
-            notes.append(chunk.notes)
+            faults += [replace(fault, index=num_samples + fault.index) for fault in chunk.faults]
+            notes.append({kind: replace(note, first=num_samples + note.first) for kind, note in chunk.notes.items()})
+            num_samples += len(chunk.records)
             with writing():
                 ids.write(chunk.ids.tobytes())
                 supervised.write(chunk.supervised.tobytes())
-            advance(len(chunk.num_tokens))
+            advance(len(np.unique(chunk.records)))
         with writing():
             tensors = {name: np.concatenate(own) for name, own in arrays.items()}
             tensors |= {"ids": _mapped(ids, np.int32), "supervised": _mapped(supervised, np.bool_)}

@@ -68,6 +68,8 @@ class CheckedSamples:
     """(num_samples,) 0 where the sample is not used, as in all of these."""
     num_supervised: npt.NDArray[np.int32]
     """(num_samples,)"""
+    sum_weights: npt.NDArray[np.float64]
+    """(num_samples,) the sum of the weights of its supervised tokens"""
     num_image_tokens: npt.NDArray[np.int32]
     """(num_samples,) placeholders of its images"""
     image_token_pairs: npt.NDArray[np.float64]
@@ -112,6 +114,7 @@ def check_samples(
     policy = policy or FaultPolicy()
     records = spec.records()
     store = open_store(spec, records, processor, progress)
+    records = records.sequences(store.records, store.turns)
     faults = [(one.index, one.reason if one.kind == REFUSED else f"{one.kind}: {one.reason}") for one in store.faults]
     faulty = {index for index, _ in faults}
     over = [i for i in np.flatnonzero(store.num_tokens > limit.num_tokens).tolist() if i not in faulty]
@@ -160,6 +163,7 @@ def _selected(samples: StoredSamples, checked: CheckedSamples, choices: Sequence
         checked,
         num_tokens=num_tokens,
         num_supervised=np.where(is_used, checked.num_supervised, 0),
+        sum_weights=np.where(is_used, checked.sum_weights, 0),
         num_image_tokens=np.where(is_used, checked.num_image_tokens, 0),
         image_token_pairs=np.where(is_used, checked.image_token_pairs, 0),
         num_images=int(samples.store.num_images[num_tokens > 0].sum()),
@@ -197,6 +201,7 @@ def _without(store: EncodedStore, dropped: list[tuple[int, str]], skipped: list[
     return CheckedSamples(
         np.where(is_dropped, 0, store.num_tokens),
         np.where(is_dropped, 0, store.num_supervised),
+        np.where(is_dropped, 0, store.sum_weights),
         np.where(is_dropped, 0, image_tokens).astype(np.int32),
         np.where(is_dropped, 0, pairs),
         int(store.num_images[~is_dropped].sum()),

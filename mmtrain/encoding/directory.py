@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,7 @@ from mmtrain.safe_text import one_line, shown
 
 _NAMES_PROCESSOR = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json")
 """Files that may name the processor's class, in the order in which transformers asks them."""
-
-
+TEMPLATE_FILE = "chat_template.jinja"
 _PROCESSOR_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -46,6 +46,8 @@ class DirectoryParts:
     eos_ids: frozenset[int]
     """Every id that ends generation."""
     image_token_id: int | None
+    given_template: str | None = None
+    """The chat template in place of the model's own."""
 
 
 def model_directory(path: str) -> Path:
@@ -76,8 +78,31 @@ def processor_files(directory: Path) -> list[Path]:
     return files_in(directory, _PROCESSOR_FILES)
 
 
-def load_parts(directory: Path) -> DirectoryParts:
-    """Raises UserError with transformers' reason where the directory is broken or names code of its own."""
+def template_in(folder: Path) -> str | None:
+    """The file with the chat template in the directory of an adapter: the one that the adapter was trained with."""
+    file = folder / TEMPLATE_FILE
+    return str(file) if file.is_file() else None
+
+
+def copy_processor(source: Path, target: Path, given_template: str | None) -> None:
+    """Copy the processor's files from one directory to another, with another chat template if one is given."""
+    for path in processor_files(source):
+        shutil.copyfile(path, target / path.name)
+    if given_template is None:
+        return
+    for path in target.glob("chat_template*"):
+        path.unlink()
+    for path in target.glob("*processor_config.json"):  # a template in it would be used before the file
+        settings = _json_object(path)
+        if settings.pop("chat_template", None) is not None:
+            path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (target / TEMPLATE_FILE).write_text(given_template, encoding="utf-8")
+
+
+def load_parts(directory: Path, given_template: str | None = None) -> DirectoryParts:
+    """The parts of a chat processor; `given_template` is the chat template in place of the model's own.
+
+    Raises UserError with transformers' reason where the directory is broken or names code of its own."""
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -88,8 +113,11 @@ def load_parts(directory: Path) -> DirectoryParts:
     except Exception as error:  # a broken directory makes transformers raise anything
         kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
         raise UserError(f"the processor cannot be loaded: {kind}{one_line(error)}") from None
+    for part in (tokenizer, processor):
+        if part is not None and given_template is not None:
+            part.chat_template = given_template
     # the constructor of a processor may add tokens, so the copy is made after it
-    return DirectoryParts(copy.deepcopy(tokenizer), processor, eos_ids, _image_token_id(config))
+    return DirectoryParts(copy.deepcopy(tokenizer), processor, eos_ids, _image_token_id(config), given_template)
 
 
 def takes_images(config: Any) -> bool:

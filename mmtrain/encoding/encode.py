@@ -9,12 +9,11 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from mmtrain.encoding.images import FoundImage, find_image
+from mmtrain.encoding.images import FoundImage, Roots, find_image
 from mmtrain.encoding.layout import Layout, Piece
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.segments import Segment, Segmenter
@@ -40,6 +39,22 @@ class Encoded:
     supervised: npt.NDArray[np.bool_]
     """(num_tokens,) True where the token is trained on. Never true for the first token or in an image's span."""
     images: tuple[ImageSpan, ...]
+    weights: tuple[float, ...] = ()
+    """For each run of supervised tokens, which is a turn, what each of its tokens counts in the loss. Empty: 1."""
+
+    @property
+    def token_weights(self) -> npt.NDArray[np.float32]:
+        """(num_supervised,) what each supervised token counts in the loss."""
+        if not self.weights:
+            return np.ones(self.num_supervised, np.float32)
+        return np.repeat(np.array(self.weights, np.float32), self.run_lengths)
+
+    @property
+    def run_lengths(self) -> npt.NDArray[np.int64]:
+        """The length of each run of supervised tokens."""
+        flags = np.concatenate([[False], self.supervised, [False]])
+        borders = np.flatnonzero(flags[1:] != flags[:-1])
+        return borders[1::2] - borders[::2]
 
     @property
     def num_tokens(self) -> int:
@@ -63,7 +78,8 @@ class Traced:
 
 Placed = tuple[Segment, int, int]
 """A segment and the positions of its ids: ids[start:end]."""
-LaidOut = tuple[list[Piece], Sequence[Segment]]
+LaidOut = tuple[list[Piece], Sequence[Segment], tuple[float, ...]]
+"""The pieces of a conversation, its segments, and the weights of its trained turns, none where all are 1."""
 
 
 class Encoder:
@@ -77,9 +93,23 @@ class Encoder:
         self._constant = functools.lru_cache(maxsize=4096)(processor.tokenizer.encode)
         self._train_on = train_on
 
-    def encode(self, conversation: Conversation, root: Path) -> Encoded:
-        """`root` is the folder of the images. Raises SampleError with the reason a sample cannot be used."""
-        (found,) = self.encode_many([(conversation, root)])
+    def sequences(self, conversation: Conversation) -> list[tuple[int | None, Conversation]]:
+        """What of a conversation is encoded at a time: all of it (None), where each trained reply is written there as
+        inference would see it, or else each of those replies (the position of its turn) with what precedes it.
+
+        Raises SampleError where nothing is trained on.
+        """
+        trained = self.trained_turns(conversation.messages)
+        if self._layout.is_together(self._layout.form(conversation), trained) or trained == [
+            len(conversation.messages) - 1
+        ]:
+            return [(None, conversation)]
+        return [(turn, conversation.up_to(turn)) for turn in trained]
+
+    def encode(self, conversation: Conversation, roots: Roots) -> Encoded:
+        """`roots`: where the images are. Raises SampleError with the reason a sample cannot be used, also where it
+        gives several `sequences`."""
+        (found,) = self.encode_many([(conversation, roots)])
         if isinstance(found, SampleError):
             raise found
         return found
@@ -88,15 +118,15 @@ class Encoder:
         """`encode`, with images that were found already (or others in their place)."""
         return self._assemble_one(self._lay_out(conversation), images)[0]
 
-    def encode_many(self, conversations: Iterable[tuple[Conversation, Path]]) -> list[Encoded | SampleError]:
-        """`encode` of each (conversation, root), or the reason it cannot be used.
+    def encode_many(self, conversations: Iterable[tuple[Conversation, Roots]]) -> list[Encoded | SampleError]:
+        """`encode` of each (conversation, roots), or the reason it cannot be used.
 
         All words go through the tokenizer in one call: that takes half as long as one by one.
         """
         laid_out: list[tuple[LaidOut, list[FoundImage]] | SampleError] = []
-        for conversation, root in conversations:
+        for conversation, roots in conversations:
             try:
-                images = self._find_images(conversation, root)
+                images = self._find_images(conversation, roots)
                 laid_out.append((self._lay_out(conversation), images))
             except SampleError as error:
                 laid_out.append(error)
@@ -120,9 +150,10 @@ class Encoder:
 
     def trace(self, conversation: Conversation, encoded: Encoded) -> Traced:
         """Where each id of `encoded` comes from. Raises SampleError where the conversation is not encoded so now."""
-        pieces, segments = self._lay_out(conversation)
-        made, placed = self._assemble_one((pieces, segments), [span.image for span in encoded.images])
-        if not (np.array_equal(made.ids, encoded.ids) and np.array_equal(made.supervised, encoded.supervised)):
+        pieces, segments, weights = self._lay_out(conversation)
+        made, placed = self._assemble_one((pieces, segments, weights), [span.image for span in encoded.images])
+        same_flags = np.array_equal(made.supervised, encoded.supervised) and made.weights == encoded.weights
+        if not (np.array_equal(made.ids, encoded.ids) and same_flags):
             raise SampleError("what is stored for training is not what the encoder makes of the sample now")
         owners: list[int] = []
         for segment, start, end in placed:
@@ -144,29 +175,37 @@ class Encoder:
             raise SampleError("the conversation begins with the assistant: there is no prompt to answer")
         return turns
 
-    def _find_images(self, conversation: Conversation, root: Path) -> list[FoundImage]:
-        images = [find_image(image, root) for image in conversation.images]
+    def _find_images(self, conversation: Conversation, roots: Roots) -> list[FoundImage]:
+        images = [find_image(image, roots) for image in conversation.images]
         if images and self.processor.images is None:
             raise SampleError("the sample has images and this model takes none")
         return images
 
-    def _lay_out(self, conversation: Conversation) -> tuple[list[Piece], Sequence[Segment]]:
-        pieces, skeleton = self._layout.lay_out(conversation)
+    def _lay_out(self, conversation: Conversation) -> LaidOut:
         trained = self.trained_turns(conversation.messages)
-        if missing := [turn for turn in trained if turn not in skeleton.answers]:
-            raise SampleError(_why_untrainable(missing[-1], len(conversation.messages)))
-        return pieces, self._segmenter.cut(pieces, skeleton, tuple(trained))
+        form = self._layout.form(conversation)
+        if self._layout.is_together(form, trained):
+            pieces, skeleton = self._layout.lay_out(conversation, form)
+        elif trained == [len(conversation.messages) - 1]:
+            pieces, skeleton = self._layout.lay_out_alone(conversation, form)
+        else:
+            raise SampleError("the model's chat template rewrites replies that others follow: it has several sequences")
+        weights = tuple(float(np.float32(conversation.messages[turn].weight)) for turn in trained)
+        weights = () if all(weight == 1 for weight in weights) else weights
+        return pieces, self._segmenter.cut(pieces, skeleton, tuple(trained)), weights
 
     def _assemble(
         self, laid_out: LaidOut, images: Sequence[FoundImage], known: Mapping[str, list[int]]
     ) -> tuple[Encoded, list[Placed]]:
         """The segments' ids one after the other. `known`: ids of texts that were encoded before."""
-        pieces, segments = laid_out
+        pieces, segments, weights = laid_out
         ids: list[int] = list(self._prefix(pieces))
         supervised = [False] * len(ids)
         after: int | None = None
         spans: list[ImageSpan] = []
         placed: list[Placed] = []
+        if not images and self.processor.needs_image:
+            raise SampleError("the model's processor takes no conversation without an image")
         of_images = self.processor.image_tokens([image.size for image in images])
         for segment in segments:
             if segment.kind == "image":
@@ -183,7 +222,10 @@ class Encoder:
         supervised[0] = False
         if not any(supervised):
             raise SampleError("no token of it is trained on")
-        return Encoded(np.array(ids, np.int32), np.array(supervised, np.bool_), tuple(spans)), placed
+        encoded = Encoded(np.array(ids, np.int32), np.array(supervised, np.bool_), tuple(spans), weights)
+        if weights and len(encoded.run_lengths) != len(weights):
+            raise SampleError("two turns with weights of their own have nothing between them")
+        return encoded, placed
 
     def _prefix(self, pieces: list[Piece]) -> tuple[int, ...]:
         traits = self.processor.tokenizer.traits
@@ -218,19 +260,7 @@ class Encoder:
         return owners + [-1] * (num_ids - len(owners))
 
 
-def _why_untrainable(turn: int, num_turns: int) -> str:
-    if turn < num_turns - 1:
-        return (
-            f"the model's chat template rewrites turn {turn + 1} once others follow, so it cannot be trained on in one "
-            "sample with them: set labels.train_on to last"
-        )
-    return (
-        f"the model's chat template does not begin turn {turn + 1} as its generation prompt does, so what inference "
-        "feeds the model is not what the conversation holds: such a template cannot be trained on"
-    )
-
-
 def _words(laid_out: LaidOut) -> Iterator[str]:
     """The texts of a conversation that are its own."""
-    pieces, segments = laid_out
+    pieces, segments, _ = laid_out
     return (segment.text(pieces) for segment in segments if segment.has_words and segment.kind == "text")

@@ -2,7 +2,8 @@
 
 The reference is transformers' `apply_chat_template(tokenize=True)`, which is what inference feeds the model. It is
 allowed to differ from ours by an end of turn that the template lacks, and by a token that straddles the border between
-a prompt and its reply: inference cuts there too.
+a prompt and its reply: inference cuts there too. A reply that the template writes in another way than inference gets it
+is compared with the prompt of inference and with the end of the whole.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,12 +15,13 @@ import PIL.Image
 from torch import Tensor
 
 from mmtrain.encoding.encode import Encoded, Encoder
-from mmtrain.encoding.image_processor import TEXT_KEYS
+from mmtrain.encoding.image_processor import TEXT_KEYS, TYPE_KEYS
 from mmtrain.encoding.images import FoundImage
-from mmtrain.encoding.layout import as_messages
-from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.messages import as_messages
+from mmtrain.encoding.processor import ChatProcessor, EncodingTrial
 from mmtrain.errors import UserError
-from mmtrain.records.chat import Conversation, Image, Message, Part, SampleError, Text
+from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
+from mmtrain.records.reasoning import CLOSE
 from mmtrain.safe_text import one_line, shown
 
 _SIZES = ((64, 64), (150, 80))
@@ -33,39 +35,45 @@ class _Probe:
     conversation: Conversation
 
 
-def try_family(processor: ChatProcessor) -> None:
+def try_family(processor: ChatProcessor) -> EncodingTrial:
     """Raises UserError naming the first position that differs, or what the model's own processor refuses."""
     # without an end token a run can still train on replies alone (labels.end_of_turn: false)
     encoder = Encoder(processor, end_of_turn=processor.tokenizer.traits.eos_id is not None)
-    refusals = []
-    probes = list(_probes(takes_images=processor.images is not None))
-    for probe in probes:
+    trial = EncodingTrial([], [], {})
+    for probe in _probes(processor):
         images = _found_images(probe.conversation)
         try:
-            encoded = encoder.encode_with(probe.conversation, images)
+            sequences = [one for _, one in encoder.sequences(probe.conversation)]
+            encoded = [encoder.encode_with(one, images[: len(one.images)]) for one in sequences]
         except SampleError as error:  # a template may refuse a system turn or several replies: so are samples like that
-            refusals.append(str(error))
+            trial.refused[probe.name] = str(error)
             continue
-        _compare(processor, probe, encoded, images)
-    if len(refusals) == len(probes):
-        raise UserError(f"every probe conversation is refused, the first because {refusals[0]}")
+        is_whole = [
+            _compare(processor, _Probe(probe.name, conversation), made, images[: len(conversation.images)])
+            for conversation, made in zip(sequences, encoded, strict=True)
+        ]
+        (trial.equal if is_whole == [True] else trial.alone).append(probe.name)
+    if not trial.equal and not trial.alone:
+        raise UserError(f"every probe conversation is refused, the first because {next(iter(trial.refused.values()))}")
+    return trial
 
 
-def _probes(takes_images: bool) -> Iterator[_Probe]:
-    question, answer = Text("What is it?"), (Text("A cat."),)
-    system = Message("system", (Text("Be brief."),))
-    texts = [Message("user", (question,)), Message("assistant", answer)]
-    yield _Probe("without an image", Conversation(tuple(texts)))
-    yield _Probe("with a system turn and two replies", Conversation((system, *texts, *texts)))
-    if takes_images:
-        for number in (1, 2):
-            images: tuple[Part, ...] = tuple(Image(f"probe {n}") for n in range(number))
-            turn = Message("user", (*images, question))
-            name = "with one image" if number == 1 else "with two images"
-            yield _Probe(name, Conversation((turn, texts[1])))
-        between = Message("user", (Text("This"), Image("probe 0"), Text("and what is it?\n")))
-        last = Message("user", (Image("probe 1"), Text("\nAnd this?")))
-        yield _Probe("with images among the words", Conversation((between, texts[1], last, texts[1])))
+def _probes(processor: ChatProcessor) -> Iterator[_Probe]:
+    question, answer = Text("What is it?"), Message("assistant", (Text(processor.template.reply("A cat.")),))
+    plain = Message("user", (question,))
+    first, second = (Message("user", (Image(f"probe {n}"), question)) for n in range(2))
+    both = Message("user", (*first.parts, *second.parts))
+    among = Message("user", (Text("This"), Image("probe 0"), Text("and what is it?\n")))
+    last = Message("user", (Image("probe 1"), Text("\nAnd this?")))
+    yield _Probe("no image", Conversation((plain, answer)))
+    yield _Probe("no image and two replies", Conversation((plain, answer) * 2))
+    if processor.images is not None:
+        yield _Probe("one image", Conversation((first, answer)))
+        yield _Probe("one image and two replies", Conversation((first, answer, plain, answer)))
+        yield _Probe("two images", Conversation((both, answer)))
+        yield _Probe("two images and two replies", Conversation((first, answer, second, answer)))
+        yield _Probe("images among the words", Conversation((among, answer, last, answer)))
+    yield _Probe("a system turn", Conversation((Message("system", (Text("Be brief."),)), plain, answer)))
 
 
 def _found_images(conversation: Conversation) -> list[FoundImage]:
@@ -77,18 +85,22 @@ def _gradient(size: tuple[int, int]) -> PIL.Image.Image:
     return PIL.Image.linear_gradient("L").resize(size).convert("RGB")
 
 
-def _compare(processor: ChatProcessor, probe: _Probe, encoded: Encoded, images: Sequence[FoundImage]) -> None:
-    """Raises UserError where ids or tensors are not the model's own."""
-    name = f"a probe conversation {probe.name}"
+def _compare(processor: ChatProcessor, probe: _Probe, encoded: Encoded, images: Sequence[FoundImage]) -> bool:
+    """Whether the ids are those of the whole conversation, not only of the prompt and then the reply.
+
+    Raises UserError where ids or tensors are not the model's own.
+    """
+    name = f"a probe conversation with {probe.name}"
+    pixels = [_gradient(image.size) for image in images]
     try:
-        own = _own(processor, probe.conversation, [_gradient(image.size) for image in images])
+        own = _own(processor, probe.conversation, pixels)
     except Exception as error:  # a family's processor can raise anything
         raise UserError(
             f"the model's own processor refuses {name}: {one_line(error)}; this family is not supported"
         ) from None
     ids, expected = encoded.ids.tolist(), own["input_ids"]
     at = _first_difference(processor, encoded, expected)
-    if at is not None:
+    if at is not None and not _follows_the_prompt(processor, probe.conversation, encoded, expected, pixels):
         here, there = (shown(processor.tokenizer.decode(found[max(0, at - 3) : at + 4])) for found in (ids, expected))
         raise UserError(
             f"the ids of {name} differ from the model's own apply_chat_template at position {at}: {here} here, {there} "
@@ -97,13 +109,41 @@ def _compare(processor: ChatProcessor, probe: _Probe, encoded: Encoded, images: 
     if images:
         _compare_tensors(processor, name, own, images)
         _compare_types(processor, name, own)
+    return at is None
 
 
-def _own(processor: ChatProcessor, conversation: Conversation, images: list[PIL.Image.Image]) -> dict[str, Any]:
+def _follows_the_prompt(
+    processor: ChatProcessor,
+    conversation: Conversation,
+    encoded: Encoded,
+    whole: list[int],
+    images: list[PIL.Image.Image],
+) -> bool:
+    """Whether ours are the prompt of inference for the last turn, and then the end of `whole`, the family's own ids."""
+    asked = Conversation(conversation.messages[:-1])
+    prompt = _own(processor, asked, images[: len(asked.images)], add_generation_prompt=True)["input_ids"]
+    ids = encoded.ids.tolist()
+    if ids[: len(prompt)] != prompt:
+        return False
+    num_same = next((n for n, (one, two) in enumerate(zip(ids[::-1], whole[::-1], strict=False)) if one != two), 0)
+    own = processor.tokenizer.decode(ids[len(prompt) : len(ids) - num_same]).strip()
+    if num_same and own.endswith(CLOSE):  # the template drops reasoning even from the last reply
+        return True
+    num_left = len(whole) - (len(ids) - len(prompt))
+    starts = range(max(0, num_left - _STRADDLE), num_left + _STRADDLE)
+    return any(_first_difference(processor, encoded, prompt + whole[start:]) is None for start in starts)
+
+
+def _own(
+    processor: ChatProcessor, conversation: Conversation, images: list[PIL.Image.Image], **options: bool
+) -> dict[str, Any]:
     """What the model's own processor, or a text model's tokenizer, makes of the conversation."""
-    messages, template = processor.template.as_wanted(as_messages(conversation)), processor.template.source
+    messages = processor.template.as_wanted(as_messages(conversation.messages))
+    template = processor.template.source
     if processor.images is None:
-        ids = processor.tokenizer.wrapped.apply_chat_template(messages, chat_template=template, return_dict=False)
+        ids = processor.tokenizer.wrapped.apply_chat_template(
+            messages, chat_template=template, return_dict=False, **options
+        )
         return {"input_ids": list(ids)}
     left = iter(images)
     for message in messages:
@@ -111,7 +151,7 @@ def _own(processor: ChatProcessor, conversation: Conversation, images: list[PIL.
             if part["type"] == "image":
                 part["image"] = next(left)
     made = processor.images.processor.apply_chat_template(
-        messages, chat_template=template, tokenize=True, return_dict=True, return_tensors="pt"
+        messages, chat_template=template, tokenize=True, return_dict=True, return_tensors="pt", **options
     )
     return {**made, "input_ids": made["input_ids"][0].tolist()}
 
@@ -174,10 +214,11 @@ def _equal(one: Any, two: Any) -> bool:
 
 def _compare_types(processor: ChatProcessor, name: str, own: dict[str, Any]) -> None:
     """Where the family marks tokens by their kind, images must be exactly the placeholders."""
-    for key in TEXT_KEYS[2:]:
+    for key in TYPE_KEYS:
         if key in own:
             found = [bool(value) for value in own[key][0].tolist()]
-            if found != [id_ == processor.image_token_id for id_ in own["input_ids"]]:
+            expected = [id_ == processor.image_token_id and not processor.marks_replies for id_ in own["input_ids"]]
+            if found != expected:
                 raise UserError(
                     f"the model's processor marks other tokens than placeholders in {key!r} of {name}; "
                     "this family is not supported"

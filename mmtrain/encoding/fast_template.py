@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.utils import chat_template_utils
 
+from mmtrain.encoding.messages import Render, Tools
 from mmtrain.records.chat import Messages
 
 _FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}"
@@ -38,20 +39,20 @@ def text_encoder(tokenizer: Any, literal: bool) -> Callable[[str], list[int]]:
     return lambda text: native.encode(text, add_special_tokens=False).ids
 
 
-def through_wrapper(tokenizer: Any, template: str | None) -> Callable[[Messages, bool], str]:
+def through_wrapper(tokenizer: Any, template: str | None) -> Render:
     """From messages to text by `template`, as transformers does it."""
 
-    def render(messages: Messages, add_generation_prompt: bool) -> str:
+    def render(messages: Messages, begun: bool, tools: Tools | None = None) -> str:
         return str(
             tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages, tools, chat_template=template, tokenize=False, add_generation_prompt=begun
             )
         )
 
     return render
 
 
-def renderer(tokenizer: Any, template: str | None) -> Callable[[Messages, bool], str]:
+def renderer(tokenizer: Any, template: str | None) -> Render:
     """From messages to text by `template`: through its compiled form where that gives what the wrapper gives, which
     copies every message twice on its way."""
     wrapped = through_wrapper(tokenizer, template)
@@ -63,17 +64,15 @@ def renderer(tokenizer: Any, template: str | None) -> Callable[[Messages, bool],
     except Exception:  # a template that does not compile: the wrapper says why
         return wrapped
 
-    def direct(messages: Messages, add_generation_prompt: bool) -> str:
+    def direct(messages: Messages, begun: bool, tools: Tools | None = None) -> str:
         return str(
-            compiled.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **known
-            )
+            compiled.render(messages=messages, tools=tools, documents=None, add_generation_prompt=begun, **known)
         )
 
     return direct if _outcome(direct) == _outcome(wrapped) else wrapped
 
 
-def _outcome(render: Callable[[Messages, bool], str]) -> list[str]:
+def _outcome(render: Render) -> list[str]:
     """What `render` makes of a few conversations, or says against them."""
     found = []
     for content in ("probe", [{"type": "text", "text": "probe"}], [{"type": "image"}, {"type": "text", "text": "a"}]):

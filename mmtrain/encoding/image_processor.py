@@ -21,9 +21,11 @@ from mmtrain.records.chat import SampleError
 from mmtrain.safe_text import one_line, shown
 
 _PROBE_SIZE = (64, 64)
+_BLANK = PIL.Image.new("RGB", _PROBE_SIZE)
 _PROBE_SAMPLES = (((64, 64), (300, 60), (120, 50), (400, 500)), ((100, 70),))
 """(width, height) of the images of two samples."""
-TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+TYPE_KEYS = ("mm_token_type_ids", "token_type_ids")
+TEXT_KEYS = ("input_ids", "attention_mask", *TYPE_KEYS, "labels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,12 @@ class ImageTraits:
     """Pixels that the vision encoder sees, all tiles together, for each placeholder; None where no tensor shows it."""
     by_sample: bool
     """Whether an image's span depends on the other images of its sample, as in families that number them."""
+    text_end: str
+    """Ordinary text that the processor writes after all of a text with images, such as a line break."""
+    needs_image: bool
+    """Whether it takes no text without an image."""
+    marks_replies: bool
+    """Whether the tokens of a reply have another type than those of the prompt for it, instead of those of images."""
     together: bool
     """Whether the images of several samples can be made into tensors at once. Where they cannot, or where a tensor
     depends on the text, each sample goes through the model alone."""
@@ -87,6 +95,25 @@ class _Runner:
         own.tokenizer = _GivenIds(self.processor.tokenizer, list(ids))
         made = own(text=[self._text(images)], images=[list(images)], **_OPTIONS)
         return {key: _widened(value) for key, value in made.items() if key not in TEXT_KEYS}
+
+    def text_end(self) -> str:
+        """What the processor writes after the text of a sample with an image."""
+        if self.separator is None:
+            return ""
+        made = self.processor(text=[self._text([_BLANK])], images=[[_BLANK]], **_OPTIONS)
+        ids: list[int] = made["input_ids"][0].tolist()
+        return self.tokenizer.decode(ids[len(ids) - ids[::-1].index(self.separator) :])
+
+    def needs_image(self) -> bool:
+        try:
+            self.processor(text=["word"], **_OPTIONS)
+        except Exception:  # a family that does not can raise anything
+            return True
+        return False
+
+    def marks_replies(self) -> bool:
+        made = self.processor(text=[self._text([_BLANK])], images=[[_BLANK]], **_OPTIONS)
+        return "token_type_ids" in made and not made["token_type_ids"].any()
 
     def _text(self, images: Sequence[PIL.Image.Image]) -> str:
         separator = "" if self.separator is None else self.tokenizer.traits.added[self.separator]
@@ -169,7 +196,16 @@ def _probe_images(runner: _Runner) -> ImageTraits:
     num_pixels = _num_pixels(inputs) if patch is None else patch**2 * int(inputs[str(grid_key)].prod())
     count = sum(id_ == runner.token_id for id_ in ids)
     per_token = num_pixels / count if num_pixels else None
-    return ImageTraits(runner.text_around(ids), grid_key, per_token, _is_by_sample(runner), _are_together(runner))
+    return ImageTraits(
+        text_around=runner.text_around(ids),
+        grid_key=grid_key,
+        pixels_per_token=per_token,
+        by_sample=_is_by_sample(runner),
+        text_end=runner.text_end(),
+        needs_image=runner.needs_image(),
+        marks_replies=runner.marks_replies(),
+        together=_are_together(runner),
+    )
 
 
 def _refuses(runner: _Runner) -> bool:

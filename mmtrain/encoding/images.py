@@ -9,11 +9,14 @@ import logging
 import os
 import stat
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import PIL.Image
 
+from mmtrain.errors import UserError
+from mmtrain.records.archives import is_archive, open_archive
 from mmtrain.records.chat import Image, SampleError
 from mmtrain.safe_text import shown, visible
 
@@ -51,13 +54,17 @@ class FoundImage:
     size: tuple[int, int]
 
 
-def find_image(image: Image, root: Path) -> FoundImage:
+Roots = Path | Sequence[Path]
+"""Where images are looked for by their paths: a folder, or several folders and archives, in order."""
+
+
+def find_image(image: Image, roots: Roots) -> FoundImage:
     """Measure an image from its header, without decoding it.
 
-    `root` is the folder that a path is relative to and may not leave. Raises SampleError where the image is
-    missing, outside, of no known kind, too large, or where its end shows that it is cut off.
+    A path is relative to one of `roots` and may not leave it. Raises SampleError where the image is missing, outside,
+    of no known kind, too large, or where its end shows that it is cut off.
     """
-    source = image.data if image.data is not None else _inside(image.name, root)
+    source = _source(image, roots)
     try:
         with _open(source) as opened:
             if opened.width * opened.height > MAX_PIXELS:
@@ -76,12 +83,12 @@ def find_image(image: Image, root: Path) -> FoundImage:
     return found
 
 
-def locate(image: Image, root: Path, size: tuple[int, int]) -> FoundImage:
+def locate(image: Image, roots: Roots, size: tuple[int, int]) -> FoundImage:
     """An image that was measured before; `decode` finds out whether it still is of that size.
 
-    Raises SampleError where it is missing or outside `root`.
+    Raises SampleError where it is missing or outside `roots`.
     """
-    return FoundImage(image.name, image.data if image.data is not None else _inside(image.name, root), size)
+    return FoundImage(image.name, _source(image, roots), size)
 
 
 def decode(found: FoundImage) -> PIL.Image.Image:
@@ -106,6 +113,34 @@ def read_bytes(found: FoundImage) -> bytes:
         return found.source.read_bytes()
     except OSError as error:
         raise SampleError(f"the image {shown(found.name)} cannot be read: {_cause(error)}") from None
+
+
+def _source(image: Image, roots: Roots) -> Path | bytes:
+    """The bytes of an image, or the path of its file."""
+    if image.data is not None:
+        return image.data
+    faults = []
+    several = [roots] if isinstance(roots, Path) else roots
+    for root in several:
+        try:
+            return _member(image.name, root) if is_archive(root) else _inside(image.name, root)
+        except SampleError as error:
+            faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
+    names = ", ".join(visible(str(root)) for root in several)
+    raise SampleError(f"the image {shown(image.name)} is in none of {names}: {faults[0]}")
+
+
+def _member(name: str, archive: Path) -> bytes:
+    where = f"the image {shown(name)} in {visible(str(archive))}"
+    try:
+        found = open_archive(archive).read(name, MAX_BYTES)
+    except (SampleError, UserError) as error:
+        raise SampleError(f"{where}: {error}") from None
+    if found is None:
+        raise SampleError(f"{where}: there is no such member")
+    return found
 
 
 def _inside(name: str, root: Path) -> Path:

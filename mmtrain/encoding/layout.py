@@ -3,27 +3,46 @@
 Nothing is searched for in the finished text. The conversation is rendered twice: once with each text replaced by a
 unique stand-in, which shows what the template writes around the words, and once as it is. Words put into the first
 must give the second, character for character; otherwise the template rewrites the words, and the sample is refused.
-The first rendering depends only on the form of the conversation (roles and kinds of parts) and is kept.
+The first rendering depends only on the form of the conversation (roles, kinds of parts, tools and calls) and is kept.
+Tools and calls are in it as they are; where a call lies is found by `encoding/calls.py`.
+
+Some templates write a reply in another way once others follow, or begin it in another way than the prompt for it: they
+drop the reasoning of earlier replies, for example. Such a reply is laid out alone: the prompt of inference, the reply
+as the template writes it last, and its end.
 """
 
 import functools
+import itertools
+import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from mmtrain.encoding.calls import check_plain, length_without_end, shared_reply, shows_all
+from mmtrain.encoding.messages import as_messages, as_tools
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.records.chat import Conversation, Image, Message, Messages, SampleError, Text
+from mmtrain.encoding.reasoning import check_reasoning, opens, rewrites_reasoning
+from mmtrain.encoding.stand_ins import (
+    STAND_IN,
+    Form,
+    TurnForm,
+    numbered,
+    stand_in,
+    stand_ins,
+    turn_form,
+    words_of,
+)
+from mmtrain.records.chat import Conversation, SampleError
+from mmtrain.records.reasoning import CLOSE, OPEN
 from mmtrain.safe_text import shown
 
-Kind = Literal["template", "words", "image"]
-Form = tuple[tuple[str, tuple[str, ...]], ...]
-"""What the template's own text depends on: each turn's role and the kinds of its parts."""
+Kind = Literal["template", "words", "calls", "image"]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of the rendered text: the template's own, words of a turn, or the placeholder of an image."""
+    """A stretch of the rendered text: the template's own, words or calls of a turn, or the placeholder of an image."""
 
     kind: Kind
     text: str
@@ -54,81 +73,174 @@ class Skeleton:
     answers: dict[int, Answer]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Alone:
+    """A conversation of which the last reply alone is trained on, after the prompt of inference."""
+
+    skeleton: Skeleton
+    num_prompt: int
+    """Pieces of the prompt."""
+    closing: tuple[Piece, ...]
+    """What the template writes for the conversation with the reply."""
+    num_before: int
+    """Pieces of `closing` before the words of the reply."""
+
+
 class Layout:
     """Lays conversations out by one model's template."""
 
     def __init__(self, processor: ChatProcessor) -> None:
         self._processor = processor
-        self.skeleton = functools.lru_cache(maxsize=4096)(self._skeleton)
+        self._render = processor.template.render
+        self._rewrites_reasoning = functools.cache(lambda: rewrites_reasoning(processor.template))
+        self._whole = functools.lru_cache(maxsize=4096)(self._try_skeleton)
+        self._alone = functools.lru_cache(maxsize=4096)(self._lone_skeleton)
 
-    def lay_out(self, conversation: Conversation) -> tuple[list[Piece], Skeleton]:
-        """The pieces of the rendered text and the skeleton they follow.
+    def skeleton(self, form: Form) -> Skeleton:
+        """Raises SampleError where the template refuses conversations of this form, or does not show all of one."""
+        found = self._whole(form)
+        if isinstance(found, str):
+            raise SampleError(found)
+        return found
+
+    def form(self, conversation: Conversation) -> Form:
+        messages, has_reasoning = conversation.messages, any(CLOSE in message.text for message in conversation.messages)
+        splits = has_reasoning and self._rewrites_reasoning()
+        return Form(tuple([turn_form(message, splits) for message in messages]), conversation.tools)
+
+    def is_together(self, form: Form, turns: Collection[int]) -> bool:
+        """Whether these replies can be trained on in one sequence: each is written there as inference would see it."""
+        found = self._whole(form)
+        return not isinstance(found, str) and all(turn in found.answers for turn in turns)
+
+    def lay_out(self, conversation: Conversation, form: Form) -> tuple[list[Piece], Skeleton]:
+        """The pieces of the rendered text and the skeleton they follow. `form` is that of the conversation.
 
         Raises SampleError where the template refuses the conversation or rewrites its words.
         """
-        skeleton = self.skeleton(_form(conversation))
-        whole = self._processor.template.render(as_messages(conversation))
-        words = [part.text for message in conversation.messages for part in message.parts if isinstance(part, Text)]
-        pieces, at = [], 0
-        for i, piece in enumerate(skeleton.pieces):
-            text = piece.text
-            if piece.kind == "words":
-                following = skeleton.pieces[i + 1].text if i + 1 < len(skeleton.pieces) else ""
-                if i + 1 < len(skeleton.pieces) and skeleton.pieces[i + 1].kind == "words":
-                    following = ""
-                text = _as_rendered(words[int(piece.text)], following, whole, at)
-            if not whole.startswith(text, at):
-                raise SampleError(
-                    f"the model's chat template rewrites the conversation near {shown(whole[at : at + 40])}"
-                )
-            pieces.append(Piece(piece.kind, text, piece.turn))
-            at += len(text)
-        if at != len(whole):
-            raise SampleError(f"the model's chat template adds {shown(whole[at : at + 40])} to the conversation")
-        return pieces, skeleton
+        skeleton = self.skeleton(form)
+        whole = self._render(as_messages(conversation.messages), tools=as_tools(conversation))
+        return _filled(skeleton.pieces, words_of(conversation, form), whole), skeleton
+
+    def lay_out_alone(self, conversation: Conversation, form: Form) -> tuple[list[Piece], Skeleton]:
+        """The same for its last turn, after the prompt that inference would give for it."""
+        alone, words = self._alone(form), words_of(conversation, form)
+        messages, tools = as_messages(conversation.messages), as_tools(conversation)
+        pieces, asked = alone.skeleton.pieces, self._render(messages[:-1], add_generation_prompt=True, tools=tools)
+        prompt = _filled(pieces[: alone.num_prompt], words, asked)
+        tail = _filled(alone.closing, words, self._render(messages, tools=tools))[alone.num_before :]
+        between = pieces[alone.num_prompt : len(pieces) - len(tail)]
+        own = [replace(piece, text=words[int(piece.text)]) if piece.kind == "words" else piece for piece in between]
+        return [*prompt, *own, *tail], alone.skeleton
+
+    def _try_skeleton(self, form: Form) -> Skeleton | str:
+        """The skeleton, or why there is none."""
+        try:
+            return self._skeleton(form)
+        except SampleError as error:
+            return str(error)
 
     def _skeleton(self, form: Form) -> Skeleton:
-        render = self._processor.template.render
-        messages = _stand_ins(form)
-        whole = render(messages)
-        pieces = self._split(whole, form)
-        answers = {}
-        for turn, (role, _) in enumerate(form):
-            if role != "assistant" or turn == 0:
+        conversation = stand_ins(form)
+        messages, tools = as_messages(conversation.messages), as_tools(conversation)
+        render = functools.partial(self._render, tools=tools)
+        self._check_tools(form, whole := render(messages), self._render(messages))
+        pieces = self._split(whole, form, 0)
+        replies: dict[int, tuple[int, str]] = {}
+        for turn, of_turn in enumerate(form.turns):
+            if of_turn.role != "assistant" or turn == 0:
                 continue  # without a turn before it there is no prompt
             prompt = render(messages[:turn], add_generation_prompt=True)
             closing = render(messages[: turn + 1])
             if not whole.startswith(prompt):
                 continue  # the template rewrites earlier turns: this one cannot be trained on in the whole
-            answers[turn] = self._answer(pieces, turn, len(prompt), closing)
+            if of_turn.marks and opens(prompt) and whole[len(prompt) :].lstrip().startswith(OPEN):
+                continue  # reasoning would be opened twice
+            if of_turn.calls:
+                closing = shared_reply(whole, closing, len(prompt))
+                if not shows_all(closing, of_turn.calls):
+                    continue
+                pieces = self._with_calls(pieces, turn, len(prompt), closing)
+            replies[turn] = len(prompt), closing
+        answers = {
+            turn: self._answer(pieces, turn, *reply)
+            for turn, reply in replies.items()
+            if _is_whole(form.turns[turn], [piece.kind for piece in pieces if piece.turn == turn])
+        }
         return Skeleton(tuple(pieces), answers)
 
-    def _split(self, whole: str, form: Form) -> list[Piece]:
-        """The skeleton's text in pieces; the text of a words piece is the number of its text part."""
-        turn_of = [turn for turn, (_, kinds) in enumerate(form) for kind in kinds if kind == "text"]
-        image_turns = [turn for turn, (_, kinds) in enumerate(form) for kind in kinds if kind == "image"]
+    def _lone_skeleton(self, form: Form) -> _Alone:
+        conversation, turn = stand_ins(form), len(form.turns) - 1
+        messages, tools, last = as_messages(conversation.messages), as_tools(conversation), form.turns[turn]
+        prompt = self._render(messages[:-1], add_generation_prompt=True, tools=tools)
+        closing = self._render(messages, tools=tools)
+        check_reasoning(prompt, last, turn)
+        before = self._split(prompt, Form(form.turns[:-1], form.tools), 0)
+        after = self._split(closing, form, turn)
+        own, hidden = [], _hidden(after, form, turn)
+        if last.calls or (hidden is not None and last.marks is None):
+            raise SampleError(
+                f"the model's chat template does not show all of turn {turn + 1} as inference would see it"
+            )
+        if last.marks is not None and hidden is not None:
+            own = [Piece("words", str(hidden), turn), Piece("template", last.marks.close, turn)]
+            if not opens(prompt):
+                own.insert(0, Piece("template", last.marks.opening, turn))
+        num_before = next(i for i, piece in enumerate(after) if piece.kind == "words" and piece.turn == turn)
+        pieces = [*before, *own, *after[num_before:]]
+        answer = self._answer(pieces, turn, len(prompt), closing)
+        return _Alone(Skeleton(tuple(pieces), {turn: answer}), len(before), tuple(after), num_before)
+
+    def _check_tools(self, form: Form, with_tools: str, without_tools: str) -> None:
+        if form.tools and with_tools == without_tools:
+            raise SampleError("the model's chat template has no place for tools: name 'tools' in data.ignore_fields")
+        calls = [call for turn in form.turns for call in turn.calls]
+        texts = [text for call in calls for text in (call.name, json.dumps(json.loads(call.arguments)), call.id or "")]
+        check_plain([*form.tools, *texts], self._processor.tokenizer)
+
+    def _with_calls(self, pieces: list[Piece], turn: int, prompt_length: int, reply: str) -> list[Piece]:
+        """`pieces` with a piece for the calls of `turn`, whose reply with its end is `reply`, where words do not follow
+        them: what the template writes after the words of the turn, or after the prompt."""
+        starts = _starts(pieces)
+        own = [i for i, piece in enumerate(pieces) if piece.kind == "words" and piece.turn == turn]
+        start = starts[own[-1] + 1] if own else prompt_length
+        stop = prompt_length + length_without_end(reply, self._processor.tokenizer)
+        at = max(i for i in range(len(pieces)) if starts[i] <= start)
+        text, start, stop = pieces[at].text, start - starts[at], stop - starts[at]
+        if start >= stop or stop > len(text) or pieces[at].kind != "template":
+            return pieces
+        cut = [
+            Piece("template", text[:start], pieces[at].turn),
+            Piece("calls", text[start:stop], turn),
+            Piece("template", text[stop:], turn),
+        ]
+        return [*pieces[:at], *(piece for piece in cut if piece.text), *pieces[at + 1 :]]
+
+    def _split(self, whole: str, form: Form, first: int) -> list[Piece]:
+        """A rendered text in pieces; the text of a words piece is the number of its stand-in.
+
+        Raises SampleError unless all the texts from turn `first` on are there exactly once. Reasoning may be missing.
+        """
+        numbers = list(numbered(form))
+        image_turns = [turn for turn, of_turn in enumerate(form.turns) for kind in of_turn.kinds if kind == "image"]
         image = self._processor.template.image_token
-        pattern = _STAND_IN.pattern + (f"|({re.escape(image)})" if image else "|((?!))")
+        pattern = STAND_IN.pattern + (f"|({re.escape(image)})" if image else "|((?!))")
         pieces: list[Piece] = []
-        seen_words: list[int] = []
         num_images = at = turn = 0
         for match in re.finditer(pattern, whole):
             if match.start() > at:
                 pieces.append(Piece("template", whole[at : match.start()], turn))
             at = match.end()
             if match.group(1) is not None:
-                number = int(match.group(1))
-                seen_words.append(number)
-                turn = turn_of[number]
-                pieces.append(Piece("words", str(number), turn))
+                turn = numbers[int(match.group(1))][0]
+                pieces.append(Piece("words", match.group(1), turn))
             else:
                 turn = image_turns[num_images] if num_images < len(image_turns) else turn
                 num_images += 1
                 pieces.append(Piece("image", match.group(), turn))
         if at < len(whole):
             pieces.append(Piece("template", whole[at:], turn))
-        if sorted(seen_words) != list(range(len(turn_of))):
-            raise SampleError("the model's chat template does not show every text of the conversation exactly once")
+        _check_shown(pieces, form, first)
         if num_images != len(image_turns):
             raise SampleError(
                 f"the model's chat template writes {num_images} placeholders for {len(image_turns)} images"
@@ -136,11 +248,8 @@ class Layout:
         return pieces
 
     def _answer(self, pieces: list[Piece], turn: int, prompt_length: int, closing: str) -> Answer:
-        starts, at = [], 0
-        for piece in pieces:
-            starts.append(at)
-            at += len(_stand_in(int(piece.text))) if piece.kind == "words" else len(piece.text)
-        own = [i for i, piece in enumerate(pieces) if piece.kind == "words" and piece.turn == turn]
+        starts = _starts(pieces)
+        own = [i for i, piece in enumerate(pieces) if piece.kind in ("words", "calls") and piece.turn == turn]
         first, last = own[0], own[-1]
         if prompt_length > starts[first]:
             raise SampleError("the model's chat template writes words of the answer into its prompt")
@@ -148,7 +257,7 @@ class Layout:
         after = last + 1
         end, other_end = None, False
         if after < len(pieces) and pieces[after].kind == "template":
-            length, other_end = self._end(pieces[after].text, closing.rpartition(_stand_in(int(pieces[last].text)))[2])
+            length, other_end = self._end(pieces[after].text, closing.rpartition(_in_skeleton(pieces[last]))[2])
             end = (after, length) if length else None
         return Answer((border, prompt_length - starts[border]), last, end, other_end)
 
@@ -174,46 +283,59 @@ class Layout:
             yield at, tokenizer.id_of(match.group()) in tokenizer.traits.eos_ids
 
 
-_STAND_IN = re.compile(r"Zq(\d+)qZ")
+def _in_skeleton(piece: Piece) -> str:
+    return stand_in(int(piece.text)) if piece.kind == "words" else piece.text
 
 
-def _stand_in(number: int) -> str:
-    return f"Zq{number}qZ"
+def _starts(pieces: list[Piece]) -> list[int]:
+    """Where each piece begins in the skeleton's text, and where the last one ends."""
+    return list(itertools.accumulate((len(_in_skeleton(piece)) for piece in pieces), initial=0))
 
 
-def _form(conversation: Conversation) -> Form:
-    return tuple(
-        (message.role, tuple("image" if isinstance(part, Image) else "text" for part in message.parts))
-        for message in conversation.messages
-    )
+def _is_whole(form: TurnForm, kinds: list[Kind]) -> bool:
+    """Whether the pieces of a turn have all its texts: templates leave the reasoning of earlier turns out."""
+    return kinds.count("words") == form.num_texts and (form.num_texts > 0 or "calls" in kinds)
 
 
-def _stand_ins(form: Form) -> Messages:
-    number = 0
-    messages: Messages = []
-    for role, kinds in form:
-        content: list[dict[str, str]] = []
-        for kind in kinds:
-            content.append({"type": "image"} if kind == "image" else {"type": "text", "text": _stand_in(number)})
-            number += kind == "text"
-        messages.append({"role": role, "content": content})
-    return messages
+def _check_shown(pieces: Sequence[Piece], form: Form, first: int) -> None:
+    """Raises SampleError unless the texts from turn `first` on are among the pieces, and none of all twice."""
+    seen = [int(piece.text) for piece in pieces if piece.kind == "words"]
+    missing = [turn for n, (turn, is_reasoning) in enumerate(numbered(form)) if n not in seen and not is_reasoning]
+    said = "the model's chat template does not show every text of the conversation exactly once"
+    if lost := [turn for turn in missing if turn >= first]:
+        raise SampleError(f"{said}: one of turn {lost[0] + 1} ({form.turns[lost[0]].role}) is missing")
+    if len(seen) > len(set(seen)):
+        raise SampleError(said)
 
 
-def as_messages(conversation: Conversation) -> Messages:
-    """The conversation as chat templates take it, content in parts."""
-    return [{"role": message.role, "content": _content(message)} for message in conversation.messages]
+def _hidden(pieces: list[Piece], form: Form, turn: int) -> int | None:
+    """The stand-in for the reasoning of a turn that is not among the pieces."""
+    seen = {piece.text for piece in pieces if piece.kind == "words"}
+    numbers = (number for number, found in enumerate(numbered(form)) if found == (turn, True))
+    return next((number for number in numbers if str(number) not in seen), None)
 
 
-def _content(message: Message) -> list[dict[str, str]]:
-    return [
-        {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part.text} for part in message.parts
-    ]
+def _filled(skeleton: Sequence[Piece], words: Sequence[str], whole: str) -> list[Piece]:
+    """The pieces with words in the place of numbers. Raises SampleError unless they are the rendered text `whole`."""
+    pieces, at = [], 0
+    for i, piece in enumerate(skeleton):
+        text = piece.text
+        if piece.kind == "words":
+            following = skeleton[i + 1].text if i + 1 < len(skeleton) and skeleton[i + 1].kind != "words" else ""
+            text = _as_rendered(words[int(piece.text)], following, whole, at)
+        if not whole.startswith(text, at):
+            raise SampleError(f"the model's chat template rewrites the conversation near {shown(whole[at : at + 40])}")
+        pieces.append(Piece(piece.kind, text, piece.turn))
+        at += len(text)
+    if at != len(whole):
+        raise SampleError(f"the model's chat template adds {shown(whole[at : at + 40])} to the conversation")
+    return pieces
 
 
 def _as_rendered(words: str, following: str, whole: str, at: int) -> str:
-    """The words as they stand in `whole` at `at`: as written, or trimmed as some templates do."""
-    for variant in (words, words.lstrip(), words.rstrip(), words.strip()):
+    """The words as they stand in `whole` at `at`: as written, trimmed, or escaped as in JSON, as some templates do."""
+    trimmed = (words.lstrip(), words.rstrip(), words.strip(), words.lstrip("\n"), words.rstrip("\n"), words.strip("\n"))
+    for variant in (words, *trimmed, json.dumps(words, ensure_ascii=False)[1:-1]):
         if whole.startswith(variant + following, at):
             return variant
     raise SampleError(f"the model's chat template changes the words {shown(words, 40)}")

@@ -1,37 +1,56 @@
 """A model directory's chat processor, ready for use."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mmtrain.encoding.directory import load_parts, model_directory
 from mmtrain.encoding.family_trial import try_family
 from mmtrain.encoding.fast_template import chat_template, through_wrapper
 from mmtrain.encoding.processor import ChatProcessor, make_processor
-from mmtrain.encoding.template_trial import try_template
+from mmtrain.encoding.template_trial import MAX_CHARACTERS, try_template
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
-from mmtrain.safe_text import shown
+from mmtrain.regular_files import open_regular
+from mmtrain.safe_text import shown, visible
 
 _ORDINARY_TEXT = ("The quick brown fox jumps over the lazy dog.", "What is 12 + 30? It is 42!")
 
 
-def load_processor(path: str, tried: bool = False) -> ChatProcessor:
+def load_processor(path: str, template_file: str | None = None, tried: bool = False) -> ChatProcessor:
     """The processor in a model directory or the local hub cache, checked.
 
-    `tried`: another process has tried the template and the family's own ids already. Raises UserError, naming `path`.
+    `template_file`: has the chat template in place of the model's own. `tried`: another process has tried the template
+    and the family's own ids already. Raises UserError, naming `path`.
     """
     directory = model_directory(path)
+    given = None if template_file is None else read_template(Path(template_file))
     try:
-        parts = load_parts(directory)
+        parts = load_parts(directory, given)
         _check_tokenizer(parts.tokenizer)
         template = chat_template(parts.tokenizer, parts.processor)
         if not tried:
             try_template(template, through_wrapper(parts.tokenizer, template))
         processor = make_processor(parts)
-        if not tried:
-            try_family(processor)
+        return processor if tried else replace(processor, trial=try_family(processor))
     except (UserError, SampleError) as error:
-        raise UserError(f"{path}: {error}") from None
-    return processor
+        name = path if template_file is None else f"{path} with the chat template {visible(template_file)}"
+        raise UserError(f"{name}: {error}") from None
+
+
+def read_template(file: Path) -> str:
+    """The text of a file with a chat template. Raises UserError where there is none in it."""
+    name = visible(str(file))
+    try:
+        with open_regular(file) as opened:
+            text = opened.read(MAX_CHARACTERS * 4 + 1).decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{name}: it cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{name}: it is not UTF-8 text: expected a chat template in Jinja") from None
+    if not text.strip():
+        raise UserError(f"{name}: it is empty: expected a chat template in Jinja")
+    return text
 
 
 def _check_tokenizer(tokenizer: Any) -> None:

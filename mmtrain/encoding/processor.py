@@ -1,6 +1,6 @@
 """The model's own tokenizer, chat template and image processor."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,27 @@ from mmtrain.records.chat import SampleError
 
 
 @dataclass(frozen=True, slots=True)
+class EncodingTrial:
+    """What came of a few conversations that were encoded here and by the model's own processor, by what is in them."""
+
+    equal: list[str]
+    """Their ids are those of the model's own `apply_chat_template`."""
+    alone: list[str]
+    """The same for each reply after the prompt for it: the template writes replies in another way once others follow,
+    or than for inference."""
+    refused: dict[str, str]
+    """With the reason: samples like them are refused too."""
+
+    def lines(self) -> Iterator[str]:
+        if self.equal:
+            yield f"equal the model's own with {', '.join(self.equal)}"
+        if self.alone:
+            yield f"equal it for each reply alone, after the prompt for it, with {', '.join(self.alone)}"
+        for name, reason in self.refused.items():
+            yield f"refused with {name}: {reason}"
+
+
+@dataclass(frozen=True, slots=True)
 class ChatProcessor:
     """Renders conversations, turns text into ids and images into tensors, as inference does."""
 
@@ -22,6 +43,10 @@ class ChatProcessor:
     template: ChatTemplate
     images: ImageProcessor | None
     """None for a model that takes no images."""
+    given_template: str | None = None
+    """The text of `model.chat_template`, where it is given."""
+    trial: EncodingTrial | None = None
+    """None where another process tried it."""
 
     @property
     def image_token_id(self) -> int | None:
@@ -32,6 +57,16 @@ class ChatProcessor:
     def grid_key(self) -> str | None:
         """The name of the tensor with each image's number of patches in time, height and width."""
         return None if self.images is None else self.images.traits.grid_key
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether a sample must have an image."""
+        return self.images is not None and self.images.traits.needs_image
+
+    @property
+    def marks_replies(self) -> bool:
+        """See `ImageTraits.marks_replies`."""
+        return self.images is not None and self.images.traits.marks_replies
 
     @property
     def lays_out_together(self) -> bool:
@@ -67,5 +102,7 @@ def make_processor(parts: DirectoryParts) -> ChatProcessor:
     if family is not None:
         frame = image_frame(render, traits, family.image_token, tokenizer.traits.special_tokens)
         images = ImageProcessor(family, tokenizer, parts.image_token_id, frame)
-    around = ("", "") if images is None else images.traits.text_around
-    return ChatProcessor(tokenizer, ChatTemplate(str(source), traits, render, image_token, around), images)
+    around, end = (("", ""), "") if images is None else (images.traits.text_around, images.traits.text_end)
+    return ChatProcessor(
+        tokenizer, ChatTemplate(str(source), traits, render, image_token, around, end), images, parts.given_template
+    )

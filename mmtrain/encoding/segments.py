@@ -73,7 +73,7 @@ class Segmenter:
         self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...], literal: Bounds
     ) -> tuple[Segment, ...]:
         return tuple(
-            replace(segment, has_words=any(pieces[span.piece].kind == "words" for span in segment.spans))
+            replace(segment, has_words=any(pieces[span.piece].kind in ("words", "calls") for span in segment.spans))
             for segment in self._segments(pieces, skeleton, trained, literal)
             if segment.spans or segment.ends_turn
         )

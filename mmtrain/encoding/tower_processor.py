@@ -22,6 +22,8 @@ class TowerProcessor:
     max_length: int
     """Tokens of the longest text that the text tower takes, special tokens included."""
 
+    lays_out_together = True
+
     @property
     def pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id or 0)

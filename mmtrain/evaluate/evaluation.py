@@ -27,6 +27,7 @@ class Evaluation:
 
         Raises UserError where a model or a sample cannot be used.
         """
+        config.objective.check_command("eval perplexity", "chat", "eval retrieval")
         sources: Sequence[EvalSource] = [EvalSource(path=path) for path in data] or config.data.eval
         if not sources:
             raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")
@@ -35,7 +36,7 @@ class Evaluation:
         self.is_main = runtime.is_main
         self._microbatch_tokens = config.run.microbatch_tokens
         self._progress = Progress(runtime.activity.tick, quiet=not runtime.is_main)
-        processor = load_processor(config.model.path)
+        processor = load_processor(config.model.path, config.model.chat_template)
         self.eval_samples = EvalSamples.of(config, sources, processor, self._progress)
         for entry in self.eval_samples.dropped:
             self._progress.say(f"dropped: {entry['place']}: {entry['reason']}")

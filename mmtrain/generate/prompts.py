@@ -1,14 +1,13 @@
 """Prompts with the very ids of training: an encoded sample up to where a trained reply begins."""
 
 import itertools
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 
 from mmtrain.encoding.encode import Encoded, Encoder
-from mmtrain.records.chat import Conversation, Message, SampleError, Text
-
-_STAND_IN = Message("assistant", (Text("x"),))
+from mmtrain.encoding.images import FoundImage, Roots
+from mmtrain.records.chat import Conversation, Image, Message, Part, SampleError, Text
 
 
 def prompts_of(encoded: Encoded) -> list[Encoded]:
@@ -21,15 +20,29 @@ def prompts_of(encoded: Encoded) -> list[Encoded]:
     return [_up_to(encoded, start) for start in starts]
 
 
-def prompt_for(encoder: Encoder, conversation: Conversation, root: Path) -> Encoded:
-    """The prompt for a reply to `conversation`, which ends with a user's turn.
+def prompts_for_all(encoder: Encoder, conversation: Conversation, roots: Roots) -> list[Encoded]:
+    """The same for each trained reply of a conversation. `roots`: where the images are.
+
+    Raises SampleError where it cannot be encoded.
+    """
+    sequences = (encoder.encode(one, roots) for _, one in encoder.sequences(conversation))
+    return [prompt for encoded in sequences for prompt in prompts_of(encoded)]
+
+
+def prompt_for(encoder: Encoder, conversation: Conversation, roots: Roots) -> Encoded:
+    """The prompt for a reply to `conversation`, which ends with a turn of the user or of a tool.
 
     It is encoded with a reply in the reply's place, as training encodes it: nothing before a reply depends on its text.
-    `root` is the folder of the images. Raises SampleError where it cannot be encoded.
+    `roots`: where the images are. Raises SampleError where it cannot be encoded.
     """
-    if not conversation.messages or conversation.messages[-1].role != "user":
+    if not is_asked(conversation):
         raise SampleError("the conversation does not end with a turn of the user: there is nothing to reply to")
-    return prompts_of(encoder.encode(Conversation((*conversation.messages, _STAND_IN)), root))[-1]
+    return prompts_of(encoder.encode(_replied(encoder, conversation), roots))[-1]
+
+
+def is_asked(conversation: Conversation) -> bool:
+    """Whether the conversation ends with a turn that is to be replied to, by the user or a tool."""
+    return bool(conversation.messages) and conversation.messages[-1].role in ("user", "tool")
 
 
 def trained_end(encoder: Encoder) -> int | None:
@@ -37,10 +50,19 @@ def trained_end(encoder: Encoder) -> int | None:
 
     Found on a sample: templates end replies by tokens that the model's generation config may not name.
     """
-    asked = Message("user", (Text("x"),))
-    encoded = encoder.encode(Conversation((asked, _STAND_IN)), Path())
+    image = FoundImage("blank", b"", (64, 64))
+    parts: tuple[Part, ...] = (Image(image.name), Text("x")) if encoder.processor.needs_image else (Text("x"),)
+    conversation = _replied(encoder, Conversation((Message("user", parts),)))
+    encoded = encoder.encode_with(conversation, [image] * len(conversation.images))
     last = int(encoded.ids[np.flatnonzero(encoded.supervised)[-1]])
     return last if encoder.processor.tokenizer.is_special(last) else None
+
+
+def _replied(encoder: Encoder, asked: Conversation) -> Conversation:
+    """The sequence in which a reply to a conversation is trained on: with reasoning where their prompt begins it."""
+    reply = Message("assistant", (Text(encoder.processor.template.reply("x")),))
+    _, last = encoder.sequences(replace(asked, messages=(*asked.messages, reply)))[-1]
+    return last
 
 
 def _up_to(encoded: Encoded, start: int) -> Encoded:

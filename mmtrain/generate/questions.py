@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mmtrain.config.data_section import Source
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.errors import UserError
-from mmtrain.generate.prompts import prompt_for, prompts_of
+from mmtrain.generate.prompts import is_asked, prompt_for, prompts_for_all
 from mmtrain.records.chat import Conversation, SampleError
 from mmtrain.records.record_set import RecordSet
 
@@ -41,9 +41,9 @@ def questions_of(conversation: Conversation, sample: int, turns: Sequence[int]) 
 class Questions:
     """The questions of data files. Their prompts are encoded when they are asked for, not kept."""
 
-    def __init__(self, sources: Sequence[Source], encoder: Encoder) -> None:
-        """Raises UserError with every record that cannot be asked."""
-        self._records, self._encoder = RecordSet(sources), encoder
+    def __init__(self, sources: Sequence[Source], encoder: Encoder, drops_reasoning: bool = False) -> None:
+        """`drops_reasoning`: replies are read without it. Raises UserError with every record that cannot be asked."""
+        self._records, self._encoder = RecordSet(sources, drops_reasoning=drops_reasoning), encoder
         self.questions: list[Question] = []
         faults = []
         for sample in range(len(self._records)):
@@ -77,12 +77,12 @@ class Questions:
 
     def _turns(self, conversation: Conversation) -> list[int]:
         messages = conversation.messages
-        if messages[-1].role == "user":
+        if is_asked(conversation):
             return [len(messages)]
         return self._encoder.trained_turns(messages)
 
     def _prompts(self, sample: int) -> list[Encoded]:
-        conversation, root = self._records.conversation(sample), self._records.root(sample)
-        if conversation.messages[-1].role == "user":
-            return [prompt_for(self._encoder, conversation, root)]
-        return prompts_of(self._encoder.encode(conversation, root))
+        conversation, roots = self._records.conversation(sample), self._records.roots(sample)
+        if is_asked(conversation):
+            return [prompt_for(self._encoder, conversation, roots)]
+        return prompts_for_all(self._encoder, conversation, roots)

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from mmtrain.dataset.batch import Batch, make_batch
 from mmtrain.encoding.encode import Encoded, Encoder
@@ -17,6 +23,8 @@ from mmtrain.errors import UserError
 from mmtrain.generate.prompts import trained_end
 from mmtrain.generate.sampling import Sampling
 from mmtrain.model.transfer import on_device
+
+ANY_LENGTH = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +53,13 @@ class Generator:
         model: Any,
         encoder: Encoder,
         autocast: Callable[[], AbstractContextManager[None]],
-        max_positions: int | None = None,
+        max_positions: int = ANY_LENGTH,
+        on_token: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`max_positions`: the most tokens that a prompt and its reply may have together; None: any number."""
+        """`max_positions`: the most tokens that a prompt and its reply may have together.
+        `on_token` is called after each token of a batch; where it gives True, the replies of the batch end there."""
         self._model = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._autocast, self._max_positions = autocast, max_positions
+        self._autocast, self._max_positions, self._on_token = autocast, max_positions, on_token
         self._processor = encoder.processor
         end = trained_end(encoder)
         self.stop_ids: frozenset[int] = self._processor.tokenizer.traits.eos_ids | (set() if end is None else {end})
@@ -61,11 +71,11 @@ class Generator:
 
         Raises SampleError where an image does not decode, UserError where a prompt leaves no room for its reply.
         """
-        longest = max(prompt.num_tokens for prompt in prompts)
-        if self._max_positions is not None and longest + sampling.max_new_tokens > self._max_positions:
+        room = self.room_after(prompts)
+        if sampling.max_new_tokens > room:
             raise UserError(
-                f"--max-new-tokens {sampling.max_new_tokens}: a prompt has {longest} tokens and the model "
-                f"{self._max_positions} positions: expected at most {self._max_positions - longest}"
+                f"--max-new-tokens {sampling.max_new_tokens}: a prompt has {self._max_positions - room} tokens and the "
+                f"model {self._max_positions} positions: expected at most {room}"
             )
         batch = make_batch(range(len(prompts)), prompts, self._processor, packing=False)
         inputs = self._inputs(batch)
@@ -76,27 +86,41 @@ class Generator:
         is_greedy = not sampling.do_sample and sampling.num_beams == 1
         watched = LogitsProcessorList([confidence] if is_greedy else [])
         with self._autocast(), _own_settings(self._model):
-            made = self._model.generate(**inputs, generation_config=config, logits_processor=watched)
-        new = made[:, inputs["input_ids"].shape[1] :].tolist()
-        found = confidence.log_probabilities() if is_greedy else [None] * len(new)
-        return [self._reply(ids, probabilities) for ids, probabilities in zip(new, found, strict=True)]
+            made = self._model.generate(
+                **inputs,
+                generation_config=config,
+                logits_processor=watched,
+                stopping_criteria=StoppingCriteriaList([_EndedBy(self._on_token)]),
+            )
+        new = [self._own(ids) for ids in made[:, inputs["input_ids"].shape[1] :].tolist()]
+        found = confidence.means([len(ids) for ids in new]) if is_greedy else [None] * len(new)
+        return [self.reply(ids, mean) for ids, mean in zip(new, found, strict=True)]
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """The arguments of `generate`, padded on the left, on the model's device."""
         ids, mask = _padded_left(batch)
         image = self._processor.image_token_id
-        types = torch.zeros_like(ids) if image is None else ((ids == image) & mask.bool()).long()
+        no_types = image is None or self._processor.marks_replies
+        types = torch.zeros_like(ids) if no_types else ((ids == image) & mask.bool()).long()
         inputs = {"input_ids": ids, "attention_mask": mask, **batch.image_inputs}
         inputs |= {key: types for key in ("mm_token_type_ids", "token_type_ids") if key in self._takes}
         device = self._model.device
         return {key: on_device(value, device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
 
-    def _reply(self, ids: list[int], log_probabilities: list[float] | None) -> Reply:
+    def room_after(self, prompts: Sequence[Encoded]) -> int:
+        """Tokens that every reply to these prompts may have."""
+        return self._max_positions - max(prompt.num_tokens for prompt in prompts)
+
+    def reply(self, ids: Sequence[int], log_probability: float | None) -> Reply:
+        """The reply that has these tokens, the one that ends it included."""
+        is_complete = bool(ids) and ids[-1] in self.stop_ids
+        text = self._processor.tokenizer.decode(list(ids[:-1] if is_complete else ids)).strip()
+        return Reply(text, tuple(ids), is_complete, log_probability)
+
+    def _own(self, ids: list[int]) -> list[int]:
+        """Without the padding after the end."""
         end = next((at for at, id_ in enumerate(ids) if id_ in self.stop_ids), None)
-        own = ids if end is None else ids[: end + 1]
-        text = self._processor.tokenizer.decode(ids[:end]).strip()
-        mean = None if log_probabilities is None else sum(log_probabilities[: len(own)]) / max(1, len(own))
-        return Reply(text, tuple(own), end is not None, mean)
+        return ids if end is None else ids[: end + 1]
 
 
 class _Confidence(LogitsProcessor):  # type: ignore[misc]
@@ -109,10 +133,20 @@ class _Confidence(LogitsProcessor):  # type: ignore[misc]
         self._steps.append(scores.float().log_softmax(-1).amax(-1))
         return scores
 
-    def log_probabilities(self) -> list[list[float]]:
-        """For each row those of its steps."""
+    def means(self, lengths: Sequence[int]) -> list[float]:
+        """For each row the mean over its first steps, as many as `lengths` says."""
         found: list[list[float]] = torch.stack(self._steps, dim=1).tolist()
-        return found
+        return [sum(own[:length]) / max(1, length) for own, length in zip(found, lengths, strict=True)]
+
+
+class _EndedBy(StoppingCriteria):  # type: ignore[misc]
+    """Ends all rows where `on_token` says so."""
+
+    def __init__(self, on_token: Callable[[], bool]) -> None:
+        self._on_token = on_token
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self._on_token(), device=input_ids.device)
 
 
 def _padded_left(batch: Batch) -> tuple[Tensor, Tensor]:

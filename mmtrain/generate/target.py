@@ -9,17 +9,16 @@ from pydantic import ValidationError
 
 from mmtrain.config.schema import Config, Labels
 from mmtrain.config.yaml_file import read_yaml
+from mmtrain.encoding.directory import template_in
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.generate.replies import Generator
+from mmtrain.generate.replies import ANY_LENGTH, Generator
 from mmtrain.model.adapter import CONFIG, load_adapter, read_adapter
 from mmtrain.model.load import length_limit, load_model
 from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import one_line, visible
-
-_ANY_LENGTH = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +32,11 @@ class Target:
     dtype: str = "bfloat16"
     quantization: str | None = None
     """How the base model of an adapter is quantized, as in the run that trained the adapter."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The file with the chat template that the adapter was trained with, if it is saved with the adapter."""
+        return None if self.adapter is None else template_in(self.adapter)
 
     @property
     def name(self) -> str:
@@ -87,7 +91,7 @@ def _named_base(adapter: Path) -> str:
 def _config_of_run(folder: Path) -> Config | None:
     """The config of the run in `folder`, or of the one that saved its adapter or model there; None where there is no
     run."""
-    run = folder.parent if folder.name in ("adapter", "model") else folder
+    run = folder.parent if folder.name in ("adapter", "model", "best") else folder
     file = run / "config.yaml"
     if not (run / "checkpoints").is_dir() or not file.is_file():
         return None
@@ -111,7 +115,7 @@ class Loaded:
 def load_target(target: Target, runtime: Runtime) -> Loaded:
     """Raises UserError where something is missing, broken or does not fit together."""
     adapter = None if target.adapter is None else read_adapter(target.adapter)
-    processor = load_processor(target.model)
+    processor = load_processor(target.model, target.chat_template)
     encoder = Encoder(processor, target.labels.train_on, target.labels.end_of_turn)
     with loading_faults():
         model = load_model(
@@ -120,5 +124,5 @@ def load_target(target: Target, runtime: Runtime) -> Loaded:
     if adapter is not None:
         model = load_adapter(model, adapter)
         model.to(runtime.device)
-    limit = length_limit(target.model, _ANY_LENGTH).num_tokens
+    limit = length_limit(target.model, ANY_LENGTH).num_tokens
     return Loaded(target, model, encoder, Generator(model, encoder, runtime.autocast, limit), runtime)

@@ -37,7 +37,7 @@ train:
 run:
   output_dir: {output_dir}
   microbatch_tokens: {microbatch_tokens}        # lower it when memory runs out: the result stays the same
-  activation_checkpointing: {checkpointing}    # true: less memory, a third slower
+  activation_checkpointing: auto    # as the GPU's memory requires; `mmtrain plan` shows what fits
   eval_every: {every}
   checkpoint_every: {every}
 """
@@ -83,7 +83,6 @@ def config_text(found: Survey, model: str, train: str, evaluation: str | None, o
         warmup_steps=min(20, num_steps // 10),
         output_dir=_yaml(f"runs/{output.stem}"),
         microbatch_tokens=max(8192 if found.gpu_memory is not None else 2048, max_length),
-        checkpointing="true" if share > 0.3 else "false",
         every=max(1, num_steps // 5),
     )
 

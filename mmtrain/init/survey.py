@@ -73,7 +73,8 @@ def _lengths(records: RecordSet, encoder: Encoder, faults: list[str]) -> Sequenc
     found = []
     for index in np.unique(np.linspace(0, len(records) - 1, NUM_ENCODED).astype(int)).tolist():
         try:
-            found.append(encoder.encode(records.conversation(index), records.root(index)).num_tokens)
+            sequences = [one for _, one in encoder.sequences(records.conversation(index))]
+            found.append(max(encoder.encode(one, records.roots(index)).num_tokens for one in sequences))
         except SampleError as error:
             faults.append(f"{records.place(index)}: {error}")
     return found

@@ -41,7 +41,9 @@ def _digest(conversation: Conversation, images: list[FoundImage], with_bytes: bo
     made = hashlib.blake2b(digest_size=16)
     for message in conversation.messages:
         texts = [part.text if isinstance(part, Text) else None for part in message.parts]
-        made.update(repr((message.role, message.train, texts)).encode())
+        other = (message.weight, message.reasoning, message.calls)
+        made.update(repr((message.role, message.train, texts, *other)).encode())
+    made.update(repr(conversation.tools).encode())
     for image in images:
         data = image.source
         if with_bytes:
@@ -74,6 +76,8 @@ class AuditReport:
 
     split: str
     sources: list[SourceReport]
+    num_records: int = 0
+    """Fewer than samples where the replies of a conversation are trained on in sequences of their own."""
     lengths: Counter[int] = field(default_factory=Counter)
     image_sides: Counter[int] = field(default_factory=Counter)  # the longer side of each image
     longest: list[tuple[int, str]] = field(default_factory=list)
@@ -87,6 +91,8 @@ class AuditReport:
     first_notes: dict[str, tuple[str, str]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     """Samples that the config does not select, by the reason. They are in no other count."""
+    roles: Counter[str] = field(default_factory=Counter)
+    """How many turns of these samples have each role."""
     shapes: Counter[str] = field(default_factory=Counter)
     """How many of the samples that are not refused have each shape of record."""
 
@@ -102,6 +108,7 @@ class AuditReport:
         tokens = self.total("num_tokens")
         return {
             "split": self.split,
+            "num_records": self.num_records,
             **{name: self.total(name) for name in _COUNTS},
             "supervised_share": self.total("num_supervised") / tokens if tokens else 0.0,
             "sources": [{name: getattr(source, name) for name in ("path", *_COUNTS)} for source in self.sources],
@@ -113,6 +120,7 @@ class AuditReport:
             "faults": {kind: list(map(_named, found)) for kind, found in self.faults.items()},
             "notes": dict(self.notes),
             "left_out": dict(self.left_out),
+            "roles": dict(self.roles),
             "shapes": dict(self.shapes),
         }
 
@@ -133,8 +141,12 @@ class AuditReport:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _lines(self) -> Iterator[str]:
+        if self.num_records < self.total("num_samples"):
+            yield f"\n{self.num_records:,} conversations gave {self.total('num_samples'):,} sequences"
         if self.shapes:
             yield f"\nRead as {', '.join(f'{shape} ({count:,})' for shape, count in self.shapes.most_common())}"
+        if self.roles:
+            yield f"Turns: {', '.join(f'{role} ({count:,})' for role, count in self.roles.most_common())}"
         yield from bars("Tokens of a sample", histogram(self.lengths))
         yield from bars("Longer side of an image, in pixels", histogram(self.image_sides))
         yield "\nLongest samples" if self.longest else ""
@@ -181,6 +193,7 @@ class _Counting:
 
     def __init__(self, samples: StoredSamples, sources: Sequence[Source], split: str) -> None:
         self.report = AuditReport(split, [SourceReport(source.path) for source in sources])
+        self.report.num_records = len(np.unique(samples.store.records))
         self._samples = samples
         self._same: dict[bytes, list[int]] = {}
         for kind, note in samples.store.notes.items():
@@ -220,7 +233,9 @@ class _Counting:
             report.longest.append((num_tokens, place))
             report.longest.sort(key=lambda one: -one[0])  # stable: equal lengths stay in order
             del report.longest[_NUM_LONGEST:]
-            report.shapes[self._samples.records.conversation(index).shape] += 1
+            conversation = self._samples.records.conversation(index)
+            report.shapes[conversation.shape] += 1
+            report.roles.update(message.role for message in conversation.messages)
             self._same.setdefault(self._digest(index), []).append(index)
         return found
 
@@ -257,12 +272,13 @@ def audit(
     source cannot be read.
     """
     selected = selected_sources(config, split)
-    spec, processor = EncodingSpec.of(config, selected.sources), load_processor(config.model.path)
+    spec = EncodingSpec.of(config, selected.sources)
+    processor = load_processor(config.model.path, config.model.chat_template)
     records, encoder, progress = spec.records(), spec.encoder(processor), Progress()
     limit = length_limit(config.model.path, config.data.max_length)
     with progress.task(f"checking {split}"):
         store = open_store(spec, records, processor, progress)
-    samples = StoredSamples(records, store)
+    samples = StoredSamples(records.sequences(store.records, store.turns), store)
     counting = _Counting(samples, selected.sources, split)
     is_possible = (store.num_tokens > 0) & (store.num_tokens <= limit.num_tokens)
     found = select(samples, np.flatnonzero(is_possible), selected.choices)
@@ -291,6 +307,7 @@ def _row(
     place = samples.place(index)
     for finding in found:
         if finding.kind == REFUSED:
-            return {"source": str(place.file), "line": place.line, "index": index, "refused": finding.reason}
+            record = samples.records.record(index)
+            return {"source": str(place.file), "line": place.line, "index": record, "refused": finding.reason}
     faults = [{"kind": finding.kind, "reason": finding.reason} for finding in found if finding.is_fault]
     return view_sample(samples, encoder, index).row(with_tokens) | ({"faults": faults} if faults else {})

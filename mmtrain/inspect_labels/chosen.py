@@ -32,24 +32,36 @@ class ChosenSamples:
 
 
 def look_at(config: Config, split: str, choose: Callable[[int, Sequence[int]], list[int]]) -> ChosenSamples:
-    """Samples of `split` ("train" or "eval"). `choose` is given the number of samples and the indices of those that
+    """Samples of `split` ("train" or "eval"). `choose` is given the number of records and the indices of those that
     the config selects, and gives the indices of those to look at.
 
     Raises UserError where a source cannot be read, or a sample is no longer what is stored for training.
     """
     selected = selected_sources(config, split)
-    spec, processor = EncodingSpec.of(config, selected.sources), load_processor(config.model.path)
+    spec = EncodingSpec.of(config, selected.sources)
+    processor = load_processor(config.model.path, config.model.chat_template)
     records, encoder = spec.records(), spec.encoder(processor)
-    indices = choose(len(records), _used(spec, records, processor, selected))
-    found = ChunkEncoder(spec, records, processor).encode(indices).faults
-    refused = {fault.index for fault in found if fault.kind == REFUSED}
+    chosen = choose(len(records), _used(spec, records, processor, selected))
+    chunk = ChunkEncoder(spec, records, processor).encode(chosen)
+    refused = {fault.index for fault in chunk.faults if fault.kind == REFUSED}
     store = find_store(spec, records, processor)  # if there is one, the very encoding that training reads
-    samples = FreshSamples(records, encoder) if store is None else StoredSamples(records, store)
+    samples: StoredSamples | FreshSamples
+    if store is not None:
+        samples = StoredSamples(records.sequences(store.records, store.turns), store)
+        indices = [index for record in chosen for index in np.flatnonzero(store.records == record).tolist()]
+    elif (chunk.turns < 0).all():
+        samples = FreshSamples(records, encoder)
+        indices = [record for number, record in enumerate(chosen) if number not in refused]
+    else:
+        samples = FreshSamples(records.sequences(chunk.records, chunk.turns), encoder)
+        indices = [index for index in range(len(samples)) if index not in refused]
     try:
-        views = tuple(view_sample(samples, encoder, index) for index in indices if index not in refused)
+        views = tuple(view_sample(samples, encoder, index) for index in indices)
     except SampleError as error:
         raise UserError(f"data: {error}; run the command again once the data has stopped changing") from None
-    faults = tuple(f"{records.place(fault.index)}: {fault.kind}: {fault.reason}" for fault in found)
+    faults = tuple(
+        f"{records.place(int(chunk.records[fault.index]))}: {fault.kind}: {fault.reason}" for fault in chunk.faults
+    )
     return ChosenSamples(samples, processor, views, faults)
 
 
@@ -66,11 +78,12 @@ def selected_sources(config: Config, split: str) -> SelectedSources:
 
 
 def _used(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor, selected: SelectedSources) -> Sequence[int]:
-    """The samples that the config selects. To know them all samples must be encoded."""
+    """The records of the samples that the config selects. To know them all samples must be encoded."""
     if selected.is_everything:
         return range(len(records))
-    samples = StoredSamples(records, open_store(spec, records, processor, Progress()))
-    possible = np.flatnonzero(samples.store.num_tokens)
+    store = open_store(spec, records, processor, Progress())
+    samples = StoredSamples(records.sequences(store.records, store.turns), store)
+    possible = np.flatnonzero(store.num_tokens)
     left_out = select(samples, possible, selected.choices).indices
-    used: list[int] = np.setdiff1d(possible, left_out).tolist()
+    used: list[int] = np.unique(store.records[np.setdiff1d(possible, left_out)]).tolist()
     return used

@@ -76,10 +76,11 @@ def _resource(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _surprising(samples: Sequence[_Sample]) -> list[tuple[float, int, Cell]]:
-    """(loss, sample index, token) of the supervised tokens with the highest losses; one that is not finite is first."""
+def _surprising(samples: Sequence[_Sample]) -> list[tuple[float, str, Cell]]:
+    """(loss, name of the sample, token) of the supervised tokens with the highest losses; those that are not finite
+    are first."""
     found = [
-        (sample.losses[cell.token.position], sample.view.index, cell)
+        (sample.losses[cell.token.position], sample.view.name, cell)
         for sample in samples
         for turn in sample.turns
         for run in turn.runs

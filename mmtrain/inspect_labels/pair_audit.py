@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ class PairAudit:
             table.add_column(name, justify="right")
         for source in self.sources:
             counts = (source[name] for name in ("num_pairs", "num_used", "num_faults"))
-            table.add_row(Text(source["path"]), *(f"{count:,}" for count in counts))
+            table.add_row(Text(Path(source["path"]).name), *(f"{count:,}" for count in counts))
         console.print(table)
         for line in self._lines():
             console.print(line, markup=False, highlight=False, soft_wrap=True)

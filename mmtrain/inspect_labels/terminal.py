@@ -19,7 +19,7 @@ NUM_SURPRISING = 5
 def print_sample(view: SampleView, console: Console, losses: Mapping[int, float] | None = None) -> None:
     """Print the conversation by turns, then pairs of input and target that show the shift by one."""
     share = view.num_supervised / len(view.tokens)
-    console.print(Text(f"{visible(str(view.place))} · sample {view.index}", style="bold", overflow="fold"))
+    console.print(Text(f"{visible(str(view.place))} · sample {view.name}", style="bold", overflow="fold"))
     images = f", {len(view.images)} image{'s' * (len(view.images) != 1)}" if view.images else ""
     shape = f", read as {view.conversation.shape}" if view.conversation.shape else ""
     console.print(
@@ -52,7 +52,9 @@ def _spans(view: SampleView) -> Table:
 def _lines(spans: Sequence[SpanView], images: Mapping[int, ImageView], supervised: bool) -> Iterable[tuple[str, Text]]:
     """A line for each span; a reply and the token that ends its turn are one line."""
     if supervised:
-        yield spans[0].role, Text("".join(visible(span.text) for span in spans))
+        weight = spans[0].weight
+        name = spans[0].role if weight == 1 else f"×{weight:g}"
+        yield name, Text("".join(visible(span.text) for span in spans))
         return
     for span in spans:
         yield span.role, _image(images[span.start]) if span.kind == "image" else Text(visible(span.text))

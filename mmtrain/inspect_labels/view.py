@@ -1,9 +1,11 @@
 """One sample for display: every token with its label and role, spans, images."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
+
+import numpy as np
 
 from mmtrain.dataset.samples import FreshSamples, StoredSamples
 from mmtrain.encoding.encode import Encoder, Traced
@@ -45,6 +47,8 @@ class SpanView:
     text: str
     supervised: bool
     kind: TokenKind
+    weight: float = 1.0
+    """What each of its tokens counts in the loss, if they are trained on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +74,19 @@ class ImageView:
 class SampleView:
     place: Place
     index: int
+    """Of the sample among those that are looked at."""
+    record: int
+    turn: int | None
+    """The turn that alone is trained on, where the record gives several samples."""
     conversation: Conversation
     tokens: tuple[TokenView, ...]
     spans: tuple[SpanView, ...]
     images: tuple[ImageView, ...]
+
+    @property
+    def name(self) -> str:
+        """The number of its record, and after a dot that of the turn which alone is trained on."""
+        return str(self.record) if self.turn is None else f"{self.record}.{self.turn + 1}"
 
     @property
     def num_supervised(self) -> int:
@@ -84,7 +97,8 @@ class SampleView:
         row: dict[str, Any] = {
             "source": str(self.place.file),
             "line": self.place.line,
-            "index": self.index,
+            "index": self.record,
+            **({} if self.turn is None else {"turn": self.turn}),
             "shape": self.conversation.shape,
             "num_tokens": len(self.tokens),
             "num_supervised": self.num_supervised,
@@ -105,8 +119,14 @@ def view_sample(samples: StoredSamples | FreshSamples, encoder: Encoder, index: 
     found = traced.encoded.images
     of_images = processor.image_tokens([span.image.size for span in found])
     images = tuple(ImageView(span.image, tokens, span.start) for span, tokens in zip(found, of_images, strict=True))
-    spans = tuple(_spans(tokens, {image.start for image in images}, processor))
-    return SampleView(samples.place(index), index, conversation, tokens, spans, images)
+    weights = dict(
+        zip(np.flatnonzero(traced.encoded.supervised).tolist(), traced.encoded.token_weights.tolist(), strict=True)
+    )
+    spans = tuple(_spans(tokens, {image.start for image in images}, processor, weights))
+    records = samples.records
+    return SampleView(
+        samples.place(index), index, records.record(index), records.turn(index), conversation, tokens, spans, images
+    )
 
 
 def _tokens(traced: Traced, processor: ChatProcessor, conversation: Conversation) -> Iterator[TokenView]:
@@ -130,14 +150,17 @@ def _tokens(traced: Traced, processor: ChatProcessor, conversation: Conversation
         )
 
 
-def _spans(tokens: tuple[TokenView, ...], images: set[int], processor: ChatProcessor) -> Iterator[SpanView]:
-    """Consecutive tokens of the same role, turn and supervision are one span; each image is a separate span."""
+def _spans(
+    tokens: tuple[TokenView, ...], images: set[int], processor: ChatProcessor, weights: Mapping[int, float]
+) -> Iterator[SpanView]:
+    """Consecutive tokens of the same role, turn and supervision are one span; each image is a separate span. `weights`
+    by the position of the supervised token."""
     starts = [0] + [b.position for a, b in pairwise(tokens) if _differ(a, b) or b.position in images]
     for start, end in pairwise([*starts, len(tokens)]):
         first = tokens[start]
         text = processor.tokenizer.decode([token.id for token in tokens[start:end]])
         kind: TokenKind = "image" if first.kind == "image" else "text"
-        yield SpanView(first.role, first.turn, start, end, text, first.supervised, kind)
+        yield SpanView(first.role, first.turn, start, end, text, first.supervised, kind, weights.get(start, 1.0))
 
 
 def _differ(a: TokenView, b: TokenView) -> bool:

@@ -12,9 +12,12 @@ from mmtrain.safe_text import shown, visible
 _WIDTH, _LABEL = 80, 14
 
 
-def inspect_model(path: str, as_json: bool) -> None:
-    """Print what is found. Raises UserError where the model cannot be trained at all."""
-    found = find(path, Progress().say)
+def inspect_model(path: str, as_json: bool, chat_template: str | None = None) -> None:
+    """Print what is found. `chat_template`: the file with the chat template in place of the model's own.
+
+    Raises UserError where the model cannot be trained at all.
+    """
+    found = find(path, Progress().say, chat_template)
     if as_json:
         print(json.dumps(asdict(found), ensure_ascii=False))
     else:
@@ -29,11 +32,18 @@ def lines(found: ModelFound) -> Iterator[str]:
         yield from _component(component)
     yield from _images(found.images)
     yield from _template(found.template)
+    if found.encoding is not None:
+        yield from _row("ids", *found.encoding.lines())
     kinds = {"plain": "a linear layer: logits in chunks", "own": "of its own kind: all logits of a batch at once"}
     yield from _row("head", kinds[found.head])
-    yield from _row("packing", "on" if found.packing is None else f"off, {found.packing}")
+    yield from _row(
+        "packing", "on: packed rows equal samples alone" if found.packing is None else f"off, {found.packing}"
+    )
     if found.images is not None:
-        yield from _row("image cache", "on" if found.image_cache is None else f"off, {found.image_cache}")
+        yield from _row(
+            "image cache",
+            "on: cached features equal pixels" if found.image_cache is None else f"off, {found.image_cache}",
+        )
 
 
 def _row(label: str, *values: str) -> Iterator[str]:

@@ -10,7 +10,8 @@ from mmtrain.config.schema import Model
 from mmtrain.config.tune_section import Lora, Tune
 from mmtrain.encoding.layout import Layout
 from mmtrain.encoding.load import load_processor
-from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.processor import ChatProcessor, EncodingTrial
+from mmtrain.encoding.stand_ins import Form, TurnForm
 from mmtrain.errors import UserError
 from mmtrain.model.components import COMPONENTS, Components
 from mmtrain.model.family import probe_family
@@ -73,6 +74,7 @@ class ModelFound:
     components: list[ComponentFound]
     images: ImagesFound | None
     template: TemplateFound
+    encoding: EncodingTrial | None
     head: str
     packing: str | None
     """Why samples do not share a row; None where they do."""
@@ -80,13 +82,14 @@ class ModelFound:
     """Why features of images are not cached; None where they are."""
 
 
-def find(path: str, say: Callable[[str], None]) -> ModelFound:
+def find(path: str, say: Callable[[str], None], chat_template: str | None = None) -> ModelFound:
     """Load the model at `path`, in the dtype that a config has by default, and try it.
 
-    `say` is given the lines of what falls back. Raises UserError where the model cannot be trained at all.
+    `chat_template`: the file with the chat template in place of the model's own. `say` is given the
+    lines of what falls back. Raises UserError where the model cannot be trained at all.
     """
     dtype = Model(path=path).dtype
-    processor, runtime = load_processor(path), Runtime(dtype)
+    processor, runtime = load_processor(path, chat_template), Runtime(dtype)
     model = load_model(path, dtype, processor)
     family = probe_family(model, processor, say)
     model.requires_grad_(False)
@@ -102,6 +105,7 @@ def find(path: str, say: Callable[[str], None]) -> ModelFound:
         components=components,
         images=_images(processor),
         template=_template(processor),
+        encoding=processor.trial,
         head=family.head_kind,
         packing=packing,
         image_cache=fields if isinstance(fields, str) else None,
@@ -170,6 +174,6 @@ def _template(processor: ChatProcessor) -> TemplateFound:
 
 def _reply_end(processor: ChatProcessor) -> str | None:
     """What the template writes after a reply, to the end of the token that stops generation."""
-    skeleton = Layout(processor).skeleton((("user", ("text",)), ("assistant", ("text",))))
+    skeleton = Layout(processor).skeleton(Form((TurnForm("user", ("text",)), TurnForm("assistant", ("text",)))))
     end = skeleton.answers[1].end
     return None if end is None else skeleton.pieces[end[0]].text[: end[1]]

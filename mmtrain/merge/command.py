@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from mmtrain.atomic_files import move_into_place, temporary_path
-from mmtrain.encoding.directory import files_in, model_directory, processor_files
+from mmtrain.encoding.directory import copy_processor, files_in, model_directory
 from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
@@ -43,7 +43,7 @@ def merge(path: Path, output: Path, base: str | None = None) -> None:
         raise UserError(f"{name}: it exists: give a new directory with -o")
     source = find_source(path, base)
     dtype = _stored_dtype(source.base)
-    processor = load_processor(source.base)
+    processor = load_processor(source.base, source.chat_template)
     samples = samples_of_run(source, processor, progress.say)
     progress.say("merging in float32")
     comparison, adapted = _load(source, processor, samples)
@@ -55,7 +55,7 @@ def merge(path: Path, output: Path, base: str | None = None) -> None:
     with storage_faults(f"{name}: it cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         with temporary_path(output) as made:
-            _write(made, merged, source)
+            _write(made, merged, source, processor.given_template)
             rounded = _check_written(made, merged, processor, comparison)
             move_into_place(output, made)
     what = f"{len(samples)} samples of the run" if samples else "random samples"
@@ -107,11 +107,12 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _write(folder: Path, merged: Any, source: MergeSource) -> None:
+def _write(folder: Path, merged: Any, source: MergeSource, given_template: str | None) -> None:
     """Write all files of the merged model, also those that are the base model's."""
     save(merged, folder)
     base = model_directory(source.base)
-    for file in [*processor_files(base), *files_in(base, _ALSO_COPIED)]:
+    copy_processor(base, folder, given_template)
+    for file in files_in(base, _ALSO_COPIED):
         shutil.copyfile(file, folder / file.name)
     auto = auto_class(merged.config).__name__
     card = merged_card(source.base, auto, _name(merged.dtype), source.config, source.run)

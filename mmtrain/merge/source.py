@@ -11,6 +11,7 @@ from mmtrain.config.schema import Config
 from mmtrain.config.yaml_file import read_yaml
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.samples import FreshSamples
+from mmtrain.encoding.directory import template_in
 from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
@@ -34,6 +35,11 @@ class MergeSource:
     """The directory of the run that trained the adapter, if it is known."""
     config: Config | None
     """The run's config."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The file with the chat template that the adapter was trained with, if it is saved with the adapter."""
+        return template_in(self.adapter.folder)
 
 
 def find_source(path: Path, base: str | None) -> MergeSource:

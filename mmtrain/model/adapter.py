@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftModelForCausalLM, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, PeftModelForFeatureExtraction, set_peft_model_state_dict
 from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -79,7 +79,7 @@ class _Settings(BaseModel):
 
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM", None),
+    "task_type": ("CAUSAL_LM", "FEATURE_EXTRACTION", None),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # the others change the base model's weights too
 }
 _WITHOUT_EFFECT = {"base_model_name_or_path", "revision", "peft_version", "inference_mode", "lora_dropout"}
@@ -116,7 +116,9 @@ def load_adapter(model: Any, adapter: Adapter, name: str = "default") -> PeftMod
         if isinstance(model, PeftModel):
             model.add_adapter(name, adapter.config)
         else:
-            model = PeftModelForCausalLM(model, adapter.config, adapter_name=name)
+            generates = hasattr(model, "prepare_inputs_for_generation")
+            wrapper = PeftModelForCausalLM if generates else PeftModelForFeatureExtraction
+            model = wrapper(model, adapter.config, adapter_name=name)
         loaded = set_peft_model_state_dict(model, adapter.weights, adapter_name=name)
     except KeyError as error:  # a module that was trained in full has no weights in the file
         raise UserError(f"{_file(adapter)}: {shown(error.args[0])} is missing") from None
@@ -206,7 +208,8 @@ def _read_config(file: Path, weights: dict[str, Tensor]) -> LoraConfig:
         raise UserError(f"{where}: {_fault(error)}") from None
     _check_rank(where, settings, weights)
     try:
-        return LoraConfig(**settings.model_dump(), task_type="CAUSAL_LM", inference_mode=True)
+        task = found.get("task_type") or "CAUSAL_LM"
+        return LoraConfig(**settings.model_dump(), task_type=task, inference_mode=True)
     except ValueError as error:  # two keys that exclude each other
         raise UserError(f"{where}: {one_line(error)}") from None
 

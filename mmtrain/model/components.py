@@ -45,9 +45,11 @@ class Components:
         if _is_inside(names[id(vision)], names[id(decoder)]):
             depth = names[id(decoder)].count(".") + 2  # the child of the decoder that the tower is in
             self._roots[".".join(names[id(vision)].split(".")[:depth])] = "projector"
+        towers = [getattr(model.config, key, None) for key in model.config.sub_configs if "vision" in key]
         for name, module in _siblings(model, decoder, names):
             if name not in self._roots and any(True for _ in module.parameters()):
-                self._roots[name] = "projector"
+                is_tower = any(config is getattr(module, "config", model) for config in towers)
+                self._roots[name] = "vision" if is_tower else "projector"
 
     def component_of(self, name: str) -> str:
         """The component of the module or parameter with this name in the base model."""
@@ -119,7 +121,7 @@ def _is_inside(name: str, outer: str) -> bool:
 
 
 def _siblings(model: Any, decoder: nn.Module, names: dict[int, str]) -> Iterator[tuple[str, nn.Module]]:
-    """The modules next to the language model: those that are not a known component belong to the projector."""
+    """The modules next to the language model: those that are no further vision tower belong to the projector."""
     parent = names[id(decoder)].rpartition(".")[0]
     for name, module in model.get_submodule(parent).named_children():
         yield f"{parent}.{name}".strip("."), module

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from torch import nn
 
 from mmtrain.config.tune_section import Frozen, Tune
-from mmtrain.model.components import Components, base_name
+from mmtrain.model.components import base_name
 from mmtrain.model.family import Family
 from mmtrain.model.kernels.last_layer import last_mlp
 from mmtrain.model.quantized_weights import num_weights
@@ -52,11 +52,9 @@ class CostModel:
 
 def cost_model(model: Any, family: Family, tune: Tune) -> CostModel:
     """The costs in a model whose components are trained as `tune` says."""
-    products, passes = _products(model, family.components, tune), _passes(tune)
-    config = model.config
-    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
-    patches = family.patches_per_token
-    full, windows = (0.0, 0.0) if vision is None else _image_attention(vision)
+    products, passes = _products(model, family, tune), _passes(tune)
+    text, patches = model.config.get_text_config(), family.patches_per_token
+    full, windows = family.image_attention
     attention = 1.0 if passes["vision"] == 1 else 3.0
     head, last = model.get_output_embeddings().weight, last_mlp(model)
     matrices = [] if last is None else [weight for weight in last.parameters() if weight.ndim >= 2]
@@ -70,8 +68,10 @@ def cost_model(model: Any, family: Family, tune: Tune) -> CostModel:
     )
 
 
-def _products(model: Any, components: Components, tune: Tune) -> dict[str, float]:
-    """Multiply-additions of each component's linear layers and convolutions for one row. Embedding tables cost none."""
+def _products(model: Any, family: Family, tune: Tune) -> dict[str, float]:
+    """Multiply-additions of each component's linear layers and convolutions for one row. Embedding tables cost none;
+    of experts those count that a row goes to."""
+    components = family.components
     tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     products, passes = dict.fromkeys(("vision", "projector", "language"), 0.0), _passes(tune)
     for name, parameter in model.named_parameters():
@@ -80,7 +80,8 @@ def _products(model: Any, components: Components, tune: Tune) -> dict[str, float
         is_computed = parameter.ndim >= 2 and module not in tables and own.rpartition(".")[0] != components.head_name
         if is_computed and not is_replaced:
             component = components.component_of(own)
-            products[component] += passes[component] * num_weights(parameter) + _own(parameter)
+            share = next((share for owner, share in family.expert_shares.items() if own.startswith(f"{owner}.")), 1.0)
+            products[component] += share * (passes[component] * num_weights(parameter) + _own(parameter))
     return products
 
 
@@ -97,19 +98,8 @@ def _passes(tune: Tune) -> dict[str, float]:
     return passes
 
 
-def _image_attention(vision: Any) -> tuple[float, float]:
-    """Forward multiply-additions per pair of patches, and per patch for layers that attend within windows."""
-    if not hasattr(vision, "hidden_size") or not _depth(vision):  # a tower of another library: its products count alone
-        return 0.0, 0.0
-    depth, width = _depth(vision), _width(vision)
-    blocks = getattr(vision, "fullatt_block_indexes", None)
-    full = depth if blocks is None else len(blocks)
-    in_window = 0 if blocks is None else (vision.window_size // vision.patch_size) ** 2
-    return 2.0 * full * width, 2.0 * (depth - full) * width * in_window
-
-
 def _depth(config: Any) -> int:
-    return int(getattr(config, "num_hidden_layers", 0) or getattr(config, "depth", 0))
+    return int(config.num_hidden_layers)
 
 
 def _width(config: Any) -> int:

@@ -21,6 +21,7 @@ from mmtrain.errors import UserError
 from mmtrain.model.adapter import WEIGHTS, Adapter, find_adapter_folder, named_base, read_adapter
 from mmtrain.model.components import Components, base_name
 from mmtrain.model.load import load_weights
+from mmtrain.model.tune import target_name
 from mmtrain.safe_text import shown, visible
 
 _KEY = "model.adapter"
@@ -137,7 +138,7 @@ def _check_same_function(model: PeftModel, adapter: Adapter, own: Iterable[str],
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or name not in loaded:
             continue
-        expected = _scaling(adapter.config, name.removeprefix("base_model.model."))
+        expected = _scaling(adapter.config, target_name(name, layer))
         if not math.isclose(layer.scaling["default"], expected, rel_tol=1e-6):
             raise UserError(
                 f"{where}: its output is scaled by {expected:g} in {shown(name, 120)}, and by "

@@ -168,6 +168,14 @@ def before_head(model: Any, head: nn.Linear, inputs: dict[str, Any]) -> Tensor:
     return hidden
 
 
+def hidden_states(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """(num_kept, width) the input of the model's head, of any kind, at the positions `logits_to_keep` in `inputs`; the
+    head itself is not computed."""
+    with _passing_on(model.get_output_embeddings()) as given:
+        model(**inputs)
+    return given[-1].flatten(0, -2)
+
+
 def _is_only(logits: Any, given: list[Tensor]) -> bool:
     return len(given) == 1 and logits is given[0]
 

@@ -43,6 +43,7 @@ class InputMaker:
         """Whether the model uses mmtrain's attention, which keeps the samples of a packed row apart."""
         self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._image_token_id, self._grid_key = processor.image_token_id, processor.grid_key
+        self._marks_replies = processor.marks_replies
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
         """The arguments for `batch`, on the model's device. They are made on the CPU, because reading a value on the
@@ -59,7 +60,7 @@ class InputMaker:
         elif self.attends_by_sample:
             inputs[KEYWORD] = PackedRow.of(batch, device)
             inputs["attention_mask"] = _READY_MASK
-        types = self._token_types(batch.input_ids)
+        types = _reply_types(batch) if self._marks_replies else self._token_types(batch.input_ids)
         inputs |= {key: types for key in ("mm_token_type_ids", "token_type_ids") if key in self._takes}
         inputs = all_on_device(inputs, device) | self._vision(batch.image_inputs)
         if self.features is not None and batch.images:
@@ -102,6 +103,17 @@ class InputMaker:
             return torch.arange(segment.length, device=ids.device).expand(self._num_axes, -1)
         positions: Tensor = self._get_rope_index(input_ids=ids, mm_token_type_ids=self._token_types(ids), **grids)[0]
         return positions[:, 0]
+
+
+def _reply_types(batch: Batch) -> Tensor:
+    """(rows, length) 0 in the prompts of replies and 1 from where a reply begins, also in padding. A model that attends
+    in both directions in a prompt takes one reply a sample."""
+    types = torch.ones_like(batch.input_ids)
+    for segment in batch.segments:
+        supervised = batch.supervised[segment.row, segment.start : segment.start + segment.length]
+        length = int(supervised.int().argmax()) if supervised.any() else segment.length
+        types[segment.row, segment.start : segment.start + length] = 0
+    return types
 
 
 def _num_axes(config: Any) -> int:

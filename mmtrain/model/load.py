@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from mmtrain.model.quantization import (
     check_not_stored_quantized,
     check_quantized,
     quantization_config,
+    stand_in_for_quantized,
 )
 from mmtrain.model.weight_files import check_finite_files, check_weight_files, is_finite
 from mmtrain.safe_text import one_line, shown
@@ -101,9 +103,12 @@ def load_without_weights(
     """The model as `load_model` gives it, with new weights of which none is read. For `WithoutValues`."""
     config = load_config(path)
     try:
-        return auto_class(config).from_config(config, dtype=getattr(torch, dtype)).eval()
+        model = auto_class(config).from_config(config, dtype=getattr(torch, dtype)).eval()
     except Exception as error:  # a broken config makes transformers raise anything
         raise UserError(f"{path}: the model cannot be made: {type(error).__name__}: {one_line(error)}") from None
+    if quantization is not None:
+        stand_in_for_quantized(model)
+    return model
 
 
 def length_limit(path: str, max_length: int) -> LengthLimit:
@@ -129,6 +134,22 @@ def checkpoint_activations(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # required for checkpointing; the dropouts inside have their own flag, which is off
+
+
+@contextmanager
+def without_training_settings(model: Any) -> Iterator[None]:
+    """Around generation by a model that is being trained: a checkpointed layer would drop the cache of earlier tokens,
+    and a compiled one would be compiled again for each of its lengths."""
+    checkpointed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    flags = [module.training for module in checkpointed]
+    for module in checkpointed:
+        module.training = False
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, flag in zip(checkpointed, flags, strict=True):
+            module.training = flag
 
 
 def compile_layers(model: Any) -> None:

@@ -183,7 +183,10 @@ def random_samples(
             spans = (ImageSpan(_noise_image(noise, image_size), _NUM_BEFORE, len(image), tokens.num_placeholders),)
         ids = np.concatenate([text[:_NUM_BEFORE], image, text[_NUM_BEFORE:]]).astype(np.int32)
         sample = Encoded(ids, np.zeros(len(ids), np.bool_), spans)
-        for section in _sections(sample):
+        sections = _sections(sample)
+        # where a prompt has another type of tokens than its reply, the first that is supervised begins the reply
+        middle = (sections[-1].start + sections[-1].stop) // 2
+        for section in [slice(middle, len(ids))] if processor.marks_replies else sections:
             positions = np.arange(len(ids))[section]
             evenly = np.linspace(0, len(positions) - 1, min(_NUM_COMPARED, len(positions))).astype(int)
             sample.supervised[positions[evenly]] = True

@@ -4,11 +4,13 @@ A plan computes with tensors without values, which are on the CPU everywhere. In
 ways that it takes on a GPU, so that what they allocate is counted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+
+B = TypeVar("B")
 
 
 class Counter(Protocol):
@@ -31,6 +33,15 @@ def kind_of(device: torch.device) -> str:
 def planned_kernels() -> Counter | None:
     """What stands for compiled kernels while a run on a GPU is planned; None at all other times."""
     return _Plan.counter if _Plan.kind == "cuda" else None
+
+
+def computed(blocks: Iterable[B], size: Callable[[B], int] = lambda block: 0) -> Iterable[B]:
+    """The blocks that are computed one after the other: all of them, but while a run is planned only the first one and
+    the largest. Nobody reads the results of the others, and none needs more memory."""
+    if _Plan.counter is None:
+        return blocks
+    every = list(blocks)
+    return [*every[:1], *([max(every, key=size)] if every[1:] else [])]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import nn
 from mmtrain.config.tune_section import ComponentModules
 from mmtrain.errors import UserError
 from mmtrain.model.components import Components
+from mmtrain.model.quantized_stand_in import stand_in
 from mmtrain.model.quantized_weights import is_quantized
 from mmtrain.safe_text import shown
 
@@ -70,6 +71,14 @@ def quantization_config(skeleton: Any, dtype: torch.dtype, named: ComponentModul
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=[*components.roots("vision"), *components.roots("projector"), components.head_name],
     )
+
+
+def stand_in_for_quantized(model: Any) -> None:
+    """Have the layers of `model` that would be quantized take the memory of quantized ones."""
+    components = Components(model)
+    for name, module in model.named_modules():
+        if _is_quantizable(name, module, components):
+            stand_in(module)
 
 
 def _is_quantizable(name: str, module: nn.Module, components: Components) -> bool:

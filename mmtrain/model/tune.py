@@ -84,11 +84,16 @@ def _with_adapters(model: Any, loras: dict[str, Lora], targets: dict[str, Target
     return adapted
 
 
+def target_name(name: str, layer: LoraLayer) -> str:
+    """What the adapter `layer` of a PeftModel, whose name there is `name`, is for: a name of `Targets`."""
+    own = base_name(name)
+    return f"{own}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else own
+
+
 def _check_made(model: PeftModel, targets: dict[str, Targets]) -> None:
     """Raises UserError if peft has put adapters on others than `targets`."""
     wanted = {name for own in targets.values() for name in own}
-    layers = [(base_name(name), module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    made = {f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name for name, layer in layers}
+    made = {target_name(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if made != wanted:
         names = ", ".join(sorted(made ^ wanted)[:3])
         raise UserError(

@@ -95,7 +95,7 @@ class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not given and _makes_unknown(func, args, kwargs):
             return self._keep(func(*args, **_on_meta(kwargs)))
         out = func(*args, **kwargs)
-        for tensor in _tensors(out):
+        for tensor in (*given, *_tensors(out)):
             self.memory.keep(tensor)
         return out
 

@@ -27,12 +27,14 @@ _NUM_STEPS = 50
 
 def plan(config: Config, processes: str, as_json: bool) -> None:
     """Print what the run of `config` does and needs, for each number in `processes`. Raises UserError."""
+    config.objective.check_command("plan", "chat", "inspect-labels --all to check pairs")
     counts = _counts(processes)
     progress = Progress()
-    processor = load_processor(config.model.path)
+    processor = load_processor(config.model.path, config.model.chat_template)
     dataset = Dataset(config, processor, progress)
     structure = structure_of(config, processor)
-    device = find_device(config.run.device, config.model.dtype)
+    is_elsewhere = config.run.device == "cuda" and not torch.cuda.is_available()
+    device = find_device("cpu" if is_elsewhere else config.run.device, config.model.dtype)
     figures: dict[str, Any] = {
         "data": _data(dataset),
         "steps": _steps(config, dataset, structure, counts),
@@ -41,14 +43,14 @@ def plan(config: Config, processes: str, as_json: bool) -> None:
     }
     with progress.task("counting memory"):
         weight_bytes = structure.num_parameters * getattr(torch, config.model.dtype).itemsize
-        if device.type == "cpu":
+        if device.type == "cpu" and not is_elsewhere:
             figures["cpu_memory"] = cpu_memory(config, dataset, processor, weight_bytes, progress)
         if config.run.device != "cpu":
             figures["gpu_memory"] = gpu_memory(config, dataset, processor, max(counts), progress)
     if as_json:
         print(json.dumps(figures, allow_nan=False))
     else:
-        print_plan(figures, config, Console(highlight=False, emoji=False, markup=False))
+        print_plan(figures, Console(highlight=False, emoji=False, markup=False))
 
 
 def _counts(text: str) -> list[int]:

@@ -1,10 +1,12 @@
 """Whether a run fits on a GPU, and which keys of the config make it fit."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mmtrain.config import Config
+from mmtrain.config.tune_section import Full, Lora
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
@@ -25,10 +27,14 @@ class Row:
 
     checkpointing: bool
     """`run.activation_checkpointing`"""
+    quantization: str | None
+    """`model.quantization`"""
     shards: int
     """Processes over which the weights are sharded; 1: replicated."""
     peak: int
     """Bytes, for the longest micro-batch of the config."""
+    fits: list[str]
+    """The cards on which it fits."""
     largest: dict[str, int | None]
     """By card the largest `run.microbatch_tokens` that fits, None where the longest sample does not."""
 
@@ -37,16 +43,18 @@ def gpu_memory(
     config: Config, dataset: Dataset, processor: ChatProcessor, num_processes: int, progress: Progress
 ) -> dict[str, Any]:
     """The rows of the table, and the longest micro-batch; or the reason why the memory cannot be predicted."""
-    wanted = config.run.activation_checkpointing
     rows: list[Row] = []
     longest = int(dataset.checked.num_tokens.max())
     try:
-        for value in (False, True) if wanted == "auto" else (wanted, True)[: 1 + (wanted is False)]:
-            found = predict_peak(with_checkpointing(config, value), dataset, processor, "cuda", 1, progress)
+        for own in _variants(config):
+            found = predict_peak(own, dataset, processor, "cuda", 1, progress)
+            quantization = own.model.quantization
             if config.run.weights == "replicate" or num_processes == 1:
-                rows.append(_row(value, found, longest, 1))
-            if num_processes > 1 and config.model.quantization is None:
-                rows.append(_row(value, found, longest, num_processes))
+                rows.append(_row(own, found, longest, 1))
+            if num_processes > 1 and quantization is None:
+                rows.append(_row(own, found, longest, num_processes))
+            if set(rows[0].fits) == set(CARDS):
+                break  # nothing has to be changed
     except UserError:
         raise
     except Exception as error:  # an unusual family can raise anything without values
@@ -55,11 +63,23 @@ def gpu_memory(
         "microbatch_tokens": found.num_tokens,
         "microbatch_images": found.num_images,
         "weights": found.weights,
-        "rows": [asdict(row) for row in rows],
+        "rows": [asdict(row) for row in sorted(rows, key=lambda row: row.shards)],
     }
 
 
-def _row(checkpointing: bool, found: PeakMemory, longest: int, num_processes: int) -> Row:
+def _variants(config: Config) -> Iterator[Config]:
+    """The config with the values of keys that are predicted, each needing less memory than the one before."""
+    if config.run.activation_checkpointing is not True:
+        yield with_checkpointing(config, False)
+    yield with_checkpointing(config, True)
+    has_adapter = any(isinstance(mode, Lora) for mode in config.tune.trainable.values())
+    is_possible = has_adapter and not isinstance(config.tune.language, Full) and config.run.weights == "replicate"
+    if config.model.quantization is None and is_possible:
+        quantized = config.model_copy(update={"model": config.model.model_copy(update={"quantization": "nf4"})})
+        yield with_checkpointing(quantized, True)
+
+
+def _row(config: Config, found: PeakMemory, longest: int, num_processes: int) -> Row:
     peak = found.peak if num_processes == 1 else found.sharded(num_processes)
     activations = found.peak - found.weights - 3 * found.trainable
     largest = {}
@@ -67,7 +87,9 @@ def _row(checkpointing: bool, found: PeakMemory, longest: int, num_processes: in
         room = available(size * GIB) - (peak - activations)
         tokens = int(room * found.num_tokens / activations) // _ROUNDED * _ROUNDED
         largest[name] = tokens if tokens >= longest else None
-    return Row(checkpointing, num_processes, peak, largest)
+    fits = [name for name, size in CARDS.items() if peak <= available(size * GIB)]
+    checkpointing = config.run.activation_checkpointing is True
+    return Row(checkpointing, config.model.quantization, num_processes, peak, fits, largest)
 
 
 def cpu_memory(

@@ -1,28 +1,27 @@
 """The figures of `mmtrain plan` for a person, in 80 columns."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from mmtrain.config import Config
 from mmtrain.plan.memory import CARDS
 from mmtrain.train.checkpointing import GIB, RESERVED_BYTES, RESERVED_SHARE
 from mmtrain.train.summary import duration
 
 
-def print_plan(figures: Mapping[str, Any], config: Config, console: Console) -> None:
+def print_plan(figures: Mapping[str, Any], console: Console) -> None:
     """Print every figure; memory last."""
-    for name, text in _lines(figures, config):
+    for name, text in _lines(figures):
         console.print(f"{name:<10} {text}", soft_wrap=True)
     if "cpu_memory" in figures:
         console.print(f"{'memory':<10} {_cpu_line(figures['cpu_memory'])}", soft_wrap=True)
     if "gpu_memory" in figures:
-        _print_gpu(figures["gpu_memory"], config, console)
+        _print_gpu(figures["gpu_memory"], console)
 
 
-def _lines(figures: Mapping[str, Any], config: Config) -> Iterator[tuple[str, str]]:
+def _lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     data, steps, disk, time = (figures[name] for name in ("data", "steps", "disk", "time"))
     yield "data", f"{data['samples']:,} samples, {data['images']:,} images, {data['left_out']:,} left out"
     share = data["supervised"] / data["tokens"]
@@ -39,44 +38,56 @@ def _lines(figures: Mapping[str, Any], config: Config) -> Iterator[tuple[str, st
     if disk["image_features"]:
         on_disk = _size(disk["image_features_on_disk"])
         yield "", f"{on_disk} of {_size(disk['image_features'])} image features (run.image_cache.disk_gib)"
-    yield (
-        "time",
-        f"at least {duration(time['seconds'])}: {time['operations']:.2e} operations at the {time['rate']:.2e}/s",
-    )
-    yield "", f"of a large matrix product on this machine's {time['device']}, on one process"
+    yield "time", f"at least {duration(time['seconds'])} in one process on this machine's {time['device']}: a roofline,"
+    yield "", f"{time['operations']:.2e} operations at {time['rate']:.2e} per second, as measured"
 
 
 def _cpu_line(memory: Mapping[str, Any]) -> str:
     if "fault" in memory:
-        return f"CPU: not predicted: {memory['fault']}"
-    return (
-        f"CPU: {_size(memory['peak'])} of {_size(memory['total'])} for tensors, with a micro-batch of "
-        f"{memory['microbatch_tokens']:,} tokens"
-    )
+        return f"on the CPU, not predicted: {memory['fault']}"
+    verdict = "fits" if memory["peak"] < memory["total"] else "does not fit"
+    tokens = f"{memory['microbatch_tokens']:,} tokens in a micro-batch"
+    machine = f"{'':<10} it {verdict}: this machine has {_size(memory['total'])}"
+    return f"on the CPU, {_size(memory['peak'])} at {tokens};\n{machine}"
 
 
-def _print_gpu(memory: Mapping[str, Any], config: Config, console: Console) -> None:
+def _print_gpu(memory: Mapping[str, Any], console: Console) -> None:
     if "fault" in memory:
-        console.print(f"{'memory':<10} GPU: not predicted: {memory['fault']}", soft_wrap=True)
+        console.print(f"{'memory':<10} on a GPU, not predicted: {memory['fault']}", soft_wrap=True)
         return
     tokens, images = memory["microbatch_tokens"], memory["microbatch_images"]
     console.print(
-        f"{'memory':<10} on a GPU, {_size(memory['weights'])} of it weights, for the longest micro-batch:\n"
-        f"{'':<10} {tokens:,} tokens, {images:,} images (run.microbatch_tokens: {config.run.microbatch_tokens:,})"
+        f"{'memory':<10} on a GPU, {_size(memory['weights'])} of it weights; the longest micro-batch has\n"
+        f"{'':<10} {tokens:,} tokens and {images:,} images\n"
+        f"{'':<10} below: the largest run.microbatch_tokens that a card can take\n"
     )
-    console.print("the largest run.microbatch_tokens that fits, by card and by two other keys of run:")
-    table = Table("activation_checkpointing", "weights", "peak", *CARDS, box=None, pad_edge=False)
+    table = Table("checkpointing", "weights", "peak", *CARDS, box=None, pad_edge=False)
     for column in table.columns[2:]:
         column.justify = "right"
     for row in memory["rows"]:
         cells = ("no" if largest is None else f"{largest:,}" for largest in row["largest"].values())
-        weights = "replicate" if row["shards"] == 1 else f"shard, {row['shards']:,}"
-        table.add_row(str(row["checkpointing"]).lower(), weights, _size(row["peak"]), *cells)
+        weights = f"shard, {row['shards']:,}" if row["shards"] > 1 else row["quantization"] or "replicate"
+        table.add_row("on" if row["checkpointing"] else "off", weights, _size(row["peak"]), *cells)
     console.print(table)
+    console.print()
+    for title, text in zip(("fits", *[""] * len(CARDS)), _fitting(memory["rows"]), strict=False):
+        console.print(f"{title:<10} {text}", soft_wrap=True)
     console.print(
-        "estimate: what a GPU's kernels allocate was counted on shapes alone, without a GPU;\n"
-        f"{_size(RESERVED_BYTES)} and {RESERVED_SHARE:.0%} of a card are kept free for workspaces and fragmentation"
+        f"{'estimate':<10} of what a GPU's kernels allocate, counted on shapes without a GPU;\n"
+        f"{'':<10} {_size(RESERVED_BYTES)} and {RESERVED_SHARE:.0%} of a card are left for workspaces and fragmentation"
     )
+
+
+def _fitting(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """For each card the first row that fits, as the keys to set; what to try where none does."""
+    for card in CARDS:
+        row = next((row for row in rows if card in row["fits"]), None)
+        if row is None:
+            yield f"{card}: no; lower run.microbatch_tokens or data.max_length"
+            continue
+        shards = f", run.weights: shard on {row['shards']:,} GPUs" if row["shards"] > 1 else ""
+        quantized = f", model.quantization: {row['quantization']}" if row["quantization"] else ""
+        yield f"{card}: run.activation_checkpointing: {str(row['checkpointing']).lower()}{shards}{quantized}"
 
 
 def _size(num_bytes: float) -> str:

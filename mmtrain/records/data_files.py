@@ -6,16 +6,26 @@ something else is refused by name. A glob reads only the files that it matches.
 
 import glob
 import json
+import re
 from pathlib import Path
 
 from mmtrain.errors import UserError
-from mmtrain.safe_text import visible
+from mmtrain.records.hub import PREFIX, hub_folder
+from mmtrain.safe_text import shown, visible
 
 _TEXTS = (".json", ".jsonl", ".jsonlines", ".ndjson", ".csv", ".tsv")
 READ = (*_TEXTS, *(text + packed for text in _TEXTS for packed in (".gz", ".zst")), ".parquet", ".arrow", ".tar")
 """Endings of the files that are read."""
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 """What Hugging Face's `save_to_disk` writes into the folder of a data set, and of several splits."""
+_INFOS = ("dataset_info.json", "dataset_infos.json")
+"""What Hugging Face's tools write about a data set."""
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("validation", "valid", "dev", "val"),
+}
+"""The words in the names of files and folders that say to which split they belong, as in the library `datasets`."""
 _OTHER = """
 .jpg .jpeg .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .avif .heic .svg .ico .pdf
 .md .rst .txt .html .css .js .bib .tex .log .py .ipynb .sh .toml .cfg .ini .yaml .yml .jinja .lock
@@ -27,14 +37,15 @@ _ABOUT = ("license", "licence", "readme", "notice", "copying", "citation", "chan
 _EXPECTED = "expected .json, .jsonl, .csv, .tsv (or one of them with .gz, .zst), .parquet, .arrow or .tar"
 
 
-def find_data_files(path: str) -> list[Path]:
-    """The files of records that `path` names: a file, a folder or a glob, in the order of their names.
+def find_data_files(path: str, split: str | None = None) -> list[Path]:
+    """The files of records that `path` (a file, folder, glob or `hub:owner/name`) names, in the order of their names.
 
-    Raises UserError if there is none, or if one of them, or another file of the folder, is not read.
+    `split`: only those whose names below `path` say that they are of it. Raises UserError if there is none, or if one
+    of them, or another file of the folder, is not read.
     """
-    here = Path(path)
+    here = hub_folder(path) if path.startswith(PREFIX) else Path(path)
     if here.is_dir():
-        found = _in_folder(here)
+        found = _in_folder(here, split)
     elif here.exists():
         found = [here]
     else:
@@ -45,17 +56,41 @@ def find_data_files(path: str) -> list[Path]:
     wrong = [file for file in found if not _is_read(file)]
     if wrong:
         raise UserError([f"{visible(str(file))}: not a file of records: {_EXPECTED}" for file in wrong])
+    if split is not None:
+        return _of_split(found, here, split)
+    several = sorted({name for file in found for name in _splits(file, here)})
+    if path.startswith(PREFIX) and len(several) > 1:
+        raise UserError(
+            f"{visible(path)}: it has the splits {', '.join(map(shown, several))}: set `split` to one of them"
+        )
     return found
+
+
+def _of_split(files: list[Path], here: Path, split: str) -> list[Path]:
+    found = [file for file in files if split in _splits(file, here)]
+    if not found:
+        known = sorted({name for file in files for name in _splits(file, here)})
+        names = ", ".join(map(shown, known)) if known else "no splits"
+        raise UserError(f"{visible(str(here))}: no file of the split {shown(split)}: the names say {names}")
+    return found
+
+
+def _splits(file: Path, here: Path) -> set[str]:
+    """The splits that the name of `file` below `here` says, by one of the usual words or its folder's name."""
+    below = file.relative_to(here) if file.is_relative_to(here) else Path(file.name)
+    words = {word for part in below.parts for word in re.split(r"[-_./ 0-9]+", part.lower())}
+    usual = {name for name, spellings in _SPLIT_NAMES.items() if words & set(spellings)}
+    return usual | {part for part in below.parent.parts if not usual}
 
 
 def _is_read(file: Path) -> bool:
     return file.name.lower().endswith(READ)
 
 
-def _in_folder(folder: Path) -> list[Path]:
+def _in_folder(folder: Path, split: str | None) -> list[Path]:
     found: list[Path] = []
     faults: list[str] = []
-    _collect(folder, found, faults)
+    _collect(folder, found, faults, split)
     if faults:
         path = visible(str(folder))
         remedy = f"move it away, or name the files to read with a glob such as {path}/*.jsonl"
@@ -63,19 +98,24 @@ def _in_folder(folder: Path) -> list[Path]:
     return found
 
 
-def _collect(folder: Path, found: list[Path], faults: list[str]) -> None:
+def _collect(folder: Path, found: list[Path], faults: list[str], split: str | None) -> None:
     """Add the files of records in `folder` and its subfolders to `found`, and what would be left out to `faults`."""
     if (folder / _STATE).is_file():
         found += _saved_to_disk(folder)
         return
     if (folder / _SPLITS).is_file():
-        raise UserError(f"{visible(str(folder))}: it has several splits: name the folder of one of them")
+        if split is None:
+            raise UserError(f"{visible(str(folder))}: it has several splits: set `split`, or name the folder of one")
+        for each in sorted(folder.iterdir()):
+            if (each / _STATE).is_file():
+                found += _saved_to_disk(each)
+        return
     for file in sorted(folder.iterdir()):
-        if file.name.startswith("."):
+        if file.name.startswith(".") or file.name in _INFOS:
             continue
         if file.is_dir():
             if not file.is_symlink():  # a link may lead back
-                _collect(file, found, faults)
+                _collect(file, found, faults, split)
             elif any(map(_is_read, file.rglob("*"))):
                 faults.append(f"{visible(str(file))}: a link to a folder with files of records, which is not followed")
         elif _is_read(file):

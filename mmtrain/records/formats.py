@@ -1,17 +1,35 @@
 """One record read into a `Conversation`: the turns of its shape, with its images at their marks.
 
-A turn's `train`, `trainable`, `loss` or `weight` (true, false, 1, 0) says whether an assistant turn is trained on.
+A turn's `train`, `trainable`, `training` or `loss` (true, false, 1, 0) says whether an assistant turn is trained on,
+its `weight`, `loss_weight` or `loss_scale` how much its tokens count in the loss.
 Images that no mark and no part of a turn places come first in the first turn of the user.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 from mmtrain.records.chat import Conversation, Image, Message, Part, Role, SampleError, Text
 from mmtrain.records.image_values import as_image, only
-from mmtrain.records.marks import Mark, find_mark, mark_called
-from mmtrain.records.record_keys import Record, check_keys, check_no_image_is_lost, without_keys
+from mmtrain.records.marks import Mark, find_mark, mark_called, split_at_paths
+from mmtrain.records.record_keys import (
+    Record,
+    check_keys,
+    check_no_image_is_lost,
+    refuse_keys,
+    without_keys,
+)
 from mmtrain.records.shapes import Shape, as_list, named_shape, recognise
+from mmtrain.records.tools import (
+    RECORD_KEYS,
+    RESULT_KEYS,
+    RESULT_ROLES,
+    TURN_KEYS,
+    calls_of,
+    result_text,
+    tools_of,
+    with_calls,
+)
 from mmtrain.safe_text import shown
 
 MAX_TEXT = 4_000_000
@@ -27,8 +45,13 @@ _ROLES: dict[str, Role] = {
     "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
+    **dict.fromkeys(RESULT_ROLES, "tool"),
 }
-_TRAIN_KEYS = ("train", "trainable", "loss", "weight")
+_SWITCHES = ("train", "trainable", "training", "loss")
+_WEIGHTS = ("weight", "loss_weight", "loss_scale")
+_TRAIN_KEYS = (*_SWITCHES, *_WEIGHTS)
+_MAX_WEIGHT = 1000
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _SYSTEM_KEYS = ("system", "system_prompt")
 _IMAGE_KEYS = ("images", "image")
 _TEXT_TYPES = ("text", "input_text", "output_text")
@@ -52,18 +75,19 @@ def read_record(
         record = without_keys(record, ignored)
     shape = recognise(record) if record_format == "auto" else named_shape(record, record_format)
     turns = shape.turns(record)
-    understood = {*shape.needs, *shape.also, *_SYSTEM_KEYS, *_IMAGE_KEYS}
-    check_keys(record, understood, turns, {"role", "content", *_TRAIN_KEYS})
-    images = _ImageList(record, shape, turns, image_mark)
-    messages = images.placed([_message(turn, images) for turn in turns])
+    understood = {*shape.needs, *shape.also, *_SYSTEM_KEYS, *_IMAGE_KEYS, *RECORD_KEYS}
+    check_keys(record, understood, turns, {"role", "content", *_TRAIN_KEYS, *_REASONING_KEYS, *TURN_KEYS})
+    turns = with_calls(turns)
+    images = _ImageList(record, shape, turns, image_mark, "</img>" not in ignored)
+    messages = images.placed([_message(turn, number, images) for number, turn in enumerate(turns, start=1)])
     if (system := _one_of(record, _SYSTEM_KEYS)) is not None:
         messages.insert(0, Message("system", (Text(_text(system, "system")),)))
     if not messages:
         raise SampleError("there are no turns")
-    conversation = Conversation(tuple(messages), shape.name, images.are_unmarked)
+    conversation = Conversation(tuple(messages), shape.name, images.are_unmarked, tools_of(record))
     if not conversation.images:
         check_no_image_is_lost(record, understood)
-    if (length := sum(len(message.text) for message in messages)) > MAX_TEXT:
+    if (length := _length(conversation)) > MAX_TEXT:
         raise SampleError(f"{length:,} characters of text, over the {MAX_TEXT:,} allowed in a record: split it")
     return conversation
 
@@ -71,9 +95,13 @@ def read_record(
 class _ImageList:
     """The images of a record. The n-th belongs to the n-th mark or image part without a path."""
 
-    def __init__(self, record: Record, shape: Shape, turns: Sequence[Record], image_mark: str | None) -> None:
-        """Raises SampleError where the images have no place in such a record."""
+    def __init__(
+        self, record: Record, shape: Shape, turns: Sequence[Record], image_mark: str | None, reads_paths: bool
+    ) -> None:
+        """`reads_paths`: `<img>path</img>` in a text is an image. Raises SampleError where the images have no place in
+        such a record."""
         self._images = [as_image(value) for value in _image_values(record)]
+        self._reads_paths = reads_paths and not self._images
         if self._images and not shape.has_marks:
             raise SampleError("there are images next to messages without marks: set `format: messages` to read them")
         self.mark: Mark | None = None
@@ -103,6 +131,18 @@ class _ImageList:
         self._num_inline += 1
         return as_image(value)
 
+    def in_text(self, text: str, role: Role) -> Iterator[Part]:
+        """`text` with images in place of marks, and in a turn of the user in place of paths where none are listed."""
+        pieces = list(split_at_paths(text)) if role == "user" and self._reads_paths else [text]
+        for number, piece in enumerate(pieces):
+            if number % 2:
+                yield self.of_part(piece, None)
+            elif self.mark is None:
+                yield Text(piece)
+            else:
+                for one in self.mark.split(piece):
+                    yield Text(one) if isinstance(one, str) else self.next(one - 1 if one else None)
+
     def placed(self, messages: list[Message]) -> list[Message]:
         """`messages`, with images without a place put first in the first turn of the user."""
         if not self.are_unmarked:
@@ -114,7 +154,7 @@ class _ImageList:
         if first is None:
             raise SampleError(f"{_count(len(self._images), 'image')} but no turn of the user")
         asked = messages[first]
-        filled = Message(asked.role, (*self._images, *asked.parts), asked.train)
+        filled = replace(asked, parts=(*self._images, *asked.parts))
         return [*messages[:first], filled, *messages[first + 1 :]]
 
 
@@ -124,38 +164,62 @@ def _texts(turns: Sequence[Record]) -> list[str]:
     return [piece for piece in pieces if isinstance(piece, str)]
 
 
-def _message(turn: Record, images: _ImageList) -> Message:
+def _message(turn: Record, number: int, images: _ImageList) -> Message:
     name, content = turn.get("role"), turn.get("content")
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise SampleError(f"unknown role {shown(name)}: expected one of {', '.join(_ROLES)}")
+    calls = calls_of(turn)
+    content = [] if calls and content is None else result_text(content) if role == "tool" else content
     found: list[Part] = []
     for piece in content if isinstance(content, list) else [_text(content, "content")]:
         if not isinstance(piece, str):
             found.append(_part(piece, images))
-        elif images.mark is None:
-            found.append(Text(_text(piece, "content")))
         else:
-            for one in images.mark.split(_text(piece, "content")):
-                found.append(Text(one) if isinstance(one, str) else images.next(one - 1 if one else None))
+            found += images.in_text(_text(piece, "content"), role)
     parts = tuple(part for part in found if not isinstance(part, Text) or part.text)
     if role != "user" and any(isinstance(part, Image) for part in parts):
         raise SampleError(f"an image in a turn of the {role}: only the user's turns can have images")
-    if role == "assistant" and not any(isinstance(part, Text) and part.text.strip() for part in parts):
+    if role == "assistant" and not calls and not any(isinstance(part, Text) and part.text.strip() for part in parts):
         raise SampleError("an assistant turn without text")
-    return Message(role, parts, _is_trained(turn, role))
+    reasoning = _text(_one_of(turn, _REASONING_KEYS) or "", "the reasoning")
+    _check_role(turn, number, role, {"calls": bool(calls), "reasoning": bool(reasoning)})
+    name, call_id = (_text(turn.get(key) or "", key) or None for key in ("name", "tool_call_id"))
+    weight = _weight(turn, role)
+    return Message(role, parts, weight > 0, weight or 1.0, reasoning, calls, name, call_id)
 
 
-def _is_trained(turn: Record, role: Role) -> bool:
+def _check_role(turn: Record, number: int, role: Role, of_assistant: dict[str, bool]) -> None:
+    """Raises SampleError where a turn has what only those of another role can have."""
+    if role != "assistant" and (wrong := [what for what, is_given in of_assistant.items() if is_given]):
+        raise SampleError(f"{wrong[0]} in a turn of the {role}: only the assistant's turns can have that")
+    if role != "tool" and (wrong := [key for key in RESULT_KEYS if turn.get(key) not in (None, "", [])]):
+        refuse_keys([(f"{shown(key, 40)} of turn {number}", turn[key]) for key in wrong])
+
+
+def _length(conversation: Conversation) -> int:
+    """The characters of its text, in words, calls and tools."""
+    texts = [text for message in conversation.messages for text in (message.text, message.reasoning)]
+    calls = [call for message in conversation.messages for call in message.calls]
+    return sum(map(len, [*texts, *conversation.tools, *(text for one in calls for text in (one.name, one.arguments))]))
+
+
+def _weight(turn: Record, role: Role) -> float:
+    """What the turn's tokens count in the loss, 0 if it is not to be trained on."""
     given = {key: turn[key] for key in _TRAIN_KEYS if turn.get(key) is not None}
     for key, value in given.items():
-        if value not in (0, 1):
+        if key in _SWITCHES and value not in (0, 1):
             raise SampleError(f"{shown(key)} must be true, false, 1 or 0, not {shown(value)}")
+        if not isinstance(value, int | float) or not 0 <= value <= _MAX_WEIGHT:
+            raise SampleError(f"{shown(key)} must be a number from 0 to {_MAX_WEIGHT:,}, not {shown(value)}")
         if value and role != "assistant":
             raise SampleError(f"{shown(key)} is on in a turn of the {role}: only the assistant's turns are trained on")
-    if any(given.values()) and not all(given.values()):
+    weights = {float(value) for key, value in given.items() if key in _WEIGHTS}
+    if len(weights) > 1 or (any(given.values()) and not all(given.values())):
         raise SampleError(f"{' and '.join(map(shown, given))} of a turn contradict each other")
-    return role != "assistant" or all(given.values())
+    if role == "assistant" and not all(given.values()):
+        return 0.0
+    return weights.pop() if weights and role == "assistant" else 1.0
 
 
 def _part(part: Any, images: _ImageList) -> Part:

@@ -11,6 +11,7 @@ from mmtrain.records.chat import SampleError
 
 MARKS = ("<image>", "<img>", "<IMG_CONTEXT>", "<|image|>", "[IMG]", "<ImageHere>", "<image_1>")
 """Those that are found by themselves, the most common first; the last stands for all with a number."""
+_WITH_PATH = re.compile(r"<img>([^<>\n]{1,4096})</img>")
 _NUMBERED = re.compile(r"<image_(\d{1,6})>")
 
 
@@ -29,6 +30,17 @@ class Mark:
             yield int(match[1]) if self.pattern.groups else 0
             at, after_mark = match.end(), True
         yield from _trimmed(text[at:], after_mark, False)
+
+
+def split_at_paths(text: str) -> Iterator[str]:
+    """The texts before, between and after `<img>path</img>`, the old form of Qwen-VL, and the paths: by turns, texts
+    first."""
+    pieces = _WITH_PATH.split(text)
+    for number, piece in enumerate(pieces):
+        if number % 2:
+            yield piece
+        else:
+            yield "".join(_trimmed(piece, number > 0, number < len(pieces) - 1))
 
 
 def _trimmed(text: str, after_mark: bool, before_mark: bool) -> Iterator[str]:

@@ -28,6 +28,7 @@ _PART_KEYS = {
     "text": _TEXT_KEYS,
     "input_text": _TEXT_KEYS,
     "output_text": _TEXT_KEYS,
+    "tool_call": _TEXT_KEYS,
     "image": _OF_IMAGE | {"image"},
     "image_url": _OF_IMAGE | {"image_url"},
     "input_image": _OF_IMAGE | {"image_url"},

@@ -1,5 +1,6 @@
 """The records of several sources as one list."""
 
+import copy
 import json
 from bisect import bisect_right
 from collections.abc import Sequence, Set
@@ -12,43 +13,81 @@ import numpy as np
 import numpy.typing as npt
 
 from mmtrain.config.data_section import Source
+from mmtrain.records.archives import is_archive, open_archive
 from mmtrain.records.chat import Conversation, SampleError
 from mmtrain.records.fields import map_fields
 from mmtrain.records.formats import read_record
 from mmtrain.records.pairs import Pair, read_pair
+from mmtrain.records.reasoning import without_reasoning
 from mmtrain.records.sources.open import open_records
 from mmtrain.records.sources.place import Place, RecordFile
+
+Counts = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class _OpenFile:
     records: RecordFile
-    root: Path
+    roots: tuple[Path, ...]
     spec: Source
     source: int
 
 
 class RecordSet:
-    """Random access to every record of several sources. A sample index counts them in the order of the config."""
+    """Random access to every record of several sources. A sample index counts them in the order of the config.
 
-    def __init__(self, sources: Sequence[Source], ignored: Set[str] = frozenset()) -> None:
-        """`ignored`: keys of records that need not be understood. Raises UserError where a source cannot be read."""
-        self._ignored = ignored
+    Each sample is a record, or one of the sequences that its conversation gives; see `sequences`.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], ignored: Set[str] = frozenset(), drops_reasoning: bool = False
+    ) -> None:
+        """`ignored`: keys of records that need not be understood. `drops_reasoning`: replies are read without it.
+
+        Raises UserError where a source cannot be read.
+        """
+        self._ignored, self._drops_reasoning = ignored, drops_reasoning
+        self._rows: tuple[Counts, Counts] | None = None
         self.num_sources = len(sources)
         self._files: list[_OpenFile] = []
         for number, source in enumerate(sources):
-            for records in open_records(source.path):
-                root = Path(source.root) if source.root is not None else records.path.parent
-                self._files.append(_OpenFile(records, root, source, number))
+            for records in open_records(source.path, source.split):
+                roots = tuple(map(Path, source.roots)) or (records.path.parent,)
+                self._files.append(_OpenFile(records, roots, source, number))
+        for path in self.archives:
+            open_archive(path)  # a broken one is found now
         self._ends = list(accumulate(len(file.records) for file in self._files))
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self._rows is None else len(self._rows[0])
+
+    def sequences(self, records: Counts, turns: Counts) -> "RecordSet":
+        """The same files with other samples: for each its record, and the turn that alone is trained on with what
+        precedes it, or -1 for all of the record."""
+        if np.array_equal(records, np.arange(self._ends[-1])) and (turns < 0).all():
+            return self
+        found = copy.copy(self)
+        found._rows = records, turns
+        return found
+
+    def record(self, index: int) -> int:
+        """The number of a sample's record."""
+        return index if self._rows is None else int(self._rows[0][index])
+
+    def turn(self, index: int) -> int | None:
+        """The turn that alone is trained on in a sample, None where it is all of its record."""
+        turn = -1 if self._rows is None else int(self._rows[1][index])
+        return None if turn < 0 else turn
 
     @property
-    def files(self) -> list[tuple[Path, Path, str]]:
-        """Each file of records, the folder of its images, and how its records are read, in order."""
-        return [(file.records.path, file.root, _reading(file.spec)) for file in self._files]
+    def files(self) -> list[tuple[Path, tuple[Path, ...], str]]:
+        """Each file of records, where its images are, and how its records are read, in order."""
+        return [(file.records.path, file.roots, _reading(file.spec)) for file in self._files]
+
+    @property
+    def archives(self) -> list[Path]:
+        """The archives that images are read from."""
+        return sorted({root for file in self._files for root in file.roots if is_archive(root)})
 
     def files_of(self, source: int) -> list[Path]:
         """The files of one source."""
@@ -61,21 +100,25 @@ class RecordSet:
     def sources_of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The source of each sample."""
         of_file = np.array([file.source for file in self._files])
-        return of_file[np.searchsorted(self._ends, indices, side="right")]
+        records = indices if self._rows is None else self._rows[0][indices]
+        return of_file[np.searchsorted(self._ends, records, side="right")]
 
     def place(self, index: int) -> Place:
         """The file and line of a sample."""
         file, local = self._find(index)
         return file.records.place(local)
 
-    def root(self, index: int) -> Path:
-        """The folder that a sample's image paths are relative to."""
-        return self._find(index)[0].root
+    def roots(self, index: int) -> tuple[Path, ...]:
+        """The folders and archives that a sample's image paths are relative to."""
+        return self._find(index)[0].roots
 
     def conversation(self, index: int) -> Conversation:
         """Raises SampleError where the record is not a conversation."""
         record, spec = self._record(index)
-        return read_record(record, spec.format, self._ignored, spec.image_mark)
+        found = read_record(record, spec.format, self._ignored, spec.image_mark)
+        found = without_reasoning(found) if self._drops_reasoning else found
+        turn = self.turn(index)
+        return found if turn is None else found.up_to(turn)
 
     def pair(self, index: int) -> Pair:
         """Raises SampleError where the record is not a pair."""
@@ -90,9 +133,10 @@ class RecordSet:
         return map_fields(file.records.record(local), file.spec.fields), file.spec
 
     def _find(self, index: int) -> tuple[_OpenFile, int]:
-        number = bisect_right(self._ends, index)
+        record = self.record(index)
+        number = bisect_right(self._ends, record)
         file = self._files[number]
-        return file, index - (self._ends[number] - len(file.records))
+        return file, record - (self._ends[number] - len(file.records))
 
 
 def _reading(spec: Source) -> str:

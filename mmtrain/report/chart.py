@@ -110,6 +110,19 @@ def bar_chart(title: str, x_label: str, edges: Sequence[int], counts: Sequence[i
     return Chart(title, x_label, x_ticks, y_ticks, bars=tuple(bars))
 
 
+def category_chart(title: str, x_label: str, labels: Sequence[str], counts: Sequence[int]) -> Chart:
+    """A bar for each label, all of the same width; of many labels some are written."""
+    y_ticks, y_scale = _linear_axis(0, max(counts), HEIGHT - _BOTTOM, _TOP)
+    width = (WIDTH - _RIGHT - _LEFT) / len(labels)
+    bars = []
+    for i, (name, count) in enumerate(zip(labels, counts, strict=True)):
+        x, y = round(_LEFT + i * width + 1, 1), y_scale(count)
+        bars += [Bar(x, y, max(round(width - 2, 1), 0.5), y_scale(0) - y, f"{name}: {count:,}")] if count else []
+    every = -(-len(labels) // 6)
+    ticks = [Tick(round(_LEFT + (i + 0.5) * width, 1), name) for i, name in enumerate(labels) if i % every == 0]
+    return Chart(title, x_label, tuple(ticks), y_ticks, bars=tuple(bars))
+
+
 def number(value: float) -> str:
     """A figure in few characters: 98,210 or 1.246 or 3.2e-05."""
     if value and abs(value) < 1e-3:

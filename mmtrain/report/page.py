@@ -2,16 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.report.chart import number
 from mmtrain.report.compare import differing_keys
+from mmtrain.report.environment import page_template
 from mmtrain.report.read import Row, RunRecord, read_run
 from mmtrain.report.run_charts import charts, length_chart
 from mmtrain.report.series import column, smoothed
@@ -19,40 +16,22 @@ from mmtrain.train.summary import duration, rows_of
 
 REPORT = "report.html"
 NUM_ANSWERS = 12
-NUM_COLORS = 6
-"""The page has so many colours; a seventh line has the first one again."""
 
 
 def write_report(runs: Sequence[Path], path: Path) -> None:
     """Write the page of `runs` to `path`. Raises UserError where one is no run, and OSError."""
     records = [read_run(run) for run in runs]
-    page = (
-        _environment()
-        .from_string(_resource("page.html"))
-        .render(
-            style=Markup(_resource("page.css")),
-            runs=records,
-            tiles=[_tiles(run) for run in records],
-            charts=charts(records),
-            differing=differing_keys([run.config for run in records]),
-            answers=_answers(records[0]) if len(records) == 1 else [],
-            length_chart=length_chart,
-        )
+    page = page_template(__package__).render(
+        runs=records,
+        tiles=[_tiles(run) for run in records],
+        charts=charts(records),
+        differing=differing_keys([run.config for run in records]),
+        answers=_answers(records[0]) if len(records) == 1 else [],
+        length_chart=length_chart,
     )
     with temporary_path(path) as made:
         made.write_text(page, encoding="utf-8", newline="\n")
         move_into_place(path, made, durable=False)
-
-
-def _environment() -> Environment:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "count": "{:,}".format, "duration": duration}
-    environment.globals |= {"num_colors": NUM_COLORS}
-    return environment
-
-
-def _resource(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str]]:

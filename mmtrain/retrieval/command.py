@@ -11,8 +11,8 @@ from rich.console import Console
 
 from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
+from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.load import load_embedder
-from mmtrain.contrastive.towers import Towers
 from mmtrain.errors import StorageError, UserError
 from mmtrain.generate.target import find_adapter, find_model
 from mmtrain.model.adapter import load_adapter, read_adapter
@@ -64,19 +64,18 @@ def retrieval_figures(config: Config, options: Options) -> tuple[dict[str, Any],
     if runtime.num_processes > 1:
         raise UserError("eval retrieval: it runs in one process: start it without a launcher")
     progress = Progress(runtime.activity.tick)
-    embedder = _loaded(config, options.adapter, runtime)
+    embedder = loaded_embedder(config, options.adapter, runtime, progress)
     evaluation = RetrievalEvaluation(config, sources, embedder, progress, classes)
     own = evaluation.embed(embedder)
     if options.compare is None:
         return evaluation.figures(own), evaluation
-    base, without = _base(config, embedder, runtime)
+    base, without = _base(config, embedder, runtime, progress)
     with without:
         return evaluation.figures(own, evaluation.embed(base)), evaluation
 
 
 def _check(config: Config, options: Options, sources: list[EvalSource]) -> None:
-    if config.objective.kind != "contrastive":
-        raise UserError("eval retrieval: set objective.kind to contrastive, or use eval perplexity")
+    config.objective.check_command("eval retrieval", "contrastive", "eval answers or eval perplexity")
     if not sources:
         raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")
     if options.compare is not None and options.adapter is None:
@@ -87,24 +86,26 @@ def _check(config: Config, options: Options, sources: list[EvalSource]) -> None:
         raise UserError(f"--html {shown(options.html)}: there is no such folder: create it first")
 
 
-def _loaded(config: Config, path: Path | None, runtime: Runtime) -> Towers:
+def loaded_embedder(config: Config, path: Path | None, runtime: Runtime, progress: Progress) -> Embedder:
     """The base model, an adapter on it, or the model that a run saved."""
     if path is None:
-        return load_embedder(config, runtime)
+        return load_embedder(config, runtime, progress)
     adapter, model = find_adapter(path), find_model(path)
     if adapter is None and model is None:
         raise UserError(f"--adapter {visible(str(path))}: expected the directory of an adapter or of a finished run")
     if adapter is None:
         settings = config.model.model_copy(update={"path": str(model), "quantization": None})
-        return load_embedder(config.model_copy(update={"model": settings}), runtime)
-    embedder = load_embedder(config, runtime)
+        return load_embedder(config.model_copy(update={"model": settings}), runtime, progress)
+    embedder = load_embedder(config, runtime, progress)
     embedder.model = load_adapter(embedder.model, read_adapter(adapter))
     embedder.model.to(runtime.device)
     return embedder
 
 
-def _base(config: Config, embedder: Towers, runtime: Runtime) -> tuple[Towers, AbstractContextManager[Any]]:
+def _base(
+    config: Config, embedder: Embedder, runtime: Runtime, progress: Progress
+) -> tuple[Embedder, AbstractContextManager[Any]]:
     """The base model, and the context in which it is that."""
     if isinstance(embedder.model, PeftModel):
         return embedder, embedder.model.disable_adapter()
-    return load_embedder(config, runtime), nullcontext()
+    return load_embedder(config, runtime, progress), nullcontext()

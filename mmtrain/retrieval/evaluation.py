@@ -72,12 +72,16 @@ class RetrievalEvaluation:
     def embed(self, embedder: Embedder) -> Embeddings:
         """Raises UserError where an image no longer decodes."""
         try:
-            of_items = embed_all(embedder, self.samples.items, self._max_tokens, self._progress)
-            of_texts = embed_all(embedder, self._class_items, self._max_tokens) if self._class_items else None
+            of_items = embed_all(embedder, self.samples.items, self.samples.loaded, self._max_tokens, self._progress)
+            of_texts = None if self._classes is None else self._embed_classes(embedder)
         except SampleError as error:
             raise UserError(f"eval retrieval: {error}") from None
         classes = None if of_texts is None or self._classes is None else self._classes.embeddings(of_texts)
         return Embeddings(of_items, classes)
+
+    def _embed_classes(self, embedder: Embedder) -> torch.Tensor:
+        items = self._class_items
+        return embed_all(embedder, items, lambda at: [items[position] for position in at], self._max_tokens)
 
     def figures(self, own: Embeddings, base: Embeddings | None = None) -> dict[str, Any]:
         """Every figure of the report."""

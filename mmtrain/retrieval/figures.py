@@ -10,7 +10,7 @@ import torch
 from mmtrain.contrastive.embedder import EncodedItem
 from mmtrain.contrastive.relation import Numbers, Relation
 from mmtrain.retrieval.item_content import ItemContent
-from mmtrain.retrieval.metrics import means, metrics_of
+from mmtrain.retrieval.metrics import chance, means, metrics_of
 from mmtrain.retrieval.ranking import Pairs, Ranking, rank_positives
 from mmtrain.scoring.scores import Floats
 
@@ -26,6 +26,17 @@ class Direction:
     candidates: Numbers
     positives: Pairs
     excluded: Pairs
+    """The positives, and the pairs that are neither right nor wrong."""
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """The metrics of candidates in random order."""
+        num_positives, num_left_out = (
+            np.bincount(pairs[:, 0], minlength=len(self.queries)) for pairs in (self.positives, self.excluded)
+        )
+        is_ranked = num_positives > 0
+        num_candidates = len(self.candidates) - (num_left_out - num_positives)
+        return chance(num_positives[is_ranked], num_candidates[is_ranked])
 
     def ranking(self, embeddings: torch.Tensor) -> Ranking:
         """`embeddings` (num_items, dim): a unit vector for each item."""
@@ -55,7 +66,7 @@ def _names(items: Sequence[EncodedItem], relation: Relation) -> tuple[str, str]:
 def figures(
     content: ItemContent, ways: tuple[Direction, ...], embeddings: torch.Tensor, base: torch.Tensor | None = None
 ) -> dict[str, Any]:
-    """By direction: the means of the metrics, their intervals, and the most confused pairs.
+    """By direction: the means of the metrics, their intervals, those of a random order, and the most confused pairs.
 
     `embeddings` (num_items, dim): a unit vector for each item; `base`: those of the base model. With them each
     direction also has the metrics of `base`, and of the paired differences `minus_base`.
@@ -69,6 +80,7 @@ def _direction(
     ranking = way.ranking(embeddings)
     values = metrics_of(ranking)
     row = means(values) | {
+        "chance": way.chance,
         "num_queries": len(values["mrr"]),
         "num_candidates": len(way.candidates),
         "most_confused": list(_confused(content, way, ranking)),

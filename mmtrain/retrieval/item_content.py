@@ -32,7 +32,8 @@ class ItemContent:
         return self.samples.records.pair(sample).items[position]
 
     def images(self, number: int) -> tuple[FoundImage, ...]:
-        return tuple(span.image for span in self.samples.items[number].encoded.images)
+        """Raises SampleError where the record can no longer be read."""
+        return tuple(span.image for span in self.samples.loaded([number])[0].encoded.images)
 
     def row(self, number: int) -> dict[str, Any]:
         """The item as plain data."""

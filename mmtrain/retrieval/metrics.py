@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from mmtrain.retrieval.ranking import Ranking
-from mmtrain.scoring.scores import Floats
+from mmtrain.scoring.scores import Floats, Ints
 from mmtrain.scoring.statistics import mean_by_sample
 
 RECALLS = (1, 5, 10)
 _DEPTH = 10
+NAMES = (*(f"recall@{k}" for k in RECALLS), "mrr", f"ndcg@{_DEPTH}")
 
 
 def metrics_of(ranking: Ranking) -> dict[str, Floats]:
@@ -32,6 +33,28 @@ def metrics_of(ranking: Ranking) -> dict[str, Floats]:
         "mrr": 1 / first,
         "ndcg@10": np.add.reduceat(gains, starts) / np.add.reduceat(ideal, starts),
     }
+
+
+def chance(num_positives: Ints, num_candidates: Ints) -> dict[str, float]:
+    """The metrics that a random order of the candidates gives on average; both arrays are (num_ranked,).
+
+    With P positives among N candidates, the first k hold none with the probability C(N-P, k) / C(N, k), and each
+    place holds one with P / N.
+    """
+    kinds, counts = np.unique(np.stack([num_positives, num_candidates], axis=1), axis=0, return_counts=True)
+    expected = np.array([_expected(int(p), int(n)) for p, n in kinds])
+    return dict(zip(NAMES, np.average(expected, axis=0, weights=counts).tolist(), strict=True))
+
+
+def _expected(num_positives: int, num_candidates: int) -> list[float]:
+    """In the order of `NAMES`."""
+    place = np.arange(1, num_candidates - num_positives + 2)  # the first positive can be at any of these
+    left = num_candidates - place + 1
+    none_before = np.cumprod([1.0, *((left - num_positives) / left)])  # (places + 1,) no positive up to there
+    recalls = [1 - none_before[min(k, len(place))] for k in RECALLS]
+    discounts = 1 / np.log2(1 + np.arange(1, _DEPTH + 1))
+    gain = num_positives / num_candidates * discounts[:num_candidates].sum()
+    return [*recalls, float((-np.diff(none_before) / place).sum()), gain / discounts[:num_positives].sum()]
 
 
 def means(values: Mapping[str, Floats]) -> dict[str, Any]:

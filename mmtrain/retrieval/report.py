@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmtrain.retrieval.metrics import NAMES
 from mmtrain.safe_text import shortened, visible
 
-METRICS = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
 DIRECTIONS = {
     "image_to_text": "Texts for an image",
     "text_to_image": "Images for a text",
@@ -49,10 +49,11 @@ def counts(found: Mapping[str, Any]) -> str:
 
 
 def rows_of(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """A metric, its mean, its interval, and where the base model is compared its mean and the difference."""
-    for metric in METRICS:
+    """A metric, its mean, its interval, the mean of a random order, and where there is a base model, its mean and the
+    difference."""
+    for metric in NAMES:
         low, high = found["interval"][metric]
-        cells = [metric, f"{found[metric]:.1%}", f"{low:.1%} to {high:.1%}"]
+        cells = [metric, f"{found[metric]:.1%}", f"{low:.1%} to {high:.1%}", f"{found['chance'][metric]:.1%}"]
         if "base" in found:
             low, high = found["minus_base"]["interval"][metric]
             points = f"{100 * found['minus_base'][metric]:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
@@ -63,7 +64,7 @@ def rows_of(found: Mapping[str, Any]) -> Iterator[list[str]]:
 def _print_directions(row: Mapping[str, Any], console: Console) -> None:
     for key, found in directions_of(row).items():
         _say(f"{DIRECTIONS[key]}: {counts(found)}", console)
-        table = _table("", "mean", "95 %", *(("base", "points more (95 %)") if "base" in found else ()))
+        table = _table("", "mean", "95 %", "chance", *(("base", "points more (95 %)") if "base" in found else ()))
         for cells in rows_of(found):
             table.add_row(*cells)
         console.print(table)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 import torch.utils.deterministic
 
@@ -147,3 +148,10 @@ def _peak() -> str:
         return ""
     peak, (_, total) = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()
     return f" at {peak / 2**30:,.1f} of {total / 2**30:,.1f} GiB"
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes: on a GPU the most that was allocated so far, elsewhere the memory of this process now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",  # huggingface_hub, and through it transformers and peft, then refuses every request
@@ -27,3 +28,16 @@ def set_environment() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     # peft imports bitsandbytes where it is installed, which then asks for a package of kernels that training cannot use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def keep_trackers_in(folder: Path) -> None:
+    """Have the experiment trackers write into `folder` and nowhere else. To be called before they are imported."""
+    os.environ |= {
+        "TRACKIO_DIR": str(folder / "trackio"),
+        "WANDB_DIR": str(folder),
+        "WANDB_MODE": "offline",
+        "WANDB_ERROR_REPORTING": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):  # where to send figures
+        os.environ.pop(name, None)

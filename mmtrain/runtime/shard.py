@@ -101,7 +101,7 @@ class Filled:
         if index != FILLER:
             return self._samples.encoded(index)
         sample = self._samples.encoded(self._filler)
-        return replace(sample, supervised=np.zeros_like(sample.supervised))
+        return replace(sample, supervised=np.zeros_like(sample.supervised), weights=())
 
     def place(self, index: int) -> Place:
         return self._samples.place(self._filler if index == FILLER else index)

@@ -54,7 +54,7 @@ class ChangedImages:
     def _images_of(self, index: int) -> list[FoundImage]:
         """The images of a sample, found and measured."""
         records = self._samples.records
-        return [find_image(image, records.root(index)) for image in records.conversation(index).images]
+        return [find_image(image, records.roots(index)) for image in records.conversation(index).images]
 
 
 def _donors(samples: StoredSamples, indices: Indices, seed: int) -> dict[int, list[int]]:
@@ -87,12 +87,11 @@ def _names(conversation: Conversation) -> list[object]:
 
 
 def _without_images(conversation: Conversation) -> Conversation:
-    return Conversation(
-        tuple(
-            replace(message, parts=tuple(part for part in message.parts if not isinstance(part, Image)))
-            for message in conversation.messages
-        )
+    messages = (
+        replace(message, parts=tuple(part for part in message.parts if not isinstance(part, Image)))
+        for message in conversation.messages
     )
+    return replace(conversation, messages=tuple(messages))
 
 
 def _grey(image: FoundImage) -> FoundImage:

@@ -11,7 +11,7 @@ import transformers
 from mmtrain import __version__
 from mmtrain.config import Config
 from mmtrain.config.tune_section import Frozen
-from mmtrain.dataset.hashes import cache_folder, model_fingerprints
+from mmtrain.dataset.hashes import model_fingerprints
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.image_cache.features import ImageFeatures, find_fields
 from mmtrain.model.image_cache.files import FeatureFolder
@@ -21,6 +21,7 @@ from mmtrain.model.planned_device import kind_of
 from mmtrain.model.vision import VisionInputs
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
+from mmtrain.user_cache import cache_folder
 
 GIB = 2**30
 

@@ -36,14 +36,17 @@ class Scorer:
         self._lengths = lengths
         self._inputs: Samples = changed if changed is not None else samples
         rows: list[tuple[int, int, int, bool, int]] = []
+        weights: list[float] = []
         self._first: dict[int, int] = {}
         for index in indices.tolist():
             conversation = samples.records.conversation(index)
             self._first[index] = len(rows)
             for answer, turn in enumerate(encoder.trained_turns(conversation.messages), start=1):
                 size = len(conversation.messages[turn].text.encode())
+                weights.append(conversation.messages[turn].weight)
                 rows.append((index, samples.records.source(index), answer, bool(conversation.images), size))
         self._rows = np.array(rows, np.int64).reshape(-1, 5)
+        self._weights = np.array(weights, np.float64)
 
     def score(
         self, loaded: LoadedModel, microbatch_tokens: int, progress: Progress, filled: Filled | None = None
@@ -62,7 +65,9 @@ class Scorer:
             return None
         sample, source, answer, has_image, num_bytes = self._rows.T
         counts = sums.round().astype(np.int64)
-        return Scores(sample, source, answer, has_image > 0, sums[:, 0], counts[:, 1], counts[:, 2], num_bytes)
+        return Scores(
+            sample, source, answer, has_image > 0, sums[:, 0], counts[:, 1], counts[:, 2], num_bytes, self._weights
+        )
 
     @property
     def sample(self) -> Ints:

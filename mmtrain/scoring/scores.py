@@ -29,6 +29,8 @@ class Scores:
     """Of these, how many were the most likely."""
     num_bytes: Ints
     """Bytes of the answer's text in UTF-8."""
+    weight: Floats
+    """What each of the answer's tokens counts in the loss."""
 
     def of(self, indices: Ints) -> "Scores":
         """The rows of the samples `indices` alone."""

@@ -39,7 +39,8 @@ Groups = dict[str, dict[str, float]]
 def summary(scores: Scores) -> dict[str, Any]:
     """The figures of a whole set. All sums are over supervised tokens, or over the answers that have some.
 
-    - `nll`: sum of nll / sum of tokens, nats per token. `perplexity`: exp(nll) (Jelinek and others, 1977).
+    - `nll`: sum of nll / sum of tokens, nats per token. `perplexity`: exp(nll) (Jelinek and others, 1977). Here and in
+      all that is per token, a token of an answer with a weight counts as much as its weight, as in training.
     - `sample_nll`: the mean over samples of each sample's own sum of nll / its tokens, nats per token.
     - `token_accuracy`: the share of the tokens that were the most likely.
     - `bits_per_byte`: sum of nll / ln 2 / bytes of the answers in UTF-8, the same measure for every tokenizer
@@ -48,7 +49,7 @@ def summary(scores: Scores) -> dict[str, Any]:
       the other one. One sample alone has no spread: its interval is the value itself.
     """
     scores = _supervised(scores)
-    samples = _per_sample(scores, scores.nll, scores.num_supervised)
+    samples = _per_sample(scores, *_weighted(scores))
     num_bytes = int(scores.num_bytes.sum())
     figures = _figures(scores)
     nll, tokens = _resampled(samples).T
@@ -56,7 +57,7 @@ def summary(scores: Scores) -> dict[str, Any]:
     return {
         **figures,
         "sample_nll": float((samples[:, 0] / samples[:, 1]).mean()),
-        "bits_per_byte": float(samples[:, 0].sum()) / math.log(2) / num_bytes if num_bytes else None,
+        "bits_per_byte": _sum_of(scores, scores.nll) / math.log(2) / num_bytes if num_bytes else None,
         "interval": {"perplexity": [_perplexity(low), _perplexity(high)], "nll": [low, high]},
     }
 
@@ -93,7 +94,7 @@ def extremes(scores: Scores, num: int = 10) -> tuple[list[tuple[int, float]], li
     Each is the sample's index and its mean nll in nats per token; of equal ones the earlier sample comes first.
     """
     scores = _supervised(scores)
-    nll, tokens = _per_sample(scores, scores.nll, scores.num_supervised).T
+    nll, tokens = _per_sample(scores, *_weighted(scores)).T
     means, numbers = nll / tokens, np.unique(scores.sample)
 
     def first(order: npt.NDArray[np.intp]) -> list[tuple[int, float]]:
@@ -116,7 +117,8 @@ def difference(a: Scores, b: Scores) -> dict[str, Any]:
     a, b = _supervised(a), _supervised(b)
     if not all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("sample", "answer", "num_supervised")):
         raise ValueError("the two scores are not of the same answers with the same supervised tokens")
-    samples = _per_sample(a, b.nll - a.nll, a.nll, a.num_supervised)
+    (nll_of_a, num_tokens), (nll_of_b, _) = _weighted(a), _weighted(b)
+    samples = _per_sample(a, nll_of_b - nll_of_a, nll_of_a, num_tokens)
     more, nll, tokens = samples.sum(axis=0).tolist()
     drawn_more, drawn_nll, drawn_tokens = _resampled(samples).T
     return {
@@ -124,7 +126,7 @@ def difference(a: Scores, b: Scores) -> dict[str, Any]:
         "interval": list(_interval(drawn_more / drawn_tokens)),
         "share": more / nll if nll > 0 else None,
         "share_interval": list(_interval(drawn_more / drawn_nll)) if (drawn_nll > 0).all() else None,
-        "nll": float(b.nll.sum()) / tokens,
+        "nll": float(nll_of_b.sum()) / tokens,
         "num_samples": len(samples),
     }
 
@@ -180,10 +182,20 @@ def _per_sample(scores: Scores, *columns: Floats | Ints) -> Floats:
     return np.stack([np.add.reduceat(column.astype(np.float64), starts) for column in columns], axis=1)
 
 
+def _weighted(scores: Scores) -> tuple[Floats, Floats]:
+    """The nll and the number of tokens of each answer, times its weight."""
+    return scores.nll * scores.weight, scores.num_supervised * scores.weight
+
+
+def _sum_of(scores: Scores, column: Floats) -> float:
+    return float(_per_sample(scores, column).sum())
+
+
 def _figures(scores: Scores) -> dict[str, float]:
-    """`nll` in nats per token, `token_accuracy` a share, the rest as in `summary`."""
+    """`nll` in nats per token, `token_accuracy` a share of the tokens, the rest as in `summary`."""
     tokens = int(scores.num_supervised.sum())
-    nll = float(_per_sample(scores, scores.nll).sum()) / tokens
+    weighted_nll, weighted_tokens = _weighted(scores)
+    nll = _sum_of(scores, weighted_nll) / float(weighted_tokens.sum())
     return {
         "nll": nll,
         "perplexity": _perplexity(nll),

@@ -9,12 +9,12 @@ from mmtrain.config import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
+from mmtrain.train.chat_evaluations import make_evaluations
 from mmtrain.train.checkpointing import decided_learner
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.evaluations import Evaluations
+from mmtrain.train.evaluations import Evaluation
 from mmtrain.train.export import export
 from mmtrain.train.facts import write_facts
-from mmtrain.train.metrics import MetricsFile
 from mmtrain.train.report import start_report
 from mmtrain.train.step import Learner
 from mmtrain.train.step_cuts import StepCuts
@@ -25,7 +25,7 @@ class ChatObjective:
 
     def __init__(self, config: Config, runtime: Runtime, progress: Progress) -> None:
         self._config, self._runtime, self._progress = config, runtime, progress
-        self._processor = load_processor(config.model.path)
+        self._processor = load_processor(config.model.path, config.model.chat_template)
         self.data = Dataset(config, self._processor, progress)
 
     @cached_property
@@ -41,11 +41,11 @@ class ChatObjective:
     def steps(self) -> StepCuts:
         return StepCuts(self.data, self._learner, self._config.run)
 
-    def evaluations(self, metrics: MetricsFile) -> Evaluations:
-        return Evaluations(self._config, self.data, self._learner, metrics, self._progress)
+    def evaluations(self) -> list[Evaluation]:
+        return make_evaluations(self._config, self.data, self._learner, self._progress)
 
     def report(self) -> Iterator[str | Table]:
         return start_report(self._config, self.data, self._learner)
 
-    def export(self) -> str:
-        return export(self._learner, self._config, self.data)
+    def export(self, name: str | None = None, step: int | None = None) -> str:
+        return export(self._learner, self._config, self.data, name, step)

@@ -68,9 +68,10 @@ def checkpoint_bytes(model: Any) -> int:
 class CheckpointFolder:
     """The checkpoints of one run: `step-000050` and so on under `folder`."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, keeps_best: bool = False) -> None:
+        """`keep`: how many of the newest are kept; `keeps_best`: the best one besides."""
         self._folder = folder
-        self._keep = keep
+        self._keep, self._keeps_best = keep, keeps_best
 
     def check_room(self, size: int) -> None:
         """Raises StorageError where the checkpoints still to come, of `size` bytes each, will not fit."""
@@ -78,16 +79,17 @@ class CheckpointFolder:
             self._folder.mkdir(parents=True, exist_ok=True)
         self.sweep()
         used = sum(file.stat().st_size for path in self._all() for file in path.rglob("*"))
-        needed = (self._keep + 1) * size - used
+        num_kept = self._keep + self._keeps_best
+        needed = (num_kept + 1) * size - used
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             raise StorageError(
-                f"{self._folder}: {self._keep} checkpoints and one in the making need {needed / 1e6:,.1f} MB more, "
+                f"{self._folder}: {num_kept} checkpoints and one in the making need {needed / 1e6:,.1f} MB more, "
                 f"{free / 1e6:,.1f} MB are free: make room or take another run.output_dir"
             )
 
-    def save(self, step: int, content: Snapshot, state: dict[str, Any]) -> Path:
-        """Write a checkpoint after `step`, read it back, then delete all but the newest `keep`.
+    def save(self, step: int, content: Snapshot, state: dict[str, Any], best: int | None = None) -> Path:
+        """Write a checkpoint after `step`, read it back, then delete all but the newest `keep` and that of step `best`.
 
         Raises StorageError, with the checkpoints before untouched, where it cannot be written.
         """
@@ -109,15 +111,16 @@ class CheckpointFolder:
         if fault is not None:
             raise StorageError(f"{target}: read back, {fault}: the disk did not keep what was written")
         with storage_faults(f"{self._folder}: {target.name} is saved, an older one cannot be deleted"):
-            self._prune(step)
+            self._prune(step, best)
         return target
 
-    def _prune(self, step: int) -> None:
-        """Delete all but the newest `keep` up to `step`, and those after it: they are damaged, and the run was resumed
-        from an earlier one."""
+    def _prune(self, step: int, best: int | None) -> None:
+        """Delete all but the newest `keep` up to `step` and the best, and those after `step`: they are damaged, and the
+        run was resumed from an earlier one."""
         own = [path for path in self._all() if _step_of(path) <= step]
-        for old in [*(path for path in self._all() if _step_of(path) > step), *own[self._keep :]]:
-            self._remove(old)
+        old = [path for path in own[self._keep :] if _step_of(path) != best]
+        for path in [*(path for path in self._all() if _step_of(path) > step), *old]:
+            self._remove(path)
 
     def _needs(self, target: Path, size: int) -> str:
         there = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
@@ -138,6 +141,18 @@ class CheckpointFolder:
         if broken:
             raise NoCheckpointError([*broken, f"{self._folder}: no checkpoint is intact; --fresh starts the run over"])
         return None, []
+
+    def steps(self) -> tuple[int, ...]:
+        """The steps that have a checkpoint, intact or not."""
+        return tuple(_step_of(path) for path in self._all())
+
+    def at(self, step: int) -> Path:
+        """The checkpoint after `step`. Raises NoCheckpointError where it is not intact."""
+        path = self._folder / f"step-{step:06d}"
+        fault = _fault(path)
+        if fault is not None:
+            raise NoCheckpointError(f"{path}: {fault}")
+        return path
 
     def _all(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"), key=_step_of, reverse=True)

@@ -20,6 +20,8 @@ class Checkpointer:
         self._saved = 0
         self.complete = 0
         """The last step that is complete: the weights are those after it until the next one is."""
+        self.best: int | None = None
+        """The step of the best checkpoint, which is kept besides the newest."""
         if learner.runtime.is_main:
             checkpoints.check_room(checkpoint_bytes(learner.model))
 
@@ -28,6 +30,10 @@ class Checkpointer:
         if resume.checkpoint is not None:
             restore(resume.checkpoint, self._learner.model, self._learner.optimizer, share)
         self._saved = self.complete = resume.step
+
+    def restore_after(self, step: int) -> None:
+        """Put the weights of an earlier step into the model. Raises NoCheckpointError where they are not intact."""
+        restore(self._checkpoints.at(step), self._learner.model, self._learner.optimizer, share)
 
     def save(self, step: int) -> int | None:
         """Write a checkpoint after `step`; gives the signal that asked to stop meanwhile."""
@@ -61,5 +67,5 @@ class Checkpointer:
         if runtime.is_main or learner.sharded:
             weights = snapshot(learner.model, learner.optimizer, whole, self._progress.tick)
             if runtime.is_main:
-                self._checkpoints.save(step, weights, self._state.at(step))
+                self._checkpoints.save(step, weights, self._state.at(step), self.best)
         self._saved = step

@@ -3,34 +3,24 @@
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmtrain.config import Config
-from mmtrain.config.data_section import EvalSource
 from mmtrain.config.schema import Train
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Indices, Plan
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.selection import SelectedSources
 from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, check_samples
-from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
-from mmtrain.scoring.scorer import Scorer
-
-
-@dataclass(frozen=True, slots=True)
-class EvalSet:
-    """One source of `data.eval`, checked and ready to be scored."""
-
-    name: str
-    samples: StoredSamples
-    checked: CheckedSamples
-    scorer: Scorer
+from mmtrain.train.eval_sets import eval_sources, make_eval_sets
+from mmtrain.train.watched import check_watched
 
 
 class Dataset:
@@ -52,7 +42,8 @@ class Dataset:
         check = functools.partial(check_samples, processor=processor, limit=limit, policy=FaultPolicy.of(config.data))
         (self.train, self.checked), *found = _check_all(config, selected, check, progress)
         self.encoder = EncodingSpec.of(config, config.data.train).encoder(processor)
-        self.eval = [_eval_set(name, self.encoder, *one) for name, one in zip(sources, found, strict=True)]
+        self.eval = make_eval_sets(config, self.encoder, found)
+        check_watched(config, self.eval)
         self.plan = Plan.of(config, self.train.records, self.checked.used)
         self.num_steps = num_steps(config.train, self.plan)
 
@@ -60,8 +51,12 @@ class Dataset:
         """What was read, in one line, and what was dropped."""
         used = self.checked.used
         tokens, supervised = self.checked.num_tokens.sum(), self.checked.num_supervised.sum()
+        num_records = len(np.unique(self.train.store.records[used]))
+        samples = f"{len(used):,} samples"
+        if num_records < len(used):
+            samples = f"{num_records:,} conversations gave {len(used):,} sequences"
         line = (
-            f"{len(used):,} samples, {self.checked.num_images:,} images, {tokens:,} tokens "
+            f"{samples}, {self.checked.num_images:,} images, {tokens:,} tokens "
             f"({supervised / tokens:.1%} trained on); {self.num_steps:,} steps, {self.plan.steps_per_epoch:,} an epoch"
         )
         return line + "".join(f"; {more}" for more in (self._left_out(), self._not_chosen()) if more)
@@ -102,20 +97,19 @@ class Dataset:
         return self.checked.image_files
 
     @property
+    def eval_files(self) -> list[tuple[list[Path], list[Path]]]:
+        """For each evaluation set its files of records, and its image files."""
+        records = [one.samples.records for one in self.eval]
+        files = [[file for i in range(own.num_sources) for file in own.files_of(i)] for own in records]
+        return [(found, sorted(one.checked.image_files)) for found, one in zip(files, self.eval, strict=True)]
+
+    @property
     def template(self) -> str:
         return self.encoder.processor.template.source
 
     @property
     def _all_checked(self) -> list[CheckedSamples]:
         return [self.checked, *(one.checked for one in self.eval)]
-
-
-def eval_sources(config: Config) -> dict[str, EvalSource]:
-    """By name. Raises UserError where two have the same."""
-    found = {source.title: source for source in config.data.eval}
-    if len(found) < len(config.data.eval):
-        raise UserError("data.eval: two sources have the same name: give each its own `name`")
-    return found
 
 
 def _check_all(
@@ -135,11 +129,6 @@ def _check_all(
     if faults:
         raise UserError(faults)
     return found
-
-
-def _eval_set(name: str, encoder: Encoder, samples: StoredSamples, checked: CheckedSamples) -> EvalSet:
-    scorer = Scorer(samples, encoder, checked.used, checked.num_tokens[checked.used].tolist())
-    return EvalSet(name, samples, checked, scorer)
 
 
 def num_steps(settings: Train, plan: Plan) -> int:

@@ -1,50 +1,81 @@
-"""Scores the evaluation sets during a run."""
+"""What is evaluated during a run, and when."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from mmtrain.config import Config
 from mmtrain.progress import Progress
-from mmtrain.runtime.shard import Filled
-from mmtrain.scoring.statistics import summary
-from mmtrain.train.dataset import Dataset, EvalSet
+from mmtrain.runtime.processes import Runtime
+from mmtrain.safe_text import visible
 from mmtrain.train.metrics import MetricsFile
-from mmtrain.train.step import Learner
+from mmtrain.train.watched import History
+
+
+class Evaluation(Protocol):
+    """What is evaluated on one set, again and again."""
+
+    kind: str
+    """The key of its rows of metrics.jsonl, whose value is the name of the set."""
+    name: str
+    every: int
+    """Steps between two of them."""
+
+    def row(self, step: int) -> dict[str, Any] | None:
+        """The figures after `step`; None where a signal asked to stop meanwhile."""
+
+    def line(self, row: dict[str, Any]) -> str:
+        """What is printed of them."""
 
 
 class Evaluations:
-    """The evaluation sets of a run, scored every `run.eval_every` steps and after the last."""
+    """The evaluations of a run, each before the first step, every so many steps and after the last."""
 
     def __init__(
-        self, config: Config, dataset: Dataset, learner: Learner, metrics: MetricsFile, progress: Progress
+        self,
+        each: Sequence[Evaluation],
+        history: History,
+        config: Config,
+        num_steps: int,
+        runtime: Runtime,
+        metrics: MetricsFile,
+        progress: Progress,
     ) -> None:
-        self._settings, self._dataset, self._learner = config.run, dataset, learner
+        """`history`: those up to the step that the run resumes from."""
+        self._each, self._num_steps, self._runtime = each, num_steps, runtime
         self._metrics, self._progress = metrics, progress
+        self._history, self._stopping = history, config.train.early_stopping
 
-    def run(self, step: int, done: Sequence[str] = ()) -> int | None:
-        """Score all sets but those `done` after `step`, if that is due; gives the signal that asked to stop meanwhile.
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run ends early, because it no longer improves."""
+        stopping = self._stopping
+        return stopping is not None and self._history.has_stopped_improving(stopping.metric, stopping.patience)
 
-        A set that was interrupted is scored again when the run is resumed.
+    def run(self, step: int) -> int | None:
+        """All that are due after `step` and not in the history; gives the signal that asked to stop meanwhile.
+
+        Where the run ends early, all others follow. An evaluation that was interrupted is repeated when the run is
+        resumed.
         """
-        if step % self._settings.eval_every and step != self._dataset.num_steps:
-            return None
-        runtime = self._learner.runtime
-        runtime.activity.set("evaluating", step)
-        for eval_set in self._dataset.eval:
-            if eval_set.name in done:
-                continue
-            filled = Filled(eval_set.samples, eval_set.checked) if self._learner.sharded else None
-            scores = eval_set.scorer.score(self._learner, self._settings.microbatch_tokens, self._progress, filled)
-            if scores is None:
-                return runtime.agree(torch.zeros(0, dtype=torch.float64))[1]
-            self._report(step, eval_set, summary(scores))
-        return None
+        stop_signal = self._run(step, [one for one in self._each if step % one.every == 0 or step == self._num_steps])
+        if stop_signal is None and self.has_ended:
+            return self._run(step, self._each)
+        return stop_signal
 
-    def _report(self, step: int, eval_set: EvalSet, figures: dict[str, Any]) -> None:
-        self._metrics.write({"step": step, "eval": eval_set.name, **figures})
-        self._progress.say(
-            f"step {step}  eval {eval_set.name}: perplexity {figures['perplexity']:.4f}, "
-            f"token accuracy {figures['token_accuracy']:.1%}"
-        )
+    def _run(self, step: int, due: Sequence[Evaluation]) -> int | None:
+        runtime = self._runtime
+        done = self._history.after(step)
+        for one in due:
+            if any(row.get(one.kind) == one.name for row in done):
+                continue
+            runtime.activity.set("evaluating", step)
+            figures = one.row(step)
+            if figures is None:
+                return runtime.agree(torch.zeros(0, dtype=torch.float64))[1]
+            row = {"step": step, one.kind: one.name, **figures}
+            self._metrics.write(row)
+            self._history.add(row)
+            self._progress.say(f"step {step}  {one.kind} {visible(one.name)}: {one.line(figures)}")
+        return runtime.agree(torch.zeros(0, dtype=torch.float64))[1] if due else None

@@ -3,7 +3,6 @@
 What was saved is loaded back and must give the same logits.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.config import Config
 from mmtrain.dataset.batch import Batch, Loader
-from mmtrain.encoding.directory import model_directory, processor_files
+from mmtrain.encoding.directory import copy_processor, model_directory
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
@@ -32,8 +31,9 @@ MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 3e-2}
 themselves; in bfloat16 peft rounds components trained in full to the base model's type as it loads them."""
 
 
-def export(learner: Learner, config: Config, dataset: Dataset) -> str:
-    """Write `adapter/` (or `model/` where nothing is LoRA) and load it back. Gives a line that says what was found.
+def export(learner: Learner, config: Config, dataset: Dataset, name: str | None = None, step: int | None = None) -> str:
+    """Write the folder `name`, by default `adapter/` (or `model/` where nothing is LoRA), and load it back. Gives a
+    line that says what was found. `step`: after which the weights are these; None: the last.
 
     The logits are compared on the first sample. Where weights are sharded all processes must call this, and the first
     one writes.
@@ -41,7 +41,7 @@ def export(learner: Learner, config: Config, dataset: Dataset) -> str:
     """
     model, runtime = learner.model, learner.runtime
     is_adapter = isinstance(model, PeftModel)
-    target = Path(config.run.output_dir) / ("adapter" if is_adapter else "model")
+    target = Path(config.run.output_dir) / (name or ("adapter" if is_adapter else "model"))
     dtype = getattr(torch, config.model.dtype)
     weights = _whole_weights(model, is_adapter, dtype) if learner.sharded else None
     if not runtime.is_main:
@@ -55,9 +55,9 @@ def export(learner: Learner, config: Config, dataset: Dataset) -> str:
         # peft would ask the hub whether the vocabulary has grown, and save the base model's head where it has LoRA
         settings = {"save_embedding_layers": False} if is_adapter else {}
         model.save_pretrained(made, state_dict=weights, **settings)
-        _copy_processor(model_directory(config.model.path), made)
-        name, quantization = auto_class(model.config).__name__, config_as_code(model)
-        card = model_card(config, name, is_adapter, len(dataset.checked.used), quantization)
+        copy_processor(model_directory(config.model.path), made, learner.processor.given_template)
+        loader, quantization = auto_class(model.config).__name__, config_as_code(model)
+        card = model_card(config, loader, is_adapter, len(dataset.checked.used), quantization, step)
         (made / "README.md").write_text(card, encoding="utf-8")
         move_into_place(target, made)
     if weights is not None:
@@ -118,9 +118,3 @@ def _logits(model: Any, learner: Learner, make_inputs: InputMaker, batch: Batch)
         kept = batch.supervised.to(inputs["input_ids"].device)
         logits: Tensor = model(**inputs, logits_to_keep=kept).logits
     return logits.float()
-
-
-def _copy_processor(source: Path, target: Path) -> None:
-    """The processor's files, as they are."""
-    for path in processor_files(source):
-        shutil.copyfile(path, target / path.name)

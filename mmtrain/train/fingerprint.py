@@ -28,6 +28,10 @@ def fingerprints(config: Config, data: RunData, tick: Callable[[], None]) -> dic
     if not SelectedSources.for_training(config.data).is_everything:
         found["data.train.used"] = hashlib.sha256(data.used.astype("<i8").tobytes()).hexdigest()
     found["data.train.pictures"] = digest(sorted(data.image_files), tick)
+    if config.train.early_stopping is not None:
+        for number, (records, images) in enumerate(data.eval_files):
+            found[f"data.eval.{number}.records"] = digest(records, tick)
+            found[f"data.eval.{number}.pictures"] = digest(images, tick)
     for component, tuned in config.tune.modes.items():
         if isinstance(tuned, Lora) and tuned.dropout > 0:
             found[f"tune.{component}.dropout.masks"] = MASKS

@@ -10,12 +10,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.file_locks import try_lock
 from mmtrain.safe_text import visible
 
+BEST = "best"
+"""The folder of what is exported of the best checkpoint."""
 FACTS = "facts.json"
 _LOCK = ".lock"
+_FINISHED = "finished.json"
 
 
 @contextmanager
@@ -72,15 +76,31 @@ def _holder(path: Path) -> str:
 
 def start_over(output_dir: Path) -> None:
     """Delete what an earlier run left in `output_dir`, and nothing else."""
-    for name in ("checkpoints", "adapter", "model", "stacks"):
+    for name in ("checkpoints", "adapter", "model", BEST, "answers", "trackers", "stacks"):
         shutil.rmtree(output_dir / name, ignore_errors=True)
     with storage_faults(f"{visible(str(output_dir))}: an earlier run cannot be deleted"):
-        for name in ("metrics.jsonl", "dropped.jsonl", "report.html", FACTS):
+        for name in ("metrics.jsonl", "dropped.jsonl", "report.html", FACTS, _FINISHED):
             (output_dir / name).unlink(missing_ok=True)
 
 
 def is_exported(output_dir: Path) -> bool:
     return (output_dir / "adapter").is_dir() or (output_dir / "model").is_dir()
+
+
+def finished_step(output_dir: Path) -> int | None:
+    """The last step of what was exported; None where the run has not finished, or did so before this was written."""
+    try:
+        return int(json.loads((output_dir / _FINISHED).read_bytes())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_finished(output_dir: Path, step: int) -> None:
+    """Note that everything of the run up to `step` is exported."""
+    path = output_dir / _FINISHED
+    with storage_faults(f"{path}: it cannot be written"), temporary_path(path) as made:
+        made.write_text(json.dumps({"step": step}), encoding="utf-8")
+        move_into_place(path, made)
 
 
 def write_inputs(output_dir: Path, config: str, dropped: Sequence[dict[str, Any]]) -> None:

@@ -1,8 +1,8 @@
 """The loop over the steps of a run."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +10,17 @@ import torch
 from mmtrain.config import Config
 from mmtrain.errors import NonFiniteError, Stopped, UserError
 from mmtrain.progress import Progress
+from mmtrain.runtime.device import used_memory
 from mmtrain.train.ceiling import matmul_rate
 from mmtrain.train.checkpointer import Checkpointer
-from mmtrain.train.metrics import METRICS, MetricsFile
+from mmtrain.train.evaluations import Evaluations
+from mmtrain.train.metrics import MetricsFile, open_metrics
 from mmtrain.train.objective import Objective
 from mmtrain.train.optimizer import rate_factor, set_rate
-from mmtrain.train.report import StepReporter
+from mmtrain.train.report import StepReporter, early_line
+from mmtrain.train.resume import Resume
 from mmtrain.train.step import train_step
+from mmtrain.train.watched import Best, History
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -31,40 +35,61 @@ class TrainingLoop:
         dtype, runtime = getattr(torch, config.model.dtype), self._learner.runtime
         self._ceiling = matmul_rate(runtime.device, dtype) * runtime.num_processes
 
-    def take_steps(self, first: int, evaluated: Sequence[str], on_step: OnStep) -> None:
-        """Take the steps from `first` to the last. `evaluated`: the sets that were scored before it.
+    def take_steps(self, resume: Resume, on_step: OnStep) -> Best | None:
+        """Take the steps from where the run resumes to the last, or until `train.early_stopping` ends them; gives the
+        best evaluation by `run.keep_best`, whose checkpoint is kept.
 
         Raises Stopped, with a checkpoint, where a signal asked to stop. Where a fault of the data ends the run, the
         last complete step is saved before the error leaves.
         """
-        runtime, last = self._learner.runtime, self._data.num_steps
+        runtime, last, done = self._learner.runtime, self._data.num_steps, resume.step
         runtime.activity.saves_alone = runtime.is_main and not self._learner.sharded
-        path = Path(self._config.run.output_dir) / METRICS
+        history = History(resume.evaluated)
         try:
             with (
-                MetricsFile(path, first - 1, runtime.is_main) as metrics,
-                self._progress.task("step", last, first - 1) as task,
+                open_metrics(self._config, done, runtime.is_main, self._progress.say) as metrics,
+                self._progress.task("step", last, done) as task,
             ):
-                reporter = StepReporter(last, self._data.plan.steps_per_epoch, task, self._progress)
-                evaluations = self._objective.evaluations(metrics)
-                evaluations.run(first - 1, evaluated)  # at the start what the base model scores
-                batches = self._steps.batches(first, last)
-                for step in range(first, last + 1):
-                    row, stop_signal = self._take_step(step, batches)
+                memory = partial(used_memory, runtime.device)
+                reporter = StepReporter(last, self._data.plan.steps_per_epoch, task, self._progress, memory)
+                each, learner = self._objective.evaluations(), self._learner
+                evaluations = Evaluations(each, history, self._config, last, learner.runtime, metrics, self._progress)
+                self._keep_best(history, resume)
+                evaluations.run(done)  # at the start what the base model scores
+                batches = self._steps.batches(done + 1, last)
+                while done < last and not evaluations.has_ended:
+                    done += 1
+                    row, stop_signal = self._take_step(done, batches)
                     metrics.write(row)
                     reporter.report(row)
-                    on_step({**row, "operations": self._steps.of(step).operations})
-                    self._after(step, stop_signal or evaluations.run(step))
+                    on_step({**row, "operations": self._steps.of(done).operations})
+                    stop_signal = stop_signal or evaluations.run(done)
+                    is_best = self._keep_best(history, resume) == done
+                    self._save(done, stop_signal, is_best, done == last or evaluations.has_ended, metrics)
         except UserError as error:
             self._checkpointer.save_complete(error)
             raise
+        if done < last:
+            self._progress.say(early_line(self._config, history, done))
+        return self._best(history, resume)
 
-    def _after(self, step: int, stop_signal: int | None) -> None:
+    def _best(self, history: History, resume: Resume) -> Best | None:
+        """Of the evaluations whose checkpoint is there. A new best one is always saved."""
+        name = self._config.run.keep_best
+        return None if name is None else history.best(name, among=resume.saved, since=resume.step + 1)
+
+    def _keep_best(self, history: History, resume: Resume) -> int | None:
+        """The step of the best checkpoint so far, which is not deleted from now on."""
+        best = self._best(history, resume)
+        self._checkpointer.best = None if best is None else best.step
+        return self._checkpointer.best
+
+    def _save(self, step: int, stop_signal: int | None, is_best: bool, is_end: bool, metrics: MetricsFile) -> None:
         """Save if that is due after `step`. Raises Stopped where a signal asked to stop."""
-        last = self._data.num_steps
-        if stop_signal is not None or step % self._config.run.checkpoint_every == 0 or step == last:
+        if stop_signal is not None or step % self._config.run.checkpoint_every == 0 or is_best or is_end:
+            metrics.sync()
             stop_signal = self._checkpointer.save(step) or stop_signal
-        if stop_signal is not None and step < last:
+        if stop_signal is not None and not is_end:
             raise Stopped(stop_signal, f"stopped after step {step}, which is saved; the same command resumes")
 
     def _take_step(self, step: int, batches: Iterator[Any]) -> tuple[dict[str, Any], int | None]:

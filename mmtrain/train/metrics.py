@@ -1,13 +1,23 @@
 """metrics.jsonl: the figures of every step and every evaluation of a run."""
 
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from mmtrain.atomic_files import flush
+from mmtrain.config import Config
 from mmtrain.errors import storage_faults
+from mmtrain.train.trackers import Trackers
 
 METRICS = "metrics.jsonl"
+
+
+def _ignore(row: dict[str, Any]) -> None:
+    """Nobody else wants the rows."""
 
 
 class MetricsFile:
@@ -16,8 +26,12 @@ class MetricsFile:
     Only the main process writes (`active`).
     """
 
-    def __init__(self, path: Path, step: int, active: bool = True) -> None:
+    def __init__(
+        self, path: Path, step: int, active: bool = True, also: Callable[[dict[str, Any]], None] = _ignore
+    ) -> None:
+        """`also` is given each row that is written."""
         self._file: TextIO | None = None
+        self._also = also
         if not active:
             return
         kept = [line for line in _lines(path) if _step_of(line) <= step]
@@ -25,6 +39,7 @@ class MetricsFile:
         temporary = path.with_name(f".{path.name}")
         with storage_faults(f"{path}: it cannot be written"):
             temporary.write_text("".join(kept), encoding="utf-8")
+            flush(temporary)
             temporary.replace(path)
             self._file = path.open("a", encoding="utf-8")
 
@@ -33,6 +48,13 @@ class MetricsFile:
             with storage_faults(f"{self._file.name}: a row cannot be written"):
                 self._file.write(json.dumps(row, allow_nan=False) + "\n")
                 self._file.flush()
+            self._also(row)
+
+    def sync(self) -> None:
+        """Flush the rows to the disk: a checkpoint relies on those before it."""
+        if self._file is not None:
+            with storage_faults(f"{self._file.name}: it cannot be written"):
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> "MetricsFile":
         return self
@@ -44,15 +66,28 @@ class MetricsFile:
             self._file.close()
 
 
+@contextmanager
+def open_metrics(config: Config, step: int, active: bool, say: Callable[[str], None]) -> Iterator[MetricsFile]:
+    """The metrics of a run that resumes after `step`, whose rows also go to its trackers."""
+    trackers = Trackers(config, step, say) if active else None
+    path = Path(config.run.output_dir) / METRICS
+    try:
+        with MetricsFile(path, step, active, _ignore if trackers is None else trackers.log) as metrics:
+            yield metrics
+    finally:
+        if trackers is not None:
+            trackers.close()
+
+
 def is_step(row: dict[str, Any]) -> bool:
     """Whether a row has the figures of a step, not of an evaluation."""
     return "loss" in row
 
 
-def evaluated_at(path: Path, step: int) -> tuple[str, ...]:
-    """The evaluation sets that have a row for `step` in the metrics at `path`."""
-    rows = [json.loads(line) for line in _lines(path) if _step_of(line) == step]
-    return tuple(row[key] for row in rows for key in ("eval", "retrieval") if key in row)
+def evaluations_until(path: Path, step: int) -> tuple[dict[str, Any], ...]:
+    """The rows of evaluations up to `step` in the metrics at `path`."""
+    rows = [json.loads(line) for line in _lines(path) if _step_of(line) <= step]
+    return tuple(row for row in rows if not is_step(row))
 
 
 def _lines(path: Path) -> list[str]:

@@ -10,7 +10,7 @@ from mmtrain import __version__
 from mmtrain.config import Config
 from mmtrain.config.yaml_file import dump_yaml
 from mmtrain.safe_text import visible
-from mmtrain.train.metrics import METRICS
+from mmtrain.train.metrics import METRICS, is_step
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CACHED = re.compile(r"models--([A-Za-z0-9][\w.-]*?)--([\w.-]+)")
@@ -76,11 +76,16 @@ print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_toke
 
 
 def model_card(
-    config: Config, auto_class: str, is_adapter: bool, num_samples: int, quantization: str | None = None
+    config: Config,
+    auto_class: str,
+    is_adapter: bool,
+    num_samples: int,
+    quantization: str | None = None,
+    step: int | None = None,
 ) -> str:
     """The card of what a run saves. `auto_class`: the class of transformers that loads the base model; `num_samples`:
     the samples that were trained on; `quantization`: the arguments that quantize the base model as it was in training.
-    The other figures are read from the run's metrics."""
+    The other figures are read from the run's metrics, up to `step` if that is not the last."""
     header = {
         "library_name": "peft" if is_adapter else "transformers",
         "tags": ["mmtrain", "lora"] if is_adapter else ["mmtrain"],
@@ -89,7 +94,7 @@ def model_card(
     code = _LOAD_MODEL if not is_adapter else _LOAD_ADAPTER if quantization is None else _LOAD_QUANTIZED
     load = code.format(auto_class=auto_class, dtype=config.model.dtype, settings=quantization)
     quantized = [] if quantization is None else [_QUANTIZED, ""]
-    figures = [f"- training samples: {num_samples:,}", *_figures(config, Path(config.run.output_dir))]
+    figures = [f"- training samples: {num_samples:,}", *_figures(config, Path(config.run.output_dir), step)]
     return _card(config.model.path, header, title, auto_class, load, [*quantized, *figures, "", *_config_lines(config)])
 
 
@@ -156,23 +161,35 @@ def hub_id(path: str) -> str | None:
     return name if is_id else None
 
 
-def _figures(config: Config, run: Path) -> Iterator[str]:
+def _figures(config: Config, run: Path, step: int | None = None) -> Iterator[str]:
     names = ", ".join(visible(Path(source.path).name) for source in config.data.train)
     yield f"- trained on: {names}"
     if config.model.adapter is not None:
         yield "- started from the trained weights of an earlier run"
     path = run / METRICS
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    steps = [row for row in rows if "eval" not in row]
+    steps = [row for row in rows if is_step(row) and (step is None or row["step"] <= step)]
     if not steps:  # the file was deleted before the run was resumed
         return
     last = steps[-1]
     yield f"- steps: {last['step']:,} of {config.train.batch_size:,} samples each"
     yield f"- loss of the last step: {last['loss']:.4f}"
-    for row in rows:
-        if "eval" in row and row["step"] == last["step"]:
-            low, high = row["interval"]["perplexity"]
-            yield (
-                f"- perplexity on {visible(row['eval'])}: {row['perplexity']:.4f} (95 % interval {low:.4f} to "
-                f"{high:.4f}), token accuracy {row['token_accuracy']:.1%}, {row['num_samples']:,} samples"
-            )
+    evaluated = [row for row in rows if row["step"] == last["step"] and not is_step(row)]
+    for row in evaluated:
+        yield _perplexity(row) if "eval" in row else _answers(row)
+
+
+def _perplexity(row: dict[str, Any]) -> str:
+    low, high = row["interval"]["perplexity"]
+    return (
+        f"- perplexity on {visible(row['eval'])}: {row['perplexity']:.4f} (95 % interval {low:.4f} to {high:.4f}), "
+        f"token accuracy {row['token_accuracy']:.1%}, {row['num_samples']:,} samples"
+    )
+
+
+def _answers(row: dict[str, Any]) -> str:
+    metric = row["metric"]
+    return (
+        f"- {metric} of {row['num_answers']:,} answers on {visible(row['answers'])}: {row['metrics'][metric]:.1%}, "
+        f"best blind answer {row['blind'][metric]:.1%}"
+    )

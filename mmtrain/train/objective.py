@@ -13,7 +13,7 @@ from mmtrain.model.tune import ComponentReport
 from mmtrain.records.record_set import RecordSet
 from mmtrain.records.sources.place import Place
 from mmtrain.runtime.processes import Runtime
-from mmtrain.train.metrics import MetricsFile
+from mmtrain.train.evaluations import Evaluation
 
 
 class Trained(Protocol):
@@ -40,7 +40,7 @@ class Trained(Protocol):
     def sharded(self) -> bool:
         """Weights are sharded over the processes."""
 
-    def accumulate(self, batches: Iterable[Any], count: int, step: int) -> tuple[Tensor, int | None]:
+    def accumulate(self, batches: Iterable[Any], count: float, step: int) -> tuple[Tensor, int | None]:
         """Put the gradients of the step's loss into the parameters; `count` is what the loss is divided by.
 
         Gives the loss, () float64, and the signal that asked all processes to stop.
@@ -60,7 +60,7 @@ class Cut(Protocol):
     def own(self) -> Sequence[Sequence[Any]]: ...
 
     @property
-    def count(self) -> int: ...
+    def count(self) -> float: ...
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -111,19 +111,16 @@ class RunData(Protocol):
     def image_files(self) -> frozenset[Path]: ...
 
     @property
+    def eval_files(self) -> list[tuple[list[Path], list[Path]]]:
+        """For each evaluation set its files of records, and its image files."""
+
+    @property
     def template(self) -> str | None:
         """The source of the chat template, if there is one."""
 
     def summary(self) -> str: ...
 
     def dropped_rows(self) -> list[dict[str, Any]]: ...
-
-
-class Evaluations(Protocol):
-    """What is evaluated during a run."""
-
-    def run(self, step: int, done: Sequence[str] = ()) -> int | None:
-        """Evaluate all sets but those `done` after `step`, if that is due; gives the signal that asked to stop."""
 
 
 class Objective(Protocol):
@@ -140,10 +137,11 @@ class Objective(Protocol):
 
     def steps(self) -> Steps: ...
 
-    def evaluations(self, metrics: MetricsFile) -> Evaluations: ...
+    def evaluations(self) -> list[Evaluation]: ...
 
     def report(self) -> Iterator[str | Table]:
         """What is printed before the first step."""
 
-    def export(self) -> str:
-        """Save what was trained and load it back; gives a line that says what was found."""
+    def export(self, name: str | None = None, step: int | None = None) -> str:
+        """Save what was trained as the folder `name`, by default `adapter/` or `model/`, and load it back; gives a line
+        that says what was found. `step`: after which the weights are these; None: the last."""

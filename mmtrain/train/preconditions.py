@@ -4,6 +4,7 @@ from mmtrain.config import Config
 from mmtrain.errors import UserError
 from mmtrain.model.quantization import check_installed
 from mmtrain.runtime.processes import Runtime
+from mmtrain.train.trackers import check_trackers
 
 
 def check_preconditions(config: Config, runtime: Runtime) -> None:
@@ -15,3 +16,4 @@ def check_preconditions(config: Config, runtime: Runtime) -> None:
             "expected a multiple of their number, or auto"
         )
     check_installed(config.model.quantization)
+    check_trackers(config.run.trackers)

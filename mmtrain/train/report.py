@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from mmtrain.progress import Progress, Task
 from mmtrain.runtime.shard import own_and_total_bytes
 from mmtrain.safe_text import visible
 from mmtrain.train.dataset import Dataset
+from mmtrain.train.folder import BEST
 from mmtrain.train.gradients import is_exact
 from mmtrain.train.metrics import METRICS
 from mmtrain.train.objective import Trained
 from mmtrain.train.step import Learner
 from mmtrain.train.summary import duration, summarize
+from mmtrain.train.watched import Best, History
 
 LOG_SECONDS = 5.0
 NUM_AVERAGED = 50
@@ -30,6 +32,7 @@ def start_report(config: Config, dataset: Dataset, learner: Learner) -> Iterator
     """What is printed before the first step."""
     yield from component_lines(learner.component_reports)
     yield dataset.summary()
+    yield from _trial_lines(learner)
     yield weights_line(learner)
     yield from bits_lines(config, learner)
     yield from _image_cache_lines(config, learner)
@@ -55,6 +58,14 @@ def _component_table(reports: Sequence[ComponentReport]) -> Table:
         numbers = [row.trainable, row.frozen, *([row.quantized] if quantized else [])]
         table.add_row(row.component, row.mode, modules, *(f"{number:,}" for number in numbers))
     return table
+
+
+def _trial_lines(learner: Learner) -> Iterator[str]:
+    """What the trials at the start found; what falls back has been said."""
+    if learner.processor.trial is not None:
+        yield from (f"ids {line}" for line in learner.processor.trial.lines())
+    if learner.packing:
+        yield "packing: on, packed rows equal samples alone"
 
 
 def weights_line(learner: Trained) -> str:
@@ -110,6 +121,12 @@ def end_report(run: Path) -> Iterator[str]:
             f"perplexity on {visible(one.name)}: {one.first:,.4f} before the first step, "
             f"{one.last:,.4f} after the last, best {one.best:,.4f} after step {one.best_step:,}"
         )
+    for answers in found.answers:
+        yield (
+            f"{answers.metric} on {visible(answers.name)}: {answers.first:.1%} before the first step, "
+            f"{answers.last:.1%} after the last, best {answers.best:.1%} after step {answers.best_step:,}; "
+            f"best blind answer {answers.blind:.1%}"
+        )
     saved = "adapter" if (run / "adapter").is_dir() else "model"
     yield f"{saved}: {name}/{saved}, metrics: {name}/{METRICS}, config: {name}/config.yaml"
     if found.num_pairs:
@@ -120,11 +137,43 @@ def end_report(run: Path) -> Iterator[str]:
         yield f"next: mmtrain generate {name} -i"
 
 
+def early_line(config: Config, history: History, step: int) -> str:
+    """Why the run ended after `step`."""
+    stopping = config.train.early_stopping
+    assert stopping is not None
+    best = history.best(stopping.metric)
+    assert best is not None
+    return f"ended early after step {step:,}: {visible(stopping.metric)} has not improved since step {best.step:,}"
+
+
+def best_line(config: Config, best: Best) -> str:
+    """What is exported as the best."""
+    after_last = "" if best.value == best.last else f", {best.last:.4f} at the end"
+    return (
+        f"best: {visible(config.run.output_dir)}/{BEST}, after step {best.step:,}: "
+        f"{visible(str(config.run.keep_best))} {best.value:.4f}{after_last}"
+    )
+
+
+def finished_line(run: Path, step: int, num_steps: int) -> str:
+    """What is printed when a finished run is started again."""
+    name = visible(str(run))
+    if step < num_steps:
+        return (
+            f"the run in {name} has finished early after step {step:,} (train.early_stopping); --fresh starts it over"
+        )
+    return f"the run in {name} has finished; larger train.steps or epochs extend it, --fresh starts it over"
+
+
 class StepReporter:
     """Shows how the steps go: next to a bar on a terminal, otherwise in a line every few seconds."""
 
-    def __init__(self, num_steps: int, steps_per_epoch: int, task: Task, progress: Progress) -> None:
+    def __init__(
+        self, num_steps: int, steps_per_epoch: int, task: Task, progress: Progress, memory: Callable[[], int]
+    ) -> None:
+        """`memory`: gives the bytes in use, whose peak is shown."""
         self._num_steps, self._steps_per_epoch = num_steps, steps_per_epoch
+        self._memory, self._peak = memory, 0
         self._task, self._progress = task, progress
         self._losses: deque[float] = deque(maxlen=NUM_AVERAGED)
         self._start, self._num_done, self._last_line = time.monotonic(), 0, 0.0
@@ -138,12 +187,16 @@ class StepReporter:
         loss, mfu = f"loss {row['loss']:.4f} (average {average:.4f})", f"{row['mfu']:.0%} mfu"
         epoch = f"epoch {step / self._steps_per_epoch:.2f}"
         speed = f"{row['num_tokens'] / row['seconds']:,.0f} tok/s"
+        self._peak = max(self._peak, self._memory())
+        memory = f"peak {self._peak / 2**30:.1f} GiB"
         self._task.advance()
-        self._task.note(f"{epoch}  {loss}  {speed}  {mfu}")
+        self._task.note(f"{epoch}  {loss}  {speed}  {mfu}  {memory}")
         is_due = not self._progress.shows_bars and (step == 1 or now - self._last_line >= LOG_SECONDS)
         if is_due or step == self._num_steps:
             self._last_line = now
             rate, norm = f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.3f}"
             left = (now - self._start) / self._num_done * (self._num_steps - step)
             eta = f"  ETA {duration(left)}" if left else ""
-            self._progress.say(f"step {step}/{self._num_steps}  {epoch}  {loss}  {rate}  {norm}  {speed}  {mfu}{eta}")
+            self._progress.say(
+                f"step {step}/{self._num_steps}  {epoch}  {loss}  {rate}  {norm}  {speed}  {mfu}  {memory}{eta}"
+            )

@@ -1,17 +1,21 @@
 """Whether a run resumes from a checkpoint, and whether it may."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmtrain.config import Config
-from mmtrain.config.keys import CHANGEABLE, MOVED
+from mmtrain.config.keys import CHANGEABLE, EVALUATED, MOVED
+from mmtrain.config.schema import Train
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
 from mmtrain.safe_text import shown
 from mmtrain.train.checkpoint import CheckpointFolder, read_state
+from mmtrain.train.optimizer import rate_factor
+
+_LENGTH = ("train.steps", "train.epochs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +26,10 @@ class Resume:
     step: int = 0
     accepted: tuple[str, ...] = ()
     """What was changed since the run started and accepted, in order."""
-    evaluated: tuple[str, ...] = ()
-    """Evaluation sets that were scored after `step`."""
+    evaluated: tuple[dict[str, Any], ...] = ()
+    """The rows of all evaluations up to `step`."""
+    saved: tuple[int, ...] = ()
+    """The steps that have a checkpoint."""
 
 
 def find_resume(
@@ -33,8 +39,10 @@ def find_resume(
     layout: dict[str, Any],
     accept: Sequence[str],
     progress: Progress,
+    num_steps: Callable[[Train], int],
 ) -> Resume:
     """The checkpoint to resume from. `layout` is what decides the bits besides the config; its changes are reported.
+    `num_steps`: the steps of a run with other settings. More steps than before extend the run.
 
     Raises UserError naming every change that would change the result and is not among `accept`, and NoCheckpointError
     where no checkpoint is intact.
@@ -48,11 +56,9 @@ def find_resume(
         return Resume()
     state = read_state(checkpoint)
     before = _flat(state["config"]) | state["fingerprints"]
-    may_change = (*CHANGEABLE, *MOVED)  # a checkpoint of an older version has the old key paths
-    changed = [
-        k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not _among(k, may_change)
-    ]
-    refused = [key for key in changed if not _among(key, accept)]
+    changed = [key for key in _changed(before, now) if not _may_change(key, config)]
+    longer = _longer(state, config, num_steps)
+    refused = [key for key in changed if not _among(key, accept) and not (longer and key in _LENGTH)]
     if refused:
         raise UserError(
             [
@@ -62,14 +68,48 @@ def find_resume(
             ]
         )
     accepted = [f"step {state['step']}: {key}: {_change(key, before, now)}" for key in changed]
-    for line in accepted:
-        progress.say(f"accepted: {line}")
+    for key, line in zip(changed, accepted, strict=True):
+        if not (longer and key in _LENGTH):
+            progress.say(f"accepted: {line}")
+    if longer:
+        progress.say(longer)
     progress.say(f"continuing from {checkpoint}")
     old: dict[str, Any] = state["layout"]
     others = [f"{key} {old[key]} → {layout[key]}" for key in layout if key in old and old[key] != layout[key]]
     if others:
         progress.say(f"the result is the same within rounding, its bits may differ: {', '.join(others)}")
     return Resume(checkpoint, int(state["step"]), (*state["accepted"], *accepted))
+
+
+def _longer(state: dict[str, Any], config: Config, num_steps: Callable[[Train], int]) -> str:
+    """What extending the run of a checkpoint means, in one line; empty where the run does not become longer."""
+    settings, before = config.train, state["config"]["train"]
+    old = num_steps(Train(steps=before.get("steps"), epochs=before.get("epochs")))
+    new, step = num_steps(settings), int(state["step"])
+    if new <= old:
+        return ""
+    line = f"extended from {old:,} to {new:,} steps: "
+    if settings.schedule == "constant":
+        return f"{line}the rate is constant, so the result is that of {new:,} steps from the start"
+    schedule = settings.warmup_steps, settings.schedule
+    was = settings.learning_rate * rate_factor(step, old, *schedule)
+    will_be = settings.learning_rate * rate_factor(step + 1, new, *schedule)
+    return (
+        f"{line}the rate was {was:.2e} in step {step:,} and is {will_be:.2e} in step {step + 1:,}, on the "
+        f"{settings.schedule} of {new:,} steps; {new:,} steps from the start would give another result"
+    )
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+
+
+def _may_change(key: str, config: Config) -> bool:
+    """Whether a change of the key leaves the result as it is. A checkpoint of an older version has the old key
+    paths."""
+    if config.train.early_stopping is not None and _among(key, EVALUATED):
+        return False
+    return _among(key, (*CHANGEABLE, *MOVED))
 
 
 def _accepting(keys: Sequence[str]) -> str:

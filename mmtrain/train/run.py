@@ -10,11 +10,12 @@ from mmtrain.train.chat import ChatObjective
 from mmtrain.train.checkpoint import CheckpointFolder
 from mmtrain.train.checkpointer import Checkpointer
 from mmtrain.train.contrastive.objective import ContrastiveObjective
-from mmtrain.train.folder import is_exported, write_inputs
+from mmtrain.train.folder import write_inputs
 from mmtrain.train.loop import OnStep, TrainingLoop
 from mmtrain.train.objective import Objective
+from mmtrain.train.outputs import write_outputs
 from mmtrain.train.preconditions import check_preconditions
-from mmtrain.train.report import end_report
+from mmtrain.train.report import finished_line
 from mmtrain.train.run_state import RunState
 
 
@@ -41,11 +42,13 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
     objective = _objective(config, runtime, progress)
     data = objective.data
     activity.set("comparing with the checkpoint")
-    checkpoints = CheckpointFolder(output_dir / "checkpoints", config.run.keep_checkpoints)
+    checkpoints = CheckpointFolder(
+        output_dir / "checkpoints", config.run.keep_checkpoints, config.run.keep_best is not None
+    )
     state = RunState(config, runtime)
     resume = state.resume(data, checkpoints, accept, progress)
-    if resume.step == data.num_steps and is_exported(output_dir):
-        progress.say(f"the run in {output_dir} is finished; --fresh starts it over")
+    if state.is_finished(resume, data.num_steps):
+        progress.say(finished_line(output_dir, resume.step, data.num_steps))
         return False
     if runtime.is_main:
         write_inputs(output_dir, dump_config(config), data.dropped_rows())
@@ -58,12 +61,10 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
     for line in objective.report():
         progress.say(line)
     loop = TrainingLoop(config, objective, checkpointer, progress)
-    loop.take_steps(resume.step + 1, resume.evaluated, on_step)
+    best = loop.take_steps(resume, on_step)
     activity.set("exporting" if runtime.is_main else "waiting")
     if runtime.is_main or learner.sharded:
-        progress.say(objective.export())
-        for line in end_report(output_dir):
-            progress.say(line)
+        write_outputs(objective, config, checkpointer, best, progress)
     activity.set("waiting")
     return True
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.image_cache import caches_features
 from mmtrain.train.checkpoint import CheckpointFolder
+from mmtrain.train.dataset import num_steps
 from mmtrain.train.fingerprint import fingerprints
-from mmtrain.train.metrics import METRICS, evaluated_at
+from mmtrain.train.folder import BEST, finished_step, is_exported
+from mmtrain.train.metrics import METRICS, evaluations_until
 from mmtrain.train.objective import RunData
 from mmtrain.train.resume import Resume, find_resume
+from mmtrain.train.watched import History
 
 
 class RunState:
@@ -36,12 +40,23 @@ class RunState:
         found = json.loads(self._runtime.from_first("resume", find))
         return Resume(**found | {"checkpoint": found["checkpoint"] and Path(found["checkpoint"])})
 
+    def is_finished(self, resume: Resume, num_steps: int) -> bool:
+        """Whether the run has taken its last step, or ended early, and everything is exported."""
+        output_dir, stopping = Path(self._config.run.output_dir), self._config.train.early_stopping
+        has_ended = resume.step == num_steps
+        if stopping is not None and not has_ended:
+            has_ended = History(resume.evaluated).has_stopped_improving(stopping.metric, stopping.patience)
+        has_best = self._config.run.keep_best is None or (output_dir / BEST).is_dir()
+        return has_ended and is_exported(output_dir) and finished_step(output_dir) == resume.step and has_best
+
     def _find(self, data: RunData, checkpoints: CheckpointFolder, accept: Sequence[str], progress: Progress) -> Resume:
         """Hash what the result depends on and look for a checkpoint."""
         self._fingerprints = fingerprints(self._config, data, progress.tick)
-        found = find_resume(checkpoints, self._config, self._fingerprints, self._layout, accept, progress)
+        length, layout = partial(num_steps, plan=data.plan), self._layout
+        found = find_resume(checkpoints, self._config, self._fingerprints, layout, accept, progress, length)
         self._accepted = found.accepted
-        return replace(found, evaluated=evaluated_at(Path(self._config.run.output_dir) / METRICS, found.step))
+        evaluated = evaluations_until(Path(self._config.run.output_dir) / METRICS, found.step)
+        return replace(found, evaluated=evaluated, saved=checkpoints.steps())
 
     def at(self, step: int) -> dict[str, Any]:
         """What is written into the checkpoint after `step`."""

@@ -39,7 +39,7 @@ class Learner(LoadedModel):
     sharded: bool
     """Gradients are summed by the backward pass itself."""
 
-    def accumulate(self, batches: Iterable[Batch | None], count: int, step: int) -> tuple[Tensor, int | None]:
+    def accumulate(self, batches: Iterable[Batch | None], count: float, step: int) -> tuple[Tensor, int | None]:
         return accumulate_gradients(self, batches, count, step)
 
     def updated(self) -> None:
@@ -57,19 +57,20 @@ class StepResult:
 
 
 def accumulate_gradients(
-    learner: Learner, batches: Iterable[Batch | None], num_supervised: int, step: int
+    learner: Learner, batches: Iterable[Batch | None], sum_weights: float, step: int
 ) -> tuple[Tensor, int | None]:
     """Gradients of the step's loss, summed over this process's micro-batches (None: an empty one) and all processes.
 
-    Gives the loss, () float64, the sum of the negative log-likelihoods of the step's supervised tokens divided by
-    `num_supervised`, their count over all micro-batches and all processes: one division, so no cut changes it; and the
-    signal that asked all processes to stop.
+    Gives the loss, () float64, the sum of the negative log-likelihoods of the step's supervised tokens, each times its
+    weight, divided by `sum_weights`, the sum of the weights over all micro-batches and all processes, which is the
+    number of tokens where each counts 1: one division, so no cut changes it; and the signal that asked all processes to
+    stop.
     """
     runtime, parameters = learner.runtime, list(trainable_parameters(learner.model).values())
     if learner.exact:
-        nlls = _accumulate_tree(learner, list(parameters), batches, num_supervised, step)
+        nlls = _accumulate_tree(learner, list(parameters), batches, sum_weights, step)
     else:
-        nlls = [_backward(learner, batch, num_supervised, step) for batch in batches]
+        nlls = [_backward(learner, batch, sum_weights, step) for batch in batches]
         runtime.activity.set("gradients")
         if not learner.sharded:
             sum_running(parameters, runtime)
@@ -80,14 +81,14 @@ def accumulate_gradients(
     else:
         sums, stop_signal = runtime.agree(branch_of(own)[None])
         total = sums[0]
-    return total / num_supervised, stop_signal
+    return total / sum_weights, stop_signal
 
 
 def _accumulate_tree(
     learner: Learner,
     parameters: list[torch.nn.Parameter],
     batches: Iterable[Batch | None],
-    num_supervised: int,
+    sum_weights: float,
     step: int,
 ) -> list[Tensor]:
     nlls: list[Tensor] = []
@@ -97,7 +98,7 @@ def _accumulate_tree(
     def leaf() -> Tensor:
         for parameter in parameters:
             parameter.grad = None
-        nlls.append(_backward(learner, next(remaining), num_supervised, step))
+        nlls.append(_backward(learner, next(remaining), sum_weights, step))
         if len(nlls) == len(every):  # what follows the last one is the exchange
             learner.runtime.activity.set("gradients")
         return flatten(parameters)
@@ -106,14 +107,16 @@ def _accumulate_tree(
     return nlls
 
 
-def _backward(learner: Learner, batch: Batch | None, num_supervised: int, step: int) -> Tensor:
-    """() float64: a micro-batch's sum of negative log-likelihoods; its gradients are added to the parameters'."""
+def _backward(learner: Learner, batch: Batch | None, sum_weights: float, step: int) -> Tensor:
+    """() float64: a micro-batch's weighted sum of negative log-likelihoods; its gradients are added to those of the
+    parameters."""
     if batch is None:
         return _nothing(learner.runtime)
     learner.runtime.activity.set("forward")
     with learner.dropout.at(step, batch), microbatch_faults(f"step {step}", batch):
         nll, _ = learner.nll(batch)
-        backward(nll.sum() / num_supervised, step)
+        nll = batch.weighted(nll)
+        backward(nll.sum() / sum_weights, step)
         if len(nll):
             has_images = any(segment.num_images for segment in batch.segments)
             learner.lost_gradients.check(step, has_images, lambda: _nll_again(learner, batch))
@@ -121,11 +124,11 @@ def _backward(learner: Learner, batch: Batch | None, num_supervised: int, step: 
 
 
 def _nll_again(learner: Learner, batch: Batch) -> Tensor:
-    """(num_supervised,) with the weights as they are now, which may have changed since the backward pass."""
+    """(num_supervised,) with the parameters as they are now, which may have changed since the backward pass."""
     reshard(learner.root)
     nll, _ = learner.nll(batch)
     reshard(learner.root)
-    return nll
+    return batch.weighted(nll)
 
 
 def _nothing(runtime: Runtime) -> Tensor:
@@ -133,7 +136,7 @@ def _nothing(runtime: Runtime) -> Tensor:
 
 
 def train_step(
-    learner: Trained, batches: Iterable[Any], count: int, step: int, max_grad_norm: float | None
+    learner: Trained, batches: Iterable[Any], count: float, step: int, max_grad_norm: float | None
 ) -> StepResult:
     """Gradients, clipping and the update. `count` is what the loss is divided by.
 

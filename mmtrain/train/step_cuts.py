@@ -22,12 +22,14 @@ class StepCut:
     own: tuple[tuple[int, ...], ...]
     num_tokens: int
     num_supervised: int
+    sum_weights: float
+    """Of its supervised tokens; their number where each counts 1."""
     operations: float
     """What it must compute, over all processes: a multiplication and an addition are two."""
 
     @property
-    def count(self) -> int:
-        return self.num_supervised
+    def count(self) -> float:
+        return self.sum_weights
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -67,7 +69,9 @@ class StepCuts:
         own = every[runtime.index * share : (runtime.index + 1) * share]
         if self._filled is not None:
             own = list(map(self._filled.fill, own))
-        return StepCut(tuple(samples), tuple(own), int(lengths.sum()), int(supervised.sum()), 2.0 * float(cost.sum()))
+        sum_weights = float(self._dataset.checked.sum_weights[samples].sum())
+        counts = int(lengths.sum()), int(supervised.sum())
+        return StepCut(tuple(samples), tuple(own), *counts, sum_weights, 2.0 * float(cost.sum()))
 
     def _sizes(self, step: int, samples: list[int]) -> tuple[Any, Any, Any]:
         """(num_samples,) each: tokens, supervised tokens and cost."""

@@ -1,12 +1,12 @@
 """What a run has done so far, from the files in its directory. Imports no torch, so that a list of runs is quick."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmtrain.train.folder import is_exported
+from mmtrain.train.folder import finished_step, is_exported
 from mmtrain.train.metrics import METRICS, is_step
 
 
@@ -20,6 +20,20 @@ class EvalSummary:
     last: float
     best: float
     best_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswersSummary:
+    """The answers to questions of one set during the run, by the metric of the set."""
+
+    name: str
+    metric: str
+    first: float
+    last: float
+    best: float
+    best_step: int
+    blind: float
+    """Of the best blind answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +52,14 @@ class RunSummary:
     is_finished: bool
     num_pairs: int = 0
     """0 for any other run."""
+    answers: tuple[AnswersSummary, ...] = ()
 
 
 def summarize(run: Path) -> RunSummary:
     """The figures of the run in the directory `run`; zeros and None where it has taken no step."""
     rows = list(rows_of(run / METRICS))
     steps = [row for row in rows if is_step(row)]
-    evals: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if "eval" in row:
-            evals.setdefault(row["eval"], []).append(row)
+    evals, answers = _by_set(rows, "eval"), _by_set(rows, "answers")
     return RunSummary(
         num_steps=steps[-1]["step"] if steps else 0,
         loss=steps[-1]["loss"] if steps else None,
@@ -55,8 +67,9 @@ def summarize(run: Path) -> RunSummary:
         num_supervised=sum(row.get("num_supervised", 0) for row in steps),
         seconds=sum(row["seconds"] for row in steps),
         evals=tuple(_eval_summary(name, own) for name, own in evals.items()),
-        is_finished=is_exported(run),
+        is_finished=is_exported(run) and finished_step(run) in (None, steps[-1]["step"] if steps else 0),
         num_pairs=sum(row.get("num_pairs", 0) for row in steps),
+        answers=tuple(_answers_summary(name, own) for name, own in answers.items()),
     )
 
 
@@ -67,6 +80,22 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError:
             return
+
+
+def _by_set(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if kind in row:
+            found.setdefault(row[kind], []).append(row)
+    return found
+
+
+def _answers_summary(name: str, rows: list[dict[str, Any]]) -> AnswersSummary:
+    metric = rows[-1]["metric"]
+    scores = [row["metrics"].get(metric, 0.0) for row in rows]
+    best = max(range(len(rows)), key=lambda i: scores[i])
+    blind = rows[-1]["blind"][metric]
+    return AnswersSummary(name, metric, scores[0], scores[-1], scores[best], rows[best]["step"], blind)
 
 
 def _eval_summary(name: str, rows: list[dict[str, Any]]) -> EvalSummary:

@@ -21,6 +21,7 @@ from mmtrain.generate.target import Target, find_target, load_target
 from mmtrain.progress import QUIET
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.checkpoint import CheckpointFolder
+from mmtrain.train.metrics import is_step
 
 COMPONENTS = ("vision", "projector", "language")
 
@@ -85,7 +86,7 @@ def _train(config: Config) -> dict[str, Any]:
     """What the training cost: trained parameters, and tokens per second after the first three steps."""
     run = train(config)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [row for row in rows if "eval" not in row and row["step"] > 3]
+    steps = [row for row in rows if is_step(row) and row["step"] > 3]
     newest = CheckpointFolder(run / "checkpoints", config.run.keep_checkpoints).newest()[0]
     assert newest is not None
     with safe_open(newest / "trainable.safetensors", framework="np") as file:
@@ -116,7 +117,7 @@ def _evaluate(config: Config, sources: list[EvalSource], run: str | None, mode: 
     target = Target(settings.path, None, config.labels, settings.dtype) if run is None else find_target(run)
     loaded = load_target(target, Runtime(settings.dtype, device=config.run.device))
     asked = AnswerEvaluation(config, sources, loaded.encoder.processor, QUIET, "exact_match")
-    replies = asked.replies(loaded.generator, "answers", 32, asked.max_new_tokens)
+    replies = asked.all_replies(loaded.generator, loaded.runtime, "answers", 32, None)
     right = [METRICS["exact_match"].score(replies[i].text, one.reference) for i, one in enumerate(asked.questions)]
     return {
         "sample": scores.sample.tolist(),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,7 @@ def first_or_second(scenes: list[list[Shape]], names: list[str], rng: random.Ran
     return make_row([(question, ("first", "second")[answer])], names)
 
 
-def write_rows(path: Path, rows: list[Row]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -276,18 +277,22 @@ def write_held_out(path: Path, images: int, seed: int = 1) -> Path:
 
 
 def write_quickstart(folder: Path, train: int = 600, held_out: int = 96, seed: int = 2) -> None:
-    """Images of one shape to describe, as in "a teal circle"; no chat of the pretraining asks for this."""
+    """Images of one shape to describe, as in "a teal circle"; no chat of the pretraining asks for this. The same once
+    more as pairs of image and text."""
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train), ("eval", held_out)):
-        rows = []
+        rows: list[Row] = []
+        captions: list[dict[str, str]] = []
         for i in range(count):
             shapes = random_scene(rng, 1)
             name = f"images/{split}_{i:03d}.png"
             draw(shapes, rng).save(folder / name)
             answer = f"a {shapes[0].colour} {shapes[0].kind}"
             rows.append(make_row([(rng.choice(QUICKSTART_QUESTIONS), answer)], [name]))
+            captions.append({"image": name, "text": answer})
         write_rows(folder / f"{split}.jsonl", rows)
+        write_rows(folder / f"captions_{split}.jsonl", captions)
 
 
 # Ordinary English for the tokenizer, so that common words outside the questions are few tokens as well.

@@ -4,19 +4,21 @@ from typing import Any
 
 from support import family_templates as templates
 from support.families_grid import GRID
-from support.family_models import CHATML, MROPE, PATCH, SIDE, SPLIT, TEXT, TILES, VISION, Family
+from support.family_models import CHATML, MROPE, PATCH, SIDE, SPLIT, TEXT, TILES, VISION, Family, gemma_tokenizer
 
 _SIGLIP = VISION | {"model_type": "siglip_vision_model", "vision_use_head": False}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
 _QWEN3 = GRID["qwen3_vl"]
 _GLM = GRID["glm4v"]
 _SQUARE = {"height": SIDE, "width": SIDE}
-_LATENT = {
+_ROUTED = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "n_group": 1,
     "topk_group": 1,
     "moe_intermediate_size": 16,
+}
+_LATENT = _ROUTED | {
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
     "qk_rope_head_dim": 8,
@@ -40,11 +42,45 @@ MORE = {
         config=_QWEN3.config
         | {"model_type": "qwen3_vl_moe", "text_config": TEXT | _EXPERTS | {"rope_parameters": MROPE}},
     ),
+    "glm4v_moe": _like(
+        _GLM,
+        config=_GLM.config
+        | {
+            "model_type": "glm4v_moe",
+            "text_config": TEXT
+            | _ROUTED
+            | {"rope_parameters": MROPE | {"mrope_section": [1, 1, 2]}, "first_k_dense_replace": 1},
+        },
+    ),
     "glm46v": _like(
         _GLM,
         config=_GLM.config | {"model_type": "glm46v"},
         images=_GLM.images | {"image_processor_type": "Glm46VImageProcessor"},
         processor={"processor_class": "Glm46VProcessor"},
+    ),
+    "paligemma2": Family(
+        templates.PALIGEMMA,
+        "<pad> <eos> <bos> <unk> <image>",
+        {
+            "model_type": "paligemma",
+            # its processor adds 1,152 tokens for places and outlines
+            "text_config": TEXT
+            | {"model_type": "gemma2", "vocab_size": 2048, "layer_types": ["sliding_attention", "full_attention"]},
+            "vision_config": _SIGLIP,
+            "projection_dim": 32,
+            "hidden_size": 32,
+            "image_token_index": "id:<image>",
+        },
+        tokenizer=gemma_tokenizer,
+        tokenizer_class="GemmaTokenizer",
+        bos="<bos>",
+        eos="<eos>",
+        pad="<pad>",
+        names={"image_token": "<image>"},
+        images={"image_processor_type": "SiglipImageProcessor", "size": _SQUARE, "image_seq_length": 16},
+        processor={"processor_class": "PaliGemmaProcessor"},
+        given_template=True,
+        marks_replies=True,
     ),
     "deepseek_vl": Family(
         templates.INTERNVL.replace("<IMG_CONTEXT>", "<image_placeholder>"),
@@ -58,6 +94,32 @@ MORE = {
         names={"image_token": "<image_placeholder>"},
         images={"image_processor_type": "DeepseekVLImageProcessor", "size": _SQUARE},
         processor={"processor_class": "DeepseekVLProcessor", "num_image_tokens": 16},
+    ),
+    "deepseek_vl_hybrid": Family(
+        templates.INTERNVL.replace("<IMG_CONTEXT>", "<image_placeholder>"),
+        f"{CHATML} <image_placeholder>",
+        {
+            "model_type": "deepseek_vl_hybrid",
+            "text_config": TEXT | {"model_type": "llama"},
+            "vision_config": _SIGLIP,
+            "high_res_vision_config": {
+                "model_type": "sam_vision_model",
+                "hidden_size": 32,
+                "output_channels": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 4 * SIDE,
+                "patch_size": PATCH,
+                "window_size": 4,
+                "global_attn_indexes": [1],
+                "mlp_dim": 64,
+            },
+            "image_token_id": "id:<image_placeholder>",
+        },
+        names={"image_token": "<image_placeholder>"},
+        images={"image_processor_type": "DeepseekVLHybridImageProcessor", "size": _SQUARE}
+        | {"high_res_size": {"height": 4 * SIDE, "width": 4 * SIDE}},
+        processor={"processor_class": "DeepseekVLHybridProcessor", "num_image_tokens": 16},
     ),
     "janus": Family(
         templates.INTERNVL.replace("<IMG_CONTEXT>", "<image_placeholder>"),

@@ -13,6 +13,14 @@ def _chatml(**config: Any) -> Family:
 
 _SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
 _LINEAR = {
     "linear_num_value_heads": 2,
     "linear_num_key_heads": 2,
@@ -65,6 +73,17 @@ TEXT_ONLY = {
     "qwen2": _chatml(model_type="qwen2"),
     "qwen3": _chatml(model_type="qwen3"),
     "qwen3_moe": _chatml(model_type="qwen3_moe", **_EXPERTS),
+    "qwen2_moe": _chatml(model_type="qwen2_moe", shared_expert_intermediate_size=32, **_EXPERTS),
+    "glm4_moe": _chatml(model_type="glm4_moe", n_shared_experts=1, **_ROUTED),
+    "deepseek_v3": _chatml(
+        model_type="deepseek_v3",
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+        **_ROUTED | {"head_dim": 8, "num_key_value_heads": 2},
+    ),
     "qwen3_next": _chatml(
         model_type="qwen3_next",
         layer_types=["linear_attention", "full_attention"],
@@ -73,6 +92,15 @@ TEXT_ONLY = {
         **_LINEAR,
     ),
     "gemma2": _chatml(model_type="gemma2", **_SLIDING),
+    "gemma3n_text": _chatml(
+        model_type="gemma3n_text",
+        vocab_size_per_layer_input="vocabulary",
+        hidden_size_per_layer_input=8,
+        activation_sparsity_pattern=None,
+        laurel_rank=4,
+        num_kv_shared_layers=0,
+        **_SLIDING,
+    ),
     "gemma3_text": _chatml(model_type="gemma3_text", **_SLIDING),
     "mistral": _chatml(model_type="mistral", sliding_window=16),
     "mixtral": _chatml(model_type="mixtral", num_local_experts=4),

@@ -87,6 +87,10 @@ class Family:
     unended: str = ""
     """The replies after which the template writes no token that ends a turn: "each" or "last"."""
     needs: str = ""
+    given_template: bool = False
+    """The directory has no template: it is given as `model.chat_template`."""
+    marks_replies: bool = False
+    """The tokens of a reply have the type 1, those of its prompt 0."""
 
 
 def gemma_tokenizer() -> Tokenizer:
@@ -132,7 +136,8 @@ def _write_processor(family: Family, path: Path) -> Tokenizer:
         "extra_special_tokens": family.names,
     }
     _write(path / "tokenizer_config.json", settings)
-    (path / "chat_template.jinja").write_text(family.template, encoding="utf-8")
+    name = "given.jinja" if family.given_template else "chat_template.jinja"
+    (path / name).write_text(family.template, encoding="utf-8")
     if family.images:
         _write(path / "preprocessor_config.json", family.images)
         _write(path / "processor_config.json", family.processor)

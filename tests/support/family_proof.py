@@ -34,8 +34,9 @@ from support.family_reference import (
     as_rows,
     conversations,
     directory,
-    own_ids,
+    given_template,
     own_inputs,
+    prompted_inputs,
 )
 from support.learning import LORA, relative_l2, step_of
 
@@ -52,6 +53,8 @@ class Proof:
     """Cases that mmtrain refuses, and why."""
     other_ids: list[str] = field(default_factory=list)
     """Cases whose ids are not the family's own."""
+    alone: list[str] = field(default_factory=list)
+    """Cases whose replies follow the prompt of inference, each in a sequence of its own."""
     differences: dict[str, float] = field(default_factory=dict)
     """Relative differences from the reference, by what is compared."""
     lines: list[str] = field(default_factory=list)
@@ -72,18 +75,27 @@ class Proof:
 def prove(name: str, root: Path, folder: Path) -> Proof:
     """Train family `name` for a step in `folder`; `root` has the images."""
     proof = Proof()
-    encoder = Encoder(load_processor(str(directory(name))), end_of_turn=not FAMILIES[name].unended)
+    processor = load_processor(str(directory(name)), given_template(name))
+    encoder = Encoder(processor, end_of_turn=not FAMILIES[name].unended)
     tried, samples = {}, []
     for case, conversation in conversations(name).items():
         try:
-            encoded = encoder.encode(conversation, root)
+            sequences = [one for _, one in encoder.sequences(conversation)]
+            encoded = [encoder.encode(one, root) for one in sequences]
         except SampleError as error:
             proof.refused[case] = str(error)
             continue
-        if encoded.ids.tolist() != own_ids(name, as_messages(name, conversation, root)):
-            proof.other_ids.append(case)
         tried[case] = conversation
-        samples.append((encoded, as_messages(name, conversation, root)))
+        for one, made in zip(sequences, encoded, strict=True):
+            messages = as_messages(name, one, root)
+            whole = own_inputs(name, messages, return_tensors="pt")
+            is_whole = made.ids.tolist() == whole["input_ids"][0].tolist()
+            inputs = whole if is_whole else prompted_inputs(name, messages, whole["input_ids"][0].tolist(), made)
+            if len(sequences) > 1 or not is_whole:
+                proof.alone.append(case)
+            if inputs is None:
+                proof.other_ids.append(case)
+            samples.append((made, inputs))
     if proof.other_ids:
         return proof
     data = write_jsonl(folder / "cases.jsonl", as_rows(list(tried.values())))
@@ -94,7 +106,7 @@ def prove(name: str, root: Path, folder: Path) -> Proof:
         (output / "metrics.jsonl").touch()  # the model card shows its figures
         return Config.model_validate(
             {
-                "model": {"path": str(directory(name)), "dtype": dtype},
+                "model": {"path": str(directory(name)), "dtype": dtype, "chat_template": given_template(name)},
                 "tune": _tune(name, mode),
                 "data": {"train": [{"path": str(data), "root": str(root)}]},
                 "labels": {"end_of_turn": not FAMILIES[name].unended},
@@ -106,7 +118,7 @@ def prove(name: str, root: Path, folder: Path) -> Proof:
     _lora(name, config(LORA), samples, proof)
     _full(name, config({"mode": "full"}), samples, proof)
     learner, dataset, _ = _prepared(config(LORA, "bfloat16"))
-    loss, _ = _reference(plain(name), name, samples)
+    loss, _ = _reference(plain(name), samples)
     proof.differences["bfloat16"] = _off(_loss_of(learner, dataset), loss)
     return proof
 
@@ -138,7 +150,7 @@ def _lora(name: str, config: Config, samples: list[tuple[Encoded, Any]], proof: 
     export(learner, config, dataset)
     adapter = Path(config.run.output_dir) / "adapter"
     own = PeftModel.from_pretrained(plain(name), adapter, is_trainable=True).eval()
-    loss, gradients = _reference(own, name, samples)
+    loss, gradients = _reference(own, samples)
     for packing, (own_loss, own_gradients) in found.items():
         kind = "packed" if packing else "padded"
         proof.differences[f"LoRA loss, {kind}"] = _off(own_loss, loss)
@@ -150,7 +162,7 @@ def _full(name: str, config: Config, samples: list[tuple[Encoded, Any]], proof: 
     learner, dataset, _ = _prepared(config)
     order = _cuts(dataset)
     own_loss, found = step_of(learner, dataset, order, learner.packing)
-    loss, gradients = _reference(plain(name), name, samples)
+    loss, gradients = _reference(plain(name), samples)
     proof.differences["full loss"] = _off(own_loss, loss)
     proof.differences["full gradient norm"] = _off(_norm(found), _norm(gradients))
     proof.differences["full, all gradients"] = relative_l2(found, gradients)
@@ -165,7 +177,7 @@ def _cuts(dataset: Dataset) -> list[list[int]]:
 
 def _prepared(config: Config) -> tuple[Learner, Dataset, list[str]]:
     lines: list[str] = []
-    processor = load_processor(config.model.path, tried=True)
+    processor = load_processor(config.model.path, config.model.chat_template, tried=True)
     dataset = Dataset(config, processor, QUIET)
     progress = Progress(quiet=True)
     progress.say = lines.append  # type: ignore[method-assign, assignment]
@@ -186,13 +198,12 @@ def _loss_of(learner: Learner, dataset: Dataset) -> float:
     return step_of(learner, dataset, _cuts(dataset), learner.packing)[0]
 
 
-def _reference(model: Any, name: str, samples: list[tuple[Encoded, Any]]) -> tuple[float, dict[str, Tensor]]:
+def _reference(model: Any, samples: list[tuple[Encoded, Any]]) -> tuple[float, dict[str, Tensor]]:
     """The loss and the gradients of what is trainable, zero where nothing flows."""
     count = sum(encoded.num_supervised for encoded, _ in samples)
     total = 0.0
-    for encoded, messages in samples:
-        inputs = own_inputs(name, messages, return_tensors="pt")
-        inputs = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
+    for encoded, own in samples:
+        inputs = {key: value.float() if value.is_floating_point() else value for key, value in own.items()}
         logits = model(**inputs, use_cache=False).logits[0, :-1].float()
         targets, supervised = torch.tensor(encoded.ids[1:]).long(), torch.tensor(encoded.supervised[1:])
         nll = F.cross_entropy(logits[supervised], targets[supervised], reduction="sum")

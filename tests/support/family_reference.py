@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
+import torch
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import processor_class_from_name
 
+from mmtrain.encoding.encode import Encoded
 from mmtrain.records.chat import Conversation, Image, Message, Text
 from support.families_grid import GRID
 from support.families_more import MORE
@@ -73,11 +75,18 @@ def directory(name: str) -> Path:
     return make_family(FAMILIES[name], home() / name)
 
 
+def given_template(name: str) -> str | None:
+    """The file to give as `model.chat_template`."""
+    return str(directory(name) / "given.jinja") if FAMILIES[name].given_template else None
+
+
 @cache
 def reference(name: str) -> Any:
     """The family's own processor, or the tokenizer of a text model; its parts for video and sound are left out."""
     path = directory(name)
     tokenizer = AutoTokenizer.from_pretrained(path)
+    if FAMILIES[name].given_template:
+        tokenizer.chat_template = FAMILIES[name].template
     if "strftime_now" in tokenizer.chat_template:
         tokenizer.chat_template = FIXED_DATE + tokenizer.chat_template
     if not FAMILIES[name].images:
@@ -85,15 +94,19 @@ def reference(name: str) -> Any:
     settings = json.loads((path / "processor_config.json").read_text())
     family = processor_class_from_name(settings.pop("processor_class"))
     parts = {"tokenizer": tokenizer, "image_processor": AutoImageProcessor.from_pretrained(path, backend="pil")}
+    return without_video(family, parts, chat_template=tokenizer.chat_template, **settings)
 
+
+def without_video(family: Any, parts: dict[str, Any], **settings: Any) -> Any:
+    """A processor of the class `family` without its parts for video and sound."""
     absent = SimpleNamespace(num_frames=None, fps=None, slice_mode=None, downsample_mode=None)
 
-    class WithoutVideo(family):  # type: ignore[misc, valid-type]
+    class WithoutVideo(family):  # type: ignore[misc]
         def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
             return None if argument is absent else super().check_argument_for_proper_class(name, argument)
 
     made = {part: parts.get(part, absent) for part in family.get_attributes()}
-    return WithoutVideo(**made, chat_template=tokenizer.chat_template, **settings)
+    return WithoutVideo(**made, **settings)
 
 
 def tokenizer_of(name: str) -> Any:
@@ -118,13 +131,32 @@ def as_messages(name: str, conversation: Conversation, root: Path) -> list[dict[
 
 def own_inputs(name: str, messages: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
     """What the family's own `apply_chat_template` makes of the messages."""
-    return dict(reference(name).apply_chat_template(messages, tokenize=True, return_dict=True, **options))
+    made = dict(reference(name).apply_chat_template(messages, tokenize=True, return_dict=True, **options))
+    return {key: value for key, value in made.items() if key != "labels"}
 
 
 def own_ids(name: str, messages: list[dict[str, Any]], prompt: bool = False) -> list[int]:
     """The family's own ids; with `prompt` those that a reply to `messages` follows."""
     ids = own_inputs(name, messages, add_generation_prompt=prompt, return_tensors="pt")["input_ids"]
     return [int(id_) for id_ in ids[0]]
+
+
+def prompted_inputs(
+    name: str, messages: list[dict[str, Any]], whole: list[int], encoded: Encoded
+) -> dict[str, Any] | None:
+    """What a reply follows in inference, then the ids that end the family's own `whole`: the reply and its end. None
+    where that is not what was encoded."""
+    inputs = own_inputs(name, messages[:-1], add_generation_prompt=True, return_tensors="pt")
+    start = int(encoded.supervised.argmax())
+    reply = encoded.ids[start:].tolist()
+    if inputs["input_ids"][0].tolist() != encoded.ids[:start].tolist() or whole[-len(reply) :] != reply:
+        return None
+    added = {"input_ids": reply, "attention_mask": [1] * len(reply)}
+    if FAMILIES[name].marks_replies:
+        added["token_type_ids"] = [1] * len(reply)
+    text_keys = [key for key, value in inputs.items() if value.shape == inputs["input_ids"].shape]
+    more = {key: torch.tensor([added.get(key, [0] * len(reply))]) for key in text_keys}
+    return {key: torch.cat([value, more[key]], dim=1) if key in more else value for key, value in inputs.items()}
 
 
 def as_rows(tried: list[Conversation]) -> list[dict[str, Any]]:

@@ -1,19 +1,20 @@
 """The table of docs/models.md, printed or written: `PYTHONPATH=.:tests python -m support.family_table [--write]`."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from support.builders import ROOT
 from support.family_proof import Proof, prove
-from support.family_reference import FAMILIES, save_images
+from support.family_reference import FAMILIES, conversations, save_images
+from support.real_models import real_column
 
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->\n"
-HEAD = "| family | ids | LoRA and full step | adapter | bfloat16 | rows |\n|---|---|---|---|---|---|\n"
+COLUMNS = ("family", "ids", "published files", "LoRA and full step", "adapter", "bfloat16", "rows")
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
 NOT_TRAINED = {
-    "llava_onevision": "refused: its template writes another header before a reply than before a prompt",
     "phi4_multimodal": "refused: the features of an image depend on the other images of the batch",
 }
 """Families that are refused at the start, and why."""
@@ -28,9 +29,15 @@ def row(name: str, proof: Proof) -> str:
     """The line of a family that was proven."""
     own = [line for line in proof.lines if line.startswith("packing: off")]
     rows = "packed" if proof.packed else next(text for part, text in _REASONS.items() if part in own[0])
-    ids = "own" if not proof.refused else f"own; refused: {', '.join(proof.refused).replace('_', ' ')}"
+    alone = ["every case"] if set(proof.alone) == conversations(name).keys() else proof.alone
+    ids = "; ".join(["own", *_cases("alone", alone), *_cases("refused", proof.refused)])
     marks = "failed | failed | failed" if proof.failures else "exact | exact | within 5e-3"
-    return f"| {label(name)} | {ids} | {marks} | {rows} |\n"
+    return f"| {label(name)} | {ids} | {real_column(name)} | {marks} | {rows} |\n"
+
+
+def _cases(what: str, found: Collection[str]) -> Iterator[str]:
+    if found:
+        yield f"{what}: {', '.join(dict.fromkeys(found)).replace('_', ' ')}"
 
 
 def label(name: str) -> str:
@@ -39,7 +46,7 @@ def label(name: str) -> str:
 
 
 def refusal(name: str) -> str:
-    return f"| {label(name)} | {NOT_TRAINED[name]} | | | | |\n"
+    return f"| {label(name)} | {NOT_TRAINED[name]} | | | | | |\n"
 
 
 def table(page: Path = PAGE) -> dict[str, str]:

@@ -193,3 +193,9 @@ GRANITE = (
     "{% for m in messages %}{{ '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content + '<|end_of_text|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
 )
+
+# A user's own, for a family without one. Its processor puts BOS after the images and a line break at the end.
+PALIGEMMA = (
+    "{% for m in messages %}{% if m.role == 'user' %}" + _parts("<image>") + "{% else %}{{ m.content if m.content is "
+    "string else m.content[0].text }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endif %}{% endfor %}"
+)

@@ -1,7 +1,7 @@
 """Small model directories without weights: a tokenizer, a chat template and what else a processor is loaded from."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,7 @@ def make_directory(
     bos_in_front: bool = False,
     image_is_special: bool = True,
     strips: bool | str = False,
+    more_specials: Sequence[str] = (),
 ) -> Path:
     """`bos_in_front`: the tokenizer's post-processor puts `<s>` before every text, as LLaVA-1.5's does.
 
@@ -224,7 +225,7 @@ def make_directory(
     """
     path.mkdir(parents=True, exist_ok=True)
     made = TOKENIZERS[tokenizer]()
-    for token in SPECIALS:
+    for token in (*SPECIALS, *more_specials):
         special = token != "<image>" or image_is_special
         added = AddedToken(token, special=special, normalized=False, rstrip=strips is True, lstrip=strips == "before")
         _ = made.add_special_tokens([added]) if special else made.add_tokens([added])

@@ -25,7 +25,7 @@ ALL_FULL = {"vision": {"mode": "full"}, "projector": {"mode": "full"}, "language
 
 
 def learner_for(config: Config) -> tuple[Learner, Dataset]:
-    processor = load_processor(config.model.path)
+    processor = load_processor(config.model.path, config.model.chat_template)
     dataset = Dataset(config, processor, QUIET)
     learner = make_learner(config, processor, Runtime(config.model.dtype, device=config.run.device), QUIET)
     generator = torch.Generator().manual_seed(7)
@@ -42,7 +42,7 @@ def step_of(
     """The loss and every gradient of the step made of `cuts`; the step's number is 3."""
     learner.optimizer.zero_grad(set_to_none=True)
     samples = [number for cut in cuts for number in cut]
-    count = int(dataset.checked.num_supervised[samples].sum())
+    count = float(dataset.checked.sum_weights[samples].sum())
     batches = Loader(
         dataset.train, dataset.encoder.processor, packing, learner.make_inputs.store, row_multiple
     ).batches(cuts)

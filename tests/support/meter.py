@@ -4,9 +4,9 @@ Counted where torch calls its operators, below autograd, so the backward pass is
 """
 
 import sys
-import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from mmtrain.model.live_memory import LiveMemory
 
 _aten: Any = torch.ops.aten
 _ANSWERS = {
@@ -58,10 +60,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, kind: str = "cuda", hidden: tuple[str, ...] = ("/torch/",)) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kind, self._hidden = kind, (*hidden, __file__)
-        self._sizes: dict[int, int] = {}
-        """Bytes of each storage that is alive."""
-        self.live = 0
-        """Bytes in tensors of the device that were made while this was active and are alive."""
+        self._memory = LiveMemory(_BLOCK)
         self.reset()
 
     def reset(self) -> None:
@@ -74,8 +73,26 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """By line of code, copies to the device from memory that is not pinned, which the host waits for too."""
         self.operations = 0
         """Floating-point operations of matrix products, convolutions and attention."""
-        self.peak = self.live
+        self._memory.reset()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, no memory is counted; what is used afterwards is."""
+        memory, self._memory = self._memory, LiveMemory(_BLOCK)
+        try:
+            yield
+        finally:
+            self._memory = memory
+
+    @property
+    def live(self) -> int:
+        """Bytes in tensors of the device that were made while this was active and are alive."""
+        return self._memory.num_bytes
+
+    @property
+    def peak(self) -> int:
         """The most bytes that were alive at once."""
+        return self._memory.peak
 
     @property
     def num_kernels(self) -> int:
@@ -88,8 +105,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        for tensor in made:
-            self._keep(tensor)
+        for tensor in filter(self._is_here, made):
+            self._memory.keep(tensor)
         if any(map(self._is_here, given)) or any(map(self._is_here, made)):
             self._count(func, args, kwargs, given, out)
         return out
@@ -130,20 +147,6 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.waits[self._line(name)] += 1
         elif not source.is_pinned():
             self.pageable[self._line(name)] += 1
-
-    def _keep(self, tensor: Tensor) -> None:
-        if not self._is_here(tensor):
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = -(-storage.nbytes() // _BLOCK) * _BLOCK
-            self.live += self._sizes[key]
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.live -= self._sizes.pop(key, 0)
 
     def _line(self, operator: str) -> str:
         """The innermost line of code that is not hidden, and the operator."""

@@ -88,6 +88,9 @@ class ThreadRuntime:
     def gather(self, values: Tensor) -> Tensor:
         return torch.stack(self._exchange.all_of(self.index, values))
 
+    def from_first(self, key: str, make: Callable[[], str]) -> str:
+        return make()
+
     def agree(self, values: Tensor) -> tuple[Tensor, int | None]:
         return values, None
 

@@ -21,6 +21,7 @@ from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
+from mmtrain.generate.replies import Generator
 from mmtrain.model.components import Components
 from mmtrain.model.kernels.trial import kernel_of
 from mmtrain.model.load import load_model
@@ -30,8 +31,9 @@ from mmtrain.records.record_set import RecordSet
 from mmtrain.runtime import processes
 from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.supervisor import Supervisor
-from mmtrain.train import learner, loop, run
+from mmtrain.train import learner, loop, run, trackers
 from mmtrain.train.dataset import Dataset
+from mmtrain.train.eval_perplexity import PerplexityEvaluation
 from mmtrain.train.optimizer import make_optimizer, set_rate
 from mmtrain.train.step import train_step
 from mmtrain.train.trainable import make_trainable
@@ -44,7 +46,7 @@ REFUSED = "refused"
 
 
 def dataset_of(config: Config) -> Dataset:
-    return Dataset(config, load_processor(config.model.path), QUIET)
+    return Dataset(config, load_processor(config.model.path, config.model.chat_template), QUIET)
 
 
 def or_refused(seen: Callable[[Dataset], Any]) -> Callable[[Config], Any]:
@@ -74,7 +76,7 @@ def sources_of_the_first_step(config: Config) -> set[int]:
 
 
 def metric_of_answers(config: Config) -> str:
-    processor = load_processor(config.model.path)
+    processor = load_processor(config.model.path, config.model.chat_template)
     evaluation = AnswerEvaluation(config, config.data.eval, processor, QUIET)
     (metric,) = {question.metric for question in evaluation.questions}
     return metric
@@ -112,7 +114,7 @@ def quantized_layers(config: Config) -> int:
 
 
 def tuned(config: Config) -> tuple[Any, Any]:
-    processor, quantization = load_processor(config.model.path), config.model.quantization
+    processor, quantization = load_processor(config.model.path, config.model.chat_template), config.model.quantization
     base = load_model(config.model.path, config.model.dtype, processor, quantization=quantization)
     components = Components(base, config.tune.components)
     model, _ = apply_tune(base, components, config.tune)
@@ -205,6 +207,71 @@ def saved_steps(config: Config) -> list[int]:
     return sorted(int(path.name[5:]) for path in (Path(config.run.output_dir) / "checkpoints").glob("step-*"))
 
 
+def trackers_started(config: Config) -> list[str]:
+    found: list[str] = []
+
+    def note(name: str) -> Any:
+        return lambda *arguments: found.append(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trackers, "_TRACKERS", {name: note(name) for name in trackers._TRACKERS})
+        trackers.Trackers(config, 0, print)
+    return found
+
+
+def last_step(config: Config) -> int:
+    """Of a run whose evaluations give the number of the step as `nll`, which gets worse, and as `token_accuracy`, which
+    gets better."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PerplexityEvaluation, "row", _counted)
+        run.train(config)
+    steps: list[int] = [row["step"] for row in rows(config)]
+    return max(steps)
+
+
+def _counted(self: PerplexityEvaluation, step: int) -> dict[str, Any]:
+    figures: dict[str, Any] = dict.fromkeys(("nll", "perplexity", "token_accuracy"), step)
+    return figures | {"num_supervised": 1, "num_samples": 1, "interval": {"perplexity": [0, 1]}}
+
+
+def best_step(config: Config) -> int | None:
+    """The step whose weights are in `best/`; None without it."""
+    last_step(config)
+    path = Path(config.run.output_dir) / "best" / "adapter_model.safetensors"
+    if not path.exists():
+        return None
+    name = next(key for key in load_file(path) if "lora_B" in key)
+    found = load_file(path)[name]
+    steps = [s for s in range(1, 5) if torch.equal(found, _of_step(config, s, name))]
+    assert len(steps) == 1
+    return steps[0]
+
+
+def _of_step(config: Config, step: int, name: str) -> torch.Tensor:
+    return checkpoint(config, step, "trainable")[name.replace("lora_B", "lora_B.default")]
+
+
+def times_asked(config: Config) -> list[tuple[int, int]]:
+    """The steps after which questions are asked, and how many are answered."""
+    run.train(config)
+    return [(row["step"], row["num_answers"]) for row in rows(config) if "answers" in row]
+
+
+def questions_at_a_time(config: Config) -> list[int]:
+    """Of each batch of questions before the first step."""
+    found: list[int] = []
+    replies = Generator.replies
+
+    def watched(self: Generator, prompts: Any, *others: Any) -> Any:
+        found.append(len(prompts))
+        return replies(self, prompts, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Generator, "replies", watched)
+        run.train(config)
+    return found[: len(found) // 2]
+
+
 def steps_evaluated(config: Config) -> list[int]:
     run.train(config)
     return [row["step"] for row in rows(config) if "eval" in row]
@@ -290,7 +357,7 @@ def num_shardings(config: Config) -> int:
     runtime.num_processes, runtime._store = 2, HashStore()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learner, "shard", lambda *arguments: calls.append(arguments))
-        learner.make_learner(config, load_processor(config.model.path), runtime, QUIET)
+        learner.make_learner(config, load_processor(config.model.path, config.model.chat_template), runtime, QUIET)
     return len(calls)
 
 

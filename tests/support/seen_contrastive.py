@@ -1,13 +1,17 @@
 """What is seen of the keys of contrastive training, for test_config_keys: on three images with four texts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 
 from mmtrain.config.schema import Config
+from mmtrain.contrastive.embedder import EncodedItem
 from mmtrain.contrastive.load import load_embedder
+from mmtrain.errors import UserError
 from mmtrain.progress import QUIET
+from mmtrain.records.pairs import Item
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train import run
 from mmtrain.train.contrastive.learner import make_contrastive_learner
@@ -15,6 +19,7 @@ from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.contrastive.step import ContrastiveLearner, accumulate_gradients
 from mmtrain.train.metrics import METRICS
 from support.builders import write_jsonl
+from support.seen import REFUSED
 from support.tower_models import TOWERS
 
 TEXTS = ("red", ["green", "a green one"], "blue")
@@ -72,3 +77,18 @@ def num_trained_values(config: Config) -> int:
 
 def num_kept_graphs(config: Config) -> int:
     return _after_a_step(config)[0].graph_memory.num_kept
+
+
+def num_pooled_tokens(config: Config) -> int | str:
+    """The hidden states that make the embedding of the prompt of "red"."""
+    try:
+        embedder = load_embedder(config, Runtime("float32", device="cpu"))
+    except UserError:
+        return REFUSED
+    (item,) = embedder.encode([(Item("red"), Path())])
+    assert isinstance(item, EncodedItem)
+    rows: list[int] = []
+    head = embedder.model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[-2]))
+    embedder.embed(embedder.batch([replace(item, key=16 * "0")]), item.kind)
+    return rows[0]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtrain.model.planned_device import computed
+
 BLOCK = 64
 """Queries at a time: with fewer the products are too small, with more a larger share is masked."""
 _LOG2E = math.log2(math.e)
@@ -32,7 +34,7 @@ class BlockAttention(torch.autograd.Function):
         places = out.view(tokens, groups, each, width).transpose(0, 1)
         log_sums = queries.new_empty(groups, tokens * each, 1)
         future = _future(each)
-        for start, first, end in _blocks(lengths):
+        for start, first, end in computed(_blocks(lengths), _num_seen):
             rows, seen, own = slice(first * each, end * each), slice(start, end), end - first
             logits = torch.bmm(queries[:, rows], keys[:, seen].transpose(1, 2))
             logits[:, :, first - start :].add_(future[: own * each, :own])
@@ -62,7 +64,7 @@ class BlockAttention(torch.autograd.Function):
         places = to_query.view(tokens, groups, each, width).transpose(0, 1)
         to_keys, to_values = torch.zeros_like(keys), torch.zeros_like(values)
         future = _future(each)
-        for start, first, end in _blocks(ctx.lengths):
+        for start, first, end in computed(_blocks(ctx.lengths), _num_seen):
             rows, seen, own = slice(first * each, end * each), slice(start, end), end - first
             logits = torch.bmm(queries[:, rows], keys[:, seen].transpose(1, 2))
             logits[:, :, first - start :].add_(future[: own * each, :own])
@@ -79,6 +81,11 @@ def _future(each: int) -> Tensor:
     """(BLOCK * each, BLOCK) the causal mask of a block's queries at its own keys, added to the logits: -inf at later
     keys. The `each` heads of a query are next to each other."""
     return torch.full((BLOCK, BLOCK), -math.inf).triu(1).repeat_interleave(each, 0)
+
+
+def _num_seen(block: tuple[int, int, int]) -> int:
+    start, first, end = block
+    return (end - start) * (end - first)
 
 
 def _blocks(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.model.kernels.compiled import is_compiled, one_pass
-from mmtrain.model.planned_device import kind_of
+from mmtrain.model.planned_device import computed, kind_of
 
 _CACHED_VALUES = 2**17
 """Values in a block on the CPU: a block and its inputs stay in the caches, and there are few enough blocks that calling
@@ -146,7 +146,7 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if not _is_cached(tensors[0]):
         return iter([rows])
     size = max(1, _CACHED_VALUES // width)
-    return zip(*(torch.split(tensor, size) for tensor in rows), strict=True)
+    return iter(computed(zip(*(torch.split(tensor, size) for tensor in rows), strict=True)))
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -33,12 +33,12 @@ _KINDS: dict[str, Callable[[Path], RecordFile]] = {
 """How a file is opened, by its ending without that of a compression."""
 
 
-def open_records(path: str) -> list[RecordFile]:
-    """The record files that `path` names: a file, a folder or a glob, in the order of their names.
+def open_records(path: str, split: str | None = None) -> list[RecordFile]:
+    """The record files that `path` names, of `split` if it is given, in the order of their names.
 
     Raises UserError if there is none, if one cannot be read, or if a file of the folder would be left out.
     """
-    files = [_open(file) for file in find_data_files(path)]
+    files = [_open(file) for file in find_data_files(path, split)]
     if not any(len(file) for file in files):
         raise UserError(f"{visible(path)}: there are no records in it")
     return files

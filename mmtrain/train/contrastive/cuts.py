@@ -42,7 +42,7 @@ class PairCut:
     """What it must compute, over all processes: a multiplication and an addition are two."""
 
     @property
-    def count(self) -> int:
+    def count(self) -> float:
         return len(self.samples)
 
     @property

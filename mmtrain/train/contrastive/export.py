@@ -6,7 +6,6 @@ What was saved is loaded back and must give the same embeddings and the same sca
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,11 +13,10 @@ from torch import Tensor
 
 from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.config import Config
-from mmtrain.contrastive.embedder import EncodedItem
-from mmtrain.contrastive.towers import Towers
+from mmtrain.contrastive.embedder import Embedder, EncodedItem
+from mmtrain.contrastive.load import reloaded
 from mmtrain.encoding.directory import model_directory, processor_files
 from mmtrain.errors import UserError, storage_faults
-from mmtrain.model.load import load_weights
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.contrastive.step import ContrastiveLearner
 
@@ -26,15 +24,16 @@ MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 3e-2}
 """Largest relative difference (L2) of the embeddings once loaded back."""
 
 
-def export(learner: ContrastiveLearner, config: Config, dataset: PairDataset) -> str:
-    """Write `adapter/` (or `model/` where nothing is LoRA) and load it back. Gives a line that says what was found.
+def export(learner: ContrastiveLearner, config: Config, dataset: PairDataset, name: str | None = None) -> str:
+    """Write the folder `name`, by default `adapter/` (or `model/` where nothing is LoRA), and load it back. Gives a
+    line that says what was found.
 
     The embeddings of the first pair's items are compared. Raises UserError where what was saved is not what was
     trained, and StorageError where it cannot be written.
     """
     model = learner.model
     is_adapter = isinstance(model, PeftModel)
-    target = Path(config.run.output_dir) / ("adapter" if is_adapter else "model")
+    target = Path(config.run.output_dir) / (name or ("adapter" if is_adapter else "model"))
     dtype = getattr(torch, config.model.dtype)
     if is_adapter and Path(config.model.path).is_dir():  # to be found from any directory
         model.peft_config["default"].base_model_name_or_path = str(Path(config.model.path).resolve())
@@ -59,14 +58,15 @@ def export(learner: ContrastiveLearner, config: Config, dataset: PairDataset) ->
 
 def _first_items(dataset: PairDataset) -> list[EncodedItem]:
     first = dataset.train.pairs[int(dataset.train.used[0])]
-    return [dataset.train.items[number] for number in (first.query, *first.positives, *first.negatives)]
+    return dataset.train.loaded((first.query, *first.positives, *first.negatives))
 
 
 @torch.no_grad()
-def _embeddings(embedder: Towers, items: Sequence[EncodedItem]) -> list[Tensor]:
-    """That of each item, and the scale."""
+def _embeddings(embedder: Embedder, items: Sequence[EncodedItem]) -> list[Tensor]:
+    """That of each item, and the model's own scale and bias."""
+    numbers = [one.value.cpu() for one in (embedder.scale, embedder.bias) if one.parameter is not None]
     alone = [embedder.embed(embedder.batch([item]), item.kind)[0] for item in items]
-    return [*alone, embedder.scale.value.cpu(), embedder.bias.value.cpu()]
+    return [*alone, *numbers]
 
 
 def _loaded_back(
@@ -80,8 +80,7 @@ def _loaded_back(
         model.set_adapter("default")
         model.delete_adapter("saved")
         return found
-    saved: Any = load_weights(str(target), config.model.dtype, learner.runtime.device)
-    return _embeddings(Towers(saved, embedder.processor, learner.runtime.autocast), items)
+    return _embeddings(reloaded(embedder, str(target), config, learner.runtime), items)
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

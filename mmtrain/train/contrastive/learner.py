@@ -1,8 +1,8 @@
 """The embedder that is trained, with its optimizer."""
 
 from mmtrain.config import Config
+from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.loss import LossSettings
-from mmtrain.contrastive.towers import Towers
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.contrastive.cuts import PairCuts
@@ -18,20 +18,23 @@ GIB = 2**30
 
 
 def make_contrastive_learner(
-    config: Config, embedder: Towers, dataset: PairDataset, runtime: Runtime, progress: Progress
+    config: Config, embedder: Embedder, dataset: PairDataset, runtime: Runtime, progress: Progress
 ) -> ContrastiveLearner:
     """The embedder's model with its trainable parameters, and how its steps are computed."""
     dropout, reports = make_trainable(config, embedder, runtime, progress)
     model = embedder.model
     settings, run = config.objective, config.run
-    frozen = frozenset(kind for kind in ("text", "image") if embedder.is_frozen(kind))
+    symmetric = embedder.symmetric if settings.symmetric == "auto" else settings.symmetric
+    frozen = frozenset(kind for kind in embedder.kinds if embedder.is_frozen(kind))
     caches = frozen if run.image_cache.memory_gib > 0 else frozenset[str]()
     alone = frozenset[str]() if runtime.device.type == "cuda" and run.microbatches == "auto" else caches
+    if not embedder.processor.lays_out_together:
+        alone = frozenset(embedder.kinds)
     return ContrastiveLearner(
         embedder=embedder,
-        items=dataset.train.items,
-        cuts=PairCuts(dataset, run, runtime.num_processes, runtime.index, alone=alone),
-        loss=LossSettings(settings.loss, settings.symmetric in ("auto", True), settings.dims),
+        samples=dataset.train,
+        cuts=PairCuts(dataset, run, runtime.num_processes, runtime.index, embedder.packing, alone),
+        loss=LossSettings(settings.loss, symmetric, settings.dims),
         temperature_max=settings.temperature_max,
         runtime=runtime,
         optimizer=make_optimizer(model, embedder.components, config),

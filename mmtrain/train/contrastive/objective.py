@@ -10,12 +10,12 @@ from mmtrain.contrastive.load import load_embedder
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.contrastive.cuts import PairCut
-from mmtrain.train.contrastive.evaluations import RetrievalEvaluations
+from mmtrain.train.contrastive.evaluations import RetrievalDuringRun
 from mmtrain.train.contrastive.export import export
 from mmtrain.train.contrastive.learner import make_contrastive_learner
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.contrastive.step import ContrastiveLearner, Loaded
-from mmtrain.train.metrics import MetricsFile
+from mmtrain.train.evaluations import Evaluation
 from mmtrain.train.report import bits_lines, component_lines, weights_line
 
 
@@ -24,7 +24,7 @@ class ContrastiveObjective:
 
     def __init__(self, config: Config, runtime: Runtime, progress: Progress) -> None:
         self._config, self._runtime, self._progress = config, runtime, progress
-        self._embedder = load_embedder(config, runtime)
+        self._embedder = load_embedder(config, runtime, progress)
         self.data = PairDataset(config, self._embedder, progress)
 
     @cached_property
@@ -40,9 +40,8 @@ class ContrastiveObjective:
     def steps(self) -> "ContrastiveSteps":
         return ContrastiveSteps(self._learner)
 
-    def evaluations(self, metrics: MetricsFile) -> RetrievalEvaluations:
-        data = self.data
-        return RetrievalEvaluations(self._config, data.eval, data.num_steps, self._learner, metrics, self._progress)
+    def evaluations(self) -> list[Evaluation]:
+        return [RetrievalDuringRun(self._config, name, one, self._learner) for name, one in self.data.eval.items()]
 
     def report(self) -> Iterator[str | Table]:
         learner = self._learner
@@ -51,9 +50,11 @@ class ContrastiveObjective:
         yield weights_line(learner)
         yield from bits_lines(self._config, learner)
         yield self._embedder.description
+        if self._config.run.kernels == "auto":
+            yield "kernels: off, contrastive training does not use them yet"
 
-    def export(self) -> str:
-        return export(self._learner, self._config, self.data)
+    def export(self, name: str | None = None, step: int | None = None) -> str:
+        return export(self._learner, self._config, self.data, name)
 
 
 class ContrastiveSteps:

@@ -13,7 +13,8 @@ from mmtrain.dataset.validate import FaultPolicy
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
-from mmtrain.train.dataset import eval_sources, num_steps
+from mmtrain.train.dataset import num_steps
+from mmtrain.train.eval_sets import eval_sources
 
 
 class PairDataset:
@@ -69,6 +70,12 @@ class PairDataset:
     def image_files(self) -> frozenset[Path]:
         """Those of the training pairs."""
         return self.train.image_files
+
+    @property
+    def eval_files(self) -> list[tuple[list[Path], list[Path]]]:
+        """For each evaluation set its files of records, and its image files."""
+        sets = [one.samples for one in self.eval.values()]
+        return [(list(one.records.files_of(0)), sorted(one.image_files)) for one in sets]
 
 
 @contextmanager

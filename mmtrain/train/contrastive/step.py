@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmtrain.contrastive.embedder import EncodedItem, Kind
+from mmtrain.contrastive.embedder import Embedder, EncodedItem, Kind
 from mmtrain.contrastive.loss import LossGradients, LossSettings, contrastive_loss
-from mmtrain.contrastive.towers import Towers
+from mmtrain.contrastive.pair_samples import PairSamples
 from mmtrain.dataset.batch import Batch, in_order
 from mmtrain.model.dropout import DropoutContext
 from mmtrain.model.tune import ComponentReport
@@ -35,8 +35,8 @@ Loaded = tuple[tuple[ItemBatch, Batch], ...]
 class ContrastiveLearner:
     """An embedder that is trained, its optimizer, and how its steps are computed."""
 
-    embedder: Towers
-    items: Sequence[EncodedItem]
+    embedder: Embedder
+    samples: PairSamples
     cuts: PairCuts
     loss: LossSettings
     temperature_max: float
@@ -55,6 +55,10 @@ class ContrastiveLearner:
     def model(self) -> Any:
         return self.embedder.model
 
+    @property
+    def items(self) -> Sequence[EncodedItem]:
+        return self.samples.items
+
     def batches(self, first: int, last: int) -> Iterator[Loaded]:
         """The tensors of this process's micro-batches of the steps `first` to `last`, made ahead."""
         return in_order(self.load, self.cuts.microbatches(first, last))
@@ -65,7 +69,7 @@ class ContrastiveLearner:
         return tuple((one, self.tensors(one)) for one in needed if one.numbers)
 
     def tensors(self, batch: ItemBatch) -> Batch:
-        return self.embedder.batch([self.items[number] for number in batch.numbers])
+        return self.embedder.batch(self.samples.loaded(batch.numbers))
 
     def embed(self, inputs: Batch, kind: Kind) -> tuple[Tensor, Tensor | None]:
         """(num_items, width) without a graph, and with it where it is kept."""
@@ -78,7 +82,7 @@ class ContrastiveLearner:
         with torch.no_grad():
             return compute(), None
 
-    def accumulate(self, batches: Iterable[Loaded | None], count: int, step: int) -> tuple[Tensor, int | None]:
+    def accumulate(self, batches: Iterable[Loaded | None], count: float, step: int) -> tuple[Tensor, int | None]:
         return accumulate_gradients(self, batches, step)
 
     def updated(self) -> None:

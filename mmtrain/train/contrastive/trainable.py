@@ -5,10 +5,9 @@ from typing import Any
 import torch
 
 from mmtrain.config import Config
+from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.load import set_trained
-from mmtrain.contrastive.towers import Towers
 from mmtrain.model.dropout import DropoutContext, install_dropout
-from mmtrain.model.family import Family
 from mmtrain.model.load import checkpoint_activations
 from mmtrain.model.lora_targets import without_adapter
 from mmtrain.model.tune import ComponentReport, apply_tune
@@ -17,7 +16,7 @@ from mmtrain.runtime.processes import Runtime
 
 
 def make_trainable(
-    config: Config, embedder: Towers, runtime: Runtime, progress: Progress
+    config: Config, embedder: Embedder, runtime: Runtime, progress: Progress
 ) -> tuple[DropoutContext, list[ComponentReport]]:
     """Add what is trainable to the embedder's model, whose initial weights follow from the seed alone."""
     torch.manual_seed(config.train.seed)
@@ -29,7 +28,6 @@ def make_trainable(
     if config.run.activation_checkpointing is True:
         checkpoint_activations(base)
     dropout = DropoutContext(config.train.seed)
-    family = Family(embedder.components, "own")
-    install_dropout(embedder.model, family, config.tune, dropout, runtime.device, progress.say)
+    install_dropout(embedder.model, embedder.family, config.tune, dropout, runtime.device, progress.say)
     embedder.model.to(runtime.device)
     return dropout, reports

@@ -1,0 +1,106 @@
+"""Vision-language models as embedders: an item is a prompt, and its embedding comes from the last hidden states."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmtrain.contrastive.embedder import EncodedItem, Kind
+from mmtrain.contrastive.scale import Multiplier, constant
+from mmtrain.dataset.batch import Batch, make_batch
+from mmtrain.dataset.validate import LengthLimit
+from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.images import Roots
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.model.components import Components
+from mmtrain.model.family import Family
+from mmtrain.model.head import hidden_states
+from mmtrain.model.inputs import InputMaker
+from mmtrain.records.chat import Conversation, Message, SampleError, Text
+from mmtrain.records.pairs import Item
+
+_STAND_IN = Message("assistant", (Text("x"),))
+_KIND: Kind = "prompt"
+
+
+class ChatEmbedder:
+    """A model of chats. An item's prompt ends where a reply would begin: with the ids that inference gives it."""
+
+    kinds: tuple[Kind, ...] = (_KIND,)
+    symmetric = False
+    """Queries choose among documents: what is searched for is seldom what is searched."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: ChatProcessor,
+        family: Family,
+        packing: bool,
+        pooling: Literal["last", "mean"],
+        limit: Callable[[int], LengthLimit],
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        """`limit` gives the model's own limit, or `max_length` where that is lower."""
+        self.model, self.processor, self.family, self.packing = model, processor, family, packing
+        self._encoder, self._make_inputs = Encoder(processor), InputMaker(model, processor)
+        self._pooling, self._autocast = pooling, autocast
+        self.limit = limit
+        self.scale: Multiplier = constant(1.0)
+        self.bias: Multiplier = constant(0.0)
+        self._cost = float(sum(p.numel() for p in model.get_decoder().parameters() if p.ndim >= 2))
+        (tried,) = self.encode([(Item("a"), Path())])
+        if isinstance(tried, SampleError):
+            raise tried
+        with torch.no_grad():
+            self.width = self.embed(make_batch([0], [tried.encoded], processor, packing), _KIND).shape[1]
+
+    @property
+    def components(self) -> Components:
+        return self.family.components
+
+    @property
+    def description(self) -> str:
+        """How items are embedded, in one line."""
+        how = "the last token" if self._pooling == "last" else "the mean of all tokens"
+        return f"embeddings of {self.width} values, from {how} of a prompt; scale {float(self.scale.value):.4g}"
+
+    def encode(self, items: Sequence[tuple[Item, Roots]]) -> list[EncodedItem | SampleError]:
+        chats = [(Conversation((*item.conversation().messages, _STAND_IN)), root) for item, root in items]
+        return [
+            one if isinstance(one, SampleError) else self._encoded(_prompt(one))
+            for one in self._encoder.encode_many(chats)
+        ]
+
+    def _encoded(self, prompt: Encoded) -> EncodedItem:
+        return EncodedItem(_KIND, prompt, prompt.num_tokens, self._cost * prompt.num_tokens)
+
+    def batch(self, items: Sequence[EncodedItem]) -> Batch:
+        return make_batch([item.seed for item in items], [item.encoded for item in items], self.processor, self.packing)
+
+    def embed(self, batch: Batch, kind: Kind) -> Tensor:
+        inputs = self._make_inputs(batch)
+        is_kept = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+        for segment in batch.segments:
+            end = segment.start + segment.length
+            is_kept[segment.row, segment.start if self._pooling == "mean" else end - 1 : end] = True
+        kept = is_kept[0].nonzero()[:, 0] if batch.packed else is_kept
+        with self._autocast():
+            hidden = hidden_states(self.model, {**inputs, "logits_to_keep": kept.to(inputs["input_ids"].device)})
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        if self._pooling == "last":
+            return hidden
+        lengths = [segment.length for segment in batch.segments]
+        return torch.stack([own.mean(0) for own in torch.split(hidden, lengths)])
+
+    def is_frozen(self, kind: Kind) -> bool:
+        return False
+
+
+def _prompt(encoded: Encoded) -> Encoded:
+    """What comes before the reply."""
+    start = int(np.argmax(encoded.supervised))
+    return Encoded(encoded.ids[:start], encoded.supervised[:start], encoded.images)

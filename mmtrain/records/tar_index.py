@@ -1,0 +1,113 @@
+"""Where the members of a tar file lie: found once, then kept in the user's cache until the file changes.
+
+A cached index is an .npz file, whose name is a hash of the tar file's path and version. It is written whole or not at
+all, and its checksums are verified when it is read.
+"""
+
+import hashlib
+import os
+import tarfile
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.errors import UserError
+from mmtrain.records.chat import SampleError
+from mmtrain.regular_files import open_regular
+from mmtrain.safe_text import one_line, shown, visible
+from mmtrain.user_cache import cache_folder, file_version
+
+_FORMAT = 1
+"""Raised with every change of what is stored."""
+_WORTH_KEEPING = 1000
+"""Members from which on finding them takes longer than reading the cache."""
+
+Ints = npt.NDArray[np.int64]
+
+
+class TarIndex:
+    """The members of a plain tar file, in its order; folders and hidden files left out."""
+
+    def __init__(self, path: Path, names: list[bytes], offsets: Ints, sizes: Ints) -> None:
+        self.path = path
+        self._names, self._offsets, self._sizes = names, offsets, sizes
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self._names[index])
+
+    def content(self, index: int, file: BinaryIO, max_size: int) -> bytes:
+        """The bytes of a member, read from the opened file. Raises SampleError if they are too many or cut off."""
+        size, name = int(self._sizes[index]), self.name(index)
+        if size > max_size:
+            raise SampleError(f"the member {shown(name)} has {size:,} bytes, over the {max_size:,} allowed")
+        found = os.pread(file.fileno(), size, int(self._offsets[index]))
+        if len(found) < size:
+            raise SampleError(f"the member {shown(name)} is cut off: {len(found):,} of {size:,} bytes")
+        return found
+
+
+def tar_index(path: Path) -> TarIndex:
+    """The index of the tar file `path`. Raises OSError, and UserError if it is not a plain, whole tar file."""
+    with open_regular(path) as file:
+        cached = cache_folder() / "tar" / f"{_key(path)}.npz"
+        if (index := _cached(path, cached)) is not None:
+            return index
+        found = _members(path, file)
+    names = [os.fsencode(name) for name, _, _ in found]
+    offsets, sizes = np.array([one[1:] for one in found], np.int64).reshape(-1, 2).T
+    if len(found) >= _WORTH_KEEPING:
+        with suppress(OSError):  # a cache that cannot be written only costs time
+            _write(cached, names, offsets, sizes)
+    return TarIndex(path, names, offsets, sizes)
+
+
+def _cached(path: Path, cached: Path) -> TarIndex | None:
+    # a damaged file raises anything
+    with suppress(Exception), cached.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        names = stored["names"].tobytes().split(b"\0")[:-1]
+        if stored["offsets"].shape == stored["sizes"].shape == (len(names),):
+            return TarIndex(path, names, stored["offsets"], stored["sizes"])
+    return None
+
+
+def _key(path: Path) -> str:
+    named = f"{_FORMAT} {file_version(path)} {path.resolve()}"
+    return hashlib.sha256(os.fsencode(named)).hexdigest()[:32]
+
+
+def _write(path: Path, names: list[bytes], offsets: Ints, sizes: Ints) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    together = np.frombuffer(b"".join(name + b"\0" for name in names), np.uint8)
+    with temporary_path(path, str(os.getpid())) as made:
+        with made.open("wb") as file:
+            np.savez(file, names=together, offsets=offsets, sizes=sizes)
+        move_into_place(path, made, durable=False)
+
+
+def _members(path: Path, file: BinaryIO) -> list[tuple[str, int, int]]:
+    where, size = visible(str(path)), os.fstat(file.fileno()).st_size
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            found = [(one.name, one.offset_data, one.size) for one in tar if _is_file(where, one)]
+            end = tar.offset
+    except (tarfile.TarError, ValueError, OSError, EOFError) as error:
+        raise UserError(f"{where}: not a plain tar file: {one_line(error)}") from None
+    if os.pread(file.fileno(), 512, end).strip(b"\0") or end > size:
+        last = f" after the member {shown(found[-1][0])}" if found else ""
+        raise UserError(f"{where}: the tar file is broken{last}: make it again")
+    return found
+
+
+def _is_file(where: str, member: tarfile.TarInfo) -> bool:
+    if member.isdir() or PurePosixPath(member.name).name.startswith("."):
+        return False
+    if not member.isreg() or member.issparse() or "\0" in member.name:
+        raise UserError(f"{where}: the member {shown(member.name)} is not a plain file: leave it out")
+    return True

@@ -1,0 +1,174 @@
+"""Tools, calls of tools and their results, in the forms in which records give them.
+
+OpenAI: `tools` in the record, `tool_calls` in a turn of the assistant, turns of the role `tool`; before that
+`functions`, `function_call` and the role `function`. ShareGPT: the roles `function_call` and `observation`. ms-swift:
+`tool_call` and `tool_response`. LLaMA-Factory: parts of the type `tool_call`. Gemma: `tool_responses` in a turn.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mmtrain.records.chat import SampleError, ToolCall
+from mmtrain.records.json_text import parse_json
+from mmtrain.records.record_keys import Record, refuse_keys, unknown_keys
+from mmtrain.safe_text import shown
+
+RECORD_KEYS = ("tools", "functions")
+CALL_KEYS = ("tool_calls", "function_call")
+RESULT_KEYS = ("tool_call_id", "name", "tool_responses")
+TURN_KEYS = (*CALL_KEYS, *RESULT_KEYS)
+CALLER_ROLES = ("function_call", "tool_call")
+"""Roles of turns whose content is a call."""
+RESULT_ROLES = ("tool", "observation", "tool_response", "function", "ipython")
+
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
+_OF_CALL = frozenset({"type", "function", "name", "arguments", "id", "index"})
+_OF_RESPONSE = frozenset({"name", "response", "content", "tool_call_id", "id"})
+
+
+def tools_of(record: Record) -> tuple[str, ...]:
+    """The functions that the record offers, as JSON in the form of OpenAI. Raises SampleError where one is none."""
+    given = [key for key in RECORD_KEYS if record.get(key) not in _EMPTY]
+    if len(given) > 1:
+        raise SampleError("both 'tools' and 'functions' are given: keep one")
+    found = _parsed(record[given[0]], given[0]) if given else []
+    if not isinstance(found, list):
+        raise SampleError(f"{shown(given[0])} must be a list, not {shown(found)}")
+    return tuple(map(_tool, found))
+
+
+def _tool(tool: Any) -> str:
+    function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else tool
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise SampleError(
+            f"a tool must be an object with 'type': 'function' and a 'function' that has a 'name', not {shown(tool)}"
+        )
+    if "input_schema" in function:
+        raise SampleError("a tool with 'input_schema': rename it to 'parameters', as templates expect it")
+    return _as_json(tool if function is not tool else {"type": "function", "function": function})
+
+
+def with_calls(turns: Sequence[Record]) -> list[Record]:
+    """`turns` in the form of OpenAI: a call is in `tool_calls` of a turn of the assistant, a result a turn of its own.
+
+    Calls right after a turn of the assistant, or after other calls, are made in that turn: so does a model.
+    """
+    made: list[Record] = []
+    for turn in turns:
+        turn = _with_listed_calls(turn)
+        if turn.get("role") in CALLER_ROLES:
+            turn = {**turn, "role": "assistant", "content": None, "tool_calls": _calls_in(turn.get("content"))}
+            if made and made[-1].get("role") in ("assistant", "gpt", "model"):
+                made[-1] = _joined(made[-1], turn)
+                continue
+        responses = turn.get("tool_responses")
+        made += [turn] if responses in _EMPTY else _with_responses(turn, responses)
+    return made
+
+
+def calls_of(turn: Record) -> tuple[ToolCall, ...]:
+    """The calls of a turn of the assistant. Raises SampleError where one is none."""
+    return tuple(_call(call) for call in _list_of_calls(turn.get("tool_calls")))
+
+
+def result_text(content: Any) -> Any:
+    """What a tool gave: text as it is, any other value as JSON."""
+    is_parts = isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
+    return content if content is None or isinstance(content, str) or (is_parts and content) else _as_json(content)
+
+
+def _with_listed_calls(turn: Record) -> Record:
+    """`turn` with the older `function_call`, and parts that are calls, in `tool_calls`."""
+    content, older = turn.get("content"), turn.get("function_call")
+    parts = [part for part in content if _is_call(part)] if isinstance(content, list) else []
+    if older in _EMPTY and not parts:
+        return turn
+    if turn.get("tool_calls") not in _EMPTY or (older not in _EMPTY and parts):
+        raise SampleError("a turn gives its calls twice: keep 'tool_calls'")
+    calls = [older] if older not in _EMPTY else [call for part in parts for call in _calls_in(part.get("value"))]
+    kept = [part for part in content if not _is_call(part)] if parts and isinstance(content, list) else content
+    return {**turn, "content": kept, "tool_calls": calls, "function_call": None}
+
+
+def _is_call(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "tool_call"
+
+
+def _joined(before: Record, turn: Record) -> Record:
+    """A turn of the assistant with the calls of the next one, which says the same about training."""
+    own = {"role", "content", "tool_calls"}
+    flags = [{key: one[key] for key in one.keys() - own if one[key] is not None} for one in (before, turn)]
+    if flags[1] and flags[0] != flags[1]:
+        raise SampleError("a call and the turn of the assistant that makes it say different things: make them equal")
+    return {**before, "tool_calls": [*_list_of_calls(before.get("tool_calls")), *turn["tool_calls"]]}
+
+
+def _calls_in(content: Any) -> list[Any]:
+    """The calls that the content of a turn is: an object, a list of them, or the JSON text of either."""
+    found = _parsed(content, "a call")
+    return found if isinstance(found, list) else [found]
+
+
+def _with_responses(turn: Record, responses: Any) -> Iterator[Record]:
+    """The turn without its `tool_responses`, unless nothing is left of it, then a turn of a tool for each."""
+    rest = {key: value for key, value in turn.items() if key != "tool_responses"}
+    if turn.get("role") not in RESULT_ROLES:
+        yield rest
+    elif turn.get("content") not in _EMPTY:
+        raise SampleError("a turn has both 'content' and 'tool_responses': keep one")
+    for response in _parsed(responses, "tool_responses"):
+        if not isinstance(response, dict) or ("response" in response) == ("content" in response):
+            raise SampleError(f"one of 'tool_responses' must have a 'name' and a 'response', not {shown(response)}")
+        refuse_keys(unknown_keys(response, _OF_RESPONSE))
+        content = response.get("response", response.get("content"))
+        call_id = response.get("tool_call_id", response.get("id"))
+        yield {"role": "tool", "content": content, "name": response.get("name"), "tool_call_id": call_id}
+
+
+def _list_of_calls(value: Any) -> list[Any]:
+    if value in _EMPTY:
+        return []
+    found = _parsed(value, "tool_calls")
+    if not isinstance(found, list):
+        raise SampleError(f"'tool_calls' must be a list, not {shown(found)}")
+    return found
+
+
+def _call(call: Any) -> ToolCall:
+    """`{"type": "function", "function": {"name", "arguments"}, "id"}`, or `{"name", "arguments"}`."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(name, str) or not name:
+        raise SampleError(f"a call must be an object with a 'name' and 'arguments', not {shown(call)}")
+    refuse_keys(
+        [key for one in ([call] if function is call else [call, function]) for key in unknown_keys(one, _OF_CALL)]
+    )
+    given, number = function.get("arguments"), call.get("id")
+    arguments = {} if given in (None, "") else _parsed(given, f"the arguments of {name}")
+    if not isinstance(arguments, dict):
+        raise SampleError(f"the arguments of {shown(name, 40)} must be an object, not {shown(arguments)}")
+    if number is not None and not isinstance(number, str):
+        raise SampleError(f"the 'id' of a call must be text, not {shown(number)}")
+    text = _as_json(arguments)
+    return ToolCall(name, given if isinstance(given, str) and given else text, number or None)
+
+
+def _parsed(value: Any, what: str) -> Any:
+    """`value`, or what it is the JSON text of."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value.encode("utf-8", "surrogatepass"))
+    except SampleError as error:
+        raise SampleError(f"{shown(what, 60)}: {error}") from None
+
+
+def _as_json(value: Any) -> str:
+    """As templates write it. Raises SampleError where the value is none of JSON, as tables may have it."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")
+    except (TypeError, ValueError, RecursionError):
+        raise SampleError(f"{shown(value)} cannot be written as JSON") from None
+    return text

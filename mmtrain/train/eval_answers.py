@@ -1,0 +1,113 @@
+"""Asks the model some questions of one evaluation set during a run, and scores its answers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mmtrain.answers.judged import JUDGED, JudgedAnswers
+from mmtrain.answers.question_set import QuestionSet, Replies
+from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.config.run_section import EvalAnswers
+from mmtrain.errors import storage_faults
+from mmtrain.generate.over_processes import known_to_all
+from mmtrain.generate.replies import Generator, Reply, batched
+from mmtrain.model.load import without_training_settings
+from mmtrain.progress import Progress
+from mmtrain.runtime.device import device_faults
+from mmtrain.train.step import Learner
+
+FOLDER = "answers"
+
+
+class AnswersEvaluation:
+    """The answers to `questions`, scored by the metrics of `mmtrain eval answers`, next to the best blind answers."""
+
+    kind = "answers"
+
+    def __init__(
+        self,
+        name: str,
+        questions: QuestionSet,
+        settings: EvalAnswers,
+        generator: Generator,
+        learner: Learner,
+        output_dir: Path,
+        progress: Progress,
+    ) -> None:
+        self.name, self.every = name, settings.every
+        self._questions, self._batch_size = questions, settings.batch_size
+        self._generator, self._learner, self._progress = generator, learner, progress
+        self._folder = output_dir / FOLDER
+
+    def row(self, step: int) -> dict[str, Any] | None:
+        """The figures; None where a signal asked to stop meanwhile. The answers are written to `answers/`."""
+        replies = self._replies(step)
+        if replies is None:
+            return None
+        judged = JudgedAnswers(self._questions.questions, {"model": {i: one.text for i, one in replies.items()}})
+        if self._learner.runtime.is_main:
+            self._write(step, judged, replies)
+        return {
+            "num_answers": len(replies),
+            "metric": self._questions.questions[0].metric,
+            "metrics": _means(judged, "model"),
+            "blind": _means(judged, "blind"),
+        }
+
+    def line(self, row: dict[str, Any]) -> str:
+        """What is printed."""
+        metric = row["metric"]
+        score, blind = row["metrics"][metric], row["blind"][metric]
+        return f"{metric} {score:.1%}, best blind answer {blind:.1%} ({row['num_answers']:,} answers)"
+
+    def _replies(self, step: int) -> Replies | None:
+        """Each process generates those of some batches; the batches are the same on any number of processes."""
+        runtime, questions = self._learner.runtime, self._questions
+        batches = list(batched(len(questions.questions), self._batch_size))[runtime.index :: runtime.num_processes]
+        own: Replies = {}
+        lower = "lower run.eval_answers.batch_size"
+        with (
+            self._progress.task("answering", len(batches)) as task,
+            without_training_settings(self._learner.model),
+            device_faults(lambda: f"step {step}, the answers to {self.name}", lower),
+        ):
+            for batch in batches:
+                if runtime.should_break(together=False):
+                    break
+                made = questions.replies(self._generator, list(batch), questions.max_new_tokens)
+                own |= dict(zip(batch, made, strict=True))
+                task.advance()
+        num = len(questions.questions)
+        found, stop_signal = known_to_all(own, num, questions.max_new_tokens, self._generator, runtime)
+        return found if stop_signal is None else None
+
+    def _write(self, step: int, judged: JudgedAnswers, replies: Replies) -> None:
+        """One file for each step; the rows of another set in it are kept."""
+        path = self._folder / f"step-{step:06d}.jsonl"
+        with storage_faults(f"{path}: it cannot be written"):
+            self._folder.mkdir(exist_ok=True)
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            rows = [row for row in map(json.loads, lines) if row["source"] != self.name]
+            rows += [self._example(number, judged, reply) for number, reply in replies.items()]
+            with temporary_path(path) as made:
+                made.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+                move_into_place(path, made, durable=False)
+
+    def _example(self, number: int, judged: JudgedAnswers, reply: Reply) -> dict[str, Any]:
+        question = self._questions.questions[number]
+        return {
+            "source": self.name,
+            "place": self._questions.places[number],
+            "question": question.text,
+            "reference": question.reference,
+            "answer": reply.text,
+            "score": float(judged.scores["model"][JUDGED][number]),
+            "blind_answer": judged.blind[number],
+            "is_complete": reply.is_complete,
+        }
+
+
+def _means(judged: JudgedAnswers, kind: str) -> dict[str, float]:
+    """By metric; `judged` is each answer's score by the metric of its source."""
+    found = {metric: judged.mean(kind, metric) for metric in (*judged.metrics, JUDGED)}
+    return {metric: one[0] for metric, one in found.items() if one is not None}

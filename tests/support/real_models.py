@@ -1,0 +1,75 @@
+"""Published tokenizers and chat templates of a few families, where they are at hand."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+from mmtrain.encoding.encode import Encoder
+from mmtrain.encoding.load import load_processor
+from mmtrain.model.load import load_config
+from support.builders import SHARED
+from support.family_reference import FIXED_DATE, as_messages, conversations, directory, own_inputs, without_video
+
+WHOLE, TEMPLATE = "tokenizer and template", "template"
+REAL = {
+    "qwen2_5_vl": ("qwen2.5-vl-7b-instruct", WHOLE),
+    "idefics3": ("granite-docling-258m_idefics3", WHOLE),
+    "llava_next": ("chat_templates_trl/llava_next.jinja", TEMPLATE),
+}
+"""By family: the files, and what of them is published: the template alone is tried with the tiny tokenizer."""
+
+
+def real_files(name: str) -> Path:
+    return SHARED / "models" / REAL[name][0]
+
+
+def real_column(name: str) -> str:
+    return REAL[name][1] if name in REAL else ""
+
+
+def is_whole(name: str) -> bool:
+    return REAL[name][1] == WHOLE
+
+
+def other_ids(name: str, root: Path) -> list[str]:
+    """The cases whose ids are not those that transformers makes with the published files."""
+    file = real_files(name)
+    path, template = (str(file), None) if is_whole(name) else (str(directory(name)), str(file))
+    encoder = Encoder(load_processor(path, template))
+    return [
+        case
+        for case, conversation in conversations(name).items()
+        if encoder.encode(conversation, root).ids.tolist() != _own_ids(name, as_messages(name, conversation, root))
+    ]
+
+
+def _own_ids(name: str, messages: list[dict[str, Any]]) -> list[int]:
+    if is_whole(name):
+        made = _processor(real_files(name)).apply_chat_template(messages, tokenize=True, return_dict=True)
+        return list(made["input_ids"][0])
+    text = real_files(name).read_text(encoding="utf-8")
+    made = own_inputs(name, messages, chat_template=FIXED_DATE + text, return_tensors="pt")
+    return [int(id_) for id_ in made["input_ids"][0]]
+
+
+@cache
+def _processor(path: Path) -> Any:
+    """The family's own, of Pillow's image processor and without its part for video."""
+    parts = {
+        "tokenizer": AutoTokenizer.from_pretrained(path),
+        "image_processor": AutoImageProcessor.from_pretrained(path, backend="pil"),
+    }
+    return without_video(PROCESSOR_MAPPING[type(load_config(str(path)))], parts, **_settings(path))
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """Those of the processor, and its chat template."""
+    jinja, old, file = (path / name for name in ("chat_template.jinja", "chat_template.json", "processor_config.json"))
+    template = jinja.read_text() if jinja.is_file() else json.loads(old.read_text())["chat_template"]
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    settings.pop("processor_class", None)
+    return settings | {"chat_template": template}

@@ -1,0 +1,58 @@
+"""A run of every family that is resumed after its first step ends with the bits of one that was not stopped."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmtrain.config.schema import Config
+from mmtrain.train.run import train
+from support.builders import write_jsonl
+from support.family_reference import FAMILIES, as_rows, conversations, directory, is_usable, save_images
+from support.family_table import NOT_TRAINED
+from support.learning import LORA
+
+FAST = ("qwen3_vl_moe", "jamba", "mllama")
+"""Experts; rows that are padded; one sample at a time."""
+SLOW = pytest.mark.slow("two runs of every family of models")
+NAMES = [
+    pytest.param(name, marks=() if name in FAST else SLOW)
+    for name in FAMILIES
+    if name not in NOT_TRAINED and is_usable(name)
+]
+
+
+def config_of(name: str, folder: Path) -> Config:
+    """Two steps of a text and, where the family takes them, an image; a checkpoint after each."""
+    root = save_images(folder)
+    tried = [one for case, one in conversations(name).items() if case in ("text", "one_image")]
+    data = write_jsonl(folder / "data.jsonl", as_rows(tried))
+    modes: dict[str, Any] = {"language": LORA} | ({"projector": {"mode": "full"}} if FAMILIES[name].images else {})
+    return Config.model_validate(
+        {
+            "model": {"path": str(directory(name)), "dtype": "float32"},
+            "tune": modes,
+            "data": {"train": [{"path": str(data), "root": str(root)}]},
+            "labels": {"end_of_turn": not FAMILIES[name].unended},
+            "train": {"steps": 2, "batch_size": 1, "learning_rate": 1e-2},
+            "run": {"output_dir": str(folder / "run"), "checkpoint_every": 1},
+        }
+    )
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_is_resumed_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    config = config_of(name, tmp_path)
+    run = tmp_path / "run"
+    train(config)
+    weights = run / "adapter" / "adapter_model.safetensors"
+    expected, rows = weights.read_bytes(), (run / "metrics.jsonl").read_text().splitlines()
+    shutil.rmtree(run / "checkpoints" / "step-000002")
+    shutil.rmtree(run / "adapter")
+    train(config)
+    assert weights.read_bytes() == expected
+    saved = [checkpoint.name for checkpoint in sorted((run / "checkpoints").glob("step-*"))]
+    assert saved == ["step-000001", "step-000002"]
+    assert (run / "metrics.jsonl").read_text().splitlines()[0] == rows[0]  # the first step was not taken again
