@@ -105,14 +105,14 @@ def _cells(row: Row) -> list[str]:
 
     costs = [row[name] for name in ("num_trainable", "tokens_per_second", "peak_mib")]
     parameters, speed, memory = ("–" if cost is None else f"{cost:,.0f}" for cost in costs)
-    mean, low, high = row["perplexity"]
+    mean, low, high = (f"{value:,.0f}" if value >= 100 else f"{value:.3f}" for value in row["perplexity"])
     base = not row["components"]
     return [
         "base" if base else row["mode"],
         "nothing" if base else " + ".join(row["components"]),
         parameters,
         "–" if base else f"{row['rate']:g}",
-        f"{mean:.3f} ({low:.3f} to {high:.3f})",
+        f"{mean} ({low} to {high})",
         share(row["exact_match"]),
         "–" if base else share(row["to_base"], "+"),
         "–" if base or row["components"] == list(_LANGUAGE) else share(row["to_language"], "+"),
