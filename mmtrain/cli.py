@@ -152,8 +152,14 @@ def generate(
     num_beams: Annotated[int, typer.Option(min=1, help="Beams of a beam search.")] = 1,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 repetition is penalized.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="With --do-sample: decides what is sampled.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, max=1024, help="With --data: processes on this machine.")] = 1,
 ) -> None:
     """Ask a trained model: one question, a chat (-i), or all questions of a file (--data)."""
+    from mmtrain.runtime.launch import launch_again
+
+    code = launch_again(processes)
+    if code is not None:
+        raise typer.Exit(code)
     from mmtrain.generate.command import Options
     from mmtrain.generate.command import generate as run
     from mmtrain.generate.sampling import Sampling

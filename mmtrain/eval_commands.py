@@ -55,8 +55,14 @@ def answers(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="The longest answer.", show_default="twice the longest reference")
     ] = None,
+    processes: Annotated[int, typer.Option(min=1, max=1024, help="Processes on this machine.")] = 1,
 ) -> None:
     """How good the answers are, and whether they are better than blind guessing."""
+    from mmtrain.runtime.launch import launch_again
+
+    code = launch_again(processes)
+    if code is not None:
+        raise typer.Exit(code)
     from mmtrain.config import load_config
 
     loaded = load_config(config, overrides or [])

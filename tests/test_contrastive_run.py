@@ -138,6 +138,7 @@ def test_training_brings_pairs_together(make: Make) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow("120 steps")
 def test_the_scale_stays_below_its_limit(make: Make) -> None:
     """Every step would raise it: the loss of embeddings that fit falls with it."""
     config = make(objective={"temperature_max": 14.3}, train={"steps": 120, "learning_rate": 3e-3, "batch_size": 24})

@@ -205,7 +205,8 @@ def test_every_family_and_loss(name: str, loss: str, make: Callable[..., Config]
     if loss == "sigmoid" and not name.startswith("siglip"):
         objective["bias"] = -10.0
     config = make(name, objective=objective, run={"microbatch_tokens": 100})
-    assert_equal(step_of(config, 2), dense(config))
+    # random weights without the norms' own statistics grow with every layer, and rounding with them
+    assert_equal(step_of(config, 2), dense(config), 1e-5 if name == "align" else 2e-6)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

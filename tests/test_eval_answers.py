@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -193,6 +196,18 @@ def test_a_model_that_looks_beats_blind_guessing(tmp_path: Path) -> None:
     assert row["swapped"]["exact_match"] < row["metrics"]["exact_match"] - 0.3
     assert row["intervals"]["minus_swapped"]["exact_match"][0] > 0
     assert row["no_images"]["exact_match"] < row["metrics"]["exact_match"] - 0.3
+
+
+@pytest.mark.slow("two processes")
+def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
+    path = config_for(tmp_path, num=12)
+    expected = json.loads(run(path, "--json", "--batch-size", "5"))
+    command = [sys.executable, "-m", "mmtrain", "eval", "answers", str(path), "--json", "--batch-size", "5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [*command, "--processes", "2"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == expected
 
 
 def test_a_model_that_sees_nothing_does_not_beat_blind_guessing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Adapters on experts, whose weights are stacks of matrices, and on layers that peft takes for experts."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from mmtrain.errors import UserError
 from mmtrain.merge.command import merge
 from mmtrain.model.adapter import load_adapter, read_adapter
 from mmtrain.model.components import Components, base_name
+from mmtrain.model.cost import cost_model
 from mmtrain.model.earlier_run import start_from_run
+from mmtrain.model.experts import expert_shares
+from mmtrain.model.family import Family
 from mmtrain.model.load import load_model
 from mmtrain.model.lora_targets import targets_of, without_adapter
 from mmtrain.model.tune import apply_tune
@@ -254,3 +258,16 @@ def test_a_run_starts_from_adapters_on_experts(tmp_path: Path) -> None:
     start_from_run(after, Components(after.get_base_model()), settings, lambda: None)
     found = dict(after.named_parameters())
     assert all(torch.equal(found[name], value) for name, value in before.named_parameters())
+
+
+@pytest.mark.parametrize(("name", "chosen"), [("qwen3_moe", 2), ("gpt_oss", 2), ("llama4", 2), ("mixtral", 2)])
+def test_a_token_costs_the_experts_that_it_goes_to(name: str, chosen: int) -> None:
+    """Llama 4 computes every expert for every token."""
+    model = built(name).requires_grad_(False)
+    count = next(len(p) for key, p in model.named_parameters() if "experts" in key and p.ndim == 3)
+    shares = expert_shares(model)
+    assert set(shares.values()) == {chosen / count}
+    stacks = sum(p.numel() for key, p in model.named_parameters() if ".experts." in key and p.ndim >= 2)
+    family = Family(Components(model), "plain")
+    all_, some = (cost_model(model, one, TUNE).token for one in (family, replace(family, expert_shares=shares)))
+    assert all_ - some == pytest.approx(2 * stacks * (1 - chosen / count))

@@ -37,6 +37,15 @@ CASES: dict[str, dict[str, Any]] = {
     "sliding window": {"kind": "cohere2", "config": {"sliding_window": 8}},
     "text": {"kind": "text"},
 }
+MEMORY: dict[str, dict[str, Any]] = {
+    f"memory {dtype}": {
+        "memory": True,
+        "dtype": dtype,
+        "settings": {"batch_size": 8, "microbatch_tokens": 100_000, "image_cache": {"memory_gib": 0.0}},
+    }
+    for dtype in ("bfloat16", "float32")
+}
+"""Cases of which only the memory is compared."""
 QUICK = ("float32", "bfloat16")
 NAMES = [pytest.param(name, marks=() if name in QUICK else SLOW) for name in CASES]
 TRAINED_TOWER = ("projector and vision",)
@@ -76,7 +85,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], di
 
     def answer(name: str) -> dict[str, Any]:
         if name not in found:
-            print(json.dumps(CASES[name]), file=questions, flush=True)
+            print(json.dumps((CASES | MEMORY)[name]), file=questions, flush=True)
             found[name] = json.loads(answers.readline())
         assert "error" not in found[name], found[name]["error"]
         return found[name]
@@ -149,3 +158,11 @@ def test_nothing_but_weights_gradients_and_moments_stays_on_the_gpu(name: str, a
 
 def test_a_norm_keeps_no_copy_in_another_type(ask: Ask) -> None:
     assert ask("bfloat16")["saved_by_norm"] == ["torch.bfloat16"]
+
+
+@SLOW
+@pytest.mark.parametrize("name", MEMORY)
+def test_the_memory_that_is_predicted_for_a_gpu_is_what_it_takes(name: str, ask: Ask) -> None:
+    """Within 10 %: autocast on a GPU, which is not that of the CPU, changes the types of some tensors."""
+    case = ask(name)
+    assert case["predicted"] == pytest.approx(case["peak"], rel=0.1)

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,15 +97,32 @@ def test_nothing_is_computed_for_answers_that_are_there(
     lines = output.read_text(encoding="utf-8").splitlines(keepends=True)
     output.write_text("".join(lines[:5]), encoding="utf-8")
     computed = []
-    real = module._rows
+    real = module._replies
 
     def counted(*args: Any) -> Any:
         computed.append(list(args[-1]))
         return real(*args)
 
-    monkeypatch.setattr(module, "_rows", counted)
+    monkeypatch.setattr(module, "_replies", counted)
     answers(model_dirs["llava"], data, output, batch_size=4)
     assert computed == [[4, 5, 6, 7], [8, 9, 10]]
+
+
+def test_two_processes_write_the_same_file_and_continue_it(
+    model_dirs: dict[str, Path], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Three batches: one process has none in the second round."""
+    data, one, two = Path(make_config("llava").data.train[0].path), tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    whole = answers(model_dirs["llava"], data, one, batch_size=4)
+    words = ["--data", str(data), "-o", str(two), "--dtype", "float32", "--batch-size", "4", "--max-new-tokens", "4"]
+    command = [sys.executable, "-m", "mmtrain", "generate", str(model_dirs["llava"]), *words, "--processes", "2"]
+    for num_kept in (0, 5):
+        two.write_text("".join(one.read_text(encoding="utf-8").splitlines(keepends=True)[:num_kept]), encoding="utf-8")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count(": 11 answers") == 1
+        assert [json.loads(line) for line in two.read_text(encoding="utf-8").splitlines()] == whole
 
 
 @pytest.mark.parametrize("change", ["sampling", "data", "model", "labels"])

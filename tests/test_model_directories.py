@@ -27,6 +27,10 @@ BOMBS = {
     "a bomb for replies": CHATML
     + "{% if messages[-1].role == 'assistant' %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
     "{% endfor %}{% endif %}",
+    "a bomb for tools": CHATML + "{% if tools %}{{ 'a' * 2000000 }}{% endif %}",
+    "a bomb for calls": CHATML + "{% for m in messages if m.tool_calls %}{{ 'a' * 2000000 }}{% endfor %}",
+    "a bomb for results": CHATML + "{% for m in messages if m.role == 'tool' %}{{ 'a' * 2000000 }}{% endfor %}",
+    "a bomb for reasoning": CHATML + "{% for m in messages if m.reasoning_content %}{{ 'a' * 2000000 }}{% endfor %}",
     "a large file": CHATML + "{#" + "a" * 1_100_000 + "#}",
 }
 

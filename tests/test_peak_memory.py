@@ -65,9 +65,9 @@ def measured(config: Config) -> int:
         train_step(learner, batches, 2 * count, 2, 1.0)
     results: Any = profiler.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
+    live, peak = 0, 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
+        live += int(event.nbytes())
         peak = max(peak, live)
     assert peak > 0
     total: int = sum(weights.values()) + peak + sum(map(bytes_of, batches))

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import CLIPModel
+from transformers import AutoModelForImageTextToText, CLIPModel
 from typer.testing import CliRunner
 
 from mmtrain import api
@@ -18,7 +18,11 @@ from mmtrain.cli import app
 from mmtrain.config import Config, dump_config
 from mmtrain.encoding.tower_processor import load_tower_processor
 from mmtrain.errors import UserError
-from mmtrain.retrieval.command import Options, retrieval_figures
+from mmtrain.progress import QUIET
+from mmtrain.retrieval.command import Options, loaded_embedder, retrieval_figures
+from mmtrain.retrieval.evaluation import RetrievalEvaluation
+from mmtrain.runtime.processes import Runtime
+from support.builders import TINY
 from support.tower_models import LENGTH, make_clip
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
@@ -285,3 +289,37 @@ def test_an_adapter_is_compared_with_the_base_model(clip: Path, tmp_path: Path) 
     if one is not None:
         assert one["rank"] == rank
         assert one["right_score"] == pytest.approx(float(scores[1]), abs=1e-5)
+
+
+def test_a_vision_language_model_searches_documents_of_images_and_texts(tmp_path: Path) -> None:
+    """Also with an adapter, whose base model is as without it."""
+    records: list[dict[str, Any]] = [
+        {
+            "query": {"text": "which is red?", "instruction": "Find it."},
+            "positive": {"image": "red.png", "text": "one"},
+        },
+        {"query": {"text": "which is blue?"}, "positive": {"image": "blue.png"}, "negatives": ["a blue one"]},
+    ]
+    keys = {
+        "tune": {"language": {"mode": "lora"}},
+        "objective": {"kind": "contrastive", "scale": 20.0, "pooling": "last"},
+    }
+    config = config_of(TINY, tmp_path, write_pairs(tmp_path, records), **keys)
+    base = retrieval_figures(config, Options())[0]
+    assert (base["query_to_document"]["num_queries"], base["query_to_document"]["num_candidates"]) == (2, 3)
+    assert (base["document_to_query"]["num_queries"], base["document_to_query"]["num_candidates"]) == (2, 2)
+    targets = r"^(?:model\.language_model\.layers\.0\.self_attn\.q_proj)$"
+    settings = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    get_peft_model(AutoModelForImageTextToText.from_pretrained(TINY), settings).save_pretrained(tmp_path / "adapter")
+    found = retrieval_figures(config, Options(adapter=tmp_path / "adapter", compare="base"))[0]
+    assert found["query_to_document"]["base"]["mrr"] == base["query_to_document"]["mrr"]
+    adapted, alone = (embeddings_of(config, options) for options in (Options(tmp_path / "adapter"), Options()))
+    assert adapted.shape == alone.shape
+    assert not torch.allclose(adapted, alone, atol=1e-3)
+
+
+def embeddings_of(config: Config, options: Options) -> torch.Tensor:
+    runtime = Runtime(config.model.dtype, device="cpu")
+    embedder = loaded_embedder(config, options.adapter, runtime, QUIET)
+    return RetrievalEvaluation(config, config.data.eval, embedder, QUIET).embed(embedder).items

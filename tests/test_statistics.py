@@ -403,7 +403,10 @@ def test_report_without_images() -> None:
 
 
 def test_comparison_names_every_model_and_its_difference() -> None:
-    first = {key: report()[key] for key in ("perplexity", "nll", "interval")}
+    bins = [{"confidence": 0.75, "accuracy": 0.5, "range": (0.7, 0.8), "num_tokens": 4}]
+    calibration = {"expected_accuracy": 0.75, "observed_accuracy": 0.5, "expected_calibration_error": 0.25}
+    distributions = {"calibration": {**calibration, "bins": bins}, "divergence": None, "entropy": {"mean": 1.25}}
+    first = {key: report()[key] for key in ("perplexity", "nll", "interval")} | distributions
     a = uneven(40, seed=8)
     more = difference(a, replace(a, nll=a.nll * 1.5))
     rows = [
@@ -416,3 +419,4 @@ def test_comparison_names_every_model_and_its_difference() -> None:
     assert any(line.startswith("base") and line.split()[-2:] == ["–", "–"] for line in lines)
     assert sum(f"{more['nats_per_token']:+.4f}" in line for line in lines) == 2
     assert sum("+50.0 %" in line for line in lines) == 1
+    assert sum(line.split()[-4:] == ["1.2500", "75.0%", "50.0%", "25.0%"] for line in lines) == 3

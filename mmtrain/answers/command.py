@@ -38,12 +38,20 @@ class Options:
 
 def eval_answers(config: Config, options: Options) -> None:
     """Generate, score, compare, and print. Raises UserError for what the user can fix."""
-    row, evaluation = answer_figures(config, options)
-    _show(row, evaluation, options)
+    runtime = Runtime(config.model.dtype)
+    row, evaluation = answer_figures(config, options, runtime)
+    if runtime.is_main:
+        _show(row, evaluation, options)
+    runtime.close()
 
 
-def answer_figures(config: Config, options: Options) -> tuple[dict[str, Any], AnswerEvaluation]:
-    """Every figure, as `--json` prints them, and what they were computed from. Raises UserError as above."""
+def answer_figures(
+    config: Config, options: Options, runtime: Runtime | None = None
+) -> tuple[dict[str, Any], AnswerEvaluation]:
+    """Every figure, as `--json` prints them, and what they were computed from. Raises UserError as above.
+
+    Processes share the questions (`runtime`; None: there is this one), and all get the figures.
+    """
     config.objective.check_command("eval answers", "chat", "eval retrieval")
     if options.metric is not None and options.metric not in METRICS:
         raise UserError(f"--metric {shown(options.metric)}: expected one of {', '.join(METRICS)}")
@@ -53,10 +61,8 @@ def answer_figures(config: Config, options: Options) -> tuple[dict[str, Any], An
     if options.html is not None and not options.html.absolute().parent.is_dir():
         raise UserError(f"--html {shown(options.html)}: there is no such folder: make it first")
     target = _target(config, options.adapter)
-    runtime = Runtime(config.model.dtype)
-    if runtime.num_processes > 1:
-        raise UserError("eval answers: it runs in one process: start it without a launcher")
-    progress = Progress(runtime.activity.tick)
+    runtime = runtime or Runtime(config.model.dtype)
+    progress = Progress(runtime.activity.tick, quiet=not runtime.is_main)
     loaded = load_target(target, runtime)
     evaluation = AnswerEvaluation(config, sources, loaded.encoder.processor, progress, options.metric)
     replies = _replies(evaluation, loaded, options)
@@ -83,12 +89,13 @@ def _target(config: Config, path: Path | None) -> Target:
 
 def _replies(evaluation: AnswerEvaluation, loaded: Loaded, options: Options) -> dict[str, Replies]:
     """By kind: the model's, and its with the images of others and without images, where there are such."""
-    generator, size, limit = loaded.generator, options.batch_size, options.max_new_tokens
+    asked = loaded.generator, loaded.runtime
+    size, limit = options.batch_size, options.max_new_tokens
     changed = evaluation.replies_with_changed_images
     found = {
-        "model": evaluation.all_replies(generator, "answers", size, limit),
-        "swapped": changed(generator, "swapped", "answers with swapped images", size, limit),
-        "no_images": changed(generator, "none", "answers without images", size, limit),
+        "model": evaluation.all_replies(*asked, "answers", size, limit),
+        "swapped": changed(*asked, "swapped", "answers with swapped images", size, limit),
+        "no_images": changed(*asked, "none", "answers without images", size, limit),
     }
     return {kind: replies for kind, replies in found.items() if replies}
 
@@ -99,7 +106,7 @@ def _base_replies(evaluation: AnswerEvaluation, loaded: Loaded, config: Config, 
     base = loaded if is_adapted else load_target(_target(config, None), loaded.runtime)
     with without:
         return evaluation.all_replies(
-            base.generator, "answers of the base model", options.batch_size, options.max_new_tokens
+            base.generator, base.runtime, "answers of the base model", options.batch_size, options.max_new_tokens
         )
 
 

@@ -24,7 +24,7 @@ def embed_all(
     """
     found = torch.empty(len(items), embedder.width)
     with torch.no_grad(), progress.task("embeddings", len(items)) as task:
-        for batch in _batches(items, max_tokens):
+        for batch in _batches(items, max_tokens if embedder.processor.lays_out_together else 1):
             embeddings = embedder.embed(embedder.batch(load(batch)), items[batch[0]].kind)
             found[batch] = F.normalize(embeddings, dim=-1).cpu()
             task.advance(len(batch))

@@ -21,7 +21,6 @@ from mmtrain.encoding.tower_processor import TowerProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.components import base_name
 from mmtrain.model.family import Family
-from mmtrain.model.image_cache.features import base_model
 from mmtrain.model.tower_components import TowerComponents
 from mmtrain.model.transfer import all_on_device
 from mmtrain.records.chat import SampleError
@@ -47,6 +46,7 @@ class Towers:
     ) -> None:
         """Raises UserError where the model does not compute embeddings as dual encoders do."""
         self.model, self.processor = model, processor
+        self._base = model  # adapters change it in place
         self.components = TowerComponents(model)
         self._autocast = autocast
         self._pads_to_limit = False
@@ -118,7 +118,7 @@ class Towers:
         return self._images(inputs, seeds)
 
     def embed(self, batch: Batch, kind: Kind) -> Tensor:
-        model = base_model(self.model)
+        model = self._base
         with self._autocast():
             if kind == "text":
                 found = model.get_text_features(**self._text_inputs(batch))
@@ -155,7 +155,7 @@ class Towers:
             for segment in batch.segments:
                 mask[segment.row, segment.start : segment.start + segment.length] = 1
             inputs["attention_mask"] = mask
-        return all_on_device(inputs, base_model(self.model).device)
+        return all_on_device(inputs, self._base.device)
 
     def _images(self, inputs: dict[str, Tensor], seeds: Sequence[int] = (0, 1)) -> Batch:
         segments = tuple(Segment(seed, row, 0, self._image_tokens, row, 1) for row, seed in enumerate(seeds))

@@ -9,9 +9,10 @@ import resource
 import signal
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-from mmtrain.encoding.messages import Render
+from mmtrain.encoding.messages import Render, Tools
 from mmtrain.errors import UserError
 from mmtrain.records.chat import Messages
 
@@ -67,10 +68,10 @@ def _render_all(render: Render) -> int:
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_DFL)  # a handler of this program would act as if it were its main process
     _limit_memory()
-    for messages in _conversations():
+    for messages, tools in [*((messages, None) for messages in _conversations()), *_with_tools()]:
         for begun in (False, True):
             try:
-                if len(render(messages, begun)) > MAX_CHARACTERS:
+                if len(render(messages, begun, tools)) > MAX_CHARACTERS:
                     return _OVER_OUTPUT
             except MemoryError:
                 return _OVER_MEMORY
@@ -84,6 +85,20 @@ def _limit_memory() -> None:
     if statm.exists():
         size = int(statm.read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+
+
+def _with_tools() -> Iterator[tuple[Messages, Tools | None]]:
+    """A tool, a call of it and a result, in the forms in which templates take them, and the reasoning of a reply."""
+    tool = {"type": "function", "function": {"name": "f", "description": "probe", "parameters": {"type": "object"}}}
+    for content in ("probe", [{"type": "text", "text": "probe"}]):
+        asked, nothing = {"role": "user", "content": content}, content[:0]
+        yield [asked, {"role": "assistant", "content": content, "reasoning_content": "probe"}], [tool]
+        for arguments in ({"key": "probe"}, '{"key": "probe"}'):
+            call = {"type": "function", "id": "callofqZ1", "function": {"name": "f", "arguments": arguments}}
+            called = {"role": "assistant", "content": nothing, "tool_calls": [call]}
+            result = {"role": "tool", "name": "f", "tool_call_id": "callofqZ1", "content": content}
+            yield [asked, called, result, {"role": "assistant", "content": content}], [tool]
+            yield [asked, called, result], None
 
 
 def _conversations() -> list[Messages]:

@@ -23,7 +23,8 @@ _DISTRIBUTIONS = (
     "KL (first ‖ model) is how far a model's next-token probabilities are from the first model's, and entropy how "
     "undecided it is, in nats per supervised token. The expected accuracy is the mean probability of the most likely "
     "token; above the observed accuracy, the model is too sure of itself. The error is the expected calibration error. "
-    "In the bars, │ marks the expected accuracy."
+    "In the bars, by the probability of "
+    "the most likely token, │ marks the expected accuracy."
 )
 _NOT_ACCURACY = (
     "Likelihood is not accuracy: a model can find the right answers likely and still write wrong ones. "
@@ -69,7 +70,7 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], console: Console) -> Non
     console.print(_distribution_table(rows))
     _say(f"\n{_DISTRIBUTIONS}", console, wrap=True)
     for row in rows:
-        _say(f"\n{visible(row['name'])}: accuracy of the most likely token by its probability", console)
+        _say(f"\n{visible(row['name'])}: accuracy by confidence", console)
         for line in _calibration_plot(row["calibration"]["bins"]):
             _say(line, console)
 

@@ -59,11 +59,12 @@ def generate(options: Options) -> None:
     images = [read_image(path) for path in options.images]
     target = find_target(options.path, options.base, options.dtype)
     runtime = Runtime(target.dtype)
-    if runtime.num_processes > 1:
-        raise UserError("generate: it runs in one process: start it without a launcher")
+    if runtime.num_processes > 1 and options.output is None:
+        raise UserError("generate: several processes are for --data FILE: start it in one")
     loaded = load_target(target, runtime)
     if options.output is not None:
         answer_all(loaded, options.data, options.output, options.batch_size, options.sampling)
+        runtime.close()
         return
     chat = Chat(loaded, options.sampling, options.system)
     if options.question is None:

@@ -25,7 +25,7 @@ def inspect_pairs(config: Config, options: Options) -> int:
             raise UserError(f"--{name}: it is for objective.kind: chat")
     runtime = Runtime(config.model.dtype, device=config.run.device)
     progress = Progress(runtime.activity.tick)
-    embedder = load_embedder(config, runtime)
+    embedder = load_embedder(config, runtime, progress)
     if options.all:
         from mmtrain.inspect_labels.pair_audit import audit_pairs
 

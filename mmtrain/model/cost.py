@@ -15,7 +15,7 @@ import numpy.typing as npt
 from torch import nn
 
 from mmtrain.config.tune_section import Frozen, Tune
-from mmtrain.model.components import Components, base_name
+from mmtrain.model.components import base_name
 from mmtrain.model.family import Family
 from mmtrain.model.kernels.last_layer import last_mlp
 from mmtrain.model.quantized_weights import num_weights
@@ -52,7 +52,7 @@ class CostModel:
 
 def cost_model(model: Any, family: Family, tune: Tune) -> CostModel:
     """The costs in a model whose components are trained as `tune` says."""
-    products, passes = _products(model, family.components, tune), _passes(tune)
+    products, passes = _products(model, family, tune), _passes(tune)
     text, patches = model.config.get_text_config(), family.patches_per_token
     full, windows = family.image_attention
     attention = 1.0 if passes["vision"] == 1 else 3.0
@@ -68,8 +68,10 @@ def cost_model(model: Any, family: Family, tune: Tune) -> CostModel:
     )
 
 
-def _products(model: Any, components: Components, tune: Tune) -> dict[str, float]:
-    """Multiply-additions of each component's linear layers and convolutions for one row. Embedding tables cost none."""
+def _products(model: Any, family: Family, tune: Tune) -> dict[str, float]:
+    """Multiply-additions of each component's linear layers and convolutions for one row. Embedding tables cost none;
+    of experts those count that a row goes to."""
+    components = family.components
     tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     products, passes = dict.fromkeys(("vision", "projector", "language"), 0.0), _passes(tune)
     for name, parameter in model.named_parameters():
@@ -78,7 +80,8 @@ def _products(model: Any, components: Components, tune: Tune) -> dict[str, float
         is_computed = parameter.ndim >= 2 and module not in tables and own.rpartition(".")[0] != components.head_name
         if is_computed and not is_replaced:
             component = components.component_of(own)
-            products[component] += passes[component] * num_weights(parameter) + _own(parameter)
+            share = next((share for owner, share in family.expert_shares.items() if own.startswith(f"{owner}.")), 1.0)
+            products[component] += share * (passes[component] * num_weights(parameter) + _own(parameter))
     return products
 
 

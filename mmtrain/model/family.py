@@ -5,13 +5,14 @@ Properties that depend on the device and on what is trained are tried later: whe
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from mmtrain.config.tune_section import ComponentModules
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.components import Components
+from mmtrain.model.experts import expert_shares
 from mmtrain.model.head import HeadKind, find_head_kind
 from mmtrain.model.vision_cost import image_attention
 
@@ -28,6 +29,8 @@ class Family:
     """The name of the tensor with each image's patches in time, height and width, if there is one."""
     patches_per_token: float = 1.0
     """Patches of the vision tower for each placeholder in the text, measured on one image; 1 if unknown."""
+    expert_shares: Mapping[str, float] = field(default_factory=dict)
+    """By the name of a module with experts, the share of its weights that one token is multiplied with."""
     image_attention: tuple[float, float] = (0.0, 0.0)
     """Multiply-additions of one forward pass of the tower's attention: per pair of an image's patches, per patch."""
 
@@ -46,6 +49,7 @@ def probe_family(
         head_kind=find_head_kind(model, say),
         grid_key=processor.grid_key,
         patches_per_token=patches,
+        expert_shares=expert_shares(model),
         image_attention=image_attention(model, processor, patches, say),
     )
 

@@ -17,10 +17,11 @@ from torch import nn
 from mmtrain.config.tune_section import Lora, Tune
 from mmtrain.errors import UserError
 from mmtrain.model.components import Components
+from mmtrain.model.experts import expert_weights, numbers_of_experts, rows_of_a_token
 from mmtrain.model.quantized_weights import is_quantized, num_weights
 
-_EXPERTS, _ROUTER = re.compile(r"experts$"), re.compile(r"router|gate$|gate\.")
-"""Keys of a config with a number of experts; names of the layer that chooses experts, from its parent's name on."""
+_ROUTER = re.compile(r"router|gate$|gate\.")
+"""Names of the layer that chooses experts, from its parent's name on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,9 @@ class _Weights:
 
     def __init__(self, model: Any, components: Components, component: str) -> None:
         own = {name: m for name, m in model.named_modules() if name and components.component_of(name) == component}
-        sizes = _numbers_of_experts(model.config)
+        sizes = numbers_of_experts(model.config)
         self.linear = [name for name, module in own.items() if is_linear(module)]
-        self.experts = [name for name, stack in _stacks(own) if len(stack) in sizes]
+        self.experts = [name for name, _ in expert_weights(own, model.config)]
         owners = {name.rpartition(".")[0] for name in self.experts}
         routers = [name for name, module in own.items() if name not in owners and _is_router(name, module, sizes)]
         self.routers = [name for name in routers if name not in self.linear]
@@ -117,20 +118,6 @@ class _Weights:
     def weight_of(self, name: str) -> str:
         """The name of the parameter that gets the adapter."""
         return name if name in self.experts else f"{name}.weight"
-
-
-def _numbers_of_experts(config: Any) -> set[int]:
-    settings = config.get_text_config().to_dict()
-    return {value for key, value in settings.items() if _EXPERTS.search(key) and type(value) is int and value > 1}
-
-
-def _stacks(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """The stacks of matrices, but for convolutions."""
-    for name, module in modules.items():
-        if not isinstance(module, nn.modules.conv._ConvNd):
-            for key, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim == 3:
-                    yield f"{name}.{key}", parameter
 
 
 def _is_router(name: str, module: nn.Module, sizes: set[int]) -> bool:
@@ -173,31 +160,14 @@ def patterns_are_rewritten(config: Any) -> bool:
     return not isinstance(lora.target_modules, str)
 
 
-@torch.no_grad()
 def _run_alone(model: Any, names: Iterable[str]) -> list[str]:
     """Those of the parameters `names` whose module is called with a tensor as first argument, as peft needs it. Where
-    another module takes the weight out of it, an adapter would have no effect. Tried on one token."""
+    another module takes the weight out of it, an adapter would have no effect."""
     names = list(names)
-    called: set[str] = set()
-
-    def note(owner: str) -> Any:
-        return lambda _, inputs: called.add(owner) if inputs and isinstance(inputs[0], torch.Tensor) else None
-
     owners = {name.rpartition(".")[0] for name in names}
     layers = {owner for owner in owners if is_linear(model.get_submodule(owner))}
-    owners -= layers
-    hooks = [model.get_submodule(owner).register_forward_pre_hook(note(owner)) for owner in owners]
-    token, device = torch.zeros(1, 1, dtype=torch.long, device=model.device), model.device
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            if owners:
-                model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
-    except Exception:  # a family that requires more than text can raise anything
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [name for name in names if name.rpartition(".")[0] in called | layers]
+    alone = layers | rows_of_a_token(model, owners - layers).keys()
+    return [name for name in names if name.rpartition(".")[0] in alone]
 
 
 def _last(name: str) -> str:

@@ -64,12 +64,12 @@ def retrieval_figures(config: Config, options: Options) -> tuple[dict[str, Any],
     if runtime.num_processes > 1:
         raise UserError("eval retrieval: it runs in one process: start it without a launcher")
     progress = Progress(runtime.activity.tick)
-    embedder = _loaded(config, options.adapter, runtime)
+    embedder = loaded_embedder(config, options.adapter, runtime, progress)
     evaluation = RetrievalEvaluation(config, sources, embedder, progress, classes)
     own = evaluation.embed(embedder)
     if options.compare is None:
         return evaluation.figures(own), evaluation
-    base, without = _base(config, embedder, runtime)
+    base, without = _base(config, embedder, runtime, progress)
     with without:
         return evaluation.figures(own, evaluation.embed(base)), evaluation
 
@@ -86,24 +86,26 @@ def _check(config: Config, options: Options, sources: list[EvalSource]) -> None:
         raise UserError(f"--html {shown(options.html)}: there is no such folder: create it first")
 
 
-def _loaded(config: Config, path: Path | None, runtime: Runtime) -> Embedder:
+def loaded_embedder(config: Config, path: Path | None, runtime: Runtime, progress: Progress) -> Embedder:
     """The base model, an adapter on it, or the model that a run saved."""
     if path is None:
-        return load_embedder(config, runtime)
+        return load_embedder(config, runtime, progress)
     adapter, model = find_adapter(path), find_model(path)
     if adapter is None and model is None:
         raise UserError(f"--adapter {visible(str(path))}: expected the directory of an adapter or of a finished run")
     if adapter is None:
         settings = config.model.model_copy(update={"path": str(model), "quantization": None})
-        return load_embedder(config.model_copy(update={"model": settings}), runtime)
-    embedder = load_embedder(config, runtime)
+        return load_embedder(config.model_copy(update={"model": settings}), runtime, progress)
+    embedder = load_embedder(config, runtime, progress)
     embedder.model = load_adapter(embedder.model, read_adapter(adapter))
     embedder.model.to(runtime.device)
     return embedder
 
 
-def _base(config: Config, embedder: Embedder, runtime: Runtime) -> tuple[Embedder, AbstractContextManager[Any]]:
+def _base(
+    config: Config, embedder: Embedder, runtime: Runtime, progress: Progress
+) -> tuple[Embedder, AbstractContextManager[Any]]:
     """The base model, and the context in which it is that."""
     if isinstance(embedder.model, PeftModel):
         return embedder, embedder.model.disable_adapter()
-    return load_embedder(config, runtime), nullcontext()
+    return load_embedder(config, runtime, progress), nullcontext()

@@ -67,10 +67,10 @@ def labels(samples: PairSamples, used: Indices, classes: Classes) -> tuple[Numbe
     faults: list[str] = []
     found: set[tuple[int, int]] = set()
     for index in used.tolist():
-        matching = samples.records.pair(index).positives
-        own = [position[item.text] for item in matching if item.text in position and not item.images]
-        if samples.items[samples.pairs[index].query].kind != "image" or not own:
-            texts = ", ".join(shown(item.text, 40) for item in matching)
+        pair = samples.records.pair(index)
+        own = [position[item.text] for item in pair.positives if item.text in position and not item.images]
+        if not pair.query.images or not own:
+            texts = ", ".join(shown(item.text, 40) for item in pair.positives)
             faults.append(f"{samples.records.place(index)}: expected an image with the name of a class, found {texts}")
         found |= {(samples.pairs[index].query, at) for at in own}
     if faults:

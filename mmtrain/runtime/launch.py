@@ -152,6 +152,15 @@ def launch(layout: Layout, processes: int, words: Sequence[str]) -> int:
     return _cause(result) if result.is_failed() else 0
 
 
+def launch_again(processes: int) -> int | None:
+    """Run this very command in so many processes; gives the exit code. None where the work is this process's own: it is
+    to be the only one, or is one of several already."""
+    if takes_part() or processes == 1:
+        return None
+    quiet()
+    return launch(Layout(processes, max_restarts=0), processes, sys.argv[1:])
+
+
 def _cause(result: "RunResult") -> int:
     """The exit code that says why the workers ended, as a shell gives it: 128 + n where signal n ended one.
 

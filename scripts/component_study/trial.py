@@ -117,7 +117,7 @@ def _evaluate(config: Config, sources: list[EvalSource], run: str | None, mode: 
     target = Target(settings.path, None, config.labels, settings.dtype) if run is None else find_target(run)
     loaded = load_target(target, Runtime(settings.dtype, device=config.run.device))
     asked = AnswerEvaluation(config, sources, loaded.encoder.processor, QUIET, "exact_match")
-    replies = asked.all_replies(loaded.generator, "answers", 32, None)
+    replies = asked.all_replies(loaded.generator, loaded.runtime, "answers", 32, None)
     right = [METRICS["exact_match"].score(replies[i].text, one.reference) for i, one in enumerate(asked.questions)]
     return {
         "sample": scores.sample.tolist(),

@@ -5,19 +5,26 @@ What is found is plain data, for the process that asked.
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fake_cuda.device import FakeDevice
 from mmtrain.config.schema import Config
+from mmtrain.encoding.load import load_processor
 from mmtrain.model.components import Components, base_name
+from mmtrain.model.kernels import compiled
 from mmtrain.model.kernels.rowwise import rms_norm
+from mmtrain.progress import QUIET
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.step import Learner
+from mmtrain.train.peak_memory import predict_peak
+from mmtrain.train.step import Learner, train_step
 from support.builders import MAKERS, mixed_rows, train_and_run, write_jsonl
 from support.families_grid import GRID
 from support.families_text import TEXT_ONLY
@@ -62,6 +69,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     `case` may have `kind` of model, `config`, keys of its config.json, `dtype`, `tune` and `settings`, keys of `train`
     and `run`.
     """
+    if case.get("memory"):
+        return dict(memory(case))
     with tempfile.TemporaryDirectory() as name:
         config = _config(case, Path(name))
         expected = [_gradients(*_learner(config, "cpu"), samples) for samples in STEPS.values()]
@@ -91,6 +100,48 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             "peak_bytes": peak,
             "saved_by_norm": norm,
         }
+
+
+@contextmanager
+def _as_if_compiled(meter: Meter) -> Iterator[None]:
+    """Inside, formulas count as compiled, and `meter` is told of their results alone."""
+
+    def in_one_kernel(formula: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with meter.paused():
+                out = formula(*args, **kwargs)
+            return tree_map_only(Tensor, lambda tensor: tensor.view(tensor.shape), out)
+
+        return call
+
+    with (
+        patch.object(compiled, "compile_fault", lambda device: None),
+        patch.object(compiled, "_compiled", in_one_kernel),
+    ):
+        yield
+
+
+def memory(case: dict[str, Any]) -> dict[str, int]:
+    """The bytes that two steps of `case` take at most on the fake device, and those that are predicted for a GPU.
+
+    Nothing can be compiled here. So that formulas take the memory of compiled ones, the meter does not look inside.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        data = _config(case, Path(name))
+        config = Config.model_validate(data)
+        processor = load_processor(config.model.path)
+        dataset = Dataset(config, processor, QUIET)
+        predicted = predict_peak(config, dataset, processor, "cuda", 1, QUIET)
+        samples = sorted(dataset.plan.step(1))
+        device = FakeDevice()  # type: ignore[no-untyped-call]
+        with device, Meter(hidden=("/torch/",)) as meter, _as_if_compiled(meter):
+            learner, _ = _learner(data, "cuda")
+            meter.reset()
+            for step, count in ((1, 1), (2, 2)):
+                num_supervised = count * int(dataset.checked.num_supervised[samples].sum())
+                batches = learner.batches(dataset.train, [samples] * count)
+                train_step(learner, batches, num_supervised, step, 1.0)
+        return {"peak": meter.peak, "predicted": predicted.peak}
 
 
 def _learner(config: dict[str, Any], device: str) -> tuple[Learner, Dataset]:

@@ -5,7 +5,8 @@ Counted where torch calls its operators, below autograd, so the backward pass is
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,6 +74,15 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operations = 0
         """Floating-point operations of matrix products, convolutions and attention."""
         self._memory.reset()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, no memory is counted; what is used afterwards is."""
+        memory, self._memory = self._memory, LiveMemory(_BLOCK)
+        try:
+            yield
+        finally:
+            self._memory = memory
 
     @property
     def live(self) -> int:
