@@ -11,7 +11,6 @@ from mmtrain.config.tune_section import Lora, Tune
 from mmtrain.encoding.layout import Layout
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor, EncodingTrial
-from mmtrain.encoding.stand_ins import Form, TurnForm
 from mmtrain.errors import UserError
 from mmtrain.model.components import COMPONENTS, Components
 from mmtrain.model.family import probe_family
@@ -20,11 +19,12 @@ from mmtrain.model.load import load_model, model_structure
 from mmtrain.model.lora_targets import targets_of
 from mmtrain.model.packing_trial import packing_fault
 from mmtrain.model.tune import apply_tune
-from mmtrain.records.chat import SampleError
+from mmtrain.records.chat import Conversation, Message, Role, SampleError, Text
 from mmtrain.runtime.processes import Runtime
 
 SIZES = ((336, 336), (1000, 1000))
 """(width, height) of the images whose tokens are counted."""
+_EXCHANGE: tuple[Role, ...] = ("user", "assistant")
 _LORA: dict[str, Any] = {"mode": "lora"}
 _FULL: dict[str, Any] = {"mode": "full"}
 
@@ -174,6 +174,7 @@ def _template(processor: ChatProcessor) -> TemplateFound:
 
 def _reply_end(processor: ChatProcessor) -> str | None:
     """What the template writes after a reply, to the end of the token that stops generation."""
-    skeleton = Layout(processor).skeleton(Form((TurnForm("user", ("text",)), TurnForm("assistant", ("text",)))))
+    layout, turns = Layout(processor), [Message(role, (Text("x"),)) for role in _EXCHANGE]
+    skeleton = layout.skeleton(layout.form(Conversation(tuple(turns))))
     end = skeleton.answers[1].end
     return None if end is None else skeleton.pieces[end[0]].text[: end[1]]
