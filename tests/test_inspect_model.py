@@ -173,6 +173,13 @@ def test_what_the_ids_were_compared_on_is_shown(found: dict[str, ModelFound]) ->
     assert "packing on: packed rows equal samples alone image cache on: cached features equal pixels" in shown
 
 
+def test_the_end_of_a_reply_that_follows_its_prompt_is_shown(tmp_path: Path) -> None:
+    path = make_family(MADE["llava_onevision"], tmp_path / "model")
+    found = find(str(path), lambda line: None)
+    assert found.template.reply_end == "<|im_end|>"
+    assert found.encoding == EncodingTrial([], EVERY_PROBE, {})
+
+
 def test_the_lines_fit_the_terminal_and_json_says_the_same(
     found: dict[str, ModelFound], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

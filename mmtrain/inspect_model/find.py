@@ -174,7 +174,10 @@ def _template(processor: ChatProcessor) -> TemplateFound:
 
 def _reply_end(processor: ChatProcessor) -> str | None:
     """What the template writes after a reply, to the end of the token that stops generation."""
-    layout, turns = Layout(processor), [Message(role, (Text("x"),)) for role in _EXCHANGE]
-    skeleton = layout.skeleton(layout.form(Conversation(tuple(turns))))
+    layout, turns = Layout(processor), [Message(role, (Text(processor.template.reply("x")),)) for role in _EXCHANGE]
+    conversation = Conversation(tuple(turns))
+    form = layout.form(conversation)
+    lay_out = layout.lay_out if layout.is_together(form, [1]) else layout.lay_out_alone
+    skeleton = lay_out(conversation, form)[1]
     end = skeleton.answers[1].end
     return None if end is None else skeleton.pieces[end[0]].text[: end[1]]
