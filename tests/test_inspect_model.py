@@ -21,7 +21,8 @@ from mmtrain import cli
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import EncodingTrial
 from mmtrain.inspect_model.command import lines
-from mmtrain.inspect_model.find import ComponentFound, ModelFound, find
+from mmtrain.inspect_model.find import ModelFound, find
+from mmtrain.inspect_model.trainable_components import ComponentFound
 from mmtrain.model.family import probe_family
 from mmtrain.model.load import load_model
 from support.builders import TINY
@@ -171,6 +172,13 @@ def test_what_the_ids_were_compared_on_is_shown(found: dict[str, ModelFound]) ->
     shown = " ".join("\n".join(lines(found["tiny"])).split())
     assert f"ids equal the model's own with {', '.join(EVERY_PROBE)}" in shown
     assert "packing on: packed rows equal samples alone image cache on: cached features equal pixels" in shown
+
+
+def test_the_end_of_a_reply_that_follows_its_prompt_is_shown(tmp_path: Path) -> None:
+    path = make_family(MADE["llava_onevision"], tmp_path / "model")
+    found = find(str(path), lambda line: None)
+    assert found.template.reply_end == "<|im_end|>"
+    assert found.encoding == EncodingTrial([], EVERY_PROBE, {})
 
 
 def test_the_lines_fit_the_terminal_and_json_says_the_same(

@@ -189,7 +189,8 @@ class Encoder:
         elif trained == [len(conversation.messages) - 1]:
             pieces, skeleton = self._layout.lay_out_alone(conversation, form)
         else:
-            raise SampleError("the model's chat template rewrites replies that others follow: it has several sequences")
+            several = "the model's chat template rewrites replies that others follow: it has several sequences"
+            raise SampleError(self._layout.fault(form) or several)
         weights = tuple(float(np.float32(conversation.messages[turn].weight)) for turn in trained)
         weights = () if all(weight == 1 for weight in weights) else weights
         return pieces, self._segmenter.cut(pieces, skeleton, tuple(trained)), weights

@@ -103,6 +103,11 @@ class Layout:
             raise SampleError(found)
         return found
 
+    def fault(self, form: Form) -> str | None:
+        """Why conversations of this form have no skeleton, None where they have one."""
+        found = self._whole(form)
+        return found if isinstance(found, str) else None
+
     def form(self, conversation: Conversation) -> Form:
         messages, has_reasoning = conversation.messages, any(CLOSE in message.text for message in conversation.messages)
         splits = has_reasoning and self._rewrites_reasoning()
@@ -124,7 +129,10 @@ class Layout:
 
     def lay_out_alone(self, conversation: Conversation, form: Form) -> tuple[list[Piece], Skeleton]:
         """The same for its last turn, after the prompt that inference would give for it."""
-        alone, words = self._alone(form), words_of(conversation, form)
+        try:
+            alone, words = self._alone(form), words_of(conversation, form)
+        except SampleError as error:
+            raise SampleError(self.fault(form) or str(error)) from None
         messages, tools = as_messages(conversation.messages), as_tools(conversation)
         pieces, asked = alone.skeleton.pieces, self._render(messages[:-1], add_generation_prompt=True, tools=tools)
         prompt = _filled(pieces[: alone.num_prompt], words, asked)
@@ -174,6 +182,7 @@ class Layout:
         messages, tools, last = as_messages(conversation.messages), as_tools(conversation), form.turns[turn]
         prompt = self._render(messages[:-1], add_generation_prompt=True, tools=tools)
         closing = self._render(messages, tools=tools)
+        self._check_tools(form, closing, self._render(messages))
         check_reasoning(prompt, last, turn)
         before = self._split(prompt, Form(form.turns[:-1], form.tools), 0)
         after = self._split(closing, form, turn)

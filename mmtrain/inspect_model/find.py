@@ -9,17 +9,17 @@ from mmtrain.config.schema import Model
 from mmtrain.encoding.layout import Layout
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor, EncodingTrial
-from mmtrain.encoding.stand_ins import Form, TurnForm
 from mmtrain.inspect_model.trainable_components import ComponentFound, find_components
 from mmtrain.model.family import probe_family
 from mmtrain.model.image_cache.features import find_fields
 from mmtrain.model.load import load_model
 from mmtrain.model.packing_trial import packing_fault
-from mmtrain.records.chat import SampleError
+from mmtrain.records.chat import Conversation, Message, Role, SampleError, Text
 from mmtrain.runtime.processes import Runtime
 
 SIZES = ((336, 336), (1000, 1000))
 """(width, height) of the images whose tokens are counted."""
+_EXCHANGE: tuple[Role, ...] = ("user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,10 @@ def _template(processor: ChatProcessor) -> TemplateFound:
 
 def _reply_end(processor: ChatProcessor) -> str | None:
     """What the template writes after a reply, to the end of the token that stops generation."""
-    skeleton = Layout(processor).skeleton(Form((TurnForm("user", ("text",)), TurnForm("assistant", ("text",)))))
+    layout, turns = Layout(processor), [Message(role, (Text(processor.template.reply("x")),)) for role in _EXCHANGE]
+    conversation = Conversation(tuple(turns))
+    form = layout.form(conversation)
+    lay_out = layout.lay_out if layout.is_together(form, [1]) else layout.lay_out_alone
+    skeleton = lay_out(conversation, form)[1]
     end = skeleton.answers[1].end
     return None if end is None else skeleton.pieces[end[0]].text[: end[1]]
