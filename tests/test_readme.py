@@ -166,7 +166,7 @@ def test_the_shipped_schema_is_the_one_of_the_code() -> None:
 
 
 def own_data(folder: Path) -> None:
-    """Four conversations to train on and 100 to evaluate on, made by the script in docs/data.md."""
+    """104 images, and the conversations about them that the script in docs/data.md makes."""
     (script,) = blocks((ROOT / "docs" / "data.md").read_text(encoding="utf-8"), "python")
     colours = [("red", (255, 0, 0)), ("green", (0, 128, 0)), ("blue", (0, 0, 255))]
     (folder / "my_data").mkdir()
@@ -192,7 +192,8 @@ def test_the_way_from_labelled_images_to_an_evaluated_adapter(tmp_path: Path, mo
     (tmp_path / "my.yaml").write_text(config)
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^mmtrain ([^#\n]* my\.yaml[^#\n]*)", "\n".join(blocks(README, "bash")), re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["inspect-labels", "inspect-labels", "train", "eval", "eval"]
+    ran = [command.split()[0] for command in commands]
+    assert ran == ["inspect-labels", "inspect-labels", "plan", "train", "eval", "eval"]
     for command in commands:
         result = CliRunner().invoke(app, [*command.split(), f"model.path={TINY}", "model.dtype=float32"])
         assert result.exit_code == 0, result.exception or result.output
