@@ -294,16 +294,17 @@ def test_several_at_once_make_it_once(make_config: MakeConfig, home: Path, monke
 
 
 def test_a_home_that_cannot_be_written_to_is_done_without(
-    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = sorted(tmp_path.iterdir())
     spec = spec_of(make_config("qwen2_5_vl"))
-    samples, _, count = opened(spec)
+    samples, _, count = opened(spec, progress=Progress())
     assert count == 8
     assert_equal_to_the_encoder(spec, samples)
+    assert "file/.cache/mmtrain/encoded (Not a directory): every start encodes them again" in capsys.readouterr().err
     assert [path for path in sorted(tmp_path.iterdir()) if path not in before] == [tmp_path / "data-qwen2_5_vl"]
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     with pytest.raises(StorageError, match=r"encoded samples can be written neither.*No space"):

@@ -28,6 +28,7 @@ from mmtrain.errors import storage_faults
 from mmtrain.file_locks import wait_for_lock
 from mmtrain.progress import QUIET, Progress
 from mmtrain.records.record_set import RecordSet
+from mmtrain.safe_text import visible
 from mmtrain.user_cache import cache_folder
 
 _VERSION = 6
@@ -47,13 +48,19 @@ def open_store(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor,
         with progress.task("encoding", len(records)) as task:
             write_store(path, encode_all(spec, records, processor), task.advance)
 
-    with suppress(CannotWriteError):
-        return _find_or_make(cache_folder() / "encoded", name, write, progress.tick)
+    folder = cache_folder() / "encoded"
+    try:
+        return _find_or_make(folder, name, write, progress.tick)
+    except CannotWriteError as error:
+        why = error.strerror or type(error).__name__
+        progress.say(
+            f"encoded samples cannot be stored in {visible(str(folder))} ({why}): every start encodes them again"
+        )
     with (
         storage_faults("the encoded samples can be written neither to the user's cache nor as temporary files"),
-        tempfile.TemporaryDirectory(prefix="mmtrain-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory(prefix="mmtrain-", ignore_cleanup_errors=True) as temporary,
     ):
-        return _find_or_make(Path(folder), name, write, progress.tick)  # what is mapped stays until the process ends
+        return _find_or_make(Path(temporary), name, write, progress.tick)  # what is mapped stays until the process ends
 
 
 def find_store(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor) -> EncodedStore | None:

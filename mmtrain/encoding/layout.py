@@ -342,12 +342,9 @@ def _filled(skeleton: Sequence[Piece], words: Sequence[str], whole: str) -> list
 
 
 def _as_rendered(words: str, following: str, whole: str, at: int) -> str:
-    """The words as they stand in `whole` at `at`: as written, trimmed, or escaped as in JSON, as some templates do."""
-    trimmed = (words.lstrip(), words.rstrip(), words.strip(), words.lstrip("\n"), words.rstrip("\n"), words.strip("\n"))
-    for variant in (words, *trimmed):
+    """The words as they stand in `whole` at `at`: as written, trimmed, or escaped as in JSON."""
+    trimmed = [strip(words, of) for of in (None, "\n") for strip in (str.lstrip, str.rstrip, str.strip)]
+    for variant in (words, *trimmed, json.dumps(words, ensure_ascii=False)[1:-1]):
         if whole.startswith(variant + following, at):
             return variant
-    escaped = json.dumps(words, ensure_ascii=False)[1:-1]
-    if whole.startswith(escaped + following, at):
-        return escaped
     raise SampleError(f"the model's chat template changes the words {shown(words, 40)}")
