@@ -18,6 +18,7 @@ from mmtrain.errors import UserError
 from mmtrain.records import archives, tar_index
 from mmtrain.records.chat import Image, SampleError
 from mmtrain.records.record_set import RecordSet
+from mmtrain.safe_text import shown
 from support.builders import write_jsonl
 from support.learning import learner_for
 
@@ -72,7 +73,7 @@ def test_what_is_not_in_an_archive_is_refused_by_name(tmp_path: Path, kind: str)
     (tmp_path / "outside.png").write_bytes(png("red"))
     path = MAKERS[kind](tmp_path / f"images.{kind}", MEMBERS)
     for name in ("c.png", "../outside.png", str(tmp_path / "outside.png"), "sub/../../outside.png"):
-        assert refusal(name, path) == f"the image {name!r} in {path}: there is no such member"
+        assert refusal(name, path) == f"the image {shown(name)} in {path}: there is no such member"
 
 
 def test_several_roots_are_searched_in_order(tmp_path: Path) -> None:

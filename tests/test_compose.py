@@ -293,7 +293,7 @@ def test_what_does_not_fit_is_refused(parts: dict[str, Path], tmp_path: Path, mo
     copy_text_tokenizer(bare)
     (bare / "chat_template.jinja").unlink()
     AutoModelForCausalLM.from_pretrained(language).save_pretrained(bare)
-    with pytest.raises(UserError, match="the model directory has no chat template"):
+    with pytest.raises(UserError, match="the model has no chat template"):
         compose(Options(vision, str(bare), output))
     assert not output.exists()
 

@@ -9,7 +9,7 @@ import pytest
 from mmtrain.config.schema import Config
 from mmtrain.train.run import train
 from support.builders import write_jsonl
-from support.family_reference import FAMILIES, as_rows, conversations, directory, is_usable, save_images
+from support.family_reference import FAMILIES, as_rows, conversations, directory, given_template, is_usable, save_images
 from support.family_table import NOT_TRAINED
 from support.learning import LORA
 
@@ -24,14 +24,15 @@ NAMES = [
 
 
 def config_of(name: str, folder: Path) -> Config:
-    """Two steps of a text and, where the family takes them, an image; a checkpoint after each."""
+    """Two steps, of what the family takes: a text and an image, two texts, or two images; a checkpoint after each."""
     root = save_images(folder)
-    tried = [one for case, one in conversations(name).items() if case in ("text", "one_image")]
+    cases = ("one_image", "two_images") if FAMILIES[name].given_template else ("text", "one_image")
+    tried = [one for case, one in conversations(name).items() if case in cases]
     data = write_jsonl(folder / "data.jsonl", as_rows(tried))
     modes: dict[str, Any] = {"language": LORA} | ({"projector": {"mode": "full"}} if FAMILIES[name].images else {})
     return Config.model_validate(
         {
-            "model": {"path": str(directory(name)), "dtype": "float32"},
+            "model": {"path": str(directory(name)), "dtype": "float32", "chat_template": given_template(name)},
             "tune": modes,
             "data": {"train": [{"path": str(data), "root": str(root)}]},
             "labels": {"end_of_turn": not FAMILIES[name].unended},

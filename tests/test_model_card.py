@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from mmtrain.config.schema import Config
-from mmtrain.train import run
+from mmtrain.train import chat
 from mmtrain.train.export import export
 from mmtrain.train.model_card import hub_id
 from mmtrain.train.run import train
@@ -55,7 +55,7 @@ def test_the_code_of_the_card_loads_what_was_trained(
         trained.append(learner.model(input_ids=torch.tensor(IDS), use_cache=False).logits[0].clone())
         return export(learner, *args)
 
-    monkeypatch.setattr(run, "export", noting)
+    monkeypatch.setattr(chat, "export", noting)
     train(config)
     output = Path(config.run.output_dir)
     folder = output / ("model" if tune is ALL_FULL else "adapter")

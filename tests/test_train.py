@@ -322,7 +322,7 @@ def test_only_changes_that_may_change_bits_are_reported_on_resume(
             ("run.eval_every", 2, ""),
             ("data.decode_images", False, ""),
             ("run.packing", False, "packing auto → False"),
-            ("run.activation_checkpointing", True, "activation_checkpointing False → True"),
+            ("run.activation_checkpointing", True, "activation_checkpointing auto → True"),
         ]
     ):
         output = Path(shared_run.run.output_dir).with_name(f"resumed-{number}")
