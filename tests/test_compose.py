@@ -336,6 +336,7 @@ def test_a_tokenizer_that_cannot_take_a_token_is_refused(tokenizer: Any, reason:
         with_image_tokens(Language(None, tokenizer, "", {}, 0), ("<image>",), "lm")
 
 
+@pytest.mark.slow("several commands")
 @pytest.mark.parametrize(
     "projector", ["mlp2x-gelu", pytest.param("pixel-shuffle", marks=pytest.mark.slow("trains and merges again"))]
 )

@@ -192,6 +192,7 @@ def test_what_the_model_lacks_is_refused(objective: dict[str, Any], words: str, 
         train(make(objective=objective))
 
 
+@pytest.mark.slow("several runs")
 def test_a_vision_language_model_becomes_an_embedder(folder: Path, tmp_path: Path) -> None:
     sections: dict[str, Any] = {**SMALL, "tune": {"language": LORA}, "objective": {"scale": 20.0, "pooling": "last"}}
     config = pair_config(TINY, folder / "pairs.jsonl", tmp_path / "run", **sections)

@@ -154,6 +154,7 @@ def test_with_dropout(tokens: int, processes: int, make: Callable[..., Config]) 
     assert abs(without[0] - expected[0]) > 1e-3 * expected[0]  # dropout does something
 
 
+@pytest.mark.slow("steps under many settings")
 @pytest.mark.parametrize("tokens", [1, 300])
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_kept_graphs_give_the_same_bits(share: float, tokens: int, make: Callable[..., Config]) -> None:
@@ -231,6 +232,7 @@ def test_a_frozen_tower_is_computed_once(processes: int, make: Callable[..., Con
     assert_equal(step_of(config, processes), dense(config))
 
 
+@pytest.mark.slow("steps of a large model in float64")
 @pytest.mark.parametrize("processes", [1, pytest.param(3, marks=slow)])
 @pytest.mark.parametrize(
     ("pooling", "packing"),

@@ -62,6 +62,7 @@ def with_eval(config: Config) -> Config:
     return Config.model_validate(data)
 
 
+@pytest.mark.slow("several runs")
 @pytest.mark.parametrize("tune", [{"language": LORA}, pytest.param(MIXED, marks=pytest.mark.slow("trains again"))])
 def test_an_adapter_is_continued_with_a_fresh_optimizer(tune: dict[str, Any], make_config: MakeConfig) -> None:
     config = with_eval(make_config("qwen2_5_vl", tune, steps=3))
@@ -128,6 +129,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.slow("several runs")
 def test_what_would_be_lost_or_computed_otherwise_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
     runs = {}
     for name, tune in (("both", BOTH), ("projector", PROJECTOR)):
@@ -160,6 +162,7 @@ def test_an_adapter_of_another_model_is_refused(make_config: MakeConfig, tmp_pat
         started(after(config, complete, PROJECTOR, path=str(other)))
 
 
+@pytest.mark.slow("several runs")
 def test_a_change_of_the_earlier_run_is_noticed(make_config: MakeConfig) -> None:
     config = make_config("text", {"language": LORA}, steps=2, checkpoint_every=1)
     earlier = trained(config)

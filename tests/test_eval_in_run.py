@@ -71,6 +71,7 @@ def test_asking_changes_no_bit_of_the_training(kind: str, make_config: MakeConfi
     ]
 
 
+@pytest.mark.slow("compiles layers")
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
 def test_checkpointed_and_compiled_layers_give_the_same_answers(make_config: MakeConfig) -> None:
     """Both would break generation: one drops the cache, the other is compiled again for each length."""
@@ -177,6 +178,7 @@ def test_the_samples_are_chosen_by_the_seed_alone(tmp_path: Path) -> None:
     assert asked(config) != asked(seeded)
 
 
+@pytest.mark.slow("runs of two processes")
 def test_two_processes_give_the_same_answers(make_config: MakeConfig, tmp_path: Path) -> None:
     """One of the two has nothing to ask of the source of one sample."""
     config = with_eval(make_config("text", **SMALL, microbatches=2))

@@ -13,8 +13,8 @@ from support.family_reference import FAMILIES, as_rows, conversations, directory
 from support.family_table import NOT_TRAINED
 from support.learning import LORA
 
-FAST = ("qwen3_vl_moe", "jamba", "mllama")
-"""Experts; rows that are padded; one sample at a time."""
+FAST = ("qwen3_vl_moe",)
+"""A family with images and experts."""
 SLOW = pytest.mark.slow("two runs of every family of models")
 NAMES = [
     pytest.param(name, marks=() if name in FAST else SLOW)

@@ -108,6 +108,7 @@ def test_nothing_is_computed_for_answers_that_are_there(
     assert computed == [[4, 5, 6, 7], [8, 9, 10]]
 
 
+@pytest.mark.slow("runs of two processes")
 def test_two_processes_write_the_same_file_and_continue_it(
     model_dirs: dict[str, Path], make_config: MakeConfig, tmp_path: Path
 ) -> None:

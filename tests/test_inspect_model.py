@@ -61,6 +61,7 @@ def component(found: ModelFound, name: str) -> ComponentFound:
     return only
 
 
+@pytest.mark.slow("models of several families")
 @pytest.mark.parametrize("name", INSIDE)
 def test_parameters_and_adapters_are_counted_by_component(
     name: str, directories: dict[str, Path], found: dict[str, ModelFound]

@@ -196,6 +196,7 @@ def test_another_share_is_another_training_set(tmp_path: Path) -> None:
     assert len({*found}) == 4
 
 
+@pytest.mark.slow("twelve data sets")
 def test_few_samples_have_both_sides(tmp_path: Path) -> None:
     for seed in range(12):
         data = write_jsonl(tmp_path / f"{seed}.jsonl", [qa(f"word {seed} {number}") for number in range(2)])

@@ -97,6 +97,7 @@ def test_figures_have_names_by_set() -> None:
     assert figures({"step": 1, "answers": "a", **answers}) == named
 
 
+@pytest.mark.slow("several runs")
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
 def test_a_killed_run_continues_in_the_tracker(
     name: str, fake: Fake, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch

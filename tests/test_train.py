@@ -229,6 +229,7 @@ def test_a_change_of_the_result_is_refused_by_name(
     assert {path: path.stat().st_mtime_ns for path in Path(shared_run.run.output_dir).rglob("*")} == before
 
 
+@pytest.mark.slow("several runs")
 def test_a_finished_run_with_a_constant_rate_is_extended_to_the_bits_of_a_longer_one(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,6 +263,7 @@ def test_an_extension_says_what_the_rate_does(make_config: MakeConfig, capsys: p
     assert len(rates) == 9
 
 
+@pytest.mark.slow("several runs")
 def test_an_extended_run_is_not_finished_until_it_is_exported_again(make_config: MakeConfig) -> None:
     """The adapter of the shorter run is there all the time."""
     config = make_config("text", **SMALL)
