@@ -148,6 +148,18 @@ def test_the_page_has_the_figures_of_the_run(tmp_path: Path) -> None:
         assert expected in page, expected
 
 
+def test_a_contrastive_run_shows_its_retrieval(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [3.0, 2.0], objective={"kind": "contrastive"})
+    both = {"image_to_text": {"recall@1": 0.25, "chance": {}}, "text_to_image": {"recall@1": 0.5}}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 2, "retrieval": "held-out", **both}) + "\n")
+    page = texts(page_of(tmp_path, run))
+    assert "Recall@1 (share of searches)" in page
+    assert "held-out, image to text, step 2: 0.25" in page
+    assert "held-out, text to image, step 2: 0.5" in page
+    assert "Loss (nats)" in page
+
+
 def test_several_runs_are_compared(tmp_path: Path) -> None:
     first = write_run(tmp_path / "first", [9.0, 5.0], train={"seed": 0, "epochs": None})
     second = write_run(tmp_path / "second", [8.0, 4.0], train={"seed": 7, "epochs": None})

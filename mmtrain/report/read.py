@@ -42,6 +42,8 @@ class RunRecord:
     """By evaluation set."""
     answers: dict[str, tuple[Row, ...]]
     """Rows of answers generated during training, by evaluation set."""
+    retrieval: dict[str, tuple[Row, ...]]
+    """Rows of retrieval in a contrastive run, by evaluation set."""
     dropped: Dropped
 
 
@@ -64,6 +66,7 @@ def read_run(path: Path) -> RunRecord:
         steps=tuple(row for row in rows if is_step(row)),
         evals=_grouped(rows, "eval"),
         answers=_grouped(rows, "answers"),
+        retrieval=_grouped(rows, "retrieval"),
         dropped=_dropped(path / "dropped.jsonl"),
     )
 

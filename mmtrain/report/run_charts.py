@@ -10,15 +10,16 @@ from mmtrain.report.series import Series, Values, column, num_averaged, smoothed
 
 
 def charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    """Loss, evaluations, answers, learning rate, gradient norm and speed; without those that no run has figures of.
+    """Loss, evaluations, answers, retrieval, learning rate, gradient norm and speed; without those that no run has.
 
     Of one run the figures of every step are drawn faintly under their average; of several only the averages.
     """
     found = [
-        line_chart("Loss", _of_steps(runs, "loss"), "nats a token", allow_log=True),
+        line_chart("Loss", _of_steps(runs, "loss"), _unit(runs), allow_log=True),
         line_chart("Perplexity", _of_evals(runs, "perplexity"), "evaluation", allow_log=True),
         line_chart("Token accuracy", _of_evals(runs, "token_accuracy"), "evaluation"),
         line_chart("Answers", _of_answers(runs), "share that is right; dashed: best blind answer"),
+        line_chart("Recall@1", _of_retrieval(runs), "share of searches"),
         line_chart("Gradient norm", _of_steps(runs, "grad_norm"), "before clipping", allow_log=True),
         line_chart("Learning rate", [_plain(run, number, "learning_rate") for number, run in enumerate(runs)]),
         line_chart("Tokens per second", _of_steps(runs, "speed")),
@@ -72,6 +73,23 @@ def _of_answers(runs: Sequence[RunRecord]) -> list[Series]:
             found.append(Series(title, *_scores(rows, "metrics"), marked=True, run=color))
             found.append(Series(f"{title}, blind", *_scores(rows, "blind"), "dashed", run=color))
     return found
+
+
+def _of_retrieval(runs: Sequence[RunRecord]) -> list[Series]:
+    found = []
+    for number, run in enumerate(runs):
+        lines = [(name, rows, key) for name, rows in run.retrieval.items() for key in rows[-1] if "_to_" in key]
+        for place, (name, rows, direction) in enumerate(lines):
+            figures = [{"step": row["step"], "value": row[direction]["recall@1"]} for row in rows if direction in row]
+            title = _named(run, runs, f"{name}, {direction.replace('_', ' ')}")
+            found.append(Series(title, *column(figures, "value"), marked=True, run=_color(runs, number, place)))
+    return found
+
+
+def _unit(runs: Sequence[RunRecord]) -> str:
+    """Of the loss."""
+    kinds = {run.config.get("objective", {}).get("kind", "chat") for run in runs}
+    return "nats a token" if kinds == {"chat"} else "nats"
 
 
 def _scores(rows: Sequence[Row], kind: str) -> tuple[Values, Values]:
