@@ -227,3 +227,10 @@ def test_light_commands_import_no_model_code(command: list[str], small_config: P
     printed, imported = modules_after([*command, str(path)])
     assert printed.strip()
     assert not imported & {"torch", "transformers", "peft", "accelerate", "PIL"}
+
+
+def test_windows_is_refused_in_one_line() -> None:
+    code = "import sys; sys.platform = 'win32'; import mmtrain"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    expected = "mmtrain: it does not run on Windows: use Linux, or Linux in WSL 2\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
