@@ -17,6 +17,7 @@ from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels.audit import audit
 from mmtrain.inspect_labels.chosen import look_at
+from mmtrain.inspect_labels.selected_samples import open_selected
 from mmtrain.progress import QUIET
 from mmtrain.scoring.eval_samples import EvalSamples
 from mmtrain.train.dataset import Dataset
@@ -178,6 +179,20 @@ def test_the_other_commands_see_the_same_sides(tmp_path: Path, monkeypatch: pyte
         report = audit(config, split)
         assert report.total("num_samples") == len(used)
         assert sum(report.left_out.values()) == 50 - len(used)
+
+
+def test_the_commands_choose_as_training_does_where_samples_are_left_out(tmp_path: Path) -> None:
+    """A maximum counts the samples that can be used: not the too long and the faulty ones."""
+    rows = [qa("word " * 90 if number % 4 == 0 else 5 if number % 4 == 1 else f"word {number}") for number in range(40)]  # type: ignore[arg-type]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    policy = {"max_length": 60, "too_long": "drop", "on_fault": "skip", "max_skipped": 20}
+    config = Config.model_validate(sections(data, train={"max_samples": 7}, **policy))
+    used = read(data, train={"max_samples": 7}, **policy).checked.used.tolist()
+    assert len(used) == 7
+    assert open_selected(config, "train", load_processor(str(TINY)), QUIET).used.tolist() == used
+    seen = look_at(config, "train", lambda number, own: list(own)).views
+    assert [view.index for view in seen] == used
+    assert audit(config).left_out == {"over max_samples": 13}
 
 
 def test_a_share_that_leaves_a_side_empty_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def _report(config: Config) -> DataReport:
         return DataReport((audit(config, "train"),), None)
     reports, progress = (audit(config, "train"), audit(config, "eval")), Progress()
     with progress.task("comparing train and eval"):
-        overlap = find_overlap(config, load_processor(config.model.path), progress)
+        overlap = find_overlap(config, load_processor(config.model.path, config.model.chat_template), progress)
     return DataReport(reports, overlap)
 
 

@@ -2,16 +2,12 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from mmtrain.config import Config
-from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import StoredSamples
-from mmtrain.dataset.selection import content_keys, sample_keys, select
-from mmtrain.dataset.store import open_store
+from mmtrain.dataset.selection import content_keys, sample_keys
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.inspect_labels.chosen import selected_sources
+from mmtrain.inspect_labels.selected_samples import open_selected
 from mmtrain.progress import Progress
 
 NUM_SHOWN = 10
@@ -39,8 +35,8 @@ class Overlap:
 
 def find_overlap(config: Config, processor: ChatProcessor, progress: Progress) -> Overlap:
     """Raises UserError where a source cannot be read."""
-    train, train_used = _used_samples(config, "train", processor, progress)
-    evaluation, eval_used = _used_samples(config, "eval", processor, progress)
+    both = [open_selected(config, split, processor, progress) for split in ("train", "eval")]
+    (train, train_used), (evaluation, eval_used) = [(one.samples, one.used) for one in both]
     train_images, eval_images = _images(train, train_used), _images(evaluation, eval_used)
     first: dict[tuple[bytes, ...], int] = {}
     for index, key in sample_keys(train, train_used.tolist()).items():
@@ -48,17 +44,6 @@ def find_overlap(config: Config, processor: ChatProcessor, progress: Progress) -
     shared = [(index, first[key]) for index, key in sample_keys(evaluation, eval_used.tolist()).items() if key in first]
     places = [(str(evaluation.place(index)), str(train.place(other))) for index, other in shared[:NUM_SHOWN]]
     return Overlap(len(train_images), len(eval_images), len(train_images & eval_images), len(shared), tuple(places))
-
-
-def _used_samples(
-    config: Config, split: str, processor: ChatProcessor, progress: Progress
-) -> tuple[StoredSamples, Indices]:
-    selected = selected_sources(config, split)
-    spec = EncodingSpec.of(config, selected.sources)
-    records = spec.records()
-    samples = StoredSamples(records, open_store(spec, records, processor, progress))
-    possible = np.flatnonzero(samples.store.num_tokens)
-    return samples, np.setdiff1d(possible, select(samples, possible, selected.choices).indices)
 
 
 def _images(samples: StoredSamples, used: Indices) -> set[bytes]:

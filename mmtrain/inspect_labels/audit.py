@@ -20,15 +20,13 @@ from mmtrain.config import Config
 from mmtrain.config.data_section import Source
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.samples import StoredSamples
-from mmtrain.dataset.selection import Selected, select
-from mmtrain.dataset.store import open_store
+from mmtrain.dataset.selection import Selected
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import grouped
-from mmtrain.inspect_labels.chosen import selected_sources
+from mmtrain.inspect_labels.selected_samples import open_selected, selected_sources
 from mmtrain.inspect_labels.view import view_sample
-from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
 from mmtrain.records.chat import Conversation, Text
 
@@ -271,19 +269,15 @@ def audit(
     `on_row` is called with the JSON object of each sample, in order, with or without tokens. Raises UserError if a
     source cannot be read.
     """
-    selected = selected_sources(config, split)
-    spec = EncodingSpec.of(config, selected.sources)
-    processor = load_processor(config.model.path, config.model.chat_template)
-    records, encoder, progress = spec.records(), spec.encoder(processor), Progress()
-    limit = length_limit(config.model.path, config.data.max_length)
+    processor, progress = load_processor(config.model.path, config.model.chat_template), Progress()
     with progress.task(f"checking {split}"):
-        store = open_store(spec, records, processor, progress)
-    samples = StoredSamples(records.sequences(store.records, store.turns), store)
-    counting = _Counting(samples, selected.sources, split)
-    is_possible = (store.num_tokens > 0) & (store.num_tokens <= limit.num_tokens)
-    found = select(samples, np.flatnonzero(is_possible), selected.choices)
-    counting.leave_out(found, split)
-    left_out = set(found.indices.tolist())
+        found = open_selected(config, split, processor, progress)
+    samples, limit, store = found.samples, found.limit, found.samples.store
+    sources = selected_sources(config, split).sources
+    encoder = EncodingSpec.of(config, sources).encoder(processor)
+    counting = _Counting(samples, sources, split)
+    counting.leave_out(found.left_out, split)
+    left_out = set(found.left_out.indices.tolist())
     with progress.task(f"auditing {split}", len(samples)) as task:
         for index in range(len(samples)):
             if index in left_out:

@@ -9,15 +9,14 @@ from mmtrain.checks.findings import REFUSED
 from mmtrain.config import Config
 from mmtrain.dataset.encode_all import ChunkEncoder, EncodingSpec
 from mmtrain.dataset.samples import FreshSamples, StoredSamples
-from mmtrain.dataset.selection import SelectedSources, select
-from mmtrain.dataset.store import find_store, open_store
+from mmtrain.dataset.store import find_store
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
+from mmtrain.inspect_labels.selected_samples import open_selected, selected_sources
 from mmtrain.inspect_labels.view import SampleView, view_sample
 from mmtrain.progress import Progress
 from mmtrain.records.chat import SampleError
-from mmtrain.records.record_set import RecordSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +36,10 @@ def look_at(config: Config, split: str, choose: Callable[[int, Sequence[int]], l
 
     Raises UserError where a source cannot be read, or a sample is no longer what is stored for training.
     """
-    selected = selected_sources(config, split)
-    spec = EncodingSpec.of(config, selected.sources)
+    spec = EncodingSpec.of(config, selected_sources(config, split).sources)
     processor = load_processor(config.model.path, config.model.chat_template)
     records, encoder = spec.records(), spec.encoder(processor)
-    chosen = choose(len(records), _used(spec, records, processor, selected))
+    chosen = choose(len(records), _used(config, split, processor, len(records)))
     chunk = ChunkEncoder(spec, records, processor).encode(chosen)
     refused = {fault.index for fault in chunk.faults if fault.kind == REFUSED}
     store = find_store(spec, records, processor)  # if there is one, the very encoding that training reads
@@ -65,25 +63,10 @@ def look_at(config: Config, split: str, choose: Callable[[int, Sequence[int]], l
     return ChosenSamples(samples, processor, views, faults)
 
 
-def selected_sources(config: Config, split: str) -> SelectedSources:
-    """The sources of `split` ("train" or "eval"). Raises UserError where there are none."""
-    data = config.data
-    if not getattr(data, split):
-        raise UserError(f"data.{split}: there are no sources in the config")
-    return (
-        SelectedSources.for_training(data)
-        if split == "train"
-        else SelectedSources.for_evaluation(data, config.data.eval)
-    )
-
-
-def _used(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor, selected: SelectedSources) -> Sequence[int]:
+def _used(config: Config, split: str, processor: ChatProcessor, num_records: int) -> Sequence[int]:
     """The records of the samples that the config selects. To know them all samples must be encoded."""
-    if selected.is_everything:
-        return range(len(records))
-    store = open_store(spec, records, processor, Progress())
-    samples = StoredSamples(records.sequences(store.records, store.turns), store)
-    possible = np.flatnonzero(store.num_tokens)
-    left_out = select(samples, possible, selected.choices).indices
-    used: list[int] = np.unique(store.records[np.setdiff1d(possible, left_out)]).tolist()
+    if selected_sources(config, split).is_everything:
+        return range(num_records)
+    found = open_selected(config, split, processor, Progress())
+    used: list[int] = np.unique(found.samples.store.records[found.used]).tolist()
     return used
