@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,15 @@ from transformers import AutoModel, AutoTokenizer, CLIPImageProcessorPil
 
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config
+from mmtrain.contrastive.load import load_embedder
 from mmtrain.errors import UserError
+from mmtrain.progress import QUIET
+from mmtrain.records.chat import SampleError
+from mmtrain.records.pairs import Item
+from mmtrain.runtime.processes import Runtime
 from mmtrain.train import loop
+from mmtrain.train.contrastive.pair_dataset import PairDataset
+from mmtrain.train.fingerprint import fingerprints
 from mmtrain.train.run import train
 from mmtrain.train.step import StepResult, train_step
 from support.builders import TINY
@@ -190,6 +198,28 @@ def test_what_does_not_fit_is_refused_by_its_key(sections: dict[str, Any], words
 def test_what_the_model_lacks_is_refused(objective: dict[str, Any], words: str, make: Make) -> None:
     with pytest.raises(UserError, match=words):
         train(make(objective=objective))
+
+
+def with_template(config: Config, folder: Path) -> Config:
+    """The config with a chat template of its own."""
+    given = folder / "given.jinja"
+    given.write_text("given " + (TINY / "chat_template.jinja").read_text())
+    return config.model_copy(update={"model": config.model.model_copy(update={"chat_template": str(given)})})
+
+
+def test_a_chat_template_is_for_models_of_chats(make: Make, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.chat_template: a dual encoder has no chats"):
+        train(with_template(make(), tmp_path))
+    objective = {"scale": 20.0, "pooling": "last"}
+    config = pair_config(TINY, folder / "pairs.jsonl", tmp_path / "run", tune={"language": LORA}, objective=objective)
+    config = with_template(config, tmp_path)
+    embedder = load_embedder(config, Runtime("float32", device="cpu"))
+    assert embedder.template == (tmp_path / "given.jinja").read_text()
+    (item,) = embedder.encode([(Item("a"), Path())])
+    assert not isinstance(item, SampleError)
+    assert embedder.processor.tokenizer.decode(item.encoded.ids.tolist()).startswith("given ")
+    data = PairDataset(config, embedder, QUIET)
+    assert fingerprints(config, data, lambda: None)["model.template"] == sha256(embedder.template.encode()).hexdigest()
 
 
 @pytest.mark.slow("several runs")

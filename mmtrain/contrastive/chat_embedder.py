@@ -47,6 +47,7 @@ class ChatEmbedder:
         """`limit` gives the model's own limit, or `max_length` where that is lower."""
         self.model, self.processor, self.family, self.packing = model, processor, family, packing
         self._encoder, self._make_inputs = Encoder(processor), InputMaker(model, processor)
+        self.template = processor.template.source
         self._pooling, self._autocast = pooling, autocast
         self.limit = limit
         self.scale: Multiplier = constant(1.0)

@@ -72,6 +72,10 @@ class Embedder(Protocol):
         """Of the model; `lays_out_together` says whether several items with images go through it at once."""
 
     @property
+    def template(self) -> str | None:
+        """The source of the chat template, if there is one."""
+
+    @property
     def description(self) -> str:
         """How items are embedded, in one line."""
 

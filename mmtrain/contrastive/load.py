@@ -45,6 +45,8 @@ def load_towers(config: Config, runtime: Runtime) -> Towers:
     path, pooling = config.model.path, config.objective.pooling
     if pooling != "family":
         raise UserError(f"objective.pooling: {pooling}: a dual encoder pools in its own way: set it to family")
+    if config.model.chat_template is not None:
+        raise UserError("model.chat_template: a dual encoder has no chats: remove the key")
     processor = load_tower_processor(path)
     with loading_faults():
         model = load_weights(path, config.model.dtype, runtime.device, runtime.activity.tick)
@@ -62,7 +64,7 @@ def load_chat_embedder(config: Config, runtime: Runtime, progress: Progress) -> 
     path, pooling, dtype = config.model.path, config.objective.pooling, config.model.dtype
     if pooling == "family":
         raise UserError("objective.pooling: family is for dual encoders: set it to last or mean")
-    processor = load_processor(path)
+    processor = load_processor(path, config.model.chat_template)
     with loading_faults():
         model = load_model(path, dtype, processor, runtime.device, runtime.activity.tick)
     model.requires_grad_(False)

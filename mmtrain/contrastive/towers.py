@@ -40,6 +40,7 @@ class Towers:
     kinds: tuple[Kind, ...] = ("image", "text")
     symmetric = True
     packing = False
+    template = None
 
     def __init__(
         self, model: Any, processor: TowerProcessor, autocast: Callable[[], AbstractContextManager[Any]]

@@ -41,7 +41,7 @@ class Balance:
     """Steps over the data of one config, and what a number of processes makes of them."""
 
     def __init__(self, config: Config) -> None:
-        processor = load_processor(config.model.path)
+        processor = load_processor(config.model.path, config.model.chat_template)
         self.dataset = Dataset(config, processor, QUIET)
         self.max_tokens = config.run.microbatch_tokens
         packing = config.run.packing is not False  # auto: the model that would be tried is not loaded

@@ -34,7 +34,7 @@ def open_data(config_path: Path, result: Path) -> None:
     from mmtrain.train.dataset import Dataset
 
     config = load_config(config_path)
-    processor = load_processor(config.model.path)
+    processor = load_processor(config.model.path, config.model.chat_template)
     begun = time.perf_counter()
     dataset = Dataset(config, processor, QUIET)
     dataset.plan.step(1)

@@ -23,11 +23,8 @@ class PairDataset:
     Raises UserError with every sample of every source that cannot be used.
     """
 
-    template = None
-    """There is no chat."""
-
     def __init__(self, config: Config, embedder: Embedder, progress: Progress) -> None:
-        data = config.data
+        data, self.template = config.data, embedder.template
         limit, policy, ignored = embedder.limit(data.max_length), FaultPolicy.of(data), frozenset(data.ignore_fields)
         faults: list[str] = []
         with _collected(faults), progress.task("checking train"):
