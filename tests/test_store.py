@@ -157,7 +157,7 @@ def test_a_store_of_several_chunks_gives_back_each_sample(tmp_path: Path) -> Non
     write_joined(tmp_path / "joined", [EncodedStore(tmp_path / note) for note in "ab"])
     write_chunk(tmp_path / "at once", join_chunks([chunk(0, "a"), chunk(2, "b")]))
     assert (tmp_path / "joined").read_bytes() == (tmp_path / "at once").read_bytes()
-    with safe_open(tmp_path / "joined", framework="np") as file:  # type: ignore[no-untyped-call]
+    with safe_open(tmp_path / "joined", framework="np") as file:
         assert file.get_tensor("ids").tolist() == [0, 1, 2, 2, 3, 4]
     opened_store = EncodedStore(tmp_path / "joined")
     assert opened_store.records.tolist() == [0, 1, 2, 3]
@@ -207,7 +207,8 @@ def test_an_interrupted_encoding_resumes_after_its_last_piece(
     monkeypatch.setattr(encode_all, "_CHUNK", 2)
     monkeypatch.setattr(store_pieces, "_TOKENS", 1)
     spec = spec_of(make_config("qwen2_5_vl"))
-    encode, encoded = encode_all.ChunkEncoder.encode, []
+    encode = encode_all.ChunkEncoder.encode
+    encoded: list[Sequence[int]] = []
 
     def interrupted(self: encode_all.ChunkEncoder, records: Sequence[int]) -> EncodedChunk:
         if len(encoded) == 3:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmtrain.checks.findings import IGNORED, REFUSED, UNCHECKED, UNDECODABLE, Finding
+from mmtrain.checks.inference import Prompts
 from mmtrain.checks.labels import Checker
 from mmtrain.config import Config
 from mmtrain.config.data_section import Source
@@ -174,8 +175,11 @@ class ChunkEncoder:
         found = self._encode_each(rows)
         encoded = [row.encoded for row in found if isinstance(row.encoded, Encoded)]
         failing = self._failing_images(encoded)
+        prompts = iter(self._checker.prompts([row.conversation for row in found if row.conversation is not None]))
         findings = [
-            (position, finding) for position, row in enumerate(found) for finding in self._findings(row, failing)
+            (position, finding)
+            for position, row in enumerate(found)
+            for finding in self._findings(row, failing, {} if row.conversation is None else next(prompts))
         ]
         spans = [span for one in encoded for span in one.images]
         sizes = [
@@ -226,7 +230,7 @@ class ChunkEncoder:
             return {}
         return images_that_fail((span.image for one in encoded for span in one.images), self._num_threads)
 
-    def _findings(self, row: "_Row", failing: dict[Path | bytes, str]) -> Iterator[Finding]:
+    def _findings(self, row: "_Row", failing: dict[Path | bytes, str], prompts: Prompts) -> Iterator[Finding]:
         """What is wrong with a sample, or worth knowing."""
         one = row.encoded
         if row.conversation is None or not isinstance(one, Encoded):
@@ -235,7 +239,7 @@ class ChunkEncoder:
         labels = np.where(one.supervised, one.ids, IGNORED).tolist()
         sizes = [span.image.size for span in one.images]
         try:
-            yield from self._checker.check(one.ids.tolist(), labels, row.conversation, sizes)
+            yield from self._checker.check(one.ids.tolist(), labels, row.conversation, sizes, prompts)
         except SampleError as error:
             yield Finding(UNCHECKED, True, str(error))
         for span in one.images:

@@ -343,8 +343,10 @@ def _filled(skeleton: Sequence[Piece], words: Sequence[str], whole: str) -> list
 
 def _as_rendered(words: str, following: str, whole: str, at: int) -> str:
     """The words as they stand in `whole` at `at`: as written, trimmed, or escaped as in JSON."""
+    if whole.startswith(words + following, at):
+        return words
     trimmed = [strip(words, of) for of in (None, "\n") for strip in (str.lstrip, str.rstrip, str.strip)]
-    for variant in (words, *trimmed, json.dumps(words, ensure_ascii=False)[1:-1]):
+    for variant in (*trimmed, json.dumps(words, ensure_ascii=False)[1:-1]):
         if whole.startswith(variant + following, at):
             return variant
     raise SampleError(f"the model's chat template changes the words {shown(words, 40)}")

@@ -51,7 +51,7 @@ def encode(spec: EncodingSpec, processor: ChatProcessor, counted: Path, last_cha
 
 def main(model: str, data: str, folder: Path) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    encode_all._CHUNK, store_pieces._TOKENS = 2, 1  # type: ignore[misc]
+    encode_all._CHUNK, store_pieces._TOKENS = 2, 1
     spec, processor = EncodingSpec(model, (Source(path=data),), "assistant", True), load_processor(model)
     found: list[dict[str, Any]] = []
     is_whole = False
