@@ -161,7 +161,7 @@ REFUSED: dict[str, tuple[Render, list[Turn], str]] = {
     "a word replaced by another": (
         lambda messages: plain(messages).replace("dog", "cat"),
         ONE,
-        r"changes the words 'dog'",
+        r"changes the text 'dog'",
     ),
     "its own text changed": (
         counts_letters,
@@ -206,5 +206,5 @@ def test_a_template_that_changes_the_conversation_is_refused(name: str) -> None:
 
 def test_a_prompt_that_reaches_into_the_answer_is_refused() -> None:
     """It ends in `Zq`, with which every stand-in for words begins."""
-    with pytest.raises(SampleError, match="writes words of the answer into its prompt"):
+    with pytest.raises(SampleError, match="writes text of the reply into its prompt"):
         lay_out(plain, *ONE, prompt="assistant:Zq")

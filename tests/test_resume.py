@@ -30,8 +30,8 @@ class Run:
     config: Config
     said: list[str] = field(default_factory=list)
 
-    def save(self, accepted: Sequence[str] = ()) -> Path:
-        state = {"step": 4, "config": self.config.model_dump(mode="json"), "fingerprints": HASHES}
+    def save(self, accepted: Sequence[str] = (), hashes: Any = HASHES) -> Path:
+        state = {"step": 4, "config": self.config.model_dump(mode="json"), "fingerprints": hashes}
         weights = Snapshot({"w": torch.zeros(2)}, {})
         state |= {"accepted": list(accepted), "layout": {"threads": 1, "device": "A"}}
         return CheckpointFolder(self.folder, 2).save(4, weights, state)
@@ -103,12 +103,12 @@ def test_every_change_of_the_result_is_named_with_the_remedy(run: Run) -> None:
 def test_a_key_that_is_new_or_gone_is_a_change(run: Run) -> None:
     run.save()
     with pytest.raises(UserError) as refused:
-        run.find(hashes={"data.train.0.records": "aa", "data.train.0.pictures": "cc"})
-    assert keys_of(refused.value.faults[:-1]) == ["data.train.0.pictures", "model.weights"]
+        run.find(hashes={"data.train.0.records": "aa", "data.train.images": "cc"})
+    assert keys_of(refused.value.faults[:-1]) == ["data.train.images", "model.weights"]
 
 
 @pytest.mark.parametrize(
-    "key", ["data.train.0.records", "data.train.0.pictures", "model.weights", "model.processor", "model.template"]
+    "key", ["data.train.0.records", "data.train.images", "model.weights", "model.processor", "model.template"]
 )
 def test_other_bytes_are_refused_without_their_hashes(key: str, run: Run) -> None:
     run.save()
@@ -154,6 +154,14 @@ def test_accepting_a_key_that_is_none_is_refused_before_anything_else(accept: li
     with pytest.raises(UserError, match=rf"--accept-change '?{accept[0]}'?: no such key") as refused:
         run.find(accept=accept)
     assert ("did you mean train.seed?" in str(refused.value)) == (accept[0] != "trai")
+
+
+def test_the_images_of_a_checkpoint_have_the_name_of_now(run: Run) -> None:
+    """Earlier versions wrote `pictures`."""
+    saved = run.save(hashes=HASHES | {"data.train.pictures": "cc"})
+    assert run.find(hashes=HASHES | {"data.train.images": "cc"}) == Resume(saved, 4)
+    with pytest.raises(UserError, match=r"data\.train\.images: the content has changed"):
+        run.find(hashes=HASHES | {"data.train.images": "dd"})
 
 
 def test_other_evaluation_sets_change_no_result(run: Run) -> None:
