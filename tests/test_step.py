@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
 from mmtrain.errors import NonFiniteError
+from mmtrain.runtime.activity import IN_STEPS, Activity
 from mmtrain.train.gradients import branch_of, flatten, is_exact, put_back, sum_running, sum_tree
 from mmtrain.train.step import Learner, accumulate_gradients, train_step
 from support.learning import LORA, learner_for, relative_l2, step_of
@@ -165,6 +166,18 @@ def test_a_process_without_a_micro_batch_has_no_loss_and_zero_gradients(made: Ma
     assert (total.shape, total.dtype, float(total)) == ((), torch.float64, 0.0)
     learning = [p for p in learner.model.parameters() if p.requires_grad]
     assert all(p.grad is not None and not p.grad.any() for p in learning)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_phases_of_a_step_are_known(made: Made, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits in `gradients` is not the one that hangs, and a signal in any of the phases is answered by saving."""
+    phases: list[str] = []
+    monkeypatch.setattr(Activity, "set", lambda self, phase, step=None: phases.append(phase))
+    learner, dataset = made
+    of_cut = Loader(dataset.train, dataset.encoder.processor, packing=True).batches([[0], [4]])
+    train_step(dataclasses.replace(learner, exact=exact), of_cut, 10, 1, 1.0)
+    assert phases == ["forward", "forward", "gradients", "update"]
+    assert set(phases) <= IN_STEPS
 
 
 def parameters() -> list[nn.Parameter]:
