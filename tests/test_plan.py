@@ -178,6 +178,34 @@ def test_the_order_is_that_of_every_earlier_version(seed: int, number: int, expe
 
 
 @pytest.mark.parametrize(
+    ("sizes", "weights", "own", "number", "expected"),
+    [
+        (
+            [5, 4, 3, 5],
+            [1.0, 1.5, 1.0, 1.0],
+            {1, 3},
+            1,
+            [[16], [5, 5, 6, 8], [3, 1, 11, 2], [4, 0, 9, 10], [6, 7], [12, 14, 15, 13]],
+        ),
+        (
+            [5, 4, 3, 5],
+            [1.0, 1.5, 1.0, 1.0],
+            {1, 3},
+            2,
+            [[15], [6, 6, 7, 8], [11, 2, 1, 10], [12, 14, 13, 16], [8, 5], [0, 9, 4, 3]],
+        ),
+        ([5, 4], [1.0, 1.0], {0, 1}, 1, [[5, 6, 8, 7], [2], [4, 0, 3, 1]]),
+    ],
+)
+def test_the_order_of_steps_of_own_sources_is_that_of_every_earlier_version(
+    sizes: list[int], weights: list[float], own: set[int], number: int, expected: list[list[int]]
+) -> None:
+    """From the generator in tests/test_dropout.py: an own source n is in the order of place 2**31 + n, or of place 0
+    where it comes first of all; the steps are in that of place 2**32 - 1. The seed is 3."""
+    assert epoch(plan(sizes, weights, 4, 3, own), number) == expected
+
+
+@pytest.mark.parametrize(
     ("size", "weight", "expected"),
     [
         (10, 0.29, 3),

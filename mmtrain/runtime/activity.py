@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-IN_STEPS = frozenset({"data", "forward", "backward", "gradients", "update", "evaluating", "saving", "awaiting the save"})
+IN_STEPS = frozenset(
+    {"data", "forward", "backward", "gradients", "update", "evaluating", "saving", "awaiting the save"}
+)
 """Phases after which a checkpoint can be written: a signal that comes in one of them is answered by saving."""
 WAITING = frozenset({"gradients", "waiting", "awaiting the save"})
 """Phases in which a process waits for others: it is not the one that hangs."""
