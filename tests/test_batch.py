@@ -150,9 +150,9 @@ def test_images_with_cached_features_are_not_decoded(decoded: None) -> None:
     assert [image.features for image in batch.images] == [None, features]
     none: Any = SimpleNamespace(find=lambda key: None)
     assert make_batch([40], SAMPLES[:1], processor, packing=True, store=none).image_inputs == {}
+    longer = replace(with_images(7).images[0], length=3)
     with pytest.raises(SampleError, match=r"^3 tokens were laid out for 7\.png and .* makes 2$"):
-        span = replace(with_images(7).images[0], length=3)
-        make_batch([40], [replace(with_images(7), images=(span,))], processor, packing=True, store=none)
+        make_batch([40], [replace(with_images(7), images=(longer,))], processor, packing=True, store=none)
 
 
 def test_a_fault_of_the_batch_names_the_sample_or_else_all_of_them(decoded: None) -> None:
