@@ -164,6 +164,42 @@ def test_the_images_of_a_checkpoint_have_the_name_of_now(run: Run) -> None:
         run.find(hashes=HASHES | {"data.train.images": "dd"})
 
 
+@pytest.mark.parametrize(
+    ("schedule", "line"),
+    [
+        ("constant", "the rate is constant, so the result is that of 12 steps from the start"),
+        # of 4 steps after the warmup one is done, of 10 steps two
+        (
+            "linear",
+            "the rate was 7.50e-03 in step 4 and is 8.00e-03 in step 5, on the linear of 12 steps; 12 steps from the "
+            "start would give another result",
+        ),
+    ],
+)
+def test_more_steps_extend_a_run_and_fewer_are_refused(
+    schedule: str, line: str, make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "checkpoints", make_config("text", steps=6, schedule=schedule, warmup_steps=2))
+    saved = run.save()
+    longer = changed(run.config, "train", steps=12)
+    assert run.find(longer) == Resume(saved, 4, ("step 4: train.steps: was '6' and is '12'",))
+    assert run.said == [f"extended from 6 to 12 steps: {line}", f"continuing from {saved}"]
+    with pytest.raises(UserError, match=r"^train\.seed: was '0' and is '1', which changes the result"):
+        run.find(changed(longer, "train", seed=1))
+    with pytest.raises(UserError, match=r"^train\.steps: was '6' and is '5', which changes the result"):
+        run.find(changed(run.config, "train", steps=5))
+
+
+def test_what_evaluations_decide_may_not_change_with_early_stopping(run: Run) -> None:
+    run.save()
+    assert run.find(changed(run.config, "run", eval_every=7)).step == 4
+    stopping = {"metric": "eval/perplexity", "patience": 2}
+    run.config = changed(run.config, "train", early_stopping=stopping)
+    run.save()
+    with pytest.raises(UserError, match=r"^run\.eval_every: was '500' and is '7', which changes the result"):
+        run.find(changed(run.config, "run", eval_every=7))
+
+
 def test_other_evaluation_sets_change_no_result(run: Run) -> None:
     saved = run.save()
     source = {"path": run.config.data.train[0].path, "name": "held-out"}
