@@ -3,6 +3,8 @@
 import itertools
 from collections import Counter
 from collections.abc import Set
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,6 +118,18 @@ def test_one_own_source_alone_is_as_a_mixed_one() -> None:
 def test_the_numbers_of_the_samples_are_those_given() -> None:
     made = Plan([np.array([3, 50]), np.array([7])], [1.0, 2.0], 8, 0)
     assert sorted(made.step(1)) == [3, 7, 7, 50]
+
+
+def test_the_plan_of_a_config_has_its_sources_weights_and_seed() -> None:
+    """Of the samples 0 to 9, of which 3 to 6 are the second source's, 1, 5 and 8 are left out."""
+    used = np.array([0, 2, 3, 4, 6, 7, 9])
+    source_of = np.array([0, 0, 1, 1, 1, 2, 2])
+    records: Any = SimpleNamespace(sources_of=lambda indices: source_of[indices == used], num_sources=3)
+    sources = [SimpleNamespace(batch=batch, weight=weight) for batch, weight in (("mixed", 1.0), ("own", 2.0))]
+    settings = SimpleNamespace(batch_size=3, seed=5)
+    config: Any = SimpleNamespace(data=SimpleNamespace(train=[*sources, sources[0]]), train=settings)
+    expected = Plan([np.array([0, 2]), np.array([3, 4, 6]), np.array([7, 9])], [1.0, 2.0, 1.0], 3, 5, {1})
+    assert epoch(Plan.of(config, records, used), 1) == epoch(expected, 1)
 
 
 def test_the_same_seed_gives_the_same_steps_in_whatever_order_they_are_asked_for() -> None:
