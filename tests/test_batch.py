@@ -37,6 +37,7 @@ def test_a_packed_row_holds_the_samples_one_after_the_other_and_padding_of_none(
         Segment(42, row=0, start=5, length=5, first_image=0, num_images=0),
     )
     assert (batch.num_tokens, batch.packed, batch.image_inputs) == (10, True, {})
+    assert (batch.input_ids.dtype, batch.supervised.dtype) == (torch.int64, torch.bool)
     (row,) = batch.input_ids.tolist()
     assert row == ids + [PAD] * (len(row) - 10)
     assert batch.supervised.tolist() == [[id_ % 2 == 0 for id_ in ids] + [False] * (len(row) - 10)]
