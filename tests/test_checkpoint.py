@@ -1,5 +1,6 @@
 """Checkpoints: written whole, read back to the bit, and every fault found and named."""
 
+import errno
 import json
 import shutil
 from dataclasses import dataclass
@@ -239,6 +240,24 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before(
         folder.save(4, large, STATE)
     assert names(tmp_path) == ["step-000002"]
     assert folder.newest() == (tmp_path / "step-000002", [])
+
+
+def test_a_folder_that_cannot_be_made_or_cleaned_is_named(
+    tmp_path: Path, small: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints", 1)
+    folder.save(2, small, STATE)
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(CheckpointFolder, "_remove", refuse)
+    with pytest.raises(StorageError, match=r"/checkpoints: step-000004 is saved, an older one cannot be deleted: Perm"):
+        folder.save(4, small, STATE)
+    assert folder.newest()[0] == tmp_path / "checkpoints" / "step-000004"
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(StorageError, match=r"/checkpoints: it cannot be made: Permission denied; allow writing there"):
+        folder.check_room(1)
 
 
 def test_another_error_of_safetensors_is_raised_as_it_is(

@@ -30,11 +30,16 @@ class Run:
     config: Config
     said: list[str] = field(default_factory=list)
 
-    def save(self, accepted: Sequence[str] = (), hashes: Any = HASHES) -> Path:
-        state = {"step": 4, "config": self.config.model_dump(mode="json"), "fingerprints": hashes}
+    def save(self, accepted: Sequence[str] = (), hashes: Any = HASHES, config: Any = None) -> Path:
+        state = {"step": 4, "config": config or self.config.model_dump(mode="json"), "fingerprints": hashes}
         weights = Snapshot({"w": torch.zeros(2)}, {})
         state |= {"accepted": list(accepted), "layout": {"threads": 1, "device": "A"}}
         return CheckpointFolder(self.folder, 2).save(4, weights, state)
+
+    @staticmethod
+    def num_steps(train: Any) -> int:
+        """8 in an epoch, and one epoch if the config has neither."""
+        return train.steps or round(8 * (train.epochs or 1))
 
     def find(
         self, config: Config | None = None, accept: Sequence[str] = (), hashes: Any = HASHES, **layout: Any
@@ -42,9 +47,7 @@ class Run:
         said = io.StringIO()
         now = {"threads": 1, "device": "A", **layout}
         folder, progress = CheckpointFolder(self.folder, 2), Progress(console=Console(file=said, width=60))
-        found = find_resume(
-            folder, config or self.config, hashes, now, accept, progress, lambda train: train.steps or 8
-        )
+        found = find_resume(folder, config or self.config, hashes, now, accept, progress, self.num_steps)
         self.said[:] = said.getvalue().splitlines()
         return found
 
@@ -118,6 +121,8 @@ def test_other_bytes_are_refused_without_their_hashes(key: str, run: Run) -> Non
     assert fault.startswith(f"{key}: ")
     assert "the content has changed" in fault
     assert "cc" not in fault
+    with pytest.raises(UserError, match=r"data\.train\.used: other samples are trained on \(max_samples, dedup, or"):
+        run.find(hashes=HASHES | {"data.train.used": "cc"})
 
 
 @pytest.mark.parametrize(
@@ -188,6 +193,26 @@ def test_more_steps_extend_a_run_and_fewer_are_refused(
         run.find(changed(longer, "train", seed=1))
     with pytest.raises(UserError, match=r"^train\.steps: was '6' and is '5', which changes the result"):
         run.find(changed(run.config, "train", steps=5))
+
+
+def test_more_epochs_extend_a_run(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    run = Run(tmp_path / "checkpoints", make_config("text", epochs=1.5, schedule="constant"))
+    run.save()
+    found = run.find(changed(run.config, "train", epochs=2.0))
+    assert found.accepted == ("step 4: train.epochs: was '1.5' and is '2.0'",)
+    assert run.said[0].startswith("extended from 12 to 16 steps: ")
+
+
+def test_keys_of_an_earlier_version_that_are_in_run_now_change_nothing(run: Run) -> None:
+    """`train.threads` is `run.threads`, and `train.features` is `run.image_cache`; `train.lr` never was."""
+    for key in ("threads", "features", "lr"):
+        state = run.config.model_dump(mode="json")
+        state["train"][key] = 3
+        run.save(config=state)
+        if key != "lr":
+            assert run.find().step == 4
+    with pytest.raises(UserError, match=r"^train\.lr: was '3' and is not set, which changes the result"):
+        run.find()
 
 
 def test_what_evaluations_decide_may_not_change_with_early_stopping(run: Run) -> None:
