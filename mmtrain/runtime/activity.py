@@ -18,7 +18,7 @@ class Activity:
     step: int = 0
     ticks: int = 0
     waiting: bool = False
-    """In a collective: what holds it up is another process."""
+    """In a collective: it waits for another process."""
     saves_alone: bool = False
     """This process can save the last complete step without the others, also when one of them has failed."""
 

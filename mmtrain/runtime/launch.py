@@ -76,7 +76,7 @@ def quiet() -> None:
 
 
 def may_write(node_rank: int) -> bool:
-    """Whether this process is the one that takes the lock: the first, unless its launcher holds the lock already."""
+    """Whether this process is the one that takes the lock: the first, unless its launcher has the lock already."""
     return node_rank == 0 and _OURS not in os.environ and os.environ.get("RANK", "0") == "0"
 
 
