@@ -221,7 +221,7 @@ def test_a_kernel_is_used_only_where_it_gives_the_masks_of_the_cpu(
         return reference_drop(x, origins, key, step + (kernel == "another step"), *others)
 
     fake = SimpleNamespace(drop=drop)
-    monkeypatch.setitem(sys.modules, "mmtrain.model.kernels.masks_triton", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "mmtrain.model.kernels.masks_triton", fake)
     assert gpu_kernel.__wrapped__(torch.device("cpu")) is (drop if kernel == "right" else None)
 
 
