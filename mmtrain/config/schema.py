@@ -39,7 +39,8 @@ class Labels(Section):
 
 class EarlyStopping(Section):
     metric: WatchedMetric
-    """The figure that has to improve, such as `eval/perplexity` or `answers/exact_match`; see `run.keep_best`."""
+    """The figure that has to improve, such as `eval/perplexity`, `answers/exact_match` or `retrieval/recall@1`; see
+    `run.keep_best`."""
     patience: Count = 3
     """Evaluations in a row without a better value, after which the run ends. The one before the first step does not
     count."""
@@ -73,7 +74,7 @@ class Train(Section):
     @model_validator(mode="after")
     def steps_or_epochs(self) -> "Train":
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("steps and epochs are both given: keep one")
+            raise ValueError("steps and epochs are both given: keep one, or set one to null")
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
         return self
@@ -131,8 +132,6 @@ class Config(Section):
             "run.weights: shard": self.run.weights == "shard",
             "run.compile": self.run.compile,
             "run.eval_answers": self.run.eval_answers is not None,
-            "run.keep_best": self.run.keep_best is not None,
-            "train.early_stopping": self.train.early_stopping is not None,
             "metric of a source of data.eval": any(source.metric for source in self.data.eval),
             "data.dedup": self.data.dedup,
             "from: train of a source of data.eval": any(source.from_ for source in self.data.eval),

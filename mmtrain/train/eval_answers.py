@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mmtrain.answers.figures import verdict
 from mmtrain.answers.judged import JUDGED, JudgedAnswers
 from mmtrain.answers.question_set import QuestionSet, Replies
 from mmtrain.atomic_files import move_into_place, temporary_path
@@ -45,6 +46,8 @@ class AnswersEvaluation:
         if replies is None:
             return None
         judged = JudgedAnswers(self._questions.questions, {"model": {i: one.text for i, one in replies.items()}})
+        gain = judged.gain("blind", JUDGED)
+        assert gain is not None  # every question has an answer and a blind one
         if self._learner.runtime.is_main:
             self._write(step, judged, replies)
         return {
@@ -52,6 +55,8 @@ class AnswersEvaluation:
             "metric": self._questions.questions[0].metric,
             "metrics": _means(judged, "model"),
             "blind": _means(judged, "blind"),
+            "beats_blind": gain[1][0] > 0,
+            "verdict": verdict(gain),
         }
 
     def line(self, row: dict[str, Any]) -> str:
