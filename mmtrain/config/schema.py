@@ -112,12 +112,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def answers_can_be_evaluated(self) -> "Config":
-        if self.run.eval_answers is None:
-            return self
-        if not self.data.eval:
+        if self.run.eval_answers is not None and not self.data.eval:
             raise ValueError("run.eval_answers: there is nothing to ask: give data.eval, or remove it")
-        if self.run.weights == "shard":
-            raise ValueError("run.eval_answers does not work with run.weights: shard; use `mmtrain eval answers` later")
         return self
 
     @model_validator(mode="after")
