@@ -119,9 +119,13 @@ def test_a_template_is_tried_within_the_limit_that_the_process_has(monkeypatch: 
     template_trial._limit_memory()
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1000, own))
     template_trial._limit_memory()
-    (limit, hard), again = asked
+    none = resource.RLIM_INFINITY
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (none, none))
+    template_trial._limit_memory()
+    (limit, hard), again, unlimited = asked
     assert template_trial.MEMORY < limit < own == hard
     assert again == (1000, own)
+    assert unlimited == (pytest.approx(limit, rel=0.1), none)
 
 
 def test_a_fault_of_the_trial_itself_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def _limit_memory() -> None:
         limit = int(_STATM.read_text().split()[0]) * resource.getpagesize() + MEMORY
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         own = [one for one in (soft, hard) if one != resource.RLIM_INFINITY]
-        resource.setrlimit(resource.RLIMIT_AS, (min(limit, *own), hard))
+        resource.setrlimit(resource.RLIMIT_AS, (min([limit, *own]), hard))
 
 
 def _with_tools() -> Iterator[tuple[Messages, Tools | None]]:
