@@ -233,6 +233,39 @@ def test_the_adapter_loads_in_peft(make: Make, folder: Path) -> None:
     assert all(torch.equal(value, last[name]) for name, value in found.items())
 
 
+def starting_from(earlier: Path, config: Config) -> Config:
+    data = config.model_dump()
+    return Config.model_validate(data | {"model": data["model"] | {"adapter": str(earlier)}})
+
+
+@pytest.mark.parametrize("sections", [FULL, pytest.param(ADAPTER, marks=pytest.mark.slow("runs of another kind"))])
+def test_a_run_starts_from_the_weights_of_an_earlier_one(
+    sections: dict[str, Any], make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its first evaluation is the last one of the earlier run, and the temperature continues."""
+    source = {"path": str(Path(make().data.train[0].path)), "name": "all"}
+    config = make(data={"eval": [source]}, **sections)
+    train(config)
+    earlier = Path(config.run.output_dir).rename(tmp_path / "earlier")
+    lines = [json.loads(line) for line in (earlier / "metrics.jsonl").read_text().splitlines()]
+    *_, last = (row for row in lines if "retrieval" in row)
+    capsys.readouterr()
+    after = starting_from(earlier, make(data={"eval": [source]}, **sections))
+    train(after)
+    first, *_ = (row for row in rows(after) if "retrieval" in row)
+    assert {**first, "step": 5} == {**last, "step": 5}
+    num = len(load_file(earlier / "checkpoints" / "step-000005" / "trainable.safetensors"))
+    assert f"started from {earlier}: {num} of {num} trainable tensors" in capsys.readouterr().err
+
+
+@pytest.mark.slow("runs of two kinds")
+def test_a_trained_scale_that_would_be_lost_is_refused(make: Make, tmp_path: Path) -> None:
+    train(make())
+    earlier = Path(make().run.output_dir).rename(tmp_path / "earlier")
+    with pytest.raises(UserError, match=r"such as 'logit_scale': set objective\.scale to trained"):
+        train(starting_from(earlier, make(objective={"scale": 20.0})))
+
+
 def test_training_brings_pairs_together(make: Make) -> None:
     train(make(train={"steps": 60, "batch_size": 24, "learning_rate": 3e-3}, run={"checkpoint_every": 500}))
     losses = [row["loss"] for row in rows(make())]

@@ -221,6 +221,9 @@ def test_json_has_the_figures(
 
 def test_a_finished_run_has_a_report_with_its_data(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config("text", steps=2)
+    path = Path(config.data.train[0].path)
+    first, second, *_ = path.read_text().splitlines()
+    path.write_text("".join(f"{line}\n" for line in [*path.read_text().splitlines(), first, second, first]))
     folder = api.train(config)
     assert f"report: {folder}/report.html" in capsys.readouterr().err
     page = texts((folder / "report.html").read_text(encoding="utf-8"))
@@ -228,6 +231,8 @@ def test_a_finished_run_has_a_report_with_its_data(make_config: MakeConfig, caps
     facts = json.loads((folder / "facts.json").read_text())
     lines = Path(config.data.train[0].path).read_text().splitlines()
     assert facts["train"]["num_samples"] == len(lines) == sum(facts["train"]["lengths"]["counts"])
+    assert facts["train"]["num_duplicates"] == 3
+    assert re.search(r"too long, dropped faulty, skipped duplicates training 11 .* 0 0 3 ", page)
     (language,) = [one for one in facts["components"] if one["component"] == "language"]
     assert f"language lora {language['num_modules']} {language['trainable']:,}" in page
 

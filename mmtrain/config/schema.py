@@ -121,7 +121,6 @@ class Config(Section):
         sources = (*self.data.train, *self.data.eval)
         of_chats = {
             "labels": self.labels != Labels(),
-            "model.adapter": self.model.adapter is not None,
             "model.chat_template": self.model.chat_template is not None,
             "model.quantization": self.model.quantization is not None,
             "tune.components": self.tune.components != ComponentModules(),
