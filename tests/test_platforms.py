@@ -122,10 +122,11 @@ def test_a_template_is_tried_within_the_limit_that_the_process_has(monkeypatch: 
     none = resource.RLIM_INFINITY
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (none, none))
     template_trial._limit_memory()
-    (limit, hard), again, unlimited = asked
+    (limit, hard), again, (unlimited, unset) = asked
     assert template_trial.MEMORY < limit < own == hard
     assert again == (1000, own)
-    assert unlimited == (pytest.approx(limit, rel=0.1), none)
+    assert unlimited == pytest.approx(limit, rel=0.1)
+    assert unset == none
 
 
 def test_a_fault_of_the_trial_itself_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,16 @@ def test_a_wide_range_is_logarithmic_only_where_that_is_allowed() -> None:
     assert ticks["100"] == pytest.approx((ticks["1"] + ticks["10,000"]) / 2, abs=0.2)
 
 
+@pytest.mark.parametrize("allow_log", [False, True])
+def test_labels_of_large_figures_fit_next_to_the_axis(allow_log: bool) -> None:
+    """About 7 pixels a character, left of the axis."""
+    steps, values = np.arange(3.0), np.array([2_000_000.0, 90_000.0, 1.0])
+    chart = line_chart("Perplexity", [Series("a", steps, values)], allow_log=allow_log)
+    assert chart is not None
+    assert any(float(tick.label.replace(",", "")) >= 1e6 for tick in chart.y_ticks)
+    assert max(len(tick.label) for tick in chart.y_ticks) * 7 <= chart.left - 6
+
+
 @pytest.mark.parametrize("values", [[3.0], [3.0, 3.0], [0.0, 0.0], [float("nan"), 1.0], [1e-9, 2e-9], [-5.0, 5.0]])
 def test_any_values_can_be_drawn(values: list[float]) -> None:
     chart = line_chart("Loss", [Series("a", np.arange(float(len(values))), np.array(values))], allow_log=True)
