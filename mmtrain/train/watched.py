@@ -76,7 +76,7 @@ def figure(rows: Sequence[Row], name: str) -> float | None:
     source, way = _direction(source) if kind == "retrieval" else (source, "")
     own = [row for row in rows if kind in row and source in ("", row[kind])]
     found = [one for row in own for one in _figures_of(row, kind, way)]
-    values = [figures.get("nll" if key == "perplexity" else key) for _, figures in found]
+    values: list[Any] = [figures.get("nll" if key == "perplexity" else key) for _, figures in found]
     if not found or None in values:
         return None
     weights = [weight for weight, _ in found]
