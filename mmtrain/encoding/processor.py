@@ -47,6 +47,8 @@ class ChatProcessor:
     """The text of `model.chat_template`, where it is given."""
     trial: EncodingTrial | None = None
     """None where another process tried it."""
+    origin: tuple[str, str | None] | None = None
+    """The arguments with which `load_processor` loads it again in another process."""
 
     @property
     def image_token_id(self) -> int | None:
@@ -74,10 +76,10 @@ class ChatProcessor:
         return self.images is None or self.images.traits.together
 
     def image_inputs(
-        self, samples: Sequence[Sequence[PIL.Image.Image]], ids: Sequence[int] | None = None
+        self, samples: Sequence[Sequence[PIL.Image.Image]], ids: Sequence[int] | None = None, raw: bool = False
     ) -> tuple[dict[str, Any], list[int]]:
         """See `ImageProcessor.inputs`. Raises SampleError for a model that takes no images."""
-        return self._image_processor().inputs(samples, ids)
+        return self._image_processor().inputs(samples, ids, raw)
 
     def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> tuple[ImageTokens, ...]:
         """The spans of the images of one sample, whose sizes are (width, height). Raises SampleError for a model that
