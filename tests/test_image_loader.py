@@ -30,7 +30,6 @@ from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.record_set import RecordSet
 
-
 STARTS = pytest.mark.slow("starts a process that imports transformers")
 
 
