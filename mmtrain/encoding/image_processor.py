@@ -180,19 +180,8 @@ class _GivenIds:
 def _of_images(made: Any, raw: bool) -> dict[str, Any]:
     """The tensors for images among all that the processor made."""
     found = {key: _widened(value) for key, value in made.items() if key not in TEXT_KEYS}
-    return (
-        {key: _narrowed(value) if key.startswith("pixel") else value for key, value in found.items()} if raw else found
-    )
-
-
-def _narrowed(value: Any) -> Any:
-    """Pixels as 8-bit integers. Raises SampleError where they are none."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    narrow = value.to(torch.uint8)
-    if not torch.equal(narrow.float(), value):
-        raise SampleError("its pixels are not of 8 bits")
-    return narrow
+    pixels = [key for key, value in found.items() if key.startswith("pixel") and value.is_floating_point()]
+    return found | {key: found[key].to(torch.uint8) for key in pixels} if raw else found
 
 
 def _widened(value: Any) -> Any:
