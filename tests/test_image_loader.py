@@ -26,6 +26,7 @@ from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.record_set import RecordSet
@@ -141,7 +142,7 @@ def test_without_a_reason_no_process_is_started(processor: ChatProcessor, monkey
 @STARTS
 def test_a_process_that_fails_is_reported_and_threads_decode(processor: ChatProcessor, tmp_path: Path) -> None:
     said: list[str] = []
-    lost = replace(processor, origin=(str(tmp_path / "gone"), None))
+    lost = replace(processor, origin=(str(tmp_path / "gone"), ProcessorSettings()))
     load = ImageLoader(lost, max_processes=1, say=said.append, start_seconds=0.0)
     wait_until(lambda: taken(load) and said)
     assert said == [
@@ -162,7 +163,8 @@ def test_the_number_follows_from_the_seconds_of_loading_and_of_use(loading: floa
 def test_it_ends_with_the_process_that_started_it(model_dirs: dict[str, Path]) -> None:
     code = (
         "import sys, time; from mmtrain.dataset.image_process import ImageProcess\n"
-        "made = ImageProcess((sys.argv[1], None), False, False)\n"
+        "from mmtrain.encoding.processor_settings import ProcessorSettings\n"
+        "made = ImageProcess((sys.argv[1], ProcessorSettings()), False, False)\n"
         "print(made._server.process.pid, flush=True); time.sleep(60)"
     )
     words = [sys.executable, "-c", code, str(model_dirs["qwen2_5_vl"])]

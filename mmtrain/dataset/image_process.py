@@ -13,6 +13,7 @@ from mmtrain.dataset.workers import Server, start_server
 from mmtrain.encoding.images import FoundImage, decode
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.errors import STOP_SIGNALS, UserError
 from mmtrain.records.chat import SampleError
 
@@ -31,7 +32,7 @@ class ImageProcess:
     """A process that makes tensors of images. The values of tensors go from its memory into this process's in one copy
     by the system, into page-locked memory if `pinned`."""
 
-    def __init__(self, origin: tuple[str, str | None], raw: bool, pinned: bool) -> None:
+    def __init__(self, origin: tuple[str, ProcessorSettings], raw: bool, pinned: bool) -> None:
         """Starts it, and does not wait until it is ready. See `start_server` for the thread in which this is to be
         called. Raises OSError."""
         self._server: Server = start_server(serve_images, *origin, raw)
@@ -71,11 +72,11 @@ class ImageProcess:
         return UserError(f"a process that decodes images ended with exit code {code}")
 
 
-def serve_images(connection: Connection, path: str, template_file: str | None, raw: bool) -> None:
+def serve_images(connection: Connection, path: str, settings: ProcessorSettings, raw: bool) -> None:
     """Answer until the other side closes the connection: with the reason where images are refused."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # the process that it works for decides when to stop
-    processor = load_processor(path, template_file, tried=True)
+    processor = load_processor(path, settings, tried=True)
     connection.send(None)
     while True:
         try:

@@ -9,6 +9,7 @@ import PIL.Image
 from mmtrain.encoding.directory import DirectoryParts
 from mmtrain.encoding.fast_template import chat_template, renderer
 from mmtrain.encoding.image_processor import ImageProcessor, ImageTokens
+from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.encoding.template import ChatTemplate, image_frame, probe_template
 from mmtrain.encoding.tokenizer import Tokenizer
 from mmtrain.records.chat import SampleError
@@ -49,7 +50,7 @@ class ChatProcessor:
     """`model.image_processor`."""
     trial: EncodingTrial | None = None
     """None where another process tried it."""
-    origin: tuple[str, str | None] | None = None
+    origin: tuple[str, ProcessorSettings] | None = None
     """The arguments with which `load_processor` loads it again in another process."""
 
     @property

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import statistics
 import tempfile
 import time
@@ -22,6 +20,7 @@ from mmtrain.dataset.image_process import ImageProcess, load_images
 from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.processor_settings import ProcessorSettings
 
 _QWEN = {"patch_size": 14, "min_pixels": 56 * 56, "max_pixels": 28 * 28 * 16_384}
 """Qwen2.5-VL's own."""
@@ -34,20 +33,11 @@ def main(words: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(words)
     torch.set_num_threads(1)
+    processor = load_processor(str(TINY), ProcessorSettings(image_processor=_QWEN), tried=True)
     with tempfile.TemporaryDirectory() as name:
-        processor = _processor(Path(name))
         for side in options.sides:
             files = [_jpeg(Path(name), side, number) for number in range(options.images)]
             _compare(processor, files, options.rounds)
-
-
-def _processor(folder: Path) -> ChatProcessor:
-    """The tiny model's, with the patches of the full size."""
-    path = shutil.copytree(TINY, folder / "model")
-    for file in path.glob("*processor_config.json"):
-        settings = json.loads(file.read_text())
-        file.write_text(json.dumps(settings | _QWEN))
-    return load_processor(str(path), tried=True)
 
 
 def _jpeg(folder: Path, side: int, number: int) -> FoundImage:
