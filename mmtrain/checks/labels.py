@@ -40,7 +40,6 @@ _MAX_FRAMES = 4096
 _WINDOW = 8
 """Tokens before a span that are decoded with it: some tokenizers drop a space at the start of a text."""
 
-
 _Span = tuple[int, int]
 """A run of supervised tokens: ids[start:end]."""
 
@@ -186,7 +185,7 @@ class Checker:
     def _prompt(self, sample: _Sample, turn: int, span: _Span) -> Iterator[Finding]:
         """Checks that the ids before a reply are those that inference would give to the model."""
         expected = sample.prompts.get(turn)
-        if expected is None:
+        if expected is None:  # the template refuses it: the error says why
             expected = self._inference.ids(self._inference.rendered(sample.conversation, turn, begun=True))
         start = span[0]
         actual = sample.ids[:start]
@@ -309,11 +308,8 @@ class Checker:
 
     def _after_prompt(self, sample: _Sample, turn: int, end: int) -> str:
         """What the template writes for the turns from `turn` up to `end` after inference's prompt for `turn`."""
-        return _normal(
-            self._inference.rendered(sample.conversation, end)[
-                len(self._inference.rendered(sample.conversation, turn, begun=True)) :
-            ]
-        )
+        prompt = self._inference.rendered(sample.conversation, turn, begun=True)
+        return _normal(self._inference.rendered(sample.conversation, end)[len(prompt) :])
 
     def _frame(self, conversation: Conversation, turn: int) -> ReplyFrame:
         """What the template writes around the reply of `turn`: the same in every conversation of its form."""
