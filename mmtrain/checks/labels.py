@@ -29,9 +29,8 @@ from mmtrain.checks.findings import (
     Finding,
 )
 from mmtrain.checks.inference import Inference, Prompts
-from mmtrain.checks.reply_frame import ReplyFrame, form_of, reply_frame, texts_of, without_end
+from mmtrain.checks.reply_frame import FormKey, ReplyFrame, form_key, form_of, reply_frame, texts_of, without_end
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.encoding.stand_ins import Form, turn_form
 from mmtrain.records.chat import Conversation, Message
 from mmtrain.records.reasoning import CLOSE, OPEN
 from mmtrain.safe_text import shown
@@ -75,7 +74,7 @@ class Checker:
         self._train_on = train_on
         self._end_of_turn = end_of_turn
         self._inference = Inference(processor)
-        self._frames: dict[tuple[Form, int], ReplyFrame] = {}
+        self._frames: dict[tuple[FormKey, int], ReplyFrame] = {}
 
     def prompts(self, conversations: Sequence[Conversation]) -> list[Prompts]:
         """What `check` needs of each conversation, all encoded at once: the prompts for its trained turns."""
@@ -313,7 +312,7 @@ class Checker:
 
     def _frame(self, conversation: Conversation, turn: int) -> ReplyFrame:
         """What the template writes around the reply of `turn`: the same in every conversation of its form."""
-        key = Form(tuple([turn_form(message, False) for message in conversation.messages]), conversation.tools), turn
+        key = form_key(conversation), turn
         if key not in self._frames:
             if len(self._frames) >= _MAX_FRAMES:
                 self._frames.clear()
