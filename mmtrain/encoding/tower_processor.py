@@ -21,8 +21,11 @@ class TowerProcessor:
     images: Any
     max_length: int
     """Tokens of the longest text that the text tower takes, special tokens included."""
+    family: Any
+    """The class of transformers that has both."""
 
     lays_out_together = True
+    given_template = None
 
     @property
     def pad_id(self) -> int:
@@ -63,14 +66,15 @@ def load_tower_processor(path: str) -> TowerProcessor:
         images = AutoImageProcessor.from_pretrained(
             directory, backend="pil", local_files_only=True, trust_remote_code=False
         )
-        family = getattr(processor_class(directory, config), "text_kwargs", {})
+        family = processor_class(directory, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # a broken directory makes transformers raise anything
         raise UserError(f"{path}: the processor cannot be loaded: {one_line(error)}") from None
+    settings = getattr(family, "text_kwargs", {})
     limits = (
         tokenizer.model_max_length,
         getattr(config.text_config, "max_position_embeddings", None),
-        family.get("max_length") if isinstance(family, dict) else None,
+        settings.get("max_length") if isinstance(settings, dict) else None,
     )
-    return TowerProcessor(tokenizer, images, min(int(limit) for limit in limits if limit))
+    return TowerProcessor(tokenizer, images, min(int(limit) for limit in limits if limit), family)
