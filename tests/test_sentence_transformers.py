@@ -121,7 +121,12 @@ RUNS: list[Any] = [
     pytest.param("clip", {}, id="clip-full"),
     pytest.param("clip", {"tune": {"vision": LORA, "language": LORA}, "objective": {"scale": 20.0}}, id="clip-lora"),
     pytest.param("siglip", {"objective": {"loss": "sigmoid"}}, id="siglip-full"),
-    pytest.param("vlm", {"objective": {"scale": 20.0, "pooling": "mean"}}, id="vlm-mean"),
+    pytest.param(
+        "vlm",
+        {"objective": {"scale": 20.0, "pooling": "mean"}},
+        id="vlm-mean",
+        marks=pytest.mark.slow("one more run"),
+    ),
     pytest.param("vlm", {"tune": FULL}, id="vlm-full", marks=pytest.mark.slow("one more run")),
     pytest.param("text", {}, id="text", marks=pytest.mark.slow("one more run")),
     *(
