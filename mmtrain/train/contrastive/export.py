@@ -44,7 +44,8 @@ def export(
     items = _first_items(dataset)
     with storage_faults(f"{target}: it cannot be written"), temporary_path(target) as made:
         _save(model, config, made)
-        copy_processor(model_directory(config.model.path), made, learner.embedder.processor.given_template)
+        own = learner.embedder.processor
+        copy_processor(model_directory(config.model.path), made, own.given_template, own.image_settings)
         before = _embeddings(learner.embedder, items)
         found = add_sentence_files(made, learner, config, dataset, items, before, tolerance)
         (made / "README.md").write_text(_card(learner, config, dataset, found.is_written, step), encoding="utf-8")
