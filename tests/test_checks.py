@@ -376,7 +376,7 @@ def test_notes_on_images(kind: str, size: tuple[int, int], notes: list[str], mod
 
 
 def test_the_checks_do_not_know_the_encoder() -> None:
-    trees = [ast.parse(Path(one.__file__).read_text(encoding="utf-8")) for one in (label_checks, inference)]
+    trees = [ast.parse(Path(str(one.__file__)).read_text(encoding="utf-8")) for one in (label_checks, inference)]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
