@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from mmtrain.train.run import train
 from mmtrain.train.step import StepResult, train_step
 from mmtrain.train.watched import History
 from support.builders import TINY
+from support.forked import Server
 from support.pair_data import pair_config, write_pairs
 from support.tower_models import TOWERS
 from test_processes import start
@@ -211,6 +212,59 @@ def test_a_figure_that_is_not_evaluated_is_refused(name: str, near: str, make: M
     with pytest.raises(UserError, match=rf"run\.keep_best: '{name}': expected one of 30 figures, such as ") as refused:
         train(early(make, name))
     assert near in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    made.close()
+
+
+def run_in(server: Server, processes: int, config: Config, output: Path) -> Config:
+    """Train in so many processes, or resume what is in `output`; the config of that run."""
+    data = yaml.safe_load(dump_config(config))
+    data["run"]["output_dir"] = str(output)
+    output.with_suffix(".yaml").write_text(yaml.safe_dump(data))
+    group = server.start(output.with_suffix(".logs"), ["train", str(output.with_suffix(".yaml"))], processes)
+    assert group.wait(240) == [0] * processes, group.text
+    assert f"on {processes} process" in group.text
+    return Config.model_validate(data)
+
+
+def as_if_stopped_after(step: int, finished: Path, output: Path) -> None:
+    """A copy of a finished run without its later checkpoints and what it saved at its end."""
+    shutil.copytree(finished, output)
+    for path in (output / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    for path in (*output.glob("model"), *output.glob("adapter")):
+        shutil.rmtree(path)
+
+
+@pytest.mark.slow("runs of two processes")
+@pytest.mark.parametrize(
+    ("first", "then", "sections", "microbatches"),
+    [(1, 2, FULL, "auto"), (2, 1, ADAPTER, "auto"), (2, 2, FULL, "auto"), (1, 2, ADAPTER, 4), (2, 1, FULL, 4)],
+)
+def test_a_run_resumes_on_other_processes(
+    first: int, then: int, sections: dict[str, Any], microbatches: str | int, make: Make, tmp_path: Path, server: Server
+) -> None:
+    """Steps of 9 pairs, so processes have unequal shares. On as many processes, and wherever the cut is fixed, the
+    bits are the same."""
+    config = make(**sections, run={"microbatches": microbatches, "keep_checkpoints": 5})
+    whole = run_in(server, first, config, tmp_path / "whole")
+    as_if_stopped_after(2, tmp_path / "whole", tmp_path / "resumed")
+    resumed = run_in(server, then, config, tmp_path / "resumed")
+    found, expected = weights(resumed), weights(whole)
+    if first == then or microbatches != "auto":
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert rows(resumed) == rows(whole)
+        return
+    difference = sum(float((found[name] - value).square().sum()) for name, value in expected.items()) ** 0.5
+    assert difference <= 1e-5 * sum(float(value.square().sum()) for value in expected.values()) ** 0.5
+    for one, other in zip(rows(resumed), rows(whole), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
 def test_the_trained_model_loads_in_transformers(make: Make, folder: Path) -> None:

@@ -48,7 +48,7 @@ class QuestionSet:
         check_forms(self.questions, self.places)
         longest = max(int(checked.num_supervised[index]) for index in indices)
         self.max_new_tokens = min(max(2 * longest, _LEAST_NEW_TOKENS), _MOST_NEW_TOKENS)
-        """Twice what the longest reference needs: a longer answer is wrong however it goes on."""
+        """Twice what the longest reference needs: a longer answer is wrong whatever follows."""
 
     def replies(
         self,

@@ -25,9 +25,9 @@ _FINISHED = "finished.json"
 
 @contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
-    """Hold the directory's lock, which is released when the process ends, however it ends.
+    """Take the directory's lock, which is released when the process ends, however it ends.
 
-    Raises UserError naming the process that holds it, or why the directory cannot be made, and StorageError.
+    Raises UserError naming the process that has it, or why the directory cannot be made, and StorageError.
     """
     name = visible(str(output_dir))
     try:
@@ -79,7 +79,7 @@ def is_locked(output_dir: Path) -> bool:
 
 
 def _holder(path: Path) -> str:
-    """Who holds the lock; its name is written a moment after the lock is taken."""
+    """Who has the lock; its name is written a moment after the lock is taken."""
     for _ in range(10):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
