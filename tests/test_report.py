@@ -184,6 +184,13 @@ def test_differing_keys_have_every_value() -> None:
     assert differing_keys([one, two]) == [("a.b.0", ["1", "2"]), ("a.b.1.c", ["null", "–"]), ("new", ["–", "true"])]
 
 
+def test_a_section_that_a_run_lacks_is_shown_by_its_keys_alone() -> None:
+    one, two = {"run": {"answers": None, "x": {}}}, {"run": {"answers": {"every": 2, "num": {"least": 1}}, "x": {}}}
+    expected = [("run.answers.every", ["–", "2"]), ("run.answers.num.least", ["–", "1"])]
+    assert differing_keys([one, two]) == expected
+    assert differing_keys([two, one]) == [(key, values[::-1]) for key, values in expected]
+
+
 def test_text_from_outside_stays_text(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [1.0], HOSTILE, model={"path": HOSTILE})
     (run / "dropped.jsonl").write_text(json.dumps({"place": HOSTILE, "reason": HOSTILE}) + "\n")
