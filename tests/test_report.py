@@ -185,7 +185,8 @@ def test_differing_keys_have_every_value() -> None:
 
 
 def test_a_section_that_a_run_lacks_is_shown_by_its_keys_alone() -> None:
-    one, two = {"run": {"answers": None, "x": {}}}, {"run": {"answers": {"every": 2, "num": {"least": 1}}, "x": {}}}
+    one: dict[str, Any] = {"run": {"answers": None, "x": {}}}
+    two: dict[str, Any] = {"run": {"answers": {"every": 2, "num": {"least": 1}}, "x": {}}}
     expected = [("run.answers.every", ["–", "2"]), ("run.answers.num.least", ["–", "1"])]
     assert differing_keys([one, two]) == expected
     assert differing_keys([two, one]) == [(key, values[::-1]) for key, values in expected]
