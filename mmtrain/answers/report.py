@@ -17,6 +17,8 @@ KINDS = {
     "no_images": "without images",
     "base": "the base model",
 }
+NO_TEXT = "(no text)"
+"""Shown in the place of an empty answer."""
 _NUM_SHOWN = 5
 
 
@@ -71,8 +73,9 @@ def _question_table(row: Mapping[str, Any]) -> Table:
 
 def _example(example: Mapping[str, Any]) -> str:
     sure = "" if example["probability"] is None else f", {example['probability']:.0%} sure"
+    answer = _short(example["answer"], 60) or NO_TEXT
     return (
-        f"{visible(example['place'])}  {_short(example['question'], 60)}  →  {_short(example['answer'], 60)}  "
+        f"{visible(example['place'])}  {_short(example['question'], 60)}  →  {answer}  "
         f"(reference: {_short(example['reference'], 60)}; score {example['score']:.2f}{sure})"
     )
 
