@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmtrain.dataset.ahead import SteadyPace
 from mmtrain.dataset.batch import Loader, Segment, make_batch
 from mmtrain.dataset.image_inputs import Features
 from mmtrain.encoding.encode import Encoded, ImageSpan
@@ -187,17 +188,19 @@ class Samples:
 
 
 def test_batches_come_in_order_whichever_is_ready_first() -> None:
-    batches = Loader(Samples(), PROCESSOR, packing=True, num_threads=2).batches([[0], [1], [2], [0, 2]])
+    batches = Loader(Samples(), PROCESSOR, packing=True, pace=SteadyPace(max_threads=2)).batches(
+        [[0], [1], [2], [0, 2]]
+    )
     assert [[segment.sample for segment in batch.segments] for batch in batches] == [[0], [1], [2], [0, 2]]
 
 
 def test_no_more_are_read_ahead_than_asked() -> None:
     samples = Samples()
-    batches = Loader(samples, PROCESSOR, packing=True, num_threads=1, ahead=2).batches([[0]] * 50)
+    batches = Loader(samples, PROCESSOR, packing=True, pace=SteadyPace(max_threads=1, ahead=2)).batches([[0]] * 50)
     next(batches)
     batches.close()  # type: ignore[attr-defined]
     assert 1 <= len(samples.asked) <= 3
-    assert len(list(Loader(samples, PROCESSOR, packing=True, ahead=2).batches([[0]] * 5))) == 5
+    assert len(list(Loader(samples, PROCESSOR, packing=True, pace=SteadyPace(ahead=2)).batches([[0]] * 5))) == 5
 
 
 def test_a_sample_that_cannot_be_read_is_named_by_its_place() -> None:

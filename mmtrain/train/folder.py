@@ -6,13 +6,14 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.file_locks import try_lock
+from mmtrain.runtime.launch import is_restart, may_write
 from mmtrain.safe_text import visible
 
 BEST = "best"
@@ -51,6 +52,20 @@ def locked(output_dir: Path) -> Iterator[None]:
         file.truncate(0)
         with suppress(OSError):  # no room for the name: the lock itself needs none
             os.write(file.fileno(), json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        yield
+
+
+@contextmanager
+def reserved(output_dir: Path, fresh: bool = False, node_rank: int = 0) -> Iterator[None]:
+    """Hold the directory's lock in the first process of the run, unless its launcher holds it already. `fresh`: delete
+    what an earlier run left, unless this process has been started again after a fault.
+
+    Raises what `locked` and `start_over` raise.
+    """
+    writes = may_write(node_rank)
+    with locked(output_dir) if writes else nullcontext():
+        if fresh and writes and not is_restart():
+            start_over(output_dir)
         yield
 
 
