@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -65,6 +66,38 @@ def test_the_mask_of_a_sample_is_the_same_in_every_cut() -> None:
     (alone,) = masks(samples=(5,))
     for samples, packed in itertools.product([(5, 6, 9), (9, 5, 6), (6, 9, 5)], [True, False]):
         assert torch.equal(masks(samples=samples, packed=packed)[samples.index(5)], alone)
+
+
+GRIDS = {5: [(1, 2, 4)], 6: [], 9: [(1, 4, 4), (1, 2, 2)]}
+"""By sample, the patches of its images."""
+
+
+def vision_masks(samples: tuple[int, ...], grid_key: str | None, patches_per_row: int) -> dict[int, Tensor]:
+    """(num_rows, 8) bool: what is dropped of each sample's images."""
+    counts = [len(GRIDS[sample]) for sample in samples]
+    segments = tuple(Segment(sample, 0, 40 * n, 40, sum(counts[:n]), counts[n]) for n, sample in enumerate(samples))
+    ids = torch.zeros(1, 40 * len(samples), dtype=torch.long)
+    grids = torch.tensor([grid for sample in samples for grid in GRIDS[sample]])
+    batch = Batch(ids, ids.bool(), segments, True, {"grid": grids})
+    sizes = [
+        sum(math.prod(grid) if grid_key else 16 for grid in GRIDS[sample]) // patches_per_row for sample in samples
+    ]
+    context = DropoutContext(0)
+    dropout = SampleDropout(0.5, "a", "vision", grid_key, context)
+    with context.at(1, batch):
+        dropped = dropout(torch.ones(sum(sizes), 8)) == 0
+    return dict(zip(samples, dropped.split(sizes), strict=True))
+
+
+@pytest.mark.parametrize(("grid_key", "patches_per_row"), [("grid", 1), ("grid", 4), (None, 1)])
+def test_the_mask_of_a_samples_images_is_the_same_in_every_cut(grid_key: str | None, patches_per_row: int) -> None:
+    """Images of a family without grids have equally many rows."""
+    alone = {sample: vision_masks((sample,), grid_key, patches_per_row)[sample] for sample in (5, 9)}
+    assert all(mask.any() and not mask.all() for mask in alone.values())
+    assert not torch.equal(alone[5][:2], alone[9][:2])
+    for samples in ((5, 6, 9), (9, 5), (6, 9, 5)):
+        found = vision_masks(samples, grid_key, patches_per_row)
+        assert all(torch.equal(found[sample], mask) for sample, mask in alone.items())
 
 
 def test_dropout_is_off_again_after_a_micro_batch_that_fails() -> None:

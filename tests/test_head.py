@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,
@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from mmtrain.dataset.batch import Batch, Segment
+from mmtrain.model.attention import KEYWORD, PackedRow
 from mmtrain.model.head import (
     TOKEN_BLOCK,
     VOCABULARY_BLOCK,
@@ -171,6 +172,42 @@ def test_every_kind_of_head_gives_the_models_own_logits(name: str) -> None:
     assert torch.allclose(nll, expected, atol=1e-5)
     with torch.no_grad():
         assert torch.equal(nll_of(model, batch)[1], right)
+
+
+def test_padded_rows_are_predicted_from_the_position_before() -> None:
+    """The last position of a row predicts nothing, and not the first of the next."""
+    model = model_of("plain")
+    ids = torch.randint(3, 211, (3, 7), generator=torch.Generator().manual_seed(5))
+    supervised = torch.tensor([[0, 1, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 1]], dtype=torch.bool)
+    segments = tuple(Segment(n, n, 0, 7, 0, 0) for n in range(3))
+    nll, _ = nll_of(model, Batch(ids, supervised, segments, False, {}))
+    logits = model(input_ids=ids).logits[:, :-1][supervised[:, 1:]]
+    assert torch.allclose(nll, F.cross_entropy(logits, ids[supervised], reduction="none"), atol=1e-5)
+
+
+def test_a_packed_row_says_where_tokens_are_predicted() -> None:
+    """The last layer of the model computes no more than these."""
+    model, batch, given = model_of("plain"), batch_of(20), list[Any]()
+    model.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
+    inputs = {"input_ids": batch.input_ids, "use_cache": False, KEYWORD: PackedRow((20,))}
+    supervised_nll(model, "plain", inputs, batch)
+    (kwargs,) = given
+    expected = [i - 1 for i in range(20) if batch.supervised[0, i]]
+    assert kwargs["logits_to_keep"].tolist() == kwargs[KEYWORD].predicting.tolist() == expected
+    assert kwargs[KEYWORD].lengths == (20,)
+    assert inputs[KEYWORD].predicting is None  # type: ignore[attr-defined]
+
+
+def test_a_head_of_another_class_is_the_models_own() -> None:
+    class Halved(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / 2
+
+    model, batch = model_of("plain"), batch_of(20)
+    model.lm_head.__class__ = Halved
+    assert find_head_kind(model, print) == "own"
+    assert frozen_head(model) is None
+    assert torch.allclose(nll_of(model, batch)[0], expected_nll(model, batch)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", KINDS)
