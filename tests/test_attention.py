@@ -244,10 +244,12 @@ def test_it_is_put_into_the_language_model_and_not_into_what_is_saved(tmp_path_f
     assert NAME not in (saved / "config.json").read_text()
 
 
-@pytest.mark.parametrize("kinds", [None, ["full_attention", "sliding_attention"]])
-def test_attention_with_a_sliding_window_or_without_is_replaced(kinds: list[str] | None) -> None:
+@pytest.mark.parametrize(
+    "layers", [{}, {"layer_types": None}, {"layer_types": ["full_attention", "sliding_attention"]}]
+)
+def test_attention_with_a_sliding_window_or_without_is_replaced(layers: dict[str, Any]) -> None:
     chosen: list[str] = []
-    config = SimpleNamespace(_attn_implementation="sdpa", layer_types=kinds)
+    config = SimpleNamespace(_attn_implementation="sdpa", **layers)
     decoder = SimpleNamespace(config=config, set_attn_implementation=chosen.append)
     assert install_attention(SimpleNamespace(get_decoder=lambda: decoder))
     assert chosen == [NAME]
