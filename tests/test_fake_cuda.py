@@ -128,6 +128,11 @@ def test_nothing_is_copied_from_memory_that_is_not_pinned(name: str, ask: Ask) -
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_pixels_are_copied_in_8_bits(name: str, ask: Ask) -> None:
+    assert ask(name)["pixels"] == ([] if name in NO_IMAGES else ["torch.uint8"])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_frozen_vision_encoder_runs_once_and_stays_out_of_the_backward_pass(name: str, ask: Ask) -> None:
     case = ask(name)
     calls = [step["tower"] for step in case["first"].values()]
