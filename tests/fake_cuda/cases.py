@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from fake_cuda import full_depth
 from fake_cuda.device import FakeDevice
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
@@ -71,6 +72,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     """
     if case.get("memory"):
         return dict(memory(case))
+    if "full_depth" in case:
+        return full_depth.run(case["full_depth"])
     with tempfile.TemporaryDirectory() as name:
         config = _config(case, Path(name))
         expected = [_gradients(*_learner(config, "cpu"), samples) for samples in STEPS.values()]
