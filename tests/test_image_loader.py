@@ -19,7 +19,7 @@ from mmtrain.config.schema import Config
 from mmtrain.dataset import image_loader
 from mmtrain.dataset.ahead import SteadyPace, in_order
 from mmtrain.dataset.batch import Loader
-from mmtrain.dataset.image_loader import ImageLoader, Taken, num_processes
+from mmtrain.dataset.image_loader import ImageLoader, Taken, is_waiting, num_processes
 from mmtrain.dataset.image_process import ImageProcess, load_images
 from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
@@ -156,6 +156,11 @@ def test_a_process_that_fails_is_reported_and_threads_decode(processor: ChatProc
 )
 def test_the_number_follows_from_the_seconds_of_loading_and_of_use(loading: float, using: float, expected: int) -> None:
     assert num_processes([Taken(loading / 2, using / 2, 0.0)] * 2, limit=8) == expected
+
+
+def test_waiting_counts_from_a_tenth_of_the_time() -> None:
+    assert not is_waiting([Taken(loading=9.0, using=9.0, waiting=0.9)] * 2)
+    assert is_waiting([Taken(loading=9.0, using=9.0, waiting=1.1)] * 2)
 
 
 @STARTS

@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from mmtrain.dataset.image_process import ImageProcess, ImageSamples, Loaded, load_images
@@ -127,15 +127,15 @@ class ImageLoader:
         self._say(f"images: decoded by {self._limit or 'no'} other processes, because {reason}")
 
 
-def num_processes(recent: Iterable[Taken], limit: int) -> int:
+def num_processes(recent: Collection[Taken], limit: int) -> int:
     """How many processes, at least 1, keep up with the device."""
-    loading, using, _ = (sum(values) for values in zip(*recent, strict=True))
+    loading, using = sum(one.loading for one in recent), sum(one.using for one in recent)
     return max(1, min(limit, math.ceil(_MARGIN * loading / using) if using else limit))
 
 
-def is_waiting(recent: Iterable[Taken]) -> bool:
+def is_waiting(recent: Collection[Taken]) -> bool:
     """Whether the device waits for a share of its time that is worth a process."""
-    _, using, waiting = (sum(values) for values in zip(*recent, strict=True))
+    using, waiting = sum(one.using for one in recent), sum(one.waiting for one in recent)
     return waiting > _MIN_WAITING * (using + waiting)
 
 

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fake_cuda.device import FakeDevice
 from mmtrain.config.schema import Config
-from mmtrain.train import step
+from mmtrain.train.lost_gradients import backward
+from mmtrain.train.step import accumulate_gradients
 from support.builders import make_qwen, randomized, train_and_run, write_jsonl
 from support.learning import learner_for
 from support.meter import Meter
@@ -33,14 +34,16 @@ def _model(folder: Path) -> Path:
 
 def _data(folder: Path, kind: str) -> Path:
     """Five chats with an image each, or 75 short ones."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, colour in enumerate(COLOURS if kind == "images" else COLOURS * 15):
-        chat = [{"role": "user", "content": f"Say {number}."}, {"role": "assistant", "content": f"{colour}, {number}"}]
-        rows.append({"messages": chat, "images": []})
+        chat: list[dict[str, str]] = [
+            {"role": "user", "content": f"Say {number}."},
+            {"role": "assistant", "content": f"{colour}, {number}"},
+        ]
+        rows.append({"messages": chat, "images": [f"{colour}.png"] if kind == "images" else []})
         if kind == "images":
             PIL.Image.new("RGB", (200 + 8 * number, 160), colour).save(folder / f"{colour}.png")
             chat[0]["content"] = "<image>What colour is it?"
-            rows[-1]["images"] = [f"{colour}.png"]
     return write_jsonl(folder / "data.jsonl", rows)
 
 
@@ -61,12 +64,12 @@ def run(kind: str) -> dict[str, Any]:
             samples = list(range(len(dataset.train)))
             count = float(dataset.checked.sum_weights.sum())
             meter.reset()
-            with _backward_of(meter) as backward:
-                step.accumulate_gradients(learner, learner.batches(dataset.train, [samples]), count, 1)
+            with _backward_of(meter) as in_backward:
+                accumulate_gradients(learner, learner.batches(dataset.train, [samples]), count, 1)
             total = meter.num_kernels
         return {
-            "forward": total - sum(backward),
-            "backward": sum(backward),
+            "forward": total - sum(in_backward),
+            "backward": sum(in_backward),
             "waits": meter.waits.total(),
             "pageable": meter.pageable.total(),
             "packing": learner.packing,
@@ -77,12 +80,11 @@ def run(kind: str) -> dict[str, Any]:
 def _backward_of(meter: Meter) -> Iterator[list[int]]:
     """The kernels of each backward pass inside."""
     found: list[int] = []
-    own = step.backward
 
-    def backward(*args: Any) -> None:
+    def counted(*args: Any) -> None:
         before = meter.num_kernels
-        own(*args)
+        backward(*args)
         found.append(meter.num_kernels - before)
 
-    with patch.object(step, "backward", backward):
+    with patch("mmtrain.train.step.backward", counted):
         yield found
