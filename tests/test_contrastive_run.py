@@ -1,6 +1,7 @@
 """Contrastive runs end to end: trained, stopped, resumed, exported and loaded by transformers."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -18,10 +19,11 @@ from transformers import AutoModel, AutoTokenizer, CLIPImageProcessorPil
 
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config
+from mmtrain.contrastive.embedder import EncodedItem
 from mmtrain.contrastive.load import load_embedder
 from mmtrain.errors import UserError
 from mmtrain.progress import QUIET
-from mmtrain.records.chat import SampleError
+from mmtrain.records.chat import Image, SampleError, Text
 from mmtrain.records.pairs import Item
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train import loop
@@ -274,6 +276,26 @@ def test_a_chat_template_is_for_models_of_chats(make: Make, folder: Path, tmp_pa
     assert embedder.processor.tokenizer.decode(item.encoded.ids.tolist()).startswith("given ")
     data = PairDataset(config, embedder, QUIET)
     assert fingerprints(config, data, lambda: None)["model.template"] == sha256(embedder.template.encode()).hexdigest()
+
+
+def test_images_stay_where_the_text_has_them(folder: Path, tmp_path: Path) -> None:
+    """Two images in one item, one before and one within the text."""
+    objective = {"scale": 20.0, "pooling": "last"}
+    config = pair_config(TINY, folder / "pairs.jsonl", tmp_path / "run", tune={"language": LORA}, objective=objective)
+    embedder = load_embedder(config, Runtime("float32", device="cpu"))
+    first, second = Image("0.png"), Image("1.png")
+    parts = (first, Text("is like"), second, Text("or not"))
+    items = [Item("is likeor not", (first, second), parts=parts), Item("is likeor not", (first, second))]
+    encoded = embedder.encode([(item, folder) for item in items])
+    texts = [
+        re.sub("(<.image_pad.>)+", "@", embedder.processor.tokenizer.decode(one.encoded.ids.tolist()))
+        for one in encoded
+        if isinstance(one, EncodedItem)
+    ]
+    assert len(texts) == 2
+    kept = [re.sub("<.vision_(start|end).>", "", text) for text in texts]
+    assert "@is like@or not" in kept[0]
+    assert "@@is likeor not" in kept[1]
 
 
 @pytest.mark.slow("several runs")

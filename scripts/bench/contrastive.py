@@ -31,7 +31,7 @@ from transformers import CLIPConfig, CLIPModel
 from bench.shapes import ROOT
 
 TINY = ROOT / "data_samples" / "tiny-clip"
-SIDE, LENGTH = 64, 32
+SIDE, LENGTH = 64, 48
 WORDS = (
     "a",
     "red",
