@@ -10,7 +10,7 @@ _LEFT_OUT = {"most_confused", "base", "minus_base"}
 
 
 class RetrievalDuringRun:
-    """One set, searched. Every process embeds all items, so none waits for another."""
+    """One set, searched. Each process embeds some of the items, and all rank them."""
 
     kind = "retrieval"
 
@@ -19,8 +19,11 @@ class RetrievalDuringRun:
         self._set, self._learner = one, learner
 
     def row(self, step: int) -> dict[str, Any] | None:
-        """The figures of each way to search."""
-        found = self._set.figures(self._set.embed(self._learner.embedder))
+        """The figures of each way to search; None where a signal asked to stop."""
+        embeddings = self._set.embed_together(self._learner.embedder, self._learner.runtime)
+        if embeddings is None:
+            return None
+        found = self._set.figures(embeddings)
         ways = {way: figures for way, figures in found.items() if "to" in way.split("_")}
         return {way: {k: v for k, v in own.items() if k not in _LEFT_OUT} for way, own in ways.items()}
 
