@@ -27,15 +27,16 @@ from mmtrain.records.chat import Image, SampleError, Text
 from mmtrain.records.pairs import Item
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train import loop
+from mmtrain.train.contrastive.evaluations import RetrievalDuringRun
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.fingerprint import fingerprints
 from mmtrain.train.run import train
 from mmtrain.train.step import StepResult, train_step
+from mmtrain.train.watched import History
 from support.builders import TINY
 from support.forked import Server
 from support.pair_data import pair_config, write_pairs
 from support.tower_models import TOWERS
-from test_processes import start
 
 LORA = {"mode": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1}
 SMALL = {"train": {"steps": 5, "batch_size": 9}, "run": {"microbatch_tokens": 100, "checkpoint_every": 2}}
@@ -104,18 +105,6 @@ def test_a_stopped_run_continues_to_the_same_bits(
     assert rows(config) == expected_rows
 
 
-@pytest.mark.slow("runs of two processes")
-def test_two_processes_give_the_bits_of_one(make: Make, tmp_path: Path) -> None:
-    config = make(run={"microbatches": 2})
-    train(config)
-    data = yaml.safe_load(dump_config(config))
-    data["run"]["output_dir"] = str(tmp_path / "two")
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(data))
-    start(2, "train", str(tmp_path / "two.yaml"))
-    found = load_file(tmp_path / "two" / "model" / "model.safetensors")
-    assert all(torch.equal(found[name], value) for name, value in weights(config).items())
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     made = Server()
@@ -132,6 +121,18 @@ def run_in(server: Server, processes: int, config: Config, output: Path) -> Conf
     assert group.wait(240) == [0] * processes, group.text
     assert f"on {processes} process" in group.text
     return Config.model_validate(data)
+
+
+@pytest.mark.slow("runs of two processes")
+def test_two_processes_give_the_bits_of_one(make: Make, folder: Path, tmp_path: Path, server: Server) -> None:
+    """Also of the retrieval figures, whose items they share."""
+    data = {"eval": [{"path": str(folder / "pairs.jsonl"), "name": "same"}]}
+    config = make(run={"microbatches": 2}, data=data)
+    one, two = (run_in(server, count, config, tmp_path / f"of-{count}") for count in (1, 2))
+    found = weights(two)
+    assert all(torch.equal(found[name], value) for name, value in weights(one).items())
+    assert any("retrieval" in row for row in rows(one))
+    assert rows(two) == rows(one)
 
 
 def as_if_stopped_after(step: int, finished: Path, output: Path) -> None:
@@ -194,6 +195,39 @@ def test_the_adapter_loads_in_peft(make: Make, folder: Path) -> None:
     found = {name: value for name, value in model.state_dict().items() if "lora_" in name}
     assert found.keys() == last.keys()
     assert all(torch.equal(value, last[name]) for name, value in found.items())
+
+
+def starting_from(earlier: Path, config: Config) -> Config:
+    data = config.model_dump()
+    return Config.model_validate(data | {"model": data["model"] | {"adapter": str(earlier)}})
+
+
+@pytest.mark.parametrize("sections", [FULL, pytest.param(ADAPTER, marks=pytest.mark.slow("runs of another kind"))])
+def test_a_run_starts_from_the_weights_of_an_earlier_one(
+    sections: dict[str, Any], make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its first evaluation is the last one of the earlier run, and the temperature continues."""
+    source = {"path": str(Path(make().data.train[0].path)), "name": "all"}
+    config = make(data={"eval": [source]}, **sections)
+    train(config)
+    earlier = Path(config.run.output_dir).rename(tmp_path / "earlier")
+    lines = [json.loads(line) for line in (earlier / "metrics.jsonl").read_text().splitlines()]
+    *_, last = (row for row in lines if "retrieval" in row)
+    capsys.readouterr()
+    after = starting_from(earlier, make(data={"eval": [source]}, **sections))
+    train(after)
+    first, *_ = (row for row in rows(after) if "retrieval" in row)
+    assert {**first, "step": 5} == {**last, "step": 5}
+    num = len(load_file(earlier / "checkpoints" / "step-000005" / "trainable.safetensors"))
+    assert f"started from {earlier}: {num} of {num} trainable tensors" in capsys.readouterr().err
+
+
+@pytest.mark.slow("runs of two kinds")
+def test_a_trained_scale_that_would_be_lost_is_refused(make: Make, tmp_path: Path) -> None:
+    train(make())
+    earlier = Path(make().run.output_dir).rename(tmp_path / "earlier")
+    with pytest.raises(UserError, match=r"such as 'logit_scale': set objective\.scale to trained"):
+        train(starting_from(earlier, make(objective={"scale": 20.0})))
 
 
 def test_training_brings_pairs_together(make: Make) -> None:

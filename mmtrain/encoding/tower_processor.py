@@ -39,7 +39,7 @@ class TowerProcessor:
 
     @property
     def has_mask(self) -> bool:
-        """Whether the text tower is told which tokens are padding."""
+        """Whether the text tower gets a mask of the padding."""
         return "attention_mask" in self.tokenizer.model_input_names
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
