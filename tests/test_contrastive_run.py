@@ -37,6 +37,7 @@ from support.builders import TINY
 from support.forked import Server
 from support.pair_data import pair_config, write_pairs
 from support.tower_models import TOWERS
+from test_processes import start
 
 LORA = {"mode": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1}
 SMALL = {"train": {"steps": 5, "batch_size": 9}, "run": {"microbatch_tokens": 100, "checkpoint_every": 2}}
@@ -103,6 +104,97 @@ def test_a_stopped_run_continues_to_the_same_bits(
     found = weights(config)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert rows(config) == expected_rows
+
+
+def early(make: Make, name: str, stopping: Any = None, **run: Any) -> Config:
+    """A config that evaluates after each step, and keeps the best checkpoint."""
+    data = {"eval": [{"path": str(Path(make().data.train[0].path)), "name": "all"}]}
+    train_keys = {"steps": 8, "early_stopping": stopping}
+    return make(data=data, train=train_keys, run={"eval_every": 1, "checkpoint_every": 3, "keep_best": name, **run})
+
+
+RECALLS = {0: 0.1, 1: 0.2, 2: 0.5, 3: 0.4, 4: 0.5, 5: 0.9, 6: 0.3, 7: 0.3, 8: 0.3}
+"""By step; the first best value before two without a better one is that of step 2."""
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each evaluation gives `RECALLS` in one direction and 0 in the other, for as many searches."""
+
+    def row(self: RetrievalDuringRun, step: int) -> dict[str, Any]:
+        found = {"image_to_text": RECALLS[step], "text_to_image": 0.0}
+        return {way: {"recall@1": value, "num_queries": 10} for way, value in found.items()}
+
+    monkeypatch.setattr(RetrievalDuringRun, "row", row)
+
+
+@pytest.mark.parametrize("name", ["retrieval/recall@1", "retrieval/all/image_to_text/recall@1"])
+def test_a_killed_run_keeps_the_same_best_checkpoint_and_ends_at_the_same_step(
+    name: str, evaluated: None, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = early(make, name, {"metric": name, "patience": 2})
+    train(config)
+    value = "0.2500" if name == "retrieval/recall@1" else "0.5000"
+    printed = capsys.readouterr().err
+    assert f"ended early after step 4: {name} has not improved since step 2" in printed
+    assert f"best: {config.run.output_dir}/best, after step 2: {name} {value}" in printed
+    output = Path(config.run.output_dir)
+    files = ("best/model.safetensors", "model/model.safetensors")
+    expected = [load_file(output / file) for file in files]
+    saved = load_file(output / "checkpoints" / "step-000002" / "trainable.safetensors")
+    assert all(torch.equal(expected[0][key], value) for key, value in saved.items() if key in expected[0])
+    assert not torch.equal(expected[0]["logit_scale"], expected[1]["logit_scale"])
+    output.rename(tmp_path / "whole")
+
+    def die(row: dict[str, Any]) -> None:
+        if row["step"] == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, on_step=die)
+    train(config)
+    for file, weights_before in zip(files, expected, strict=True):
+        found = load_file(output / file)
+        assert all(torch.equal(found[key], value) for key, value in weights_before.items())
+    train(config)
+    assert "has finished early after step 4" in capsys.readouterr().err
+
+
+def test_the_watched_figure_is_the_mean_over_the_searches_of_both_directions(make: Make) -> None:
+    config = early(make, "retrieval/mrr")
+    train(config)
+    found = [row for row in rows(config) if "retrieval" in row and row["step"] > 0]
+    ways = ("image_to_text", "text_to_image")
+    means = [
+        sum(row[way]["mrr"] * row[way]["num_queries"] for way in ways) / sum(row[way]["num_queries"] for way in ways)
+        for row in found
+    ]
+    assert found[0]["image_to_text"]["num_queries"] != found[0]["text_to_image"]["num_queries"]
+    history = History(found)
+    assert list(history.values("retrieval/mrr").values()) == pytest.approx(means, rel=1e-12)
+    best = history.best("retrieval/mrr")
+    assert best is not None
+    assert best.value == pytest.approx(max(means), rel=1e-12)
+
+
+@pytest.mark.slow("runs of two processes")
+def test_two_processes_keep_the_same_best_checkpoint(make: Make, tmp_path: Path) -> None:
+    config = early(make, "retrieval/mrr", {"metric": "retrieval/mrr", "patience": 2}, microbatches=2)
+    train(config)
+    data = yaml.safe_load(dump_config(config))
+    data["run"]["output_dir"] = str(tmp_path / "two")
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(data))
+    start(2, "train", str(tmp_path / "two.yaml"))
+    for file in ("best/model.safetensors", "model/model.safetensors"):
+        found, expected = load_file(tmp_path / "two" / file), load_file(Path(config.run.output_dir) / file)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("name", ["eval/perplexity", "retrieval/recall@2", "retrieval/other/mrr"])
+def test_a_figure_that_is_not_evaluated_is_refused(name: str, make: Make) -> None:
+    expected = rf"run\.keep_best: '{name}': expected one of retrieval/recall@1, .*retrieval/all/image_to_text/recall@1"
+    with pytest.raises(UserError, match=expected):
+        train(early(make, name))
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ _LEFT_OUT = {"most_confused", "base", "minus_base"}
 
 
 class RetrievalDuringRun:
-    """One set, searched. Each process embeds some of the items; the first one ranks them for all, so that all decide the
-    same by its figures."""
+    """One set, searched. Each process embeds some of the items; the first one ranks them for all, and all decide by its
+    figures."""
 
     kind = "retrieval"
 
