@@ -112,6 +112,10 @@ class RecordSet:
         """The folders and archives that a sample's image paths are relative to."""
         return self._find(index)[0].roots
 
+    def folders(self, index: int) -> list[Path]:
+        """Those of `roots` that are no archives."""
+        return [root for root in self.roots(index) if not is_archive(root)]
+
     def conversation(self, index: int) -> Conversation:
         """Raises SampleError where the record is not a conversation."""
         record, spec = self._record(index)
