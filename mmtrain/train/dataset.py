@@ -20,7 +20,7 @@ from mmtrain.errors import UserError
 from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
 from mmtrain.train.eval_sets import eval_sources, make_eval_sets
-from mmtrain.train.watched import check_watched
+from mmtrain.train.watched import chat_names, check_watched
 
 
 class Dataset:
@@ -43,7 +43,7 @@ class Dataset:
         (self.train, self.checked), *found = _check_all(config, selected, check, progress)
         self.encoder = EncodingSpec.of(config, config.data.train).encoder(processor)
         self.eval = make_eval_sets(config, self.encoder, found)
-        check_watched(config, self.eval)
+        check_watched(config, chat_names(self.eval))
         self.plan = Plan.of(config, self.train.records, self.checked.used)
         self.num_steps = num_steps(config.train, self.plan)
 

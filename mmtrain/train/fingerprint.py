@@ -27,11 +27,11 @@ def fingerprints(config: Config, data: RunData, tick: Callable[[], None]) -> dic
         found[f"data.train.{number}.records"] = digest(data.train.records.files_of(number), tick)
     if not SelectedSources.for_training(config.data).is_everything:
         found["data.train.used"] = hashlib.sha256(data.used.astype("<i8").tobytes()).hexdigest()
-    found["data.train.pictures"] = digest(sorted(data.image_files), tick)
+    found["data.train.images"] = digest(sorted(data.image_files), tick)
     if config.train.early_stopping is not None:
         for number, (records, images) in enumerate(data.eval_files):
             found[f"data.eval.{number}.records"] = digest(records, tick)
-            found[f"data.eval.{number}.pictures"] = digest(images, tick)
+            found[f"data.eval.{number}.images"] = digest(images, tick)
     for component, tuned in config.tune.modes.items():
         if isinstance(tuned, Lora) and tuned.dropout > 0:
             found[f"tune.{component}.dropout.masks"] = MASKS
