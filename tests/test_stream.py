@@ -4,6 +4,10 @@ import gc
 import gzip
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -15,7 +19,9 @@ import torch
 import yaml
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from mmtrain.cli import app
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config
 from mmtrain.dataset.encode_all import ChunkEncoder, EncodedChunk, EncodingSpec
@@ -354,6 +360,27 @@ def test_a_run_with_a_fault_in_the_data_resumes_when_it_is_corrected(
     assert "streaming: 3 files, 4 records at a time; in the first window 4 samples" in capsys.readouterr().err
 
 
+@pytest.mark.slow("several runs in processes of their own")
+@pytest.mark.parametrize("num_rows", [1, 6])
+def test_a_killed_run_ends_with_the_same_bits(num_rows: int, make_config: MakeConfig, tmp_path: Path) -> None:
+    config = streamed(make_config, faulty(tmp_path / "shards"), **POLICY)
+    run = config.run.model_copy(update={"checkpoint_every": 2})
+    killed = config.model_copy(update={"run": run.model_copy(update={"output_dir": str(tmp_path / "killed")})})
+    config = config.model_copy(update={"run": run})
+    train(config)
+    (tmp_path / "killed.yaml").write_text(dump_config(killed))
+    words = [sys.executable, "-m", "mmtrain", "train", str(tmp_path / "killed.yaml")]
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            if metrics.exists() and metrics.read_bytes().count(b"\n") >= num_rows:
+                process.kill()
+            time.sleep(0.001)
+    assert process.returncode == -signal.SIGKILL
+    start(1, "train", str(tmp_path / "killed.yaml"))
+    assert_same(result(killed), result(config))
+
+
 @pytest.mark.slow("runs of two processes")
 def test_two_processes_take_the_steps_of_one(make_config: MakeConfig, folder: Path, tmp_path: Path) -> None:
     config = streamed(make_config, folder, "qwen2_5_vl")
@@ -366,6 +393,25 @@ def test_two_processes_take_the_steps_of_one(make_config: MakeConfig, folder: Pa
     start(2, "train", str(tmp_path / "two.yaml"))
     other = config.model_copy(update={"run": exact.model_copy(update={"output_dir": str(tmp_path / "two")})})
     assert_same(result(other), result(config))
+
+
+# --- other commands ---
+
+
+@pytest.mark.parametrize("command", ["inspect-labels", "inspect-data", "plan"])
+def test_other_commands_look_at_the_first_file(command: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(config_for(folder)))
+    done = CliRunner().invoke(app, [command, str(tmp_path / "config.yaml"), "--json"])
+    assert done.exit_code == 0, done.output
+    words = f"data.streaming: of 4 files only the first one is looked at, {folder / 'a.jsonl'}"
+    assert words in done.stderr.replace("\n", "")
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    if command == "inspect-labels":
+        assert [(one["source"], one["line"]) for one in found] == [(str(folder / "a.jsonl"), n) for n in (1, 2, 3)]
+    else:
+        (report,) = found
+        figures = report["data"]["samples"] if command == "plan" else report["splits"]["train"]["num_samples"]
+        assert figures == 3
 
 
 # --- what does not go together ---

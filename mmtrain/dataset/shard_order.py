@@ -100,7 +100,7 @@ class ShardOrder:
             room, record = room - len(taken), record + len(taken)
             if record >= len(rows):
                 file, record = file + 1, 0
-        is_over = file == len(order)
+        is_over = file >= len(order)  # beyond it where files are gone and that was accepted
         end = Position(start.epoch + 1) if is_over else Position(start.epoch, file, record, start.window + 1)
         return Window(start, end, tuple(files), np.concatenate(records))
 

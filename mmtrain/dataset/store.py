@@ -6,9 +6,7 @@ made again; one with faults is not kept. Whoever makes a store has a lock, so th
 
 import hashlib
 import json
-import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,12 +27,10 @@ from mmtrain.file_locks import wait_for_lock
 from mmtrain.progress import QUIET, Progress
 from mmtrain.records.record_set import RecordSet
 from mmtrain.safe_text import visible
-from mmtrain.user_cache import cache_folder
+from mmtrain.user_cache import cache_folder, remove_unused, used
 
 _VERSION = 6
 """Raised with every change of what the encoder makes or of the file, so that no earlier store is taken."""
-_UNUSED_SECONDS = 30 * 24 * 3600
-"""Stores that nobody opened for so long are removed when another one is made."""
 
 
 def open_store(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor, progress: Progress) -> EncodedStore:
@@ -100,7 +96,7 @@ def _find_or_make(folder: Path, name: str, write: Callable[[Path], None], tick: 
     with _locked(folder, name, tick):
         if (found := _find(path, tick)) is not None:
             return found
-        _remove_unused(folder)
+        remove_unused(folder)
         with temporary_path(path) as made:
             write(made)
             store = EncodedStore(made)
@@ -114,8 +110,7 @@ def _find(path: Path, tick: Callable[[], None]) -> EncodedStore | None:
     with suppress(OSError, ValueError):
         store = EncodedStore(path)
         if store.is_current(tick):
-            with suppress(OSError):
-                os.utime(path)
+            used(path)
             return store
     return None
 
@@ -130,10 +125,3 @@ def _locked(folder: Path, name: str, tick: Callable[[], None]) -> Iterator[None]
         with writing():
             wait_for_lock(file, tick)
         yield
-
-
-def _remove_unused(folder: Path) -> None:
-    for path in folder.iterdir():
-        with suppress(OSError):
-            if path.suffix != ".lock" and time.time() - path.stat().st_mtime > _UNUSED_SECONDS:
-                path.unlink()

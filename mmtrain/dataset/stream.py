@@ -205,19 +205,17 @@ class Stream:
         return self._pool.submit(next, self._reader)
 
     def _read(self, state: StreamState) -> Iterator[StreamedWindow]:
-        """The windows from `state` on. Raises UserError where one cannot be used, or no sample from there to the end of
-        the epoch."""
-        at_epoch = state
+        """The windows from `state` on. Raises UserError where one cannot be used, or none of a whole epoch."""
+        at_epoch, reasons = None, list[str]()
         for window in self.order.windows(state.position):
             if window.start == Position(window.start.epoch):
+                if at_epoch is not None and at_epoch.num_used == state.num_used:
+                    num_read = state.num_read - at_epoch.num_read
+                    raise UserError(f"{reasons[-1]}; it is the last of {num_read:,} samples, and none can be used")
                 at_epoch = state
             found = self._checked(window, state)
             yield found
-            state = found.end
-            if window.end.epoch > window.start.epoch and state.num_used == at_epoch.num_used:
-                place, reason = found.left_out()[-1]
-                num_read = state.num_read - at_epoch.num_read
-                raise UserError(f"{place}: {reason}; it is the last of {num_read:,} samples, and none can be used")
+            state, reasons = found.end, [f"{place}: {reason}" for place, reason in found.left_out()]
 
     def _checked(self, window: Window, before: StreamState) -> StreamedWindow:
         records = self._spec.records_of(window.files)
