@@ -50,11 +50,11 @@ def encode(config: "Config", records: Sequence[Mapping[str, Any]], root: str | P
     """
     set_environment()
     from mmtrain.dataset.encode_all import EncodingSpec
-    from mmtrain.encoding.load import load_processor
+    from mmtrain.encoding.load import processor_of
     from mmtrain.errors import UserError
     from mmtrain.records.chat import SampleError
 
-    processor = load_processor(config.model.path, config.model.chat_template)
+    processor = processor_of(config.model)
     spec = EncodingSpec.of(config, config.data.train)
     encoder = spec.encoder(processor)
     found = []

@@ -22,7 +22,7 @@ from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.samples import FreshSamples
 from mmtrain.dataset.store import open_store
 from mmtrain.encoding.encode import Encoded, Encoder
-from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.load import load_processor, processor_of
 from mmtrain.encoding.processor import EncodingTrial
 from mmtrain.generate.prompts import prompt_for, prompts_for_all
 from mmtrain.generate.questions import Question
@@ -265,7 +265,7 @@ def config(make_config: Any, tmp_path: Path) -> Config:
 
 
 def dataset_of(config: Config) -> Dataset:
-    return Dataset(config, load_processor(config.model.path, config.model.chat_template), QUIET)
+    return Dataset(config, processor_of(config.model), QUIET)
 
 
 def test_sequences_are_the_samples_of_a_run(config: Config) -> None:

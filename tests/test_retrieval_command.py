@@ -69,7 +69,7 @@ def config_of(model: Path, folder: Path, *files: Path, **keys: Any) -> Config:
 
 def scores_by_transformers(model: Path, folder: Path) -> tuple[np.ndarray, list[str]]:
     """(num_images, num_texts) cosines of the model's own forward, and the distinct texts in order."""
-    processor, loaded = load_tower_processor(str(model)), CLIPModel.from_pretrained(model).eval()
+    processor, loaded = load_tower_processor(str(model), {}), CLIPModel.from_pretrained(model).eval()
     texts = ["it is red", "a warm one", *(f"it is {colour}" for colour in COLOURS[1:5])]
     images = [PIL.Image.open(folder / f"{colour}.png") for colour in COLOURS]
     tokens = processor.tokenizer(texts, padding=True, return_tensors="pt")
@@ -143,7 +143,7 @@ def test_zero_shot_classification(clip: Path, tmp_path: Path) -> None:
     templates = ("it is {}", "a {} one")
     options = Options(classes=tmp_path / "classes.txt", templates=templates)
     found = retrieval_figures(config_of(clip, tmp_path, path), options)[0]["zero_shot"]
-    processor, loaded = load_tower_processor(str(clip)), CLIPModel.from_pretrained(clip).eval()
+    processor, loaded = load_tower_processor(str(clip), {}), CLIPModel.from_pretrained(clip).eval()
     with torch.no_grad():
         images = [PIL.Image.open(tmp_path / f"{colour}.png") for colour in COLOURS]
         pixels = processor.images(images=images, return_tensors="pt")
@@ -277,7 +277,7 @@ def test_an_adapter_is_compared_with_the_base_model(clip: Path, tmp_path: Path) 
     base = retrieval_figures(config, Options())[0]["text_to_image"]
     found = retrieval_figures(config, Options(adapter=tmp_path / "adapter", compare="base"))[0]["text_to_image"]
     assert found["base"] == {key: base[key] for key in found["base"]}
-    processor = load_tower_processor(str(clip))
+    processor = load_tower_processor(str(clip), {})
     with torch.no_grad():
         tokens = processor.tokenizer(["it is green"], padding=True, return_tensors="pt")
         images = [PIL.Image.open(tmp_path / f"{colour}.png") for colour in COLOURS]

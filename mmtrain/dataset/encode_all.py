@@ -1,7 +1,7 @@
 """All samples of a record set encoded and checked, chunk by chunk, by several processes where there are many."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mmtrain.dataset.workers import map_in_processes, num_cores
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.records.chat import Conversation, SampleError
 from mmtrain.records.formats import read_record
 from mmtrain.records.reasoning import without_reasoning
@@ -38,8 +39,8 @@ class EncodingSpec:
     decode_images: bool = True
     ignored: tuple[str, ...] = ()
     """Keys of records, and marks in their text, that need not be understood."""
-    chat_template: str | None = None
-    """The file with the chat template in place of the model's own."""
+    settings: ProcessorSettings = field(default_factory=ProcessorSettings)
+    """In place of the model's own."""
     drops_reasoning: bool = False
     """Whether replies are trained on without their reasoning."""
 
@@ -53,7 +54,7 @@ class EncodingSpec:
             labels.end_of_turn,
             data.decode_images,
             tuple(sorted(data.ignore_fields)),
-            config.model.chat_template,
+            ProcessorSettings.of(config.model),
             labels.reasoning == "drop",
         )
 
@@ -247,7 +248,7 @@ _of_worker: list[ChunkEncoder] = []  # the one of this process, where it is a wo
 
 
 def _start_worker(spec: EncodingSpec) -> None:
-    processor = load_processor(spec.model_path, spec.chat_template, tried=True)
+    processor = load_processor(spec.model_path, spec.settings, tried=True)
     _of_worker[:] = [ChunkEncoder(spec, spec.records(), processor, num_threads=1)]
 
 

@@ -75,6 +75,7 @@ def _name(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor, tick
         "model": str(processor.image_token_id),
         "end": sorted(processor.tokenizer.traits.eos_ids),
         "template": processor.template.source,
+        "images": processor.image_settings,
         "labels": [spec.train_on, spec.end_of_turn, spec.drops_reasoning],
         "ignored": spec.ignored,
         "decoded": [spec.decode_images, PIL.__version__],
@@ -84,7 +85,7 @@ def _name(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor, tick
             [str(path.resolve()), [str(root.resolve()) for root in roots], kind] for path, roots, kind in records.files
         ],
     }
-    return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _path(folder: Path, name: str) -> Path:

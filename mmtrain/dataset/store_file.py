@@ -129,6 +129,10 @@ class EncodedStore:
         end = int(self._span_ends[index])
         return self.spans[end - int(self.num_images[index]) : end]
 
+    def num_placeholders(self, index: int) -> int:
+        """Placeholders of images in a sample."""
+        return int(self.spans_of(index)[:, 2].sum())
+
     @property
     def num_bytes(self) -> int:
         """The size of the file, without its header."""

@@ -31,9 +31,11 @@ class LengthLimit:
     num_tokens: int
     source: str
 
-    def reason(self, num_tokens: int) -> str:
-        """Why a sample of `num_tokens` is too long."""
-        return f"{num_tokens:,} tokens, over the {self.num_tokens:,} allowed ({self.source})"
+    def reason(self, num_tokens: int, num_image_tokens: int = 0) -> str:
+        """Why a sample of `num_tokens`, of which so many are placeholders of images, is too long."""
+        images = f" ({num_image_tokens:,} of images: model.image_processor can make them smaller)"
+        of_images = images if 2 * num_image_tokens > num_tokens else ""
+        return f"{num_tokens:,} tokens{of_images}, over the {self.num_tokens:,} allowed ({self.source})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,7 @@ def check_stored(samples: StoredSamples, limit: LengthLimit, policy: FaultPolicy
     faults = [(one.index, one.reason if one.kind == REFUSED else f"{one.kind}: {one.reason}") for one in store.faults]
     faulty = {index for index, _ in faults}
     over = [i for i in np.flatnonzero(store.num_tokens > limit.num_tokens).tolist() if i not in faulty]
-    long = [(index, limit.reason(store.num_tokens[index])) for index in over]
+    long = [(index, limit.reason(store.num_tokens[index], store.num_placeholders(index))) for index in over]
     return _without(store, *leave_out(samples.records, faults, long, policy))
 
 

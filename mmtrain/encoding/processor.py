@@ -1,7 +1,7 @@
 """The model's own tokenizer, chat template and image processor."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import PIL.Image
@@ -45,6 +45,8 @@ class ChatProcessor:
     """None for a model that takes no images."""
     given_template: str | None = None
     """The text of `model.chat_template`, where it is given."""
+    image_settings: Mapping[str, Any] = field(default_factory=dict)
+    """`model.image_processor`."""
     trial: EncodingTrial | None = None
     """None where another process tried it."""
 
@@ -103,6 +105,5 @@ def make_processor(parts: DirectoryParts) -> ChatProcessor:
         frame = image_frame(render, traits, family.image_token, tokenizer.traits.special_tokens)
         images = ImageProcessor(family, tokenizer, parts.image_token_id, frame)
     around, end = (("", ""), "") if images is None else (images.traits.text_around, images.traits.text_end)
-    return ChatProcessor(
-        tokenizer, ChatTemplate(str(source), traits, render, image_token, around, end), images, parts.given_template
-    )
+    template = ChatTemplate(str(source), traits, render, image_token, around, end)
+    return ChatProcessor(tokenizer, template, images, parts.given_template, parts.image_settings)

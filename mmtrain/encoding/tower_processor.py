@@ -1,14 +1,14 @@
 """The tokenizer and image processor of a dual encoder, which embeds texts and images apart."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import PIL.Image
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from mmtrain.encoding.directory import model_directory, processor_class
+from mmtrain.encoding.directory import load_image_processor, model_directory, processor_class
 from mmtrain.errors import UserError
 from mmtrain.safe_text import one_line
 
@@ -22,7 +22,11 @@ class TowerProcessor:
     max_length: int
     """Tokens of the longest text that the text tower takes, special tokens included."""
 
+    image_settings: Mapping[str, Any]
+    """Settings in place of the image processor's own."""
+
     lays_out_together = True
+    given_template = None
 
     @property
     def pad_id(self) -> int:
@@ -54,15 +58,14 @@ class TowerProcessor:
         }
 
 
-def load_tower_processor(path: str) -> TowerProcessor:
-    """The processor in a model directory or the local hub cache. Raises UserError, naming `path`."""
+def load_tower_processor(path: str, image_settings: Mapping[str, Any]) -> TowerProcessor:
+    """The processor in a model directory or the local hub cache, with these settings in place of its image processor's
+    own. Raises UserError, naming `path`."""
     directory = model_directory(path)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        images = AutoImageProcessor.from_pretrained(
-            directory, backend="pil", local_files_only=True, trust_remote_code=False
-        )
+        images = load_image_processor(directory, image_settings)
         family = getattr(processor_class(directory, config), "text_kwargs", {})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -73,4 +76,4 @@ def load_tower_processor(path: str) -> TowerProcessor:
         getattr(config.text_config, "max_position_embeddings", None),
         family.get("max_length") if isinstance(family, dict) else None,
     )
-    return TowerProcessor(tokenizer, images, min(int(limit) for limit in limits if limit))
+    return TowerProcessor(tokenizer, images, min(int(limit) for limit in limits if limit), image_settings)

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from mmtrain.config import Config
 from mmtrain.dataset.shard_order import first_file
-from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.load import processor_of
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.inspect_data.overlap import find_overlap
 from mmtrain.inspect_data.report import DataReport, overlap_lines
@@ -44,7 +44,7 @@ def _report(config: Config) -> DataReport:
         return DataReport((audit(config, "train"),), None)
     reports, progress = (audit(config, "train"), audit(config, "eval")), Progress()
     with progress.task("comparing train and eval"):
-        overlap = find_overlap(config, load_processor(config.model.path, config.model.chat_template), progress)
+        overlap = find_overlap(config, processor_of(config.model), progress)
     return DataReport(reports, overlap)
 
 

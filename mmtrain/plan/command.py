@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mmtrain.config import Config
 from mmtrain.dataset.shard_order import first_file
-from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.load import processor_of
 from mmtrain.errors import UserError
 from mmtrain.plan.memory import cpu_memory, gpu_memory
 from mmtrain.plan.report import print_plan
@@ -32,7 +32,7 @@ def plan(config: Config, processes: str, as_json: bool) -> None:
     counts = _counts(processes)
     progress = Progress()
     config = first_file(config, progress.say)
-    processor = load_processor(config.model.path, config.model.chat_template)
+    processor = processor_of(config.model)
     dataset = Dataset(config, processor, progress)
     structure = structure_of(config, processor)
     is_elsewhere = config.run.device == "cuda" and not torch.cuda.is_available()

@@ -16,7 +16,7 @@ from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.selection import SelectedSources
 from mmtrain.dataset.stream import Stream
 from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, LengthLimit, SampleSizes, check_samples
-from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.load import processor_of
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.load import length_limit
@@ -163,7 +163,7 @@ def _open_stream(config: Config, limit: LengthLimit, progress: Progress) -> Stre
     if config.data.streaming is None:
         return None
     with progress.task("reading the first samples"):
-        processor = load_processor(config.model.path, config.model.chat_template, tried=True)  # for its own thread
+        processor = processor_of(config.model, tried=True)  # for its own thread
         return Stream(config, processor, limit, progress.tick)
 
 

@@ -55,7 +55,8 @@ def export(learner: Learner, config: Config, dataset: Dataset, name: str | None 
         # peft would ask the hub whether the vocabulary has grown, and save the base model's head where it has LoRA
         settings = {"save_embedding_layers": False} if is_adapter else {}
         model.save_pretrained(made, state_dict=weights, **settings)
-        copy_processor(model_directory(config.model.path), made, learner.processor.given_template)
+        own = learner.processor
+        copy_processor(model_directory(config.model.path), made, own.given_template, own.image_settings)
         loader, quantization = auto_class(model.config).__name__, config_as_code(model)
         card = model_card(config, loader, is_adapter, dataset.num_trained, quantization, step)
         (made / "README.md").write_text(card, encoding="utf-8")

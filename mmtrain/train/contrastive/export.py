@@ -3,7 +3,6 @@
 What was saved is loaded back and must give the same embeddings and the same scale.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.config import Config
 from mmtrain.contrastive.embedder import Embedder, EncodedItem
 from mmtrain.contrastive.load import reloaded
-from mmtrain.encoding.directory import model_directory, processor_files
+from mmtrain.encoding.directory import copy_processor, model_directory
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.contrastive.step import ContrastiveLearner
@@ -42,8 +41,8 @@ def export(learner: ContrastiveLearner, config: Config, dataset: PairDataset, na
             parameter.data = parameter.data.to(dtype)
     with storage_faults(f"{target}: it cannot be written"), temporary_path(target) as made:
         model.save_pretrained(made)
-        for path in processor_files(model_directory(config.model.path)):
-            shutil.copyfile(path, made / path.name)
+        own = learner.embedder.processor
+        copy_processor(model_directory(config.model.path), made, own.given_template, own.image_settings)
         move_into_place(target, made)
     items = _first_items(dataset)
     before = _embeddings(learner.embedder, items)
