@@ -30,6 +30,7 @@ from mmtrain.dataset.validate import LengthLimit, check_samples
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
+from mmtrain.report.command import report
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.run import train
 from mmtrain.train.stream_steps import begin_step
@@ -96,6 +97,8 @@ def places(stream: Stream, steps: Iterable[int]) -> list[list[str]]:
         found.append([str(stream.place(index)).rpartition("/")[2] for index in stream.step(step)])
     return found
 
+
+SLOW = pytest.mark.slow("other cases of the same")
 
 # --- the order ---
 
@@ -171,7 +174,7 @@ def test_a_sample_is_what_it_is_without_streaming(open_stream: Open, processor: 
     assert not index_of
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 5, 16])
+@pytest.mark.parametrize("batch_size", [1, 5, *(pytest.param(size, marks=SLOW) for size in (3, 16))])
 def test_a_stream_resumes_at_any_step(open_stream: Open, folder: Path, batch_size: int) -> None:
     config = config_for(folder, batch_size=batch_size)
     through = open_stream(config)
@@ -207,7 +210,7 @@ def test_memory_is_bounded(open_stream: Open, tmp_path: Path, monkeypatch: pytes
     for step in range(1, 86):
         stream.begin(step)
         read += len(stream.step(step))
-        if step % 14 in (0, 1):
+        if step in (15, 29, 43, 85):  # the first three have samples of two windows
             alive.append(windows_alive() - others)
     assert read == 85 * 7
     assert max(alive) <= 5  # the first, two of a step on a border, one ahead, one being made
@@ -265,6 +268,15 @@ def test_more_faults_than_may_be_skipped_are_an_error(
     assert f"over the {allowed} that may be skipped" in reason
 
 
+def test_a_broken_file_is_an_error_at_its_step(open_stream: Open, folder: Path) -> None:
+    content = (folder / "c.parquet").read_bytes()
+    (folder / "c.parquet").write_bytes(content[: len(content) // 2])
+    stream = open_stream(config_for(folder, window=3, batch_size=3))
+    assert sorted(*places(stream, [1])) == ALL[:3]
+    with pytest.raises(UserError, match=r"c\.parquet: not a whole parquet file"):
+        stream.begin(2)
+
+
 def test_an_epoch_without_a_sample_ends_the_stream(open_stream: Open, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [row(1), row(2)])
     with pytest.raises(UserError, match=r"a\.jsonl:[12]: .* tokens.*the last of 2 samples.* none can be used"):
@@ -315,7 +327,6 @@ def assert_same(found: Any, expected: Any) -> None:
     assert found[2] == expected[2]
 
 
-SLOW = pytest.mark.slow("other steps of the same")
 POLICY: dict[str, Any] = {"on_fault": "skip", "max_skipped": 0.3, "too_long": "drop", "max_length": 150}
 
 
@@ -323,9 +334,11 @@ POLICY: dict[str, Any] = {"on_fault": "skip", "max_skipped": 0.3, "too_long": "d
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(
     step: int, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = streamed(make_config, faulty(tmp_path / "shards"), **POLICY)
+    evaluated = [{"path": str(write_jsonl(tmp_path / "eval.jsonl", [row(1), row(2)])), "name": "held-out"}]
+    config = streamed(make_config, faulty(tmp_path / "shards"), **POLICY, eval=evaluated)
     train(config)
     expected = result(config)
+    assert len(expected[0]) == 8 + 2  # evaluated before the first step and after the last
     listed = [json.loads(line) for line in expected[2].splitlines()]
     assert sorted(Path(one["place"]).name for one in listed) == ["1.jsonl:4", "2.jsonl:3"]
     shutil.rmtree(config.run.output_dir)
@@ -358,6 +371,8 @@ def test_a_run_with_a_fault_in_the_data_resumes_when_it_is_corrected(
     train(config, accept=["data.train.0.files"])
     assert [row["step"] for row in result(config)[0]] == list(range(1, 9))
     assert "streaming: 3 files, 4 records at a time; in the first window 4 samples" in capsys.readouterr().err
+    report([Path(config.run.output_dir)], None, False)
+    assert "training, first window" in (Path(config.run.output_dir) / "report.html").read_text()
 
 
 @pytest.mark.slow("several runs in processes of their own")
@@ -398,7 +413,7 @@ def test_two_processes_take_the_steps_of_one(make_config: MakeConfig, folder: Pa
 # --- other commands ---
 
 
-@pytest.mark.parametrize("command", ["inspect-labels", "inspect-data", "plan"])
+@pytest.mark.parametrize("command", ["inspect-labels", "inspect-data", pytest.param("plan", marks=SLOW)])
 def test_other_commands_look_at_the_first_file(command: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump_config(config_for(folder)))
     done = CliRunner().invoke(app, [command, str(tmp_path / "config.yaml"), "--json"])

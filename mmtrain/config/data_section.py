@@ -169,7 +169,7 @@ class Data(Section):
     or leave it out and list it with its reason in dropped.jsonl. One that is too long follows `too_long`."""
     max_skipped: Annotated[int, Field(ge=0, le=10**9)] | Annotated[float, Field(gt=0, lt=1)] = 0.01
     """How many samples of a set `on_fault: skip` leaves out at most: a number of them, or below 1 a share. With more
-    the run is refused."""
+    the run is refused. With `streaming` the number is for each epoch, and the share is of what was read so far."""
     decode_images: Annotated[bool, Marker.SAME_RESULT] = True
     """Decode every image once before the first step, and remember those that are sound. Without it a damaged image
     stops the run at the step that uses it."""

@@ -90,8 +90,8 @@ class StreamedWindow:
 
 
 class Stream:
-    """The samples of `data.train`, by their number in the stream. Only one thread may call what reads on: `step`,
-    `sizes`, `begin`; several may call `encoded` and `place` for samples of steps that these have met."""
+    """The samples of `data.train`, by their number in the stream. One thread calls `step`, `sizes` and `begin`; any
+    thread may call `encoded` and `place` for the samples of steps that `step` has given."""
 
     def __init__(
         self, config: Config, processor: ChatProcessor, limit: LengthLimit, tick: Callable[[], None] = lambda: None
@@ -150,13 +150,13 @@ class Stream:
         return list(range(last - self._batch_size, last))
 
     def begin(self, number: int) -> list[StreamedWindow]:
-        """The windows that begin with step `number`. What only the steps before it needed is forgotten."""
+        """The windows whose first sample is in step `number`. Those that only steps before it needed are freed."""
         first, *_ = self.step(number)
         self._windows = tuple(window for window in self._windows if window.end.num_used >= first)
         return [window for window in self._windows if window.start.num_used // self._batch_size == number - 1]
 
     def state(self, step: int) -> StreamState:
-        """Where the stream continues after `step`: at the window of the next sample."""
+        """Where a stream that resumes after `step` starts: with the window of the next sample."""
         first = step * self._batch_size
         for window in self._windows:
             if window.start.num_used == first or window.end.num_used > first:

@@ -56,7 +56,7 @@ class Dataset:
             self.plan = Plan([self.checked.used], [1.0], config.train.batch_size, config.train.seed)
         self.num_steps = num_steps(config.train, self.plan)
         self.num_trained = len(self.checked.used) if self.stream is None else self.num_steps * config.train.batch_size
-        """The samples that are trained on; with a stream also those that are met again."""
+        """The samples that are trained on; with a stream a sample counts in each epoch."""
 
     @property
     def steps_per_epoch(self) -> int:
