@@ -154,6 +154,15 @@ def test_the_order_follows_from_seed_files_and_window(
     assert len(read) >= 35  # epochs join without a gap: the last step of one may have samples of the next
 
 
+def test_a_window_reads_from_few_files(open_stream: Open, tmp_path: Path) -> None:
+    for number in range(70):
+        write_jsonl(tmp_path / "small" / f"{number}.jsonl", [row(number)] if number else [])
+    stream = open_stream(config_for(tmp_path / "small", window=1000, batch_size=69))
+    assert [window.num_used for window in stream.begin(1)] == [64, 5]
+    (names,) = places(stream, [1])
+    assert sorted(names) == sorted(f"{number}.jsonl:1" for number in range(1, 70))
+
+
 def test_a_sample_is_what_it_is_without_streaming(open_stream: Open, processor: ChatProcessor, folder: Path) -> None:
     config = config_for(folder)
     stream, limit = open_stream(config), LengthLimit(4096, "data.max_length")
