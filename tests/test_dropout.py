@@ -6,17 +6,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
 
 from mmtrain.config.schema import Config
+from mmtrain.config.tune_section import Tune
 from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.errors import UserError
-from mmtrain.model.dropout import DropoutContext, SampleDropout
-from mmtrain.model.kernels.masks import Mask, Rows
+from mmtrain.model import dropout as dropout_module
+from mmtrain.model.dropout import DropoutContext, SampleDropout, install_dropout
+from mmtrain.model.kernels.masks import Mask, Rows, gpu_kernel
 from support.learning import LORA, learner_for, relative_l2, step_of
 
 LENGTH = 40
@@ -190,6 +194,65 @@ def test_dropout_stores_nothing_for_the_backward_pass(make_config: Callable[...,
             step_of(learner, dataset, [[0, 3, 5]], packing=True)
         stored[dropout] = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
     assert stored[0.1] <= 1.01 * stored[0.0]
+
+
+def reference_drop(
+    x: Tensor, origins: Tensor, key: int, step: int, threshold: int, scale: float, per_counter: int
+) -> Tensor:
+    """What a kernel has to give: x (rows, width) with the generator above for every row that is a sample's."""
+    assert per_counter == 16
+    found, num_blocks = x.clone(), -(-x.shape[1] // 16)
+    for row, (sample, position) in enumerate(origins.tolist()):
+        for value in range(x.shape[1]) if sample >= 0 else ():
+            block, n = value % num_blocks, value // num_blocks
+            words = philox4x64_10((1 + block + num_blocks * position, sample, step, 0), (key, 0))
+            found[row, value] *= 0 if (words[n // 4] >> 16 * (n % 4)) % 2**16 < threshold else scale
+    return found
+
+
+@pytest.mark.parametrize("kernel", ["right", "another step", "all rows", "fails"])
+def test_a_kernel_is_used_only_where_it_gives_the_masks_of_the_cpu(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drop(x: Tensor, origins: Tensor, key: int, step: int, *others: Any) -> Tensor:
+        if kernel == "fails":
+            raise RuntimeError("no such GPU")
+        origins = origins.abs() if kernel == "all rows" else origins
+        return reference_drop(x, origins, key, step + (kernel == "another step"), *others)
+
+    fake = SimpleNamespace(drop=drop)
+    monkeypatch.setitem(sys.modules, "mmtrain.model.kernels.masks_triton", fake)
+    assert gpu_kernel.__wrapped__(torch.device("cpu")) is (drop if kernel == "right" else None)
+
+
+class Adapted(nn.Module):
+    """Two linear layers with adapters, of vision and of the language model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision, self.language = nn.Linear(4, 4), nn.Linear(4, 4)
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["vision", "language"], lora_dropout=0.0), self)
+        self.eval()
+
+
+@pytest.mark.parametrize(("device", "kernel", "says"), [("cpu", None, False), ("cuda", None, True), ("cuda", 1, False)])
+def test_dropout_is_where_the_config_has_it(
+    device: str, kernel: Any, says: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a GPU cannot make the masks the run says so."""
+    monkeypatch.setattr(dropout_module, "gpu_kernel", lambda device: kernel)
+    family: Any = SimpleNamespace(components=SimpleNamespace(component_of=lambda name: name), grid_key="grid")
+    for share, says_it in ((0.25, says), (0.0, False)):
+        tune = Tune.model_validate({"vision": LORA, "language": {**LORA, "dropout": share}})
+        model, lines = Adapted(), list[str]()
+        install_dropout(model, family, tune, DropoutContext(0), torch.device(device), lines.append)
+        made: Any = model.language
+        (found,) = made.lora_dropout.values()
+        assert isinstance(found, SampleDropout) == made.training == bool(share)
+        assert share == 0 or found._whose == (0.25, "language", "language", "grid")
+        assert not any(isinstance(module, SampleDropout) for module in model.vision.modules())
+        assert not model.training
+        assert [line.partition(": ")[0] for line in lines] == ["dropout"] * says_it
 
 
 TRITON = """

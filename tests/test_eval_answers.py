@@ -210,6 +210,18 @@ def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == expected
 
 
+@pytest.mark.slow("two evaluations")
+def test_one_question_at_a_time_gives_the_figures_of_16(tmp_path: Path) -> None:
+    """Also of those with swapped images and without images, and the same wrong answers."""
+    path = config_for(tmp_path, num=20)
+    alone, together = (json.loads(run(path, "--json", "--batch-size", size)) for size in (1, 16))
+    for row in (alone, together):
+        row["worst"] = sorted((one["place"], one["answer"]) for one in row["worst"])
+        del row["surprising"]  # ordered by probabilities, which differ within rounding
+    assert alone == together
+    assert alone["swapped"] != alone["metrics"]
+
+
 def test_a_model_that_sees_nothing_does_not_beat_blind_guessing(tmp_path: Path) -> None:
     text = run(config_for(tmp_path, blind_model(tmp_path)))
     assert "The model does not beat blind guessing" in " ".join(text.split())

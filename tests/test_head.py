@@ -29,8 +29,9 @@ from mmtrain.model.head import (
     accept_positions,
     find_head_kind,
     frozen_head,
+    hidden_states,
 )
-from mmtrain.model.loss import supervised_nll
+from mmtrain.model.loss import supervised_logits, supervised_nll
 from support.builders import DECODER_SIZES as SIZES
 
 
@@ -170,6 +171,28 @@ def test_every_kind_of_head_gives_the_models_own_logits(name: str) -> None:
     assert torch.allclose(nll, expected, atol=1e-5)
     with torch.no_grad():
         assert torch.equal(nll_of(model, batch)[1], right)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_logits_of_a_range_of_supervised_tokens_are_the_models_own(name: str) -> None:
+    model, batch = model_of(name), batch_of(40)
+    inputs = {"input_ids": batch.input_ids, "use_cache": False}
+    expected = model(input_ids=batch.input_ids).logits[0, :-1][batch.supervised[0, 1:]]
+    found = supervised_logits(model, find_head_kind(model, print), inputs, batch)
+    for rows in (slice(0, 5), slice(5, None)):
+        assert torch.allclose(found(rows), expected[rows], atol=1e-5)
+    half = supervised_logits(model.bfloat16(), find_head_kind(model, print), inputs, batch)(slice(0, 5))
+    assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["plain", "scaled"])
+def test_hidden_states_are_the_input_of_the_head(name: str) -> None:
+    model, positions = model_of(name), torch.tensor([3, 7])
+    ids = torch.randint(3, 211, (2, 9), generator=torch.Generator().manual_seed(1))
+    found = hidden_states(model, {"input_ids": ids, "use_cache": False, "logits_to_keep": positions})
+    expected = model.model(input_ids=ids).last_hidden_state[:, positions].flatten(0, 1)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert model(input_ids=ids).logits.shape == (2, 9, 211)  # the head is as it was
 
 
 @pytest.mark.parametrize("name", KINDS)

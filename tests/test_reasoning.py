@@ -206,7 +206,7 @@ def test_replies_without_reasoning_stay_together_too() -> None:
             "turn 2 has reasoning, and the prompt for it ends with </think>",
         ),
         (CASES["drops all"].template, "one", "turn 2 has no reasoning, and the prompt for it ends with <think>"),
-        (QWEN3, "so <think>\nhm\n</think>\n\none", "rewrites the conversation|changes the words"),
+        (QWEN3, "so <think>\nhm\n</think>\n\none", "rewrites the conversation|changes the text"),
     ],
 )
 def test_replies_that_do_not_fit_the_prompt_are_refused(template: str, content: str, reason: str) -> None:

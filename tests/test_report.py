@@ -105,6 +105,16 @@ def test_a_wide_range_is_logarithmic_only_where_that_is_allowed() -> None:
     assert ticks["100"] == pytest.approx((ticks["1"] + ticks["10,000"]) / 2, abs=0.2)
 
 
+@pytest.mark.parametrize("allow_log", [False, True])
+def test_labels_of_large_figures_fit_next_to_the_axis(allow_log: bool) -> None:
+    """About 7 pixels a character, left of the axis."""
+    steps, values = np.arange(3.0), np.array([2_000_000.0, 90_000.0, 1.0])
+    chart = line_chart("Perplexity", [Series("a", steps, values)], allow_log=allow_log)
+    assert chart is not None
+    assert any(float(tick.label.replace(",", "")) >= 1e6 for tick in chart.y_ticks)
+    assert max(len(tick.label) for tick in chart.y_ticks) * 7 <= chart.left - 6
+
+
 @pytest.mark.parametrize("values", [[3.0], [3.0, 3.0], [0.0, 0.0], [float("nan"), 1.0], [1e-9, 2e-9], [-5.0, 5.0]])
 def test_any_values_can_be_drawn(values: list[float]) -> None:
     chart = line_chart("Loss", [Series("a", np.arange(float(len(values))), np.array(values))], allow_log=True)
@@ -221,6 +231,9 @@ def test_json_has_the_figures(
 
 def test_a_finished_run_has_a_report_with_its_data(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config("text", steps=2)
+    path = Path(config.data.train[0].path)
+    first, second, *_ = path.read_text().splitlines()
+    path.write_text("".join(f"{line}\n" for line in [*path.read_text().splitlines(), first, second, first]))
     folder = api.train(config)
     assert f"report: {folder}/report.html" in capsys.readouterr().err
     page = texts((folder / "report.html").read_text(encoding="utf-8"))
@@ -228,6 +241,8 @@ def test_a_finished_run_has_a_report_with_its_data(make_config: MakeConfig, caps
     facts = json.loads((folder / "facts.json").read_text())
     lines = Path(config.data.train[0].path).read_text().splitlines()
     assert facts["train"]["num_samples"] == len(lines) == sum(facts["train"]["lengths"]["counts"])
+    assert facts["train"]["num_duplicates"] == 3
+    assert re.search(r"too long, dropped faulty, skipped duplicates training 11 .* 0 0 3 ", page)
     (language,) = [one for one in facts["components"] if one["component"] == "language"]
     assert f"language lora {language['num_modules']} {language['trainable']:,}" in page
 

@@ -261,7 +261,7 @@ class Layout:
         own = [i for i, piece in enumerate(pieces) if piece.kind in ("words", "calls") and piece.turn == turn]
         first, last = own[0], own[-1]
         if prompt_length > starts[first]:
-            raise SampleError("the model's chat template writes words of the answer into its prompt")
+            raise SampleError("the model's chat template writes text of the reply into its prompt")
         border = max(i for i in range(first + 1) if starts[i] <= prompt_length)
         after = last + 1
         end, other_end = None, False
@@ -347,4 +347,4 @@ def _as_rendered(words: str, following: str, whole: str, at: int) -> str:
     for variant in (words, *trimmed, json.dumps(words, ensure_ascii=False)[1:-1]):
         if whole.startswith(variant + following, at):
             return variant
-    raise SampleError(f"the model's chat template changes the words {shown(words, 40)}")
+    raise SampleError(f"the model's chat template changes the text {shown(words, 40)}")

@@ -34,7 +34,7 @@ def load_processor(path: str, settings: ProcessorSettings = _NONE, tried: bool =
         template = chat_template(parts.tokenizer, parts.processor)
         if not tried:
             try_template(template, through_wrapper(parts.tokenizer, template))
-        processor = make_processor(parts)
+        processor = replace(make_processor(parts), origin=(path, settings))
         return processor if tried else replace(processor, trial=try_family(processor))
     except (UserError, SampleError) as error:
         name = path if template_file is None else f"{path} with the chat template {visible(template_file)}"

@@ -9,6 +9,7 @@ import PIL.Image
 from mmtrain.encoding.directory import DirectoryParts
 from mmtrain.encoding.fast_template import chat_template, renderer
 from mmtrain.encoding.image_processor import ImageProcessor, ImageTokens
+from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.encoding.template import ChatTemplate, image_frame, probe_template
 from mmtrain.encoding.tokenizer import Tokenizer
 from mmtrain.records.chat import SampleError
@@ -49,6 +50,8 @@ class ChatProcessor:
     """`model.image_processor`."""
     trial: EncodingTrial | None = None
     """None where another process tried it."""
+    origin: tuple[str, ProcessorSettings] | None = None
+    """The arguments with which `load_processor` loads it again in another process."""
 
     @property
     def image_token_id(self) -> int | None:
@@ -76,10 +79,10 @@ class ChatProcessor:
         return self.images is None or self.images.traits.together
 
     def image_inputs(
-        self, samples: Sequence[Sequence[PIL.Image.Image]], ids: Sequence[int] | None = None
+        self, samples: Sequence[Sequence[PIL.Image.Image]], ids: Sequence[int] | None = None, raw: bool = False
     ) -> tuple[dict[str, Any], list[int]]:
         """See `ImageProcessor.inputs`. Raises SampleError for a model that takes no images."""
-        return self._image_processor().inputs(samples, ids)
+        return self._image_processor().inputs(samples, ids, raw)
 
     def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> tuple[ImageTokens, ...]:
         """The spans of the images of one sample, whose sizes are (width, height). Raises SampleError for a model that

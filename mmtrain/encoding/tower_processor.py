@@ -21,7 +21,8 @@ class TowerProcessor:
     images: Any
     max_length: int
     """Tokens of the longest text that the text tower takes, special tokens included."""
-
+    family: Any
+    """The class of transformers that has both."""
     image_settings: Mapping[str, Any]
     """Settings in place of the image processor's own."""
 
@@ -38,7 +39,7 @@ class TowerProcessor:
 
     @property
     def has_mask(self) -> bool:
-        """Whether the text tower is told which tokens are padding."""
+        """Whether the text tower gets a mask of the padding."""
         return "attention_mask" in self.tokenizer.model_input_names
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -66,14 +67,16 @@ def load_tower_processor(path: str, image_settings: Mapping[str, Any]) -> TowerP
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         images = load_image_processor(directory, image_settings)
-        family = getattr(processor_class(directory, config), "text_kwargs", {})
+        family = processor_class(directory, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # a broken directory makes transformers raise anything
         raise UserError(f"{path}: the processor cannot be loaded: {one_line(error)}") from None
+    settings = getattr(family, "text_kwargs", {})
     limits = (
         tokenizer.model_max_length,
         getattr(config.text_config, "max_position_embeddings", None),
-        family.get("max_length") if isinstance(family, dict) else None,
+        settings.get("max_length") if isinstance(settings, dict) else None,
     )
-    return TowerProcessor(tokenizer, images, min(int(limit) for limit in limits if limit), image_settings)
+    longest = min(int(limit) for limit in limits if limit)
+    return TowerProcessor(tokenizer, images, longest, family, image_settings)

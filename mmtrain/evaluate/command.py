@@ -40,7 +40,7 @@ class Options:
 
 
 def eval_perplexity(config: Config, options: Options) -> None:
-    """Evaluate or compare, and print. Raises UserError for what the user can mend."""
+    """Evaluate or compare, and print. Raises UserError for what the user can fix."""
     evaluation = Evaluation(config, options.data, options.adapters)
     row: Any = _compare(evaluation, options.compare) if options.compare else figures(evaluation, options)
     if not evaluation.is_main:

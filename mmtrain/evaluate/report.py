@@ -33,7 +33,7 @@ _NOT_ACCURACY = (
 
 
 def print_report(row: Mapping[str, Any], console: Console) -> None:
-    """Prints what `row` holds; its losses are in nats per token."""
+    """Prints the figures of `row`; its losses are in nats per token."""
     for line in _head(row):
         _say(line, console)
     _say(f"\n{_NOT_ACCURACY}", console, wrap=True)

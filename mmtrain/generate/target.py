@@ -15,7 +15,7 @@ from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.errors import UserError
 from mmtrain.generate.replies import ANY_LENGTH, Generator
-from mmtrain.model.adapter import CONFIG, load_adapter, read_adapter
+from mmtrain.model.adapter import CONFIG, find_adapter, find_model, load_adapter, read_adapter
 from mmtrain.model.load import length_limit, load_model
 from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
@@ -69,16 +69,6 @@ def find_target(path: str, base: str | None = None, dtype: str | None = None) ->
     if (folder / "checkpoints").is_dir():
         raise UserError(f"{visible(path)}: the run has not saved its model yet: finish it with `mmtrain train`")
     return Target(path, None, labels, dtype)
-
-
-def find_adapter(folder: Path) -> Path | None:
-    """The directory of the adapter that `folder` is, or that the run in it saved; None where there is none."""
-    return next((one for one in (folder, folder / "adapter") if (one / CONFIG).is_file()), None)
-
-
-def find_model(folder: Path) -> Path | None:
-    """The same for a model that was saved whole."""
-    return next((one for one in (folder, folder / "model") if (one / "config.json").is_file()), None)
 
 
 def _named_base(adapter: Path) -> str:

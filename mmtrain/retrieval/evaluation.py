@@ -69,6 +69,11 @@ class RetrievalEvaluation:
         self._labels = None if classes is None else labels(self.samples, used, classes)
         self._class_items = [] if classes is None else _encoded(embedder, classes)
 
+    @property
+    def way_names(self) -> tuple[str, ...]:
+        """The directions in which the pairs are searched, such as `image_to_text`."""
+        return tuple(way.name for way in self._ways)
+
     def embed(self, embedder: Embedder) -> Embeddings:
         """Raises UserError where an image no longer decodes."""
         try:

@@ -87,6 +87,11 @@ class Runtime:
         make_deterministic(self.device, os.environ)
 
     @property
+    def num_neighbours(self) -> int:
+        """Processes of the run on this machine, this one among them."""
+        return len(self._neighbours)
+
+    @property
     def num_threads(self) -> int:
         return torch.get_num_threads()
 

@@ -22,7 +22,7 @@ from mmtrain.errors import UserError
 from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
 from mmtrain.train.eval_sets import eval_sources, make_eval_sets
-from mmtrain.train.watched import check_watched
+from mmtrain.train.watched import chat_names, check_watched
 
 
 class Dataset:
@@ -49,7 +49,7 @@ class Dataset:
         self.train, self.checked = found.pop(0) if self.stream is None else self.stream.head.checked_samples
         self.encoder = EncodingSpec.of(config, config.data.train).encoder(processor)
         self.eval = make_eval_sets(config, self.encoder, found)
-        check_watched(config, self.eval)
+        check_watched(config, chat_names(self.eval))
         if self.stream is None:
             self.plan = Plan.of(config, self.train.records, self.checked.used)
         else:

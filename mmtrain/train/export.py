@@ -83,7 +83,7 @@ def _whole_weights(model: Any, is_adapter: bool, dtype: torch.dtype) -> dict[str
 
 
 def _check_equal(target: Path, model: Any, weights: dict[str, Tensor]) -> None:
-    """Raises UserError where the files at `target` do not hold `weights`."""
+    """Raises UserError where the files at `target` are not `weights`."""
     saved = {name: value for path in target.glob("*.safetensors") for name, value in load_file(path).items()}
     expected = (
         get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)

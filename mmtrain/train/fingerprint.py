@@ -29,7 +29,7 @@ def fingerprints(config: Config, data: RunData, tick: Callable[[], None]) -> dic
     if config.train.early_stopping is not None:
         for number, (records, images) in enumerate(data.eval_files):
             found[f"data.eval.{number}.records"] = digest(records, tick)
-            found[f"data.eval.{number}.pictures"] = digest(images, tick)
+            found[f"data.eval.{number}.images"] = digest(images, tick)
     for component, tuned in config.tune.modes.items():
         if isinstance(tuned, Lora) and tuned.dropout > 0:
             found[f"tune.{component}.dropout.masks"] = MASKS
@@ -43,7 +43,7 @@ def _of_training_data(config: Config, data: RunData, tick: Callable[[], None]) -
     }
     if not SelectedSources.for_training(config.data).is_everything:
         found["data.train.used"] = hashlib.sha256(data.used.astype("<i8").tobytes()).hexdigest()
-    return found | {"data.train.pictures": digest(sorted(data.image_files), tick)}
+    return found | {"data.train.images": digest(sorted(data.image_files), tick)}
 
 
 def _of_stream(config: Config, stream: Stream) -> dict[str, str]:

@@ -6,13 +6,14 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.file_locks import try_lock
+from mmtrain.runtime.launch import is_restart, may_write
 from mmtrain.safe_text import visible
 
 BEST = "best"
@@ -25,9 +26,9 @@ _DROPPED = "dropped.jsonl"
 
 @contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
-    """Hold the directory's lock, which is released when the process ends, however it ends.
+    """Take the directory's lock, which is released when the process ends, however it ends.
 
-    Raises UserError naming the process that holds it, or why the directory cannot be made, and StorageError.
+    Raises UserError naming the process that has it, or why the directory cannot be made, and StorageError.
     """
     name = visible(str(output_dir))
     try:
@@ -55,6 +56,20 @@ def locked(output_dir: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def reserved(output_dir: Path, fresh: bool = False, node_rank: int = 0) -> Iterator[None]:
+    """Hold the directory's lock in the first process of the run, unless its launcher holds it already. `fresh`: delete
+    what an earlier run left, unless this process has been started again after a fault.
+
+    Raises what `locked` and `start_over` raise.
+    """
+    writes = may_write(node_rank)
+    with locked(output_dir) if writes else nullcontext():
+        if fresh and writes and not is_restart():
+            start_over(output_dir)
+        yield
+
+
 def is_locked(output_dir: Path) -> bool:
     """Whether a run is writing to the directory. The lock is taken for a moment to find out."""
     try:
@@ -65,7 +80,7 @@ def is_locked(output_dir: Path) -> bool:
 
 
 def _holder(path: Path) -> str:
-    """Who holds the lock; its name is written a moment after the lock is taken."""
+    """Who has the lock; its name is written a moment after the lock is taken."""
     for _ in range(10):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))

@@ -127,9 +127,18 @@ def end_report(run: Path) -> Iterator[str]:
             f"{answers.last:.1%} after the last, best {answers.best:.1%} after step {answers.best_step:,}; "
             f"best blind answer {answers.blind:.1%}"
         )
+        if answers.verdict is not None:
+            yield f"on {visible(answers.name)} the model {answers.verdict}"
+    for way in found.retrieval:
+        yield (
+            f"recall@1 of {way.direction} on {visible(way.name)}: {way.first:.1%} before the first step, "
+            f"{way.last:.1%} after the last"
+        )
     saved = "adapter" if (run / "adapter").is_dir() else "model"
     yield f"{saved}: {name}/{saved}, metrics: {name}/{METRICS}, config: {name}/config.yaml"
     if found.num_pairs:
+        if found.retrieval:
+            yield f"next: mmtrain eval retrieval {name}/config.yaml --adapter {name}"
         return
     if saved == "adapter" and found.evals:
         yield f"next: mmtrain eval answers {name}/config.yaml --adapter {name}"

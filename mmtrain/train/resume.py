@@ -57,7 +57,8 @@ def find_resume(
     if checkpoint is None:
         return Resume()
     state = read_state(checkpoint)
-    before = _flat(state["config"]) | state["fingerprints"]
+    renamed = {key.replace(".pictures", ".images"): value for key, value in state["fingerprints"].items()}
+    before = _flat(state["config"]) | renamed
     changed = [key for key in _changed(before, now) if not _may_change(key, config)]
     longer = _longer(state, config, num_steps)
     refused = [key for key in changed if not _among(key, accept) and not (longer and key in _LENGTH)]
@@ -121,7 +122,7 @@ def _accepting(keys: Sequence[str]) -> str:
 
 
 def _change(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
-    if key.endswith((".records", ".pictures", ".weights", ".files")) or key in ("model.processor", "model.template"):
+    if key.endswith((".records", ".images", ".weights", ".files")) or key in ("model.processor", "model.template"):
         return "the content has changed since the run started"
     if key == "data.train.used":
         return "other samples are trained on (max_samples, dedup, or the share of data.eval)"

@@ -44,7 +44,7 @@ def step_of(
     samples = [number for cut in cuts for number in cut]
     count = float(dataset.checked.sum_weights[samples].sum())
     batches = Loader(
-        dataset.train, dataset.encoder.processor, packing, learner.make_inputs.store, row_multiple
+        dataset.train, learner.processor, packing, learner.make_inputs.store, row_multiple, learner.load_images
     ).batches(cuts)
     loss, _ = accumulate_gradients(learner, batches, count, step=3)
     named: dict[str, Any] = dict(learner.model.named_parameters())

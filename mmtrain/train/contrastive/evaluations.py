@@ -1,5 +1,6 @@
 """Retrieval on an evaluation set during a run."""
 
+import json
 from typing import Any
 
 from mmtrain.config import Config
@@ -10,7 +11,7 @@ _LEFT_OUT = {"most_confused", "base", "minus_base"}
 
 
 class RetrievalDuringRun:
-    """One set, searched. Every process embeds all items, so none waits for another."""
+    """One set, searched. The first process does it for all, so that all decide the same by its figures."""
 
     kind = "retrieval"
 
@@ -20,8 +21,14 @@ class RetrievalDuringRun:
 
     def row(self, step: int) -> dict[str, Any] | None:
         """The figures of each way to search."""
+        found: dict[str, Any] = json.loads(
+            self._learner.runtime.from_first(f"retrieval {self.name} {step}", lambda: json.dumps(self._figures()))
+        )
+        return found
+
+    def _figures(self) -> dict[str, Any]:
         found = self._set.figures(self._set.embed(self._learner.embedder))
-        ways = {way: figures for way, figures in found.items() if "to" in way.split("_")}
+        ways = {way: found[way] for way in self._set.way_names}
         return {way: {k: v for k, v in own.items() if k not in _LEFT_OUT} for way, own in ways.items()}
 
     def line(self, row: dict[str, Any]) -> str:
