@@ -23,7 +23,7 @@ from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.records.chat import Conversation, SampleError
 from mmtrain.records.formats import read_record
 from mmtrain.records.reasoning import without_reasoning
-from mmtrain.records.record_set import RecordSet
+from mmtrain.records.record_set import OpenFile, RecordSet
 
 _CHUNK = 256
 _MANY = 16_000
@@ -65,6 +65,10 @@ class EncodingSpec:
     def records(self) -> RecordSet:
         """The records, their files opened. Raises UserError where one cannot be read."""
         return RecordSet(self.sources, frozenset(self.ignored), self.drops_reasoning)
+
+    def records_of(self, files: Sequence[OpenFile]) -> RecordSet:
+        """The records of some files only."""
+        return RecordSet.of_files(files, frozenset(self.ignored), self.drops_reasoning)
 
     def read(self, record: Mapping[str, Any]) -> Conversation:
         """The conversation of a record that stands in no file. Raises SampleError where it is none."""

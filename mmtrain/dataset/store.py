@@ -7,10 +7,8 @@ interrupted has left its finished pieces, and the next one resumes after them.
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,12 +30,10 @@ from mmtrain.file_locks import wait_for_lock
 from mmtrain.progress import QUIET, Progress
 from mmtrain.records.record_set import RecordSet
 from mmtrain.safe_text import visible
-from mmtrain.user_cache import cache_folder
+from mmtrain.user_cache import cache_folder, remove_unused, used
 
 _VERSION = 7
 """Raised with every change of what the encoder makes or of the file, so that no earlier store is taken."""
-_UNUSED_SECONDS = 30 * 24 * 3600
-"""Stores that nobody opened for so long are removed when another one is made."""
 
 
 def open_store(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor, progress: Progress) -> EncodedStore:
@@ -115,7 +111,7 @@ def _find_or_make(
         try:
             store = _find(path, tick)
             if store is None:
-                _remove_unused(folder)
+                remove_unused(folder)
                 store = _make(path, encode(pieces))
         except CannotWriteError:
             shutil.rmtree(pieces, ignore_errors=True)  # they take the room that is missing
@@ -137,8 +133,7 @@ def _find(path: Path, tick: Callable[[], None]) -> EncodedStore | None:
     with suppress(OSError, ValueError):
         store = EncodedStore(path)
         if store.is_current(tick):
-            with suppress(OSError):
-                os.utime(path)
+            used(path)
             return store
     return None
 
@@ -153,14 +148,3 @@ def _locked(folder: Path, name: str, tick: Callable[[], None]) -> Iterator[None]
         with writing():
             wait_for_lock(file, tick)
         yield
-
-
-def _remove_unused(folder: Path) -> None:
-    for path in folder.iterdir():
-        with suppress(OSError):
-            if path.suffix == ".lock" or time.time() - path.stat().st_mtime <= _UNUSED_SECONDS:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()

@@ -1,9 +1,10 @@
-"""Where the members of a tar file lie: found once, then kept in the user's cache until the file changes.
+"""Where the members of a tar file lie: found once, then kept in the user's cache as long as it is used.
 
 A cached index is an .npz file, whose name is a hash of the tar file's path and version. It is written whole or not at
 all, and its checksums are verified when it is read.
 """
 
+import functools
 import hashlib
 import os
 import tarfile
@@ -20,7 +21,7 @@ from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.regular_files import open_regular
 from mmtrain.safe_text import one_line, shown, visible
-from mmtrain.user_cache import cache_folder, file_version
+from mmtrain.user_cache import cache_folder, file_version, remove_unused, used
 
 _FORMAT = 1
 """Raised with every change of what is stored."""
@@ -81,6 +82,7 @@ def _cached(path: Path, cached: Path) -> TarIndex | None:
     with suppress(Exception), cached.open("rb") as file, np.load(file, allow_pickle=False) as stored:
         index = TarIndex(path, stored["names"], stored["offsets"], stored["sizes"])
         if stored["offsets"].shape == stored["sizes"].shape == (len(index),):
+            used(cached)
             return index
     return None
 
@@ -92,10 +94,17 @@ def _key(path: Path) -> str:
 
 def _write(path: Path, names: npt.NDArray[np.uint8], offsets: Ints, sizes: Ints) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_unused(path.parent)
     with temporary_path(path, str(os.getpid())) as made:
         with made.open("wb") as file:
             np.savez(file, names=names, offsets=offsets, sizes=sizes)
         move_into_place(path, made, durable=False)
+
+
+@functools.cache
+def _remove_unused(folder: Path) -> None:
+    """Once in a process: it may make the indices of thousands of files."""
+    remove_unused(folder)
 
 
 def _members(path: Path, file: BinaryIO) -> list[tuple[str, int, int]]:

@@ -6,7 +6,7 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Hashable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,11 @@ class ParquetFile:
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    @property
+    def row_groups(self) -> list[range]:
+        """The rows of each row group, by index."""
+        return [range(start, end) for start, end in pairwise([0, *self._ends])]
 
     def place(self, index: int) -> Place:
         return Place(self.path, index + 1, key=str(index + 1))
