@@ -190,11 +190,18 @@ def test_two_processes_keep_the_same_best_checkpoint(make: Make, tmp_path: Path)
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("name", ["eval/perplexity", "retrieval/recall@2", "retrieval/other/mrr"])
-def test_a_figure_that_is_not_evaluated_is_refused(name: str, make: Make) -> None:
-    expected = rf"run\.keep_best: '{name}': expected one of retrieval/recall@1, .*retrieval/all/image_to_text/recall@1"
-    with pytest.raises(UserError, match=expected):
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("eval/perplexity", "retrieval/recall@1"),
+        ("retrieval/image_to_text/recall@2", "retrieval/image_to_text/recall@1"),
+        ("retrieval/al/mrr", "retrieval/all/mrr"),
+    ],
+)
+def test_a_figure_that_is_not_evaluated_is_refused(name: str, near: str, make: Make) -> None:
+    with pytest.raises(UserError, match=rf"run\.keep_best: '{name}': expected one of 30 figures, such as ") as refused:
         train(early(make, name))
+    assert near in str(refused.value)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from mmtrain.config import Config
+from mmtrain.dataset.shard_order import first_file
 from mmtrain.encoding.load import processor_of
 from mmtrain.errors import UserError
 from mmtrain.plan.memory import cpu_memory, gpu_memory
@@ -29,6 +30,7 @@ _NUM_STEPS = 50
 def plan(config: Config, processes: str, as_json: bool) -> None:
     """Print what the run of `config` does and needs, for each number in `processes`. Raises UserError."""
     counts, progress = _counts(processes), Progress()
+    config = first_file(config, progress.say)
     is_elsewhere = config.run.device == "cuda" and not torch.cuda.is_available()
     device = "cpu" if is_elsewhere else config.run.device
     is_chat = config.objective.kind == "chat"
