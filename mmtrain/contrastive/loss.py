@@ -93,7 +93,7 @@ def _normalized(values: Tensor) -> tuple[Tensor, Tensor]:
 def _before_norm(gradient: Tensor, unit: Tensor, norms: Tensor, embeddings: Tensor) -> Tensor:
     """The gradient of `embeddings` from that of `unit`, their first columns divided by their norms. `gradient` is
     changed in place: memory is what limits the number of embeddings."""
-    along = torch.linalg.vecdot(unit, gradient).unsqueeze(1)
+    along = torch.bmm(unit.unsqueeze(1), gradient.unsqueeze(2))[:, 0]
     own = gradient.addcmul_(unit, along, value=-1).div_(norms)
     missing = embeddings.shape[1] - own.shape[1]
     return F.pad(own, (0, missing)) if missing else own
