@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from mmtrain.config.run_section import Run
 from mmtrain.config.schema import Config
@@ -24,6 +25,8 @@ from mmtrain.train.peak_memory import PeakMemory
 from mmtrain.user_cache import cache_folder
 from support.builders import mixed_rows, train_and_run, write_jsonl
 from support.learning import learner_for
+from support.pair_data import pair_config, write_pairs
+from support.tower_models import TOWERS
 
 SLOW = pytest.mark.slow("a model is made without values")
 GIB = 2**30
@@ -120,3 +123,28 @@ def test_waiting_is_the_time_in_which_the_slowest_is_awaited(weights: str, expec
     waiting = Waiting()
     simulation.add(waiting, times)
     assert waiting.share == pytest.approx(expected)
+
+
+def test_a_contrastive_run_is_planned_without_its_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """24 pairs of 17 images and their texts; one micro-batch for each item where none may have two."""
+    model, data = TOWERS["clip"](tmp_path / "clip"), write_pairs(tmp_path / "data")
+    settings: dict[str, Any] = {"train": {"steps": None, "epochs": 3, "batch_size": 8}}
+    config = pair_config(model, data, tmp_path / "run", **settings, run={"microbatch_tokens": 1})
+    found = figures_of(config, capsys)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    texts = {text for row in rows for text in ([row["text"]] if isinstance(row["text"], str) else row["text"])}
+    images = {(data.parent / row["image"]).read_bytes() for row in rows}
+    expected = {"pairs": 24, "items": len(texts) + len(images), "items_with_images": len(images), "left_out": 0}
+    assert {key: found["data"][key] for key in expected} == expected
+    steps = found["steps"]
+    assert (steps["steps"], steps["steps_per_epoch"], steps["batch_size"]) == (9, 3, 8)
+    assert 8 < steps["items"] / 2 < steps["microbatches"] <= steps["items"] <= 24
+    assert steps["waiting"]["1"] == 0.0 <= steps["waiting"]["2"] < 0.5
+    weights = load_file(model / "model.safetensors")
+    trainable = sum(value.numel() for value in weights.values())  # the towers and the scale: everything
+    assert found["disk"] == {"checkpoint": 12 * trainable, "num_checkpoints": config.run.keep_checkpoints + 1}
+    assert found["time"]["operations"] == pytest.approx(9 * steps["operations"])
+    plan(config, "1", False)
+    lines = capsys.readouterr().out
+    assert "9 of 8 pairs, 3 an epoch" in lines
+    assert "memory     not predicted" in lines

@@ -25,7 +25,7 @@ from torch import Tensor
 from mmtrain.contrastive.relation import Numbers, Relation
 
 LossKind = Literal["infonce", "sigmoid"]
-BLOCK_VALUES = 2**22
+BLOCK_VALUES = 2**21
 """Similarities that exist at once."""
 
 
@@ -78,6 +78,8 @@ def contrastive_loss(
 
 
 def _mean(found: Sequence[LossGradients]) -> LossGradients:
+    if len(found) == 1:
+        return found[0]
     names = ("loss", "queries", "documents", "scale", "bias")
     return LossGradients(*(sum(getattr(one, name) for one in found) / len(found) for name in names))
 
@@ -89,9 +91,12 @@ def _normalized(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _before_norm(gradient: Tensor, unit: Tensor, norms: Tensor, embeddings: Tensor) -> Tensor:
-    """The gradient of `embeddings` from that of `unit`, their first columns divided by their norms."""
-    own = (gradient - unit * (unit * gradient).sum(1, keepdim=True)) / norms
-    return F.pad(own, (0, embeddings.shape[1] - own.shape[1]))
+    """The gradient of `embeddings` from that of `unit`, their first columns divided by their norms. `gradient` is
+    changed in place: memory is what limits the number of embeddings."""
+    along = torch.bmm(unit.unsqueeze(1), gradient.unsqueeze(2))[:, 0]
+    own = gradient.addcmul_(unit, along, value=-1).div_(norms)
+    missing = embeddings.shape[1] - own.shape[1]
+    return F.pad(own, (0, missing)) if missing else own
 
 
 class _Entries:
@@ -213,6 +218,8 @@ class _Sums:
         self._of_documents.addmm_(gradient.T, self.queries[block])
 
     def gradients(self, loss: Tensor, bias: Tensor) -> LossGradients:
-        of_scale = (self._of_queries.double() * self.queries.double()).sum()
-        scale = self._scale
-        return LossGradients(loss, self._of_queries * scale, self._of_documents * scale, of_scale, bias)
+        of_scale = torch.zeros((), dtype=torch.float64, device=loss.device)
+        for block in _blocks(len(self.queries), self.queries.shape[1], None):
+            of_scale += (self._of_queries[block].double() * self.queries[block].double()).sum()
+        of_queries, of_documents = self._of_queries.mul_(self._scale), self._of_documents.mul_(self._scale)
+        return LossGradients(loss, of_queries, of_documents, of_scale, bias)

@@ -13,7 +13,8 @@ from mmtrain.dataset.shard_order import first_file
 from mmtrain.encoding.load import processor_of
 from mmtrain.errors import UserError
 from mmtrain.plan.memory import cpu_memory, gpu_memory
-from mmtrain.plan.report import print_plan
+from mmtrain.plan.pairs import pair_figures, pair_lines
+from mmtrain.plan.report import print_lines, print_plan
 from mmtrain.plan.structure import Structure, structure_of
 from mmtrain.plan.waiting import Simulation, Step
 from mmtrain.progress import Progress
@@ -28,15 +29,31 @@ _NUM_STEPS = 50
 
 def plan(config: Config, processes: str, as_json: bool) -> None:
     """Print what the run of `config` does and needs, for each number in `processes`. Raises UserError."""
-    config.objective.check_command("plan", "chat", "inspect-labels --all to check pairs")
-    counts = _counts(processes)
-    progress = Progress()
+    counts, progress = _counts(processes), Progress()
     config = first_file(config, progress.say)
+    is_elsewhere = config.run.device == "cuda" and not torch.cuda.is_available()
+    device = "cpu" if is_elsewhere else config.run.device
+    is_chat = config.objective.kind == "chat"
+    if is_chat:
+        figures = _chat_figures(config, device, is_elsewhere, counts, progress)
+    else:
+        figures = pair_figures(config, device, counts, progress)
+    console = Console(highlight=False, emoji=False, markup=False)
+    if as_json:
+        print(json.dumps(figures, allow_nan=False))
+    elif is_chat:
+        print_plan(figures, console)
+    else:
+        print_lines(pair_lines(figures), console)
+
+
+def _chat_figures(
+    config: Config, device_name: str, is_elsewhere: bool, counts: Sequence[int], progress: Progress
+) -> dict[str, Any]:
     processor = processor_of(config.model)
     dataset = Dataset(config, processor, progress)
     structure = structure_of(config, processor)
-    is_elsewhere = config.run.device == "cuda" and not torch.cuda.is_available()
-    device = find_device("cpu" if is_elsewhere else config.run.device, config.model.dtype)
+    device = find_device(device_name, config.model.dtype)
     figures: dict[str, Any] = {
         "data": _data(dataset),
         "steps": _steps(config, dataset, structure, counts),
@@ -49,10 +66,7 @@ def plan(config: Config, processes: str, as_json: bool) -> None:
             figures["cpu_memory"] = cpu_memory(config, dataset, processor, weight_bytes, progress)
         if config.run.device != "cpu":
             figures["gpu_memory"] = gpu_memory(config, dataset, processor, max(counts), progress)
-    if as_json:
-        print(json.dumps(figures, allow_nan=False))
-    else:
-        print_plan(figures, Console(highlight=False, emoji=False, markup=False))
+    return figures
 
 
 def _counts(text: str) -> list[int]:

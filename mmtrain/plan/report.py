@@ -1,6 +1,6 @@
 """The figures of `mmtrain plan` for a person, in 80 columns."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,12 +13,17 @@ from mmtrain.train.summary import duration
 
 def print_plan(figures: Mapping[str, Any], console: Console) -> None:
     """Print every figure; memory last."""
-    for name, text in _lines(figures):
-        console.print(f"{name:<10} {text}", soft_wrap=True)
+    print_lines(_lines(figures), console)
     if "cpu_memory" in figures:
         console.print(f"{'memory':<10} {_cpu_line(figures['cpu_memory'])}", soft_wrap=True)
     if "gpu_memory" in figures:
         _print_gpu(figures["gpu_memory"], console)
+
+
+def print_lines(lines: Iterable[tuple[str, str]], console: Console) -> None:
+    """Each with its title, which is empty where it goes on."""
+    for name, text in lines:
+        console.print(f"{name:<10} {text}", soft_wrap=True)
 
 
 def _lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -33,11 +38,11 @@ def _lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     waiting = "  ".join(f"{count:,}: {share:.1%}" for count, share in steps["waiting"].items())
     yield "waiting", f"{waiting}  (processes: their time spent waiting)"
     total = disk["checkpoint"] * disk["num_checkpoints"]
-    each = f"{disk['num_checkpoints']} x {_size(disk['checkpoint'])}"
-    yield "disk", f"{_size(total)} checkpoints ({each}), {_size(disk['encoded_samples'])} encoded samples"
+    each = f"{disk['num_checkpoints']} x {size_text(disk['checkpoint'])}"
+    yield "disk", f"{size_text(total)} checkpoints ({each}), {size_text(disk['encoded_samples'])} encoded samples"
     if disk["image_features"]:
-        on_disk = _size(disk["image_features_on_disk"])
-        yield "", f"{on_disk} of {_size(disk['image_features'])} image features (run.image_cache.disk_gib)"
+        on_disk = size_text(disk["image_features_on_disk"])
+        yield "", f"{on_disk} of {size_text(disk['image_features'])} image features (run.image_cache.disk_gib)"
     yield "time", f"at least {duration(time['seconds'])} in one process on this machine's {time['device']}: a roofline,"
     yield "", f"{time['operations']:.2e} operations at {time['rate']:.2e} per second, as measured"
 
@@ -47,8 +52,8 @@ def _cpu_line(memory: Mapping[str, Any]) -> str:
         return f"on the CPU, not predicted: {memory['fault']}"
     verdict = "fits" if memory["peak"] < memory["total"] else "does not fit"
     tokens = f"{memory['microbatch_tokens']:,} tokens in a micro-batch"
-    machine = f"{'':<10} it {verdict}: this machine has {_size(memory['total'])}"
-    return f"on the CPU, {_size(memory['peak'])} at {tokens};\n{machine}"
+    machine = f"{'':<10} it {verdict}: this machine has {size_text(memory['total'])}"
+    return f"on the CPU, {size_text(memory['peak'])} at {tokens};\n{machine}"
 
 
 def _print_gpu(memory: Mapping[str, Any], console: Console) -> None:
@@ -57,7 +62,7 @@ def _print_gpu(memory: Mapping[str, Any], console: Console) -> None:
         return
     tokens, images = memory["microbatch_tokens"], memory["microbatch_images"]
     console.print(
-        f"{'memory':<10} on a GPU, {_size(memory['weights'])} of it weights; the longest micro-batch has\n"
+        f"{'memory':<10} on a GPU, {size_text(memory['weights'])} of it weights; the longest micro-batch has\n"
         f"{'':<10} {tokens:,} tokens and {images:,} images\n"
         f"{'':<10} below: the largest run.microbatch_tokens that a card can take\n"
     )
@@ -67,14 +72,15 @@ def _print_gpu(memory: Mapping[str, Any], console: Console) -> None:
     for row in memory["rows"]:
         cells = ("no" if largest is None else f"{largest:,}" for largest in row["largest"].values())
         weights = f"shard, {row['shards']:,}" if row["shards"] > 1 else row["quantization"] or "replicate"
-        table.add_row("on" if row["checkpointing"] else "off", weights, _size(row["peak"]), *cells)
+        table.add_row("on" if row["checkpointing"] else "off", weights, size_text(row["peak"]), *cells)
     console.print(table)
     console.print()
     for title, text in zip(("fits", *[""] * len(CARDS)), _fitting(memory["rows"]), strict=False):
         console.print(f"{title:<10} {text}", soft_wrap=True)
     console.print(
         f"{'estimate':<10} of what a GPU's kernels allocate, counted on shapes without a GPU;\n"
-        f"{'':<10} {_size(RESERVED_BYTES)} and {RESERVED_SHARE:.0%} of a card are left for workspaces and fragmentation"
+        f"{'':<10} {size_text(RESERVED_BYTES)} and {RESERVED_SHARE:.0%} of a card are left for workspaces and "
+        "fragmentation"
     )
 
 
@@ -90,6 +96,6 @@ def _fitting(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"{card}: run.activation_checkpointing: {str(row['checkpointing']).lower()}{shards}{quantized}"
 
 
-def _size(num_bytes: float) -> str:
+def size_text(num_bytes: float) -> str:
     """In GiB, or in MiB below one."""
     return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:,.1f} MiB"

@@ -51,6 +51,7 @@ WORDS = (
 OWN = {"mmtrain": 16.0, "mmtrain, all computed twice": 0.0}
 """`run.graph_memory_gib` of mmtrain's runs."""
 PEERS = {"st": "sentence-transformers, cached", "clip": "open_clip, one pass", "accumulated": "open_clip, --accum-freq"}
+TOKENS_OF_A_PAIR = (SIDE // 16) ** 2
 LARGEST_PASS = 256
 """Pairs that go through at once where nothing is cached: more take too much memory."""
 TOLERANCE = 1e-4
@@ -115,6 +116,8 @@ def write_config(work: Path, settings: dict[str, Any], graph_memory: float) -> P
             "device": "cpu",
             "threads": settings["threads"],
             "graph_memory_gib": graph_memory,
+            # where nothing is kept, as many tokens at once as the other programs have
+            **({} if graph_memory else {"microbatch_tokens": TOKENS_OF_A_PAIR * settings["mini_batch"]}),
             "checkpoint_every": settings["steps"] + AHEAD,
         },
     }

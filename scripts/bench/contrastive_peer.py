@@ -81,7 +81,7 @@ def one_pass(towers: Towers, scale: float, size: int) -> float:
     """Everything at once, as open_clip does by default."""
     (embed,) = towers.parts(10**9)
     loss = clip_loss(*embed(), scale)
-    loss.backward()
+    torch.autograd.backward(loss)
     return float(loss.detach())
 
 
@@ -99,8 +99,8 @@ def accumulated(towers: Towers, scale: float, size: int) -> float:
             )
             for side in (0, 1)
         ]
-        loss = clip_loss(*sides, scale)
-        loss.backward()
+        loss = clip_loss(sides[0], sides[1], scale)
+        torch.autograd.backward(loss)
     return float(loss.detach())
 
 
@@ -111,13 +111,13 @@ def cached(towers: Towers, scale: float, size: int) -> float:
         first = [embed() for embed in parts]
     images, texts = (torch.cat([one[side] for one in first]).requires_grad_() for side in (0, 1))
     loss = clip_loss(images, texts, scale)
-    loss.backward()
+    torch.autograd.backward(loss)
     assert images.grad is not None
     assert texts.grad is not None
-    gradients = zip(images.grad.split(size), texts.grad.split(size), strict=True)
+    gradients = zip(torch.split(images.grad, size), torch.split(texts.grad, size), strict=True)
     for embed, given in zip(parts, gradients, strict=True):
         found = embed()
-        ((found[0] * given[0]).sum() + (found[1] * given[1]).sum()).backward()
+        torch.autograd.backward((found[0] * given[0]).sum() + (found[1] * given[1]).sum())
     return float(loss.detach())
 
 
@@ -149,7 +149,7 @@ def sentence_transformers(settings: dict[str, Any]) -> tuple[Any, Callable[[], f
         opened: list[Any] = [Image.open(path).convert("RGB") for path, _ in rows]
         features = [model.preprocess(opened), model.preprocess([text for _, text in rows])]
         loss = loss_of(features, None)
-        loss.backward()
+        torch.autograd.backward(loss)
         return float(loss.detach())
 
     return model, compute
@@ -192,7 +192,7 @@ def _sizes(settings: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _other_loss(images: Tensor, texts: Tensor, scale: float) -> float:
     loss = clip_loss(images.requires_grad_(), texts.requires_grad_(), scale)
-    loss.backward()
+    torch.autograd.backward(loss)
     return float(loss.detach())
 
 

@@ -79,24 +79,30 @@ class PairCuts:
         """This process's micro-batches that are not empty, of the steps `first` to `last`."""
         return (own for step in range(first, last + 1) for own in self.of(step).own if own)
 
-    def _cut(self, step: int) -> PairCut:
-        """Every process has as many micro-batches."""
-        samples = self._plan.step(step)
-        relation = relate([self._samples.pairs[index] for index in samples])
-        numbers = np.union1d(relation.queries, relation.documents)
+    def of_all(self, step: int, num_processes: int) -> list[tuple[Microbatch, ...]]:
+        """The micro-batches of each of so many processes, some perhaps empty; every process has as many."""
+        relation = self._relation(step)
         of_kind: dict[Kind, list[int]] = {}
-        for number in numbers.tolist():
+        for number in np.union1d(relation.queries, relation.documents).tolist():
             of_kind.setdefault(self._samples.items[number].kind, []).append(number)
-        settings = self._settings
-        multiple = self._num_processes if settings.microbatches == "auto" else settings.microbatches
-        microbatches = _joined([self._batches(kind, own, multiple) for kind, own in sorted(of_kind.items())], multiple)
-        share = len(microbatches) // self._num_processes
+        wanted = self._settings.microbatches
+        multiple = num_processes if wanted == "auto" else wanted
+        every = _joined([self._batches(kind, own, multiple) for kind, own in sorted(of_kind.items())], multiple)
+        share = len(every) // num_processes
+        return [tuple(every[index * share : (index + 1) * share]) for index in range(num_processes)]
+
+    def _relation(self, step: int) -> Relation:
+        return relate([self._samples.pairs[index] for index in self._plan.step(step)])
+
+    def _cut(self, step: int) -> PairCut:
+        relation = self._relation(step)
+        numbers = np.union1d(relation.queries, relation.documents)
         items = [self._samples.items[number] for number in numbers]
         return PairCut(
-            tuple(samples),
+            tuple(self._plan.step(step)),
             numbers,
             relation,
-            tuple(microbatches[self._index * share : (self._index + 1) * share]),
+            self.of_all(step, self._num_processes)[self._index],
             sum(item.row_tokens for item in items),
             6.0 * sum(item.cost for item in items),
         )

@@ -1,0 +1,100 @@
+"""`mmtrain plan` for a contrastive run: its pairs, steps, disk space and time, without its memory."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmtrain.config import Config
+from mmtrain.contrastive.load import load_embedder
+from mmtrain.plan.report import size_text
+from mmtrain.progress import Progress
+from mmtrain.runtime.processes import Runtime
+from mmtrain.train.ceiling import matmul_rate
+from mmtrain.train.checkpoint import checkpoint_bytes
+from mmtrain.train.contrastive.learner import make_contrastive_learner
+from mmtrain.train.contrastive.pair_dataset import PairDataset
+from mmtrain.train.contrastive.step import ContrastiveLearner
+from mmtrain.train.summary import duration
+
+_NUM_STEPS = 50
+"""Steps that are cut, evenly spaced over the first epoch."""
+
+
+def pair_figures(config: Config, device: str, counts: Sequence[int], progress: Progress) -> dict[str, Any]:
+    """Every figure, and the waiting for each number of processes in `counts`.
+
+    The model is loaded as in the run: it decides how items are encoded. Raises UserError as the run does.
+    """
+    runtime = Runtime(config.model.dtype, device=device)
+    embedder = load_embedder(config, runtime, progress)
+    dataset = PairDataset(config, embedder, progress)
+    learner = make_contrastive_learner(config, embedder, dataset, runtime, progress)
+    items = dataset.train.items
+    steps = _steps(config, dataset, learner, counts)
+    operations, rate = steps["operations"] * dataset.num_steps, matmul_rate(runtime.device, learner.model.dtype)
+    return {
+        "data": {
+            "pairs": len(dataset.used),
+            "items": len(items),
+            "items_with_images": sum(bool(item.encoded.images) for item in items),
+            "longest": max(item.encoded.num_tokens for item in items),
+            "left_out": len(dataset.dropped_rows()),
+        },
+        "steps": steps,
+        "disk": {"checkpoint": checkpoint_bytes(learner.model), "num_checkpoints": config.run.keep_checkpoints + 1},
+        "time": {
+            "operations": operations,
+            "rate": rate,
+            "device": runtime.device.type,
+            "seconds": operations / rate,
+        },
+    }
+
+
+def _steps(config: Config, dataset: PairDataset, learner: ContrastiveLearner, counts: Sequence[int]) -> dict[str, Any]:
+    numbers = np.unique(np.linspace(1, dataset.plan.steps_per_epoch, _NUM_STEPS).astype(int)).tolist()
+    cuts = [learner.cuts.of(number) for number in numbers]
+    return {
+        "steps": dataset.num_steps,
+        "steps_per_epoch": dataset.plan.steps_per_epoch,
+        "batch_size": config.train.batch_size,
+        "microbatches": float(np.mean([len(cut.own) for cut in cuts])),
+        "items": float(np.mean([len(cut.items) for cut in cuts])),
+        "operations": float(np.mean([cut.operations for cut in cuts])),
+        "waiting": {
+            count: float(np.mean([_waiting(learner, number, count) for number in numbers]))
+            for count in counts
+            if config.run.microbatches == "auto" or config.run.microbatches % count == 0
+        },
+    }
+
+
+def _waiting(learner: ContrastiveLearner, step: int, num_processes: int) -> float:
+    """The share of their time that processes wait for the one with the most to compute."""
+    costs = [
+        sum(learner.items[number].cost for microbatch in own for batch in microbatch for number in batch.numbers)
+        for own in learner.cuts.of_all(step, num_processes)
+    ]
+    return 1 - sum(costs) / (num_processes * max(costs))
+
+
+def pair_lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is printed, each line with its title."""
+    data, steps, disk, time = (figures[name] for name in ("data", "steps", "disk", "time"))
+    yield (
+        "data",
+        f"{data['pairs']:,} pairs of {data['items']:,} distinct items, {data['items_with_images']:,} of them with "
+        f"images; {data['left_out']:,} left out",
+    )
+    yield "tokens", f"the longest item has {data['longest']:,}"
+    yield "steps", f"{steps['steps']:,} of {steps['batch_size']:,} pairs, {steps['steps_per_epoch']:,} an epoch"
+    yield "", f"{steps['items']:.4g} distinct items and {steps['microbatches']:.3g} micro-batches a step on one process"
+    waiting = "  ".join(f"{count:,}: {share:.1%}" for count, share in steps["waiting"].items())
+    yield "waiting", f"{waiting}  (processes: their time spent waiting)"
+    total = disk["checkpoint"] * disk["num_checkpoints"]
+    yield "disk", f"{size_text(total)} checkpoints ({disk['num_checkpoints']} x {size_text(disk['checkpoint'])})"
+    yield "time", f"at least {duration(time['seconds'])} in one process on this machine's {time['device']}: a roofline,"
+    yield "", f"{time['operations']:.2e} operations at {time['rate']:.2e} per second, as measured;"
+    yield "", "what run.graph_memory_gib does not keep is computed once more"
+    yield "memory", "not predicted; run.microbatch_tokens and run.graph_memory_gib limit it"
