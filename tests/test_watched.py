@@ -15,7 +15,7 @@ from mmtrain.errors import UserError
 from mmtrain.train.eval_perplexity import PerplexityEvaluation
 from mmtrain.train.folder import BEST
 from mmtrain.train.run import train
-from mmtrain.train.watched import Best, History, check_watched, figure
+from mmtrain.train.watched import Best, History, chat_names, check_watched, figure
 from test_eval_in_run import with_eval
 
 MakeConfig = Callable[..., Config]
@@ -76,22 +76,22 @@ def eval_set(name: str, metric: str | None = None) -> Any:
 def watching(keep_best: str | None, metric: str | None = None, answers: Any = None) -> Any:
     early = metric and SimpleNamespace(metric=metric)
     run = SimpleNamespace(keep_best=keep_best, eval_answers=answers)
-    return SimpleNamespace(run=run, train=SimpleNamespace(early_stopping=early))
+    train, chat = SimpleNamespace(early_stopping=early), SimpleNamespace(kind="chat")
+    return SimpleNamespace(run=run, train=train, objective=chat)
 
 
 def test_what_is_watched_must_be_evaluated() -> None:
     """Of all sources together there are the figures that each of them has."""
-    sets = [eval_set("a"), eval_set("b/c", "anls"), eval_set("d", "chrf")]
+    possible = chat_names([eval_set("a"), eval_set("b/c", "anls"), eval_set("d", "chrf")])
     known = ["eval/nll", "eval/a/perplexity", "eval/b/c/token_accuracy", "answers/exact_match", "answers/b/c/anls"]
     for name in [*known, "answers/judged", "answers/d/judged", "answers/d/exact_match"]:
-        check_watched(watching(name, name, answers=True), sets)
+        check_watched(watching(name, name, answers=True), possible)
     check_watched(watching(None), [])
     for name in ("eval/loss", "eval/e/nll", "answers/anls", "answers/a/exact_match", "answers/b/c/chrf", "answers/nll"):
         with pytest.raises(UserError) as refused:
-            check_watched(watching(name, "eval/nll", answers=True), sets)
+            check_watched(watching(name, "eval/nll", answers=True), possible)
         (fault,) = refused.value.faults
-        assert fault.startswith(f"run.keep_best: '{name}': expected one of eval/perplexity, eval/nll, eval/token_acc")
-        assert fault.endswith("answers/d/judged")
+        assert fault.startswith(f"run.keep_best: '{name}': expected one of 23 figures, such as ")
     with pytest.raises(UserError) as refused:
         check_watched(watching("eval/nll", "answers/anls"), [])
     assert refused.value.faults == [
