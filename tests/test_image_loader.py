@@ -19,7 +19,7 @@ from mmtrain.config.schema import Config
 from mmtrain.dataset import image_loader
 from mmtrain.dataset.ahead import SteadyPace, in_order
 from mmtrain.dataset.batch import Loader
-from mmtrain.dataset.image_loader import ImageLoader, num_processes
+from mmtrain.dataset.image_loader import ImageLoader, Taken, is_waiting, num_processes
 from mmtrain.dataset.image_process import ImageProcess, load_images
 from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
@@ -132,7 +132,7 @@ def test_the_loader_starts_a_process_and_gives_it_the_work(
 def test_without_a_reason_no_process_is_started(processor: ChatProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_loader, "ImageProcess", lambda *_: pytest.fail("a process was started"))
     on_cpu = ImageLoader(processor, max_processes=4, start_seconds=5.0)
-    for _ in range(100):
+    for _ in range(200):  # 8 seconds of 200
         on_cpu.taken(waited=0.04, used=1.0)
     ImageLoader(processor, max_processes=0, start_seconds=0.0).taken(waited=100.0, used=1.0)
     of_text = ImageLoader(replace(processor, images=None), max_processes=4, start_seconds=0.0)
@@ -155,7 +155,12 @@ def test_a_process_that_fails_is_reported_and_threads_decode(processor: ChatProc
     ("loading", "using", "expected"), [(0.0, 1.0, 1), (1.0, 2.0, 1), (2.0, 1.0, 3), (100.0, 1.0, 8), (1.0, 0.0, 8)]
 )
 def test_the_number_follows_from_the_seconds_of_loading_and_of_use(loading: float, using: float, expected: int) -> None:
-    assert num_processes([(loading / 2, using / 2)] * 2, limit=8) == expected
+    assert num_processes([Taken(loading / 2, using / 2, 0.0)] * 2, limit=8) == expected
+
+
+def test_waiting_counts_from_a_tenth_of_the_time() -> None:
+    assert not is_waiting([Taken(loading=9.0, using=9.0, waiting=0.9)] * 2)
+    assert is_waiting([Taken(loading=9.0, using=9.0, waiting=1.1)] * 2)
 
 
 @STARTS

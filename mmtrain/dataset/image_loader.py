@@ -6,7 +6,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 from mmtrain.dataset.image_process import ImageProcess, ImageSamples, Loaded, load_images
 from mmtrain.encoding.processor import ChatProcessor
@@ -18,6 +19,18 @@ _START_SECONDS = 5.0
 _RECENT = 64
 """The number is chosen by what so many micro-batches took."""
 _MARGIN = 1.25
+_MIN_WAITING = 0.1
+"""On a CPU processes take cores from the computation: for so large a share of the time it has waited for images."""
+
+
+class Taken(NamedTuple):
+    """Seconds around one micro-batch."""
+
+    loading: float
+    """That images took to load since the one before was taken."""
+    using: float
+    """For which the one before was used."""
+    waiting: float
 
 
 class ImageLoader:
@@ -45,7 +58,7 @@ class ImageLoader:
         self._starting: list[ImageProcess] = []
         self._ready: list[ImageProcess] = []
         self._seconds, self._lock = 0.0, threading.Lock()
-        self._recent: deque[tuple[float, float]] = deque(maxlen=_RECENT)
+        self._recent: deque[Taken] = deque(maxlen=_RECENT)
         self._lost, self._start_seconds = 0.0, start_seconds
         weakref.finalize(self, _end, self._starting, self._ready)
 
@@ -82,11 +95,10 @@ class ImageLoader:
             return
         with self._lock:
             seconds, self._seconds = self._seconds, 0.0
-        self._recent.append((seconds, used))
+        self._recent.append(Taken(seconds, used, waited))
         self._lost += seconds if self.on_gpu else waited
-        if self._lost < self._start_seconds:
-            return
-        self._start(num_processes(self._recent, self._limit))
+        if self._lost >= self._start_seconds and (self.on_gpu or is_waiting(self._recent)):
+            self._start(num_processes(self._recent, self._limit))
         self._welcome()
 
     def _start(self, wanted: int) -> None:
@@ -115,11 +127,16 @@ class ImageLoader:
         self._say(f"images: decoded by {self._limit or 'no'} other processes, because {reason}")
 
 
-def num_processes(recent: Sequence[tuple[float, float]], limit: int) -> int:
-    """How many processes, at least 1, keep up with the device. `recent`: for each micro-batch, the seconds that its
-    images took to load, and those for which a micro-batch was used."""
-    loading, using = (sum(values) for values in zip(*recent, strict=True))
+def num_processes(recent: Collection[Taken], limit: int) -> int:
+    """How many processes, at least 1, keep up with the device."""
+    loading, using = sum(one.loading for one in recent), sum(one.using for one in recent)
     return max(1, min(limit, math.ceil(_MARGIN * loading / using) if using else limit))
+
+
+def is_waiting(recent: Collection[Taken]) -> bool:
+    """Whether the device waits for a share of its time that is worth a process."""
+    using, waiting = sum(one.using for one in recent), sum(one.waiting for one in recent)
+    return waiting > _MIN_WAITING * (using + waiting)
 
 
 def _end(*processes: list[ImageProcess]) -> None:

@@ -81,7 +81,7 @@ def serve_images(connection: Connection, path: str, settings: ProcessorSettings,
     while True:
         try:
             samples, ids = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         try:
             inputs, laid_out = load_images(processor, samples, ids, raw)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from mmtrain.dataset.batch import Batch, Loader, Samples
 from mmtrain.dataset.image_loader import ImageLoader
-from mmtrain.dataset.workers import num_cores
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.head import HeadKind
 from mmtrain.model.inputs import InputMaker
@@ -60,7 +59,6 @@ def image_loader(
     processor: ChatProcessor, runtime: Runtime, vision: VisionInputs, say: Callable[[str], None]
 ) -> ImageLoader:
     """What decodes images for this process: its share of the cores, less one that feeds a GPU."""
-    on_gpu = runtime.device.type == "cuda"
-    share = num_cores() // runtime.num_neighbours
-    max_processes = share - 1 if on_gpu else share if share > 1 else 0
+    on_gpu, share = runtime.device.type == "cuda", runtime.num_cores
+    max_processes = share - 1 if on_gpu or share < 2 else share
     return ImageLoader(processor, max_processes, on_gpu, vision.normalization is not None, say)
