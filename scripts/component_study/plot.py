@@ -5,7 +5,7 @@ from html import escape
 
 from component_study.table import Row
 
-_ROW, _LEFT, _PANEL, _GAP, _TOP = 22, 190, 230, 30, 50
+_ROW, _LEFT, _PANEL, _GAP, _TOP = 22, 220, 230, 30, 50
 _COLOURS = {"lora": "#1f77b4", "full": "#d62728", "none": "#555555"}
 _PANELS: tuple[tuple[str, Callable[[Row], list[float]]], ...] = (
     ("exact match, %", lambda row: [100 * value for value in row["exact_match"]]),
