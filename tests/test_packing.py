@@ -136,7 +136,7 @@ def test_a_model_that_refuses_the_keyword_falls_back(load: Load) -> None:
     own = model.forward
 
     def forward(
-        input_ids: Any, position_ids: Any, use_cache: Any, logits_to_keep: Any, attention_mask: Any = None
+        input_ids: Any, use_cache: Any, logits_to_keep: Any, position_ids: Any = None, attention_mask: Any = None
     ) -> Any:
         return own(input_ids, attention_mask, position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep)
 

@@ -114,6 +114,7 @@ def assert_exact(config: Config, root: Path, packs: bool) -> None:
     ("variant", "style", "reason"),
     [
         ("neighbours", "plain", "cannot be trained on several samples at once: in padded rows its logits differ"),
+        ("own positions", "plain", "the positions or token types that mmtrain gives this model change its logits by"),
         ("plain", "images first", "the image processor lays out no placeholder '<<pic>>'"),
         ("plain", "adds a word", "the ids of a probe conversation .* differ from the model's own apply_chat_template"),
         ("plain", "no mark", "PicProcessor has no placeholder for an image in its text"),

@@ -121,6 +121,8 @@ class Pic(PicPreTrained):
             embeddings = embeddings.masked_scatter(places, found.pooler_output.to(embeddings.dtype))
         if self.config.variant == "no positions":
             position_ids = None
+        if self.config.variant == "own positions" and position_ids is None:
+            position_ids = 2 * torch.arange(input_ids.shape[1])[None]
         if self.config.variant == "looks back":  # one token sees the one before it, whatever the masks say
             embeddings = embeddings + 0.5 * nn.functional.pad(embeddings, (0, 0, 1, -1))
         if self.config.variant == "running mean":  # the same over all tokens before it
