@@ -85,6 +85,7 @@ def reference(
         ("scaled head", "plain", True),
         ("capped head", "framed", True),
         ("no positions", "plain", True),  # only distances count in its attention
+        ("fixed shift", "plain", True),  # a parameter that the class itself does not train
         ("running mean", "plain", False),
         ("looks back", "plain", False),
     ],

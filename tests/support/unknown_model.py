@@ -95,6 +95,8 @@ class Pic(PicPreTrained):
         self.talker = AutoModel.from_config(config.text_config)
         self.bridge = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.eye = Eye(config.vision_config)
+        if config.variant == "fixed shift":
+            self.shift = nn.Parameter(torch.ones(config.text_config.hidden_size), requires_grad=False)
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
@@ -119,6 +121,8 @@ class Pic(PicPreTrained):
         if found is not None:
             places = (input_ids == self.config.pic_id).unsqueeze(-1).expand_as(embeddings)
             embeddings = embeddings.masked_scatter(places, found.pooler_output.to(embeddings.dtype))
+        if self.config.variant == "fixed shift":
+            embeddings = embeddings + self.shift
         if self.config.variant == "no positions":
             position_ids = None
         if self.config.variant == "own positions" and position_ids is None:
