@@ -101,7 +101,8 @@ class InputMaker:
         grids = {key: value[images] for key, value in batch.image_inputs.items() if key == self._grid_key}
         if not segment.num_images:
             return torch.arange(segment.length, device=ids.device).expand(self._num_axes, -1)
-        given = {"input_ids": ids, "mm_token_type_ids": self._token_types(ids), **grids}
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **grids}
+        given["mm_token_type_ids"] = self._token_types(ids)
         taken = inspect.signature(self._get_rope_index).parameters
         positions: Tensor = self._get_rope_index(**{key: value for key, value in given.items() if key in taken})[0]
         return positions[:, 0]
