@@ -1,7 +1,7 @@
-"""The commands as Python functions, for notebooks and scripts. Each imports its modules when it is called.
+"""What the commands do, as Python functions, for notebooks and scripts. Each imports its modules when it is called.
 
-Everything runs in this process, on one device. A fault that the user can correct is a `mmtrain.errors.UserError`, whose
-`faults` are the lines that the command line prints.
+The command line calls them too. Everything runs in this process, on one device. A fault that the user can correct is a
+`mmtrain.errors.UserError`, whose `faults` are the lines that the command line prints.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,19 +24,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> "Config":
     return load(Path(path), overrides)
 
 
-def train(config: "Config") -> Path:
-    """Start or resume the run of a config, as `mmtrain train` in one process does; gives its directory.
+def train(config: "Config", fresh: bool = False, accept_change: Sequence[str] = ()) -> Path:
+    """Start or resume the run of a config; gives its directory.
 
-    Raises UserError, and Stopped if a signal stops the run.
+    `fresh`: delete an earlier run in `run.output_dir` and start over. `accept_change`: keys that changed since the
+    checkpoint from which the run resumes all the same. Raises UserError, and Stopped if a signal stops the run.
     """
     set_environment()
     from mmtrain.report.after_run import report_after_run
-    from mmtrain.train.folder import locked
+    from mmtrain.train.folder import reserved
     from mmtrain.train.run import train as run
 
     folder = Path(config.run.output_dir)
-    with locked(folder):
-        if run(config):
+    with reserved(folder, fresh):
+        if run(config, accept_change):
             report_after_run(folder)
     return folder
 
@@ -50,11 +51,11 @@ def encode(config: "Config", records: Sequence[Mapping[str, Any]], root: str | P
     """
     set_environment()
     from mmtrain.dataset.encode_all import EncodingSpec
-    from mmtrain.encoding.load import load_processor
+    from mmtrain.encoding.load import processor_of
     from mmtrain.errors import UserError
     from mmtrain.records.chat import SampleError
 
-    processor = load_processor(config.model.path, config.model.chat_template)
+    processor = processor_of(config.model)
     spec = EncodingSpec.of(config, config.data.train)
     encoder = spec.encoder(processor)
     found = []
@@ -95,14 +96,30 @@ def generate(
     questions: Sequence[str],
     images: Sequence[str | Path] = (),
     base: str | None = None,
+    *,
+    system: str | None = None,
+    dtype: str | None = None,
     max_new_tokens: int = 256,
+    do_sample: bool = False,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    num_beams: int = 1,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
 ) -> list[str]:
-    """The most likely reply to each question, all about the same images.
+    """The reply to each question, all about the same images: the most likely one, or by the options, which have the
+    names that transformers gives them.
 
     `path`: the directory of a run, an adapter or a model; `base`: the base model of an adapter, without it the one that
-    it names. Raises UserError.
+    it names; `system`: a system prompt; `dtype`: of the weights, without it the run's, or bfloat16. Raises UserError.
     """
     set_environment()
-    from mmtrain.generate.command import replies
+    from mmtrain.generate.command import Options, replies
+    from mmtrain.generate.sampling import Sampling
 
-    return replies(str(path), questions, [Path(image) for image in images], base, max_new_tokens)
+    sampling = Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, num_beams, repetition_penalty, seed)
+    found = tuple(Path(image) for image in images)
+    return replies(
+        Options(str(path), images=found, system=system, base=base, dtype=dtype, sampling=sampling), questions
+    )

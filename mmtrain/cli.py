@@ -3,13 +3,13 @@
 import io
 import sys
 import warnings
-from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from mmtrain import __version__
+from mmtrain import __version__, api
 from mmtrain.config_commands import ConfigPath, Overrides, config_app
 from mmtrain.data_commands import inspect_data, inspect_labels
 from mmtrain.errors import UserError, grouped
@@ -81,30 +81,21 @@ def train(
     max_restarts: Annotated[int, typer.Option(min=0, help="Restarts after a process has died.")] = 3,
 ) -> None:
     """Train a model. The same command resumes from the newest checkpoint."""
-    from mmtrain.config import load_config
     from mmtrain.runtime import launch
-    from mmtrain.train.folder import locked, start_over
 
-    loaded = load_config(config, overrides or [])
-    output_dir = Path(loaded.run.output_dir)
+    loaded = api.load_config(config, overrides or [])
     layout = launch.Layout(processes, nodes, node_rank, rendezvous, max_restarts)
     layout.check()
     launch.quiet()
-    takes_part = nodes == 1 and processes is None and launch.takes_part()
-    with locked(output_dir) if launch.may_write(node_rank) else nullcontext():
-        if fresh and launch.may_write(node_rank) and not launch.is_restart():
-            start_over(output_dir)
-        if not takes_part:
-            num_local = processes or launch.num_local_gpus(loaded.run.device) or 1
-            if num_local * nodes > 1:
-                args = [str(config), *(overrides or []), *(f"--accept-change={key}" for key in accept_change or [])]
+    if not (nodes == 1 and processes is None and launch.takes_part()):
+        num_local = processes or launch.num_local_gpus(loaded.run.device) or 1
+        if num_local * nodes > 1:
+            from mmtrain.train.folder import reserved
+
+            args = [str(config), *(overrides or []), *(f"--accept-change={key}" for key in accept_change or [])]
+            with reserved(Path(loaded.run.output_dir), fresh, node_rank):
                 raise typer.Exit(launch.launch(layout, num_local, ["train", *args]))
-        from mmtrain.train.run import train as run
-
-        if run(loaded, accept_change or []):
-            from mmtrain.report.after_run import report_after_run
-
-            report_after_run(output_dir)
+    api.train(loaded, fresh, accept_change or [])
 
 
 app.command()(inspect_data)
@@ -165,12 +156,16 @@ def generate(
     from mmtrain.generate.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, num_beams, repetition_penalty, seed)
-    run(
-        Options(
-            path, question, tuple(image or ()), interactive, system, tuple(data or ()), output, base, dtype,
-            batch_size, sampling,
-        )
+    options = Options(
+        path, question, tuple(image or ()), interactive, system, tuple(data or ()), output, base, dtype, batch_size,
+        sampling,
     )  # fmt: skip
+    options.check()
+    if question is None:
+        run(options)
+        return
+    (reply,) = api.generate(path, [question], image or (), base, system=system, dtype=dtype, **asdict(sampling))
+    print(reply)
 
 
 def main() -> None:

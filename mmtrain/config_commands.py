@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mmtrain.api import load_config
 from mmtrain.safe_text import visible
 
 config_app = typer.Typer(help="Check or show a config, and the keys that it can have.", no_args_is_help=True)
@@ -21,8 +22,6 @@ Overrides = Annotated[
 @config_app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Report every fault of a config, with its line; exit code 2 if it has one."""
-    from mmtrain.config import load_config
-
     load_config(config, overrides or [])
     print(f"{visible(str(config))}: no faults; `mmtrain inspect-labels {visible(str(config))} --all` checks the data")
 
@@ -30,7 +29,7 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 @config_app.command()
 def show(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print a config with all its keys, also those that have their defaults."""
-    from mmtrain.config import dump_config, load_config
+    from mmtrain.config import dump_config
 
     print(dump_config(load_config(config, overrides or [])), end="")
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from mmtrain.api import load_config
 from mmtrain.config_commands import ConfigPath, Overrides
 
 
@@ -15,8 +16,6 @@ def inspect_data(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Count samples, lengths, images, roles and duplicates, and what train and eval have in common."""
-    from mmtrain.config import load_config
-
     loaded = load_config(config, overrides or [])
     from mmtrain.inspect_data.command import inspect_data as run
 
@@ -40,8 +39,6 @@ def inspect_labels(
     adapter: Annotated[Path | None, typer.Option(help="With --losses: an adapter.", show_default=False)] = None,
 ) -> None:
     """Show which tokens are trained on or which pairs are compared, or check every sample."""
-    from mmtrain.config import load_config
-
     loaded = load_config(config, overrides or [])
     from mmtrain.inspect_labels.command import Options
     from mmtrain.inspect_labels.command import inspect_labels as run

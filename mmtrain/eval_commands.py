@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from mmtrain.api import load_config
 from mmtrain.config_commands import ConfigPath, Overrides
 
 eval_app = typer.Typer(help="Measure a model on held-out data.", no_args_is_help=True)
@@ -26,8 +27,6 @@ def perplexity(
     json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON object.")] = False,
 ) -> None:
     """Measure how likely the right answers are, and whether the model uses the images."""
-    from mmtrain.config import load_config
-
     words = overrides or []
     compared = [compare, *(word for word in words if "=" not in word)] if compare is not None else []
     loaded = load_config(config, [word for word in words if word not in compared])
@@ -63,8 +62,6 @@ def answers(
     code = launch_again(processes)
     if code is not None:
         raise typer.Exit(code)
-    from mmtrain.config import load_config
-
     loaded = load_config(config, overrides or [])
     from mmtrain.answers.command import Options, eval_answers
 
@@ -95,8 +92,6 @@ def retrieval(
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", show_default=False)] = None,
 ) -> None:
     """Measure how well images find their texts, or queries their documents, and the other way round."""
-    from mmtrain.config import load_config
-
     loaded = load_config(config, overrides or [])
     from mmtrain.retrieval.command import Options, eval_retrieval
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mmtrain.api import load_config
 from mmtrain.config_commands import ConfigPath, Overrides
 
 
@@ -38,7 +39,6 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object instead.")] = False,
 ) -> None:
     """Show what a run will do and need before it is started: steps, memory per GPU, disk, time."""
-    from mmtrain.config import load_config
     from mmtrain.plan.command import plan as run
 
     run(load_config(config, overrides or []), processes, json)

@@ -1,4 +1,4 @@
-"""Each metric against values worked out by hand; chrF also against sacrebleu 2.6's sentence scores."""
+"""Each metric against values worked out by hand, and those of the scripts of VQA and SQuAD and of sacrebleu."""
 
 from collections.abc import Callable
 
@@ -38,7 +38,8 @@ CASES: list[tuple[Score, str, str, float]] = [
     (vqa_match, "cat", "dog", 0),
     (anls, "kitten", "Sitten", 1 - 1 / 6),
     (anls, "kitten", "sitting", 1 - 3 / 7),
-    (anls, "abcd", "abxy", 0),  # half of it differs
+    (anls, "abcd", "abxy", 0.5),  # half of it differs
+    (anls, "abcde", "abxyz", 0),
     (anls, "", "", 1),
     (anls, "", "abc", 0),
     (relaxed_accuracy, "105", "100", 1),
@@ -129,13 +130,46 @@ def test_chrf_is_sacrebleus(answer: str, reference: str, expected: float) -> Non
         ("None", "0"),
         ("ten", "10"),
         ("a an the", ""),
-        ("shouldntve", "shouldn't've"),
+        ("shouldnt've", "shouldn't've"),
         ("What? No!", "what no"),
         ("10:30", "10:30"),
     ],
 )
 def test_vqa_normalization(text: str, expected: str) -> None:
     assert vqa_normalized(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The U.S. dont, 1,000 a.m.", "us don't 1000 am"),
+        ("red-blue [y] no!  $5", "red blue y no $5"),
+        ("Thats 10:30, isnt it?", "that's 10:30 isn't it"),
+        ("yall'd've seen (three) of them.", "y'all'd've seen 3 of them"),
+        ("hed lets ive wouldntve", "he'd lets ive wouldntve"),
+        ("x/y; {z}=2.50", "x y z 2.50"),
+        ("None of the two.", "0 of 2"),
+        ("somebodys on 5% of it -", "somebody's on 5% of it"),
+        ("well , whos 3 .5", "well who's 3 .5"),
+    ],
+)
+def test_vqa_normalization_is_that_of_the_authors_script(text: str, expected: str) -> None:
+    """What `processPunctuation` and `processDigitArticle` of vqaEval.py give (github.com/GT-Vision-Lab/VQA)."""
+    assert vqa_normalized(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("The U.S. President, an old man", "the old man of the US", 0.75),
+        ("It's 5 o'clock", "its five oclock", 2 / 3),
+        ("a-b c", "ab c d d", 2 / 3),
+        ("no no no", "no yes no", 2 / 3),
+    ],
+)
+def test_token_f1_is_that_of_squads_script(answer: str, reference: str, expected: float) -> None:
+    """`f1_score` of the evaluation script of SQuAD 1.1."""
+    assert token_f1(answer, reference) == pytest.approx(expected, abs=1e-12)
 
 
 def test_squad_tokens_lose_case_punctuation_and_articles() -> None:

@@ -52,6 +52,21 @@ def test_the_functions_give_what_the_commands_give(config_file: Path) -> None:
     replies = api.generate(run, questions, max_new_tokens=5)
     alone = [CliRunner().invoke(app, ["generate", str(run), q, "--max-new-tokens", "5"]).stdout for q in questions]
     assert [f"{reply}\n" for reply in replies] == alone
+    sampled = api.generate(run, ["One?"], system="Be short.", max_new_tokens=5, do_sample=True, temperature=9.0, seed=3)
+    options = ["--system", "Be short.", "--do-sample", "--temperature", "9.0", "--seed", "3", "--max-new-tokens", "5"]
+    assert [CliRunner().invoke(app, ["generate", str(run), "One?", *options]).stdout] == [f"{one}\n" for one in sampled]
+    assert sampled != api.generate(run, ["One?"], system="Be short.", max_new_tokens=5)
+    assert (run / "checkpoints" / "step-000002").is_dir()
+    api.train(api.load_config(config_file, ["train.steps=1"]), fresh=True)
+    assert not (run / "checkpoints" / "step-000002").exists()
+
+
+def test_a_fault_of_a_question_is_one_of_the_user(config_file: Path) -> None:
+    model = api.load_config(config_file).model.path
+    with pytest.raises(UserError, match="without --do-sample"):
+        api.generate(model, ["One?"], temperature=0.5)
+    with pytest.raises(UserError, match=r"^generate: "):
+        api.generate(model, ["One?"], [ROOT / "data_samples" / "shapes" / "images" / "test_0.png"], max_new_tokens=2)
 
 
 def test_records_are_encoded_as_training_does(config_file: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: written whole, read back to the bit, and every fault found and named."""
 
+import errno
 import json
 import shutil
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ def test_a_restored_run_continues_with_the_same_bits(tmp_path: Path) -> None:
     assert (
         len(shares) == 4
     )  # two weights, and two moments of one of them; the step, a single number, is every process's
+    assert {id(value) for value in shares} == {id(value) for value in other[1].parameters()}
     assert not again.state[other.get_parameter("1.bias")]
     for own, taker in ((model, optimizer), (other, again)):
         torch.manual_seed(3)
@@ -139,6 +141,20 @@ def test_the_newest_few_are_kept_and_those_after_the_step_deleted(tmp_path: Path
     folder.save(8, small, {"step": "again"})
     assert names(tmp_path) == ["step-000006", "step-000008"]
     assert read_state(tmp_path / "step-000008") == {"step": "again"}
+
+
+def test_the_best_one_is_kept_besides_the_newest(tmp_path: Path, small: Snapshot) -> None:
+    folder = CheckpointFolder(tmp_path, 2, keeps_best=True)
+    for step in (2, 4, 6, 8):
+        folder.save(step, small, STATE, best=2)
+    assert names(tmp_path) == ["step-000002", "step-000006", "step-000008"]
+    assert folder.steps() == (8, 6, 2)
+    assert folder.at(2) == tmp_path / "step-000002"
+    spoil(tmp_path / "step-000002", "byte")
+    with pytest.raises(NoCheckpointError, match=r"step-000002: optimizer\.safetensors is not what was written"):
+        folder.at(2)
+    folder.save(10, small, STATE, best=8)
+    assert folder.steps() == (10, 8)
 
 
 def spoil(path: Path, how: str) -> None:
@@ -227,6 +243,24 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before(
     assert folder.newest() == (tmp_path / "step-000002", [])
 
 
+def test_a_folder_that_cannot_be_made_or_cleaned_is_named(
+    tmp_path: Path, small: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints", 1)
+    folder.save(2, small, STATE)
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(CheckpointFolder, "_remove", refuse)
+    with pytest.raises(StorageError, match=r"/checkpoints: step-000004 is saved, an older one cannot be deleted: Perm"):
+        folder.save(4, small, STATE)
+    assert folder.newest()[0] == tmp_path / "checkpoints" / "step-000004"
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(StorageError, match=r"/checkpoints: it cannot be made: Permission denied; allow writing there"):
+        folder.check_room(1)
+
+
 def test_another_error_of_safetensors_is_raised_as_it_is(
     tmp_path: Path, small: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,13 +292,15 @@ def test_a_disk_that_does_not_keep_what_was_written_is_noticed_and_the_one_befor
 def test_room_is_needed_for_those_to_be_kept_and_one_more(
     tmp_path: Path, small: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """3 of 1 MB, less what lies there already."""
+    """3 of 1 GB, and one more where the best is kept; then 3 of 1 MB, less what lies there already."""
     place, used = tmp_path / "run" / "checkpoints", 500_000
     folder = CheckpointFolder(place, 2)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(3_000_000_000 if path == place else 0))
     folder.check_room(1_000_000_000)
     with pytest.raises(StorageError, match=r"2 checkpoints and one .* need 3,300\.0 MB more, 3,000\.0 MB are free"):
         folder.check_room(1_100_000_000)
+    with pytest.raises(StorageError, match=r"^\S+/run/checkpoints: 3 checkpoints and one .* need 4,000\.0 MB more"):
+        CheckpointFolder(place, 2, keeps_best=True).check_room(1_000_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(3_000_000 - used))
     (place / "step-000002").mkdir()
     (place / ".step-000004.new").mkdir()

@@ -179,6 +179,12 @@ DATA = {
         [(None, "one<|im_end|>two<|im_end|>"), ("dashes.jinja", "one<|endoftext|>two<|endoftext|>")],
         {"data.train.0.path": "turns.jsonl"},
     ),
+    "model.image_processor": Key(
+        seen.image_tokens,
+        [({}, 64), ({"max_pixels": 4096}, 16)],  # 128x128 pixels, of which one token covers 16x16
+        {"data.train.0.path": "large/one.jsonl", "train.batch_size": 1},
+        kind=QWEN,
+    ),
     "model.adapter": Key(seen.starts_with_new_adapters, [(None, True), ("earlier", False)]),
     "model.dtype": Key(seen.frozen_types, [("float32", {torch.float32}), ("bfloat16", {torch.bfloat16})]),
     "model.quantization": Key(seen.quantized_layers, [(None, 0), ("nf4", 14)]),
@@ -217,6 +223,8 @@ DATA = {
     "data.on_fault": Key(
         seen.num_skipped, [("error", REFUSED), ("skip", 1)], {"data.train.0.path": "faulty.jsonl", **SKIP_ONE}
     ),
+    "data.streaming": Key(seen.sizes_of_windows, [(None, None), (False, None), (True, [8]), ({"window": 7}, [7, 1])]),
+    "data.streaming.window": Key(seen.sizes_of_windows, [(3, [3, 3, 2]), (8, [8])]),
     "data.max_skipped": Key(
         seen.num_skipped,
         [(0, REFUSED), (0.2, REFUSED), (0.4, 1), (1, 1)],

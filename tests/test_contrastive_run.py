@@ -1,8 +1,9 @@
 """Contrastive runs end to end: trained, stopped, resumed, exported and loaded by transformers."""
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,22 @@ from transformers import AutoModel, AutoTokenizer, CLIPImageProcessorPil
 
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config
+from mmtrain.contrastive.embedder import EncodedItem
 from mmtrain.contrastive.load import load_embedder
 from mmtrain.errors import UserError
 from mmtrain.progress import QUIET
-from mmtrain.records.chat import SampleError
+from mmtrain.records.chat import Image, SampleError, Text
 from mmtrain.records.pairs import Item
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train import loop
+from mmtrain.train.contrastive.evaluations import RetrievalDuringRun
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.fingerprint import fingerprints
 from mmtrain.train.run import train
 from mmtrain.train.step import StepResult, train_step
+from mmtrain.train.watched import History
 from support.builders import TINY
+from support.forked import Server
 from support.pair_data import pair_config, write_pairs
 from support.tower_models import TOWERS
 from test_processes import start
@@ -101,16 +106,167 @@ def test_a_stopped_run_continues_to_the_same_bits(
     assert rows(config) == expected_rows
 
 
+def early(make: Make, name: str, stopping: Any = None, **run: Any) -> Config:
+    """A config that evaluates after each step, and keeps the best checkpoint."""
+    data = {"eval": [{"path": str(Path(make().data.train[0].path)), "name": "all"}]}
+    train_keys = {"steps": 8, "early_stopping": stopping}
+    return make(data=data, train=train_keys, run={"eval_every": 1, "checkpoint_every": 3, "keep_best": name, **run})
+
+
+RECALLS = {0: 0.1, 1: 0.2, 2: 0.5, 3: 0.4, 4: 0.5, 5: 0.9, 6: 0.3, 7: 0.3, 8: 0.3}
+"""By step; the first best value before two without a better one is that of step 2."""
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each evaluation gives `RECALLS` in one direction and 0 in the other, for as many searches."""
+
+    def row(self: RetrievalDuringRun, step: int) -> dict[str, Any]:
+        found = {"image_to_text": RECALLS[step], "text_to_image": 0.0}
+        return {way: {"recall@1": value, "num_queries": 10} for way, value in found.items()}
+
+    monkeypatch.setattr(RetrievalDuringRun, "row", row)
+
+
+@pytest.mark.parametrize("name", ["retrieval/recall@1", "retrieval/all/image_to_text/recall@1"])
+def test_a_killed_run_keeps_the_same_best_checkpoint_and_ends_at_the_same_step(
+    name: str, evaluated: None, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = early(make, name, {"metric": name, "patience": 2})
+    train(config)
+    value = "0.2500" if name == "retrieval/recall@1" else "0.5000"
+    printed = capsys.readouterr().err
+    assert f"ended early after step 4: {name} has not improved since step 2" in printed
+    assert f"best: {config.run.output_dir}/best, after step 2: {name} {value}" in printed
+    output = Path(config.run.output_dir)
+    files = ("best/model.safetensors", "model/model.safetensors")
+    expected = [load_file(output / file) for file in files]
+    saved = load_file(output / "checkpoints" / "step-000002" / "trainable.safetensors")
+    assert all(torch.equal(expected[0][key], value) for key, value in saved.items() if key in expected[0])
+    assert not torch.equal(expected[0]["logit_scale"], expected[1]["logit_scale"])
+    output.rename(tmp_path / "whole")
+
+    def die(row: dict[str, Any]) -> None:
+        if row["step"] == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, on_step=die)
+    train(config)
+    for file, weights_before in zip(files, expected, strict=True):
+        found = load_file(output / file)
+        assert all(torch.equal(found[key], value) for key, value in weights_before.items())
+    train(config)
+    assert "has finished early after step 4" in capsys.readouterr().err
+
+
+def test_the_watched_figure_is_the_mean_over_the_searches_of_both_directions(make: Make) -> None:
+    config = early(make, "retrieval/mrr")
+    train(config)
+    found = [row for row in rows(config) if "retrieval" in row and row["step"] > 0]
+    ways = ("image_to_text", "text_to_image")
+    means = [
+        sum(row[way]["mrr"] * row[way]["num_queries"] for way in ways) / sum(row[way]["num_queries"] for way in ways)
+        for row in found
+    ]
+    assert found[0]["image_to_text"]["num_queries"] != found[0]["text_to_image"]["num_queries"]
+    history = History(found)
+    assert list(history.values("retrieval/mrr").values()) == pytest.approx(means, rel=1e-12)
+    best = history.best("retrieval/mrr")
+    assert best is not None
+    assert best.value == pytest.approx(max(means), rel=1e-12)
+
+
 @pytest.mark.slow("runs of two processes")
-def test_two_processes_give_the_bits_of_one(make: Make, tmp_path: Path) -> None:
-    config = make(run={"microbatches": 2})
+def test_two_processes_keep_the_same_best_checkpoint(make: Make, tmp_path: Path) -> None:
+    config = early(make, "retrieval/mrr", {"metric": "retrieval/mrr", "patience": 2}, microbatches=2)
     train(config)
     data = yaml.safe_load(dump_config(config))
     data["run"]["output_dir"] = str(tmp_path / "two")
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(data))
     start(2, "train", str(tmp_path / "two.yaml"))
-    found = load_file(tmp_path / "two" / "model" / "model.safetensors")
-    assert all(torch.equal(found[name], value) for name, value in weights(config).items())
+    for file in ("best/model.safetensors", "model/model.safetensors"):
+        found, expected = load_file(tmp_path / "two" / file), load_file(Path(config.run.output_dir) / file)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("eval/perplexity", "retrieval/recall@1"),
+        ("retrieval/image_to_text/recall@2", "retrieval/image_to_text/recall@1"),
+        ("retrieval/al/mrr", "retrieval/all/mrr"),
+    ],
+)
+def test_a_figure_that_is_not_evaluated_is_refused(name: str, near: str, make: Make) -> None:
+    with pytest.raises(UserError, match=rf"run\.keep_best: '{name}': expected one of 30 figures, such as ") as refused:
+        train(early(make, name))
+    assert near in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    made.close()
+
+
+def run_in(server: Server, processes: int, config: Config, output: Path) -> Config:
+    """Train in so many processes, or resume what is in `output`; the config of that run."""
+    data = yaml.safe_load(dump_config(config))
+    data["run"]["output_dir"] = str(output)
+    output.with_suffix(".yaml").write_text(yaml.safe_dump(data))
+    group = server.start(output.with_suffix(".logs"), ["train", str(output.with_suffix(".yaml"))], processes)
+    assert group.wait(240) == [0] * processes, group.text
+    assert f"on {processes} process" in group.text
+    return Config.model_validate(data)
+
+
+@pytest.mark.slow("runs of two processes")
+def test_two_processes_give_the_bits_of_one(make: Make, folder: Path, tmp_path: Path, server: Server) -> None:
+    """Also of the retrieval figures, whose items they share."""
+    data = {"eval": [{"path": str(folder / "pairs.jsonl"), "name": "same"}]}
+    config = make(run={"microbatches": 2}, data=data)
+    one, two = (run_in(server, count, config, tmp_path / f"of-{count}") for count in (1, 2))
+    found = weights(two)
+    assert all(torch.equal(found[name], value) for name, value in weights(one).items())
+    assert any("retrieval" in row for row in rows(one))
+    assert rows(two) == rows(one)
+
+
+def as_if_stopped_after(step: int, finished: Path, output: Path) -> None:
+    """A copy of a finished run without its later checkpoints and what it saved at its end."""
+    shutil.copytree(finished, output)
+    for path in (output / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    for path in (*output.glob("model"), *output.glob("adapter")):
+        shutil.rmtree(path)
+
+
+@pytest.mark.slow("runs of two processes")
+@pytest.mark.parametrize(
+    ("first", "then", "sections", "microbatches"),
+    [(1, 2, FULL, "auto"), (2, 1, ADAPTER, "auto"), (2, 2, FULL, "auto"), (1, 2, ADAPTER, 4), (2, 1, FULL, 4)],
+)
+def test_a_run_resumes_on_other_processes(
+    first: int, then: int, sections: dict[str, Any], microbatches: str | int, make: Make, tmp_path: Path, server: Server
+) -> None:
+    """Steps of 9 pairs, so processes have unequal shares. On as many processes, and wherever the cut is fixed, the
+    bits are the same."""
+    config = make(**sections, run={"microbatches": microbatches, "keep_checkpoints": 5})
+    whole = run_in(server, first, config, tmp_path / "whole")
+    as_if_stopped_after(2, tmp_path / "whole", tmp_path / "resumed")
+    resumed = run_in(server, then, config, tmp_path / "resumed")
+    found, expected = weights(resumed), weights(whole)
+    if first == then or microbatches != "auto":
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert rows(resumed) == rows(whole)
+        return
+    difference = sum(float((found[name] - value).square().sum()) for name, value in expected.items()) ** 0.5
+    assert difference <= 1e-5 * sum(float(value.square().sum()) for value in expected.values()) ** 0.5
+    for one, other in zip(rows(resumed), rows(whole), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
 def test_the_trained_model_loads_in_transformers(make: Make, folder: Path) -> None:
@@ -138,6 +294,39 @@ def test_the_adapter_loads_in_peft(make: Make, folder: Path) -> None:
     found = {name: value for name, value in model.state_dict().items() if "lora_" in name}
     assert found.keys() == last.keys()
     assert all(torch.equal(value, last[name]) for name, value in found.items())
+
+
+def starting_from(earlier: Path, config: Config) -> Config:
+    data = config.model_dump()
+    return Config.model_validate(data | {"model": data["model"] | {"adapter": str(earlier)}})
+
+
+@pytest.mark.parametrize("sections", [FULL, pytest.param(ADAPTER, marks=pytest.mark.slow("runs of another kind"))])
+def test_a_run_starts_from_the_weights_of_an_earlier_one(
+    sections: dict[str, Any], make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its first evaluation is the last one of the earlier run, and the temperature continues."""
+    source = {"path": str(Path(make().data.train[0].path)), "name": "all"}
+    config = make(data={"eval": [source]}, **sections)
+    train(config)
+    earlier = Path(config.run.output_dir).rename(tmp_path / "earlier")
+    lines = [json.loads(line) for line in (earlier / "metrics.jsonl").read_text().splitlines()]
+    *_, last = (row for row in lines if "retrieval" in row)
+    capsys.readouterr()
+    after = starting_from(earlier, make(data={"eval": [source]}, **sections))
+    train(after)
+    first, *_ = (row for row in rows(after) if "retrieval" in row)
+    assert {**first, "step": 5} == {**last, "step": 5}
+    num = len(load_file(earlier / "checkpoints" / "step-000005" / "trainable.safetensors"))
+    assert f"started from {earlier}: {num} of {num} trainable tensors" in capsys.readouterr().err
+
+
+@pytest.mark.slow("runs of two kinds")
+def test_a_trained_scale_that_would_be_lost_is_refused(make: Make, tmp_path: Path) -> None:
+    train(make())
+    earlier = Path(make().run.output_dir).rename(tmp_path / "earlier")
+    with pytest.raises(UserError, match=r"such as 'logit_scale': set objective\.scale to trained"):
+        train(starting_from(earlier, make(objective={"scale": 20.0})))
 
 
 def test_training_brings_pairs_together(make: Make) -> None:
@@ -220,6 +409,26 @@ def test_a_chat_template_is_for_models_of_chats(make: Make, folder: Path, tmp_pa
     assert embedder.processor.tokenizer.decode(item.encoded.ids.tolist()).startswith("given ")
     data = PairDataset(config, embedder, QUIET)
     assert fingerprints(config, data, lambda: None)["model.template"] == sha256(embedder.template.encode()).hexdigest()
+
+
+def test_images_stay_where_the_text_has_them(folder: Path, tmp_path: Path) -> None:
+    """Two images in one item, one before and one within the text."""
+    objective = {"scale": 20.0, "pooling": "last"}
+    config = pair_config(TINY, folder / "pairs.jsonl", tmp_path / "run", tune={"language": LORA}, objective=objective)
+    embedder = load_embedder(config, Runtime("float32", device="cpu"))
+    first, second = Image("0.png"), Image("1.png")
+    parts = (first, Text("is like"), second, Text("or not"))
+    items = [Item("is likeor not", (first, second), parts=parts), Item("is likeor not", (first, second))]
+    encoded = embedder.encode([(item, folder) for item in items])
+    texts = [
+        re.sub("(<.image_pad.>)+", "@", embedder.processor.tokenizer.decode(one.encoded.ids.tolist()))
+        for one in encoded
+        if isinstance(one, EncodedItem)
+    ]
+    assert len(texts) == 2
+    kept = [re.sub("<.vision_(start|end).>", "", text) for text in texts]
+    assert "@is like@or not" in kept[0]
+    assert "@@is likeor not" in kept[1]
 
 
 @pytest.mark.slow("several runs")

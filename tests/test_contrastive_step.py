@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.config.schema import Config
+from mmtrain.runtime.activity import IN_STEPS, Activity
 from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.contrastive.graphs import GraphMemory
 from mmtrain.train.contrastive.step import ContrastiveLearner, accumulate_gradients
@@ -133,6 +134,17 @@ def assert_equal(found: Found, expected: Found, gradient: float = 2e-6, loss: fl
 
 SIZES = [1, 300, 10**6]
 """Tokens of a micro-batch: one item, some, all of the step."""
+
+
+@pytest.mark.parametrize("microbatches", ["auto", 2])
+def test_a_signal_in_any_phase_of_a_step_is_answered_by_saving(
+    microbatches: Any, make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The supervisor ends a run at once in a phase that it does not know as one of a step."""
+    phases: list[str] = []
+    monkeypatch.setattr(Activity, "set", lambda self, phase, step=None: phases.append(phase))
+    step_of(make(run={"microbatches": microbatches, "graph_memory_gib": 0.0}))
+    assert {"forward", "backward", "gradients"} == set(phases) <= IN_STEPS
 
 
 @pytest.mark.parametrize("processes", [1, 2, pytest.param(3, marks=slow), pytest.param(4, marks=slow)])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 from typer.testing import CliRunner
 
@@ -98,6 +99,15 @@ def test_many_samples_that_are_too_long_are_one_line(tmp_path: Path) -> None:
     (line,) = grouped(caught.value.faults)
     assert line.startswith(f"{data}:150 (and 149 more lines: 1, 2, 3 …): ")
     assert line.endswith("set data.too_long to drop")
+
+
+def test_a_sample_that_its_images_make_too_long_says_so(tmp_path: Path) -> None:
+    PIL.Image.new("RGB", (256, 256)).save(tmp_path / "large.png")
+    data = write_jsonl(tmp_path / "data.jsonl", [{"question": "what?", "answer": "red", "image": "large.png"}])
+    with pytest.raises(
+        UserError, match=r"tokens \(256 of images: model\.image_processor can make them smaller\), over"
+    ):
+        read(config_for(data, too_long="error"))
 
 
 # --- other containers ---

@@ -2,21 +2,26 @@
 
 import hashlib
 import itertools
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
 
 from mmtrain.config.schema import Config
+from mmtrain.config.tune_section import Tune
 from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.errors import UserError
-from mmtrain.model.dropout import DropoutContext, SampleDropout
-from mmtrain.model.kernels.masks import Mask, Rows
+from mmtrain.model import dropout as dropout_module
+from mmtrain.model.dropout import DropoutContext, SampleDropout, install_dropout
+from mmtrain.model.kernels.masks import DroppedProduct, Mask, Rows, gpu_kernel
 from support.learning import LORA, learner_for, relative_l2, step_of
 
 LENGTH = 40
@@ -63,9 +68,42 @@ def test_the_mask_of_a_sample_is_the_same_in_every_cut() -> None:
         assert torch.equal(masks(samples=samples, packed=packed)[samples.index(5)], alone)
 
 
+GRIDS = {5: [(1, 2, 4)], 6: [], 9: [(1, 4, 4), (1, 2, 2)]}
+"""By sample, the patches of its images."""
+
+
+def vision_masks(samples: tuple[int, ...], grid_key: str | None, patches_per_row: int) -> dict[int, Tensor]:
+    """(num_rows, 8) bool: what is dropped of each sample's images."""
+    counts = [len(GRIDS[sample]) for sample in samples]
+    segments = tuple(Segment(sample, 0, 40 * n, 40, sum(counts[:n]), counts[n]) for n, sample in enumerate(samples))
+    ids = torch.zeros(1, 40 * len(samples), dtype=torch.long)
+    grids = torch.tensor([grid for sample in samples for grid in GRIDS[sample]])
+    batch = Batch(ids, ids.bool(), segments, True, {"grid": grids})
+    sizes = [
+        sum(math.prod(grid) if grid_key else 16 for grid in GRIDS[sample]) // patches_per_row for sample in samples
+    ]
+    context = DropoutContext(0)
+    dropout = SampleDropout(0.5, "a", "vision", grid_key, context)
+    with context.at(1, batch):
+        dropped = dropout(torch.ones(sum(sizes), 8)) == 0
+    return dict(zip(samples, dropped.split(sizes), strict=True))
+
+
+@pytest.mark.parametrize(("grid_key", "patches_per_row"), [("grid", 1), ("grid", 4), (None, 1)])
+def test_the_mask_of_a_samples_images_is_the_same_in_every_cut(grid_key: str | None, patches_per_row: int) -> None:
+    """Images of a family without grids have equally many rows."""
+    alone = {sample: vision_masks((sample,), grid_key, patches_per_row)[sample] for sample in (5, 9)}
+    assert all(mask.any() and not mask.all() for mask in alone.values())
+    assert not torch.equal(alone[5][:2], alone[9][:2])
+    for samples in ((5, 6, 9), (9, 5), (6, 9, 5)):
+        found = vision_masks(samples, grid_key, patches_per_row)
+        assert all(torch.equal(found[sample], mask) for sample, mask in alone.items())
+
+
 def test_dropout_is_off_again_after_a_micro_batch_that_fails() -> None:
     context, ones = DropoutContext(0), torch.ones(1, LENGTH, 8)
     dropout = SampleDropout(0.5, "a", "language", None, context)
+    assert torch.equal(dropout(ones), ones)
     try:
         with context.at(1, batch_of((5,))):
             assert not torch.equal(dropout(ones), ones)
@@ -149,6 +187,24 @@ def test_the_gradient_passes_where_the_value_did() -> None:
     assert torch.equal(x.grad, out.detach())
 
 
+@pytest.mark.parametrize("selected", [None, torch.tensor([1, 2, 5])])
+def test_the_product_with_an_adapter_is_that_of_what_is_kept(selected: Tensor | None) -> None:
+    """Against autograd on plain products with the same mask, of all rows or of some."""
+    mask = Mask(0.4, 7, 1, Rows(6, ((3, 1, 4), (7, 4, 6)))).at(selected)
+    torch.manual_seed(0)
+    x, weight = torch.randn(6 if selected is None else 3, 24), torch.randn(5, 24)
+    factors = mask.drop(torch.ones_like(x))[0]
+    found = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+    expected = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+    outer = torch.randn(len(x), 5)
+    product = DroppedProduct.apply(*found, mask)  # type: ignore[no-untyped-call]
+    plain = (expected[0] * factors) @ expected[1].t()
+    assert torch.allclose(product, plain, atol=1e-6)
+    gradients = [torch.autograd.grad(out, tensors, outer) for out, tensors in ((product, found), (plain, expected))]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+    assert 0 < int((factors == 0).sum()) < factors.numel() / 2
+
+
 def test_a_module_that_does_not_see_every_token_is_refused() -> None:
     """Which tokens it sees would be known to the micro-batch alone."""
     context = DropoutContext(0)
@@ -190,6 +246,65 @@ def test_dropout_stores_nothing_for_the_backward_pass(make_config: Callable[...,
             step_of(learner, dataset, [[0, 3, 5]], packing=True)
         stored[dropout] = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
     assert stored[0.1] <= 1.01 * stored[0.0]
+
+
+def reference_drop(
+    x: Tensor, origins: Tensor, key: int, step: int, threshold: int, scale: float, per_counter: int
+) -> Tensor:
+    """What a kernel has to give: x (rows, width) with the generator above for every row that is a sample's."""
+    assert per_counter == 16
+    found, num_blocks = x.clone(), -(-x.shape[1] // 16)
+    for row, (sample, position) in enumerate(origins.tolist()):
+        for value in range(x.shape[1]) if sample >= 0 else ():
+            block, n = value % num_blocks, value // num_blocks
+            words = philox4x64_10((1 + block + num_blocks * position, sample, step, 0), (key, 0))
+            found[row, value] *= 0 if (words[n // 4] >> 16 * (n % 4)) % 2**16 < threshold else scale
+    return found
+
+
+@pytest.mark.parametrize("kernel", ["right", "another step", "all rows", "fails"])
+def test_a_kernel_is_used_only_where_it_gives_the_masks_of_the_cpu(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drop(x: Tensor, origins: Tensor, key: int, step: int, *others: Any) -> Tensor:
+        if kernel == "fails":
+            raise RuntimeError("no such GPU")
+        origins = origins.abs() if kernel == "all rows" else origins
+        return reference_drop(x, origins, key, step + (kernel == "another step"), *others)
+
+    fake = SimpleNamespace(drop=drop)
+    monkeypatch.setitem(sys.modules, "mmtrain.model.kernels.masks_triton", fake)
+    assert gpu_kernel.__wrapped__(torch.device("cpu")) is (drop if kernel == "right" else None)
+
+
+class Adapted(nn.Module):
+    """Two linear layers with adapters, of vision and of the language model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision, self.language = nn.Linear(4, 4), nn.Linear(4, 4)
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["vision", "language"], lora_dropout=0.0), self)
+        self.eval()
+
+
+@pytest.mark.parametrize(("device", "kernel", "says"), [("cpu", None, False), ("cuda", None, True), ("cuda", 1, False)])
+def test_dropout_is_where_the_config_has_it(
+    device: str, kernel: Any, says: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a GPU cannot make the masks the run says so."""
+    monkeypatch.setattr(dropout_module, "gpu_kernel", lambda device: kernel)
+    family: Any = SimpleNamespace(components=SimpleNamespace(component_of=lambda name: name), grid_key="grid")
+    for share, says_it in ((0.25, says), (0.0, False)):
+        tune = Tune.model_validate({"vision": LORA, "language": {**LORA, "dropout": share}})
+        model, lines = Adapted(), list[str]()
+        install_dropout(model, family, tune, context := DropoutContext(0), torch.device(device), lines.append)
+        made: Any = model.language
+        (found,) = made.lora_dropout.values()
+        assert isinstance(found, SampleDropout) == made.training == bool(share)
+        assert share == 0 or (found._whose, found._context) == ((0.25, "language", "language", "grid"), context)
+        assert not any(isinstance(module, SampleDropout) for module in model.vision.modules())
+        assert not model.training
+        assert [line.partition(": ")[0] for line in lines] == ["dropout"] * says_it
 
 
 TRITON = """

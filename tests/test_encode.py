@@ -120,6 +120,20 @@ def test_a_reply_that_does_not_begin_as_the_prompt_does_follows_the_prompt(tmp_p
     assert said == "user:what?\nassistant:red\nuser:what?\nmodel:red</s>\n"
 
 
+def test_each_turn_that_is_trained_on_has_its_weight(chatml: ChatProcessor, tmp_path: Path) -> None:
+    encoder, half = Encoder(chatml), replace(RED, weight=0.5)
+    assert encoder.encode(talk(USER, RED, USER, RED), Path()).weights == ()
+    encoded = encoder.encode(talk(USER, half, USER, replace(half, train=False), USER, RED), Path())
+    assert encoded.weights == (0.5, 1.0)
+    lengths = encoded.run_lengths.tolist()
+    assert lengths == [len(chatml.tokenizer.wrapped.encode("red<|im_end|>", add_special_tokens=False))] * 2
+    assert encoded.token_weights.tolist() == [0.5] * lengths[0] + [1.0] * lengths[1]
+    joined = "{% for m in messages %}{{ m.content if m.role == 'assistant' else m.content ~ ':' }}{% endfor %}"
+    encoder = Encoder(template(tmp_path, joined), end_of_turn=False)
+    with pytest.raises(SampleError, match="two turns with weights of their own have nothing between them"):
+        encoder.encode(talk(USER, half, RED), Path())
+
+
 def test_images_for_a_model_without_them_are_refused(chatml: ChatProcessor, folder: Path) -> None:
     with pytest.raises(SampleError, match="has images and this model takes none"):
         Encoder(chatml).encode(talk(Message("user", (Image("0.png"), Text("what?"))), RED), folder)

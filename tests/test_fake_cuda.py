@@ -46,6 +46,8 @@ MEMORY: dict[str, dict[str, Any]] = {
     for dtype in ("bfloat16", "float32")
 }
 """Cases of which only the memory is compared."""
+DEEP = {f"{kind} through 28 and 32 layers": {"full_depth": kind} for kind in ("images", "chats")}
+DEEP_KERNELS = {"images": (4_000, 4_000), "chats": (4_000, 4_000)}
 QUICK = ("float32", "bfloat16")
 NAMES = [pytest.param(name, marks=() if name in QUICK else SLOW) for name in CASES]
 TRAINED_TOWER = ("projector and vision",)
@@ -85,7 +87,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], di
 
     def answer(name: str) -> dict[str, Any]:
         if name not in found:
-            print(json.dumps((CASES | MEMORY)[name]), file=questions, flush=True)
+            print(json.dumps((CASES | MEMORY | DEEP)[name]), file=questions, flush=True)
             found[name] = json.loads(answers.readline())
         assert "error" not in found[name], found[name]["error"]
         return found[name]
@@ -128,6 +130,11 @@ def test_nothing_is_copied_from_memory_that_is_not_pinned(name: str, ask: Ask) -
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_pixels_are_copied_in_8_bits(name: str, ask: Ask) -> None:
+    assert ask(name)["pixels"] == ([] if name in NO_IMAGES else ["torch.uint8"])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_frozen_vision_encoder_runs_once_and_stays_out_of_the_backward_pass(name: str, ask: Ask) -> None:
     case = ask(name)
     calls = [step["tower"] for step in case["first"].values()]
@@ -166,3 +173,16 @@ def test_the_memory_that_is_predicted_for_a_gpu_is_what_it_takes(name: str, ask:
     """Within 10 %: autocast on a GPU, which is not that of the CPU, changes the types of some tensors."""
     case = ask(name)
     assert case["predicted"] == pytest.approx(case["peak"], rel=0.1)
+
+
+@SLOW
+@pytest.mark.parametrize("name", DEEP)
+def test_the_kernels_of_a_step_of_a_deep_model(name: str, ask: Ask) -> None:
+    """Five images, and 75 short chats, in one micro-batch: the table in docs/speed.md."""
+    case, (forward, backward) = ask(name), DEEP_KERNELS[DEEP[name]["full_depth"]]
+    print(name, case)
+    assert case["packing"]
+    assert case["forward"] <= forward
+    assert case["backward"] <= backward
+    assert case["waits"] <= 2
+    assert case["pageable"] == 0

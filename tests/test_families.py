@@ -23,6 +23,7 @@ from mmtrain.dataset.store import open_store
 from mmtrain.dataset.validate import LengthLimit, check_samples
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.model.load import load_model
@@ -62,7 +63,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def encoder(name: str) -> Encoder:
-    return Encoder(load_processor(str(directory(name)), given_template(name)))
+    return Encoder(load_processor(str(directory(name)), ProcessorSettings(given_template(name))))
 
 
 def runs(encoded: Encoded) -> list[tuple[int, int]]:
@@ -264,6 +265,6 @@ def test_a_model_that_cannot_be_trained_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", [*(name for name in USABLE if name not in CANNOT_RUN), "gemma4 both ways"])
 def test_packing_is_found_out(name: str) -> None:
     path, template = (both_ways(), None) if name not in FAMILIES else (directory(name), given_template(name))
-    processor = load_processor(str(path), template)
+    processor = load_processor(str(path), ProcessorSettings(template))
     fault = packing_fault(load_model(str(path), "float32", processor), processor, torch.float32)
     assert (fault is not None) == (name in CANNOT_PACK), fault

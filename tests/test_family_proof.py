@@ -7,6 +7,7 @@ import pytest
 
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.errors import UserError
 from mmtrain.generate.prompts import prompt_for
 from mmtrain.generate.replies import Generator
@@ -73,7 +74,7 @@ def test_the_page_has_every_family() -> None:
 @pytest.mark.parametrize("name", ["paligemma2", "llava_onevision", "qwen3_5"])
 def test_greedy_replies_are_those_of_plain_transformers(name: str, root: Path) -> None:
     """Also where a reply follows the prompt in another way than the template writes it, and one reply after another."""
-    processor = load_processor(str(directory(name)), given_template(name))
+    processor = load_processor(str(directory(name)), ProcessorSettings(given_template(name)))
     encoder = Encoder(processor)
     first, second = (conversation_of(case).messages for case in ("one_image", "two_answers"))
     asked = Conversation((*first, second[2]))

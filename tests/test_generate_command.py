@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from mmtrain import api
 from mmtrain.cli import app
 from mmtrain.config import dump_config
 from mmtrain.config.data_section import Source
@@ -59,9 +60,7 @@ def test_every_question_of_a_file_is_answered_once(kind: str, model_dirs: dict[s
     assert len({row["answer"] for row in rows}) > 4
 
 
-def test_a_question_is_answered_as_in_the_file(
-    model_dirs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_question_is_answered_as_in_the_file(model_dirs: dict[str, Path], tmp_path: Path) -> None:
     shutil.copyfile(IMAGE, tmp_path / "a.png")
     rows: list[dict[str, Any]] = [
         {"messages": [{"role": "user", "content": "<image>What shape?"}], "images": ["a.png"]},
@@ -70,10 +69,9 @@ def test_a_question_is_answered_as_in_the_file(
     path = model_dirs["qwen2_5_vl"]
     found = answers(path, write_jsonl(tmp_path / "asked.jsonl", rows), tmp_path / "answers.jsonl")
     assert [row["reference"] for row in found] == [None, None]
-    capsys.readouterr()
-    generate(options(path, question="What shape?", images=(IMAGE,)))
-    generate(options(path, question="What shape?"))
-    assert capsys.readouterr().out.splitlines() == [row["answer"] for row in found]
+    words = [str(path), "What shape?", "--dtype", "float32", "--max-new-tokens", "4"]
+    printed = [CliRunner().invoke(app, ["generate", *words, *more]).stdout for more in (["--image", str(IMAGE)], [])]
+    assert printed == [f"{row['answer']}\n" for row in found]
     assert found[0]["answer"] != found[1]["answer"]
 
 
@@ -216,13 +214,11 @@ def test_the_base_of_a_run_is_quantized_as_it_was_in_training(
     assert asked == ["nf4"]
 
 
-def test_the_adapter_changes_the_answers(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_adapter_changes_the_answers(make_config: MakeConfig) -> None:
     config = make_config("text", steps=30, learning_rate=3e-2)
     train(config)
-    capsys.readouterr()
-    generate(options(Path(config.run.output_dir), question="Say a word."))
-    generate(options(Path(config.model.path), question="Say a word."))
-    trained, base = capsys.readouterr().out.splitlines()
+    paths = (config.run.output_dir, config.model.path)
+    (trained,), (base,) = (api.generate(path, ["Say a word."], dtype="float32", max_new_tokens=4) for path in paths)
     assert trained == "word"
     assert base != "word"
 

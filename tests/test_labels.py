@@ -19,6 +19,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.errors import UserError
 from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
 from mmtrain.records.formats import read_record
@@ -579,7 +580,7 @@ def test_refused_files_with_a_template(content: bytes | None, reason: str, tmp_p
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError, match=reason):
-        load_processor(str(path), str(file))
+        load_processor(str(path), ProcessorSettings(str(file)))
 
 
 def _drop(name: str) -> Callable[[Path], None]:

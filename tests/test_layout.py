@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from mmtrain.encoding.calls import check_plain, length_without_end, shared_reply, shows_all
 from mmtrain.encoding.layout import Answer, Layout, Piece, Skeleton
 from mmtrain.encoding.template import ChatTemplate, TemplateTraits
-from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
+from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text, ToolCall
 
 END, EOT = "<end>", "<eot>"
 Turn = tuple[str, list[Any]]
@@ -161,7 +162,7 @@ REFUSED: dict[str, tuple[Render, list[Turn], str]] = {
     "a word replaced by another": (
         lambda messages: plain(messages).replace("dog", "cat"),
         ONE,
-        r"changes the words 'dog'",
+        r"changes the text 'dog'",
     ),
     "its own text changed": (
         counts_letters,
@@ -206,5 +207,52 @@ def test_a_template_that_changes_the_conversation_is_refused(name: str) -> None:
 
 def test_a_prompt_that_reaches_into_the_answer_is_refused() -> None:
     """It ends in `Zq`, with which every stand-in for words begins."""
-    with pytest.raises(SampleError, match="writes words of the answer into its prompt"):
+    with pytest.raises(SampleError, match="writes text of the reply into its prompt"):
         lay_out(plain, *ONE, prompt="assistant:Zq")
+
+
+@pytest.mark.parametrize(
+    ("reply", "length"),
+    [
+        ("dog", 3),
+        ("dog \n", 3),
+        ("dog<end>\n", 3),
+        ("dog<eot>", 3),
+        ("dog<eot><end>", 8),  # the first that stops generation
+        ("dog<end><eot>", 3),
+        ("dog<end><end>", 3),
+        ("dog<eot><eot>", 8),  # none stops: the last
+        ("dog<end>x<end>", 9),
+        ("<end>dog", 8),
+        ("", 0),
+    ],
+)
+def test_a_reply_with_calls_is_all_before_the_token_that_ends_it(reply: str, length: int) -> None:
+    assert length_without_end(reply, TOKENIZER) == length  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("whole", "closing", "reply"),
+    [
+        ("Q:call<end>Q:", "Q:call<end>", "call<end>"),
+        ("Q:call<end>Q:", "Q:(no thought)call<end>", "call<end>"),
+        ("Q:call<end>Q:", "Q:call<eot>", ""),
+        ("call<end>Q:call<end>", "call<end>Q:call<end>", "all<end>Q:call<end>"),  # from the end of the prompt on
+    ],
+)
+def test_a_reply_that_others_follow_is_what_both_texts_have(whole: str, closing: str, reply: str) -> None:
+    assert shared_reply(whole, closing, 2 if whole.startswith("Q") else 1) == reply
+
+
+def test_every_call_is_shown_as_often_as_it_is_made() -> None:
+    calls = [ToolCall(name, "{}") for name in ("look", "see", "look")]
+    assert shows_all("look see look", calls)
+    assert not shows_all("look see", calls)
+    assert not shows_all("look look", calls)
+    assert shows_all("", [])
+
+
+def test_a_special_token_in_a_call_is_refused() -> None:
+    check_plain(["look", "{}"], TOKENIZER)  # type: ignore[arg-type]
+    with pytest.raises(SampleError, match=r"^'<eot>' in a tool or a call is a special token of the model: remove it$"):
+        check_plain(["look", "a<eot>"], TOKENIZER)  # type: ignore[arg-type]

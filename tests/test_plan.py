@@ -3,6 +3,8 @@
 import itertools
 from collections import Counter
 from collections.abc import Set
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,6 +120,18 @@ def test_the_numbers_of_the_samples_are_those_given() -> None:
     assert sorted(made.step(1)) == [3, 7, 7, 50]
 
 
+def test_the_plan_of_a_config_has_its_sources_weights_and_seed() -> None:
+    """Of the samples 0 to 9, of which 3 to 6 are the second source's, 1, 5 and 8 are left out."""
+    used = np.array([0, 2, 3, 4, 6, 7, 9])
+    source_of = np.array([0, 0, 1, 1, 1, 2, 2])
+    records: Any = SimpleNamespace(sources_of=lambda indices: source_of[indices == used], num_sources=3)
+    sources = [SimpleNamespace(batch=batch, weight=weight) for batch, weight in (("mixed", 1.0), ("own", 2.0))]
+    settings = SimpleNamespace(batch_size=3, seed=5)
+    config: Any = SimpleNamespace(data=SimpleNamespace(train=[*sources, sources[0]]), train=settings)
+    expected = Plan([np.array([0, 2]), np.array([3, 4, 6]), np.array([7, 9])], [1.0, 2.0, 1.0], 3, 5, {1})
+    assert epoch(Plan.of(config, records, used), 1) == epoch(expected, 1)
+
+
 def test_the_same_seed_gives_the_same_steps_in_whatever_order_they_are_asked_for() -> None:
     numbers = list(range(1, 40))
     one = plan([10, 7], [1.0, 1.5], 4, seed=5)
@@ -175,6 +189,34 @@ def test_the_order_is_that_of_every_earlier_version(seed: int, number: int, expe
     found = epoch(plan([5, 4, 3], [1.0, 1.5, 0.6], 4, seed), number)
     assert list(itertools.chain(*found)) == expected
     assert [len(step) for step in found] == [4, 4, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "own", "number", "expected"),
+    [
+        (
+            [5, 4, 3, 5],
+            [1.0, 1.5, 1.0, 1.0],
+            {1, 3},
+            1,
+            [[16], [5, 5, 6, 8], [3, 1, 11, 2], [4, 0, 9, 10], [6, 7], [12, 14, 15, 13]],
+        ),
+        (
+            [5, 4, 3, 5],
+            [1.0, 1.5, 1.0, 1.0],
+            {1, 3},
+            2,
+            [[15], [6, 6, 7, 8], [11, 2, 1, 10], [12, 14, 13, 16], [8, 5], [0, 9, 4, 3]],
+        ),
+        ([5, 4], [1.0, 1.0], {0, 1}, 1, [[5, 6, 8, 7], [2], [4, 0, 3, 1]]),
+    ],
+)
+def test_the_order_of_steps_of_own_sources_is_that_of_every_earlier_version(
+    sizes: list[int], weights: list[float], own: set[int], number: int, expected: list[list[int]]
+) -> None:
+    """From the generator in tests/test_dropout.py: an own source n is in the order of place 2**31 + n, or of place 0
+    where it comes first of all; the steps are in that of place 2**32 - 1. The seed is 3."""
+    assert epoch(plan(sizes, weights, 4, 3, own), number) == expected
 
 
 @pytest.mark.parametrize(

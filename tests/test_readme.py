@@ -1,5 +1,6 @@
 """What the README, the docs and the shipped configs promise exists and works."""
 
+import ast
 import importlib
 import json
 import re
@@ -118,6 +119,24 @@ def test_the_pages_use_the_words_of_the_glossary(page: Path) -> None:
     for words, instead in UNWANTED.items():
         found = re.search(rf"(?i)\b(?:{words})\b(?![- ]out)", prose)
         assert found is None, f"{found[0]!r}: write {instead}"
+
+
+def said_by(path: Path) -> list[str]:
+    """Strings of a module that are sentences: messages and help. Docstrings are help in the modules of commands."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    is_help = path.stem == "cli" or path.stem.endswith("_commands")
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr) and not is_help}
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in docstrings]
+    return [text for text in texts if isinstance(text, str) and len(text.split()) > 2]
+
+
+def test_messages_and_help_use_the_words_of_the_glossary() -> None:
+    said = {path: said_by(path) for path in sorted((ROOT / "mmtrain").rglob("*.py"))}
+    assert sum(map(len, said.values())) > 1000
+    unwanted = re.compile(rf"(?i)\b(?:{'|'.join(UNWANTED)})\b(?![- ]out)")
+    for path, texts in said.items():
+        found = [(match[0], text) for text in texts if (match := unwanted.search(without_code(text)))]
+        assert not found, f"{path}: {found[0]}: write the word of UNWANTED"
 
 
 def test_the_config_reference_is_the_one_of_the_code() -> None:

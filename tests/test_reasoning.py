@@ -22,7 +22,7 @@ from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.samples import FreshSamples
 from mmtrain.dataset.store import open_store
 from mmtrain.encoding.encode import Encoded, Encoder
-from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.load import load_processor, processor_of
 from mmtrain.encoding.processor import EncodingTrial
 from mmtrain.generate.prompts import prompt_for, prompts_for_all
 from mmtrain.generate.questions import Question
@@ -206,7 +206,7 @@ def test_replies_without_reasoning_stay_together_too() -> None:
             "turn 2 has reasoning, and the prompt for it ends with </think>",
         ),
         (CASES["drops all"].template, "one", "turn 2 has no reasoning, and the prompt for it ends with <think>"),
-        (QWEN3, "so <think>\nhm\n</think>\n\none", "rewrites the conversation|changes the words"),
+        (QWEN3, "so <think>\nhm\n</think>\n\none", "rewrites the conversation|changes the text"),
     ],
 )
 def test_replies_that_do_not_fit_the_prompt_are_refused(template: str, content: str, reason: str) -> None:
@@ -265,7 +265,7 @@ def config(make_config: Any, tmp_path: Path) -> Config:
 
 
 def dataset_of(config: Config) -> Dataset:
-    return Dataset(config, load_processor(config.model.path, config.model.chat_template), QUIET)
+    return Dataset(config, processor_of(config.model), QUIET)
 
 
 def test_sequences_are_the_samples_of_a_run(config: Config) -> None:

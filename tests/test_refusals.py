@@ -102,11 +102,11 @@ def test_an_image_that_changed_its_size_is_refused_with_both_sizes(
 ) -> None:
     import PIL.Image
 
-    from mmtrain.dataset import batch
+    from mmtrain.dataset import image_process
 
     config = make_config("qwen2_5_vl")
     samples = FreshSamples(RecordSet(config.data.train), Encoder(load_processor(config.model.path)))
-    monkeypatch.setattr(batch, "decode", lambda image: PIL.Image.new("RGB", (160, 160)))
+    monkeypatch.setattr(image_process, "decode", lambda image: PIL.Image.new("RGB", (160, 160)))
     with pytest.raises(UserError, match=r"mixed\.jsonl:1: .*16 tokens were laid out .* makes 100"):
         Loader(samples, samples.encoder.processor, packing).load([1, 0])
 
@@ -120,8 +120,8 @@ def test_samples_that_only_together_cannot_be_laid_out_are_all_named(
     assert processor.images is not None
     lay_out = processor.images.inputs
 
-    def of_one_alone(images_of: list[list[Any]], ids: Any = None) -> Any:
-        inputs, laid_out = lay_out(images_of, ids)
+    def of_one_alone(images_of: list[list[Any]], ids: Any = None, raw: bool = False) -> Any:
+        inputs, laid_out = lay_out(images_of, ids, raw)
         return inputs, laid_out if len(images_of) == 1 else laid_out[1:]
 
     monkeypatch.setattr(processor.images, "inputs", of_one_alone)

@@ -105,6 +105,16 @@ def test_a_wide_range_is_logarithmic_only_where_that_is_allowed() -> None:
     assert ticks["100"] == pytest.approx((ticks["1"] + ticks["10,000"]) / 2, abs=0.2)
 
 
+@pytest.mark.parametrize("allow_log", [False, True])
+def test_labels_of_large_figures_fit_next_to_the_axis(allow_log: bool) -> None:
+    """About 7 pixels a character, left of the axis."""
+    steps, values = np.arange(3.0), np.array([2_000_000.0, 90_000.0, 1.0])
+    chart = line_chart("Perplexity", [Series("a", steps, values)], allow_log=allow_log)
+    assert chart is not None
+    assert any(float(tick.label.replace(",", "")) >= 1e6 for tick in chart.y_ticks)
+    assert max(len(tick.label) for tick in chart.y_ticks) * 7 <= chart.left - 6
+
+
 @pytest.mark.parametrize("values", [[3.0], [3.0, 3.0], [0.0, 0.0], [float("nan"), 1.0], [1e-9, 2e-9], [-5.0, 5.0]])
 def test_any_values_can_be_drawn(values: list[float]) -> None:
     chart = line_chart("Loss", [Series("a", np.arange(float(len(values))), np.array(values))], allow_log=True)
@@ -150,11 +160,15 @@ def test_the_page_has_the_figures_of_the_run(tmp_path: Path) -> None:
 
 def test_a_contrastive_run_shows_its_retrieval(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [3.0, 2.0], objective={"kind": "contrastive"})
+    before = {"image_to_text": {"recall@1": 0.125, "chance": {}}, "text_to_image": {"recall@1": 0.0}}
     both = {"image_to_text": {"recall@1": 0.25, "chance": {}}, "text_to_image": {"recall@1": 0.5}}
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 2, "retrieval": "held-out", **both}) + "\n")
+        for step, found in ((0, before), (2, both)):
+            file.write(json.dumps({"step": step, "retrieval": "held-out", **found}) + "\n")
     page = texts(page_of(tmp_path, run))
     assert "Recall@1 (share of searches)" in page
+    assert "recall@1, image to text, held-out 12.5% → 25.0%" in page
+    assert "recall@1, text to image, held-out 0.0% → 50.0%" in page
     assert "held-out, image to text, step 2: 0.25" in page
     assert "held-out, text to image, step 2: 0.5" in page
     assert "Loss (nats)" in page
@@ -172,6 +186,14 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
 def test_differing_keys_have_every_value() -> None:
     one, two = {"a": {"b": [1, {"c": None}]}, "same": 1}, {"a": {"b": [2]}, "same": 1, "new": True}
     assert differing_keys([one, two]) == [("a.b.0", ["1", "2"]), ("a.b.1.c", ["null", "–"]), ("new", ["–", "true"])]
+
+
+def test_a_section_that_a_run_lacks_is_shown_by_its_keys_alone() -> None:
+    one: dict[str, Any] = {"run": {"answers": None, "x": {}}}
+    two: dict[str, Any] = {"run": {"answers": {"every": 2, "num": {"least": 1}}, "x": {}}}
+    expected = [("run.answers.every", ["–", "2"]), ("run.answers.num.least", ["–", "1"])]
+    assert differing_keys([one, two]) == expected
+    assert differing_keys([two, one]) == [(key, values[::-1]) for key, values in expected]
 
 
 def test_text_from_outside_stays_text(tmp_path: Path) -> None:
@@ -221,6 +243,9 @@ def test_json_has_the_figures(
 
 def test_a_finished_run_has_a_report_with_its_data(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config("text", steps=2)
+    path = Path(config.data.train[0].path)
+    first, second, *_ = path.read_text().splitlines()
+    path.write_text("".join(f"{line}\n" for line in [*path.read_text().splitlines(), first, second, first]))
     folder = api.train(config)
     assert f"report: {folder}/report.html" in capsys.readouterr().err
     page = texts((folder / "report.html").read_text(encoding="utf-8"))
@@ -228,6 +253,8 @@ def test_a_finished_run_has_a_report_with_its_data(make_config: MakeConfig, caps
     facts = json.loads((folder / "facts.json").read_text())
     lines = Path(config.data.train[0].path).read_text().splitlines()
     assert facts["train"]["num_samples"] == len(lines) == sum(facts["train"]["lengths"]["counts"])
+    assert facts["train"]["num_duplicates"] == 3
+    assert re.search(r"too long, dropped faulty, skipped duplicates training 11 .* 0 0 3 ", page)
     (language,) = [one for one in facts["components"] if one["component"] == "language"]
     assert f"language lora {language['num_modules']} {language['trainable']:,}" in page
 

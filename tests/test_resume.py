@@ -30,11 +30,16 @@ class Run:
     config: Config
     said: list[str] = field(default_factory=list)
 
-    def save(self, accepted: Sequence[str] = ()) -> Path:
-        state = {"step": 4, "config": self.config.model_dump(mode="json"), "fingerprints": HASHES}
+    def save(self, accepted: Sequence[str] = (), hashes: Any = HASHES, config: Any = None) -> Path:
+        state = {"step": 4, "config": config or self.config.model_dump(mode="json"), "fingerprints": hashes}
         weights = Snapshot({"w": torch.zeros(2)}, {})
         state |= {"accepted": list(accepted), "layout": {"threads": 1, "device": "A"}}
         return CheckpointFolder(self.folder, 2).save(4, weights, state)
+
+    @staticmethod
+    def num_steps(train: Any) -> int:
+        """8 in an epoch, and one epoch if the config has neither."""
+        return train.steps or round(8 * (train.epochs or 1))
 
     def find(
         self, config: Config | None = None, accept: Sequence[str] = (), hashes: Any = HASHES, **layout: Any
@@ -42,9 +47,7 @@ class Run:
         said = io.StringIO()
         now = {"threads": 1, "device": "A", **layout}
         folder, progress = CheckpointFolder(self.folder, 2), Progress(console=Console(file=said, width=60))
-        found = find_resume(
-            folder, config or self.config, hashes, now, accept, progress, lambda train: train.steps or 8
-        )
+        found = find_resume(folder, config or self.config, hashes, now, accept, progress, self.num_steps)
         self.said[:] = said.getvalue().splitlines()
         return found
 
@@ -103,12 +106,12 @@ def test_every_change_of_the_result_is_named_with_the_remedy(run: Run) -> None:
 def test_a_key_that_is_new_or_gone_is_a_change(run: Run) -> None:
     run.save()
     with pytest.raises(UserError) as refused:
-        run.find(hashes={"data.train.0.records": "aa", "data.train.0.pictures": "cc"})
-    assert keys_of(refused.value.faults[:-1]) == ["data.train.0.pictures", "model.weights"]
+        run.find(hashes={"data.train.0.records": "aa", "data.train.images": "cc"})
+    assert keys_of(refused.value.faults[:-1]) == ["data.train.images", "model.weights"]
 
 
 @pytest.mark.parametrize(
-    "key", ["data.train.0.records", "data.train.0.pictures", "model.weights", "model.processor", "model.template"]
+    "key", ["data.train.0.records", "data.train.images", "model.weights", "model.processor", "model.template"]
 )
 def test_other_bytes_are_refused_without_their_hashes(key: str, run: Run) -> None:
     run.save()
@@ -118,6 +121,8 @@ def test_other_bytes_are_refused_without_their_hashes(key: str, run: Run) -> Non
     assert fault.startswith(f"{key}: ")
     assert "the content has changed" in fault
     assert "cc" not in fault
+    with pytest.raises(UserError, match=r"data\.train\.used: other samples are trained on \(max_samples, dedup, or"):
+        run.find(hashes=HASHES | {"data.train.used": "cc"})
 
 
 @pytest.mark.parametrize(
@@ -154,6 +159,70 @@ def test_accepting_a_key_that_is_none_is_refused_before_anything_else(accept: li
     with pytest.raises(UserError, match=rf"--accept-change '?{accept[0]}'?: no such key") as refused:
         run.find(accept=accept)
     assert ("did you mean train.seed?" in str(refused.value)) == (accept[0] != "trai")
+
+
+def test_the_images_of_a_checkpoint_have_the_name_of_now(run: Run) -> None:
+    """Earlier versions wrote `pictures`."""
+    saved = run.save(hashes=HASHES | {"data.train.pictures": "cc"})
+    assert run.find(hashes=HASHES | {"data.train.images": "cc"}) == Resume(saved, 4)
+    with pytest.raises(UserError, match=r"data\.train\.images: the content has changed"):
+        run.find(hashes=HASHES | {"data.train.images": "dd"})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "line"),
+    [
+        ("constant", "the rate is constant, so the result is that of 12 steps from the start"),
+        # of 4 steps after the warmup one is done, of 10 steps two
+        (
+            "linear",
+            "the rate was 7.50e-03 in step 4 and is 8.00e-03 in step 5, on the linear of 12 steps; 12 steps from the "
+            "start would give another result",
+        ),
+    ],
+)
+def test_more_steps_extend_a_run_and_fewer_are_refused(
+    schedule: str, line: str, make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "checkpoints", make_config("text", steps=6, schedule=schedule, warmup_steps=2))
+    saved = run.save()
+    longer = changed(run.config, "train", steps=12)
+    assert run.find(longer) == Resume(saved, 4, ("step 4: train.steps: was '6' and is '12'",))
+    assert run.said == [f"extended from 6 to 12 steps: {line}", f"continuing from {saved}"]
+    with pytest.raises(UserError, match=r"^train\.seed: was '0' and is '1', which changes the result"):
+        run.find(changed(longer, "train", seed=1))
+    with pytest.raises(UserError, match=r"^train\.steps: was '6' and is '5', which changes the result"):
+        run.find(changed(run.config, "train", steps=5))
+
+
+def test_more_epochs_extend_a_run(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    run = Run(tmp_path / "checkpoints", make_config("text", epochs=1.5, schedule="constant"))
+    run.save()
+    found = run.find(changed(run.config, "train", epochs=2.0))
+    assert found.accepted == ("step 4: train.epochs: was '1.5' and is '2.0'",)
+    assert run.said[0].startswith("extended from 12 to 16 steps: ")
+
+
+def test_keys_of_an_earlier_version_that_are_in_run_now_change_nothing(run: Run) -> None:
+    """`train.threads` is `run.threads`, and `train.features` is `run.image_cache`; `train.lr` never was."""
+    for key in ("threads", "features", "lr"):
+        state = run.config.model_dump(mode="json")
+        state["train"][key] = 3
+        run.save(config=state)
+        if key != "lr":
+            assert run.find().step == 4
+    with pytest.raises(UserError, match=r"^train\.lr: was '3' and is not set, which changes the result"):
+        run.find()
+
+
+def test_what_evaluations_decide_may_not_change_with_early_stopping(run: Run) -> None:
+    run.save()
+    assert run.find(changed(run.config, "run", eval_every=7)).step == 4
+    stopping = {"metric": "eval/perplexity", "patience": 2}
+    run.config = changed(run.config, "train", early_stopping=stopping)
+    run.save()
+    with pytest.raises(UserError, match=r"^run\.eval_every: was '500' and is '7', which changes the result"):
+        run.find(changed(run.config, "run", eval_every=7))
 
 
 def test_other_evaluation_sets_change_no_result(run: Run) -> None:

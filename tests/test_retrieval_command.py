@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from mmtrain import api
 from mmtrain.cli import app
 from mmtrain.config import Config, dump_config
+from mmtrain.contrastive.embed_all import embed_all
 from mmtrain.encoding.tower_processor import load_tower_processor
 from mmtrain.errors import UserError
 from mmtrain.progress import QUIET
@@ -69,7 +70,7 @@ def config_of(model: Path, folder: Path, *files: Path, **keys: Any) -> Config:
 
 def scores_by_transformers(model: Path, folder: Path) -> tuple[np.ndarray, list[str]]:
     """(num_images, num_texts) cosines of the model's own forward, and the distinct texts in order."""
-    processor, loaded = load_tower_processor(str(model)), CLIPModel.from_pretrained(model).eval()
+    processor, loaded = load_tower_processor(str(model), {}), CLIPModel.from_pretrained(model).eval()
     texts = ["it is red", "a warm one", *(f"it is {colour}" for colour in COLOURS[1:5])]
     images = [PIL.Image.open(folder / f"{colour}.png") for colour in COLOURS]
     tokens = processor.tokenizer(texts, padding=True, return_tensors="pt")
@@ -143,7 +144,7 @@ def test_zero_shot_classification(clip: Path, tmp_path: Path) -> None:
     templates = ("it is {}", "a {} one")
     options = Options(classes=tmp_path / "classes.txt", templates=templates)
     found = retrieval_figures(config_of(clip, tmp_path, path), options)[0]["zero_shot"]
-    processor, loaded = load_tower_processor(str(clip)), CLIPModel.from_pretrained(clip).eval()
+    processor, loaded = load_tower_processor(str(clip), {}), CLIPModel.from_pretrained(clip).eval()
     with torch.no_grad():
         images = [PIL.Image.open(tmp_path / f"{colour}.png") for colour in COLOURS]
         pixels = processor.images(images=images, return_tensors="pt")
@@ -241,7 +242,10 @@ def test_json_has_both_directions_and_is_what_the_python_function_gives(clip: Pa
     [
         (Options(compare="base"), "--compare base: there is nothing to compare"),
         (Options(templates=("a {}",)), "--template: it is for zero-shot classification"),
-        (Options(html=Path("none/page.html")), "--html 'none/page.html': there is no such folder"),
+        (
+            Options(html=Path("none/page.html")),
+            "--html 'none/page.html': expected the name of a file in a folder",
+        ),
         (Options(adapter=Path("none")), "--adapter none: expected the directory of an adapter or of a finished run"),
     ],
 )
@@ -277,7 +281,7 @@ def test_an_adapter_is_compared_with_the_base_model(clip: Path, tmp_path: Path) 
     base = retrieval_figures(config, Options())[0]["text_to_image"]
     found = retrieval_figures(config, Options(adapter=tmp_path / "adapter", compare="base"))[0]["text_to_image"]
     assert found["base"] == {key: base[key] for key in found["base"]}
-    processor = load_tower_processor(str(clip))
+    processor = load_tower_processor(str(clip), {})
     with torch.no_grad():
         tokens = processor.tokenizer(["it is green"], padding=True, return_tensors="pt")
         images = [PIL.Image.open(tmp_path / f"{colour}.png") for colour in COLOURS]
@@ -317,6 +321,23 @@ def test_a_vision_language_model_searches_documents_of_images_and_texts(tmp_path
     adapted, alone = (embeddings_of(config, options) for options in (Options(tmp_path / "adapter"), Options()))
     assert adapted.shape == alone.shape
     assert not torch.allclose(adapted, alone, atol=1e-3)
+
+
+def test_processes_that_share_the_items_embed_each_once(clip: Path, tmp_path: Path) -> None:
+    """Every row is zero in all processes but one, and has the bits there that it has without sharing."""
+    config = config_of(
+        clip,
+        tmp_path,
+        write_pairs(tmp_path, captioned()),
+        run={"output_dir": "r", "device": "cpu", "microbatch_tokens": 40},
+    )
+    embedder = loaded_embedder(config, None, Runtime(config.model.dtype, device="cpu"), QUIET)
+    samples = RetrievalEvaluation(config, config.data.eval, embedder, QUIET).samples
+    expected = embed_all(embedder, samples.items, samples.loaded, 40)
+    shares = [embed_all(embedder, samples.items, samples.loaded, 40, share=(index, 3)) for index in range(3)]
+    assert torch.equal(sum(shares, torch.zeros_like(expected)), expected)
+    assert all(0 < share.any(1).sum() < len(expected) for share in shares)
+    assert sum(int(share.any(1).sum()) for share in shares) == len(expected)
 
 
 def embeddings_of(config: Config, options: Options) -> torch.Tensor:

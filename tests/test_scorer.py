@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Batch, Loader
-from mmtrain.errors import UserError
+from mmtrain.errors import DeviceMemoryError, UserError
 from mmtrain.progress import QUIET, Progress
 from mmtrain.scoring.packing import choose_packing
 from mmtrain.scoring.scorer import Scorer
@@ -201,6 +201,18 @@ def test_changed_samples_are_what_the_model_is_given(made: tuple[Learner, Any]) 
     )
     scorer.score(loaded, 120, QUIET)
     assert given == [changed]
+
+
+def test_a_full_device_is_reported_with_the_micro_batch(made: tuple[Learner, Any]) -> None:
+    learner, dataset = made
+
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    full: Any = fail
+    scorer = Scorer(dataset.train, dataset.encoder, np.array([2]), [int(dataset.checked.num_tokens[2])])
+    with pytest.raises(DeviceMemoryError, match=r"^evaluation, a micro-batch of [\d,]+ tokens and 0 images: out of"):
+        scorer.score(dataclasses.replace(learner, root=full), 120, QUIET)
 
 
 def test_samples_with_images_are_marked(make_config: Callable[..., Config]) -> None:

@@ -25,6 +25,7 @@ from mmtrain.scoring.statistics import (
     difference,
     extremes,
     mean_by_sample,
+    per_token,
     summary,
 )
 
@@ -194,6 +195,17 @@ def test_the_mean_of_values_is_resampled_by_their_samples() -> None:
     groups = [values[samples == sample].tolist() for sample in (4, 9, 2)]
     expected_low, expected_high, _ = plain_bootstrap(groups, lambda drawn: sum(drawn) / len(drawn))
     assert (low, high) == pytest.approx((expected_low, expected_high))
+
+
+def test_the_mean_per_token_is_a_ratio_of_sums_that_are_drawn_together() -> None:
+    """Sample 4 has two answers; the values are per answer, and so are the numbers of tokens."""
+    samples, sums, num_tokens = np.array([4, 9, 4, 2]), np.array([3.0, 8.0, 1.0, 0.5]), np.array([2.0, 1.0, 6.0, 5.0])
+    found = per_token(samples, sums, num_tokens)
+    assert found.keys() == {"mean", "interval"}
+    assert found["mean"] == 12.5 / 14
+    groups = [[[4.0, 8.0]], [[8.0, 1.0]], [[0.5, 5.0]]]
+    low, high, _ = plain_bootstrap(groups, lambda drawn: sum(row[0] for row in drawn) / sum(row[1] for row in drawn))
+    assert found["interval"] == pytest.approx([low, high])
 
 
 def test_every_draw_is_made() -> None:

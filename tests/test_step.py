@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
-from mmtrain.errors import NonFiniteError
+from mmtrain.errors import DeviceMemoryError, NonFiniteError
+from mmtrain.runtime.activity import IN_STEPS, Activity
 from mmtrain.train.gradients import branch_of, flatten, is_exact, put_back, sum_running, sum_tree
 from mmtrain.train.step import Learner, accumulate_gradients, train_step
 from support.learning import LORA, learner_for, relative_l2, step_of
@@ -87,6 +88,32 @@ def test_a_loss_that_is_not_finite_changes_no_weight(made: Made) -> None:
     with pytest.raises(NonFiniteError, match=r"step 7: the loss is inf and .*norm \d+\.\d+"):
         train_step(dataclasses.replace(learner, root=root), batches(made), 10, 7, 1.0)
     assert all(torch.equal(value, before[name]) for name, value in weights(learner).items())
+
+
+@pytest.mark.parametrize(
+    ("full", "message"),
+    [
+        (
+            "forward",
+            r"^step 7, a micro-batch of \d+ tokens and 0 images: out of .*: lower run\.microbatch_tokens",
+        ),
+        ("update", r"^step 7, the update: out of memory.*: train fewer weights, or set run\.weights to shard$"),
+    ],
+)
+def test_a_full_device_is_reported_with_what_was_being_done(
+    full: str, message: str, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    learner, _ = made
+    if full == "forward":
+        root: Any = fail
+        learner = dataclasses.replace(learner, root=root)
+    else:
+        monkeypatch.setattr(learner.optimizer, "step", fail)
+    with pytest.raises(DeviceMemoryError, match=message):
+        train_step(learner, batches(made), 10, 7, 1.0)
 
 
 def test_dropout_follows_the_step(made: Made) -> None:
@@ -165,6 +192,18 @@ def test_a_process_without_a_micro_batch_has_no_loss_and_zero_gradients(made: Ma
     assert (total.shape, total.dtype, float(total)) == ((), torch.float64, 0.0)
     learning = [p for p in learner.model.parameters() if p.requires_grad]
     assert all(p.grad is not None and not p.grad.any() for p in learning)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_phases_of_a_step_are_known(made: Made, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits in `gradients` is not the one that hangs, and a signal in any of the phases is answered by saving."""
+    phases: list[str] = []
+    monkeypatch.setattr(Activity, "set", lambda self, phase, step=None: phases.append(phase))
+    learner, dataset = made
+    of_cut = Loader(dataset.train, dataset.encoder.processor, packing=True).batches([[0], [4]])
+    train_step(dataclasses.replace(learner, exact=exact), of_cut, 10, 1, 1.0)
+    assert phases == ["forward", "forward", "gradients", "update"]
+    assert set(phases) <= IN_STEPS
 
 
 def parameters() -> list[nn.Parameter]:

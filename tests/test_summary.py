@@ -62,6 +62,26 @@ def test_the_summary_has_the_answers_next_to_the_blind_ones(tmp_path: Path) -> N
     )
 
 
+def test_the_summary_says_whether_the_last_answers_beat_blind_guessing(tmp_path: Path) -> None:
+    row = {"answers": "held-out", "metric": "anls", "metrics": {"anls": 0.5}, "blind": {"anls": 0.5}}
+    words = [{"verdict": "beats blind guessing (once)"}, {"verdict": "does not beat blind guessing (later)"}]
+    rows = [{"step": step, **row, **one} for step, one in enumerate(words)]
+    run = run_with(tmp_path / "run", [rows[0], STEPS[0], rows[1]], "model")
+    assert list(end_report(run))[2] == "on held-out the model does not beat blind guessing (later)"
+
+
+def test_the_summary_of_a_contrastive_run_has_its_retrieval(tmp_path: Path) -> None:
+    steps = [{"step": 1, "loss": 1.0, "num_pairs": 9, "num_tokens": 50, "seconds": 1.0}]
+    first, last = ({"step": n, "retrieval": "held-out", "image_to_text": {"recall@1": n / 2}} for n in (0, 1))
+    run = run_with(tmp_path / "run", [first, *steps, last], "model")
+    assert list(end_report(run)) == [
+        "1 steps in 0:01, 50 tokens (9 pairs)",
+        "recall@1 of image_to_text on held-out: 0.0% before the first step, 50.0% after the last",
+        f"model: {run}/model, metrics: {run}/metrics.jsonl, config: {run}/config.yaml",
+        f"next: mmtrain eval retrieval {run}/config.yaml --adapter {run}",
+    ]
+
+
 def test_a_run_without_evaluations_can_be_asked_next(tmp_path: Path) -> None:
     run = run_with(tmp_path / "one", STEPS, "adapter")
     assert list(end_report(run))[-1] == f"next: mmtrain generate {run} -i"

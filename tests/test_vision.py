@@ -19,6 +19,7 @@ from mmtrain.model.image_cache.features import given_to_decoder
 from mmtrain.model.load import load_model
 from mmtrain.model.vision import NAME, VisionInputs
 
+CPU = torch.device("cpu")
 Prepared = tuple[Any, Any, ChatProcessor]
 
 
@@ -91,7 +92,7 @@ def test_one_kernel_a_layer_gives_what_stretch_by_stretch_gives(
     model, tower, processor = prepared("qwen2_5_vl")
     expected = given(model, processor, VisionInputs(model))
     said: list[str] = []
-    inputs = vision.prepare_vision(model, processor, said.append)
+    inputs = vision.prepare_vision(model, processor, CPU, said.append)
     assert said == []
     assert tower.config._attn_implementation == NAME
     made, _ = images(processor)
@@ -111,7 +112,7 @@ def test_a_kernel_that_gives_other_results_is_not_used(prepared: Callable[[str],
     model, tower, processor = prepared("qwen2_5_vl")
     kernel.broken = True
     said: list[str] = []
-    vision.prepare_vision(model, processor, said.append)
+    vision.prepare_vision(model, processor, CPU, said.append)
     assert tower.config._attn_implementation == "sdpa"
     (line,) = said
     assert line.startswith("vision: attention goes image by image and window by window, because the decoder is given ")
@@ -124,7 +125,7 @@ def test_float32_goes_stretch_by_stretch(
     monkeypatch.undo()
     monkeypatch.setattr(vision, "has_varlen", lambda device: True)
     said: list[str] = []
-    inputs = vision.prepare_vision(model, processor, said.append)
+    inputs = vision.prepare_vision(model, processor, CPU, said.append)
     assert tower.config._attn_implementation == "sdpa"
     (line,) = said
     assert line.endswith("window by window, because the GPU has no kernel for its type or width of heads")
@@ -136,7 +137,7 @@ def test_float32_goes_stretch_by_stretch(
 def test_a_tower_without_stretches_stays_as_it_is(prepared: Callable[[str], Prepared], kernel: Kernel) -> None:
     model, tower, processor = prepared("llava")
     said: list[str] = []
-    inputs = vision.prepare_vision(model, processor, said.append)
+    inputs = vision.prepare_vision(model, processor, CPU, said.append)
     assert said == []
     assert kernel.num_calls == 0
     assert tower.config._attn_implementation == "sdpa"
@@ -156,7 +157,7 @@ def test_what_is_computed_ahead_wrongly_is_not_used(
 
     monkeypatch.setattr(exporters, "precompute_export_inputs", wrong)
     said: list[str] = []
-    inputs = vision.prepare_vision(model, processor, said.append)
+    inputs = vision.prepare_vision(model, processor, CPU, said.append)
     (line,) = said
     assert line.startswith("vision: what follows from the sizes of images is computed on the GPU, because the decoder ")
     assert inputs(images(processor)[0]).keys() == images(processor)[0].keys()
@@ -165,6 +166,6 @@ def test_what_is_computed_ahead_wrongly_is_not_used(
 
 def test_on_the_cpu_nothing_is_changed(prepared: Callable[[str], Prepared]) -> None:
     model, tower, processor = prepared("qwen2_5_vl")
-    inputs = vision.prepare_vision(model, processor, pytest.fail)
+    inputs = vision.prepare_vision(model, processor, CPU, pytest.fail)
     assert tower.config._attn_implementation == "sdpa"
     assert inputs(images(processor)[0]).keys() == images(processor)[0].keys()

@@ -16,7 +16,7 @@ srun --kill-on-bad-exit=0 bash -c \
     'exec mmtrain train "${@:2}" --nodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --rendezvous "$1"' \
     mmtrain "$first:$port" "$@"
 code=$?
-# 138 and 143: stopped by a signal, with everything saved; the same job goes on from there
+# 138 and 143: stopped by a signal, with everything saved; the same job resumes from there
 if [ "$code" -eq 138 ] || [ "$code" -eq 143 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

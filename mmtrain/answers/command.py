@@ -1,13 +1,11 @@
 """`mmtrain eval answers`: how good a model's answers are, and whether they are better than blind guessing."""
 
-import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from rich.console import Console
 
 from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.answers.figures import figures
@@ -16,11 +14,13 @@ from mmtrain.answers.question_set import Replies
 from mmtrain.answers.report import print_report
 from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
-from mmtrain.errors import StorageError, UserError
-from mmtrain.generate.target import Loaded, Target, find_adapter, find_model, load_target
+from mmtrain.errors import UserError
+from mmtrain.generate.target import Loaded, Target, load_target
+from mmtrain.model.adapter import find_adapter, find_model
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import shown, visible
+from mmtrain.scoring.results import check_page, show
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,9 @@ def eval_answers(config: Config, options: Options) -> None:
     runtime = Runtime(config.model.dtype)
     row, evaluation = answer_figures(config, options, runtime)
     if runtime.is_main:
-        _show(row, evaluation, options)
+        from mmtrain.answers.page import write_page
+
+        show(row, options.json, print_report, options.html, lambda path: write_page(path, row, evaluation.samples))
     runtime.close()
 
 
@@ -58,8 +60,7 @@ def answer_figures(
     sources = [EvalSource(path=path) for path in options.data] or list(config.data.eval)
     if not sources:
         raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")
-    if options.html is not None and not options.html.absolute().parent.is_dir():
-        raise UserError(f"--html {shown(options.html)}: there is no such folder: make it first")
+    check_page(options.html)
     target = _target(config, options.adapter)
     runtime = runtime or Runtime(config.model.dtype)
     progress = Progress(runtime.activity.tick, quiet=not runtime.is_main)
@@ -108,19 +109,3 @@ def _base_replies(evaluation: AnswerEvaluation, loaded: Loaded, config: Config, 
         return evaluation.all_replies(
             base.generator, base.runtime, "answers of the base model", options.batch_size, options.max_new_tokens
         )
-
-
-def _show(row: dict[str, Any], evaluation: AnswerEvaluation, options: Options) -> None:
-    if options.html is not None:
-        from mmtrain.answers.page import write_page
-
-        try:
-            write_page(options.html, row, evaluation.samples)
-        except OSError as error:
-            raise StorageError(f"--html {shown(options.html)}: cannot be written: {error.strerror}") from None
-    if options.json:
-        print(json.dumps(row, ensure_ascii=False, allow_nan=False))
-    else:
-        print_report(row, Console(highlight=False, emoji=False, markup=False))
-        if options.html is not None:
-            print(f"\nwrote {visible(str(options.html))}")

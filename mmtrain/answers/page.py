@@ -1,17 +1,15 @@
 """The figures of `eval answers` as one HTML page that needs no network, with the images of the examples."""
 
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
-from mmtrain.answers.report import KINDS, summary_lines
+from mmtrain.answers.report import KINDS, NO_TEXT, summary_lines
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.encoding.images import decode, find_image
 from mmtrain.encoding.thumbnails import data_uri
 from mmtrain.records.chat import SampleError
+from mmtrain.scoring.results import render
 
 _SHOWN_SIDE = 320
 """Pixels: the longer side of an image on the page."""
@@ -19,12 +17,10 @@ _SHOWN_SIDE = 320
 
 def write_page(path: Path, row: Mapping[str, Any], samples: StoredSamples) -> None:
     """Write what `row`, made by `figures`, has to `path`. All text of samples is escaped. Raises OSError."""
-    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     shown = {example["sample"] for key in ("worst", "surprising") for example in row[key]}
-    page = environment.from_string(template).render(
-        row=row, kinds=KINDS, summary=list(summary_lines(row)), images={one: _images(samples, one) for one in shown}
-    )
+    images = {one: _images(samples, one) for one in shown}
+    summary = list(summary_lines(row))
+    page = render(__package__, row=row, kinds=KINDS, summary=summary, images=images, no_text=NO_TEXT)
     path.write_text(page, encoding="utf-8", newline="\n")
 
 

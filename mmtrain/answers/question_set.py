@@ -1,12 +1,13 @@
 """The questions of evaluation samples with their references and metrics, and a model's replies to them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from mmtrain.answers.asked import check_forms, choose_metrics
 from mmtrain.dataset.batch import Samples
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.validate import CheckedSamples
-from mmtrain.encoding.encode import Encoder
+from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.errors import UserError
 from mmtrain.generate.prompts import prompts_of
 from mmtrain.generate.questions import Question, questions_of
@@ -47,7 +48,7 @@ class QuestionSet:
         check_forms(self.questions, self.places)
         longest = max(int(checked.num_supervised[index]) for index in indices)
         self.max_new_tokens = min(max(2 * longest, _LEAST_NEW_TOKENS), _MOST_NEW_TOKENS)
-        """Twice what the longest reference needs: a longer answer is wrong however it goes on."""
+        """Twice what the longest reference needs: a longer answer is wrong whatever follows."""
 
     def replies(
         self,
@@ -61,11 +62,21 @@ class QuestionSet:
 
         Raises UserError naming the place where a sample has changed meanwhile.
         """
+        prompts = self.prompts(numbers, samples)
+        limit = max_new_tokens or min(self.max_new_tokens, generator.room_after(prompts))
+        with self._faults_at(numbers[0]):
+            return generator.replies(prompts, Sampling(limit))
+
+    def prompts(self, numbers: Sequence[int], samples: Samples | None = None) -> list[Encoded]:
+        """Those of the questions `numbers`. Raises UserError as above."""
         asked = [self._questions[number] for number in numbers]
         inputs = self.samples if samples is None else samples
+        with self._faults_at(numbers[0]):
+            return [prompts_of(inputs.encoded(question.sample))[question.prompt] for question in asked]
+
+    @contextmanager
+    def _faults_at(self, number: int) -> Iterator[None]:
         try:
-            prompts = [prompts_of(inputs.encoded(question.sample))[question.prompt] for question in asked]
-            limit = max_new_tokens or min(self.max_new_tokens, generator.room_after(prompts))
-            return generator.replies(prompts, Sampling(limit))
+            yield
         except SampleError as error:
-            raise UserError(f"{self.places[numbers[0]]} and the samples after it: {error}") from None
+            raise UserError(f"{self.places[number]} and the samples after it: {error}") from None

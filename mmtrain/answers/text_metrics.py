@@ -26,12 +26,13 @@ def vqa_match(answer: str, reference: str) -> float:
 def anls(answer: str, reference: str) -> float:
     """1 - d / the longer one's length, d the Levenshtein distance in characters; 0 where that is below 0.5.
 
-    Biten and others, Scene Text Visual Question Answering, 2019, section 4.2; without regard to case, as in DocVQA.
+    Biten and others, Scene Text Visual Question Answering, 2019, section 4.2; without regard to case, as in DocVQA. At
+    exactly 0.5 the paper's formula gives 0 and the evaluation scripts of ST-VQA and DocVQA give 0.5, as here.
     """
     one, other = as_written(answer).lower(), as_written(reference).lower()
     longer = max(len(one), len(other))
     share = levenshtein(one, other) / longer if longer else 0.0
-    return 1.0 - share if share < _ANLS_THRESHOLD else 0.0
+    return 1.0 - share if 1.0 - share >= _ANLS_THRESHOLD else 0.0
 
 
 def levenshtein(one: str, other: str) -> int:

@@ -23,7 +23,7 @@ _TYPE_WORDS = {
     "string": "text",
     "boolean": "true or false",
     "null": "null",
-    "object": "names, each with a text",
+    "object": "names, each with a value",
 }
 
 
@@ -99,6 +99,8 @@ def _type(node: Node) -> str:
         return "section"
     if node["type"] == "array":
         return f"list of {_type(node['items'])}"
+    if node.get("additionalProperties") == {"type": "string"}:
+        return "names, each with a text"
     return _TYPE_WORDS[node["type"]] + _range(node)
 
 

@@ -79,7 +79,8 @@ class Run(Section):
     keep_best: WatchedMetric | None = None
     """Keep the best checkpoint by this figure besides the newest ones, and export it as `best/` at the end:
     `eval/perplexity`, `eval/nll`, `eval/token_accuracy`, or with `run.eval_answers` a metric such as
-    `answers/exact_match`; of one source `eval/SOURCE/perplexity`."""
+    `answers/exact_match`; of one source `eval/SOURCE/perplexity`. Of a contrastive run the mean over both directions,
+    `retrieval/recall@1`, or one of them, `retrieval/image_to_text/recall@1`; also `mrr` and others."""
 
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Strict(False)] = ()
     """Experiment trackers that get the figures of metrics.jsonl too, such as `[tensorboard]`. They write into

@@ -17,6 +17,10 @@ class Model(Section):
     chat_template: Annotated[str, Field(min_length=1)] | None = None
     """A file with the chat template, in Jinja, for a model that has none or in place of its own. It is saved with what
     the run trains."""
+    image_processor: dict[str, Any] = Field(default={})
+    """Settings of the model's image processor in place of those of its preprocessor_config.json, under the same names:
+    `{max_pixels: 1003520}` makes large images smaller for Qwen2-VL and its successors, `{do_image_splitting: false}`
+    leaves out the tiles of Idefics3. They are saved with what the run trains."""
     adapter: Annotated[str, Field(min_length=1)] | None = None
     """The directory of an earlier run, or of an adapter for the same model. `mmtrain train` starts from its trained
     weights, all of which must be trainable here, with a fresh optimizer; other commands do not use it."""
@@ -39,7 +43,8 @@ class Labels(Section):
 
 class EarlyStopping(Section):
     metric: WatchedMetric
-    """The figure that has to improve, such as `eval/perplexity` or `answers/exact_match`; see `run.keep_best`."""
+    """The figure that has to improve, such as `eval/perplexity`, `answers/exact_match` or `retrieval/recall@1`; see
+    `run.keep_best`."""
     patience: Count = 3
     """Evaluations in a row without a better value, after which the run ends. The one before the first step does not
     count."""
@@ -73,7 +78,7 @@ class Train(Section):
     @model_validator(mode="after")
     def steps_or_epochs(self) -> "Train":
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("steps and epochs are both given: keep one")
+            raise ValueError("steps and epochs are both given: keep one, or set one to null")
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
         return self
@@ -111,12 +116,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def answers_can_be_evaluated(self) -> "Config":
-        if self.run.eval_answers is None:
-            return self
-        if not self.data.eval:
+        if self.run.eval_answers is not None and not self.data.eval:
             raise ValueError("run.eval_answers: there is nothing to ask: give data.eval, or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def streaming_fits(self) -> "Config":
+        if self.data.streaming is None:
+            return self
+        if self.train.steps is None:
+            raise ValueError("data.streaming needs train.steps: how long an epoch is is not known before its end")
         if self.run.weights == "shard":
-            raise ValueError("run.eval_answers does not work with run.weights: shard; use `mmtrain eval answers` later")
+            raise ValueError("data.streaming does not work with run.weights: shard; set it to replicate")
         return self
 
     @model_validator(mode="after")
@@ -124,17 +135,15 @@ class Config(Section):
         sources = (*self.data.train, *self.data.eval)
         of_chats = {
             "labels": self.labels != Labels(),
-            "model.adapter": self.model.adapter is not None,
             "model.chat_template": self.model.chat_template is not None,
             "model.quantization": self.model.quantization is not None,
             "tune.components": self.tune.components != ComponentModules(),
             "run.weights: shard": self.run.weights == "shard",
             "run.compile": self.run.compile,
             "run.eval_answers": self.run.eval_answers is not None,
-            "run.keep_best": self.run.keep_best is not None,
-            "train.early_stopping": self.train.early_stopping is not None,
             "metric of a source of data.eval": any(source.metric for source in self.data.eval),
             "data.dedup": self.data.dedup,
+            "data.streaming": self.data.streaming is not None,
             "from: train of a source of data.eval": any(source.from_ for source in self.data.eval),
             "max_samples of a source": any(source.max_samples for source in sources),
             "format of a source": any(source.format != "auto" for source in sources),

@@ -16,7 +16,7 @@ class Marker(Enum):
 
 Rate = Annotated[float, Field(gt=0, le=10)]
 Count = Annotated[int, Field(gt=0, le=10**9)]
-WatchedMetric = Annotated[str, Field(pattern=r"^(eval|answers)/.+$")]
+WatchedMetric = Annotated[str, Field(pattern=r"^(eval|answers|retrieval)/.+$")]
 
 
 class Section(BaseModel):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmtrain.contrastive.embedder import EncodedItem, Kind
+from mmtrain.contrastive.embedder import EncodedItem, Kind, SentenceModules
 from mmtrain.contrastive.scale import Multiplier, constant
 from mmtrain.dataset.batch import Batch, make_batch
 from mmtrain.dataset.validate import LengthLimit
@@ -96,6 +96,19 @@ class ChatEmbedder:
             return hidden
         lengths = [segment.length for segment in batch.segments]
         return torch.stack([own.mean(0) for own in torch.split(hidden, lengths)])
+
+    @property
+    def sentence_modules(self) -> SentenceModules:
+        """The class there is the one that `mmtrain` trains, whose modules have the names that an adapter gives."""
+        output = {"method": "forward", "method_output_name": ["hidden_states", -1]}
+        kinds = ["text", "message"] if self.processor.images is None else ["text", "image", "message"]
+        form = "flat" if "user" in self.processor.template.traits.text_roles else "structured"
+        return SentenceModules(
+            task="text-generation" if self.processor.images is None else "any-to-any",
+            methods={kind: output | ({"format": form} if kind == "message" else {}) for kind in kinds},
+            processing={"chat_template": {"add_generation_prompt": True}},
+            pooling="lasttoken" if self._pooling == "last" else "mean",
+        )
 
     def is_frozen(self, kind: Kind) -> bool:
         return False

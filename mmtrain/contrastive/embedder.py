@@ -1,8 +1,8 @@
 """What training and retrieval need of a model that embeds items."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,20 @@ class EncodedItem:
     def seed(self) -> int:
         """What dropout depends on in the place of a sample's index: equal content drops the same."""
         return int(self.key[:15], 16)
+
+
+@dataclass(frozen=True, slots=True)
+class SentenceModules:
+    """How sentence-transformers computes the embeddings of a model of transformers."""
+
+    task: Literal["feature-extraction", "text-generation", "any-to-any"]
+    """Stands for the class that loads the model: AutoModel, AutoModelForCausalLM or AutoModelForMultimodalLM."""
+    methods: Mapping[str, Mapping[str, Any]]
+    """By kind of input, the `method` of the model, and in `method_output_name` what is taken of its output."""
+    processing: Mapping[str, Mapping[str, Any]]
+    """Arguments for the processor."""
+    pooling: Literal["lasttoken", "mean"] | None
+    """How one vector is made of those of the tokens; None where the output has one vector."""
 
 
 class Embedder(Protocol):
@@ -94,6 +108,10 @@ class Embedder(Protocol):
     def embed(self, batch: Batch, kind: Kind) -> Tensor:
         """(num_items, width) float32"""
         ...
+
+    @property
+    def sentence_modules(self) -> SentenceModules:
+        """How sentence-transformers computes the same embeddings."""
 
     def is_frozen(self, kind: Kind) -> bool:
         """Whether no trainable weight changes the embeddings of this kind."""

@@ -7,7 +7,7 @@ from mmtrain.contrastive.chat_embedder import ChatEmbedder
 from mmtrain.contrastive.embedder import Embedder, check_dims
 from mmtrain.contrastive.scale import Multiplier, constant
 from mmtrain.contrastive.towers import Towers
-from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.load import processor_of
 from mmtrain.encoding.tower_processor import load_tower_processor
 from mmtrain.errors import UserError
 from mmtrain.model.family import probe_family
@@ -47,7 +47,7 @@ def load_towers(config: Config, runtime: Runtime) -> Towers:
         raise UserError(f"objective.pooling: {pooling}: a dual encoder pools in its own way: set it to family")
     if config.model.chat_template is not None:
         raise UserError("model.chat_template: a dual encoder has no chats: remove the key")
-    processor = load_tower_processor(path)
+    processor = load_tower_processor(path, config.model.image_processor)
     with loading_faults():
         model = load_weights(path, config.model.dtype, runtime.device, runtime.activity.tick)
     model.requires_grad_(False)
@@ -64,7 +64,7 @@ def load_chat_embedder(config: Config, runtime: Runtime, progress: Progress) -> 
     path, pooling, dtype = config.model.path, config.objective.pooling, config.model.dtype
     if pooling == "family":
         raise UserError("objective.pooling: family is for dual encoders: set it to last or mean")
-    processor = load_processor(path, config.model.chat_template)
+    processor = processor_of(config.model)
     with loading_faults():
         model = load_model(path, dtype, processor, runtime.device, runtime.activity.tick)
     model.requires_grad_(False)

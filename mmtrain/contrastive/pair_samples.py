@@ -40,6 +40,8 @@ class PairSamples:
     """As too long."""
     skipped: tuple[LeftOut, ...]
     """Because of faults."""
+    instructions: dict[str, frozenset[str]]
+    """Those of a `query` and of a `document`; "" where there is none."""
 
     @property
     def used(self) -> Indices:
@@ -97,7 +99,8 @@ def read_pairs(
         table.pairs.pop(index, None)
     if not table.pairs:
         raise nothing_left(records, dropped, skipped)
-    return PairSamples(records, table.pairs, table.items, table.first, tuple(dropped), tuple(skipped))
+    instructions = {side: frozenset(found) for side, found in table.instructions.items()}
+    return PairSamples(records, table.pairs, table.items, table.first, tuple(dropped), tuple(skipped), instructions)
 
 
 class _Table:
@@ -111,6 +114,7 @@ class _Table:
         self.pairs: dict[int, PairItems] = {}
         self.faults: list[LeftOut] = []
         self.long: list[LeftOut] = []
+        self.instructions: dict[str, set[str]] = {"query": set(), "document": set()}
 
     def add(self, records: RecordSet, indices: Sequence[int]) -> None:
         read: dict[int, Pair] = {}
@@ -139,6 +143,8 @@ class _Table:
             return
         sound = [(one, key) for one, key in items if isinstance(one, EncodedItem)]
         numbers = [self._number(one, key, (index, position)) for position, (one, key) in enumerate(sound)]
+        for number, item in enumerate(pair.items):
+            self.instructions["document" if number else "query"].add(item.instruction or "")
         end = 1 + len(pair.positives)
         self.pairs[index] = PairItems(numbers[0], tuple(numbers[1:end]), tuple(numbers[end:]), pair.group)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmtrain.contrastive.embedder import EncodedItem, Kind, no_labels
+from mmtrain.contrastive.embedder import EncodedItem, Kind, SentenceModules, no_labels
 from mmtrain.contrastive.scale import find_multipliers
 from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.dataset.validate import LengthLimit
@@ -127,6 +127,18 @@ class Towers:
                 found = model.get_image_features(**all_on_device(batch.image_inputs, model.device))
         pooled: Tensor = found if isinstance(found, Tensor) else found.pooler_output
         return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+
+    @property
+    def sentence_modules(self) -> SentenceModules:
+        padding = {"padding": "max_length"} if self._pads_to_limit else {}
+        return SentenceModules(
+            task="feature-extraction",
+            methods={
+                kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"} for kind in self.kinds
+            },
+            processing={"text": {"max_length": self.processor.max_length, **padding}},
+            pooling=None,
+        )
 
     def is_frozen(self, kind: Kind) -> bool:
         own = {"text": ("language", "projector"), "image": ("vision", "projector")}[kind]

@@ -1,26 +1,22 @@
 """Encoded samples and their pixels as the tensors of one micro-batch."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmtrain.dataset.image_inputs import ImageCache, ImageInputs, load_image_inputs
+from mmtrain.dataset.ahead import Pace, in_order
+from mmtrain.dataset.image_inputs import ImageCache, ImageInputs, all_pinned, load_image_inputs
+from mmtrain.dataset.image_loader import ImageLoader
 from mmtrain.encoding.encode import Encoded
-from mmtrain.encoding.images import decode
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.sources.place import Place
-
-Wanted = TypeVar("Wanted")
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +57,23 @@ class Batch:
         """`nll`, (num_supervised,), each value times the weight of its token."""
         return nll if self.weights is None else nll * self.weights.to(nll.device)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its tensors, without features that are cached."""
+        images = (self.image_inputs, *(image.inputs for image in self.images if image.features is None))
+        values = [value for inputs in images for value in inputs.values() if isinstance(value, Tensor)]
+        return sum(value.nbytes for value in (self.input_ids, self.supervised, *values))
+
+    def pinned(self) -> "Batch":
+        """The same in page-locked memory."""
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            supervised=self.supervised.pin_memory(),
+            image_inputs=all_pinned(self.image_inputs),
+            images=tuple(image.pinned() for image in self.images),
+        )
+
 
 def make_batch(
     numbers: Sequence[int],
@@ -69,9 +82,10 @@ def make_batch(
     packing: bool,
     store: ImageCache | None = None,
     row_multiple: int = 1,
+    load_images: ImageLoader | None = None,
 ) -> Batch:
     """One batch of the samples, with their images decoded, except those whose features are in `store`. A packed row is
-    padded to a multiple of `row_multiple` tokens.
+    padded to a multiple of `row_multiple` tokens. `load_images`: None for this thread.
 
     `numbers`: the samples' indices. Raises SampleError where an image does not decode, or the processor makes other ids
     for it than when it was encoded.
@@ -92,10 +106,12 @@ def make_batch(
         supervised[span] = sample.supervised
     tensors = torch.from_numpy(input_ids), torch.from_numpy(supervised)
     weights = _weights(encoded)
+    load_images = load_images or ImageLoader(processor)
     if store is None:
-        return Batch(*tensors, tuple(segments), packing, _image_inputs(encoded, processor), weights=weights)
+        inputs = _image_inputs(encoded, processor, load_images)
+        return Batch(*tensors, tuple(segments), packing, inputs, weights=weights)
     spans = [(span, sample.ids[span.start : span.start + span.length]) for sample in encoded for span in sample.images]
-    images = tuple(load_image_inputs(span, ids.tolist(), processor, store) for span, ids in spans)
+    images = tuple(load_image_inputs(span, ids.tolist(), load_images, store) for span, ids in spans)
     return Batch(*tensors, tuple(segments), packing, _other_inputs(images), images, weights)
 
 
@@ -111,15 +127,15 @@ def _other_inputs(images: Sequence[ImageInputs]) -> dict[str, Tensor]:
     return {name: torch.cat([one[name] for one in each]) for name in (each[0] if each else ())}
 
 
-def _image_inputs(encoded: Sequence[Encoded], processor: ChatProcessor) -> dict[str, Tensor]:
+def _image_inputs(encoded: Sequence[Encoded], processor: ChatProcessor, load_images: ImageLoader) -> dict[str, Tensor]:
     spans = [(sample, span) for sample in encoded for span in sample.images]
     if not spans:
         return {}
     if len(encoded) > 1 and not processor.lays_out_together:
         raise SampleError("the model's images are laid out for one sample at a time, and here are several")
-    samples = [[decode(span.image) for span in sample.images] for sample in encoded if sample.images]
+    samples = [[span.image for span in sample.images] for sample in encoded if sample.images]
     alone = None if processor.lays_out_together else encoded[0].ids.tolist()
-    inputs, laid_out = processor.image_inputs(samples, alone)
+    inputs, laid_out = load_images(samples, alone)
     measured = [int(id_) for sample, span in spans for id_ in sample.ids[span.start : span.start + span.length]]
     if laid_out != measured:
         names = ", ".join(span.image.name for _, span in spans)
@@ -127,23 +143,6 @@ def _image_inputs(encoded: Sequence[Encoded], processor: ChatProcessor) -> dict[
             f"{len(measured)} tokens were laid out for {names} and the image processor makes {len(laid_out)}"
         )
     return inputs
-
-
-def in_order(
-    make: Callable[[Wanted], Made], each: Iterable[Wanted], num_threads: int = 2, ahead: int = 4
-) -> Iterator[Made]:
-    """What `make` gives for each, in order, made ahead of its use in threads."""
-    pending: deque[Future[Made]] = deque()
-    with ThreadPoolExecutor(num_threads, "mmtrain-loader") as pool:
-        try:
-            for one in each:
-                pending.append(pool.submit(make, one))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 class Samples(Protocol):
@@ -155,7 +154,7 @@ class Samples(Protocol):
 
 
 class Loader:
-    """Makes batches ahead of their use, in threads: reading, decoding and resizing release the interpreter lock."""
+    """Makes batches ahead of their use, in threads; `load_images` decodes images there or in other processes."""
 
     def __init__(
         self,
@@ -164,20 +163,21 @@ class Loader:
         packing: bool,
         store: ImageCache | None = None,
         row_multiple: int = 1,
-        num_threads: int = 2,
-        ahead: int = 4,
+        load_images: ImageLoader | None = None,
+        pace: Pace | None = None,
     ) -> None:
+        """`pace`: None for that of `load_images`."""
         self._samples = samples
         self._processor = processor
         self._packing = packing
         self._store = store
         self._row_multiple = row_multiple
-        self._num_threads = num_threads
-        self._ahead = ahead
+        self._load_images = load_images or ImageLoader(processor)
+        self._pace = pace or self._load_images
 
     def batches(self, cuts: Iterable[Sequence[int]]) -> Iterator[Batch]:
         """A batch for each list of sample indices, in order. Raises UserError naming the sample that fails."""
-        return in_order(self.load, cuts, self._num_threads, self._ahead)
+        return in_order(self.load, cuts, lambda batch: batch.num_bytes, self._pace)
 
     def load(self, numbers: Sequence[int]) -> Batch:
         """The batch of these samples. Raises UserError naming the sample that cannot be read or decoded, or all of them
@@ -188,6 +188,9 @@ class Loader:
                 encoded.append(self._samples.encoded(number))
         try:
             return self._make(numbers, encoded)
+        except UserError as error:
+            places = ", ".join(str(self._samples.place(number)) for number in numbers)
+            raise UserError(f"{places}: {error}") from None
         except SampleError as error:
             for number, sample in zip(numbers, encoded, strict=True):
                 with self._named(number):
@@ -197,7 +200,10 @@ class Loader:
             raise UserError(f"{places}: the samples cannot be laid out together: {error}") from None
 
     def _make(self, numbers: Sequence[int], encoded: Sequence[Encoded]) -> Batch:
-        return make_batch(numbers, encoded, self._processor, self._packing, self._store, self._row_multiple)
+        batch = make_batch(
+            numbers, encoded, self._processor, self._packing, self._store, self._row_multiple, self._load_images
+        )
+        return batch.pinned() if self._load_images.on_gpu else batch
 
     @contextmanager
     def _named(self, number: int) -> Iterator[None]:

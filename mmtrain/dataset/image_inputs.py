@@ -2,13 +2,13 @@
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from mmtrain.dataset.image_loader import ImageLoader
 from mmtrain.encoding.encode import ImageSpan
-from mmtrain.encoding.images import decode, read_bytes
-from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.images import read_bytes
 from mmtrain.records.chat import SampleError
 
 
@@ -48,8 +48,18 @@ class ImageInputs:
         """The inputs other than pixels, such as the grid of patches."""
         return {name: value for name, value in self.inputs.items() if not name.startswith("pixel")}
 
+    def pinned(self) -> "ImageInputs":
+        """The same in page-locked memory."""
+        features = None if self.features is None else replace(self.features, tensors=all_pinned(self.features.tensors))
+        return replace(self, inputs=all_pinned(self.inputs), features=features)
 
-def load_image_inputs(span: ImageSpan, ids: list[int], processor: ChatProcessor, cache: ImageCache) -> ImageInputs:
+
+def all_pinned(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with every tensor among them in page-locked memory, from which a GPU copies while others work."""
+    return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+def load_image_inputs(span: ImageSpan, ids: list[int], load_images: ImageLoader, cache: ImageCache) -> ImageInputs:
     """The image of `span`, whose ids in the sample are `ids`; decoded only where its features are not in `cache`.
 
     Its bytes are read once, so that key and pixels are of the same image even if the file is overwritten meanwhile.
@@ -62,7 +72,7 @@ def load_image_inputs(span: ImageSpan, ids: list[int], processor: ChatProcessor,
         if found.num_placeholders != span.num_placeholders:
             raise SampleError(f"the image {span.image.name} changed while it was read")
         return ImageInputs(key, span.num_placeholders, found.inputs, found)
-    inputs, laid_out = processor.image_inputs([[decode(replace(span.image, source=data))]])
+    inputs, laid_out = load_images([[replace(span.image, source=data)]])
     if laid_out != ids:
         raise SampleError(
             f"{len(ids)} tokens were laid out for {span.image.name} and the image processor makes {len(laid_out)}"

@@ -91,7 +91,7 @@ def select(samples: StoredSamples, used: Indices, choices: Sequence[Choice]) -> 
     of the split, and what is over the maximum."""
     source_of = samples.records.sources_of(used)
     choice_of = [choices[number] for number in source_of.tolist()]
-    duplicates = _duplicates(samples, used[[choice.dedup for choice in choice_of]])
+    duplicates = find_duplicates(samples, used[[choice.dedup for choice in choice_of]])
     left = ~np.isin(used, [index for index, _ in duplicates])
     is_split = np.array([choice.side is not Side.ALL for choice in choice_of], np.bool_) & left
     held_out = _held_out(samples, used[is_split], max((choice.share for choice in choices), default=0.0))
@@ -115,8 +115,8 @@ def _over_max(indices: Indices, choice: Choice) -> Indices:
 # --- duplicates
 
 
-def _duplicates(samples: StoredSamples, indices: Indices) -> list[tuple[int, str]]:
-    """The samples that have the tokens, the labels and the bytes of the images of an earlier one."""
+def find_duplicates(samples: StoredSamples, indices: Indices) -> list[tuple[int, str]]:
+    """The samples that have the tokens, the labels and the bytes of the images of an earlier one: index and reason."""
     same: dict[bytes, list[int]] = {}
     for index in indices.tolist():
         same.setdefault(_tokens_key(samples, index), []).append(index)

@@ -3,8 +3,8 @@
 import copy
 import json
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,17 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 
+from mmtrain.encoding.processor_settings import (
+    TEMPLATE_FILE,
+    check_image_settings,
+    json_object,
+    write_image_settings,
+)
 from mmtrain.errors import UserError
 from mmtrain.safe_text import one_line, shown
 
 _NAMES_PROCESSOR = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json")
 """Files that may name the processor's class, in the order in which transformers asks them."""
-TEMPLATE_FILE = "chat_template.jinja"
 _PROCESSOR_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -48,6 +53,8 @@ class DirectoryParts:
     image_token_id: int | None
     given_template: str | None = None
     """The chat template in place of the model's own."""
+    image_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings in place of the image processor's own."""
 
 
 def model_directory(path: str) -> Path:
@@ -78,35 +85,34 @@ def processor_files(directory: Path) -> list[Path]:
     return files_in(directory, _PROCESSOR_FILES)
 
 
-def template_in(folder: Path) -> str | None:
-    """The file with the chat template in the directory of an adapter: the one that the adapter was trained with."""
-    file = folder / TEMPLATE_FILE
-    return str(file) if file.is_file() else None
-
-
-def copy_processor(source: Path, target: Path, given_template: str | None) -> None:
-    """Copy the processor's files from one directory to another, with another chat template if one is given."""
+def copy_processor(source: Path, target: Path, given_template: str | None, image_settings: Mapping[str, Any]) -> None:
+    """Copy the processor's files from one directory to another, with the chat template and the settings of the image
+    processor that are given in place of its own."""
     for path in processor_files(source):
         shutil.copyfile(path, target / path.name)
+    write_image_settings(target, image_settings)
     if given_template is None:
         return
     for path in target.glob("chat_template*"):
         path.unlink()
     for path in target.glob("*processor_config.json"):  # a template in it would be used before the file
-        settings = _json_object(path)
+        settings = json_object(path)
         if settings.pop("chat_template", None) is not None:
             path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
     (target / TEMPLATE_FILE).write_text(given_template, encoding="utf-8")
 
 
-def load_parts(directory: Path, given_template: str | None = None) -> DirectoryParts:
-    """The parts of a chat processor; `given_template` is the chat template in place of the model's own.
+def load_parts(
+    directory: Path, given_template: str | None = None, image_settings: Mapping[str, Any] | None = None
+) -> DirectoryParts:
+    """The parts of a chat processor; `given_template` and `image_settings` are in place of the model's own.
 
     Raises UserError with transformers' reason where the directory is broken or names code of its own."""
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        processor = _family_processor(directory, config, tokenizer) if takes_images(config) else None
+        settings = image_settings or {}
+        processor = _family_processor(directory, config, tokenizer, settings) if takes_images(config) else None
         eos_ids = _eos_ids(directory, config)
     except UserError:
         raise
@@ -116,8 +122,12 @@ def load_parts(directory: Path, given_template: str | None = None) -> DirectoryP
     for part in (tokenizer, processor):
         if part is not None and given_template is not None:
             part.chat_template = given_template
+    if settings and processor is None:
+        raise UserError("model.image_processor: this model takes no images: remove the key")
     # the constructor of a processor may add tokens, so the copy is made after it
-    return DirectoryParts(copy.deepcopy(tokenizer), processor, eos_ids, _image_token_id(config), given_template)
+    return DirectoryParts(
+        copy.deepcopy(tokenizer), processor, eos_ids, _image_token_id(config), given_template, settings
+    )
 
 
 def takes_images(config: Any) -> bool:
@@ -132,14 +142,25 @@ def _image_token_id(config: Any) -> int | None:
     return getattr(getattr(config, "vision_config", None), "image_token_id", None) if own is None else own
 
 
-def _family_processor(directory: Path, config: Any, tokenizer: Any) -> Any:
+def load_image_processor(directory: Path, settings: Mapping[str, Any]) -> Any:
+    """The image processor of a model, with these settings in place of its own: always Pillow's, so that pixels do not
+    depend on what is installed. Raises UserError for a setting that it does not have."""
+
+    def load(own: Mapping[str, Any]) -> Any:
+        return AutoImageProcessor.from_pretrained(
+            directory, backend="pil", local_files_only=True, trust_remote_code=False, **copy.deepcopy(dict(own))
+        )
+
+    check_image_settings(load, settings, directory)
+    return load(settings)
+
+
+def _family_processor(directory: Path, config: Any, tokenizer: Any, settings: Mapping[str, Any]) -> Any:
     """The family's processor from its tokenizer and image processor alone.
 
-    Loading the whole raises where torchvision is absent (its video part needs it), and pixels must not depend on
-    what is installed: the image processor is always Pillow's.
+    Loading the whole raises where torchvision is absent: its video part needs it.
     """
-    made = AutoImageProcessor.from_pretrained(directory, backend="pil", local_files_only=True, trust_remote_code=False)
-    parts: dict[str, Any] = {"tokenizer": tokenizer, "image_processor": made}
+    parts: dict[str, Any] = {"tokenizer": tokenizer, "image_processor": load_image_processor(directory, settings)}
     family = processor_class(directory, config)
 
     class ImageTextProcessor(family):  # type: ignore[misc, valid-type]
@@ -170,7 +191,7 @@ def processor_class(directory: Path, config: Any) -> Any:
     """The class that the directory names, as AutoProcessor looks for it, or else the one of the model's family."""
     for name in _NAMES_PROCESSOR:
         if (directory / name).is_file():
-            named = _json_object(directory / name).get("processor_class")
+            named = json_object(directory / name).get("processor_class")
             found = processor_class_from_name(named) if isinstance(named, str) else None
             if found is not None:
                 return found
@@ -180,18 +201,8 @@ def processor_class(directory: Path, config: Any) -> Any:
 def _eos_ids(directory: Path, config: Any) -> frozenset[int]:
     """Every id that ends generation, from generation_config.json where there is one."""
     path = directory / "generation_config.json"
-    ids = _json_object(path).get("eos_token_id") if path.is_file() else getattr(config, "eos_token_id", None)
+    ids = json_object(path).get("eos_token_id") if path.is_file() else getattr(config, "eos_token_id", None)
     found = ids if isinstance(ids, list) else [ids]
     if any(id_ is not None and type(id_) is not int for id_ in found):
         raise UserError(f"eos_token_id is {shown(ids)}: expected a token id or a list of them")
     return frozenset(found) - {None}
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path.name} is not JSON: {one_line(error)}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path.name}: expected an object, not {shown(found)}")
-    return found

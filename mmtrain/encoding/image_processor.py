@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import PIL.Image
+import torch
 from torch import Tensor
 
 from mmtrain.encoding.tokenizer import Tokenizer
@@ -76,14 +77,17 @@ class _Runner:
     frame: tuple[str, str] = ("", "")
     """The special token that the processor wants before the text that stands for an image, and that after it."""
 
-    def run(self, samples: Sequence[Sequence[PIL.Image.Image]]) -> tuple[dict[str, Any], list[list[int]]]:
+    def run(
+        self, samples: Sequence[Sequence[PIL.Image.Image]], raw: bool = False
+    ) -> tuple[dict[str, Any], list[list[int]]]:
         """The tensors for the images of some samples, and all the ids that the processor writes for each image, with
-        ordinary text."""
+        ordinary text. `raw`: pixels of 8 bits."""
+        options = _OPTIONS | (_RAW if raw else {})
         made = self.processor(
-            text=[self._text(images) for images in samples], images=list(map(list, samples)), **_OPTIONS
+            text=[self._text(images) for images in samples], images=list(map(list, samples)), **options
         )
         rows, masks = made["input_ids"].tolist(), made["attention_mask"].tolist()
-        inputs = {key: _widened(value) for key, value in made.items() if key not in TEXT_KEYS}
+        inputs = _of_images(made, raw)
         spans = [
             span
             for images, row, mask in zip(samples, rows, masks, strict=True)
@@ -91,12 +95,12 @@ class _Runner:
         ]
         return inputs, spans
 
-    def run_with(self, images: Sequence[PIL.Image.Image], ids: Sequence[int]) -> dict[str, Any]:
-        """The tensors for one sample, whose ids are given: those of the text depend on them."""
+    def run_with(self, images: Sequence[PIL.Image.Image], ids: Sequence[int], raw: bool = False) -> dict[str, Any]:
+        """The tensors for one sample, whose ids are given: those of the text depend on them. `raw`: see `run`."""
         own = copy.copy(self.processor)
         own.tokenizer = _GivenIds(self.processor.tokenizer, list(ids))
-        made = own(text=[self._text(images)], images=[list(images)], **_OPTIONS)
-        return {key: _widened(value) for key, value in made.items() if key not in TEXT_KEYS}
+        made = own(text=[self._text(images)], images=[list(images)], **_OPTIONS | (_RAW if raw else {}))
+        return _of_images(made, raw)
 
     def text_end(self) -> str:
         """What the processor writes after the text of a sample with an image."""
@@ -160,6 +164,7 @@ class _Runner:
 
 _OPTIONS: dict[str, Any] = {"add_special_tokens": False, "padding": True, "return_tensors": "pt"}
 """Padding is always on: it is a state of the tokenizer, which threads share."""
+_RAW: dict[str, Any] = {"do_rescale": False, "do_normalize": False}
 
 
 class _GivenIds:
@@ -173,6 +178,13 @@ class _GivenIds:
 
     def __call__(self, text: Any, **options: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [self._ids], "attention_mask": [[1] * len(self._ids)]}
+
+
+def _of_images(made: Any, raw: bool) -> dict[str, Any]:
+    """The tensors for images among all that the processor made."""
+    found = {key: _widened(value) for key, value in made.items() if key not in TEXT_KEYS}
+    pixels = [key for key, value in found.items() if key.startswith("pixel") and value.is_floating_point()]
+    return found | {key: found[key].to(torch.uint8) for key in pixels} if raw else found
 
 
 def _widened(value: Any) -> Any:
@@ -276,16 +288,17 @@ class ImageProcessor:
         return own.image_mean, own.image_std
 
     def inputs(
-        self, samples: Sequence[Sequence[PIL.Image.Image]], ids: Sequence[int] | None = None
+        self, samples: Sequence[Sequence[PIL.Image.Image]], ids: Sequence[int] | None = None, raw: bool = False
     ) -> tuple[dict[str, Any], list[int]]:
         """The tensors the model takes for the images of `samples`, and the ids of their spans, one after the other.
 
-        `ids`: those of the sample, where there is one and `traits.together` is false.
+        `ids`: those of the sample, where there is one and `traits.together` is false. `raw`: pixels as 8-bit integers,
+        neither rescaled nor normalized.
         """
         try:
-            inputs, spans = self._runner.run(samples)
+            inputs, spans = self._runner.run(samples, raw)
             if ids is not None:
-                inputs = self._runner.run_with(samples[0], ids)
+                inputs = self._runner.run_with(samples[0], ids, raw)
         except SampleError:
             raise
         except Exception as error:  # such as images that one sample cannot have together

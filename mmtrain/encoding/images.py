@@ -23,7 +23,7 @@ from mmtrain.safe_text import shown, visible
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 50_000_000
-"""Decoding takes up to 20 bytes of memory a pixel (WebP; other kinds 6 to 12): less than a GiB."""
+"""Decoding needs at most 20 bytes of memory a pixel (WebP; other kinds 6 to 12): less than a GiB."""
 # What Pillow warns of and logs is refused or fixed here. For good: threads share the filters, and one that sets and
 # restores them would change those of the others.
 warnings.filterwarnings("ignore", module=r"PIL\.")

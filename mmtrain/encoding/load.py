@@ -4,38 +4,46 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mmtrain.config.schema import Model
 from mmtrain.encoding.directory import load_parts, model_directory
 from mmtrain.encoding.family_trial import try_family
 from mmtrain.encoding.fast_template import chat_template, through_wrapper
 from mmtrain.encoding.processor import ChatProcessor, make_processor
+from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.encoding.template_trial import MAX_CHARACTERS, try_template
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.regular_files import open_regular
 from mmtrain.safe_text import shown, visible
 
+_NONE = ProcessorSettings()
 _ORDINARY_TEXT = ("The quick brown fox jumps over the lazy dog.", "What is 12 + 30? It is 42!")
 
 
-def load_processor(path: str, template_file: str | None = None, tried: bool = False) -> ChatProcessor:
+def load_processor(path: str, settings: ProcessorSettings = _NONE, tried: bool = False) -> ChatProcessor:
     """The processor in a model directory or the local hub cache, checked.
 
-    `template_file`: has the chat template in place of the model's own. `tried`: another process has tried the template
-    and the family's own ids already. Raises UserError, naming `path`.
+    `settings`: in place of the model's own. `tried`: another process has tried the template and the family's own ids
+    already. Raises UserError, naming `path`.
     """
-    directory = model_directory(path)
+    directory, template_file = model_directory(path), settings.chat_template
     given = None if template_file is None else read_template(Path(template_file))
     try:
-        parts = load_parts(directory, given)
+        parts = load_parts(directory, given, settings.image_processor)
         _check_tokenizer(parts.tokenizer)
         template = chat_template(parts.tokenizer, parts.processor)
         if not tried:
             try_template(template, through_wrapper(parts.tokenizer, template))
-        processor = make_processor(parts)
+        processor = replace(make_processor(parts), origin=(path, settings))
         return processor if tried else replace(processor, trial=try_family(processor))
     except (UserError, SampleError) as error:
         name = path if template_file is None else f"{path} with the chat template {visible(template_file)}"
         raise UserError(f"{name}: {error}") from None
+
+
+def processor_of(model: Model, tried: bool = False) -> ChatProcessor:
+    """`load_processor` for the model of a config, with what it sets in place of the model's own."""
+    return load_processor(model.path, ProcessorSettings.of(model), tried)
 
 
 def read_template(file: Path) -> str:

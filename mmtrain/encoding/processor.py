@@ -1,7 +1,7 @@
 """The model's own tokenizer, chat template and image processor."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import PIL.Image
@@ -9,6 +9,7 @@ import PIL.Image
 from mmtrain.encoding.directory import DirectoryParts
 from mmtrain.encoding.fast_template import chat_template, renderer
 from mmtrain.encoding.image_processor import TYPE_KEYS, ImageProcessor, ImageTokens
+from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.encoding.template import ChatTemplate, image_frame, probe_template
 from mmtrain.encoding.tokenizer import Tokenizer
 from mmtrain.records.chat import SampleError
@@ -45,8 +46,12 @@ class ChatProcessor:
     """None for a model that takes no images."""
     given_template: str | None = None
     """The text of `model.chat_template`, where it is given."""
+    image_settings: Mapping[str, Any] = field(default_factory=dict)
+    """`model.image_processor`."""
     trial: EncodingTrial | None = None
     """None where another process tried it."""
+    origin: tuple[str, ProcessorSettings] | None = None
+    """The arguments with which `load_processor` loads it again in another process."""
 
     @property
     def image_token_id(self) -> int | None:
@@ -82,10 +87,10 @@ class ChatProcessor:
         return self.images is None or self.images.traits.together
 
     def image_inputs(
-        self, samples: Sequence[Sequence[PIL.Image.Image]], ids: Sequence[int] | None = None
+        self, samples: Sequence[Sequence[PIL.Image.Image]], ids: Sequence[int] | None = None, raw: bool = False
     ) -> tuple[dict[str, Any], list[int]]:
         """See `ImageProcessor.inputs`. Raises SampleError for a model that takes no images."""
-        return self._image_processor().inputs(samples, ids)
+        return self._image_processor().inputs(samples, ids, raw)
 
     def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> tuple[ImageTokens, ...]:
         """The spans of the images of one sample, whose sizes are (width, height). Raises SampleError for a model that
@@ -111,6 +116,5 @@ def make_processor(parts: DirectoryParts) -> ChatProcessor:
         frame = image_frame(render, traits, family.image_token, tokenizer.traits.special_tokens)
         images = ImageProcessor(family, tokenizer, parts.image_token_id, frame)
     around, end = (("", ""), "") if images is None else (images.traits.text_around, images.traits.text_end)
-    return ChatProcessor(
-        tokenizer, ChatTemplate(str(source), traits, render, image_token, around, end), images, parts.given_template
-    )
+    template = ChatTemplate(str(source), traits, render, image_token, around, end)
+    return ChatProcessor(tokenizer, template, images, parts.given_template, parts.image_settings)

@@ -22,6 +22,8 @@ MEMORY = 512 * 2**20
 MAX_CHARACTERS = 1_000_000
 """Of the template, and of what it makes of a short conversation."""
 
+_STATM = Path("/proc/self/statm")
+"""Its first number is the size of this process in pages, see proc_pid_statm(5)."""
 _OVER_MEMORY, _OVER_OUTPUT = 3, 4
 _REASONS = {
     _OVER_MEMORY: f"takes over {MEMORY // 2**20} MiB of memory",
@@ -32,18 +34,20 @@ _REASONS = {
 def try_template(template: str | None, render: Render) -> None:
     """Raise UserError where a few short conversations take the template longer or more memory than any can need.
 
-    `render` makes text of messages by `template`; what it raises is no fault here. Nothing is tried where processes
-    cannot be forked.
+    `render` makes text of messages by `template`; what it raises is no fault here. Without Linux's /proc only time and
+    output are limited.
     """
     if template is not None and len(template) > MAX_CHARACTERS:
         raise UserError(f"the chat template has {len(template):,} characters, over {MAX_CHARACTERS:,}")
-    if not hasattr(os, "fork"):
-        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking next to threads: the child only renders
         child = os.fork()
     if not child:
-        os._exit(_render_all(render))
+        code = 1
+        try:
+            code = _render_all(render)
+        finally:
+            os._exit(code)  # it must not continue as a second copy of the program
     reason = _outcome(child)
     if reason is not None:
         raise UserError(f"the chat template is refused: for a short conversation it {reason}")
@@ -81,10 +85,11 @@ def _render_all(render: Render) -> int:
 
 
 def _limit_memory() -> None:
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        size = int(statm.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    if _STATM.exists():
+        limit = int(_STATM.read_text().split()[0]) * resource.getpagesize() + MEMORY
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        own = [one for one in (soft, hard) if one != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min([limit, *own]), hard))
 
 
 def _with_tools() -> Iterator[tuple[Messages, Tools | None]]:

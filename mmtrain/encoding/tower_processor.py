@@ -1,14 +1,14 @@
 """The tokenizer and image processor of a dual encoder, which embeds texts and images apart."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import PIL.Image
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from mmtrain.encoding.directory import model_directory, processor_class
+from mmtrain.encoding.directory import load_image_processor, model_directory, processor_class
 from mmtrain.errors import UserError
 from mmtrain.safe_text import one_line
 
@@ -21,8 +21,13 @@ class TowerProcessor:
     images: Any
     max_length: int
     """Tokens of the longest text that the text tower takes, special tokens included."""
+    family: Any
+    """The class of transformers that has both."""
+    image_settings: Mapping[str, Any]
+    """Settings in place of the image processor's own."""
 
     lays_out_together = True
+    given_template = None
 
     @property
     def pad_id(self) -> int:
@@ -34,7 +39,7 @@ class TowerProcessor:
 
     @property
     def has_mask(self) -> bool:
-        """Whether the text tower is told which tokens are padding."""
+        """Whether the text tower gets a mask of the padding."""
         return "attention_mask" in self.tokenizer.model_input_names
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -54,23 +59,24 @@ class TowerProcessor:
         }
 
 
-def load_tower_processor(path: str) -> TowerProcessor:
-    """The processor in a model directory or the local hub cache. Raises UserError, naming `path`."""
+def load_tower_processor(path: str, image_settings: Mapping[str, Any]) -> TowerProcessor:
+    """The processor in a model directory or the local hub cache, with these settings in place of its image processor's
+    own. Raises UserError, naming `path`."""
     directory = model_directory(path)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        images = AutoImageProcessor.from_pretrained(
-            directory, backend="pil", local_files_only=True, trust_remote_code=False
-        )
-        family = getattr(processor_class(directory, config), "text_kwargs", {})
+        images = load_image_processor(directory, image_settings)
+        family = processor_class(directory, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # a broken directory makes transformers raise anything
         raise UserError(f"{path}: the processor cannot be loaded: {one_line(error)}") from None
+    settings = getattr(family, "text_kwargs", {})
     limits = (
         tokenizer.model_max_length,
         getattr(config.text_config, "max_position_embeddings", None),
-        family.get("max_length") if isinstance(family, dict) else None,
+        settings.get("max_length") if isinstance(settings, dict) else None,
     )
-    return TowerProcessor(tokenizer, images, min(int(limit) for limit in limits if limit))
+    longest = min(int(limit) for limit in limits if limit)
+    return TowerProcessor(tokenizer, images, longest, family, image_settings)

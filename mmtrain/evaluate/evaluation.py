@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
 from mmtrain.dataset.plan import Indices
-from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.load import processor_of
 from mmtrain.errors import UserError
 from mmtrain.evaluate.models import BASE, ComparedModels, find_models
 from mmtrain.progress import Progress
@@ -36,7 +36,7 @@ class Evaluation:
         self.is_main = runtime.is_main
         self._microbatch_tokens = config.run.microbatch_tokens
         self._progress = Progress(runtime.activity.tick, quiet=not runtime.is_main)
-        processor = load_processor(config.model.path, config.model.chat_template)
+        processor = processor_of(config.model)
         self.eval_samples = EvalSamples.of(config, sources, processor, self._progress)
         for entry in self.eval_samples.dropped:
             self._progress.say(f"dropped: {entry['place']}: {entry['reason']}")

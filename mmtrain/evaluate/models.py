@@ -10,8 +10,7 @@ from mmtrain.dataset.hashes import digest
 from mmtrain.encoding.directory import model_directory, processor_files
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.model.adapter import Adapter, read_adapter
-from mmtrain.model.earlier_run import complete_model
+from mmtrain.model.adapter import Adapter, complete_model, read_adapter
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import visible
@@ -37,7 +36,7 @@ def find_models(paths: Sequence[str], base: str) -> FoundModels:
 
     Raises UserError where one of them cannot be used with the model `base`.
     """
-    complete = {path: folder for path in paths if (folder := complete_model(path)) is not None}
+    complete = {path: folder for path in paths if (folder := complete_model(Path(path))) is not None}
     for folder in complete.values():
         _check_same_processor(base, folder)
     return FoundModels({path: read_adapter(path) for path in paths if path not in complete}, complete)

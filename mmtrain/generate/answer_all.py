@@ -86,6 +86,7 @@ def _made_with(target: Target, data: Sequence[str], batch_size: int, sampling: S
     found = {
         **model_fingerprints(target.model, lambda: None),
         "adapter": digest(adapter),
+        "image_processor": target.processor_settings.image_processor,
         "data": digest([file for path in data for file in find_data_files(path)]),
         "labels": target.labels.model_dump(),
         "dtype": [target.dtype, target.quantization],

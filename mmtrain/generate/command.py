@@ -8,9 +8,10 @@ from mmtrain.errors import UserError
 from mmtrain.generate.answer_all import answer_all
 from mmtrain.generate.chat import Chat, read_image, run_chat
 from mmtrain.generate.prompts import prompt_for
+from mmtrain.generate.replies import batched
 from mmtrain.generate.sampling import Sampling
-from mmtrain.generate.target import find_target, load_target
-from mmtrain.records.chat import Conversation, Message, Text
+from mmtrain.generate.target import Loaded, find_target, load_target
+from mmtrain.records.chat import Conversation, Message, SampleError, Text
 from mmtrain.runtime.processes import Runtime
 
 
@@ -41,33 +42,39 @@ class Options:
             raise UserError("generate: --image and --system are for a question or a chat, not for --data: remove them")
 
 
-def replies(
-    path: str, questions: Sequence[str], images: Sequence[Path], base: str | None, max_new_tokens: int
-) -> list[str]:
-    """The most likely reply to each question about the same images. Raises UserError for what the user can fix."""
-    target = find_target(path, base)
-    loaded = load_target(target, Runtime(target.dtype))
-    parts = [read_image(image) for image in images]
-    asked = [Conversation((Message("user", (*parts, Text(question))),)) for question in questions]
-    prompts = [prompt_for(loaded.encoder, conversation, Path()) for conversation in asked]
-    return [reply.text for reply in loaded.generator.replies(prompts, Sampling(max_new_tokens))]
+def replies(options: Options, questions: Sequence[str]) -> list[str]:
+    """The reply to each question, all about the same images. Raises UserError for what the user can fix."""
+    options.sampling.check()
+    images = [read_image(path) for path in options.images]
+    loaded = _loaded(options)
+    system = () if options.system is None else (Message("system", (Text(options.system),)),)
+    found: list[str] = []
+    try:
+        asked = [Conversation((*system, Message("user", (*images, Text(one))))) for one in questions]
+        prompts = [prompt_for(loaded.encoder, conversation, Path()) for conversation in asked]
+        for batch in batched(len(prompts), options.batch_size):
+            seed = options.sampling.seed + batch[0]
+            made = loaded.generator.replies([prompts[number] for number in batch], options.sampling, seed)
+            found += [reply.text for reply in made]
+    except SampleError as error:
+        raise UserError(f"generate: {error}") from None
+    return found
 
 
 def generate(options: Options) -> None:
-    """Print the reply, or write the answers. Raises UserError for what the user can fix."""
-    options.check()
+    """Write the answers, or chat. Raises UserError for what the user can fix."""
     images = [read_image(path) for path in options.images]
+    loaded = _loaded(options)
+    if options.output is None:
+        run_chat(Chat(loaded, options.sampling, options.system), images)
+    else:
+        answer_all(loaded, options.data, options.output, options.batch_size, options.sampling)
+        loaded.runtime.close()
+
+
+def _loaded(options: Options) -> Loaded:
     target = find_target(options.path, options.base, options.dtype)
     runtime = Runtime(target.dtype)
     if runtime.num_processes > 1 and options.output is None:
         raise UserError("generate: several processes are for --data FILE: start it in one")
-    loaded = load_target(target, runtime)
-    if options.output is not None:
-        answer_all(loaded, options.data, options.output, options.batch_size, options.sampling)
-        runtime.close()
-        return
-    chat = Chat(loaded, options.sampling, options.system)
-    if options.question is None:
-        run_chat(chat, images)
-    else:
-        print(chat.reply(options.question, images))
+    return load_target(target, runtime)

@@ -46,7 +46,7 @@ def is_asked(conversation: Conversation) -> bool:
 
 
 def trained_end(encoder: Encoder) -> int | None:
-    """The token by which a trained reply ends; None where training teaches none.
+    """The token by which a trained reply ends; None where none is trained on.
 
     Found on a sample: templates end replies by tokens that the model's generation config may not name.
     """

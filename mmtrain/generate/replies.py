@@ -1,7 +1,7 @@
 """Replies of a model to batches of prompts, by transformers' own `generate`."""
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,17 @@ class Reply:
     """The mean over its tokens of the log-probability of the most likely token, in nats; None unless greedy."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """How a model generates whose weights are sharded over processes: all of them run as many forward passes."""
+
+    inside: Callable[[Callable[[], Tensor]], Tensor]
+    """Calls a function where the weights are complete."""
+    all_have_ended: Callable[[bool], bool]
+    """From whether the replies of this process have ended, whether those of all processes are to end. Called after each
+    token, by all of them."""
+
+
 class Generator:
     """Generates replies with one model, which is in eval mode and on its device.
 
@@ -55,11 +66,13 @@ class Generator:
         autocast: Callable[[], AbstractContextManager[None]],
         max_positions: int = ANY_LENGTH,
         on_token: Callable[[], bool] = lambda: False,
+        sharded: Sharded | None = None,
     ) -> None:
         """`max_positions`: the most tokens that a prompt and its reply may have together.
-        `on_token` is called after each token of a batch; where it gives True, the replies of the batch end there."""
+        `on_token` is called after each token of a batch; where it gives True, the replies of the batch end there.
+        With `sharded` all processes must ask for as many batches, with one `max_new_tokens`, and greedily."""
         self._model = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._autocast, self._max_positions, self._on_token = autocast, max_positions, on_token
+        self._autocast, self.max_positions, self._on_token, self._sharded = autocast, max_positions, on_token, sharded
         self._processor = encoder.processor
         end = trained_end(encoder)
         self.stop_ids: frozenset[int] = self._processor.tokenizer.traits.eos_ids | (set() if end is None else {end})
@@ -72,30 +85,47 @@ class Generator:
 
         Raises SampleError where an image does not decode, UserError where a prompt leaves no room for its reply.
         """
-        room = self.room_after(prompts)
-        if sampling.max_new_tokens > room:
-            raise UserError(
-                f"--max-new-tokens {sampling.max_new_tokens}: a prompt has {self._max_positions - room} tokens and the "
-                f"model {self._max_positions} positions: expected at most {room}"
-            )
+        self._check_room(prompts, sampling.max_new_tokens)
         batch = make_batch(range(len(prompts)), prompts, self._processor, packing=False)
         inputs = self._inputs(batch)
         confidence = _Confidence()
-        config = sampling.config(self.stop_ids, self._processor.tokenizer.traits.pad_id)
+        stop_ids = self.stop_ids if self._sharded is None else ()
+        config = sampling.config(stop_ids, self._processor.tokenizer.traits.pad_id)
         if sampling.do_sample:
             torch.manual_seed(sampling.seed if seed is None else seed)
         is_greedy = not sampling.do_sample and sampling.num_beams == 1
         watched = LogitsProcessorList([confidence] if is_greedy else [])
-        with self._autocast(), _own_settings(self._model):
-            made = self._model.generate(
-                **inputs,
-                generation_config=config,
-                logits_processor=watched,
-                stopping_criteria=StoppingCriteriaList([_EndedBy(self._on_token)]),
+        length = inputs["input_ids"].shape[1]
+        stopping = StoppingCriteriaList([_EndedBy(lambda ids: self._is_to_end(ids[:, length:]))])
+
+        def generate() -> Tensor:
+            found: Tensor = self._model.generate(
+                **inputs, generation_config=config, logits_processor=watched, stopping_criteria=stopping
             )
-        new = [self._own(ids) for ids in made[:, inputs["input_ids"].shape[1] :].tolist()]
+            return found
+
+        with self._autocast(), _own_settings(self._model):
+            made = generate() if self._sharded is None else self._sharded.inside(generate)
+        new = [self._own(ids) for ids in made[:, length:].tolist()]
         found = confidence.means([len(ids) for ids in new]) if is_greedy else [None] * len(new)
         return [self.reply(ids, mean) for ids, mean in zip(new, found, strict=True)]
+
+    def _check_room(self, prompts: Sequence[Encoded], max_new_tokens: int) -> None:
+        room = self.room_after(prompts)
+        if max_new_tokens > room:
+            raise UserError(
+                f"--max-new-tokens {max_new_tokens}: a prompt has {self.max_positions - room} tokens and the "
+                f"model {self.max_positions} positions: expected at most {room}"
+            )
+
+    def _is_to_end(self, new: Tensor) -> bool:
+        """Whether the replies of a batch end here, whose tokens so far are `new`, (rows, tokens). A reply that has its
+        end already is continued with the others."""
+        stop = self._on_token()
+        if self._sharded is None:
+            return stop
+        ends = torch.tensor(sorted(self.stop_ids), device=new.device)
+        return self._sharded.all_have_ended(stop or bool(torch.isin(new, ends).any(1).all()))
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """The arguments of `generate`, padded on the left, on the model's device."""
@@ -110,7 +140,7 @@ class Generator:
 
     def room_after(self, prompts: Sequence[Encoded]) -> int:
         """Tokens that every reply to these prompts may have."""
-        return self._max_positions - max(prompt.num_tokens for prompt in prompts)
+        return self.max_positions - max(prompt.num_tokens for prompt in prompts)
 
     def reply(self, ids: Sequence[int], log_probability: float | None) -> Reply:
         """The reply that has these tokens, the one that ends it included."""
@@ -141,13 +171,13 @@ class _Confidence(LogitsProcessor):  # type: ignore[misc]
 
 
 class _EndedBy(StoppingCriteria):  # type: ignore[misc]
-    """Ends all rows where `on_token` says so."""
+    """Ends all rows where `is_to_end` says so of their tokens, (rows, tokens)."""
 
-    def __init__(self, on_token: Callable[[], bool]) -> None:
-        self._on_token = on_token
+    def __init__(self, is_to_end: Callable[[Tensor], bool]) -> None:
+        self._is_to_end = is_to_end
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self._on_token(), device=input_ids.device)
+        return torch.full((len(input_ids),), self._is_to_end(input_ids), device=input_ids.device)
 
 
 def _padded_left(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -172,6 +202,6 @@ def _own_settings(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def batched(num_prompts: int, batch_size: int) -> Iterator[Collection[int]]:
+def batched(num_prompts: int, batch_size: int) -> Iterator[range]:
     """The positions of the prompts of each batch, in order."""
     return (range(start, min(start + batch_size, num_prompts)) for start in range(0, num_prompts, batch_size))

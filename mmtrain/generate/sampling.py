@@ -28,14 +28,15 @@ class Sampling:
                 raise UserError(f"--{name.replace('_', '-')} {value}: it has no effect without --do-sample: add that")
 
     def config(self, stop_ids: Collection[int], pad_id: int) -> GenerationConfig:
-        """`stop_ids` end a reply. Raises UserError for a value that transformers refuses."""
+        """`stop_ids` end a reply; without any it has all `max_new_tokens`. Raises UserError for a value that
+        transformers refuses."""
         try:
             return GenerationConfig(
                 max_new_tokens=self.max_new_tokens,
                 do_sample=self.do_sample,
                 num_beams=self.num_beams,
                 repetition_penalty=self.repetition_penalty,
-                eos_token_id=sorted(stop_ids),
+                eos_token_id=sorted(stop_ids) or None,
                 pad_token_id=pad_id,
                 **self._only_for_sampling(),
             )

@@ -9,12 +9,13 @@ from pydantic import ValidationError
 
 from mmtrain.config.schema import Config, Labels
 from mmtrain.config.yaml_file import read_yaml
-from mmtrain.encoding.directory import template_in
+from mmtrain.encoding.directory import model_directory
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.errors import UserError
 from mmtrain.generate.replies import ANY_LENGTH, Generator
-from mmtrain.model.adapter import CONFIG, load_adapter, read_adapter
+from mmtrain.model.adapter import CONFIG, find_adapter, find_model, load_adapter, read_adapter
 from mmtrain.model.load import length_limit, load_model
 from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
@@ -34,9 +35,11 @@ class Target:
     """How the base model of an adapter is quantized, as in the run that trained the adapter."""
 
     @property
-    def chat_template(self) -> str | None:
-        """The file with the chat template that the adapter was trained with, if it is saved with the adapter."""
-        return None if self.adapter is None else template_in(self.adapter)
+    def processor_settings(self) -> ProcessorSettings:
+        """Those with which the adapter was trained, if they are saved with it. Raises UserError."""
+        if self.adapter is None:
+            return ProcessorSettings()
+        return ProcessorSettings.saved_in(self.adapter, model_directory(self.model))
 
     @property
     def name(self) -> str:
@@ -66,16 +69,6 @@ def find_target(path: str, base: str | None = None, dtype: str | None = None) ->
     if (folder / "checkpoints").is_dir():
         raise UserError(f"{visible(path)}: the run has not saved its model yet: finish it with `mmtrain train`")
     return Target(path, None, labels, dtype)
-
-
-def find_adapter(folder: Path) -> Path | None:
-    """The directory of the adapter that `folder` is, or that the run in it saved; None where there is none."""
-    return next((one for one in (folder, folder / "adapter") if (one / CONFIG).is_file()), None)
-
-
-def find_model(folder: Path) -> Path | None:
-    """The same for a model that was saved whole."""
-    return next((one for one in (folder, folder / "model") if (one / "config.json").is_file()), None)
 
 
 def _named_base(adapter: Path) -> str:
@@ -115,7 +108,7 @@ class Loaded:
 def load_target(target: Target, runtime: Runtime) -> Loaded:
     """Raises UserError where something is missing, broken or does not fit together."""
     adapter = None if target.adapter is None else read_adapter(target.adapter)
-    processor = load_processor(target.model, target.chat_template)
+    processor = load_processor(target.model, target.processor_settings)
     encoder = Encoder(processor, target.labels.train_on, target.labels.end_of_turn)
     with loading_faults():
         model = load_model(

@@ -1,1 +1,1 @@
-"""`mmtrain init`: a first config for a model, data and the device at hand."""
+"""`mmtrain init`: a first config for a model, data and this machine's device."""

@@ -35,7 +35,7 @@ class DataReport:
 def overlap_lines(overlap: Overlap | None) -> list[str]:
     """What training and evaluation data have in common, in words."""
     if overlap is None:
-        return ["There is no evaluation data; `data.eval: {from: train, share: 0.05}` holds some out."]
+        return ["There is no evaluation data; `data.eval: {from: train, share: 0.05}` takes 5 % of the training data."]
     return [
         f"Images in both: {overlap.num_shared_images:,} of {overlap.num_train_images:,} in the training data "
         f"({overlap.image_share:.1%}) and {overlap.num_eval_images:,} in the evaluation data",

@@ -23,7 +23,7 @@ from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.selection import Selected
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.images import FoundImage
-from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.load import processor_of
 from mmtrain.errors import grouped
 from mmtrain.inspect_labels.selected_samples import open_selected, selected_sources
 from mmtrain.inspect_labels.view import view_sample
@@ -269,7 +269,7 @@ def audit(
     `on_row` is called with the JSON object of each sample, in order, with or without tokens. Raises UserError if a
     source cannot be read.
     """
-    processor, progress = load_processor(config.model.path, config.model.chat_template), Progress()
+    processor, progress = processor_of(config.model), Progress()
     with progress.task(f"checking {split}"):
         found = open_selected(config, split, processor, progress)
     samples, limit, store = found.samples, found.limit, found.samples.store
@@ -285,9 +285,8 @@ def audit(
                 continue
             num_tokens = int(store.num_tokens[index])
             is_too_long, is_fault = num_tokens > limit.num_tokens, config.data.too_long == "error"
-            findings = counting.add(
-                index, Finding(TOO_LONG, is_fault, limit.reason(num_tokens)) if is_too_long else None
-            )
+            reason = limit.reason(num_tokens, store.num_placeholders(index)) if is_too_long else None
+            findings = counting.add(index, None if reason is None else Finding(TOO_LONG, is_fault, reason))
             if on_row is not None:
                 on_row(_row(samples, encoder, index, findings, with_tokens))
             task.advance()

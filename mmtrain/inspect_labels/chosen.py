@@ -10,7 +10,7 @@ from mmtrain.config import Config
 from mmtrain.dataset.encode_all import ChunkEncoder, EncodingSpec
 from mmtrain.dataset.samples import FreshSamples, StoredSamples
 from mmtrain.dataset.store import find_store
-from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.load import processor_of
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels.selected_samples import open_selected, selected_sources
@@ -37,7 +37,7 @@ def look_at(config: Config, split: str, choose: Callable[[int, Sequence[int]], l
     Raises UserError where a source cannot be read, or a sample is no longer what is stored for training.
     """
     spec = EncodingSpec.of(config, selected_sources(config, split).sources)
-    processor = load_processor(config.model.path, config.model.chat_template)
+    processor = processor_of(config.model)
     records, encoder = spec.records(), spec.encoder(processor)
     chosen = choose(len(records), _used(config, split, processor, len(records)))
     chunk = ChunkEncoder(spec, records, processor).encode(chosen)
@@ -46,7 +46,8 @@ def look_at(config: Config, split: str, choose: Callable[[int, Sequence[int]], l
     samples: StoredSamples | FreshSamples
     if store is not None:
         samples = StoredSamples(records.sequences(store.records, store.turns), store)
-        indices = [index for record in chosen for index in np.flatnonzero(store.records == record).tolist()]
+        encoded = np.flatnonzero(store.num_tokens)
+        indices = [index for record in chosen for index in encoded[store.records[encoded] == record].tolist()]
     elif (chunk.turns < 0).all():
         samples = FreshSamples(records, encoder)
         indices = [record for number, record in enumerate(chosen) if number not in refused]

@@ -9,6 +9,7 @@ from mmtrain.config.schema import Model
 from mmtrain.encoding.layout import Layout
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor, EncodingTrial
+from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.inspect_model.trainable_components import ComponentFound, find_components
 from mmtrain.model.family import probe_family
 from mmtrain.model.image_cache.features import find_fields
@@ -67,7 +68,7 @@ def find(path: str, say: Callable[[str], None], chat_template: str | None = None
     lines of what falls back. Raises UserError where the model cannot be trained at all.
     """
     dtype = Model(path=path).dtype
-    processor, runtime = load_processor(path, chat_template), Runtime(dtype)
+    processor, runtime = load_processor(path, ProcessorSettings(chat_template)), Runtime(dtype)
     model = load_model(path, dtype, processor)
     family = probe_family(model, processor, say)
     model.requires_grad_(False)

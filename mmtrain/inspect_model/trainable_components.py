@@ -1,4 +1,4 @@
-"""The components of a model: what each holds, what LoRA adapts, and how it can be trained."""
+"""The components of a model: what each consists of, what LoRA adapts, and how it can be trained."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

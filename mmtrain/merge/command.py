@@ -43,7 +43,7 @@ def merge(path: Path, output: Path, base: str | None = None) -> None:
         raise UserError(f"{name}: it exists: give a new directory with -o")
     source = find_source(path, base)
     dtype = _stored_dtype(source.base)
-    processor = load_processor(source.base, source.chat_template)
+    processor = load_processor(source.base, source.processor_settings)
     samples = samples_of_run(source, processor, progress.say)
     progress.say("merging in float32")
     comparison, adapted = _load(source, processor, samples)
@@ -55,7 +55,7 @@ def merge(path: Path, output: Path, base: str | None = None) -> None:
     with storage_faults(f"{name}: it cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         with temporary_path(output) as made:
-            _write(made, merged, source, processor.given_template)
+            _write(made, merged, source, processor)
             rounded = _check_written(made, merged, processor, comparison)
             move_into_place(output, made)
     what = f"{len(samples)} samples of the run" if samples else "random samples"
@@ -107,11 +107,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _write(folder: Path, merged: Any, source: MergeSource, given_template: str | None) -> None:
+def _write(folder: Path, merged: Any, source: MergeSource, processor: ChatProcessor) -> None:
     """Write all files of the merged model, also those that are the base model's."""
     save(merged, folder)
     base = model_directory(source.base)
-    copy_processor(base, folder, given_template)
+    copy_processor(base, folder, processor.given_template, processor.image_settings)
     for file in files_in(base, _ALSO_COPIED):
         shutil.copyfile(file, folder / file.name)
     auto = auto_class(merged.config).__name__

@@ -11,9 +11,11 @@ from mmtrain.config.schema import Config
 from mmtrain.config.yaml_file import read_yaml
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.samples import FreshSamples
-from mmtrain.encoding.directory import template_in
+from mmtrain.dataset.shard_order import first_file
+from mmtrain.encoding.directory import model_directory
 from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.errors import UserError
 from mmtrain.model.adapter import CONFIG, Adapter, named_base, read_adapter
 from mmtrain.model.load import length_limit
@@ -37,9 +39,9 @@ class MergeSource:
     """The run's config."""
 
     @property
-    def chat_template(self) -> str | None:
-        """The file with the chat template that the adapter was trained with, if it is saved with the adapter."""
-        return template_in(self.adapter.folder)
+    def processor_settings(self) -> ProcessorSettings:
+        """Those with which the adapter was trained, if they are saved with it. Raises UserError."""
+        return ProcessorSettings.saved_in(self.adapter.folder, model_directory(self.base))
 
 
 def find_source(path: Path, base: str | None) -> MergeSource:
@@ -75,10 +77,11 @@ def samples_of_run(source: MergeSource, processor: ChatProcessor, say: Callable[
     if config is None:
         say("no run is known for this adapter: the logits are compared on random samples")
         return []
-    spec = EncodingSpec.of(config, config.data.train)
     limit = length_limit(source.base, config.data.max_length).num_tokens
     found, reason = [], "they are too long"
     try:
+        config = first_file(config, say)
+        spec = EncodingSpec.of(config, config.data.train)
         samples = FreshSamples(spec.records(), spec.encoder(processor))
         for index in np.unique(np.linspace(0, len(samples) - 1, NUM_SAMPLES).astype(int)).tolist():
             encoded = samples.encoded(index)

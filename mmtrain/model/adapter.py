@@ -156,11 +156,31 @@ def _file(adapter: Adapter) -> str:
     return visible(str(adapter.folder / WEIGHTS))
 
 
+def find_adapter(folder: Path) -> Path | None:
+    """The directory of the adapter that `folder` is, or that the run in it saved; None where there is none."""
+    return _with_file(folder, "adapter", CONFIG)
+
+
+def find_model(folder: Path) -> Path | None:
+    """The same for a model that was saved whole."""
+    return _with_file(folder, "model", "config.json")
+
+
+def complete_model(folder: Path) -> Path | None:
+    """The same where there is no adapter."""
+    return find_model(folder) if find_adapter(folder) is None else None
+
+
+def _with_file(folder: Path, name: str, file: str) -> Path | None:
+    both = (folder, folder / name)
+    return next((one for one in both if os.path.isfile(one / file)), None)  # unlike Path.is_file it takes any name
+
+
 def find_adapter_folder(path: Path) -> Path:
     """`path` or `path/adapter`, whichever has an adapter. Raises UserError if neither has one."""
-    for folder in (path, path / "adapter"):
-        if os.path.isfile(folder / CONFIG):  # unlike Path.is_file it takes any name
-            return folder
+    found = find_adapter(path)
+    if found is not None:
+        return found
     raise UserError(
         f"{visible(str(path))}: no adapter there, neither {CONFIG} nor adapter/{CONFIG}: "
         "give the directory of an adapter, or of a run that saved one"

@@ -5,7 +5,7 @@ which is made for the base model alone.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from mmtrain.config.schema import Model
 from mmtrain.dataset.hashes import digest
 from mmtrain.encoding.directory import files_in
 from mmtrain.errors import UserError
-from mmtrain.model.adapter import WEIGHTS, Adapter, find_adapter_folder, named_base, read_adapter
+from mmtrain.model.adapter import WEIGHTS, Adapter, complete_model, find_adapter_folder, named_base, read_adapter
 from mmtrain.model.components import Components, base_name
 from mmtrain.model.load import load_weights
+from mmtrain.model.tower_components import SCALE
 from mmtrain.model.tune import target_name
 from mmtrain.safe_text import shown, visible
 
@@ -30,7 +31,7 @@ _MERGE = "or merge it with `mmtrain merge` and give the merged model as model.pa
 
 def trained_files(path: str) -> list[Path]:
     """The files with the trained weights of the run or adapter at `path`. Raises UserError if there are none."""
-    model = complete_model(path)
+    model = complete_model(Path(path))
     return files_in(model, ["*.safetensors"]) if model is not None else [find_adapter_folder(Path(path)) / WEIGHTS]
 
 
@@ -42,7 +43,7 @@ def start_from_run(model: Any, components: Components, settings: Model, tick: Ca
     compute something else.
     """
     path = str(settings.adapter)
-    complete = complete_model(path)
+    complete = complete_model(Path(path))
     if complete is not None:
         num_loaded = _load_complete(model, components, settings, complete, tick)
     else:
@@ -51,12 +52,6 @@ def start_from_run(model: Any, components: Components, settings: Model, tick: Ca
         num_loaded = _load_adapter(model, adapter)
     num_trainable = sum(parameter.requires_grad for parameter in model.parameters())
     return f"started from {visible(path)}: {num_loaded} of {num_trainable} trainable tensors have its values"
-
-
-def complete_model(path: str) -> Path | None:
-    """The complete model that the run at `path` saved, if it did."""
-    folder = Path(path) / "model"
-    return folder if (folder / "config.json").is_file() else None
 
 
 def _load_complete(
@@ -75,21 +70,26 @@ def _load_complete(
     if shapes[0] != shapes[1]:
         raise UserError(f"{where}: its weights have other names or shapes than model.path: give the model of that run")
     changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
-    own = {
-        base_name(name): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and ".lora_" not in name
-    }
-    lost = [name for name in changed if name not in own]
+    here = [(base_name(name), value) for name, value in model.named_parameters() if ".lora_" not in name]
+    own = {name: value for name, value in here if value.requires_grad}
+    values = dict(here)
+    lost = [name for name in changed if name not in own and not _has(values, name, after[name])]
     if lost:
         component = components.component_of(lost[0])
+        key = "objective.scale to trained" if component == SCALE else f"tune.{component}.mode to full"
         raise UserError(
             f"{where}: {len(lost)} weights that were trained there are not trained in full here, such as "
-            f"{shown(lost[0], 120)}: set tune.{component}.mode to full, or give that directory as model.path"
+            f"{shown(lost[0], 120)}: set {key}, or give that directory as model.path"
         )
-    for name in changed:
+    loaded = [name for name in changed if name in own]
+    for name in loaded:
         own[name].data.copy_(after[name])
-    return len(changed)
+    return len(loaded)
+
+
+def _has(values: Mapping[str, torch.Tensor], name: str, value: torch.Tensor) -> bool:
+    """Whether the weight `name` has this value already, such as a temperature that the config gives."""
+    return name in values and torch.equal(values[name].to(value.device, value.dtype), value)
 
 
 def _check_base(adapter: Adapter, path: str) -> None:

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.raw_pixels import Normalization, find_normalization
 from mmtrain.model.attention import autocast, fits_varlen, has_varlen, varlen
 from mmtrain.model.image_cache.features import base_model, given_to_decoder
 from mmtrain.model.transfer import all_on_device
@@ -37,22 +38,33 @@ _SIZES = ((196, 140), (84, 168), (56, 56))
 
 
 class VisionInputs:
-    """Puts the inputs of images where a model wants them: pixels on its device, and what follows from their sizes."""
+    """Puts the inputs of images where a model wants them: pixels on its device, and what follows from their sizes.
 
-    def __init__(self, model: Any, tower: Any = None) -> None:
-        self._model = model
-        self._tower = tower
+    `normalization`: of pixels of 8 bits, on that device; None where there are none.
+    """
+
+    def __init__(self, model: Any, tower: Any = None, normalization: Normalization | None = None) -> None:
+        self.normalization = normalization
+        self.model = model
+        self.tower = tower
         self._takes = frozenset(() if tower is None else inspect.signature(tower.forward).parameters)
 
     def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """The arguments for `inputs`, on the CPU. Where the tower takes what follows from the images' sizes, the sizes
         themselves stay on the CPU: the model asks for their values."""
-        device = self._model.device
+        device = self.model.device
         pixels = {name: value for name, value in inputs.items() if name.startswith("pixel")}
         sizes = {name: value for name, value in inputs.items() if name not in pixels}
-        if self._tower is None or not pixels:
-            return all_on_device(inputs, device)
-        return all_on_device(pixels | self._computed(sizes), device) | sizes
+        if self.tower is None or not pixels:
+            return self._normalized(all_on_device(inputs, device))
+        return self._normalized(all_on_device(pixels | self._computed(sizes), device)) | sizes
+
+    def _normalized(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs` with pixels of 8 bits as the processor would have given them."""
+        if self.normalization is None:
+            return inputs
+        raw = {name: value for name, value in inputs.items() if name.startswith("pixel") and value.dtype == torch.uint8}
+        return inputs | {name: self.normalization(value) for name, value in raw.items()}
 
     def _computed(self, sizes: dict[str, Tensor]) -> dict[str, Any]:
         """By the names under which a model passes them on to its tower."""
@@ -60,25 +72,46 @@ class VisionInputs:
 
         own = {short: value for name, value in sizes.items() if (short := name.removeprefix("image_")) in self._takes}
         made: dict[str, Any] = dict(own)
-        precompute_export_inputs(self._tower, made)
+        precompute_export_inputs(self.tower, made)
         return {f"image_{name}": value for name, value in made.items() if name not in own and value is not None}
 
 
-def prepare_vision(model: Any, processor: ChatProcessor, say: Callable[[str], None]) -> VisionInputs:
-    """Give the tower of `model`, on its device, what is said above, each where a trial on random images shows that the
-    decoder is given the same; `say` reports in one line what is not. To be called under the autocast of the training.
+def prepare_vision(
+    model: Any, processor: ChatProcessor, device: torch.device, say: Callable[[str], None]
+) -> VisionInputs:
+    """Give the tower of `model` what is said above, each where a trial on random images shows that the decoder is given
+    the same; `say` reports in one line what is not. To be called under the autocast of the training.
 
-    Nothing is changed on devices without the kernel, nor for a tower without stretches.
+    `device`: where the model will compute, which is not its own yet where its weights are to be sharded. Nothing is
+    changed on devices without the kernel, nor for a tower without stretches.
     """
     base = base_model(model)
     tower = base.get_encoder(modality="image") if processor.images is not None else None
-    if not has_varlen(base.device) or not isinstance(tower, PreTrainedModel) or tower is base:
-        return VisionInputs(base)
-    return _prepared(base, tower, processor, say)
+    normalization = _normalization(processor, device, say)
+    plain = VisionInputs(base, normalization=normalization)
+    if not has_varlen(device) or not isinstance(tower, PreTrainedModel) or tower is base:
+        return plain
+    if device.type == "cuda" and base.device.type == "cpu":
+        say("vision: one attention kernel a layer is not tried, because the weights are sharded")
+        return plain
+    return _prepared(plain, VisionInputs(base, tower, normalization), processor, say)
 
 
-def _prepared(model: Any, tower: Any, processor: ChatProcessor, say: Callable[[str], None]) -> VisionInputs:
-    plain, computed = VisionInputs(model), VisionInputs(model, tower)
+def _normalization(processor: ChatProcessor, device: torch.device, say: Callable[[str], None]) -> Normalization | None:
+    """On a GPU: pixels of 8 bits are a quarter of the bytes to copy. On the CPU they stay the processor's own."""
+    if processor.images is None or device.type != "cuda":
+        return None
+    found = find_normalization(processor)
+    if isinstance(found, str):
+        say(f"images: copied as floats and not as 8-bit pixels, because {found}")
+        return None
+    return found.to(device)
+
+
+def _prepared(
+    plain: VisionInputs, computed: VisionInputs, processor: ChatProcessor, say: Callable[[str], None]
+) -> VisionInputs:
+    model, tower = computed.model, computed.tower
     try:
         expected, _ = _trial(model, processor, plain)
     except Exception as error:  # a family that is not supported can raise anything; training reports it

@@ -3,8 +3,8 @@ loaded and trained in them, by the same code, to see how much memory that takes.
 
 Weights have no values, and neither has anything that is computed from them: only the shapes of results are found, by
 torch's meta kernels. Other tensors, such as token ids, positions and pixels, are computed as always. Where the program
-asks for a value that does not exist it is given the one that lets it continue: every comparison holds, every number is
-zero. So trials at the start of a run (kernels, packing, the image cache) pass wherever the shapes agree.
+asks for a value that does not exist it is given the one that lets it continue: every comparison is true, and every
+number is zero. So trials at the start of a run (kernels, packing, the image cache) pass wherever the shapes agree.
 """
 
 import functools

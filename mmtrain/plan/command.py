@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 
 from mmtrain.config import Config
-from mmtrain.encoding.load import load_processor
+from mmtrain.dataset.shard_order import first_file
+from mmtrain.encoding.load import processor_of
 from mmtrain.errors import UserError
 from mmtrain.plan.memory import cpu_memory, gpu_memory
 from mmtrain.plan.report import print_plan
@@ -30,7 +31,8 @@ def plan(config: Config, processes: str, as_json: bool) -> None:
     config.objective.check_command("plan", "chat", "inspect-labels --all to check pairs")
     counts = _counts(processes)
     progress = Progress()
-    processor = load_processor(config.model.path, config.model.chat_template)
+    config = first_file(config, progress.say)
+    processor = processor_of(config.model)
     dataset = Dataset(config, processor, progress)
     structure = structure_of(config, processor)
     is_elsewhere = config.run.device == "cuda" and not torch.cuda.is_available()

@@ -7,7 +7,7 @@ from mmtrain.records.chat import SampleError
 from mmtrain.safe_text import shown
 
 MAX_RECORD = 32 * 2**20
-"""The most bytes of one record. Parsing takes up to 30 times as much memory."""
+"""The most bytes of one record. Parsing needs at most 30 times as much memory."""
 
 
 def too_long(length: int, unit: str) -> SampleError:

@@ -130,6 +130,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def _short(value: float) -> str:
+    """A figure next to an axis, where there is room for seven characters: 98,210 or 1e+06."""
+    return f"{value:.3g}" if abs(value) >= 1e6 else number(value)
+
+
 def _finite(series: Series) -> Series:
     kept = np.isfinite(series.values)
     return Series(series.name, series.steps[kept], series.values[kept], series.style, series.marked, series.run)
@@ -161,7 +166,7 @@ def _linear_axis(
         low, high = math.floor(low / step) * step, math.ceil(high / step) * step
     scale = _Scale(low, high, start, end)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return tuple(Tick(scale(i * step), number(i * step)) for i in range(first, last + 1)), scale
+    return tuple(Tick(scale(i * step), _short(i * step)) for i in range(first, last + 1)), scale
 
 
 def _log_axis(low: float, high: float, start: float, end: float) -> tuple[tuple[Tick, ...], _Scale]:
@@ -171,4 +176,4 @@ def _log_axis(low: float, high: float, start: float, end: float) -> tuple[tuple[
     factors = (1, 2, 5) if last - first <= 2 else (1,)
     every = 1 + (last - first) // 8
     values = [factor * 10.0**power for power in range(first, last + 1, every) for factor in factors]
-    return tuple(Tick(scale(value), number(value)) for value in values if value <= 10.0**last), scale
+    return tuple(Tick(scale(value), _short(value)) for value in values if value <= 10.0**last), scale

@@ -1,27 +1,25 @@
 """`mmtrain eval retrieval`: how well items find the items that match them."""
 
-import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftModel
-from rich.console import Console
 
 from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
 from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.load import load_embedder
-from mmtrain.errors import StorageError, UserError
-from mmtrain.generate.target import find_adapter, find_model
-from mmtrain.model.adapter import load_adapter, read_adapter
+from mmtrain.errors import UserError
+from mmtrain.model.adapter import find_adapter, find_model, load_adapter, read_adapter
 from mmtrain.progress import Progress
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
 from mmtrain.retrieval.report import print_report
 from mmtrain.retrieval.zero_shot import read_classes
 from mmtrain.runtime.processes import Runtime
-from mmtrain.safe_text import shown, visible
+from mmtrain.safe_text import visible
+from mmtrain.scoring.results import check_page, show
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +38,9 @@ class Options:
 def eval_retrieval(config: Config, options: Options) -> None:
     """Embed, rank and print. Raises UserError for what the user can fix."""
     row, evaluation = retrieval_figures(config, options)
-    if options.html is not None:
-        from mmtrain.retrieval.page import write_page
+    from mmtrain.retrieval.page import write_page
 
-        try:
-            write_page(options.html, row, evaluation.content)
-        except OSError as error:
-            raise StorageError(f"--html {shown(options.html)}: cannot be written: {error.strerror}") from None
-    if options.json:
-        print(json.dumps(row, ensure_ascii=False, allow_nan=False))
-    else:
-        print_report(row, Console(highlight=False, emoji=False, markup=False))
-        if options.html is not None:
-            print(f"\nwrote {visible(str(options.html))}")
+    show(row, options.json, print_report, options.html, lambda path: write_page(path, row, evaluation.content))
 
 
 def retrieval_figures(config: Config, options: Options) -> tuple[dict[str, Any], RetrievalEvaluation]:
@@ -82,8 +70,7 @@ def _check(config: Config, options: Options, sources: list[EvalSource]) -> None:
         raise UserError("--compare base: there is nothing to compare with the base model: give --adapter too")
     if options.templates and options.classes is None:
         raise UserError("--template: it is for zero-shot classification: give --classes too")
-    if options.html is not None and not options.html.absolute().parent.is_dir():
-        raise UserError(f"--html {shown(options.html)}: there is no such folder: create it first")
+    check_page(options.html)
 
 
 def loaded_embedder(config: Config, path: Path | None, runtime: Runtime, progress: Progress) -> Embedder:

@@ -15,6 +15,8 @@ from mmtrain.retrieval.ranking import Pairs, Ranking, rank_positives
 from mmtrain.scoring.scores import Floats
 
 NUM_CONFUSED = 20
+WAYS = ("image_to_text", "text_to_image", "query_to_document", "document_to_query")
+"""The names of directions."""
 
 
 @dataclass(frozen=True, slots=True)

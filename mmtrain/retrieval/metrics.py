@@ -38,8 +38,8 @@ def metrics_of(ranking: Ranking) -> dict[str, Floats]:
 def chance(num_positives: Ints, num_candidates: Ints) -> dict[str, float]:
     """The metrics that a random order of the candidates gives on average; both arrays are (num_ranked,).
 
-    With P positives among N candidates, the first k hold none with the probability C(N-P, k) / C(N, k), and each
-    place holds one with P / N.
+    With P positives among N candidates, none is among the first k with the probability C(N-P, k) / C(N, k), and each
+    place has one with P / N.
     """
     kinds, counts = np.unique(np.stack([num_positives, num_candidates], axis=1), axis=0, return_counts=True)
     expected = np.array([_expected(int(p), int(n)) for p, n in kinds])

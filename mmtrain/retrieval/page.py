@@ -1,17 +1,15 @@
 """The figures of `eval retrieval` as one HTML page without network access, with the most confused items in images."""
 
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
 
 from mmtrain.encoding.images import decode
 from mmtrain.encoding.thumbnails import data_uri
 from mmtrain.records.chat import SampleError
 from mmtrain.retrieval.item_content import ItemContent
 from mmtrain.retrieval.report import DIRECTIONS, counts, directions_of, rows_of
+from mmtrain.scoring.results import render
 
 _SHOWN_SIDE = 256
 """Pixels: the longer side of an image on the page."""
@@ -20,11 +18,10 @@ _ENDS = ("query", "right", "wrong")
 
 def write_page(path: Path, row: Mapping[str, Any], content: ItemContent) -> None:
     """Write what `row`, made by `figures`, has to `path`. All text of samples is escaped. Raises OSError."""
-    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     ways = directions_of(row)
     shown = {one[end]["number"] for found in ways.values() for one in found["most_confused"] for end in _ENDS}
-    page = environment.from_string(template).render(
+    page = render(
+        __package__,
         ways=ways,
         titles=DIRECTIONS,
         counts=counts,

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-IN_STEPS = frozenset({"data", "forward", "gradients", "update", "evaluating", "saving", "awaiting the save"})
+IN_STEPS = frozenset(
+    {"data", "forward", "backward", "gradients", "update", "evaluating", "saving", "awaiting the save"}
+)
 """Phases after which a checkpoint can be written: a signal that comes in one of them is answered by saving."""
 WAITING = frozenset({"gradients", "waiting", "awaiting the save"})
 """Phases in which a process waits for others: it is not the one that hangs."""
@@ -16,7 +18,7 @@ class Activity:
     step: int = 0
     ticks: int = 0
     waiting: bool = False
-    """In a collective: what holds it up is another process."""
+    """In a collective: it waits for another process."""
     saves_alone: bool = False
     """This process can save the last complete step without the others, also when one of them has failed."""
 

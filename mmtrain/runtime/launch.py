@@ -76,7 +76,7 @@ def quiet() -> None:
 
 
 def may_write(node_rank: int) -> bool:
-    """Whether this process is the one that takes the lock: the first, unless its launcher holds the lock already."""
+    """Whether this process is the one that takes the lock: the first, unless its launcher has the lock already."""
     return node_rank == 0 and _OURS not in os.environ and os.environ.get("RANK", "0") == "0"
 
 
@@ -95,8 +95,8 @@ def num_local_gpus(device: str) -> int:
 def launch(layout: Layout, processes: int, words: Sequence[str]) -> int:
     """Run `mmtrain words…` in `processes` processes on this node through torch's elastic agent; gives the exit code.
 
-    Workers that die are started again, at most `max_restarts` times, and go on from the newest checkpoint; ends that
-    another start would not help (`FINAL_CODES`) are final.
+    Workers that die are started again, at most `max_restarts` times, and resume from the newest checkpoint; exits
+    that another start would not help (`FINAL_CODES`) are final.
     """
     from torch.distributed.elastic.agent.server.api import WorkerGroup, WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent

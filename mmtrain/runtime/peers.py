@@ -62,7 +62,7 @@ class Seen:
 
 
 def judge(seen: list[Seen], timeout: float, now: float, stop_signal: int | None = None) -> Verdict | None:
-    """Who holds the run up: silent for `timeout` seconds, or alive and not moving. None while all is well.
+    """Which process the run waits for: silent for `timeout` seconds, or alive and not moving. None while all is well.
 
     After a signal (`stop_signal`; a process that stands still may not have heard of it) the time is at most
     `STOP_SECONDS`, except while a checkpoint is written.

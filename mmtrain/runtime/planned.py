@@ -25,6 +25,11 @@ class PlannedRuntime(Runtime):
     def make_deterministic(self) -> None:
         """Nothing: no value is computed."""
 
+    @property
+    def num_cores(self) -> int:
+        """One: no other process is started."""
+        return 1
+
     def sum(self, values: Tensor) -> Tensor:
         return values.clone()
 

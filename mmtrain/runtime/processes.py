@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from mmtrain.dataset.workers import num_cores
 from mmtrain.errors import STOP_SIGNALS, PeerError, UserError
 from mmtrain.runtime.activity import Activity
 from mmtrain.runtime.device import check_exchange, find_device, make_deterministic
@@ -85,6 +86,11 @@ class Runtime:
     def make_deterministic(self) -> None:
         """Have the device give the same bits for the same input."""
         make_deterministic(self.device, os.environ)
+
+    @property
+    def num_cores(self) -> int:
+        """Cores of this machine for each of the run's processes on it."""
+        return num_cores() // len(self._neighbours)
 
     @property
     def num_threads(self) -> int:

@@ -1,7 +1,7 @@
-"""Weights spread over the processes by torch's FSDP2, for what one device cannot hold.
+"""Weights sharded over the processes by torch's FSDP2, for what does not fit on one device.
 
-Besides the runtime the only package that touches torch.distributed. Every process must run the same modules the same
-number of times, so what it has not, it makes up for by a sample without weight (`Filled`).
+Every process must run the same modules the same number of times: one that has fewer micro-batches, or none with an
+image, computes samples without weight (`Filled`).
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ FILLER = -1
 
 
 def shard(root: nn.Module, device: torch.device) -> None:
-    """Spread `root`'s weights over all processes: each repeated block by itself, the rest together.
+    """Shard `root`'s weights over all processes: each repeated block by itself, the rest together.
 
     Gradients are summed, not averaged, as the loss is a sum. Only what runs inside `root`'s forward sees whole weights.
     """
@@ -63,20 +63,20 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def whole(value: Tensor) -> Tensor:
-    """`value` with what the other processes hold of it; they must ask too."""
+    """`value` with the shards of the other processes; they must call this too."""
     # what full_tensor gives may still be on its way, and safetensors would read memory that is not there yet
     return value.full_tensor().clone() if isinstance(value, DTensor) else value
 
 
 def share(value: Tensor, like: Tensor) -> Tensor:
-    """What this process holds of `value`, a tensor that every process has whole, where `like` is spread."""
+    """This process's shard of `value`, a tensor that every process has whole, where `like` is sharded."""
     if not isinstance(like, DTensor):
         return value.to(like.device)
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def own_and_total_bytes(model: Any) -> tuple[int, int]:
-    """Bytes of the weights that this process holds, and of all weights."""
+    """Bytes of this process's shard of the weights, and of all weights."""
     parameters = list(model.parameters())
     own = sum(num_bytes(p.to_local() if isinstance(p, DTensor) else p) for p in parameters)
     return own, sum(map(num_bytes, parameters))

@@ -22,7 +22,7 @@ from mmtrain.runtime.peers import HANG_CODE, STOP_SECONDS, Peers, Verdict
 _REPEAT_SECONDS = 1.0
 """The same signal within this time is one: a scheduler sends it to every process and a launcher forwards its own."""
 _SILENCE_SECONDS = 3.0
-"""The store may be out of reach for this long before the process that holds it counts as gone."""
+"""The store may be out of reach for this long before the process that has it counts as gone."""
 _BREAK_SECONDS = 10.0
 """A collective with a process that has ended breaks within this time, or hangs."""
 
@@ -152,7 +152,7 @@ class Supervisor:
 
     @property
     def _limit(self) -> float:
-        """Seconds without an answer after which the process that holds the store counts as hung."""
+        """Seconds without an answer after which the process that has the store counts as hung."""
         return self._timeout if self._stop_signal is None else min(self._timeout, STOP_SECONDS)
 
     def _exchange(self) -> bool:

@@ -17,7 +17,7 @@ from mmtrain.progress import Progress
 from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.image_cache import input_maker, make_store
-from mmtrain.scoring.loaded_model import LoadedModel
+from mmtrain.scoring.loaded_model import LoadedModel, image_loader
 from mmtrain.scoring.packing import choose_packing
 
 
@@ -52,8 +52,9 @@ class AdaptedModels:
         self._model.requires_grad_(False)
         self._family = probe_family(self._model, processor, progress.say, config.tune.components)
         with runtime.autocast():
-            self._vision = prepare_vision(self._model, processor, progress.say)
+            self._vision = prepare_vision(self._model, processor, runtime.device, progress.say)
         self._packing = choose_packing(self._model, processor, config, runtime, progress.say)
+        self._load_images = image_loader(processor, runtime, self._vision, progress.say)
         self._store = make_store(config, runtime, progress) if cache_images else None
         self._names: dict[str, str] = {}
         """The name in the model of each adapter that is in it."""
@@ -103,4 +104,5 @@ class AdaptedModels:
             head_kind=self._family.head_kind,
             packing=self._packing,
             runtime=runtime,
+            load_images=self._load_images,
         )

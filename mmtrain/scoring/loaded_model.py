@@ -7,12 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from mmtrain.dataset.batch import Batch, Loader, Samples
+from mmtrain.dataset.image_loader import ImageLoader
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.head import HeadKind
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.loss import supervised_logits, supervised_nll
 from mmtrain.model.root import Root
+from mmtrain.model.vision import VisionInputs
 from mmtrain.runtime.processes import Runtime
 
 
@@ -29,10 +31,13 @@ class LoadedModel:
     packing: bool
     """The samples of a micro-batch share one row."""
     runtime: Runtime
+    load_images: ImageLoader
 
     def batches(self, samples: Samples, microbatches: Iterable[Sequence[int]]) -> Iterator[Batch]:
         """The batch of each micro-batch of sample indices, made ahead. Raises UserError naming a sample that fails."""
-        return Loader(samples, self.processor, self.packing, self.make_inputs.store, ROW_MULTIPLE).batches(microbatches)
+        store = self.make_inputs.store
+        loader = Loader(samples, self.processor, self.packing, store, ROW_MULTIPLE, self.load_images)
+        return loader.batches(microbatches)
 
     def nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(num_supervised,) twice: the negative log-likelihood of each supervised token, and whether it was the most
@@ -48,3 +53,12 @@ class LoadedModel:
                 supervised_logits, self.head_kind, self.make_inputs(batch), batch
             )
         return found
+
+
+def image_loader(
+    processor: ChatProcessor, runtime: Runtime, vision: VisionInputs, say: Callable[[str], None]
+) -> ImageLoader:
+    """What decodes images for this process: its share of the cores, less one that feeds a GPU."""
+    on_gpu, share = runtime.device.type == "cuda", runtime.num_cores
+    max_processes = share - 1 if on_gpu or share < 2 else share
+    return ImageLoader(processor, max_processes, on_gpu, vision.normalization is not None, say)

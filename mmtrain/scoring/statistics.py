@@ -147,10 +147,9 @@ def mean_by_sample(samples: Ints, values: Floats) -> tuple[float, tuple[float, f
 
     `samples`: the sample of each value. Where `values` are differences of two measurements the interval is paired.
     """
-    found, inverse = np.unique(samples, return_inverse=True)
-    counts = np.bincount(inverse, minlength=len(found)).astype(np.float64)
-    sums = np.bincount(inverse, weights=values, minlength=len(found))
-    drawn_sum, drawn_count = _resampled(np.stack([sums, counts], axis=1)).T
+    inverse = np.unique(samples, return_inverse=True)[1]
+    columns = [np.bincount(inverse, weights=values), np.bincount(inverse)]
+    drawn_sum, drawn_count = _resampled(np.stack(columns, axis=1)).T
     return float(values.mean()), _interval(drawn_sum / drawn_count)
 
 

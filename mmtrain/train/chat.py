@@ -6,7 +6,7 @@ from functools import cached_property
 from rich.table import Table
 
 from mmtrain.config import Config
-from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.load import processor_of
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.chat_evaluations import make_evaluations
@@ -25,7 +25,7 @@ class ChatObjective:
 
     def __init__(self, config: Config, runtime: Runtime, progress: Progress) -> None:
         self._config, self._runtime, self._progress = config, runtime, progress
-        self._processor = load_processor(config.model.path, config.model.chat_template)
+        self._processor = processor_of(config.model)
         self.data = Dataset(config, self._processor, progress)
 
     @cached_property
@@ -39,7 +39,7 @@ class ChatObjective:
         write_facts(self._config, self.data, self._learner)
 
     def steps(self) -> StepCuts:
-        return StepCuts(self.data, self._learner, self._config.run)
+        return StepCuts(self.data, self._learner, self._config.run, self.data.stream)
 
     def evaluations(self) -> list[Evaluation]:
         return make_evaluations(self._config, self.data, self._learner, self._progress)

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mmtrain.answers.figures import verdict
+from mmtrain.answers.filled import FilledBatches
 from mmtrain.answers.judged import JUDGED, JudgedAnswers
 from mmtrain.answers.question_set import QuestionSet, Replies
 from mmtrain.atomic_files import move_into_place, temporary_path
@@ -38,6 +40,7 @@ class AnswersEvaluation:
         self._questions, self._batch_size = questions, settings.batch_size
         self._generator, self._learner, self._progress = generator, learner, progress
         self._folder = output_dir / FOLDER
+        self._filled = FilledBatches(questions, generator) if learner.sharded else None
 
     def row(self, step: int) -> dict[str, Any] | None:
         """The figures; None where a signal asked to stop meanwhile. The answers are written to `answers/`."""
@@ -45,6 +48,8 @@ class AnswersEvaluation:
         if replies is None:
             return None
         judged = JudgedAnswers(self._questions.questions, {"model": {i: one.text for i, one in replies.items()}})
+        gain = judged.gain("blind", JUDGED)
+        assert gain is not None  # every question has an answer and a blind one
         if self._learner.runtime.is_main:
             self._write(step, judged, replies)
         return {
@@ -52,6 +57,8 @@ class AnswersEvaluation:
             "metric": self._questions.questions[0].metric,
             "metrics": _means(judged, "model"),
             "blind": _means(judged, "blind"),
+            "beats_blind": gain[1][0] > 0,
+            "verdict": verdict(gain),
         }
 
     def line(self, row: dict[str, Any]) -> str:
@@ -63,7 +70,7 @@ class AnswersEvaluation:
     def _replies(self, step: int) -> Replies | None:
         """Each process generates those of some batches; the batches are the same on any number of processes."""
         runtime, questions = self._learner.runtime, self._questions
-        batches = list(batched(len(questions.questions), self._batch_size))[runtime.index :: runtime.num_processes]
+        batches = self._own_batches()
         own: Replies = {}
         lower = "lower run.eval_answers.batch_size"
         with (
@@ -72,14 +79,27 @@ class AnswersEvaluation:
             device_faults(lambda: f"step {step}, the answers to {self.name}", lower),
         ):
             for batch in batches:
-                if runtime.should_break(together=False):
+                if runtime.should_break(together=self._filled is not None):
                     break
-                made = questions.replies(self._generator, list(batch))
-                own |= dict(zip(batch, made, strict=True))
+                own |= dict(zip(batch, self._replies_to(batch), strict=False))
                 task.advance()
         num = len(questions.questions)
         found, stop_signal = known_to_all(own, num, questions.max_new_tokens, self._generator, runtime)
         return found if stop_signal is None else None
+
+    def _own_batches(self) -> list[list[int]]:
+        """Where weights are sharded every process has as many, some perhaps empty."""
+        runtime = self._learner.runtime
+        batches = [list(batch) for batch in batched(len(self._questions.questions), self._batch_size)]
+        if self._filled is not None:
+            batches += [[]] * (-len(batches) % runtime.num_processes)
+        return batches[runtime.index :: runtime.num_processes]
+
+    def _replies_to(self, batch: list[int]) -> list[Reply]:
+        """The replies to a batch, perhaps followed by one that is not used."""
+        if self._filled is None:
+            return self._questions.replies(self._generator, batch)
+        return self._questions.replies(self._generator, self._filled.fill(batch), self._filled.max_new_tokens)
 
     def _write(self, step: int, judged: JudgedAnswers, replies: Replies) -> None:
         """One file for each step; the rows of another set in it are kept."""

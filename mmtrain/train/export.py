@@ -55,9 +55,10 @@ def export(learner: Learner, config: Config, dataset: Dataset, name: str | None 
         # peft would ask the hub whether the vocabulary has grown, and save the base model's head where it has LoRA
         settings = {"save_embedding_layers": False} if is_adapter else {}
         model.save_pretrained(made, state_dict=weights, **settings)
-        copy_processor(model_directory(config.model.path), made, learner.processor.given_template)
+        own = learner.processor
+        copy_processor(model_directory(config.model.path), made, own.given_template, own.image_settings)
         loader, quantization = auto_class(model.config).__name__, config_as_code(model)
-        card = model_card(config, loader, is_adapter, len(dataset.checked.used), quantization, step)
+        card = model_card(config, loader, is_adapter, dataset.num_trained, quantization, step)
         (made / "README.md").write_text(card, encoding="utf-8")
         move_into_place(target, made)
     if weights is not None:
@@ -82,7 +83,7 @@ def _whole_weights(model: Any, is_adapter: bool, dtype: torch.dtype) -> dict[str
 
 
 def _check_equal(target: Path, model: Any, weights: dict[str, Tensor]) -> None:
-    """Raises UserError where the files at `target` do not hold `weights`."""
+    """Raises UserError where the files at `target` are not `weights`."""
     saved = {name: value for path in target.glob("*.safetensors") for name, value in load_file(path).items()}
     expected = (
         get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)

@@ -6,13 +6,14 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.file_locks import try_lock
+from mmtrain.runtime.launch import is_restart, may_write
 from mmtrain.safe_text import visible
 
 BEST = "best"
@@ -20,13 +21,14 @@ BEST = "best"
 FACTS = "facts.json"
 _LOCK = ".lock"
 _FINISHED = "finished.json"
+_DROPPED = "dropped.jsonl"
 
 
 @contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
-    """Hold the directory's lock, which is released when the process ends, however it ends.
+    """Take the directory's lock, which is released when the process ends, however it ends.
 
-    Raises UserError naming the process that holds it, or why the directory cannot be made, and StorageError.
+    Raises UserError naming the process that has it, or why the directory cannot be made, and StorageError.
     """
     name = visible(str(output_dir))
     try:
@@ -54,6 +56,20 @@ def locked(output_dir: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def reserved(output_dir: Path, fresh: bool = False, node_rank: int = 0) -> Iterator[None]:
+    """Hold the directory's lock in the first process of the run, unless its launcher holds it already. `fresh`: delete
+    what an earlier run left, unless this process has been started again after a fault.
+
+    Raises what `locked` and `start_over` raise.
+    """
+    writes = may_write(node_rank)
+    with locked(output_dir) if writes else nullcontext():
+        if fresh and writes and not is_restart():
+            start_over(output_dir)
+        yield
+
+
 def is_locked(output_dir: Path) -> bool:
     """Whether a run is writing to the directory. The lock is taken for a moment to find out."""
     try:
@@ -64,7 +80,7 @@ def is_locked(output_dir: Path) -> bool:
 
 
 def _holder(path: Path) -> str:
-    """Who holds the lock; its name is written a moment after the lock is taken."""
+    """Who has the lock; its name is written a moment after the lock is taken."""
     for _ in range(10):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -79,7 +95,7 @@ def start_over(output_dir: Path) -> None:
     for name in ("checkpoints", "adapter", "model", BEST, "answers", "trackers", "stacks"):
         shutil.rmtree(output_dir / name, ignore_errors=True)
     with storage_faults(f"{visible(str(output_dir))}: an earlier run cannot be deleted"):
-        for name in ("metrics.jsonl", "dropped.jsonl", "report.html", FACTS, _FINISHED):
+        for name in ("metrics.jsonl", _DROPPED, "report.html", FACTS, _FINISHED):
             (output_dir / name).unlink(missing_ok=True)
 
 
@@ -103,12 +119,39 @@ def write_finished(output_dir: Path, step: int) -> None:
         move_into_place(path, made)
 
 
-def write_inputs(output_dir: Path, config: str, dropped: Sequence[dict[str, Any]]) -> None:
-    """Write the merged config, and a row for each dropped sample, next to the results."""
+def write_inputs(output_dir: Path, config: str, dropped: Sequence[dict[str, Any]], step: int = 0) -> None:
+    """Write the merged config, and a row for each dropped sample, next to the results. Rows that `append_dropped` has
+    added until `step` stay."""
     with storage_faults(f"{output_dir}: the config cannot be written"):
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "config.yaml").write_text(config, encoding="utf-8")
-        path = output_dir / "dropped.jsonl"
-        path.unlink(missing_ok=True)
-        if dropped:
-            path.write_text("".join(json.dumps(row) + "\n" for row in dropped), encoding="utf-8")
+        path = output_dir / _DROPPED
+        rows = [*dropped, *_appended(path, step)]
+        with temporary_path(path) as made:
+            made.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            move_into_place(path, made)
+        if not rows:
+            path.unlink()
+
+
+def append_dropped(output_dir: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add rows of samples that are dropped during the run, each with its `step`."""
+    if not rows:
+        return
+    path = output_dir / _DROPPED
+    with storage_faults(f"{path}: it cannot be written"), path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _appended(path: Path, step: int) -> Iterator[dict[str, Any]]:
+    """The rows of steps until `step`. The last one may be half a line: a later step wrote it."""
+    if not step or not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            with suppress(ValueError):
+                row = json.loads(line)
+                if 0 < row.get("step", 0) <= step:
+                    yield row

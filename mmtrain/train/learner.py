@@ -10,6 +10,7 @@ from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.shard import shard
 from mmtrain.scoring.image_cache import caches_features, input_maker, make_store
+from mmtrain.scoring.loaded_model import image_loader
 from mmtrain.scoring.packing import choose_packing
 from mmtrain.train.optimizer import make_optimizer
 from mmtrain.train.step import Learner
@@ -49,6 +50,7 @@ def make_learner(
         head_kind=made.family.head_kind,
         packing=packing,
         runtime=runtime,
+        load_images=image_loader(processor, runtime, made.vision, progress.say),
         optimizer=make_optimizer(model, made.family.components, config),
         dropout=made.dropout,
         lost_gradients=made.lost_gradients,

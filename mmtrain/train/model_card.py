@@ -15,11 +15,11 @@ from mmtrain.train.metrics import METRICS, is_step
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CACHED = re.compile(r"models--([A-Za-z0-9][\w.-]*?)--([\w.-]+)")
 """The name of a model's folder in the hub cache: `models--owner--name`."""
-_PATHS: Any = {"model": {"path", "adapter"}, "data": {"train", "eval"}, "run": {"output_dir"}}
+_PATHS: Any = {"model": {"path", "adapter", "chat_template"}, "data": {"train", "eval"}, "run": {"output_dir"}}
 """The keys of a config that are left out: paths of this machine."""
 _IMAGE_CLASS = "AutoModelForImageTextToText"
 
-_LOAD_ADAPTER = """\
+LOAD_ADAPTER = """\
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import {auto_class}
@@ -41,7 +41,7 @@ model = {auto_class}.from_pretrained(base, dtype=torch.{dtype}, quantization_con
 model = PeftModel.from_pretrained(model, folder).eval()
 """
 _QUANTIZED = "The language model was quantized to 4 bits (NF4) in training. Load it quantized too, as shown above."
-_LOAD_MODEL = """\
+LOAD_MODEL = """\
 import torch
 from transformers import {auto_class}
 
@@ -91,27 +91,49 @@ def model_card(
         "tags": ["mmtrain", "lora"] if is_adapter else ["mmtrain"],
     }
     title = f"{'A LoRA adapter' if is_adapter else 'A model'} trained by mmtrain {__version__}"
-    code = _LOAD_MODEL if not is_adapter else _LOAD_ADAPTER if quantization is None else _LOAD_QUANTIZED
+    code = LOAD_MODEL if not is_adapter else LOAD_ADAPTER if quantization is None else _LOAD_QUANTIZED
     load = code.format(auto_class=auto_class, dtype=config.model.dtype, settings=quantization)
     quantized = [] if quantization is None else [_QUANTIZED, ""]
-    figures = [f"- training samples: {num_samples:,}", *_figures(config, Path(config.run.output_dir), step)]
-    return _card(config.model.path, header, title, auto_class, load, [*quantized, *figures, "", *_config_lines(config)])
+    figures = [f"- training samples: {num_samples:,}", *figure_lines(config, Path(config.run.output_dir), step)]
+    return _card(config.model.path, header, title, auto_class, load, [*quantized, *figures, "", *config_lines(config)])
 
 
 def merged_card(base: str, auto_class: str, dtype: str, config: Config | None, run: Path | None) -> str:
     """The card of a base model with an adapter merged into it. `config` and `run`: those that trained the adapter."""
     header = {"library_name": "transformers", "tags": ["mmtrain"]}
     title = f"A model with a LoRA adapter merged into it by mmtrain {__version__}"
-    load = _LOAD_MODEL.format(auto_class=auto_class, dtype=dtype)
-    trained = [] if config is None or run is None else [*_figures(config, run), "", *_config_lines(config)]
+    load = LOAD_MODEL.format(auto_class=auto_class, dtype=dtype)
+    trained = [] if config is None or run is None else [*figure_lines(config, run), "", *config_lines(config)]
     return _card(base, header, title, auto_class, load, trained)
 
 
 def _card(base: str, header: dict[str, Any], title: str, auto_class: str, load: str, trained: Iterable[str]) -> str:
-    name = hub_id(base)
     takes_images = auto_class == _IMAGE_CLASS
     optional = {"peft": "peft" in load, "bitsandbytes": "BitsAndBytes" in load, "pillow torchvision": takes_images}
     packages = ["torch", "transformers", *(name for name, needed in optional.items() if needed)]
+    usage = [
+        "The files of its tokenizer and its processor are in this directory too.",
+        "",
+        f"Load it, after `pip install {' '.join(packages)}`:",
+        "",
+        *as_code(load),
+        "",
+        "Ask it something:",
+        "",
+        *as_code(_ASK_ABOUT_AN_IMAGE if takes_images else _ASK),
+    ]
+    return card_text(base, header, title, usage, trained)
+
+
+def as_code(python: str) -> list[str]:
+    """The lines of a block of Python in a card."""
+    return ["```python", python + "```"]
+
+
+def card_text(base: str, header: dict[str, Any], title: str, usage: Iterable[str], trained: Iterable[str]) -> str:
+    """A card. `base`: the path of the base model; `usage`: the lines on how to load what was saved; `trained`: those on
+    its training."""
+    name = hub_id(base)
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in ({} if name is None else {"base_model": name}).items()),
@@ -121,17 +143,7 @@ def _card(base: str, header: dict[str, Any], title: str, auto_class: str, load: 
         f"# {title}",
         "",
         f"The base model is {name}." if name else "The base model was a directory that has no id on the hub.",
-        "The files of its tokenizer and its processor are in this directory too.",
-        "",
-        f"Load it, after `pip install {' '.join(packages)}`:",
-        "",
-        "```python",
-        load + "```",
-        "",
-        "Ask it something:",
-        "",
-        "```python",
-        (_ASK_ABOUT_AN_IMAGE if takes_images else _ASK) + "```",
+        *usage,
         "",
         "## Training",
         "",
@@ -141,7 +153,8 @@ def _card(base: str, header: dict[str, Any], title: str, auto_class: str, load: 
     return "\n".join(lines)
 
 
-def _config_lines(config: Config) -> Iterator[str]:
+def config_lines(config: Config) -> Iterator[str]:
+    """The config as a block of YAML."""
     yield "The config, without the paths of the model, the data and the run:"
     yield ""
     yield "```yaml"
@@ -161,7 +174,8 @@ def hub_id(path: str) -> str | None:
     return name if is_id else None
 
 
-def _figures(config: Config, run: Path, step: int | None = None) -> Iterator[str]:
+def figure_lines(config: Config, run: Path, step: int | None = None) -> Iterator[str]:
+    """What the run in the directory `run` was trained on, and its figures up to `step`, by default the last."""
     names = ", ".join(visible(Path(source.path).name) for source in config.data.train)
     yield f"- trained on: {names}"
     if config.model.adapter is not None:
@@ -176,7 +190,7 @@ def _figures(config: Config, run: Path, step: int | None = None) -> Iterator[str
     yield f"- loss of the last step: {last['loss']:.4f}"
     evaluated = [row for row in rows if row["step"] == last["step"] and not is_step(row)]
     for row in evaluated:
-        yield _perplexity(row) if "eval" in row else _answers(row)
+        yield _perplexity(row) if "eval" in row else _answers(row) if "answers" in row else _retrieval(row)
 
 
 def _perplexity(row: dict[str, Any]) -> str:
@@ -193,3 +207,8 @@ def _answers(row: dict[str, Any]) -> str:
         f"- {metric} of {row['num_answers']:,} answers on {visible(row['answers'])}: {row['metrics'][metric]:.1%}, "
         f"best blind answer {row['blind'][metric]:.1%}"
     )
+
+
+def _retrieval(row: dict[str, Any]) -> str:
+    recalls = (f"{way} {own['recall@1']:.1%}" for way, own in row.items() if isinstance(own, dict))
+    return f"- recall@1 on {visible(row['retrieval'])}: {', '.join(recalls)}"

@@ -25,7 +25,7 @@ def train(config: Config, accept: Sequence[str] = (), on_step: OnStep = lambda r
     `on_step` is called after each step with its row of metrics.jsonl and the step's floating-point `operations`. Gives
     whether the run took its last steps now and this is its main process, which may add to the run's directory.
 
-    Raises UserError for what the user can mend, and Stopped where a signal asked to stop.
+    Raises UserError for what the user can fix, and Stopped where a signal asked to stop.
     """
     runtime = Runtime(config.model.dtype, config.run.hang_timeout, config.run.num_threads, config.run.device)
     progress = Progress(runtime.activity.tick, quiet=not runtime.is_main)
@@ -51,7 +51,7 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
         progress.say(finished_line(output_dir, resume.step, data.num_steps))
         return False
     if runtime.is_main:
-        write_inputs(output_dir, dump_config(config), data.dropped_rows())
+        write_inputs(output_dir, dump_config(config), data.dropped_rows(), resume.step)
     activity.set("loading the model")
     learner = objective.load()
     if runtime.is_main:

@@ -74,7 +74,6 @@ def accumulate_gradients(
         runtime.activity.set("gradients")
         if not learner.sharded:
             sum_running(parameters, runtime)
-    runtime.activity.set("gradients")
     own = torch.stack(nlls or [_nothing(runtime)])
     if learner.exact and runtime.num_processes > 1:
         total, stop_signal = branch_of(runtime.gather(own).flatten()), runtime.agree(own[:0])[1]

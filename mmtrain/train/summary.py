@@ -34,6 +34,19 @@ class AnswersSummary:
     best_step: int
     blind: float
     """Of the best blind answers."""
+    verdict: str | None = None
+    """Whether the last answers beat blind guessing, in words; None for a run of an earlier version."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalSummary:
+    """How often what is searched for comes first, in one direction of one set."""
+
+    name: str
+    direction: str
+    """Such as `image_to_text`."""
+    first: float
+    last: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +66,7 @@ class RunSummary:
     num_pairs: int = 0
     """0 for any other run."""
     answers: tuple[AnswersSummary, ...] = ()
+    retrieval: tuple[RetrievalSummary, ...] = ()
 
 
 def summarize(run: Path) -> RunSummary:
@@ -70,6 +84,7 @@ def summarize(run: Path) -> RunSummary:
         is_finished=is_exported(run) and finished_step(run) in (None, steps[-1]["step"] if steps else 0),
         num_pairs=sum(row.get("num_pairs", 0) for row in steps),
         answers=tuple(_answers_summary(name, own) for name, own in answers.items()),
+        retrieval=tuple(one for name, own in _by_set(rows, "retrieval").items() for one in _directions(name, own)),
     )
 
 
@@ -94,8 +109,14 @@ def _answers_summary(name: str, rows: list[dict[str, Any]]) -> AnswersSummary:
     metric = rows[-1]["metric"]
     scores = [row["metrics"].get(metric, 0.0) for row in rows]
     best = max(range(len(rows)), key=lambda i: scores[i])
-    blind = rows[-1]["blind"][metric]
-    return AnswersSummary(name, metric, scores[0], scores[-1], scores[best], rows[best]["step"], blind)
+    blind, words = rows[-1]["blind"][metric], rows[-1].get("verdict")
+    return AnswersSummary(name, metric, scores[0], scores[-1], scores[best], rows[best]["step"], blind, words)
+
+
+def _directions(name: str, rows: list[dict[str, Any]]) -> Iterator[RetrievalSummary]:
+    for key, last in rows[-1].items():
+        if "_to_" in key:
+            yield RetrievalSummary(name, key, rows[0][key]["recall@1"], last["recall@1"])
 
 
 def _eval_summary(name: str, rows: list[dict[str, Any]]) -> EvalSummary:

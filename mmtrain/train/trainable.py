@@ -59,7 +59,7 @@ def make_trainable(
     install_dropout(model, family, config.tune, dropout, runtime.device, progress.say)
     model.to(home)
     with runtime.autocast():
-        vision = prepare_vision(base, processor, progress.say)
+        vision = prepare_vision(base, processor, runtime.device, progress.say)
     lost_gradients = LostGradients(model, family.components)
     return TrainableModel(base, model, family, reports, dropout, lost_gradients, vision)
 

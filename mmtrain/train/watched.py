@@ -3,14 +3,17 @@
 Everything follows from the rows of metrics.jsonl up to a step, so a run that was killed and resumed decides the same.
 """
 
+import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mmtrain.answers.judged import ALWAYS, JUDGED
 from mmtrain.config import Config
 from mmtrain.errors import UserError
+from mmtrain.retrieval.figures import WAYS
+from mmtrain.retrieval.metrics import NAMES
 from mmtrain.safe_text import shown
 from mmtrain.train.eval_sets import EvalSet
 
@@ -18,6 +21,7 @@ Row = dict[str, Any]
 _LOWER_IS_BETTER = ("perplexity", "nll")
 _EVAL_FIGURES = (*_LOWER_IS_BETTER, "token_accuracy")
 _WEIGHTS = {"eval": "num_supervised", "answers": "num_answers"}
+_MAX_LISTED = 20
 _MAX_NLL = 700.0
 """Nats: exp of more than about 709 is no double."""
 
@@ -68,28 +72,38 @@ class History:
 
 def figure(rows: Sequence[Row], name: str) -> float | None:
     """What `name` was in the evaluations of one step: `eval/SOURCE/perplexity`, or without a source the mean over all
-    supervised tokens or answers; None where a row lacks it."""
-    kind, source, key = _split(name)
+    supervised tokens, answers or searches; None where a row lacks it."""
+    kind, _, rest = name.partition("/")
+    source, _, key = rest.rpartition("/")
+    source, way = _direction(source) if kind == "retrieval" else (source, "")
     own = [row for row in rows if kind in row and source in ("", row[kind])]
-    of_row = "nll" if key == "perplexity" else key
-    values = [(row["metrics"] if kind == "answers" else row).get(of_row) for row in own]
-    if not own or None in values:
+    found = [one for row in own for one in _figures_of(row, kind, way)]
+    values: list[Any] = [figures.get("nll" if key == "perplexity" else key) for _, figures in found]
+    if not found or None in values:
         return None
-    weights = [row[_WEIGHTS[kind]] for row in own]
+    weights = [weight for weight, _ in found]
     mean = float(sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights))
     return math.exp(min(mean, _MAX_NLL)) if key == "perplexity" else mean
 
 
-def _split(name: str) -> tuple[str, str, str]:
-    """The kind of evaluation, the name of the source (empty for all of them), and the figure."""
-    kind, _, rest = name.partition("/")
-    source, _, key = rest.rpartition("/")
-    return kind, source, key
+def _direction(source: str) -> tuple[str, str]:
+    """`SOURCE/image_to_text`, either of which may be missing, as the source and the direction."""
+    before, _, last = source.rpartition("/")
+    return (before, last) if last in WAYS else (source, "")
 
 
-def check_watched(config: Config, eval_sets: Sequence[EvalSet]) -> None:
-    """Raises UserError where a metric that the run is to watch is none of its evaluations'."""
-    early, possible = config.train.early_stopping, _names(eval_sets)
+def _figures_of(row: Row, kind: str, way: str) -> Iterator[tuple[int, Row]]:
+    """The figures of a row, each with the number of what they are means over. `way`: of retrieval the direction, empty
+    for both."""
+    if kind == "retrieval":
+        yield from ((row[one]["num_queries"], row[one]) for one in WAYS if one in row and way in ("", one))
+    else:
+        yield row[_WEIGHTS[kind]], row["metrics"] if kind == "answers" else row
+
+
+def check_watched(config: Config, possible: Sequence[str]) -> None:
+    """Raises UserError where a metric that the run is to watch is none of its evaluations', which are `possible`."""
+    early = config.train.early_stopping
     watched = {
         "run.keep_best": config.run.keep_best,
         "train.early_stopping.metric": None if early is None else early.metric,
@@ -97,23 +111,38 @@ def check_watched(config: Config, eval_sets: Sequence[EvalSet]) -> None:
     faults = []
     for key, name in watched.items():
         if name is not None and name not in possible:
-            expected = f"expected one of {', '.join(possible)}" if possible else "there is nothing to evaluate"
-            why = "" if name.startswith("eval/") or config.run.eval_answers else " (answers need run.eval_answers)"
+            expected = _expected(name, possible) if possible else "there is nothing to evaluate"
+            no_answers = name.startswith("answers/") and config.objective.kind == "chat" and not config.run.eval_answers
+            why = " (answers need run.eval_answers)" if no_answers else ""
             faults.append(f"{key}: {shown(name)}: {expected}{why}")
     if faults:
         raise UserError(faults)
 
 
-def _names(eval_sets: Sequence[EvalSet]) -> list[str]:
-    """Of all figures of the run's evaluations. Of all sources together there are those that each of them has."""
-    by_kind = {"eval": [(one.name, list(_EVAL_FIGURES)) for one in eval_sets], "answers": []}
-    by_kind["answers"] = [(one.name, _metrics(one)) for one in eval_sets if one.questions is not None]
-    found = []
-    for kind, sets in by_kind.items():
-        common = [key for key in sets[0][1] if all(key in keys for _, keys in sets)] if sets else []
-        found += [f"{kind}/{key}" for key in common]
-        found += [f"{kind}/{name}/{key}" for name, keys in sets for key in keys]
-    return found
+def _expected(name: str, possible: Sequence[str]) -> str:
+    if len(possible) <= _MAX_LISTED:
+        return f"expected one of {', '.join(possible)}"
+    some = dict.fromkeys([*difflib.get_close_matches(name, possible), *possible[:3]])
+    return f"expected one of {len(possible)} figures, such as {', '.join(some)}"
+
+
+def chat_names(eval_sets: Sequence[EvalSet]) -> list[str]:
+    """The names of all figures of the evaluations of a run over chats."""
+    answers = {one.name: _metrics(one) for one in eval_sets if one.questions is not None}
+    return _names("eval", {one.name: _EVAL_FIGURES for one in eval_sets}) + _names("answers", answers)
+
+
+def retrieval_names(ways: Mapping[str, Sequence[str]]) -> list[str]:
+    """The names of all figures of the evaluations of a contrastive run; `ways`: the directions of each set."""
+    sets = {name: [*NAMES, *(f"{way}/{key}" for way in own for key in NAMES)] for name, own in ways.items()}
+    return _names("retrieval", sets)
+
+
+def _names(kind: str, sets: Mapping[str, Sequence[str]]) -> list[str]:
+    """`sets`: the figures of each set. Of all sets together there are those that each of them has."""
+    first = next(iter(sets.values()), ())
+    common = [key for key in first if all(key in keys for keys in sets.values())]
+    return [f"{kind}/{key}" for key in common] + [f"{kind}/{name}/{key}" for name, own in sets.items() for key in own]
 
 
 def _metrics(eval_set: EvalSet) -> list[str]:

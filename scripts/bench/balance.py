@@ -27,7 +27,7 @@ import numpy as np
 
 from mmtrain.config import Config, load_config
 from mmtrain.dataset.microbatches import Cut
-from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.load import processor_of
 from mmtrain.errors import UserError
 from mmtrain.plan.structure import structure_of
 from mmtrain.plan.waiting import Simulation, Step, Waiting
@@ -41,7 +41,7 @@ class Balance:
     """Steps over the data of one config, and what a number of processes makes of them."""
 
     def __init__(self, config: Config) -> None:
-        processor = load_processor(config.model.path, config.model.chat_template)
+        processor = processor_of(config.model)
         self.dataset = Dataset(config, processor, QUIET)
         self.max_tokens = config.run.microbatch_tokens
         packing = config.run.packing is not False  # auto: the model that would be tried is not loaded

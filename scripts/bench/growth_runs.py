@@ -29,12 +29,12 @@ def open_data(config_path: Path, result: Path) -> None:
     set_environment()  # as the command does, before torch is imported
     keep_freed_memory()
     from mmtrain.config import load_config
-    from mmtrain.encoding.load import load_processor
+    from mmtrain.encoding.load import processor_of
     from mmtrain.progress import QUIET
     from mmtrain.train.dataset import Dataset
 
     config = load_config(config_path)
-    processor = load_processor(config.model.path, config.model.chat_template)
+    processor = processor_of(config.model)
     begun = time.perf_counter()
     dataset = Dataset(config, processor, QUIET)
     dataset.plan.step(1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from fake_cuda import full_depth
 from fake_cuda.device import FakeDevice
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
@@ -71,6 +72,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     """
     if case.get("memory"):
         return dict(memory(case))
+    if "full_depth" in case:
+        return full_depth.run(case["full_depth"])
     with tempfile.TemporaryDirectory() as name:
         config = _config(case, Path(name))
         expected = [_gradients(*_learner(config, "cpu"), samples) for samples in STEPS.values()]
@@ -85,8 +88,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             learner.optimizer.step()
             kept = _bytes_of(learner)
             norm = _saved_by_norm()
+            pixels = [] if case.get("kind") in WITHOUT_IMAGES else _types_of_pixels(learner, dataset)
         return {
             "packing": learner.packing,
+            "pixels": pixels,
             "devices": sorted(places),
             "differences": [
                 {"loss": abs(own["loss"] - loss) / abs(loss), "gradient": relative_l2(own.pop("gradients"), gradients)}
@@ -186,6 +191,13 @@ def _step(learner: Learner, dataset: Dataset, samples: Sequence[int], meter: Met
         "tower_in_backward": tower.in_backward,
     }
     return counts | {"loss": loss, "gradients": {name: value.cpu() for name, value in gradients.items()}}
+
+
+def _types_of_pixels(learner: Learner, dataset: Dataset) -> list[str]:
+    """Of the images that the loader gives."""
+    images = [[span.image for span in dataset.train.encoded(sample).images] for sample in ONE_IMAGE]
+    inputs, _ = learner.load_images([one for one in images if one])
+    return sorted({str(value.dtype) for name, value in inputs.items() if name.startswith("pixel_values")})
 
 
 def _saved_by_norm() -> list[str]:

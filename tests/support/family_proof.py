@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from mmtrain.config.schema import Config
 from mmtrain.encoding.encode import Encoded, Encoder
-from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.load import load_processor, processor_of
+from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.model.components import COMPONENTS, Components
 from mmtrain.model.load import model_structure
 from mmtrain.progress import QUIET, Progress
@@ -75,7 +76,7 @@ class Proof:
 def prove(name: str, root: Path, folder: Path) -> Proof:
     """Train family `name` for a step in `folder`; `root` has the images."""
     proof = Proof()
-    processor = load_processor(str(directory(name)), given_template(name))
+    processor = load_processor(str(directory(name)), ProcessorSettings(given_template(name)))
     encoder = Encoder(processor, end_of_turn=not FAMILIES[name].unended)
     tried, samples = {}, []
     for case, conversation in conversations(name).items():
@@ -177,7 +178,7 @@ def _cuts(dataset: Dataset) -> list[list[int]]:
 
 def _prepared(config: Config) -> tuple[Learner, Dataset, list[str]]:
     lines: list[str] = []
-    processor = load_processor(config.model.path, config.model.chat_template, tried=True)
+    processor = processor_of(config.model, tried=True)
     dataset = Dataset(config, processor, QUIET)
     progress = Progress(quiet=True)
     progress.say = lines.append  # type: ignore[method-assign, assignment]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
-from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.load import processor_of
 from mmtrain.evaluate.evaluation import Evaluation
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.progress import QUIET
@@ -25,7 +25,7 @@ ALL_FULL = {"vision": {"mode": "full"}, "projector": {"mode": "full"}, "language
 
 
 def learner_for(config: Config) -> tuple[Learner, Dataset]:
-    processor = load_processor(config.model.path, config.model.chat_template)
+    processor = processor_of(config.model)
     dataset = Dataset(config, processor, QUIET)
     learner = make_learner(config, processor, Runtime(config.model.dtype, device=config.run.device), QUIET)
     generator = torch.Generator().manual_seed(7)
@@ -44,7 +44,7 @@ def step_of(
     samples = [number for cut in cuts for number in cut]
     count = float(dataset.checked.sum_weights[samples].sum())
     batches = Loader(
-        dataset.train, dataset.encoder.processor, packing, learner.make_inputs.store, row_multiple
+        dataset.train, learner.processor, packing, learner.make_inputs.store, row_multiple, learner.load_images
     ).batches(cuts)
     loss, _ = accumulate_gradients(learner, batches, count, step=3)
     named: dict[str, Any] = dict(learner.model.named_parameters())

@@ -10,6 +10,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.model.load import load_config
 from support.builders import SHARED
 from support.family_reference import FIXED_DATE, as_messages, conversations, directory, own_inputs, without_video
@@ -39,7 +40,7 @@ def other_ids(name: str, root: Path) -> list[str]:
     """The cases whose ids are not those that transformers makes with the published files."""
     file = real_files(name)
     path, template = (str(file), None) if is_whole(name) else (str(directory(name)), str(file))
-    encoder = Encoder(load_processor(path, template))
+    encoder = Encoder(load_processor(path, ProcessorSettings(template)))
     return [
         case
         for case, conversation in conversations(name).items()

@@ -19,7 +19,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.config.schema import Config
-from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.load import load_processor, processor_of
 from mmtrain.errors import UserError
 from mmtrain.generate.replies import Generator
 from mmtrain.model.components import Components
@@ -46,7 +46,7 @@ REFUSED = "refused"
 
 
 def dataset_of(config: Config) -> Dataset:
-    return Dataset(config, load_processor(config.model.path, config.model.chat_template), QUIET)
+    return Dataset(config, processor_of(config.model), QUIET)
 
 
 def or_refused(seen: Callable[[Dataset], Any]) -> Callable[[Config], Any]:
@@ -76,7 +76,7 @@ def sources_of_the_first_step(config: Config) -> set[int]:
 
 
 def metric_of_answers(config: Config) -> str:
-    processor = load_processor(config.model.path, config.model.chat_template)
+    processor = processor_of(config.model)
     evaluation = AnswerEvaluation(config, config.data.eval, processor, QUIET)
     (metric,) = {question.metric for question in evaluation.questions}
     return metric
@@ -84,6 +84,19 @@ def metric_of_answers(config: Config) -> str:
 
 def group_of_a_pair(section: str) -> Callable[[Config], Any]:
     return lambda config: RecordSet(getattr(config.data, section)).pair(0).group
+
+
+def sizes_of_windows(config: Config) -> list[int] | None:
+    """The samples of each window of the first epoch; None without a stream."""
+    stream = dataset_of(config).stream
+    if stream is None:
+        return None
+    step, found = 0, list[int]()
+    while sum(found) < 8:
+        step += 1
+        found += [window.num_used for window in stream.begin(step)]
+    stream.close()
+    return found
 
 
 num_dropped = or_refused(lambda dataset: len(dataset.checked.dropped))
@@ -114,7 +127,7 @@ def quantized_layers(config: Config) -> int:
 
 
 def tuned(config: Config) -> tuple[Any, Any]:
-    processor, quantization = load_processor(config.model.path, config.model.chat_template), config.model.quantization
+    processor, quantization = processor_of(config.model), config.model.quantization
     base = load_model(config.model.path, config.model.dtype, processor, quantization=quantization)
     components = Components(base, config.tune.components)
     model, _ = apply_tune(base, components, config.tune)
@@ -357,7 +370,7 @@ def num_shardings(config: Config) -> int:
     runtime.num_processes, runtime._store = 2, HashStore()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learner, "shard", lambda *arguments: calls.append(arguments))
-        learner.make_learner(config, load_processor(config.model.path, config.model.chat_template), runtime, QUIET)
+        learner.make_learner(config, processor_of(config.model), runtime, QUIET)
     return len(calls)
 
 

@@ -70,7 +70,7 @@ def _all() -> dict[str, Change]:
     records = "data.train.0.records"
     return {
         "data byte": Change(records, file=data, edit=lambda path: _replace(path, b"a circle", b"a Circle")),
-        "image byte": Change("data.train.pictures", file=images / "0.png", edit=_paint),
+        "image byte": Change("data.train.images", file=images / "0.png", edit=_paint),
         "row order": Change(records, file=data, edit=_swap_rows),
         "base model": Change("model.weights", file=model / "model.safetensors", edit=_nudge),
         "processor": Change(

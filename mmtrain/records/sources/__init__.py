@@ -1,1 +1,1 @@
-"""Files of records with random access, each kind behind the same protocol."""
+"""Files of records with random access, each kind with the same protocol."""

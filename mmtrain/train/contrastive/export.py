@@ -1,11 +1,12 @@
-"""Saves an embedder: a directory that transformers loads, or an adapter in peft's format.
+"""Saves an embedder: a directory that transformers loads, or an adapter in peft's format; sentence-transformers loads
+either.
 
 What was saved is loaded back and must give the same embeddings and the same scale.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -15,18 +16,23 @@ from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.config import Config
 from mmtrain.contrastive.embedder import Embedder, EncodedItem
 from mmtrain.contrastive.load import reloaded
-from mmtrain.encoding.directory import model_directory, processor_files
+from mmtrain.encoding.directory import copy_processor, model_directory
 from mmtrain.errors import UserError, storage_faults
+from mmtrain.model.load import auto_class
+from mmtrain.train.contrastive.card import embedder_card
 from mmtrain.train.contrastive.pair_dataset import PairDataset
+from mmtrain.train.contrastive.sentence_export import add_sentence_files
 from mmtrain.train.contrastive.step import ContrastiveLearner
 
 MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 3e-2}
 """Largest relative difference (L2) of the embeddings once loaded back."""
 
 
-def export(learner: ContrastiveLearner, config: Config, dataset: PairDataset, name: str | None = None) -> str:
+def export(
+    learner: ContrastiveLearner, config: Config, dataset: PairDataset, name: str | None = None, step: int | None = None
+) -> str:
     """Write the folder `name`, by default `adapter/` (or `model/` where nothing is LoRA), and load it back. Gives a
-    line that says what was found.
+    line that says what was found. `step`: after which the weights are these; None: the last.
 
     The embeddings of the first pair's items are compared. Raises UserError where what was saved is not what was
     trained, and StorageError where it cannot be written.
@@ -34,30 +40,54 @@ def export(learner: ContrastiveLearner, config: Config, dataset: PairDataset, na
     model = learner.model
     is_adapter = isinstance(model, PeftModel)
     target = Path(config.run.output_dir) / (name or ("adapter" if is_adapter else "model"))
-    dtype = getattr(torch, config.model.dtype)
-    if is_adapter and Path(config.model.path).is_dir():  # to be found from any directory
-        model.peft_config["default"].base_model_name_or_path = str(Path(config.model.path).resolve())
-    if not is_adapter:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-    with storage_faults(f"{target}: it cannot be written"), temporary_path(target) as made:
-        model.save_pretrained(made)
-        for path in processor_files(model_directory(config.model.path)):
-            shutil.copyfile(path, made / path.name)
-        move_into_place(target, made)
+    tolerance = MAX_DIFFERENCE[config.model.dtype]
     items = _first_items(dataset)
-    before = _embeddings(learner.embedder, items)
+    with storage_faults(f"{target}: it cannot be written"), temporary_path(target) as made:
+        _save(model, config, made)
+        own = learner.embedder.processor
+        copy_processor(model_directory(config.model.path), made, own.given_template, own.image_settings)
+        before = _embeddings(learner.embedder, items)
+        found = add_sentence_files(made, learner, config, dataset, items, before, tolerance)
+        (made / "README.md").write_text(_card(learner, config, dataset, found.is_written, step), encoding="utf-8")
+        move_into_place(target, made)
     after = _loaded_back(learner, target, config, items)
     difference = max(_distance(one, other) for one, other in zip(after, before, strict=True))
-    if not difference <= MAX_DIFFERENCE[config.model.dtype]:
+    if not difference <= tolerance:
         raise UserError(
             f"{target}: loaded back, its embeddings differ by {difference:.1e} from the trained model's: do not use it"
         )
-    return f"saved {target}; loaded back, its embeddings differ by {difference:.1e} (relative)"
+    return f"saved {target}; loaded back, its embeddings differ by {difference:.1e} (relative); {found.line}"
+
+
+def _save(model: Any, config: Config, folder: Path) -> None:
+    if not isinstance(model, PeftModel):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
+        model.save_pretrained(folder)
+        return
+    if Path(config.model.path).is_dir():  # to be found from any directory
+        model.peft_config["default"].base_model_name_or_path = str(Path(config.model.path).resolve())
+    model.save_pretrained(
+        folder, save_embedding_layers=False
+    )  # peft would ask the hub whether the vocabulary has grown
+
+
+def _card(
+    learner: ContrastiveLearner, config: Config, dataset: PairDataset, is_sentence: bool, step: int | None
+) -> str:
+    return embedder_card(
+        config,
+        auto_class=auto_class(learner.model.config).__name__,
+        is_adapter=isinstance(learner.model, PeftModel),
+        takes_images="image" in learner.embedder.sentence_modules.methods,
+        num_pairs=len(dataset.used),
+        instructions=dataset.train.instructions if is_sentence else None,
+        step=step,
+    )
 
 
 def _first_items(dataset: PairDataset) -> list[EncodedItem]:
-    first = dataset.train.pairs[int(dataset.train.used[0])]
+    first = dataset.train.pairs[int(dataset.used[0])]
     return dataset.train.loaded((first.query, *first.positives, *first.negatives))
 
 

@@ -54,7 +54,7 @@ class ContrastiveObjective:
             yield "kernels: off, contrastive training does not use them yet"
 
     def export(self, name: str | None = None, step: int | None = None) -> str:
-        return export(self._learner, self._config, self.data, name)
+        return export(self._learner, self._config, self.data, name, step)
 
 
 class ContrastiveSteps:

@@ -15,6 +15,7 @@ from mmtrain.progress import Progress
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
 from mmtrain.train.dataset import num_steps
 from mmtrain.train.eval_sets import eval_sources
+from mmtrain.train.watched import check_watched, retrieval_names
 
 
 class PairDataset:
@@ -22,6 +23,8 @@ class PairDataset:
 
     Raises UserError with every sample of every source that cannot be used.
     """
+
+    stream = None
 
     def __init__(self, config: Config, embedder: Embedder, progress: Progress) -> None:
         data, self.template = config.data, embedder.template
@@ -35,6 +38,7 @@ class PairDataset:
                 self.eval[name] = RetrievalEvaluation(config, [source], embedder, progress)
         if faults:
             raise UserError(faults)
+        check_watched(config, retrieval_names({name: one.way_names for name, one in self.eval.items()}))
         self.plan = Plan.of(config, self.train.records, self.train.used)
         self.num_steps = num_steps(config.train, self.plan)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mmtrain.contrastive.embedder import Embedder, EncodedItem, Kind
 from mmtrain.contrastive.loss import LossGradients, LossSettings, contrastive_loss
 from mmtrain.contrastive.pair_samples import PairSamples
-from mmtrain.dataset.batch import Batch, in_order
+from mmtrain.dataset.ahead import in_order
+from mmtrain.dataset.batch import Batch
 from mmtrain.model.dropout import DropoutContext
 from mmtrain.model.tune import ComponentReport
 from mmtrain.runtime.device import microbatch_faults
@@ -61,7 +62,7 @@ class ContrastiveLearner:
 
     def batches(self, first: int, last: int) -> Iterator[Loaded]:
         """The tensors of this process's micro-batches of the steps `first` to `last`, made ahead."""
-        return in_order(self.load, self.cuts.microbatches(first, last))
+        return in_order(self.load, self.cuts.microbatches(first, last), _num_bytes)
 
     def load(self, microbatch: Microbatch) -> Loaded:
         """Items whose embeddings are cached are left out."""
@@ -88,6 +89,10 @@ class ContrastiveLearner:
     def updated(self) -> None:
         """After an update of the weights."""
         self.embedder.scale.limit(self.temperature_max)
+
+
+def _num_bytes(loaded: Loaded) -> int:
+    return sum(batch.num_bytes for _, batch in loaded)
 
 
 @dataclass(slots=True)

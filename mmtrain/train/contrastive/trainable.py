@@ -8,6 +8,7 @@ from mmtrain.config import Config
 from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.load import set_trained
 from mmtrain.model.dropout import DropoutContext, install_dropout
+from mmtrain.model.earlier_run import start_from_run
 from mmtrain.model.load import checkpoint_activations
 from mmtrain.model.lora_targets import without_adapter
 from mmtrain.model.tune import ComponentReport, apply_tune
@@ -25,6 +26,10 @@ def make_trainable(
         progress.say(line)
     embedder.model, reports = apply_tune(base, embedder.components, config.tune)
     set_trained(config, embedder)
+    if config.model.adapter is not None:
+        tick = runtime.activity.tick
+        progress.say(start_from_run(embedder.model, embedder.components, config.model, tick))
+        embedder.scale.limit(config.objective.temperature_max)
     if config.run.activation_checkpointing is True:
         checkpoint_activations(base)
     dropout = DropoutContext(config.train.seed)
