@@ -176,7 +176,7 @@ def test_experts_that_do_not_run_by_themselves_get_none() -> None:
     assert not targets_of(model, components, "language", Lora(mode="lora")).parameters
     (line,) = without_adapter(model, components, TUNE)
     assert line.endswith("no adapter on 4 weights of experts (36,864 parameters): their module does not run by itself")
-    with pytest.raises(UserError, match="no linear layer was found"):
+    with pytest.raises(UserError, match="no layer gets LoRA by default"):
         targets_of(model, components, "language", Lora(mode="lora", targets=("down_proj",)))
 
 

@@ -105,6 +105,7 @@ REFUSED = {
 
 ALONE = {
     ("qwen3_5", "two_answers"),
+    ("qwen3_5_moe", "two_answers"),
     ("pixtral", "system"),
     ("pixtral", "system_and_image"),
     "llava_onevision",
@@ -231,11 +232,15 @@ def test_training_reads_what_is_shown_and_what_the_family_makes(name: str, root:
 
 CANNOT_PACK = {
     *("gemma3", "gemma4 both ways", "paligemma2"),  # images, or prompts, attended to in both directions
+    *("mamba2", "bamba", "minimax", "recurrent_gemma", "rwkv", "xlstm", "qwen3_5_moe", "lfm3_vl"),
+    *("bloom", "mpt"),  # distances between tokens in a mask of their own
+    *("nemotron", "stablelm"),  # attention of their own
+    "doge",  # attention that chooses tokens by a mask of its own
     *("qwen3_5", "qwen3_next", "granitemoehybrid", "jamba", "mamba", "falcon_mamba", "falcon_h1", "nemotron_h"),
     *("lfm2", "lfm2_vl"),  # convolutions; those before are recurrent
     "gpt_oss",  # attention that gets no positions
     "hunyuan_vl",  # positions of its own form
-    *("mllama", "perception_lm"),  # the images of one sample at a time
+    *("mllama", "perception_lm", "ernie4_5_vl_moe"),  # the images of one sample at a time
 }
 
 

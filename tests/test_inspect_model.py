@@ -106,7 +106,7 @@ def test_the_tokens_of_an_image_are_those_of_the_image_processor(
         ("llava_next", "language", "full next to lora", "model has weights of its own next to other components"),
         ("falcon_mamba", "language", "lora", None),
         ("falcon_mamba", "language", "full", None),
-        ("gemma3", "projector", "lora", "no linear layer was found"),
+        ("gemma3", "projector", "lora", "no layer gets LoRA by default"),
     ],
 )
 def test_the_ways_to_train_a_component_are_tried(

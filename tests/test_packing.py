@@ -136,7 +136,7 @@ def test_a_model_that_refuses_the_keyword_falls_back(load: Load) -> None:
     own = model.forward
 
     def forward(
-        input_ids: Any, position_ids: Any, use_cache: Any, logits_to_keep: Any, attention_mask: Any = None
+        input_ids: Any, use_cache: Any, logits_to_keep: Any, position_ids: Any = None, attention_mask: Any = None
     ) -> Any:
         return own(input_ids, attention_mask, position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep)
 
@@ -144,6 +144,19 @@ def test_a_model_that_refuses_the_keyword_falls_back(load: Load) -> None:
     found = packing_fault(model, processor, torch.float32) or ""
     assert found.startswith("this model cannot run packed rows: TypeError: ")
     assert attention.KEYWORD in found
+
+
+def test_a_text_model_is_given_no_token_types_where_its_tokenizer_makes_none(load: Load) -> None:
+    """GPT-2 and others add the embedding of a token for each type, also of type 0."""
+    model, processor = load("llama")
+    own = model.forward
+
+    def forward(input_ids: Any, token_type_ids: Any = None, **others: Any) -> Any:
+        assert token_type_ids is None
+        return own(input_ids, **others)
+
+    model.forward = forward
+    assert packing_fault(model, processor, torch.float32) is None
 
 
 def test_rows_that_change_each_other_even_when_padded_are_refused(load: Load) -> None:

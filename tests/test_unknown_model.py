@@ -85,6 +85,7 @@ def reference(
         ("scaled head", "plain", True),
         ("capped head", "framed", True),
         ("no positions", "plain", True),  # only distances count in its attention
+        ("fixed shift", "plain", True),  # a parameter that the class itself does not train
         ("running mean", "plain", False),
         ("looks back", "plain", False),
     ],
@@ -114,6 +115,7 @@ def assert_exact(config: Config, root: Path, packs: bool) -> None:
     ("variant", "style", "reason"),
     [
         ("neighbours", "plain", "cannot be trained on several samples at once: in padded rows its logits differ"),
+        ("own positions", "plain", "the positions or token types that mmtrain gives this model change its logits by"),
         ("plain", "images first", "the image processor lays out no placeholder '<<pic>>'"),
         ("plain", "adds a word", "the ids of a probe conversation .* differ from the model's own apply_chat_template"),
         ("plain", "no mark", "PicProcessor has no placeholder for an image in its text"),

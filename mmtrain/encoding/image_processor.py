@@ -57,6 +57,8 @@ class ImageTraits:
     """Ordinary text that the processor writes after all of a text with images, such as a line break."""
     needs_image: bool
     """Whether it takes no text without an image."""
+    type_keys: frozenset[str]
+    """The token types that the processor gives the model, by the names of `TYPE_KEYS`."""
     marks_replies: bool
     """Whether the tokens of a reply have another type than those of the prompt for it, instead of those of images."""
     together: bool
@@ -115,9 +117,10 @@ class _Runner:
             return True
         return False
 
-    def marks_replies(self) -> bool:
+    def token_types(self) -> dict[str, Tensor]:
+        """The types of the tokens of a sample with an image, by the names of `TYPE_KEYS`."""
         made = self.processor(text=[self._text([_BLANK])], images=[[_BLANK]], **_OPTIONS)
-        return "token_type_ids" in made and not made["token_type_ids"].any()
+        return {key: made[key] for key in TYPE_KEYS if key in made}
 
     def _text(self, images: Sequence[PIL.Image.Image]) -> str:
         separator = "" if self.separator is None else self.tokenizer.traits.added[self.separator]
@@ -208,6 +211,7 @@ def _probe_images(runner: _Runner) -> ImageTraits:
     num_pixels = _num_pixels(inputs) if patch is None else patch**2 * int(inputs[str(grid_key)].prod())
     count = sum(id_ == runner.token_id for id_ in ids)
     per_token = num_pixels / count if num_pixels else None
+    types = runner.token_types()
     return ImageTraits(
         text_around=runner.text_around(ids),
         grid_key=grid_key,
@@ -215,7 +219,8 @@ def _probe_images(runner: _Runner) -> ImageTraits:
         by_sample=_is_by_sample(runner),
         text_end=runner.text_end(),
         needs_image=runner.needs_image(),
-        marks_replies=runner.marks_replies(),
+        type_keys=frozenset(types),
+        marks_replies="token_type_ids" in types and not types["token_type_ids"].any(),
         together=_are_together(runner),
     )
 

@@ -8,7 +8,7 @@ import PIL.Image
 
 from mmtrain.encoding.directory import DirectoryParts
 from mmtrain.encoding.fast_template import chat_template, renderer
-from mmtrain.encoding.image_processor import ImageProcessor, ImageTokens
+from mmtrain.encoding.image_processor import TYPE_KEYS, ImageProcessor, ImageTokens
 from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.encoding.template import ChatTemplate, image_frame, probe_template
 from mmtrain.encoding.tokenizer import Tokenizer
@@ -67,6 +67,14 @@ class ChatProcessor:
     def needs_image(self) -> bool:
         """Whether a sample must have an image."""
         return self.images is not None and self.images.traits.needs_image
+
+    @property
+    def type_keys(self) -> frozenset[str]:
+        """The token types that the model is given, by the names of `TYPE_KEYS`: those that its own processor or
+        tokenizer makes. Some models have others, which they take for something else where they are zero."""
+        if self.images is None:
+            return frozenset(self.tokenizer.wrapped.model_input_names) & frozenset(TYPE_KEYS)
+        return self.images.traits.type_keys
 
     @property
     def marks_replies(self) -> bool:

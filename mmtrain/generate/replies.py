@@ -76,7 +76,8 @@ class Generator:
         self._processor = encoder.processor
         end = trained_end(encoder)
         self.stop_ids: frozenset[int] = self._processor.tokenizer.traits.eos_ids | (set() if end is None else {end})
-        self._takes = frozenset(inspect.signature(self._model.forward).parameters)
+        taken = inspect.signature(self._model.forward).parameters.keys()
+        self._type_keys = self._processor.type_keys & taken
 
     @torch.no_grad()
     def replies(self, prompts: Sequence[Encoded], sampling: Sampling, seed: int | None = None) -> list[Reply]:
@@ -133,7 +134,7 @@ class Generator:
         no_types = image is None or self._processor.marks_replies
         types = torch.zeros_like(ids) if no_types else ((ids == image) & mask.bool()).long()
         inputs = {"input_ids": ids, "attention_mask": mask, **batch.image_inputs}
-        inputs |= {key: types for key in ("mm_token_type_ids", "token_type_ids") if key in self._takes}
+        inputs |= dict.fromkeys(self._type_keys, types)
         device = self._model.device
         return {key: on_device(value, device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
 

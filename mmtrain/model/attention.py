@@ -101,6 +101,8 @@ def _attention(
     lengths = packed_row.lengths
     if sum(lengths) != query.shape[2]:
         raise RuntimeError(f"{query.shape[2]} tokens in a row whose samples have {sum(lengths)}")
+    if attention_mask is not None and attention_mask.numel() > 1:
+        raise RuntimeError("the model makes a mask of its own for its attention")
     window = kwargs.get("sliding_window")
     if packed_row.ends is not None:
         query, key, value = autocast(query, key, value)

@@ -103,5 +103,5 @@ def _depth(config: Any) -> int:
 
 
 def _width(config: Any) -> int:
-    head = getattr(config, "head_dim", None)
-    return int(head * config.num_attention_heads if head else config.hidden_size)
+    head, count = (getattr(config, key, None) for key in ("head_dim", "num_attention_heads"))
+    return int(head * count if head and count else config.hidden_size)  # a recurrent family may name one of them

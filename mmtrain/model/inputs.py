@@ -41,7 +41,7 @@ class InputMaker:
         self._num_axes = 0 if self._get_rope_index is None else _num_axes(model.config)
         self.attends_by_sample = install_attention(model)
         """Whether the model uses mmtrain's attention, which keeps the samples of a packed row apart."""
-        self._takes = frozenset(inspect.signature(model.forward).parameters)
+        self._type_keys = processor.type_keys & inspect.signature(model.forward).parameters.keys()
         self._image_token_id, self._grid_key = processor.image_token_id, processor.grid_key
         self._marks_replies = processor.marks_replies
 
@@ -61,7 +61,7 @@ class InputMaker:
             inputs[KEYWORD] = PackedRow.of(batch, device)
             inputs["attention_mask"] = _READY_MASK
         types = _reply_types(batch) if self._marks_replies else self._token_types(batch.input_ids)
-        inputs |= {key: types for key in ("mm_token_type_ids", "token_type_ids") if key in self._takes}
+        inputs |= dict.fromkeys(self._type_keys, types)
         inputs = all_on_device(inputs, device) | self._vision(batch.image_inputs)
         if self.features is not None and batch.images:
             inputs |= self.features.of(batch.images)
@@ -101,7 +101,10 @@ class InputMaker:
         grids = {key: value[images] for key, value in batch.image_inputs.items() if key == self._grid_key}
         if not segment.num_images:
             return torch.arange(segment.length, device=ids.device).expand(self._num_axes, -1)
-        positions: Tensor = self._get_rope_index(input_ids=ids, mm_token_type_ids=self._token_types(ids), **grids)[0]
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **grids}
+        given["mm_token_type_ids"] = self._token_types(ids)
+        taken = inspect.signature(self._get_rope_index).parameters
+        positions: Tensor = self._get_rope_index(**{key: value for key, value in given.items() if key in taken})[0]
         return positions[:, 0]
 
 

@@ -65,8 +65,11 @@ def targets_of(model: Any, components: Components, component: str, lora: Lora) -
     targets = Targets(modules, _run_alone(model, map(found.weight_of, weights)) if lora.variant != "dora" else [])
     if unknown or not targets:
         names = ", ".join(sorted({_last(name) for name in (*found.linear, *found.experts)})) or "none"
-        what = f"no linear layer is called {', '.join(unknown)}" if unknown else "no linear layer was found"
-        raise UserError(f"tune.{component}: {what}; the linear layers of {component} are: {names}")
+        what = f"no linear layer is called {', '.join(unknown)}" if unknown else "no layer gets LoRA by default"
+        raise UserError(
+            f"tune.{component}: {what}; the linear layers of {component} are: {names}; "
+            "name some of them in `targets`, or set mode: full"
+        )
     return targets
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmtrain.dataset.batch import make_batch
 from mmtrain.encoding.encode import Encoded, ImageSpan
+from mmtrain.encoding.image_processor import TYPE_KEYS
 from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
@@ -60,18 +61,27 @@ def packing_fault(model: Any, processor: ChatProcessor, dtype: torch.dtype, pack
     tried.
 
     `model` is in eval mode, on the device that runs it; `dtype` is that of its matrix products. Neither the model nor
-    the random state changes. Raises UserError if padded rows already fail or give other logits.
+    the random state changes. Raises UserError if padded rows already fail or give other logits, and if those of a
+    sample alone are not those of the model without mmtrain's positions.
     """
-    if not processor.lays_out_together:
-        return "the images of this model are laid out for one sample at a time"
     try:
         trial = _Trial(model, processor, dtype)
         first, second = trial.logits([0], packing=False), trial.logits([1], packing=False)
-        padded = _difference(trial.logits([0, 1], packing=False), first + second)
+        other = max(_difference(first, trial.plain_logits(0)), _difference(second, trial.plain_logits(1)))
+        padded = 0.0
+        if processor.lays_out_together:
+            padded = _difference(trial.logits([0, 1], packing=False), first + second)
     except Exception as error:  # a family that is not supported can raise anything
         raise UserError(f"the model cannot be run on a trial batch: {_named(error)}") from error
     if not all(torch.isfinite(logits).all() for logits in first + second):
         raise UserError("the logits of the model are not finite on a trial batch: its weights or its dtype are wrong")
+    if other > _REFUSED * trial.tolerance:
+        raise UserError(
+            f"the positions or token types that mmtrain gives this model change its logits by {other:.0%} from those "
+            "that it computes on its own: this family is not supported"
+        )
+    if not processor.lays_out_together:
+        return "the images of this model are laid out for one sample at a time"
     if padded > _REFUSED * trial.tolerance:
         raise UserError(
             f"the model cannot be trained on several samples at once: in padded rows its logits differ by {padded:.0%} "
@@ -117,6 +127,15 @@ class _Trial:
 
     def logits(self, order: Sequence[int], packing: bool) -> list[Tensor]:
         """(num_compared, vocabulary) float32 for each section of the samples, in this order."""
+        return self._run(order, packing, ())
+
+    def plain_logits(self, number: int) -> list[Tensor]:
+        """Those of one sample, given to the model as inference does: it makes positions itself, and the types of a text
+        as well."""
+        left_out = () if self._samples[number].images else TYPE_KEYS
+        return self._run([number], False, ("position_ids", *left_out))
+
+    def _run(self, order: Sequence[int], packing: bool, left_out: Sequence[str]) -> list[Tensor]:
         samples = [self._samples[number] for number in order]
         batch = make_batch(order, samples, self._processor, packing, row_multiple=ROW_MULTIPLE)
         device, compared = self._model.device, batch.supervised
@@ -125,7 +144,7 @@ class _Trial:
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.autocast(device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16),
         ):
-            inputs = self._make_inputs(batch)
+            inputs = {key: value for key, value in self._make_inputs(batch).items() if key not in left_out}
             keep = compared[0].nonzero()[:, 0] if packing else compared
             logits = self._model(**inputs, logits_to_keep=keep.to(device)).logits
         sizes = [int(sample.supervised[section].sum()) for sample in samples for section in _sections(sample)]

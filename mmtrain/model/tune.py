@@ -1,6 +1,7 @@
 """What is trainable in a model: all else is frozen, and adapters are added by peft."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ def apply_tune(model: Any, components: Components, tune: Tune) -> tuple[Any, lis
     loras = {component: mode for component, mode in tune.trainable.items() if isinstance(mode, Lora)}
     fulls = [component for component, mode in tune.trainable.items() if isinstance(mode, Full)]
     targets = {component: targets_of(model, components, component, lora) for component, lora in loras.items()}
+    never_trained = {name for names in _never_trained(model, components).values() for name in names}
     model.requires_grad_(False)
     if loras:
         saved = [name for component in fulls for name in components.largest_modules(model, component)]
@@ -60,10 +62,35 @@ def apply_tune(model: Any, components: Components, tune: Tune) -> tuple[Any, lis
     else:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(components.component_of(name) in fulls)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if base_name(name) in never_trained:
+            parameter.requires_grad_(False)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model, _report(model, components, tune, targets)
+
+
+def _never_trained(model: Any, components: Components) -> dict[str, list[str]]:
+    """By component, the parameters that the model's own class does not train, such as fixed positions. `model` is as it
+    was loaded: where all of it is frozen, nothing is known of them."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if len(frozen) == len(list(model.parameters())):
+        return {}
+    found: dict[str, list[str]] = {}
+    for name in frozen:
+        found.setdefault(components.component_of(name), []).append(name)
+    return found
+
+
+def kept_frozen(model: Any, components: Components, tune: Tune) -> Iterator[str]:
+    """Lines about weights of `model`, a base model as it was loaded, that stay frozen though their component is trained
+    in full."""
+    for component, names in _never_trained(model, components).items():
+        if isinstance(tune.trainable.get(component), Full):
+            yield (
+                f"tune.{component}: {len(names)} weights stay frozen, as in the model's own class: "
+                f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
+            )
 
 
 def _with_adapters(model: Any, loras: dict[str, Lora], targets: dict[str, Targets], saved: list[str]) -> PeftModel:

@@ -12,7 +12,7 @@ from mmtrain.model.earlier_run import start_from_run
 from mmtrain.model.family import Family, probe_family
 from mmtrain.model.load import LoadModel, checkpoint_activations, load_model
 from mmtrain.model.lora_targets import without_adapter
-from mmtrain.model.tune import ComponentReport, apply_tune
+from mmtrain.model.tune import ComponentReport, apply_tune, kept_frozen
 from mmtrain.model.vision import VisionInputs, prepare_vision
 from mmtrain.progress import Progress
 from mmtrain.runtime.device import loading_faults
@@ -47,8 +47,9 @@ def make_trainable(
         base = load(settings.path, settings.dtype, processor, home, runtime.activity.tick, settings.quantization, named)
     runtime.activity.set("preparing the model")
     family = probe_family(base, processor, progress.say, named)
-    for line in without_adapter(base, family.components, config.tune):
-        progress.say(line)
+    for find_lines in (without_adapter, kept_frozen):
+        for line in find_lines(base, family.components, config.tune):
+            progress.say(line)
     model, reports = apply_tune(base, family.components, config.tune)
     if settings.adapter is not None and load is load_model:  # else the model has no values
         progress.say(start_from_run(model, family.components, settings, runtime.activity.tick))

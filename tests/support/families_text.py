@@ -27,6 +27,39 @@ _LINEAR = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
+_WITHOUT_SETTINGS = [
+    "apertus",
+    "arcee",
+    "bitnet",
+    "bloom",
+    "cohere",
+    "doge",
+    "ernie4_5",
+    "exaone4",
+    "glm4",
+    "gpt_bigcode",
+    "gpt_neox",
+    "helium",
+    "hrm_text",
+    "hunyuan_v1_dense",
+    "llama4_text",
+    "minimax",
+    "mpt",
+    "nemotron",
+    "olmo3",
+    "olmoe",
+    "opt",
+    "phi",
+    "phimoe",
+    "recurrent_gemma",
+    "rwkv",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+    "xlstm",
+]
+"""Families whose other settings are as in their configuration's class."""
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
 
 TEXT_ONLY = {
@@ -132,4 +165,21 @@ TEXT_ONLY = {
         ssm_state_size=8,
         n_groups=1,
     ),
+    "mamba2": Family(
+        templates.QWEN3_VL,
+        CHATML,
+        {"model_type": "mamba2", "vocab_size": "vocabulary", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+        | {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    ),
+    "bamba": _chatml(model_type="bamba", attn_layer_indices=[1], **_MAMBA),
+    "deepseek_v2": _chatml(
+        model_type="deepseek_v2",
+        **_ROUTED
+        | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+        | {"head_dim": 8, "num_key_value_heads": 2},
+    ),
+    "ernie4_5_moe": _chatml(
+        model_type="ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=1
+    ),
+    **{name: _chatml(model_type=name) for name in _WITHOUT_SETTINGS},
 }

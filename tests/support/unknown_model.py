@@ -95,6 +95,8 @@ class Pic(PicPreTrained):
         self.talker = AutoModel.from_config(config.text_config)
         self.bridge = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.eye = Eye(config.vision_config)
+        if config.variant == "fixed shift":
+            self.shift = nn.Parameter(torch.ones(config.text_config.hidden_size), requires_grad=False)
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
@@ -119,8 +121,12 @@ class Pic(PicPreTrained):
         if found is not None:
             places = (input_ids == self.config.pic_id).unsqueeze(-1).expand_as(embeddings)
             embeddings = embeddings.masked_scatter(places, found.pooler_output.to(embeddings.dtype))
+        if self.config.variant == "fixed shift":
+            embeddings = embeddings + self.shift
         if self.config.variant == "no positions":
             position_ids = None
+        if self.config.variant == "own positions" and position_ids is None:
+            position_ids = 2 * torch.arange(input_ids.shape[1])[None]
         if self.config.variant == "looks back":  # one token sees the one before it, whatever the masks say
             embeddings = embeddings + 0.5 * nn.functional.pad(embeddings, (0, 0, 1, -1))
         if self.config.variant == "running mean":  # the same over all tokens before it
