@@ -92,7 +92,7 @@ class ImageProcessor:
         """More images than these get a token more."""
         self.given: list[Any] = []
 
-    def image_inputs(self, samples: Any, alone: Any = None) -> Any:
+    def image_inputs(self, samples: Any, alone: Any = None, raw: bool = False) -> Any:
         self.given.append((samples, alone))
         images = [image for own in samples for image in own]
         inputs = {"pixel_values": torch.tensor(images), "grid": torch.tensor(images) + 100}
@@ -109,8 +109,7 @@ def with_images(*images: int) -> Encoded:
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """An image decodes to its only byte."""
-    for module in ("batch", "image_inputs"):
-        monkeypatch.setattr(f"mmtrain.dataset.{module}.decode", lambda image: image.source[0])
+    monkeypatch.setattr("mmtrain.dataset.image_process.decode", lambda image: image.source[0])
 
 
 def test_images_are_those_of_the_samples_in_order(decoded: None) -> None:
