@@ -193,6 +193,20 @@ def test_an_index_of_a_changed_file_is_made_again(large: Path, monkeypatch: pyte
     assert seen == [large] * 2
 
 
+def test_an_index_that_nobody_uses_any_more_is_removed(large: Path, tmp_path: Path) -> None:
+    other = make_tar(tmp_path / "other.tar", {f"{number}.txt": b"!" for number in range(3)})
+    contents(large)
+    contents(other)
+    folder = tmp_path / "cache" / "mmtrain" / "tar"
+    for kept in folder.iterdir():
+        os.utime(kept, (0, 0))
+    contents(other)  # it is in use again
+    tar_index._remove_unused.cache_clear()  # as in another process
+    contents(make_tar(tmp_path / "third.tar", {f"{number}.txt": b"?" for number in range(3)}))
+    named = {f"{tar_index._key(path)}.npz" for path in (other, tmp_path / "third.tar")}
+    assert {kept.name for kept in folder.iterdir()} == named
+
+
 @pytest.mark.parametrize("how", ["cut", "flipped", "empty", "a folder"])
 def test_a_damaged_index_is_made_again(large: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     contents(large)

@@ -30,6 +30,26 @@ def row_of(lengths: tuple[int, ...]) -> PackedRow:
     return PackedRow.of(Batch(ids, ids.bool(), segments, True, {}), torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("length", "lengths", "ends"), [(18, (5, 1, 9, 3), [0, 5, 6, 15, 18]), (20, (5, 1, 9, 3, 2), [0, 5, 6, 15, 18, 20])]
+)
+def test_the_borders_of_a_row_are_those_of_its_samples_and_of_what_fills_it_up(
+    length: int, lengths: tuple[int, ...], ends: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments = tuple(
+        Segment(n, 0, start, size, 0, 0) for n, (start, size) in enumerate(zip(ends, LENGTHS, strict=False))
+    )
+    ids = torch.zeros(1, length, dtype=torch.long)
+    batch = Batch(ids, ids.bool(), segments, True, {})
+    row = PackedRow.of(batch, torch.device("cpu"))
+    assert (row.lengths, row.ends, row.predicting) == (lengths, None, None)
+    monkeypatch.setattr(attention, "has_varlen", lambda device: True)
+    row = PackedRow.of(batch, torch.device("cpu"))
+    assert row.lengths == lengths
+    assert row.ends is not None
+    assert (row.ends.tolist(), row.ends.dtype) == (ends, torch.int32)
+
+
 def attend(row: PackedRow | None, query: Tensor, key: Tensor, value: Tensor, **others: Any) -> Tensor:
     """What the attention gives without a mask, as for a packed row."""
     out: Tensor = attention._attention(MODULE, query, key, value, None, packed_row=row, **others)[0]
@@ -82,6 +102,23 @@ def test_older_gpus_have_no_such_kernel(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert attention.has_varlen(torch.device("cuda", 0)) is expected
     assert not attention.has_varlen(torch.device("cpu"))
+    monkeypatch.setattr(attention, "planned_kernels", lambda: "cuda")
+    assert attention.has_varlen(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("has_flag", [True, False])
+def test_a_kernel_that_knows_no_groups_is_given_no_flag(has_flag: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def kernel(query: Tensor, *others: Any, **options: Any) -> Tensor:
+        given.append(options)
+        return query
+
+    monkeypatch.setattr(attention, "_HAS_GQA_FLAG", has_flag)
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    row = torch.zeros(5, 4, 8)
+    attention.varlen(row, row[:, :2], row[:, :2], torch.tensor([0, 5]), 5, 0.3)
+    assert given == [{"scale": 0.3, "window_size": (-1, -1)} | ({"enable_gqa": True} if has_flag else {})]
 
 
 class Varlen:
@@ -169,11 +206,30 @@ def test_what_is_no_packed_row_goes_through_the_models_own_attention() -> None:
     found = attend(None, query, key, value)
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
     assert torch.allclose(found, expected, atol=1e-6)
+    mask = torch.rand(2, 1, 6, 6) > 0.3
+    mask |= torch.eye(6, dtype=torch.bool)
+    masked, weights = attention._attention(MODULE, query, key, value, mask, scaling=0.3)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3).transpose(1, 2)
+    assert torch.allclose(masked, expected, atol=1e-6)
+    assert weights is None
+
+
+def test_without_a_scaling_of_its_own_a_row_is_scaled_by_the_root_of_the_width() -> None:
+    query, key, value = (torch.randn(1, 4, 6, 8) for _ in range(3))
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    assert torch.allclose(attend(row_of((6,)), query, key, value), expected, atol=1e-6)
+
+
+def test_a_packed_row_has_no_mask_and_padded_rows_have_that_of_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "sdpa_mask", lambda *args, **kwargs: (args, kwargs))
+    assert attention._mask(3, attention_mask=None, q_length=2) is None
+    mask: Any = torch.ones(2, 3)
+    assert attention._mask(3, attention_mask=mask, q_length=2) == ((3,), {"attention_mask": mask, "q_length": 2})
 
 
 def test_a_row_of_another_length_than_its_batch_is_refused() -> None:
     query = torch.randn(1, 4, sum(LENGTHS) + 1, 8)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"^19 tokens in a row whose samples have 18$"):
         attend(row_of(LENGTHS), query, query, query)
 
 
@@ -186,6 +242,17 @@ def test_it_is_put_into_the_language_model_and_not_into_what_is_saved(tmp_path_f
     saved = tmp_path_factory.mktemp("saved")
     model.save_pretrained(saved)
     assert NAME not in (saved / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "layers", [{}, {"layer_types": None}, {"layer_types": ["full_attention", "sliding_attention"]}]
+)
+def test_attention_with_a_sliding_window_or_without_is_replaced(layers: dict[str, Any]) -> None:
+    chosen: list[str] = []
+    config = SimpleNamespace(_attn_implementation="sdpa", **layers)
+    decoder = SimpleNamespace(config=config, set_attn_implementation=chosen.append)
+    assert install_attention(SimpleNamespace(get_decoder=lambda: decoder))
+    assert chosen == [NAME]
 
 
 def test_attention_of_other_kinds_is_left_alone() -> None:

@@ -98,6 +98,7 @@ def test_a_restored_run_continues_with_the_same_bits(tmp_path: Path) -> None:
     assert (
         len(shares) == 4
     )  # two weights, and two moments of one of them; the step, a single number, is every process's
+    assert {id(value) for value in shares} == {id(value) for value in other[1].parameters()}
     assert not again.state[other.get_parameter("1.bias")]
     for own, taker in ((model, optimizer), (other, again)):
         torch.manual_seed(3)

@@ -11,7 +11,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from mmtrain.checks import findings
+from mmtrain.checks import findings, inference
 from mmtrain.checks import labels as label_checks
 from mmtrain.checks.content import image_notes
 from mmtrain.checks.findings import IGNORED, Finding
@@ -376,15 +376,17 @@ def test_notes_on_images(kind: str, size: tuple[int, int], notes: list[str], mod
 
 
 def test_the_checks_do_not_know_the_encoder() -> None:
-    tree = ast.parse(Path(label_checks.__file__).read_text(encoding="utf-8"))
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    trees = [ast.parse(Path(str(one.__file__)).read_text(encoding="utf-8")) for one in (label_checks, inference)]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
     own = {name for name in names if name.startswith("mmtrain")}
     assert own == {
         "mmtrain.records.chat",
         "mmtrain.records.reasoning",
         "mmtrain.checks.findings",
         "mmtrain.checks.content",
+        "mmtrain.checks.inference",
         "mmtrain.encoding.messages",
         "mmtrain.encoding.processor",
         "mmtrain.checks.reply_frame",

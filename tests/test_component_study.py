@@ -55,6 +55,9 @@ def test_the_table_by_hand() -> None:
     assert vision["exact_match_by_seed"] == [1.0, 0.75]
     assert vision["to_base"][0] == pytest.approx(7 / 8)
     assert vision["to_language"][0] == pytest.approx(3 / 8)  # 7/8 - 4/8, the same samples of both
+    assert vision["to_sets"] == {"language": vision["to_language"]}
+    assert language["to_sets"]["vision"][0] == pytest.approx(-3 / 8)
+    assert base["to_sets"] == {}
     assert language["other_divergence"] == pytest.approx([0.6] * 3)
     assert language["other_exact_match"][0] == 0.25
     assert language["other_to_base"][0] == -0.75

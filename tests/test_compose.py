@@ -304,7 +304,7 @@ def test_logits_that_are_changed_after_the_head_are_refused(parts: dict[str, Pat
     copy_text_tokenizer(language)
     sizes = DECODER_SIZES | {"vocab_size": 1280}
     randomized(Gemma2ForCausalLM(Gemma2Config(**sizes, tie_word_embeddings=False)), language)
-    with pytest.raises(UserError, match="gives other logits for a text than Gemma2ForCausalLM"):
+    with pytest.raises(UserError, match="gives other logits for a text than Gemma2ForCausalLM, which changes them"):
         compose(Options(str(parts["clip"]), str(language), tmp_path / "made"))
 
 

@@ -223,6 +223,8 @@ DATA = {
     "data.on_fault": Key(
         seen.num_skipped, [("error", REFUSED), ("skip", 1)], {"data.train.0.path": "faulty.jsonl", **SKIP_ONE}
     ),
+    "data.streaming": Key(seen.sizes_of_windows, [(None, None), (False, None), (True, [8]), ({"window": 7}, [7, 1])]),
+    "data.streaming.window": Key(seen.sizes_of_windows, [(3, [3, 3, 2]), (8, [8])]),
     "data.max_skipped": Key(
         seen.num_skipped,
         [(0, REFUSED), (0.2, REFUSED), (0.4, 1), (1, 1)],

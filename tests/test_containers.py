@@ -7,7 +7,7 @@ import json
 import random
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mmtrain.config.data_section import Source
 from mmtrain.errors import UserError, grouped
 from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
 from mmtrain.records.record_set import RecordSet
+from mmtrain.records.sources import arrow as arrow_files
 from mmtrain.records.sources.open import open_records
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -220,6 +221,40 @@ def test_a_missing_library_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 # --- parquet, Arrow ---
+
+
+@pytest.mark.parametrize(("room", "num_read"), [(2**28, 16), (1, None)])
+def test_rows_of_a_parquet_file_are_read_in_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, num_read: int | None
+) -> None:
+    """In any order, also where nothing stays in memory; in order, or where there is room, each batch is read once."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": [f"row {i}" for i in range(100)]}), path, row_group_size=50)
+    recent = arrow_files._Recent(room)
+    monkeypatch.setattr(arrow_files, "_BATCHES", recent)
+    monkeypatch.setattr(arrow_files, "_MAX_ROWS", 7)
+    read: list[int] = []
+    file = arrow_files.ParquetFile(path)
+    monkeypatch.setattr(file, "_file", CountingFile(file._file, read))
+    assert [file.record(i) for i in range(100)] == [{"text": f"row {i}"} for i in range(100)]
+    assert len(read) == 16  # of 7 rows, eight in each row group
+    mixed = random.Random(0).sample(range(100), 100)
+    assert [file.record(i) for i in mixed] == [{"text": f"row {i}"} for i in mixed]
+    assert num_read in (None, len(read))
+    assert room > 1 or len(recent._found) == 1
+
+
+class CountingFile:
+    """A parquet file that lists the batches that are read of it."""
+
+    def __init__(self, file: Any, read: list[int]) -> None:
+        self._file, self._read = file, read
+
+    def iter_batches(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        for batch in self._file.iter_batches(*args, **kwargs):
+            self._read.append(len(batch))
+            yield batch
 
 
 def test_images_of_a_parquet_file_are_bytes(tmp_path: Path) -> None:

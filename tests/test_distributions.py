@@ -75,6 +75,9 @@ def test_impossible_tokens() -> None:
     assert divergence(one, half).item() == pytest.approx(math.log(2), rel=1e-6)
     assert divergence(half, all_).item() == pytest.approx(0.5 * math.log(2), rel=1e-6)
     assert divergence(half, one).item() == inf
+    tiny = torch.tensor([[0.0, -1000, -inf]])  # a probability that is 0 in float32, and yet not excluded
+    assert divergence(tiny, one.log_softmax(-1)).item() == inf
+    assert divergence(one, tiny).item() == 0
     assert divergence(half, half).item() == 0
     assert entropy(half).item() == pytest.approx(math.log(2), rel=1e-6)
 

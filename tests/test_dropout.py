@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.errors import UserError
 from mmtrain.model import dropout as dropout_module
 from mmtrain.model.dropout import DropoutContext, SampleDropout, install_dropout
-from mmtrain.model.kernels.masks import Mask, Rows, gpu_kernel
+from mmtrain.model.kernels.masks import DroppedProduct, Mask, Rows, gpu_kernel
 from support.learning import LORA, learner_for, relative_l2, step_of
 
 LENGTH = 40
@@ -67,9 +68,42 @@ def test_the_mask_of_a_sample_is_the_same_in_every_cut() -> None:
         assert torch.equal(masks(samples=samples, packed=packed)[samples.index(5)], alone)
 
 
+GRIDS = {5: [(1, 2, 4)], 6: [], 9: [(1, 4, 4), (1, 2, 2)]}
+"""By sample, the patches of its images."""
+
+
+def vision_masks(samples: tuple[int, ...], grid_key: str | None, patches_per_row: int) -> dict[int, Tensor]:
+    """(num_rows, 8) bool: what is dropped of each sample's images."""
+    counts = [len(GRIDS[sample]) for sample in samples]
+    segments = tuple(Segment(sample, 0, 40 * n, 40, sum(counts[:n]), counts[n]) for n, sample in enumerate(samples))
+    ids = torch.zeros(1, 40 * len(samples), dtype=torch.long)
+    grids = torch.tensor([grid for sample in samples for grid in GRIDS[sample]])
+    batch = Batch(ids, ids.bool(), segments, True, {"grid": grids})
+    sizes = [
+        sum(math.prod(grid) if grid_key else 16 for grid in GRIDS[sample]) // patches_per_row for sample in samples
+    ]
+    context = DropoutContext(0)
+    dropout = SampleDropout(0.5, "a", "vision", grid_key, context)
+    with context.at(1, batch):
+        dropped = dropout(torch.ones(sum(sizes), 8)) == 0
+    return dict(zip(samples, dropped.split(sizes), strict=True))
+
+
+@pytest.mark.parametrize(("grid_key", "patches_per_row"), [("grid", 1), ("grid", 4), (None, 1)])
+def test_the_mask_of_a_samples_images_is_the_same_in_every_cut(grid_key: str | None, patches_per_row: int) -> None:
+    """Images of a family without grids have equally many rows."""
+    alone = {sample: vision_masks((sample,), grid_key, patches_per_row)[sample] for sample in (5, 9)}
+    assert all(mask.any() and not mask.all() for mask in alone.values())
+    assert not torch.equal(alone[5][:2], alone[9][:2])
+    for samples in ((5, 6, 9), (9, 5), (6, 9, 5)):
+        found = vision_masks(samples, grid_key, patches_per_row)
+        assert all(torch.equal(found[sample], mask) for sample, mask in alone.items())
+
+
 def test_dropout_is_off_again_after_a_micro_batch_that_fails() -> None:
     context, ones = DropoutContext(0), torch.ones(1, LENGTH, 8)
     dropout = SampleDropout(0.5, "a", "language", None, context)
+    assert torch.equal(dropout(ones), ones)
     try:
         with context.at(1, batch_of((5,))):
             assert not torch.equal(dropout(ones), ones)
@@ -151,6 +185,24 @@ def test_the_gradient_passes_where_the_value_did() -> None:
         out.sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, out.detach())
+
+
+@pytest.mark.parametrize("selected", [None, torch.tensor([1, 2, 5])])
+def test_the_product_with_an_adapter_is_that_of_what_is_kept(selected: Tensor | None) -> None:
+    """Against autograd on plain products with the same mask, of all rows or of some."""
+    mask = Mask(0.4, 7, 1, Rows(6, ((3, 1, 4), (7, 4, 6)))).at(selected)
+    torch.manual_seed(0)
+    x, weight = torch.randn(6 if selected is None else 3, 24), torch.randn(5, 24)
+    factors = mask.drop(torch.ones_like(x))[0]
+    found = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+    expected = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+    outer = torch.randn(len(x), 5)
+    product = DroppedProduct.apply(*found, mask)  # type: ignore[no-untyped-call]
+    plain = (expected[0] * factors) @ expected[1].t()
+    assert torch.allclose(product, plain, atol=1e-6)
+    gradients = [torch.autograd.grad(out, tensors, outer) for out, tensors in ((product, found), (plain, expected))]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+    assert 0 < int((factors == 0).sum()) < factors.numel() / 2
 
 
 def test_a_module_that_does_not_see_every_token_is_refused() -> None:
@@ -245,11 +297,11 @@ def test_dropout_is_where_the_config_has_it(
     for share, says_it in ((0.25, says), (0.0, False)):
         tune = Tune.model_validate({"vision": LORA, "language": {**LORA, "dropout": share}})
         model, lines = Adapted(), list[str]()
-        install_dropout(model, family, tune, DropoutContext(0), torch.device(device), lines.append)
+        install_dropout(model, family, tune, context := DropoutContext(0), torch.device(device), lines.append)
         made: Any = model.language
         (found,) = made.lora_dropout.values()
         assert isinstance(found, SampleDropout) == made.training == bool(share)
-        assert share == 0 or found._whose == (0.25, "language", "language", "grid")
+        assert share == 0 or (found._whose, found._context) == ((0.25, "language", "language", "grid"), context)
         assert not any(isinstance(module, SampleDropout) for module in model.vision.modules())
         assert not model.training
         assert [line.partition(": ")[0] for line in lines] == ["dropout"] * says_it

@@ -120,7 +120,7 @@ def test_surprising_are_the_wrong_answers_that_the_model_is_sure_of() -> None:
 
 
 def test_the_report_says_everything() -> None:
-    answers = ["red"] * 10 + ["[bold]x\x1b[/bold]"] * 10
+    answers = ["red"] * 10 + ["[bold]x\x1b[/bold]", ""] * 5
     row = judged(asked(COLOURS, "[i]colour?"), model=answers, base=["no"] * 20)
     console = Console(file=io.StringIO(), width=80, highlight=False, emoji=False, markup=False)
     print_report(row, console)
@@ -135,6 +135,7 @@ def test_the_report_says_everything() -> None:
     ):
         assert words in text
     assert "swapped" not in text
+    assert "eval.jsonl:12  [i]colour?  →  (no text)  (reference: blue; score 0.00, " in text
     assert "eval.jsonl:11  [i]colour?  →  [bold]x\\u{1b}[/bold]  (reference: blue; score 0.00, 61% sure)" in text
     assert "The model does not beat blind guessing" in text.splitlines()[-2]
 
@@ -265,11 +266,12 @@ def test_the_page_escapes_what_samples_say(tmp_path: Path) -> None:
     path = config_for(tmp_path, num=2)
     config = Config.model_validate(load(path))
     samples = AnswerEvaluation(config, config.data.eval, load_processor(str(TINY)), QUIET).samples
-    row = judged(asked(["<b>red</b>", "blue"], "<script>alert(1)</script>"), model=["<img src=x>", "blue"])
+    row = judged(asked(["<b>red</b>", "blue"], "<script>alert(1)</script>"), model=["<img src=x>", ""])
     write_page(tmp_path / "page.html", row | {"dropped": []}, samples)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert "<img src=x" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert page.count("data:image/png;base64,") == 2  # once among the worst, once among the surprising
+    assert page.count("data:image/png;base64,") == 4  # both samples, among the worst and among the surprising
+    assert page.count("(no text)") == 2
     assert "http" not in page.replace("http-equiv", "")

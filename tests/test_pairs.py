@@ -41,6 +41,21 @@ RECORDS: dict[str, tuple[dict[str, Any], Pair]] = {
     ),
     "captions as JSON": ({"image": "cat.png", "text": '["a cat", "b"]'}, paired(CAT, Item("a cat"), Item("b"))),
     "a text that begins with a bracket": ({"image": "cat.png", "text": "[sic] cat"}, paired(CAT, Item("[sic] cat"))),
+    "an image within the text": (
+        {"messages": said("Is <image> in <image>?"), "images": ["a.png", "b.png"], "positive_messages": [said("b")]},
+        paired(
+            Item(
+                "Is  in ?",
+                (Image("a.png"), Image("b.png")),
+                parts=(Text("Is "), Image("a.png"), Text(" in "), Image("b.png"), Text("?")),
+            ),
+            Item("b"),
+        ),
+    ),
+    "images before the text": (
+        {"query": {"text": "<image><image>which?", "images": ["a.png", "b.png"]}, "positive": "b"},
+        paired(Item("which?", (Image("a.png"), Image("b.png"))), Item("b")),
+    ),
     "images of a shard": (
         {"images": [{"bytes": PNG, "path": "k.png"}], "text": "a cat"},
         paired(Item(None, (Image("k.png", PNG),)), Item("a cat")),
@@ -135,10 +150,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no positive": ({"query": "q", "positive": []}, "there is no positive"),
     "an empty text": ({"query": "q", "positive": ["a", " "]}, "positive 2 has neither text nor an image"),
     "a number": ({"query": "q", "positive": 5}, "positive 1: 'content' must be text"),
-    "an image after the text": (
-        {"messages": said("which? <image>"), "images": ["a.png"], "positive_messages": [said("b")]},
-        "the query has an image after its text",
-    ),
     "a mark without an image": (
         {"messages": said("<image>a"), "positive_messages": [said("b")]},
         "the query: 1 <image> mark but 0 images",
@@ -196,6 +207,8 @@ def test_an_item_as_a_conversation() -> None:
         Message("user", (Image("cat.png"), Text("which?"))),
     )
     assert CAT.conversation().messages == (Message("user", (Image("cat.png"),)),)
+    parts = (Text("Is "), Image("cat.png"), Text(" one?"))
+    assert Item("Is  one?", (Image("cat.png"),), parts=parts).conversation().messages == (Message("user", parts),)
 
 
 def write_lines(path: Path, records: list[Any]) -> Path:
@@ -215,10 +228,13 @@ def test_equal_content_is_one_item(tmp_path: Path) -> None:
         Item("a", (Image("a.png"),)),
         Item("a"),
         Item("a", (), "i"),
+        Item("a", (Image("a.png"),), parts=(Text("a"), Image("a.png"))),
+        Item("a", (Image("copy.png"),), parts=(Text("a"), Image("copy.png"))),
     ]
     keys = content_keys([(item, tmp_path) for item in items])
     assert keys[0] == keys[1] == keys[2]
-    assert len(set(keys)) == 5
+    assert keys[7] == keys[8]
+    assert len(set(keys)) == 6
 
 
 def test_pairs_of_all_containers(tmp_path: Path) -> None:

@@ -160,11 +160,15 @@ def test_the_page_has_the_figures_of_the_run(tmp_path: Path) -> None:
 
 def test_a_contrastive_run_shows_its_retrieval(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [3.0, 2.0], objective={"kind": "contrastive"})
+    before = {"image_to_text": {"recall@1": 0.125, "chance": {}}, "text_to_image": {"recall@1": 0.0}}
     both = {"image_to_text": {"recall@1": 0.25, "chance": {}}, "text_to_image": {"recall@1": 0.5}}
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 2, "retrieval": "held-out", **both}) + "\n")
+        for step, found in ((0, before), (2, both)):
+            file.write(json.dumps({"step": step, "retrieval": "held-out", **found}) + "\n")
     page = texts(page_of(tmp_path, run))
     assert "Recall@1 (share of searches)" in page
+    assert "recall@1, image to text, held-out 12.5% → 25.0%" in page
+    assert "recall@1, text to image, held-out 0.0% → 50.0%" in page
     assert "held-out, image to text, step 2: 0.25" in page
     assert "held-out, text to image, step 2: 0.5" in page
     assert "Loss (nats)" in page
@@ -182,6 +186,14 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
 def test_differing_keys_have_every_value() -> None:
     one, two = {"a": {"b": [1, {"c": None}]}, "same": 1}, {"a": {"b": [2]}, "same": 1, "new": True}
     assert differing_keys([one, two]) == [("a.b.0", ["1", "2"]), ("a.b.1.c", ["null", "–"]), ("new", ["–", "true"])]
+
+
+def test_a_section_that_a_run_lacks_is_shown_by_its_keys_alone() -> None:
+    one: dict[str, Any] = {"run": {"answers": None, "x": {}}}
+    two: dict[str, Any] = {"run": {"answers": {"every": 2, "num": {"least": 1}}, "x": {}}}
+    expected = [("run.answers.every", ["–", "2"]), ("run.answers.num.least", ["–", "1"])]
+    assert differing_keys([one, two]) == expected
+    assert differing_keys([two, one]) == [(key, values[::-1]) for key, values in expected]
 
 
 def test_text_from_outside_stays_text(tmp_path: Path) -> None:

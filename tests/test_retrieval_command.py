@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from mmtrain import api
 from mmtrain.cli import app
 from mmtrain.config import Config, dump_config
+from mmtrain.contrastive.embed_all import embed_all
 from mmtrain.encoding.tower_processor import load_tower_processor
 from mmtrain.errors import UserError
 from mmtrain.progress import QUIET
@@ -320,6 +321,23 @@ def test_a_vision_language_model_searches_documents_of_images_and_texts(tmp_path
     adapted, alone = (embeddings_of(config, options) for options in (Options(tmp_path / "adapter"), Options()))
     assert adapted.shape == alone.shape
     assert not torch.allclose(adapted, alone, atol=1e-3)
+
+
+def test_processes_that_share_the_items_embed_each_once(clip: Path, tmp_path: Path) -> None:
+    """Every row is zero in all processes but one, and has the bits there that it has without sharing."""
+    config = config_of(
+        clip,
+        tmp_path,
+        write_pairs(tmp_path, captioned()),
+        run={"output_dir": "r", "device": "cpu", "microbatch_tokens": 40},
+    )
+    embedder = loaded_embedder(config, None, Runtime(config.model.dtype, device="cpu"), QUIET)
+    samples = RetrievalEvaluation(config, config.data.eval, embedder, QUIET).samples
+    expected = embed_all(embedder, samples.items, samples.loaded, 40)
+    shares = [embed_all(embedder, samples.items, samples.loaded, 40, share=(index, 3)) for index in range(3)]
+    assert torch.equal(sum(shares, torch.zeros_like(expected)), expected)
+    assert all(0 < share.any(1).sum() < len(expected) for share in shares)
+    assert sum(int(share.any(1).sum()) for share in shares) == len(expected)
 
 
 def embeddings_of(config: Config, options: Options) -> torch.Tensor:

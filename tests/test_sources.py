@@ -14,6 +14,7 @@ from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.formats import read_record
 from mmtrain.records.json_text import parse_json
+from mmtrain.records.sources import json_list
 from mmtrain.records.sources.json_lines import JsonlFile
 from mmtrain.records.sources.json_list import JsonFile
 from mmtrain.records.sources.open import open_records
@@ -104,7 +105,7 @@ def test_the_lines_of_the_items_of_a_json_file_are_exact(
         (b'[1,\n{"a": 1,\n"a": 2}]', 2, "'a' is given twice"),
         (b"[1,\n" + b"9" * 5000 + b"]", 2, "not JSON"),
         (b"[1,\n" + b"[" * 100_000 + b"]", 2, "nested too deeply"),
-        (b'[1,\n"\xff"]', 1, "UTF-8"),
+        (b'[1,\n"\xff"]', 2, "UTF-8"),
         (b'{"a": 1}\n{"a": 2}\n', 1, "expected a JSON list"),
         (b'{"a": [1]}', 1, "expected a JSON list"),
         (b"", 1, "expected a JSON list"),
@@ -228,6 +229,30 @@ def test_what_holds_no_records_is_refused(tmp_path: Path) -> None:
         fault = fault_of(tmp_path / name)
         assert fault.startswith(f"{tmp_path / name}: ")
         assert words in fault
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7])
+def test_a_json_file_is_read_in_pieces_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(json_list, "_BLOCK", block)
+    content = '[\r\n 1.5e-3,\r\n\r\n-12\r,{"é": ["]"]},\n"\\u00e9ü",\rtrue]\r\n'.encode()
+    path = write(tmp_path, "a.json", content)
+    assert lines_of(path) == [(1.5e-3, 2), (-12, 4), ({"é": ["]"]}, 5), ("éü", 6), (True, 7)]
+    path.write_bytes(content.replace(b"true", '{"é": x'.encode()))
+    assert fault_of(path) == f"{path}:7: not JSON: Expecting value at column 7"
+    path.write_bytes(content.replace(b"true", b'{"\xc3\xa9": 1, "\xc3\xa9": 1}'))
+    assert fault_of(path) == f"{path}:7: not JSON: the key 'é' is given twice"
+
+
+def test_a_json_file_costs_memory_for_its_index_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.json", json.dumps([{"text": "x" * 2000}] * 10_000, indent=1))
+    tracemalloc.start()
+    file = JsonFile(path)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(file) == 10_000
+    assert file.record(9_999) == {"text": "x" * 2000}
+    assert kept < 400_000  # 20 MB of records
+    assert peak < 8_000_000
 
 
 def test_a_jsonl_file_costs_memory_for_its_index_alone(tmp_path: Path) -> None:

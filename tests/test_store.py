@@ -3,22 +3,25 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from mmtrain.config.data_section import Source
 from mmtrain.config.schema import Config
-from mmtrain.dataset import encode_all, store
-from mmtrain.dataset.encode_all import EncodedChunk, EncodingSpec, Fault, Note
+from mmtrain.dataset import encode_all, store, store_pieces
+from mmtrain.dataset.encode_all import EncodedChunk, EncodingSpec, Fault, Note, join_chunks
 from mmtrain.dataset.samples import FreshSamples, StoredSamples
-from mmtrain.dataset.store_file import EncodedStore, write_store
+from mmtrain.dataset.store_file import EncodedStore, write_chunk, write_joined
 from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, LengthLimit, check_samples
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.load import load_processor
@@ -26,6 +29,7 @@ from mmtrain.errors import StorageError, UserError
 from mmtrain.progress import Progress, Task
 from mmtrain.records.chat import Conversation, SampleError, Text
 from mmtrain.records.record_set import RecordSet
+from support import killed_encoding
 from support.builders import mixed_rows, write_jsonl
 
 MakeConfig = Callable[..., Config]
@@ -141,17 +145,22 @@ def chunk(first: int, note: str) -> EncodedChunk:
         np.array([[0, 2, 1, 30 + first, 20]], np.int32),
         np.array([0.5 + first], np.float32),
         (__file__,),
+        (f"{__file__}.missing",),
         (Fault(1, "refused", "ünknown"),),
         {"literal": Note(1, 0, note)},
     )
 
 
 def test_a_store_of_several_chunks_gives_back_each_sample(tmp_path: Path) -> None:
-    advanced: list[int] = []
-    write_store(tmp_path / "s.safetensors", [chunk(0, "a"), chunk(2, "b")], advanced.append)
-    assert list(tmp_path.iterdir()) == [tmp_path / "s.safetensors"]
-    opened_store = EncodedStore(tmp_path / "s.safetensors")
-    assert advanced == [2, 2]
+    for number, note in ((0, "a"), (2, "b")):
+        write_chunk(tmp_path / note, chunk(number, note))
+    write_joined(tmp_path / "joined", [EncodedStore(tmp_path / note) for note in "ab"])
+    write_chunk(tmp_path / "at once", join_chunks([chunk(0, "a"), chunk(2, "b")]))
+    assert (tmp_path / "joined").read_bytes() == (tmp_path / "at once").read_bytes()
+    with safe_open(tmp_path / "joined", framework="np") as file:
+        assert file.get_tensor("ids").tolist() == [0, 1, 2, 2, 3, 4]
+    opened_store = EncodedStore(tmp_path / "joined")
+    assert opened_store.records.tolist() == [0, 1, 2, 3]
     assert [opened_store.tokens(index)[0].tolist() for index in (0, 2)] == [[0, 1, 2], [2, 3, 4]]
     assert [opened_store.tokens(index)[1].tolist() for index in (0, 2)] == [[False, False, True]] * 2
     assert [opened_store.spans_of(i).tolist() for i in range(4)] == [[[0, 2, 1, 30, 20]], [], [[0, 2, 1, 32, 20]], []]
@@ -160,12 +169,13 @@ def test_a_store_of_several_chunks_gives_back_each_sample(tmp_path: Path) -> Non
     assert opened_store.faults == [Fault(1, "refused", "ünknown"), Fault(3, "refused", "ünknown")]
     assert opened_store.notes == {"literal": Note(2, 0, "a")}
     assert opened_store.image_files == {Path(__file__)}
+    assert opened_store.num_bytes == (tmp_path / "joined").stat().st_size
     assert opened_store.is_current(lambda: None)
 
 
 def test_a_flipped_bit_of_any_byte_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
-    write_store(path, [chunk(0, "a")], lambda number: None)
+    write_chunk(path, chunk(0, "a"))
     content = path.read_bytes()
     unnoticed = []
     for at in range(len(content)):
@@ -176,6 +186,48 @@ def test_a_flipped_bit_of_any_byte_is_noticed(tmp_path: Path) -> None:
             continue
         unnoticed.append(at)
     assert unnoticed == []
+
+
+@pytest.mark.slow("encodes in sixty processes")
+def test_an_encoding_killed_at_any_change_of_a_file_resumes_to_the_same_store(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config("qwen2_5_vl")
+    command = [sys.executable, killed_encoding.__file__, config.model.path, config.data.train[0].path, str(tmp_path)]
+    outcomes = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert len(outcomes) > 20  # changes of files before the end
+    assert len({outcome["sha256"] for outcome in outcomes}) == 1
+    assert {outcome["encoded"] for outcome in outcomes} == {8, 6, 4, 2, 0}  # pieces of two records are never lost
+    assert all(outcome["left"] == [] for outcome in outcomes)
+
+
+def test_an_interrupted_encoding_resumes_after_its_last_piece(
+    make_config: MakeConfig, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(encode_all, "_CHUNK", 2)
+    monkeypatch.setattr(store_pieces, "_TOKENS", 1)
+    spec = spec_of(make_config("qwen2_5_vl"))
+    encode = encode_all.ChunkEncoder.encode
+    encoded: list[Sequence[int]] = []
+
+    def interrupted(self: encode_all.ChunkEncoder, records: Sequence[int]) -> EncodedChunk:
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        encoded.append(records)
+        return encode(self, records)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_all.ChunkEncoder, "encode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opened(spec)
+    (pieces,) = stores(home)
+    spoiled = sorted(pieces.iterdir())[2]
+    spoiled.write_bytes(spoiled.read_bytes()[:-1])
+    samples, _, count = opened(spec, progress=Progress())
+    assert count == 4  # of eight: the first two pieces are whole
+    assert "encoding resumes after 4 of 8 records" in capsys.readouterr().err
+    assert_equal_to_the_encoder(spec, samples)
+    assert [path.suffix for path in stores(home)] == [".safetensors"]
 
 
 def changed_record(config: Config, folder: Path) -> EncodingSpec:
@@ -240,14 +292,38 @@ def test_an_image_that_changed_or_is_gone_is_noticed(make_config: MakeConfig, ho
         opened(spec)
 
 
-def test_faults_are_named_every_time_and_nothing_is_kept(make_config: MakeConfig, tmp_path: Path, home: Path) -> None:
+def test_a_set_with_faults_is_encoded_once(make_config: MakeConfig, tmp_path: Path, home: Path) -> None:
+    """The faults are stored too: the second start has the same ones, under either policy."""
     rows = [*mixed_rows(tmp_path, with_images=False), {"messages": [{"role": "assistant", "content": "first"}]}]
     data = write_jsonl(tmp_path / "faulty.jsonl", rows)
     spec = EncodingSpec.of(make_config("text"), [Source(path=str(data))])
-    for _ in range(2):
-        with pytest.raises(UserError, match=rf"faulty\.jsonl:{len(rows)}: "):
+    skipped = []
+    for encoded_now in (len(rows), 0):
+        _, checked, count = opened(spec, policy=FaultPolicy(on_fault="skip", max_skipped=1))
+        assert count == encoded_now
+        skipped.append(checked.skipped)
+        with pytest.raises(UserError, match=rf"faulty\.jsonl:{len(rows)}: .*begins with the assistant"):
             opened(spec)
-        assert stores(home) == []
+    assert skipped[0] == skipped[1]
+    assert [index for index, _ in skipped[0]] == [len(rows) - 1]
+    assert len(stores(home)) == 1
+
+
+def test_a_missing_image_that_appears_is_noticed(make_config: MakeConfig, home: Path) -> None:
+    config = make_config("qwen2_5_vl")
+    image = Path(config.data.train[0].path).parent / "images" / "0.png"
+    content = image.read_bytes()
+    image.unlink()
+    spec = spec_of(config)
+    policy = FaultPolicy(on_fault="skip", max_skipped=8)
+    missing = [opened(spec, policy=policy) for _ in range(2)]
+    assert [count for *_, count in missing] == [8, 0]
+    assert missing[0][1].skipped == missing[1][1].skipped != ()
+    assert image.resolve() not in missing[1][1].image_files
+    image.write_bytes(content)
+    samples, checked, count = opened(spec)
+    assert (count, checked.skipped) == (8, ())
+    assert_equal_to_the_encoder(spec, samples)
 
 
 def test_the_limit_of_length_is_no_part_of_it(make_config: MakeConfig, home: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from mmtrain.errors import UserError
 from mmtrain.train.eval_perplexity import PerplexityEvaluation
 from mmtrain.train.folder import BEST
 from mmtrain.train.run import train
-from mmtrain.train.watched import Best, History, figure
+from mmtrain.train.watched import Best, History, check_watched, figure
 from test_eval_in_run import with_eval
 
 MakeConfig = Callable[..., Config]
@@ -42,6 +43,9 @@ def test_figures_of_all_sources_are_means_over_tokens_and_answers() -> None:
     assert figure(rows, "answers/a/exact_match") == 0.0
     assert figure(rows, "answers/a/chrf") is None
     assert figure(rows, "answers/other/exact_match") is None
+    assert figure([*rows, answer_row(2, "d", 1.0) | {"metrics": {}}], "answers/exact_match") is None
+    large = eval_row(2, "a", 1.0) | {"nll": 710.0}
+    assert figure([large], "eval/perplexity") == pytest.approx(1.0142320547350045e304)  # e**700
 
 
 def test_the_first_of_the_best_values_is_the_best_and_step_0_counts_nowhere() -> None:
@@ -52,6 +56,10 @@ def test_the_first_of_the_best_values_is_the_best_and_step_0_counts_nowhere() ->
     name = "answers/a/exact_match"
     assert history.best(name) == Best(4, 0.6, 0.1)
     assert history.best(name, among=(2,), since=5) == Best(6, 0.6, 0.1)
+    assert history.best(name, among=(2,), since=6) == Best(6, 0.6, 0.1)
+    assert history.best(name, among=(2,), since=9) == Best(2, 0.5, 0.1)
+    assert history.best(name, among=(), since=9) is None
+    assert not History().has_stopped_improving(name, 1)
     assert [history.has_stopped_improving(name, patience) for patience in (1, 2, 3)] == [True, True, False]
 
 
@@ -59,6 +67,37 @@ def test_lower_is_better_for_perplexity_and_higher_for_accuracy() -> None:
     history = History([eval_row(1, "a", 3.0), eval_row(2, "a", 2.0), eval_row(3, "a", 2.5)])
     best = [history.best(f"eval/{key}") for key in ("perplexity", "nll", "token_accuracy")]
     assert [one and one.step for one in best] == [2, 2, 1]
+
+
+def eval_set(name: str, metric: str | None = None) -> Any:
+    return SimpleNamespace(name=name, questions=metric and SimpleNamespace(questions=[SimpleNamespace(metric=metric)]))
+
+
+def watching(keep_best: str | None, metric: str | None = None, answers: Any = None) -> Any:
+    early = metric and SimpleNamespace(metric=metric)
+    run = SimpleNamespace(keep_best=keep_best, eval_answers=answers)
+    return SimpleNamespace(run=run, train=SimpleNamespace(early_stopping=early))
+
+
+def test_what_is_watched_must_be_evaluated() -> None:
+    """Of all sources together there are the figures that each of them has."""
+    sets = [eval_set("a"), eval_set("b/c", "anls"), eval_set("d", "chrf")]
+    known = ["eval/nll", "eval/a/perplexity", "eval/b/c/token_accuracy", "answers/exact_match", "answers/b/c/anls"]
+    for name in [*known, "answers/judged", "answers/d/judged", "answers/d/exact_match"]:
+        check_watched(watching(name, name, answers=True), sets)
+    check_watched(watching(None), [])
+    for name in ("eval/loss", "eval/e/nll", "answers/anls", "answers/a/exact_match", "answers/b/c/chrf", "answers/nll"):
+        with pytest.raises(UserError) as refused:
+            check_watched(watching(name, "eval/nll", answers=True), sets)
+        (fault,) = refused.value.faults
+        assert fault.startswith(f"run.keep_best: '{name}': expected one of eval/perplexity, eval/nll, eval/token_acc")
+        assert fault.endswith("answers/d/judged")
+    with pytest.raises(UserError) as refused:
+        check_watched(watching("eval/nll", "answers/anls"), [])
+    assert refused.value.faults == [
+        "run.keep_best: 'eval/nll': there is nothing to evaluate",
+        "train.early_stopping.metric: 'answers/anls': there is nothing to evaluate (answers need run.eval_answers)",
+    ]
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def eval_answers(config: Config, options: Options) -> None:
     if runtime.is_main:
         from mmtrain.answers.page import write_page
 
-        show(row, options.html, options.json, print_report, lambda path: write_page(path, row, evaluation.samples))
+        show(row, options.json, print_report, options.html, lambda path: write_page(path, row, evaluation.samples))
     runtime.close()
 
 

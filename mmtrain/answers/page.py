@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmtrain.answers.report import KINDS, summary_lines
+from mmtrain.answers.report import KINDS, NO_TEXT, summary_lines
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.encoding.images import decode, find_image
 from mmtrain.encoding.thumbnails import data_uri
@@ -19,7 +19,8 @@ def write_page(path: Path, row: Mapping[str, Any], samples: StoredSamples) -> No
     """Write what `row`, made by `figures`, has to `path`. All text of samples is escaped. Raises OSError."""
     shown = {example["sample"] for key in ("worst", "surprising") for example in row[key]}
     images = {one: _images(samples, one) for one in shown}
-    page = render(__package__, row=row, kinds=KINDS, summary=list(summary_lines(row)), images=images)
+    summary = list(summary_lines(row))
+    page = render(__package__, row=row, kinds=KINDS, summary=summary, images=images, no_text=NO_TEXT)
     path.write_text(page, encoding="utf-8", newline="\n")
 
 

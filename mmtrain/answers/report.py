@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmtrain.safe_text import shortened, visible
+from mmtrain.scoring.results import figure_table, say
 
 KINDS = {
     "model": "the model",
@@ -16,25 +17,27 @@ KINDS = {
     "no_images": "without images",
     "base": "the base model",
 }
+NO_TEXT = "(no text)"
+"""Shown in the place of an empty answer."""
 _NUM_SHOWN = 5
 
 
 def print_report(row: Mapping[str, Any], console: Console) -> None:
     """Prints what `row`, made by `figures`, has."""
     for name, source in row["sources"].items():
-        _say(f"{visible(name)}: {source['metric']} ({source['reason']}), {source['num_answers']:,} answers", console)
+        say(f"{visible(name)}: {source['metric']} ({source['reason']}), {source['num_answers']:,} answers", console)
         console.print(_source_table(source))
         if source["num_of_other_form"]:
-            _say(f"Answers not of the metric's form, which count as wrong: {source['num_of_other_form']:,}", console)
+            say(f"Answers not of the metric's form, which count as wrong: {source['num_of_other_form']:,}", console)
         console.print()
     if row["questions"]:
         console.print(_question_table(row))
         console.print()
     for key, title in (("worst", "Worst answers"), ("surprising", "Wrong answers that the model is most sure of")):
         if row[key]:
-            _say(f"{title}:", console)
+            say(f"{title}:", console)
         for example in row[key][:_NUM_SHOWN]:
-            _say(f"  {_example(example)}", console)
+            say(f"  {_example(example)}", console)
     for line in summary_lines(row):
         console.print(Text(line))
 
@@ -52,7 +55,7 @@ def summary_lines(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _source_table(source: Mapping[str, Any]) -> Table:
-    table = _table("", "score", "95 %")
+    table = figure_table("", "score", "95 %")
     for kind, name in KINDS.items():
         if kind in source["means"]:
             low, high = source["intervals"][kind]
@@ -61,32 +64,21 @@ def _source_table(source: Mapping[str, Any]) -> Table:
 
 
 def _question_table(row: Mapping[str, Any]) -> Table:
-    table = _table("question", "answers", "model", "blind", "best blind answer")
+    table = figure_table("question", "answers", "model", "blind", "best blind answer")
     for one in row["questions"]:
         figures = [f"{one['num_answers']:,}", f"{one['model']:.1%}", f"{one['blind']:.1%}"]
         table.add_row(Text(_short(one["question"], 40)), *figures, Text(_short(one["blind_answer"], 20)))
     return table
 
 
-def _table(name: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column(name, overflow="fold")
-    for other in others:
-        table.add_column(other, justify="right", overflow="fold")
-    return table
-
-
 def _example(example: Mapping[str, Any]) -> str:
     sure = "" if example["probability"] is None else f", {example['probability']:.0%} sure"
+    answer = _short(example["answer"], 60) or NO_TEXT
     return (
-        f"{visible(example['place'])}  {_short(example['question'], 60)}  →  {_short(example['answer'], 60)}  "
+        f"{visible(example['place'])}  {_short(example['question'], 60)}  →  {answer}  "
         f"(reference: {_short(example['reference'], 60)}; score {example['score']:.2f}{sure})"
     )
 
 
 def _short(text: str, limit: int) -> str:
     return visible(shortened(text, limit))
-
-
-def _say(line: str, console: Console) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

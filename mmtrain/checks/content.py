@@ -44,7 +44,8 @@ def literal_specials(messages: Sequence[Message], processor: ChatProcessor) -> I
 def unmatched_marks(messages: Sequence[Message], marks: Sequence[str]) -> Iterator[Finding]:
     """Any of `marks` left in the text: the sample would be trained on without the image that the mark stands for."""
     for turn, message in enumerate(messages, start=1):
+        text = message.text
         for mark in marks:
-            if mark in message.text:
+            if mark in text:
                 what = f"turn {turn} has {mark!r} as text: give its image under 'images' or 'image'"
                 yield Finding(MARK, True, f"{what}, or name {mark!r} in data.ignore_fields")

@@ -4,12 +4,12 @@ The check works backwards from the ids: each image is folded to one placeholder;
 it are compared with those of inference, and the decoded labels with the text of the reply.
 """
 
-import functools
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import pairwise
+
+import numpy as np
 
 from mmtrain.checks.content import MARKS, image_notes, literal_specials, placed_images, unmatched_marks
 from mmtrain.checks.findings import (
@@ -28,16 +28,16 @@ from mmtrain.checks.findings import (
     WHITE_SPACE,
     Finding,
 )
-from mmtrain.checks.reply_frame import ReplyFrame, form_of, reply_frame, texts_of, without_end
-from mmtrain.encoding.messages import as_messages, as_tools
+from mmtrain.checks.inference import Inference, Prompts
+from mmtrain.checks.reply_frame import FormKey, ReplyFrame, form_key, form_of, reply_frame, texts_of, without_end
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation, Message
 from mmtrain.records.reasoning import CLOSE, OPEN
 from mmtrain.safe_text import shown
 
+_MAX_FRAMES = 4096
 _WINDOW = 8
 """Tokens before a span that are decoded with it: some tokenizers drop a space at the start of a text."""
-
 
 _Span = tuple[int, int]
 """A run of supervised tokens: ids[start:end]."""
@@ -51,6 +51,7 @@ class _Sample:
     ids: list[int]
     labels: list[int]
     spans: list[_Span]
+    prompts: Prompts
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -72,21 +73,33 @@ class Checker:
         self._processor = processor
         self._train_on = train_on
         self._end_of_turn = end_of_turn
-        self._frame = functools.lru_cache(maxsize=4096)(functools.partial(reply_frame, processor))
+        self._inference = Inference(processor)
+        self._frames: dict[tuple[FormKey, int], ReplyFrame] = {}
+
+    def prompts(self, conversations: Sequence[Conversation]) -> list[Prompts]:
+        """What `check` needs of each conversation, all encoded at once: the prompts for its trained turns."""
+        return self._inference.prompts([(one, self._trained(one.messages)) for one in conversations])
 
     def check(
-        self, ids: Sequence[int], labels: Sequence[int], conversation: Conversation, sizes: Sequence[tuple[int, int]]
+        self,
+        ids: Sequence[int],
+        labels: Sequence[int],
+        conversation: Conversation,
+        sizes: Sequence[tuple[int, int]],
+        prompts: Prompts | None = None,
     ) -> list[Finding]:
         """The faults and notes of one sample.
 
-        `labels` are unshifted, -100 where ignored; `sizes` are the (width, height) of the images in order. Raises
-        SampleError if the template refuses the conversation, or the processor the size of an image.
+        `labels` are unshifted, -100 where ignored; `sizes` are the (width, height) of the images in order; `prompts`
+        are what `prompts` gives for the conversation, made if it is None. Raises SampleError if the template refuses
+        the conversation, or the processor the size of an image.
         """
-        if all(label == IGNORED for label in labels):
+        if labels.count(IGNORED) == len(labels):
             return [Finding(NO_LABEL, True, "no token of it is trained on")]
         found = list(_wrong_labels(ids, labels))
         folded_ids, folded, faults = self._fold(list(ids), list(labels), sizes)
-        found += faults + self._turns(_Sample(conversation, folded_ids, folded, _spans(folded)))
+        made = self.prompts([conversation])[0] if prompts is None else prompts
+        found += faults + self._turns(_Sample(conversation, folded_ids, folded, _spans(folded), made))
         found += unmatched_marks(conversation.messages, self._marks)
         found += literal_specials(conversation.messages, self._processor)
         found += placed_images(conversation)
@@ -98,6 +111,8 @@ class Checker:
     ) -> tuple[list[int], list[int], list[Finding]]:
         """Ids and labels with one placeholder for each image, and the faults of the images' spans."""
         image_id = self._processor.image_token_id or -1
+        if not sizes and image_id not in labels:
+            return ids, labels, []
         at, new_ids, new_labels, faults = 0, [], [], []
         of_images = self._processor.image_tokens(sizes)
         for number, (size, tokens) in enumerate(zip(sizes, of_images, strict=True), start=1):
@@ -148,8 +163,11 @@ class Checker:
         replies: dict[int, tuple[int, int]] = {}
         for turn, message in enumerate(sample.messages):
             if message.role == "assistant" and turn > 0:
-                texts = self._rendered(sample, turn, begun=True), self._rendered(sample, turn + 1)
-                ids = map(self._inference_ids, texts)
+                texts = (
+                    self._inference.rendered(sample.conversation, turn, begun=True),
+                    self._inference.rendered(sample.conversation, turn + 1),
+                )
+                ids = map(self._inference.ids, texts)
                 first, last = map(self._num_characters, ids)
                 replies[turn] = first, last
         found: dict[int, list[_Span]] = {}
@@ -165,7 +183,9 @@ class Checker:
 
     def _prompt(self, sample: _Sample, turn: int, span: _Span) -> Iterator[Finding]:
         """Checks that the ids before a reply are those that inference would give to the model."""
-        expected = self._inference_ids(self._rendered(sample, turn, begun=True))
+        expected = sample.prompts.get(turn)
+        if expected is None:  # the template refuses it: the error says why
+            expected = self._inference.ids(self._inference.rendered(sample.conversation, turn, begun=True))
         start = span[0]
         actual = sample.ids[:start]
         if actual == expected:
@@ -204,7 +224,7 @@ class Checker:
 
     def _without_added_ends(self, sample: _Sample, end: int, trained: list[int]) -> list[int]:
         """ids[:end] without the end tokens that were added after trained replies because the template has none."""
-        frames = [self._frame(form_of(sample.conversation), turn) for turn in trained]
+        frames = [self._frame(sample.conversation, turn) for turn in trained]
         if all(frame.end or frame.other_end for frame in frames):
             return sample.ids[:end]
         eos = self._processor.tokenizer.traits.eos_id
@@ -217,7 +237,7 @@ class Checker:
         if not spans:
             yield Finding(NO_TEXT, True, f"{name}: nothing of {shown(message.text)} is trained on")
             return
-        frame = self._frame(form_of(sample.conversation), turn)
+        frame = self._frame(sample.conversation, turn)
         labels = [label for span in spans for label in sample.labels[slice(*span)]]
         num_end = self._num_end(labels, frame)
         has_end = num_end > 0
@@ -272,7 +292,9 @@ class Checker:
         written = sample.messages[turn].text
         if CLOSE not in written:
             return False
-        opening = OPEN if self._rendered(sample, turn, begun=True).rstrip().endswith(OPEN) else ""
+        opening = (
+            OPEN if self._inference.rendered(sample.conversation, turn, begun=True).rstrip().endswith(OPEN) else ""
+        )
         return _squeezed(opening + text).removeprefix(OPEN) == _squeezed(written).removeprefix(OPEN)
 
     def _calls_as_written(self, sample: _Sample, turn: int, text: str) -> str | None:
@@ -285,35 +307,31 @@ class Checker:
 
     def _after_prompt(self, sample: _Sample, turn: int, end: int) -> str:
         """What the template writes for the turns from `turn` up to `end` after inference's prompt for `turn`."""
-        return _normal(self._rendered(sample, end)[len(self._rendered(sample, turn, begun=True)) :])
+        prompt = self._inference.rendered(sample.conversation, turn, begun=True)
+        return _normal(self._inference.rendered(sample.conversation, end)[len(prompt) :])
 
-    def _rendered(self, sample: _Sample, end: int, begun: bool = False) -> str:
-        """The turns before `end` as the template writes them, `begun`: up to where the reply of the next one begins."""
-        messages, tools = as_messages(sample.messages[:end]), as_tools(sample.conversation)
-        return self._processor.template.render(messages, add_generation_prompt=begun, tools=tools)
-
-    def _inference_ids(self, text: str) -> list[int]:
-        """Ids as inference makes them: a processor's tokenizer adds its prefix, unless `text` starts with the BOS."""
-        tokenizer, images = self._processor.tokenizer, self._processor.images
-        if images is not None:  # some families write another token for the placeholder
-            text = text.replace(images.token, images.placeholder)
-        has_bos = tokenizer.traits.bos and text.startswith(tokenizer.traits.bos)
-        add = images is not None and not has_bos
-        ids: list[int] = tokenizer.wrapped(text, add_special_tokens=add)["input_ids"]
-        return ids
+    def _frame(self, conversation: Conversation, turn: int) -> ReplyFrame:
+        """What the template writes around the reply of `turn`: the same in every conversation of its form."""
+        key = form_key(conversation), turn
+        if key not in self._frames:
+            if len(self._frames) >= _MAX_FRAMES:
+                self._frames.clear()
+            self._frames[key] = reply_frame(self._processor, form_of(conversation), turn)
+        return self._frames[key]
 
 
 def _wrong_labels(ids: Sequence[int], labels: Sequence[int]) -> Iterator[Finding]:
-    wrong = [i for i, (token, label) in enumerate(zip(ids, labels, strict=True)) if label not in (IGNORED, token)]
-    if wrong:
+    given, own = np.array(labels), np.array(ids)
+    wrong = np.flatnonzero((given != IGNORED) & (given != own))
+    if len(wrong):
         yield Finding(
             NOT_ITSELF, True, f"{len(wrong)} labels are not the token they belong to, the first at {wrong[0]}"
         )
 
 
 def _spans(labels: list[int]) -> list[_Span]:
-    flags = [False, *(label != IGNORED for label in labels), False]
-    borders = [i for i, (one, two) in enumerate(pairwise(flags)) if one != two]
+    flags = np.concatenate([[False], np.array(labels) != IGNORED, [False]])
+    borders: list[int] = np.flatnonzero(flags[1:] != flags[:-1]).tolist()
     return list(zip(borders[::2], borders[1::2], strict=True))
 
 

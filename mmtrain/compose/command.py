@@ -59,7 +59,7 @@ def compose(options: Options) -> None:
     language = load_language(options.language, dtype)
     torch.manual_seed(options.seed)
     language = with_image_tokens(language, image_tokens(options.projector), options.language)
-    model = put_together(tower, language, options.projector, dtype)
+    model = put_together(tower, language, options.projector, dtype, options.language)
     with storage_faults(f"{name}: it cannot be written"):
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with temporary_path(options.output) as made:
@@ -120,9 +120,12 @@ def _report(tower: Tower, language: Language, model: Any, options: Options) -> l
     dropped = ", its class token dropped" if tower.has_class_token else ""
     num_new = sum(weight.numel() for weight in model.model.multi_modal_projector.parameters())
     (token, id_), *_ = language.token_ids.items()
+    was_tied, is_tied = (one.config.tie_word_embeddings for one in (language.model, model))
+    untied = "; its head no longer shares the weight of its embeddings" if was_tied and not is_tied else ""
     return [
         f"vision: {type(tower.model).__name__}, hidden states {tower.feature_layer}{dropped}; {size}x{size} pixels, "
         f"{side}x{side} patches, {num_image_tokens(tower, options.projector)} tokens an image",
         f"projector: {options.projector}, {num_new:,} new parameters from seed {options.seed}",
-        f"language: {type(language.model).__name__}; {token} is token {id_}, {language.num_new_rows} new embeddings",
+        f"language: {type(language.model).__name__}; {token} is token {id_}, {language.num_new_rows} new embeddings"
+        f"{untied}",
     ]

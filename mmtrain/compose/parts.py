@@ -17,12 +17,14 @@ from transformers import (
 from mmtrain.compose.language import IMAGE_TOKEN, Language
 from mmtrain.compose.tower import Tower
 from mmtrain.errors import UserError
+from mmtrain.safe_text import one_line
 
 ProjectorName = Literal["mlp2x-gelu", "linear", "pixel-shuffle"]
 """`mlp2x-gelu`: two linear layers with GELU between them, as in LLaVA-1.5. `linear`: the same class without GELU, the
 second layer being the identity at first. `pixel-shuffle`: four neighbouring patches become one vector, followed by a
 gated MLP."""
 
+_OTHER = "use another language model"
 _DOWNSAMPLING = 2
 _PATCH, _START, _TILE, _END = "<image_patch>", "<image_start>", "<image_tile>", "<image_end>"
 
@@ -47,8 +49,9 @@ def num_image_tokens(tower: Tower, projector: ProjectorName) -> int:
     return side**2
 
 
-def put_together(tower: Tower, language: Language, projector: ProjectorName, dtype: str) -> Any:
+def put_together(tower: Tower, language: Language, projector: ProjectorName, dtype: str, path: str) -> Any:
     """One model of the modules of both parts themselves and a new projector, which torch's own generator initializes.
+    `path` names the language model in errors.
 
     Raises UserError where transformers has no such model, or where it computes something else than the language model
     alone.
@@ -67,7 +70,10 @@ def put_together(tower: Tower, language: Language, projector: ProjectorName, dty
     )
     inner.vision_tower, inner.language_model = tower.model, base
     made.lm_head = language.model.get_output_embeddings()
-    _check_text(made, language.model)
+    _check_text(made, language.model, path)
+    _check_image(made, tower)
+    if not config.tie_word_embeddings and language.model.config.tie_word_embeddings:
+        made.lm_head.weight = nn.Parameter(made.lm_head.weight.detach().clone())
     return made.eval()
 
 
@@ -80,12 +86,13 @@ _CLASSES: dict[str, Any] = {
 
 def _config(tower: Tower, language: Language, projector: ProjectorName) -> Any:
     text = language.model.config
+    tied = text.tie_word_embeddings and _ties_head(_CLASSES[projector], language.model.base_model)
     common: dict[str, Any] = {
         "vision_config": _settings(tower.model.config),
-        "text_config": _settings(text),
+        "text_config": _settings(text) | {"tie_word_embeddings": tied},
         "vision_feature_layer": tower.feature_layer,
         "vision_feature_select_strategy": tower.selection,
-        "tie_word_embeddings": text.tie_word_embeddings,
+        "tie_word_embeddings": tied,
         "dtype": text.dtype,
     }
     if projector == "pixel-shuffle":
@@ -96,6 +103,13 @@ def _config(tower: Tower, language: Language, projector: ProjectorName) -> Any:
         image_seq_length=num_image_tokens(tower, projector),
         projector_hidden_act="linear" if projector == "linear" else "gelu",
     )
+
+
+def _ties_head(composed: Any, base: nn.Module) -> bool:
+    """Whether the class of the composed model finds the embeddings by the name to which it ties its head. Some
+    language models have another one, such as GPT-2's `wte`: then the head gets a weight of its own."""
+    names = {name.removeprefix("model.language_model.") for name in composed._tied_weights_keys.values()}
+    return names <= base.state_dict().keys()
 
 
 def _settings(config: Any) -> dict[str, Any]:
@@ -112,14 +126,35 @@ def _new_projector(of: type[nn.Module], config: Any, projector: ProjectorName) -
 
 
 @torch.no_grad()
-def _check_text(made: Any, language: Any) -> None:
+def _check_text(made: Any, language: Any, path: str) -> None:
     """Raises UserError unless the logits of a text are the language model's, bit for bit."""
+    name, alone = type(made).__name__, type(language).__name__
+    if getattr(made.lm_head, "bias", None) is not None:  # the class has none, so it would be lost
+        raise UserError(f"--language {path}: the head of {alone} has a bias, and that of {name} none: {_OTHER}")
     ids = torch.arange(8)[None]
-    if not torch.equal(made(input_ids=ids).logits, language(input_ids=ids).logits):
+    expected = language(input_ids=ids).logits
+    try:
+        found = made(input_ids=ids).logits
+    except Exception as error:  # a decoder that is called differently can raise anything
+        raise UserError(f"--language {path}: {name} cannot run {alone}: {one_line(error)}: {_OTHER}") from None
+    if not torch.equal(found, expected):
         raise UserError(
-            f"{type(made).__name__} gives other logits for a text than {type(language).__name__}, whose head has a "
-            "bias or whose logits are changed after it: use another language model"
+            f"--language {path}: {name} gives other logits for a text than {alone}, which changes them after its "
+            f"head: {_OTHER}"
         )
+
+
+@torch.no_grad()
+def _check_image(made: Any, tower: Tower) -> None:
+    """Raises UserError unless the composed model gives its projector the tower's features of an image."""
+    expected = made.model.multi_modal_projector(tower.probe_features)
+    name, layer = type(made).__name__, f"--feature-layer {tower.feature_layer}"
+    try:
+        found = torch.cat([*made.get_image_features(pixel_values=tower.probe_pixels).pooler_output])
+    except Exception as error:  # transformers' own mistakes can raise anything
+        raise UserError(f"{layer}: {name} has no features of an image: {one_line(error)}: use another layer") from None
+    if not torch.allclose(found.reshape(-1), expected.reshape(-1)):
+        raise UserError(f"{layer}: {name} has other features of an image than the encoder: use another layer")
 
 
 def make_processor(tower: Tower, language: Language, projector: ProjectorName) -> Any:

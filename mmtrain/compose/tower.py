@@ -7,10 +7,12 @@ import PIL.Image
 import torch
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
+from mmtrain.encoding.directory import model_directory
 from mmtrain.errors import UserError
 from mmtrain.model.load import load_weights
 from mmtrain.safe_text import one_line
 
+_IMAGE_SETTINGS = ("preprocessor_config.json", "processor_config.json")
 _PROBE_SIZE = (300, 200)
 """(width, height) of the image on which a tower is tried."""
 
@@ -29,6 +31,10 @@ class Tower:
     """The index of the hidden states that are its features, as in `hidden_states` of transformers."""
     has_class_token: bool
     """Whether one more vector precedes those of the patches; it is not a feature."""
+    probe_pixels: torch.Tensor
+    """One image as `image_processor` makes it, (1, 3, image_size, image_size)."""
+    probe_features: torch.Tensor
+    """Its features, (1, num_patches, width)."""
 
     @property
     def side(self) -> int:
@@ -47,13 +53,7 @@ def load_tower(path: str, dtype: str, feature_layer: int) -> Tower:
     Raises UserError if the directory is broken, or if the encoder does not give one vector for each patch.
     """
     model = _image_encoder(load_weights(path, dtype, auto=AutoModel), path)
-    try:
-        image_processor = AutoImageProcessor.from_pretrained(
-            path, backend="pil", local_files_only=True, trust_remote_code=False
-        )
-        pixels = image_processor(PIL.Image.new("RGB", _PROBE_SIZE), return_tensors="pt")["pixel_values"]
-    except Exception as error:  # a broken file makes transformers raise anything
-        raise UserError(f"{path}: the image processor cannot be loaded: {one_line(error)}") from None
+    image_processor, pixels = _load_image_processor(path)
     hidden = _hidden_states(model, pixels, path)
     if not -len(hidden) <= feature_layer < len(hidden):
         raise UserError(f"--feature-layer {feature_layer}: {path}: expected -{len(hidden)} to {len(hidden) - 1}")
@@ -66,7 +66,25 @@ def load_tower(path: str, dtype: str, feature_layer: int) -> Tower:
             f"{path}: {type(model).__name__} gives features of shape {tuple(features.shape[1:])} for {num_patches} "
             "patches: expected one vector for each, after at most one class token; use CLIP, SigLIP or DINOv2"
         )
-    return Tower(model, image_processor, pixels.shape[-1], patch_size, feature_layer, num_more == 1)
+    features = features[:, num_more:]
+    return Tower(model, image_processor, pixels.shape[-1], patch_size, feature_layer, num_more == 1, pixels, features)
+
+
+def _load_image_processor(path: str) -> tuple[Any, torch.Tensor]:
+    """The image processor in a model directory, and what it makes of one image. Raises UserError."""
+    directory = model_directory(path)
+    if not any((directory / name).is_file() for name in _IMAGE_SETTINGS):
+        raise UserError(
+            f"{path}: it has no {_IMAGE_SETTINGS[0]}: expected an image encoder in the same directory as its image "
+            "processor"
+        )
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            path, backend="pil", local_files_only=True, trust_remote_code=False
+        )
+        return processor, processor(PIL.Image.new("RGB", _PROBE_SIZE), return_tensors="pt")["pixel_values"]
+    except Exception as error:  # a broken file makes transformers raise anything
+        raise UserError(f"{path}: the image processor cannot be loaded: {one_line(error)}") from None
 
 
 def _patch_size(model: Any, pixels: torch.Tensor, path: str) -> int:
@@ -98,8 +116,10 @@ def _hidden_states(model: Any, pixels: torch.Tensor, path: str) -> tuple[torch.T
     try:
         found = model(pixel_values=pixels, output_hidden_states=True).hidden_states
     except Exception as error:  # a model that takes something else can raise anything
+        shape = "x".join(map(str, pixels.shape))
         raise UserError(
-            f"{path}: {type(model).__name__} does not encode an image from its pixels alone ({one_line(error)}): "
-            "use one with a fixed resolution, such as CLIP, SigLIP or DINOv2"
+            f"{path}: {type(model).__name__} does not encode an image from its pixels alone, {shape} as its image "
+            f"processor makes them ({one_line(error)}): use an encoder with a fixed resolution, such as CLIP, SigLIP "
+            "or DINOv2, with its own image processor"
         ) from None
     return tuple(found or ())

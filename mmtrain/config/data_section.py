@@ -116,12 +116,25 @@ class EvalSource(Source):
         return self
 
 
+class Streaming(Section):
+    window: Count = 1000
+    """Records that are read, checked and shuffled together. A window reads from 64 files at most."""
+
+
+def _streaming(value: Any) -> Any:
+    """`true` is the section with its defaults, `false` none."""
+    return {} if value is True else None if value is False else value
+
+
 def in_full(sources: Any) -> Any:
     """Sources as a list of sections: a path alone, or among others, is the section that has only this path."""
     listed = [sources] if isinstance(sources, str | dict) else sources
     if not isinstance(listed, list | tuple):
         return listed
     return [{"path": source} if isinstance(source, str) else source for source in listed]
+
+
+_NEEDS_ALL = "does not work with streaming, because it needs all samples before the first step"
 
 
 class Data(Section):
@@ -140,6 +153,9 @@ class Data(Section):
     ] = ()
     """What is evaluated during training and never trained on: a path, a section, or a list of them.
     With `{from: train, share: 0.05}` a share of the training data is held out."""
+    streaming: Annotated[Streaming | None, BeforeValidator(_streaming, bool | Streaming | None)] = None
+    """Read the training data as the run goes, for data that is too large to be read before the first step: `true`, or
+    a section. Needs `train.steps`. The order is random by file and within a window; docs/data.md says what differs."""
     dedup: bool = False
     """Leave out each training sample that is the same as an earlier one: the same tokens, the same labels and the same
     image files. It is listed in dropped.jsonl."""
@@ -153,13 +169,30 @@ class Data(Section):
     or leave it out and list it with its reason in dropped.jsonl. One that is too long follows `too_long`."""
     max_skipped: Annotated[int, Field(ge=0, le=10**9)] | Annotated[float, Field(gt=0, lt=1)] = 0.01
     """How many samples of a set `on_fault: skip` leaves out at most: a number of them, or below 1 a share. With more
-    the run is refused."""
+    the run is refused. With `streaming` the number is for each epoch, and the share is of what was read so far."""
     decode_images: Annotated[bool, Marker.SAME_RESULT] = True
     """Decode every image once before the first step, and remember those that are sound. Without it a damaged image
     stops the run at the step that uses it."""
     ignore_fields: Annotated[tuple[str, ...], Strict(False)] = ()
     """Keys of records, turns and content parts to ignore. Any other key that is neither understood nor plainly
     metadata (`id`, `source`, `timestamp` and the like) is refused by line and name."""
+
+    @model_validator(mode="after")
+    def _can_be_streamed(self) -> "Data":
+        if self.streaming is None:
+            return self
+        if self.dedup:
+            raise ValueError(f"dedup {_NEEDS_ALL}: remove duplicates from the files")
+        if any(source.from_ for source in self.eval):
+            raise ValueError(f"`from: train` of eval {_NEEDS_ALL}: give eval files of its own")
+        for number, source in enumerate(self.train):
+            if source.max_samples is not None:
+                raise ValueError(f"train.{number}.max_samples {_NEEDS_ALL}: name fewer files")
+            if source.weight != 1:
+                raise ValueError(f"train.{number}.weight {_NEEDS_ALL}: name a file as often as it is to be read")
+            if source.batch == "own":
+                raise ValueError(f"train.{number}.batch: own {_NEEDS_ALL}: set it to mixed")
+        return self
 
     @model_validator(mode="after")
     def _holds_out_once(self) -> "Data":

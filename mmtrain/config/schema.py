@@ -121,6 +121,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def streaming_fits(self) -> "Config":
+        if self.data.streaming is None:
+            return self
+        if self.train.steps is None:
+            raise ValueError("data.streaming needs train.steps: how long an epoch is is not known before its end")
+        if self.run.weights == "shard":
+            raise ValueError("data.streaming does not work with run.weights: shard; set it to replicate")
+        return self
+
+    @model_validator(mode="after")
     def objective_fits(self) -> "Config":
         sources = (*self.data.train, *self.data.eval)
         of_chats = {
@@ -133,6 +143,7 @@ class Config(Section):
             "run.eval_answers": self.run.eval_answers is not None,
             "metric of a source of data.eval": any(source.metric for source in self.data.eval),
             "data.dedup": self.data.dedup,
+            "data.streaming": self.data.streaming is not None,
             "from: train of a source of data.eval": any(source.from_ for source in self.data.eval),
             "max_samples of a source": any(source.max_samples for source in sources),
             "format of a source": any(source.format != "auto" for source in sources),

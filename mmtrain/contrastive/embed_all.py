@@ -16,15 +16,20 @@ def embed_all(
     load: Callable[[Sequence[int]], Sequence[EncodedItem]],
     max_tokens: int,
     progress: Progress = QUIET,
+    share: tuple[int, int] = (0, 1),
 ) -> torch.Tensor:
     """(num_items, width) unit vectors in float32 on the CPU.
 
     `load`: items by position, with their images. `max_tokens`: of a batch with more than one item, padding included.
+    `share`: the index of a process, and how many share the batches, which do not depend on it; the rows of other
+    processes' items are zero.
     Raises SampleError where an image does not decode.
     """
-    found = torch.empty(len(items), embedder.width)
-    with torch.no_grad(), progress.task("embeddings", len(items)) as task:
-        for batch in _batches(items, max_tokens if embedder.processor.lays_out_together else 1):
+    found = torch.zeros(len(items), embedder.width)
+    index, num_processes = share
+    batches = list(_batches(items, max_tokens if embedder.processor.lays_out_together else 1))[index::num_processes]
+    with torch.no_grad(), progress.task("embeddings", sum(map(len, batches))) as task:
+        for batch in batches:
             embeddings = embedder.embed(embedder.batch(load(batch)), items[batch[0]].kind)
             found[batch] = F.normalize(embeddings, dim=-1).cpu()
             task.advance(len(batch))

@@ -1,6 +1,7 @@
 """All samples of a record set encoded and checked, chunk by chunk, by several processes where there are many."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmtrain.checks.findings import IGNORED, REFUSED, UNCHECKED, UNDECODABLE, Finding
+from mmtrain.checks.inference import Prompts
 from mmtrain.checks.labels import Checker
 from mmtrain.config import Config
 from mmtrain.config.data_section import Source
@@ -21,11 +23,13 @@ from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.records.chat import Conversation, SampleError
 from mmtrain.records.formats import read_record
 from mmtrain.records.reasoning import without_reasoning
-from mmtrain.records.record_set import RecordSet
+from mmtrain.records.record_set import OpenFile, RecordSet
 
 _CHUNK = 256
 _MANY = 16_000
 """Samples from which on other processes are worth the seconds that they take to start."""
+_IMAGE_BYTES = 2**26
+"""Bytes of images in records that are in memory at once, and one record more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,10 @@ class EncodingSpec:
         """The records, their files opened. Raises UserError where one cannot be read."""
         return RecordSet(self.sources, frozenset(self.ignored), self.drops_reasoning)
 
+    def records_of(self, files: Sequence[OpenFile]) -> RecordSet:
+        """The records of some files only."""
+        return RecordSet.of_files(files, frozenset(self.ignored), self.drops_reasoning)
+
     def read(self, record: Mapping[str, Any]) -> Conversation:
         """The conversation of a record that stands in no file. Raises SampleError where it is none."""
         found = read_record(dict(record), "auto", frozenset(self.ignored))
@@ -94,6 +102,13 @@ class Note:
     reason: str
 
 
+CHUNK_ARRAYS = (
+    *("records", "turns", "num_tokens", "num_supervised", "num_images", "num_weights", "sum_weights"),
+    *("ids", "supervised", "spans", "weights"),
+)
+"""The arrays of an `EncodedChunk`. Those of several chunks one after the other are those of their samples."""
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedChunk:
     """Some samples, encoded: their ids one after the other, and a row for each image."""
@@ -122,6 +137,8 @@ class EncodedChunk:
     """(num_weights,) of the samples one after the other"""
     image_files: tuple[str, ...]
     """The paths of the images that are files, resolved."""
+    sought_files: tuple[str, ...]
+    """Where the images of refused samples were looked for: a file that appears there may change the refusal."""
     faults: tuple[Fault, ...]
     notes: dict[str, Note]
     """By kind."""
@@ -140,14 +157,35 @@ class ChunkEncoder:
 
     def encode(self, records: Sequence[int]) -> EncodedChunk:
         """The samples that these records give."""
-        found = self._encode_each(records)
+        return join_chunks([self._encode_rows(rows) for rows in self._read(records)])
+
+    def _read(self, records: Sequence[int]) -> Iterator[list["_Row"]]:
+        """The samples of the records, not yet encoded; where images are large, those of some records at a time."""
+        rows: list[_Row] = []
+        num_bytes = 0
+        for record in records:
+            try:
+                conversation = self._records.conversation(record)
+                rows += [_Row(record, turn, own) for turn, own in self._encoder.sequences(conversation)]
+                num_bytes += sum(len(image.data) for image in conversation.images if image.data is not None)
+            except SampleError as error:
+                rows.append(_Row(record, None, None, error))
+            if num_bytes >= _IMAGE_BYTES:
+                yield rows
+                rows, num_bytes = [], 0
+        yield rows
+
+    def _encode_rows(self, rows: Sequence["_Row"]) -> EncodedChunk:
+        found = self._encode_each(rows)
         encoded = [row.encoded for row in found if isinstance(row.encoded, Encoded)]
         failing = self._failing_images(encoded)
+        prompts = iter(self._checker.prompts([row.conversation for row in found if row.conversation is not None]))
         findings = [
-            (position, finding) for position, row in enumerate(found) for finding in self._findings(row, failing)
+            (position, finding)
+            for position, row in enumerate(found)
+            for finding in self._findings(row, failing, {} if row.conversation is None else next(prompts))
         ]
         spans = [span for one in encoded for span in one.images]
-        rows = [(s.start, s.length, s.num_placeholders, *s.image.size) for s in spans]
         sizes = [
             (one.num_tokens, one.num_supervised, len(one.images), len(one.weights))
             if isinstance(one, Encoded)
@@ -155,45 +193,47 @@ class ChunkEncoder:
             for one in (row.encoded for row in found)
         ]
         num_tokens, num_supervised, num_images, num_weights = np.array(sizes, np.int32).reshape(-1, 4).T
-        sums = [
-            one.token_weights.sum(dtype=np.float64) if isinstance(one, Encoded) else 0.0
-            for one in (row.encoded for row in found)
-        ]
+        sums = [_sum_weights(row.encoded) if isinstance(row.encoded, Encoded) else 0.0 for row in found]
         return EncodedChunk(
-            np.array([row.record for row in found], np.int32),
-            np.array([-1 if row.turn is None else row.turn for row in found], np.int32),
-            num_tokens,
-            num_supervised,
-            num_images,
-            num_weights,
-            np.array(sums, np.float64),
-            np.concatenate([np.zeros(0, np.int32), *(one.ids for one in encoded)]),
-            np.concatenate([np.zeros(0, np.bool_), *(one.supervised for one in encoded)]),
-            np.array(rows, np.int32).reshape(-1, 5),
-            np.array([weight for one in encoded for weight in one.weights], np.float32),
-            tuple(str(span.image.source) for span in spans if isinstance(span.image.source, Path)),
-            tuple(Fault(index, one.kind, one.reason) for index, one in findings if one.is_fault),
-            merge_notes([{one.kind: Note(1, index, one.reason)} for index, one in findings if not one.is_fault]),
+            records=np.array([row.record for row in found], np.int32),
+            turns=np.array([-1 if row.turn is None else row.turn for row in found], np.int32),
+            num_tokens=num_tokens,
+            num_supervised=num_supervised,
+            num_images=num_images,
+            num_weights=num_weights,
+            sum_weights=np.array(sums, np.float64),
+            ids=np.concatenate([np.zeros(0, np.int32), *(one.ids for one in encoded)]),
+            supervised=np.concatenate([np.zeros(0, np.bool_), *(one.supervised for one in encoded)]),
+            spans=np.array([(s.start, s.length, s.num_placeholders, *s.image.size) for s in spans], np.int32).reshape(
+                -1, 5
+            ),
+            weights=np.array([weight for one in encoded for weight in one.weights], np.float32),
+            image_files=_sorted(str(span.image.source) for span in spans if isinstance(span.image.source, Path)),
+            sought_files=_sorted(path for row in found for path in self._sought(row)),
+            faults=tuple(Fault(index, one.kind, one.reason) for index, one in findings if one.is_fault),
+            notes=merge_notes(
+                [(0, {one.kind: Note(1, index, one.reason)}) for index, one in findings if not one.is_fault]
+            ),
         )
 
-    def _encode_each(self, records: Sequence[int]) -> list["_Row"]:
-        read: list[_Row] = []
-        for record in records:
-            try:
-                conversation = self._records.conversation(record)
-                read += [_Row(record, turn, own) for turn, own in self._encoder.sequences(conversation)]
-            except SampleError as error:
-                read.append(_Row(record, None, None, error))
-        pairs = ((row.conversation, self._records.roots(row.record)) for row in read if row.conversation is not None)
+    def _encode_each(self, rows: Sequence["_Row"]) -> list["_Row"]:
+        pairs = ((row.conversation, self._records.roots(row.record)) for row in rows if row.conversation is not None)
         encoded = iter(self._encoder.encode_many(pairs))
-        return [row if row.conversation is None else replace(row, encoded=next(encoded)) for row in read]
+        return [row if row.conversation is None else replace(row, encoded=next(encoded)) for row in rows]
+
+    def _sought(self, row: "_Row") -> Iterator[str]:
+        """Where the images of a sample were looked for, if it is refused."""
+        if row.conversation is None or isinstance(row.encoded, Encoded):
+            return
+        for folder in self._records.folders(row.record):
+            yield from (str(folder / image.name) for image in row.conversation.images if image.data is None)
 
     def _failing_images(self, encoded: Sequence[Encoded]) -> dict[Path | bytes, str]:
         if not self._decode:
             return {}
         return images_that_fail((span.image for one in encoded for span in one.images), self._num_threads)
 
-    def _findings(self, row: "_Row", failing: dict[Path | bytes, str]) -> Iterator[Finding]:
+    def _findings(self, row: "_Row", failing: dict[Path | bytes, str], prompts: Prompts) -> Iterator[Finding]:
         """What is wrong with a sample, or worth knowing."""
         one = row.encoded
         if row.conversation is None or not isinstance(one, Encoded):
@@ -202,7 +242,7 @@ class ChunkEncoder:
         labels = np.where(one.supervised, one.ids, IGNORED).tolist()
         sizes = [span.image.size for span in one.images]
         try:
-            yield from self._checker.check(one.ids.tolist(), labels, row.conversation, sizes)
+            yield from self._checker.check(one.ids.tolist(), labels, row.conversation, sizes, prompts)
         except SampleError as error:
             yield Finding(UNCHECKED, True, str(error))
         for span in one.images:
@@ -220,20 +260,55 @@ class _Row:
     encoded: Encoded | SampleError | None = None
 
 
-def merge_notes(each: Sequence[dict[str, Note]]) -> dict[str, Note]:
-    """The notes of chunks, in their order, as one."""
+def _sorted(paths: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(set(paths)))
+
+
+def _sum_weights(encoded: Encoded) -> float:
+    if not encoded.weights:
+        return float(encoded.num_supervised)
+    return float(encoded.token_weights.sum(dtype=np.float64))
+
+
+def join_chunks(chunks: Sequence[EncodedChunk]) -> EncodedChunk:
+    """The samples of `chunks` as those of one."""
+    if len(chunks) == 1:
+        return chunks[0]
+    firsts = list(itertools.accumulate((len(chunk.records) for chunk in chunks), initial=0))[:-1]
+    together: dict[str, Any] = {
+        name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in CHUNK_ARRAYS
+    }
+    return EncodedChunk(
+        **together,
+        image_files=_sorted(path for chunk in chunks for path in chunk.image_files),
+        sought_files=_sorted(path for chunk in chunks for path in chunk.sought_files),
+        faults=tuple(merge_faults([(first, chunk.faults) for first, chunk in zip(firsts, chunks, strict=True)])),
+        notes=merge_notes([(first, chunk.notes) for first, chunk in zip(firsts, chunks, strict=True)]),
+    )
+
+
+def merge_faults(each: Iterable[tuple[int, Sequence[Fault]]]) -> list[Fault]:
+    """The faults of several chunks as those of one, each given with the position of its first sample."""
+    return [replace(fault, index=first + fault.index) for first, faults in each for fault in faults]
+
+
+def merge_notes(each: Iterable[tuple[int, Mapping[str, Note]]]) -> dict[str, Note]:
+    """The notes of several chunks, in their order, as those of one, each given with the position of its first
+    sample."""
     merged: dict[str, Note] = {}
-    for notes in each:
+    for start, notes in each:
         for kind, note in notes.items():
-            first = merged.get(kind, Note(0, note.first, note.reason))
+            first = merged.get(kind, Note(0, start + note.first, note.reason))
             merged[kind] = Note(first.count + note.count, first.first, first.reason)
     return merged
 
 
-def encode_all(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor) -> Iterator[EncodedChunk]:
-    """Every record encoded as `spec` says, in order."""
-    chunks = [range(len(records))[start : start + _CHUNK] for start in range(0, len(records), _CHUNK)]
-    workers = num_cores() if len(records) >= _MANY else 1
+def encode_all(
+    spec: EncodingSpec, records: RecordSet, processor: ChatProcessor, first: int = 0
+) -> Iterator[EncodedChunk]:
+    """The records from `first` on encoded as `spec` says, in order."""
+    chunks = (range(len(records))[start : start + _CHUNK] for start in range(first, len(records), _CHUNK))
+    workers = num_cores() if len(records) - first >= _MANY else 1
     if workers == 1:
         encoder = ChunkEncoder(spec, records, processor)
         return (encoder.encode(chunk) for chunk in chunks)

@@ -1,15 +1,15 @@
 """The store of a data set: encoded once, and opened from the user's cache from then on.
 
 A store's name is a hash of everything that its content depends on. One that is damaged, or whose images changed, is
-made again; one with faults is not kept. Whoever makes a store has a lock, so that the processes of a run make it once.
+made again. Whoever makes a store has a lock, so that the processes of a run make it once. An encoding that was
+interrupted has left its finished pieces, and the next one resumes after them.
 """
 
 import hashlib
 import json
-import os
+import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,7 +21,8 @@ import mmtrain
 from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.dataset.encode_all import EncodingSpec, encode_all
 from mmtrain.dataset.hashes import digest
-from mmtrain.dataset.store_file import CannotWriteError, EncodedStore, write_store, writing
+from mmtrain.dataset.store_file import CannotWriteError, EncodedStore, write_joined, writing
+from mmtrain.dataset.store_pieces import add_pieces, finished_pieces
 from mmtrain.encoding.directory import model_directory, processor_files
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import storage_faults
@@ -29,12 +30,10 @@ from mmtrain.file_locks import wait_for_lock
 from mmtrain.progress import QUIET, Progress
 from mmtrain.records.record_set import RecordSet
 from mmtrain.safe_text import visible
-from mmtrain.user_cache import cache_folder
+from mmtrain.user_cache import cache_folder, remove_unused, used
 
-_VERSION = 6
+_VERSION = 7
 """Raised with every change of what the encoder makes or of the file, so that no earlier store is taken."""
-_UNUSED_SECONDS = 30 * 24 * 3600
-"""Stores that nobody opened for so long are removed when another one is made."""
 
 
 def open_store(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor, progress: Progress) -> EncodedStore:
@@ -44,13 +43,18 @@ def open_store(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor,
     """
     name = _name(spec, records, processor, progress.tick)
 
-    def write(path: Path) -> None:
-        with progress.task("encoding", len(records)) as task:
-            write_store(path, encode_all(spec, records, processor), task.advance)
+    def encode(folder: Path) -> list[EncodedStore]:
+        pieces = finished_pieces(folder, progress.tick)
+        done = pieces[-1].num_records if pieces else 0
+        if done:
+            progress.say(f"encoding resumes after {done:,} of {len(records):,} records")
+        with progress.task("encoding", len(records), done) as task:
+            add_pieces(folder, pieces, encode_all(spec, records, processor, done), task.advance)
+        return pieces
 
     folder = cache_folder() / "encoded"
     try:
-        return _find_or_make(folder, name, write, progress.tick)
+        return _find_or_make(folder, name, encode, progress.tick)
     except CannotWriteError as error:
         why = error.strerror or type(error).__name__
         progress.say(
@@ -60,7 +64,9 @@ def open_store(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor,
         storage_faults("the encoded samples can be written neither to the user's cache nor as temporary files"),
         tempfile.TemporaryDirectory(prefix="mmtrain-", ignore_cleanup_errors=True) as temporary,
     ):
-        return _find_or_make(Path(temporary), name, write, progress.tick)  # what is mapped stays until the process ends
+        return _find_or_make(
+            Path(temporary), name, encode, progress.tick
+        )  # what is mapped stays until the process ends
 
 
 def find_store(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor) -> EncodedStore | None:
@@ -96,27 +102,38 @@ def _path(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
-def _find_or_make(folder: Path, name: str, write: Callable[[Path], None], tick: Callable[[], None]) -> EncodedStore:
-    path = _path(folder, name)
+def _find_or_make(
+    folder: Path, name: str, encode: Callable[[Path], list[EncodedStore]], tick: Callable[[], None]
+) -> EncodedStore:
+    """`encode` makes the pieces of a store in a folder."""
+    path, pieces = _path(folder, name), folder / f"{name}.pieces"
     with _locked(folder, name, tick):
-        if (found := _find(path, tick)) is not None:
-            return found
-        _remove_unused(folder)
-        with temporary_path(path) as made:
-            write(made)
-            store = EncodedStore(made)
-            if not store.faults:
-                with writing():
-                    move_into_place(path, made, durable=False)  # damage is noticed when it is opened
-            return store
+        try:
+            store = _find(path, tick)
+            if store is None:
+                remove_unused(folder)
+                store = _make(path, encode(pieces))
+        except CannotWriteError:
+            shutil.rmtree(pieces, ignore_errors=True)  # they take the room that is missing
+            raise
+        shutil.rmtree(pieces, ignore_errors=True)
+        return store
+
+
+def _make(path: Path, pieces: Sequence[EncodedStore]) -> EncodedStore:
+    with temporary_path(path) as made:
+        write_joined(made, pieces)
+        store = EncodedStore(made)
+        with writing():
+            move_into_place(path, made, durable=False)  # damage is noticed when it is opened
+        return store
 
 
 def _find(path: Path, tick: Callable[[], None]) -> EncodedStore | None:
     with suppress(OSError, ValueError):
         store = EncodedStore(path)
         if store.is_current(tick):
-            with suppress(OSError):
-                os.utime(path)
+            used(path)
             return store
     return None
 
@@ -131,10 +148,3 @@ def _locked(folder: Path, name: str, tick: Callable[[], None]) -> Iterator[None]
         with writing():
             wait_for_lock(file, tick)
         yield
-
-
-def _remove_unused(folder: Path) -> None:
-    for path in folder.iterdir():
-        with suppress(OSError):
-            if path.suffix != ".lock" and time.time() - path.stat().st_mtime > _UNUSED_SECONDS:
-                path.unlink()

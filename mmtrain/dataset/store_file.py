@@ -1,6 +1,6 @@
 """Encoded samples as one safetensors file, read by memory map.
 
-Its tensors, for n samples with t tokens and m images, f of which are files:
+Its tensors, for n samples with t tokens and m images, and f paths of images:
 
 records, turns                           (n,) int32: the record, and the turn that alone is trained on or -1
 num_tokens, num_supervised, num_images   (n,) int32
@@ -9,48 +9,52 @@ sum_weights                              (n,) float64: of the weights of its sup
 weights                                  float32: of those turns, the samples one after the other
 ids, supervised                          (t,) int32 and bool, the samples one after the other
 spans                                    (m, 5) int32: start, length, placeholders, width, height
-image_paths                              bytes: the path of each file, closed by a null
-image_versions                           (f, 3) int64: size and times of each file when it was measured
+image_paths                              bytes: each path at which an image was looked for, closed by a null
+image_versions                           (f, 3) int64: size and times of the file there when it was measured, or -1
+image_is_used                            (f,) bool: whether an encoded sample has it
 faults                                   bytes: JSON, a list of [index, kind, reason]
 
-The header has the notes, as JSON, and a CRC-32 over all of this.
+The header has the notes, as JSON, and a CRC-32 of the whole file with zeros in place of its own digits. Files are
+written here and not by the library, which has all tensors in memory before it writes one.
 """
 
 import json
+import math
 import os
-import tempfile
+import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import astuple, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from mmtrain.dataset.encode_all import EncodedChunk, Fault, Note, merge_notes
-from mmtrain.errors import system_error
-from mmtrain.user_cache import file_version
+from mmtrain.dataset.encode_all import CHUNK_ARRAYS, EncodedChunk, Fault, Note, merge_faults, merge_notes
+from mmtrain.user_cache import Version, file_version
 
-_TYPES_OF_CHUNKS = {
-    **dict.fromkeys(("records", "turns", "num_tokens", "num_supervised", "num_images", "num_weights", "spans"), "I32"),
-    "sum_weights": "F64",
-    "weights": "F32",
-}
 _TYPES = {
-    **_TYPES_OF_CHUNKS,
-    "ids": "I32",
-    "supervised": "BOOL",
-    "image_paths": "U8",
-    "image_versions": "I64",
-    "faults": "U8",
+    **dict.fromkeys(("sum_weights",), "F64"),
+    **dict.fromkeys(("image_versions",), "I64"),
+    **dict.fromkeys(("records", "turns", "num_tokens", "num_supervised", "num_images", "num_weights"), "I32"),
+    **dict.fromkeys(("spans", "ids"), "I32"),
+    **dict.fromkeys(("weights",), "F32"),
+    **dict.fromkeys(("supervised", "image_is_used"), "BOOL"),
+    **dict.fromkeys(("image_paths", "faults"), "U8"),
 }
-"""By tensor, its type as safetensors names it."""
-_ROWS = 2**20
-"""Rows of a tensor that are read at once for the checksum: a few MB."""
+"""By tensor, in the order of the file, its type as safetensors names it: the widest first, so that all are aligned."""
+_NUMPY = {"F64": "<f8", "I64": "<i8", "I32": "<i4", "F32": "<f4", "BOOL": "?", "U8": "u1"}
+_CHECKSUM = re.compile(rb'"crc32": "([0-9a-f]{8})"')
+_NO_CHECKSUM = b'"crc32": "00000000"'
+_BLOCK = 2**22
+"""Bytes that are read at once for the checksum."""
+_NO_FILE: Version = (-1, -1, -1)
+
+Images = dict[str, tuple[Version, bool]]
+"""By path, the version of the file there, and whether an encoded sample has it."""
 
 
 class CannotWriteError(OSError):
@@ -62,62 +66,55 @@ def writing() -> Iterator[None]:
     """Turn what the file system refuses inside into CannotWriteError."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        found = error if isinstance(error, OSError) else system_error(error)
-        if found is None:
-            raise
-        raise CannotWriteError(found.errno, found.strerror, found.filename) from None
+    except OSError as error:
+        raise CannotWriteError(error.errno, error.strerror, error.filename) from None
 
 
 class EncodedStore:
-    """The encoded samples of an opened file; the ids stay on the disk. Threads may share it."""
+    """The encoded samples of an opened file, which stay on the disk. Threads may share it."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError or ValueError where the file is not there or not as it was written."""
-        try:
-            file: Any = safe_open(path, framework="np")
-            found = {name: file.get_slice(name) for name in _TYPES}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-        header = file.metadata() or {}
-        notes, shapes = header.get("notes", ""), {name: tensor.get_shape() for name, tensor in found.items()}
-        if {name: tensor.get_dtype() for name, tensor in found.items()} != _TYPES:
-            raise ValueError(f"{path} is damaged: its tensors are of other types")
-        if header.get("crc32") != _checksum(notes, found, shapes):
-            raise ValueError(f"{path} is damaged: its checksum is not that of its content")
-        self.records: npt.NDArray[np.int32] = file.get_tensor("records")
+        self._path = path
+        self._header, self._start = _checked_header(path)
+        self._content = np.memmap(path, np.uint8, mode="r")
+        self.records: npt.NDArray[np.int32] = self._mapped("records")
         """(num_samples,) the record of each sample"""
-        self.turns: npt.NDArray[np.int32] = file.get_tensor("turns")
+        self.turns: npt.NDArray[np.int32] = self._mapped("turns")
         """(num_samples,) the turn that alone is trained on, -1 where the sample is all of its record"""
-        self.num_tokens: npt.NDArray[np.int32] = file.get_tensor("num_tokens")
+        self.num_tokens: npt.NDArray[np.int32] = self._mapped("num_tokens")
         """(num_samples,) 0 where a sample is refused."""
-        self.num_supervised: npt.NDArray[np.int32] = file.get_tensor("num_supervised")
+        self.num_supervised: npt.NDArray[np.int32] = self._mapped("num_supervised")
         """(num_samples,)"""
-        self.num_images: npt.NDArray[np.int32] = file.get_tensor("num_images")
+        self.num_images: npt.NDArray[np.int32] = self._mapped("num_images")
         """(num_samples,)"""
-        self.num_weights: npt.NDArray[np.int32] = file.get_tensor("num_weights")
+        self.num_weights: npt.NDArray[np.int32] = self._mapped("num_weights")
         """(num_samples,) the weights of its turns that are stored."""
-        self.sum_weights: npt.NDArray[np.float64] = file.get_tensor("sum_weights")
+        self.sum_weights: npt.NDArray[np.float64] = self._mapped("sum_weights")
         """(num_samples,) the sum of the weights of its supervised tokens."""
-        self.spans: npt.NDArray[np.int32] = file.get_tensor("spans")
+        self.spans: npt.NDArray[np.int32] = self._mapped("spans")
         """(num_images, 5) start, length, placeholders, width, height"""
-        self.faults = [Fault(*fault) for fault in json.loads(file.get_tensor("faults").tobytes())]
+        self.faults = [Fault(*fault) for fault in json.loads(self._mapped("faults").tobytes())]
         """Training refuses these samples."""
-        self.notes = {kind: Note(*note) for kind, note in json.loads(notes).items()}
+        notes = json.loads(self._header["__metadata__"]["notes"])
+        self.notes = {kind: Note(*note) for kind, note in notes.items()}
         """By kind."""
-        self._ids, self._supervised = found["ids"], found["supervised"]
+        self._ids, self._supervised = self._mapped("ids"), self._mapped("supervised")
+        self._weights: npt.NDArray[np.float32] = self._mapped("weights")
         self._token_ends = self.num_tokens.cumsum(dtype=np.int64)
         self._span_ends = self.num_images.cumsum(dtype=np.int64)
-        self._weights: npt.NDArray[np.float32] = file.get_tensor("weights")
         self._weight_ends = self.num_weights.cumsum(dtype=np.int64)
-        self._image_paths = file.get_tensor("image_paths").tobytes().split(b"\0")[:-1]
-        self._image_versions: npt.NDArray[np.int64] = file.get_tensor("image_versions")
+
+    @property
+    def num_records(self) -> int:
+        """The records up to the last of the samples."""
+        return int(self.records[-1]) + 1 if len(self.records) else 0
 
     def tokens(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         """Ids and supervised flags of a sample, (num_tokens,) each."""
         end = int(self._token_ends[index])
         start = end - int(self.num_tokens[index])
-        return self._ids[start:end], self._supervised[start:end]
+        return self._ids[start:end].copy(), self._supervised[start:end].copy()
 
     def weights_of(self, index: int) -> tuple[float, ...]:
         """The weights of a sample's trained turns, none if all are 1."""
@@ -135,86 +132,153 @@ class EncodedStore:
 
     @property
     def num_bytes(self) -> int:
-        """The size of the file, without its header."""
-        num_tokens = int(self.num_tokens.sum(dtype=np.int64))
-        paths = sum(len(path) + 1 for path in self._image_paths)
-        return 5 * num_tokens + 12 * len(self.num_tokens) + self.spans.nbytes + self._image_versions.nbytes + paths
+        """The size of the file."""
+        return len(self._content)
 
     @property
     def image_files(self) -> set[Path]:
-        """The images that are files."""
-        return {Path(os.fsdecode(path)) for path in self._image_paths}
+        """The images of encoded samples that are files."""
+        return {Path(path) for path, (_, is_used) in self.images() if is_used}
+
+    def images(self) -> Iterator[tuple[str, tuple[Version, bool]]]:
+        """Each path at which an image was looked for, the version of the file there, and whether it is used."""
+        content, start = self._mapped("image_paths"), 0
+        ends = np.flatnonzero(content == 0)
+        for end, version, is_used in zip(
+            ends, self._mapped("image_versions"), self._mapped("image_is_used"), strict=True
+        ):
+            size, changed, status_changed = version.tolist()
+            yield os.fsdecode(content[start:end].tobytes()), ((size, changed, status_changed), bool(is_used))
+            start = int(end) + 1
 
     def is_current(self, tick: Callable[[], None]) -> bool:
-        """Whether every image is the file that was measured."""
-        for path, version in zip(self._image_paths, self._image_versions.tolist(), strict=True):
+        """Whether every image is the file that was measured, and none of those that were missing is there."""
+        for path, (version, _) in self.images():
             tick()
-            try:
-                if list(file_version(os.fsdecode(path))) != version:
-                    return False
-            except OSError:
+            if _version(path) != version:
                 return False
         return True
 
+    def block(self, name: str) -> "_Block":
+        """A tensor, to be read into memory and not through the map, whose pages would stay there."""
+        dtype, shape, start, end = self._layout(name)
+        count, offset = (end - start) // dtype.itemsize, self._start + start
+        return _Block(shape, lambda: np.fromfile(self._path, dtype, count, offset=offset))
 
-def write_store(path: Path, chunks: Iterable[EncodedChunk], advance: Callable[[int], None]) -> None:
-    """Write the file of all `chunks`, whose ids go through temporary files: there are more than fit into memory.
-    `advance` is given the number of records of each chunk. Raises CannotWriteError.
+    def _mapped(self, name: str) -> npt.NDArray[Any]:
+        dtype, shape, start, end = self._layout(name)
+        return np.asarray(self._content[self._start + start : self._start + end]).view(dtype).reshape(shape)
+
+    def _layout(self, name: str) -> tuple[np.dtype[Any], list[int], int, int]:
+        """A tensor's type, shape, and its first byte and last byte + 1 after the header."""
+        found = self._header[name]
+        return np.dtype(_NUMPY[found["dtype"]]), found["shape"], *found["data_offsets"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Some rows of a tensor."""
+
+    shape: Sequence[int]
+    read: Callable[[], npt.NDArray[Any]]
+
+
+_Tensors = dict[str, list[_Block]]
+"""For each tensor the blocks that it consists of, one after the other."""
+
+
+def write_chunk(path: Path, chunk: EncodedChunk) -> None:
+    """Write the store of a chunk. Raises CannotWriteError."""
+    sought = {file: (_version(file), False) for file in chunk.sought_files}
+    images: Images = sought | {file: (_version(file), True) for file in chunk.image_files}
+    arrays = {name: [_block(getattr(chunk, name))] for name in CHUNK_ARRAYS}
+    _write(path, arrays | _image_arrays(images) | _fault_arrays(chunk.faults), chunk.notes)
+
+
+def write_joined(path: Path, stores: Sequence[EncodedStore]) -> None:
+    """Write the samples of `stores` as one store; of their ids, those of one are in memory at a time.
+
+    Where an image has changed between two of them, the store is not current. Raises CannotWriteError.
     """
-    arrays: dict[str, list[Any]] = {name: [] for name in _TYPES_OF_CHUNKS}
-    files: set[str] = set()
-    faults: list[Fault] = []
-    notes: list[dict[str, Note]] = []
-    num_samples = 0
-    with ExitStack() as stack:
-        with writing():
-            ids, supervised = (stack.enter_context(tempfile.TemporaryFile(dir=path.parent)) for _ in range(2))
-        for chunk in chunks:
-            for name, own in arrays.items():
-                own.append(getattr(chunk, name))
-            files.update(chunk.image_files)
-            faults += [replace(fault, index=num_samples + fault.index) for fault in chunk.faults]
-            notes.append({kind: replace(note, first=num_samples + note.first) for kind, note in chunk.notes.items()})
-            num_samples += len(chunk.records)
-            with writing():
-                ids.write(chunk.ids.tobytes())
-                supervised.write(chunk.supervised.tobytes())
-            advance(len(np.unique(chunk.records)))
-        with writing():
-            tensors = {name: np.concatenate(own) for name, own in arrays.items()}
-            tensors |= {"ids": _mapped(ids, np.int32), "supervised": _mapped(supervised, np.bool_)}
-            tensors |= _image_tensors(files) | {"faults": _bytes(json.dumps([astuple(one) for one in faults]).encode())}
-            _save(path, tensors, merge_notes(notes))
+    firsts = list(accumulate((len(store.records) for store in stores), initial=0))[:-1]
+    images: Images = {}
+    for store in stores:
+        for file, (version, is_used) in store.images():
+            earlier, was_used = images.get(file, (version, False))
+            images[file] = earlier, is_used or was_used
+    arrays = {name: [store.block(name) for store in stores] for name in CHUNK_ARRAYS}
+    faults = merge_faults([(first, store.faults) for first, store in zip(firsts, stores, strict=True)])
+    notes = merge_notes([(first, store.notes) for first, store in zip(firsts, stores, strict=True)])
+    _write(path, arrays | _image_arrays(images) | _fault_arrays(faults), notes)
 
 
-def _save(path: Path, tensors: dict[str, npt.NDArray[Any]], notes: dict[str, Note]) -> None:
-    text = json.dumps({kind: astuple(note) for kind, note in notes.items()})
-    checksum = _checksum(text, tensors, {name: list(tensor.shape) for name, tensor in tensors.items()})
-    save_file(tensors, path, {"notes": text, "crc32": checksum})
+def _block(array: npt.NDArray[Any]) -> _Block:
+    return _Block(array.shape, lambda: array)
 
 
-def _image_tensors(files: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
-    paths = sorted(files)
-    versions = np.array([file_version(path) for path in paths], np.int64).reshape(-1, 3)
-    return {"image_paths": _bytes(b"".join(os.fsencode(p) + b"\0" for p in paths)), "image_versions": versions}
+def _bytes(content: bytes) -> _Block:
+    return _block(np.frombuffer(content, np.uint8))
 
 
-def _bytes(content: bytes) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(content, np.uint8)
+def _image_arrays(images: Images) -> _Tensors:
+    paths = sorted(images)
+    return {
+        "image_paths": [_bytes(b"".join(os.fsencode(path) + b"\0" for path in paths))],
+        "image_versions": [_block(np.array([images[path][0] for path in paths], np.int64).reshape(-1, 3))],
+        "image_is_used": [_block(np.array([images[path][1] for path in paths], np.bool_))],
+    }
 
 
-def _mapped(file: BinaryIO, dtype: type[np.generic]) -> npt.NDArray[Any]:
-    file.flush()
-    return np.memmap(file, dtype, mode="r") if file.tell() else np.zeros(0, dtype)
+def _fault_arrays(faults: Sequence[Fault]) -> _Tensors:
+    return {"faults": [_bytes(json.dumps([astuple(one) for one in faults]).encode())]}
 
 
-def _checksum(notes: str, tensors: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> str:
-    """CRC-32 over `notes` and each tensor's name, shape and content, some rows of it at a time."""
-    crc = zlib.crc32(notes.encode())
-    for name in _TYPES:
-        length, *_ = shapes[name]
-        crc = zlib.crc32(f"{name} {shapes[name]}".encode(), crc)
-        for start in range(0, length, _ROWS):
-            rows: npt.NDArray[Any] = tensors[name][start : min(start + _ROWS, length)]
-            crc = zlib.crc32(rows.data, crc)
-    return f"{crc:08x}"
+def _version(path: str) -> Version:
+    try:
+        return file_version(path)
+    except (OSError, ValueError):
+        return _NO_FILE
+
+
+def _write(path: Path, tensors: _Tensors, notes: Mapping[str, Note]) -> None:
+    header = _header(tensors, json.dumps({kind: astuple(note) for kind, note in notes.items()}))
+    crc = zlib.crc32(header)
+    with writing(), path.open("wb") as file:
+        file.write(header)
+        for name, dtype in _TYPES.items():
+            for block in tensors[name]:
+                content = block.read().astype(_NUMPY[dtype], copy=False).tobytes()
+                crc = zlib.crc32(content, crc)
+                file.write(content)
+        file.seek(header.index(_NO_CHECKSUM))
+        file.write(_NO_CHECKSUM.replace(b"00000000", f"{crc:08x}".encode()))
+
+
+def _header(tensors: _Tensors, notes: str) -> bytes:
+    """The file up to its first tensor, without its checksum."""
+    found: dict[str, Any] = {"__metadata__": {"crc32": "00000000", "notes": notes}}
+    start = 0
+    for name, dtype in _TYPES.items():
+        shapes = [block.shape for block in tensors[name]]
+        shape = [sum(length for length, *_ in shapes), *shapes[0][1:]]
+        end = start + math.prod(shape) * np.dtype(_NUMPY[dtype]).itemsize
+        found[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(found).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a file, and where its tensors begin. Raises OSError, and ValueError where the checksum is not that
+    of the content."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        text = file.read(int.from_bytes(length, "little")) if int.from_bytes(length, "little") < 2**40 else b""
+        given = _CHECKSUM.search(text)
+        crc = zlib.crc32(length + _CHECKSUM.sub(_NO_CHECKSUM, text, 1))
+        while block := file.read(_BLOCK):
+            crc = zlib.crc32(block, crc)
+    if given is None or int(given[1], 16) != crc:
+        raise ValueError(f"{path} is damaged: its checksum is not that of its content")
+    return json.loads(text), 8 + len(text)

@@ -1,7 +1,7 @@
 """The check of every sample before the first step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,12 @@ class FaultPolicy:
     on_fault: str = "error"
     max_skipped: int | float = 0
     """A number of samples, or below 1 a share of them."""
+    read_before: int = 0
+    """Samples that a stream has read before, over all epochs."""
+    skipped_before: int = 0
+    """Of these, the ones that it skipped."""
+    epochs: int = 1
+    """In each of which a number of samples may be skipped."""
 
     @classmethod
     def of(cls, data: Data) -> "FaultPolicy":
@@ -53,13 +59,30 @@ class FaultPolicy:
 
     def too_many(self, num_faulty: int, num_samples: int) -> str | None:
         """Why so many samples may not be skipped, None where they may."""
-        allowed = int(self.max_skipped * num_samples) if isinstance(self.max_skipped, float) else self.max_skipped
+        num_faulty, num_samples = num_faulty + self.skipped_before, num_samples + self.read_before
+        allowed = int(self.max_skipped * (num_samples if isinstance(self.max_skipped, float) else self.epochs))
         if num_faulty <= allowed:
             return None
         return (
             f"data.max_skipped: {num_faulty:,} of {num_samples:,} samples have faults, over the {allowed:,} that "
             "may be skipped: correct them, or raise it"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSizes:
+    """The sizes of some samples, by which steps are cut: see `CheckedSamples`."""
+
+    num_tokens: npt.NDArray[np.int32]
+    num_supervised: npt.NDArray[np.int32]
+    sum_weights: npt.NDArray[np.float64]
+    num_image_tokens: npt.NDArray[np.int32]
+    image_token_pairs: npt.NDArray[np.float64]
+
+    @classmethod
+    def joined(cls, each: Sequence["SampleSizes"]) -> "SampleSizes":
+        """Those of all, one after the other."""
+        return cls(*(np.concatenate([getattr(one, field.name) for one in each]) for field in fields(cls)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +121,10 @@ class CheckedSamples:
     def used(self) -> Indices:
         return np.flatnonzero(self.num_tokens)
 
+    def sizes(self, samples: Indices | Sequence[int]) -> SampleSizes:
+        """Of these samples, by index."""
+        return SampleSizes(*(getattr(self, field.name)[samples] for field in fields(SampleSizes)))
+
 
 def check_samples(
     spec: EncodingSpec,
@@ -116,17 +143,21 @@ def check_samples(
     policy = policy or FaultPolicy()
     records = spec.records()
     store = open_store(spec, records, processor, progress)
-    records = records.sequences(store.records, store.turns)
+    samples = StoredSamples(records.sequences(store.records, store.turns), store)
+    checked = check_stored(samples, limit, policy)
+    if not checked.num_tokens.any():
+        raise nothing_left(samples.records, list(checked.dropped), list(checked.skipped))
+    return samples, _selected(samples, checked, choices)
+
+
+def check_stored(samples: StoredSamples, limit: LengthLimit, policy: FaultPolicy) -> CheckedSamples:
+    """What `policy` leaves of samples that are encoded, perhaps nothing. Raises UserError as `check_samples` does."""
+    store = samples.store
     faults = [(one.index, one.reason if one.kind == REFUSED else f"{one.kind}: {one.reason}") for one in store.faults]
     faulty = {index for index, _ in faults}
     over = [i for i in np.flatnonzero(store.num_tokens > limit.num_tokens).tolist() if i not in faulty]
     long = [(index, limit.reason(store.num_tokens[index], store.num_placeholders(index))) for index in over]
-    dropped, skipped = leave_out(records, faults, long, policy)
-    checked = _without(store, dropped, skipped)
-    if not checked.num_tokens.any():
-        raise nothing_left(records, dropped, skipped)
-    samples = StoredSamples(records, store)
-    return samples, _selected(samples, checked, choices)
+    return _without(store, *leave_out(samples.records, faults, long, policy))
 
 
 def leave_out(

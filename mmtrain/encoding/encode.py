@@ -100,9 +100,8 @@ class Encoder:
         Raises SampleError where nothing is trained on.
         """
         trained = self.trained_turns(conversation.messages)
-        if self._layout.is_together(self._layout.form(conversation), trained) or trained == [
-            len(conversation.messages) - 1
-        ]:
+        is_last = trained == [len(conversation.messages) - 1]
+        if is_last or self._layout.is_together(self._layout.form(conversation), trained):
             return [(None, conversation)]
         return [(turn, conversation.up_to(turn)) for turn in trained]
 

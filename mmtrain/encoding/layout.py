@@ -263,8 +263,7 @@ class Layout:
         if prompt_length > starts[first]:
             raise SampleError("the model's chat template writes text of the reply into its prompt")
         border = max(i for i in range(first + 1) if starts[i] <= prompt_length)
-        after = last + 1
-        end, other_end = None, False
+        after, end, other_end = last + 1, None, False
         if after < len(pieces) and pieces[after].kind == "template":
             length, other_end = self._end(pieces[after].text, closing.rpartition(_in_skeleton(pieces[last]))[2])
             end = (after, length) if length else None
@@ -343,8 +342,9 @@ def _filled(skeleton: Sequence[Piece], words: Sequence[str], whole: str) -> list
 
 def _as_rendered(words: str, following: str, whole: str, at: int) -> str:
     """The words as they stand in `whole` at `at`: as written, trimmed, or escaped as in JSON."""
-    trimmed = [strip(words, of) for of in (None, "\n") for strip in (str.lstrip, str.rstrip, str.strip)]
-    for variant in (words, *trimmed, json.dumps(words, ensure_ascii=False)[1:-1]):
+    trimmed = (strip(words, of) for of in (None, "\n") for strip in (str.lstrip, str.rstrip, str.strip))
+    escaped = (json.dumps(text, ensure_ascii=False)[1:-1] for text in (words,))
+    for variant in itertools.chain((words,), trimmed, escaped):  # mostly the first: the others are made when needed
         if whole.startswith(variant + following, at):
             return variant
     raise SampleError(f"the model's chat template changes the text {shown(words, 40)}")

@@ -47,7 +47,7 @@ def try_template(template: str | None, render: Render) -> None:
         try:
             code = _render_all(render)
         finally:
-            os._exit(code)  # whatever happens, this process is not to go on as a second one of the program
+            os._exit(code)  # it must not continue as a second copy of the program
     reason = _outcome(child)
     if reason is not None:
         raise UserError(f"the chat template is refused: for a short conversation it {reason}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmtrain.encoding.fast_template import text_encoder, without_padding
+from mmtrain.encoding.fast_template import inference_encoder, text_decoder, text_encoder, without_padding
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.safe_text import shown
@@ -108,6 +108,9 @@ class Tokenizer:
         self._encoders = [text_encoder(self.wrapped, literal=False), text_encoder(literal, literal=True)]
         self.traits = probe_tokenizer(self.wrapped, self._encoders[False], eos_ids, image_token)
         self._head = functools.cache(self._encode)
+        self._decode = text_decoder(self.wrapped)
+        self.encode_for_inference = inference_encoder(self.wrapped)
+        """From whole texts, and whether special tokens are added to each, to the ids that inference makes of them."""
 
     def encode(
         self, text: str, after: int | None, literal: bool = False, known: Mapping[str, list[int]] | None = None
@@ -154,7 +157,7 @@ class Tokenizer:
         return -1 if found is None else int(found)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.wrapped.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return self._decode(list(ids))
 
     def _after_anchor(
         self, text: str, after: int | None, literal: bool, known: Mapping[str, list[int]]

@@ -1,12 +1,9 @@
 """`mmtrain eval perplexity`: how likely the right answers are, what the images are worth, and adapters compared."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from mmtrain.config import Config
 from mmtrain.errors import UserError
@@ -18,6 +15,7 @@ from mmtrain.scoring import statistics
 from mmtrain.scoring.changed_images import CHANGES
 from mmtrain.scoring.distributions import Distributions, calibration_figures
 from mmtrain.scoring.loaded_model import LoadedModel
+from mmtrain.scoring.results import show
 from mmtrain.scoring.scores import Scores
 from mmtrain.scoring.statistics import per_token
 
@@ -45,14 +43,7 @@ def eval_perplexity(config: Config, options: Options) -> None:
     row: Any = _compare(evaluation, options.compare) if options.compare else figures(evaluation, options)
     if not evaluation.is_main:
         return
-    if options.json:
-        print(json.dumps(row, ensure_ascii=False, allow_nan=False))
-        return
-    console = Console(highlight=False, emoji=False, markup=False)
-    if options.compare:
-        print_comparison(row, console)
-    else:
-        print_report(row, console)
+    show(row, options.json, print_comparison if options.compare else print_report)
 
 
 def perplexity_figures(config: Config, options: Options) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmtrain.safe_text import shortened, visible
+from mmtrain.scoring.results import figure_table, say
 
 _NAME_WIDTH = 22
 _GROUPS = (("sources", "source"), ("turns", "turn"), ("modality", "samples"), ("lengths", "tokens of an answer"))
@@ -35,48 +36,48 @@ _NOT_ACCURACY = (
 def print_report(row: Mapping[str, Any], console: Console) -> None:
     """Prints the figures of `row`; its losses are in nats per token."""
     for line in _head(row):
-        _say(line, console)
-    _say(f"\n{_NOT_ACCURACY}", console, wrap=True)
+        say(line, console)
+    say(f"\n{_NOT_ACCURACY}", console, wrap=True)
     for key, title in _GROUPS:
         if row[key]:
             console.print()
             console.print(_group_table(title, row[key]))
     for key, title in (("least_likely", "Least likely samples"), ("most_likely", "Most likely samples")):
         if row[key]:
-            _say(f"\n{title}, nats per token", console)
+            say(f"\n{title}, nats per token", console)
         for entry in row[key]:
             question, reference = (visible(shortened(entry[name], _MAX_TEXT)) for name in ("question", "reference"))
-            _say(f"  {entry['nll']:>8.4f}  {visible(entry['place'])}", console)
-            _say(f"            {question} → {reference}", console)
+            say(f"  {entry['nll']:>8.4f}  {visible(entry['place'])}", console)
+            say(f"            {question} → {reference}", console)
     if row["images"] is not None:
         console.print()
         console.print(_image_table(row["images"]))
-        _say(f"\n{_sentence(row['images']['verdict'])}", console, wrap=True)
+        say(f"\n{_sentence(row['images']['verdict'])}", console, wrap=True)
 
 
 def print_comparison(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Prints a row for each model; the differences are from the first model on the same answers."""
-    table = _table("model", "perplexity", "nats/token", "more than first", "share")
+    table = figure_table("model", "perplexity", "nats/token", "more than first", "share")
     for row in rows:
         perplexity = f"{_number(row['perplexity'])}\n{_range(map(_number, row['interval']['perplexity']))}"
         figures = row["difference"]
         more = [_nats(figures), _share(figures).split("\n")[0]] if figures else ["–", "–"]
         table.add_row(Text(visible(row["name"])), perplexity, f"{row['nll']:.4f}", *more)
     console.print(table)
-    _say("\nThe second lines are 95 % intervals.", console)
+    say("\nThe second lines are 95 % intervals.", console)
     if any(row["difference"] for row in rows):
-        _say("Below 0 a model is better than the first, surely so where its whole interval is.", console, wrap=True)
+        say("Below 0 a model is better than the first, surely so where its whole interval is.", console, wrap=True)
     console.print()
     console.print(_distribution_table(rows))
-    _say(f"\n{_DISTRIBUTIONS}", console, wrap=True)
+    say(f"\n{_DISTRIBUTIONS}", console, wrap=True)
     for row in rows:
-        _say(f"\n{visible(row['name'])}: accuracy by confidence", console)
+        say(f"\n{visible(row['name'])}: accuracy by confidence", console)
         for line in _calibration_plot(row["calibration"]["bins"]):
-            _say(line, console)
+            say(line, console)
 
 
 def _distribution_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("model", "KL", "entropy", "expected", "observed", "error")
+    table = figure_table("model", "KL", "entropy", "expected", "observed", "error")
     for row in rows:
         own, far = row["calibration"], row["divergence"]
         divergence = "–" if far is None else f"{far['mean']:.4f}\n{far['interval'][0]:.4f} to {far['interval'][1]:.4f}"
@@ -130,7 +131,7 @@ def _line(name: str, value: str, more: str) -> str:
 
 
 def _group_table(title: str, groups: Mapping[str, Mapping[str, float]]) -> Table:
-    table = _table(title, "perplexity", "nats/token", "accuracy", "tokens", "samples")
+    table = figure_table(title, "perplexity", "nats/token", "accuracy", "tokens", "samples")
     for name, group in groups.items():
         figures = [_number(group["perplexity"]), f"{group['nll']:.4f}", f"{group['token_accuracy']:.2%}"]
         counts = [f"{group['num_supervised']:,}", f"{group['num_samples']:,}"]
@@ -140,19 +141,10 @@ def _group_table(title: str, groups: Mapping[str, Mapping[str, float]]) -> Table
 
 
 def _image_table(images: Mapping[str, Any]) -> Table:
-    table = _table("images", "nats/token", "more by, 95 %", "share, 95 %", "samples")
+    table = figure_table("images", "nats/token", "more by, 95 %", "share, 95 %", "samples")
     for key, name in _CHANGES.items():
         if figures := images.get(key):
             table.add_row(name, f"{figures['nll']:.4f}", _nats(figures), _share(figures), f"{figures['num_samples']:,}")
-    return table
-
-
-def _table(name: str, *numbers: str) -> Table:
-    """A table without lines; numbers that are too wide continue in the next line, so that no digit is lost."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column(name, overflow="fold")
-    for number in numbers:
-        table.add_column(number, justify="right", overflow="fold")
     return table
 
 
@@ -196,7 +188,3 @@ def _count(number: int, name: str) -> str:
 
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
-
-
-def _say(line: str, console: Console, wrap: bool = False) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=not wrap)

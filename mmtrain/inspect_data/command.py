@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mmtrain.config import Config
+from mmtrain.dataset.shard_order import first_file
 from mmtrain.encoding.load import processor_of
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.inspect_data.overlap import find_overlap
@@ -26,7 +27,7 @@ def inspect_data(config: Config, as_json: bool, html: Path | None) -> int:
         )
     if html is not None and (html.is_dir() or not html.absolute().parent.is_dir()):
         raise UserError(f"--html {shown(html)}: expected the name of a file in a folder that exists")
-    report = _report(config)
+    report = _report(first_file(config, Progress().say))
     if html is not None:
         with storage_faults(f"--html {shown(html)}: it cannot be written"):
             html.write_text(report.page(), encoding="utf-8", newline="\n")

@@ -46,7 +46,8 @@ def look_at(config: Config, split: str, choose: Callable[[int, Sequence[int]], l
     samples: StoredSamples | FreshSamples
     if store is not None:
         samples = StoredSamples(records.sequences(store.records, store.turns), store)
-        indices = [index for record in chosen for index in np.flatnonzero(store.records == record).tolist()]
+        encoded = np.flatnonzero(store.num_tokens)
+        indices = [index for record in chosen for index in encoded[store.records[encoded] == record].tolist()]
     elif (chunk.turns < 0).all():
         samples = FreshSamples(records, encoder)
         indices = [record for number, record in enumerate(chosen) if number not in refused]

@@ -8,10 +8,12 @@ from pathlib import Path
 from rich.console import Console
 
 from mmtrain.config import Config
+from mmtrain.dataset.shard_order import first_file
 from mmtrain.errors import StorageError, UserError, grouped
 from mmtrain.inspect_labels.chosen import ChosenSamples, look_at
 from mmtrain.inspect_labels.options import Options
 from mmtrain.inspect_labels.terminal import print_sample
+from mmtrain.progress import Progress
 from mmtrain.safe_text import shown, visible
 
 __all__ = ["Options", "inspect_labels"]
@@ -26,6 +28,8 @@ def inspect_labels(config: Config, options: Options) -> int:
         from mmtrain.inspect_labels.pair_command import inspect_pairs
 
         return inspect_pairs(config, options)
+    if options.split == "train":
+        config = first_file(config, Progress().say)
     if options.all:
         return _audit(config, options)
     chosen = look_at(config, options.split, lambda num_samples, used: _chosen(num_samples, used, options))

@@ -11,6 +11,7 @@ from mmtrain.config.schema import Config
 from mmtrain.config.yaml_file import read_yaml
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.samples import FreshSamples
+from mmtrain.dataset.shard_order import first_file
 from mmtrain.encoding.directory import model_directory
 from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.processor import ChatProcessor
@@ -76,10 +77,11 @@ def samples_of_run(source: MergeSource, processor: ChatProcessor, say: Callable[
     if config is None:
         say("no run is known for this adapter: the logits are compared on random samples")
         return []
-    spec = EncodingSpec.of(config, config.data.train)
     limit = length_limit(source.base, config.data.max_length).num_tokens
     found, reason = [], "they are too long"
     try:
+        config = first_file(config, say)
+        spec = EncodingSpec.of(config, config.data.train)
         samples = FreshSamples(spec.records(), spec.encoder(processor))
         for index in np.unique(np.linspace(0, len(samples) - 1, NUM_SAMPLES).astype(int)).tolist():
             encoded = samples.encoded(index)

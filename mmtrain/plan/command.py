@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from mmtrain.config import Config
+from mmtrain.dataset.shard_order import first_file
 from mmtrain.encoding.load import processor_of
 from mmtrain.errors import UserError
 from mmtrain.plan.memory import cpu_memory, gpu_memory
@@ -30,6 +31,7 @@ def plan(config: Config, processes: str, as_json: bool) -> None:
     config.objective.check_command("plan", "chat", "inspect-labels --all to check pairs")
     counts = _counts(processes)
     progress = Progress()
+    config = first_file(config, progress.say)
     processor = processor_of(config.model)
     dataset = Dataset(config, processor, progress)
     structure = structure_of(config, processor)

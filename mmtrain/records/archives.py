@@ -61,7 +61,7 @@ class _Tar(_Opened):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._index = tar_index(path)
-        self._numbers = {_normal(self._index.name(number)): number for number in range(len(self._index))}
+        self._numbers = {_normal(name): number for number, name in enumerate(self._index.names())}
 
     def read(self, name: str, max_size: int) -> bytes | None:
         number = self._numbers.get(_normal(name))

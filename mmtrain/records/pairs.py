@@ -1,6 +1,7 @@
 """A pair as plain data: a query, the items that match it and items that do not. Contrastive training reads records so.
 
-An item is a text, one or more images, or both, the images first. `records.pair_shapes` lists the shapes of records.
+An item is a text, one or more images, or both: the images first, or where the text has a mark for each.
+`records.pair_shapes` lists the shapes of records.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text
+from mmtrain.records.chat import Conversation, Image, Message, Part, SampleError, Text
 from mmtrain.records.formats import read_record
 from mmtrain.records.pair_shapes import recognise_pair
 from mmtrain.records.record_keys import Record, check_keys, check_no_image_is_lost, without_keys
@@ -23,6 +24,8 @@ class Item:
     images: tuple[Image, ...] = ()
     instruction: str | None = None
     """What the embedding is for: the system text of a vision-language model."""
+    parts: tuple[Part, ...] = ()
+    """Texts and images in order, where an image comes after a text; `text` is then all of them, one after the other."""
 
     def content_key(self, image_hashes: Sequence[str]) -> str:
         """The SHA-256 of the text, the instruction and `image_hashes`, the SHA-256 of each image's bytes, in order.
@@ -31,11 +34,13 @@ class Item:
         """
         if len(image_hashes) != len(self.images):
             raise ValueError(f"{len(image_hashes)} hashes for {len(self.images)} images")
-        return hashlib.sha256(repr((self.text, self.instruction, list(image_hashes))).encode()).hexdigest()
+        content = (self.text, self.instruction, list(image_hashes))
+        order = [part.text if isinstance(part, Text) else None for part in self.parts]
+        return hashlib.sha256(repr((*content, order) if order else content).encode()).hexdigest()
 
     def conversation(self) -> Conversation:
         """The item as what a chat template takes: the instruction as the system text, then one turn of the user."""
-        parts = (*self.images, *((Text(self.text),) if self.text else ()))
+        parts = self.parts or (*self.images, *((Text(self.text),) if self.text else ()))
         system = (Message("system", (Text(self.instruction),)),) if self.instruction else ()
         return Conversation((*system, Message("user", parts)))
 
@@ -107,11 +112,9 @@ def _item(record: Record, what: str, image_mark: str | None) -> Item:
     turns = [message for message in conversation.messages if message.role != "system"]
     if len(turns) != 1:
         raise SampleError(f"{what} has {len(turns)} turns: expected one turn, and a system text if there is one")
-    kinds = [isinstance(part, Text) for part in turns[0].parts]
-    if kinds != sorted(kinds):
-        raise SampleError(f"{what} has an image after its text: images come first, so move the mark to the beginning")
-    text, images = turns[0].text, conversation.images
+    parts, text, images = turns[0].parts, turns[0].text, conversation.images
+    is_text = [isinstance(part, Text) for part in parts]
     if not text.strip() and not images:
         raise SampleError(f"{what} has neither text nor an image")
     system = "\n".join(message.text for message in conversation.messages if message.role == "system")
-    return Item(text if text.strip() else None, images, system or None)
+    return Item(text if text.strip() else None, images, system or None, () if is_text == sorted(is_text) else parts)

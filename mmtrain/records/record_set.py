@@ -26,11 +26,18 @@ Counts = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
-class _OpenFile:
+class OpenFile:
+    """A file of records of a source, opened."""
+
     records: RecordFile
-    roots: tuple[Path, ...]
     spec: Source
     source: int
+    """The position of the source in the config's list."""
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The folders and archives that image paths are relative to."""
+        return tuple(map(Path, self.spec.roots)) or (self.records.path.parent,)
 
 
 class RecordSet:
@@ -47,13 +54,28 @@ class RecordSet:
         Raises UserError where a source cannot be read.
         """
         self._ignored, self._drops_reasoning = ignored, drops_reasoning
-        self._rows: tuple[Counts, Counts] | None = None
         self.num_sources = len(sources)
-        self._files: list[_OpenFile] = []
-        for number, source in enumerate(sources):
-            for records in open_records(source.path, source.split):
-                roots = tuple(map(Path, source.roots)) or (records.path.parent,)
-                self._files.append(_OpenFile(records, roots, source, number))
+        self._open(
+            [
+                OpenFile(records, source, number)
+                for number, source in enumerate(sources)
+                for records in open_records(source.path, source.split)
+            ]
+        )
+
+    @classmethod
+    def of_files(
+        cls, files: Sequence[OpenFile], ignored: Set[str] = frozenset(), drops_reasoning: bool = False
+    ) -> "RecordSet":
+        """The records of some files only, as in `__init__`."""
+        made = cls((), ignored, drops_reasoning)
+        made.num_sources = 1 + max(file.source for file in files)
+        made._open(files)
+        return made
+
+    def _open(self, files: Sequence[OpenFile]) -> None:
+        self._files = files
+        self._rows: tuple[Counts, Counts] | None = None
         for path in self.archives:
             open_archive(path)  # a broken one is found now
         self._ends = list(accumulate(len(file.records) for file in self._files))
@@ -112,6 +134,10 @@ class RecordSet:
         """The folders and archives that a sample's image paths are relative to."""
         return self._find(index)[0].roots
 
+    def folders(self, index: int) -> list[Path]:
+        """Those of `roots` that are no archives."""
+        return [root for root in self.roots(index) if not is_archive(root)]
+
     def conversation(self, index: int) -> Conversation:
         """Raises SampleError where the record is not a conversation."""
         record, spec = self._record(index)
@@ -132,7 +158,7 @@ class RecordSet:
         file, local = self._find(index)
         return map_fields(file.records.record(local), file.spec.fields), file.spec
 
-    def _find(self, index: int) -> tuple[_OpenFile, int]:
+    def _find(self, index: int) -> tuple[OpenFile, int]:
         record = self.record(index)
         number = bisect_right(self._ends, record)
         file = self._files[number]

@@ -11,8 +11,18 @@ def differing_keys(configs: Sequence[dict[str, Any]]) -> list[tuple[str, list[st
     """
     flat = [dict(_leaves(config)) for config in configs]
     keys = dict.fromkeys(key for one in flat for key in one)
+    sections = {section for key in keys for section in _sections_of(key)}  # a run without one has null there
+    keys = dict.fromkeys(key for key in keys if key not in sections)
     rows = [(key, [_text(one[key]) if key in one else "–" for one in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1 and key != "run.output_dir"]
+
+
+def _sections_of(key: str) -> Iterator[str]:
+    """The paths of the sections that `key` is in."""
+    at = key.find(".")
+    while at >= 0:
+        yield key[:at]
+        at = key.find(".", at + 1)
 
 
 def _leaves(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:

@@ -48,6 +48,8 @@ def _tiles(run: RunRecord) -> list[tuple[str, str]]:
         averages = smoothed(losses)
         tiles.append(("loss", f"{number(losses[0])} → {number(averages[-1])}"))
     tiles += [(f"perplexity, {one.name}", f"{number(one.first)} → {number(one.last)}") for one in found.evals]
+    for way in found.retrieval:
+        tiles.append((f"recall@1, {way.direction.replace('_', ' ')}, {way.name}", f"{way.first:.1%} → {way.last:.1%}"))
     for name, rows in run.answers.items():
         last = rows[-1]
         score, blind = last["metrics"].get(last["metric"]), last["blind"].get(last["metric"])

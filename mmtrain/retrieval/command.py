@@ -40,7 +40,7 @@ def eval_retrieval(config: Config, options: Options) -> None:
     row, evaluation = retrieval_figures(config, options)
     from mmtrain.retrieval.page import write_page
 
-    show(row, options.html, options.json, print_report, lambda path: write_page(path, row, evaluation.content))
+    show(row, options.json, print_report, options.html, lambda path: write_page(path, row, evaluation.content))
 
 
 def retrieval_figures(config: Config, options: Options) -> tuple[dict[str, Any], RetrievalEvaluation]:

@@ -22,6 +22,7 @@ from mmtrain.records.chat import SampleError
 from mmtrain.retrieval.figures import Direction, directions, figures
 from mmtrain.retrieval.item_content import ItemContent
 from mmtrain.retrieval.zero_shot import Classes, labels, zero_shot_figures
+from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import shown
 
 _ANY_LENGTH = 10**9
@@ -76,13 +77,24 @@ class RetrievalEvaluation:
 
     def embed(self, embedder: Embedder) -> Embeddings:
         """Raises UserError where an image no longer decodes."""
-        try:
-            of_items = embed_all(embedder, self.samples.items, self.samples.loaded, self._max_tokens, self._progress)
-            of_texts = None if self._classes is None else self._embed_classes(embedder)
-        except SampleError as error:
-            raise UserError(f"eval retrieval: {error}") from None
+        of_items = self._embed_items(embedder, (0, 1))
+        of_texts = None if self._classes is None else self._embed_classes(embedder)
         classes = None if of_texts is None or self._classes is None else self._classes.embeddings(of_texts)
         return Embeddings(of_items, classes)
+
+    def embed_together(self, embedder: Embedder, runtime: Runtime) -> Embeddings | None:
+        """The same without classes, each process embedding some of the items: all get the bits that one would. None
+        where a signal asked all processes to stop. Raises UserError as above."""
+        own = self._embed_items(embedder, (runtime.index, runtime.num_processes))
+        total, stop_signal = runtime.agree(own.double().flatten())
+        return None if stop_signal is not None else Embeddings(total.float().view_as(own), None)
+
+    def _embed_items(self, embedder: Embedder, share: tuple[int, int]) -> torch.Tensor:
+        samples = self.samples
+        try:
+            return embed_all(embedder, samples.items, samples.loaded, self._max_tokens, self._progress, share)
+        except SampleError as error:
+            raise UserError(f"eval retrieval: {error}") from None
 
     def _embed_classes(self, embedder: Embedder) -> torch.Tensor:
         items = self._class_items

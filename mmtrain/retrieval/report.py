@@ -9,6 +9,7 @@ from rich.text import Text
 
 from mmtrain.retrieval.metrics import NAMES
 from mmtrain.safe_text import shortened, visible
+from mmtrain.scoring.results import figure_table, say
 
 DIRECTIONS = {
     "image_to_text": "Texts for an image",
@@ -22,21 +23,21 @@ _NUM_SHOWN = 5
 def print_report(row: Mapping[str, Any], console: Console) -> None:
     """Prints what `row`, made by `figures`, has."""
     for name, source in row["sources"].items():
-        _say(visible(name), console)
+        say(visible(name), console)
         _print_directions(source, console)
     if row["sources"]:
-        _say("All sources together", console)
+        say("All sources together", console)
     _print_directions(row, console)
     for key, found in directions_of(row).items():
         if found["most_confused"]:
-            _say(f"{DIRECTIONS[key]}, most confused:", console)
+            say(f"{DIRECTIONS[key]}, most confused:", console)
         for one in found["most_confused"][:_NUM_SHOWN]:
-            _say(f"  {_confused(one)}", console)
+            say(f"  {_confused(one)}", console)
     if row["zero_shot"] is not None:
         console.print()
         console.print(_zero_shot_table(row["zero_shot"]))
     if row["dropped"]:
-        _say(f"\n{len(row['dropped']):,} samples are left out", console)
+        say(f"\n{len(row['dropped']):,} samples are left out", console)
 
 
 def directions_of(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,8 +64,8 @@ def rows_of(found: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def _print_directions(row: Mapping[str, Any], console: Console) -> None:
     for key, found in directions_of(row).items():
-        _say(f"{DIRECTIONS[key]}: {counts(found)}", console)
-        table = _table("", "mean", "95 %", "chance", *(("base", "points more (95 %)") if "base" in found else ()))
+        say(f"{DIRECTIONS[key]}: {counts(found)}", console)
+        table = figure_table("", "mean", "95 %", "chance", *(("base", "points more (95 %)") if "base" in found else ()))
         for cells in rows_of(found):
             table.add_row(*cells)
         console.print(table)
@@ -72,21 +73,13 @@ def _print_directions(row: Mapping[str, Any], console: Console) -> None:
 
 
 def _zero_shot_table(found: Mapping[str, Any]) -> Table:
-    table = _table(f"Zero-shot, {found['num_classes']:,} classes, {found['num_images']:,} images", "mean", "95 %")
+    table = figure_table(f"Zero-shot, {found['num_classes']:,} classes, {found['num_images']:,} images", "mean", "95 %")
     for name, (low, high) in found["interval"].items():
         table.add_row(name, f"{found[name]:.1%}", f"{low:.1%} to {high:.1%}")
     table.add_row("mean over classes of accuracy@1", f"{found['mean_class_accuracy']:.1%}", "")
     worst = sorted(found["by_class"].items(), key=lambda one: one[1])[:_NUM_SHOWN]
     for name, accuracy in worst:
         table.add_row(Text(f"  {_short(name, 40)}"), f"{accuracy:.1%}", "")
-    return table
-
-
-def _table(name: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column(name, overflow="fold")
-    for other in others:
-        table.add_column(other, justify="right", overflow="fold")
     return table
 
 
@@ -102,7 +95,3 @@ def _shown(item: Mapping[str, Any]) -> str:
 
 def _short(text: str, limit: int) -> str:
     return visible(shortened(text, limit))
-
-
-def _say(line: str, console: Console) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -99,7 +99,7 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     p, d = log_p.exp(), log_q - log_p
     near = p * (d.expm1() - d)
     far = log_q.exp() - p - p * d
-    terms = torch.where(d.abs() < _SMALL, near, far)
+    terms = torch.where(d.abs() < _SMALL, near, far).masked_fill(log_q == -torch.inf, torch.inf)
     return terms.masked_fill(log_p == -torch.inf, 0).sum(-1) + log_q.exp().masked_fill(log_p != -torch.inf, 0).sum(-1)
 
 

@@ -39,7 +39,7 @@ class ChatObjective:
         write_facts(self._config, self.data, self._learner)
 
     def steps(self) -> StepCuts:
-        return StepCuts(self.data, self._learner, self._config.run)
+        return StepCuts(self.data, self._learner, self._config.run, self.data.stream)
 
     def evaluations(self) -> list[Evaluation]:
         return make_evaluations(self._config, self.data, self._learner, self._progress)

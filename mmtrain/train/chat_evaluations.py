@@ -44,7 +44,7 @@ def _sharded(learner: Learner) -> Sharded:
         return found
 
     def all_have_ended(own: bool) -> bool:
-        num_going_on, stop_signal = learner.runtime.agree(torch.tensor([float(not own)], dtype=torch.float64))
-        return stop_signal is not None or not num_going_on.item()
+        num_unfinished, stop_signal = learner.runtime.agree(torch.tensor([float(not own)], dtype=torch.float64))
+        return stop_signal is not None or not num_unfinished.item()
 
     return Sharded(inside, all_have_ended)

@@ -14,7 +14,9 @@ from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.plan import Indices, Plan
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.selection import SelectedSources
-from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, check_samples
+from mmtrain.dataset.stream import Stream
+from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, LengthLimit, SampleSizes, check_samples
+from mmtrain.encoding.load import processor_of
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.load import length_limit
@@ -26,26 +28,47 @@ from mmtrain.train.watched import chat_names, check_watched
 class Dataset:
     """The training samples, the evaluation sets and the plan of steps of one config.
 
+    With `data.streaming` the run takes its samples from `stream`, and `train`, `checked` and `plan` are those of its
+    first window alone, from which memory is predicted.
+
     Raises UserError with every sample of every source that cannot be used.
     """
 
     def __init__(self, config: Config, processor: ChatProcessor, progress: Progress) -> None:
         sources = eval_sources(config)
         selected = {
-            "train": SelectedSources.for_training(config.data),
-            **{
-                f"evaluation set {name}": SelectedSources.for_evaluation(config.data, [source])
-                for name, source in sources.items()
-            },
+            f"evaluation set {name}": SelectedSources.for_evaluation(config.data, [source])
+            for name, source in sources.items()
         }
+        if config.data.streaming is None:
+            selected = {"train": SelectedSources.for_training(config.data), **selected}
         limit = length_limit(config.model.path, config.data.max_length)
         check = functools.partial(check_samples, processor=processor, limit=limit, policy=FaultPolicy.of(config.data))
-        (self.train, self.checked), *found = _check_all(config, selected, check, progress)
+        found = _check_all(config, selected, check, progress)
+        self.stream = _open_stream(config, limit, progress)
+        self.train, self.checked = found.pop(0) if self.stream is None else self.stream.head.checked_samples
         self.encoder = EncodingSpec.of(config, config.data.train).encoder(processor)
         self.eval = make_eval_sets(config, self.encoder, found)
         check_watched(config, chat_names(self.eval))
-        self.plan = Plan.of(config, self.train.records, self.checked.used)
+        if self.stream is None:
+            self.plan = Plan.of(config, self.train.records, self.checked.used)
+        else:
+            self.plan = Plan([self.checked.used], [1.0], config.train.batch_size, config.train.seed)
         self.num_steps = num_steps(config.train, self.plan)
+        self.num_trained = len(self.checked.used) if self.stream is None else self.num_steps * config.train.batch_size
+        """The samples that are trained on; with a stream a sample counts in each epoch."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps_per_epoch
+
+    def step(self, number: int) -> list[int]:
+        """The samples of a step, counted from 1."""
+        return self.plan.step(number)
+
+    def sizes(self, samples: list[int]) -> SampleSizes:
+        """Of these samples."""
+        return self.checked.sizes(samples)
 
     def summary(self) -> str:
         """What was read, in one line, and what was dropped."""
@@ -57,8 +80,12 @@ class Dataset:
             samples = f"{num_records:,} conversations gave {len(used):,} sequences"
         line = (
             f"{samples}, {self.checked.num_images:,} images, {tokens:,} tokens "
-            f"({supervised / tokens:.1%} trained on); {self.num_steps:,} steps, {self.plan.steps_per_epoch:,} an epoch"
+            f"({supervised / tokens:.1%} trained on); {self.num_steps:,} steps"
         )
+        if self.stream is not None:
+            how = f"{len(self.stream.order):,} files, {self.stream.window:,} records at a time"
+            return f"streaming: {how}; in the first window {line}"
+        line += f", {self.plan.steps_per_epoch:,} an epoch"
         return line + "".join(f"; {more}" for more in (self._left_out(), self._not_chosen()) if more)
 
     def _left_out(self) -> str:
@@ -79,10 +106,11 @@ class Dataset:
 
     def dropped_rows(self) -> list[dict[str, Any]]:
         """A row for each sample that is left out by `data.too_long: drop` or `data.on_fault: skip`."""
-        sets = [self.train, *(one.samples for one in self.eval)]
+        sets = [] if self.stream else [(self.train, self.checked)]
+        sets += [(one.samples, one.checked) for one in self.eval]
         return [
             {"file": str(place.file), "line": place.line, "place": str(place), "reason": reason}
-            for samples, checked in zip(sets, self._all_checked, strict=True)
+            for samples, checked in sets
             for index, reason in checked.left_out
             for place in [samples.place(index)]
         ]
@@ -129,6 +157,14 @@ def _check_all(
     if faults:
         raise UserError(faults)
     return found
+
+
+def _open_stream(config: Config, limit: LengthLimit, progress: Progress) -> Stream | None:
+    if config.data.streaming is None:
+        return None
+    with progress.task("reading the first samples"):
+        processor = processor_of(config.model, tried=True)  # for its own thread
+        return Stream(config, processor, limit, progress.tick)
 
 
 def num_steps(settings: Train, plan: Plan) -> int:

@@ -58,7 +58,7 @@ def export(learner: Learner, config: Config, dataset: Dataset, name: str | None 
         own = learner.processor
         copy_processor(model_directory(config.model.path), made, own.given_template, own.image_settings)
         loader, quantization = auto_class(model.config).__name__, config_as_code(model)
-        card = model_card(config, loader, is_adapter, len(dataset.checked.used), quantization, step)
+        card = model_card(config, loader, is_adapter, dataset.num_trained, quantization, step)
         (made / "README.md").write_text(card, encoding="utf-8")
         move_into_place(target, made)
     if weights is not None:

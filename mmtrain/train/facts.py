@@ -35,7 +35,8 @@ def _facts(config: Config, dataset: Dataset, learner: Learner) -> dict[str, Any]
     runtime = learner.runtime
     return {
         "num_steps": dataset.num_steps,
-        "steps_per_epoch": dataset.plan.steps_per_epoch,
+        "steps_per_epoch": None if dataset.stream else dataset.plan.steps_per_epoch,
+        "streaming": dataset.stream is not None,
         "num_processes": runtime.num_processes,
         "device": str(runtime.device.type),
         "components": [asdict(row) for row in learner.component_reports],

@@ -21,6 +21,7 @@ BEST = "best"
 FACTS = "facts.json"
 _LOCK = ".lock"
 _FINISHED = "finished.json"
+_DROPPED = "dropped.jsonl"
 
 
 @contextmanager
@@ -94,7 +95,7 @@ def start_over(output_dir: Path) -> None:
     for name in ("checkpoints", "adapter", "model", BEST, "answers", "trackers", "stacks"):
         shutil.rmtree(output_dir / name, ignore_errors=True)
     with storage_faults(f"{visible(str(output_dir))}: an earlier run cannot be deleted"):
-        for name in ("metrics.jsonl", "dropped.jsonl", "report.html", FACTS, _FINISHED):
+        for name in ("metrics.jsonl", _DROPPED, "report.html", FACTS, _FINISHED):
             (output_dir / name).unlink(missing_ok=True)
 
 
@@ -118,12 +119,39 @@ def write_finished(output_dir: Path, step: int) -> None:
         move_into_place(path, made)
 
 
-def write_inputs(output_dir: Path, config: str, dropped: Sequence[dict[str, Any]]) -> None:
-    """Write the merged config, and a row for each dropped sample, next to the results."""
+def write_inputs(output_dir: Path, config: str, dropped: Sequence[dict[str, Any]], step: int = 0) -> None:
+    """Write the merged config, and a row for each dropped sample, next to the results. Rows that `append_dropped` has
+    added until `step` stay."""
     with storage_faults(f"{output_dir}: the config cannot be written"):
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "config.yaml").write_text(config, encoding="utf-8")
-        path = output_dir / "dropped.jsonl"
-        path.unlink(missing_ok=True)
-        if dropped:
-            path.write_text("".join(json.dumps(row) + "\n" for row in dropped), encoding="utf-8")
+        path = output_dir / _DROPPED
+        rows = [*dropped, *_appended(path, step)]
+        with temporary_path(path) as made:
+            made.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            move_into_place(path, made)
+        if not rows:
+            path.unlink()
+
+
+def append_dropped(output_dir: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add rows of samples that are dropped during the run, each with its `step`."""
+    if not rows:
+        return
+    path = output_dir / _DROPPED
+    with storage_faults(f"{path}: it cannot be written"), path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _appended(path: Path, step: int) -> Iterator[dict[str, Any]]:
+    """The rows of steps until `step`. The last one may be half a line: a later step wrote it."""
+    if not step or not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            with suppress(ValueError):
+                row = json.loads(line)
+                if 0 < row.get("step", 0) <= step:
+                    yield row

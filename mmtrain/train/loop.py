@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from mmtrain.train.optimizer import rate_factor, set_rate
 from mmtrain.train.report import StepReporter, early_line
 from mmtrain.train.resume import Resume
 from mmtrain.train.step import train_step
+from mmtrain.train.stream_steps import begin_step
 from mmtrain.train.watched import Best, History
 
 OnStep = Callable[[dict[str, Any]], None]
@@ -48,10 +51,12 @@ class TrainingLoop:
         try:
             with (
                 open_metrics(self._config, done, runtime.is_main, self._progress.say) as metrics,
+                nullcontext() if self._data.stream is None else closing(self._data.stream),
                 self._progress.task("step", last, done) as task,
             ):
                 memory = partial(used_memory, runtime.device)
-                reporter = StepReporter(last, self._data.plan.steps_per_epoch, task, self._progress, memory)
+                per_epoch = None if self._data.stream else self._data.plan.steps_per_epoch
+                reporter = StepReporter(last, per_epoch, task, self._progress, memory)
                 each, learner = self._objective.evaluations(), self._learner
                 evaluations = Evaluations(each, history, self._config, last, learner.runtime, metrics, self._progress)
                 self._keep_best(history, resume)
@@ -69,6 +74,8 @@ class TrainingLoop:
         except UserError as error:
             self._checkpointer.save_complete(error)
             raise
+        if self._data.stream is not None:
+            self._progress.say(self._data.stream.summary(done))
         if done < last:
             self._progress.say(early_line(self._config, history, done))
         return self._best(history, resume)
@@ -96,6 +103,8 @@ class TrainingLoop:
         """One step: its row of metrics.jsonl, and the signal that asked to stop."""
         self._learner.runtime.activity.set("data", step)
         settings, start = self._config.train, time.perf_counter()
+        if self._data.stream is not None:
+            begin_step(self._data.stream, step, self._learner.runtime, Path(self._config.run.output_dir))
         cut = self._steps.of(step)
         factor = rate_factor(step, self._data.num_steps, settings.warmup_steps, settings.schedule)
         set_rate(self._learner.optimizer, factor)
@@ -103,7 +112,8 @@ class TrainingLoop:
         try:
             done = train_step(self._learner, own, cut.count, step, settings.max_grad_norm)
         except NonFiniteError as error:
-            places = ", ".join(str(self._data.train.place(index)) for index in cut.samples)
+            samples = self._data.stream or self._data.train
+            places = ", ".join(str(samples.place(index)) for index in cut.samples)
             raise NonFiniteError(f"{error}; its samples: {places}; nothing of it is saved") from None
         self._checkpointer.complete = step
         seconds = time.perf_counter() - start

@@ -9,6 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mmtrain.dataset.plan import Indices, Plan
+from mmtrain.dataset.stream import Stream
 from mmtrain.model.tune import ComponentReport
 from mmtrain.records.record_set import RecordSet
 from mmtrain.records.sources.place import Place
@@ -96,6 +97,10 @@ class RunData(Protocol):
 
     @property
     def train(self) -> Samples: ...
+
+    @property
+    def stream(self) -> Stream | None:
+        """What reads the training samples as the run goes; None where all of them are known before it begins."""
 
     @property
     def plan(self) -> Plan: ...

@@ -15,5 +15,11 @@ def check_preconditions(config: Config, runtime: Runtime) -> None:
             f"run.microbatches: {microbatches} cannot be shared by {runtime.num_processes} processes: "
             "expected a multiple of their number, or auto"
         )
+    fewest = max(runtime.num_processes, 1 if microbatches == "auto" else microbatches)
+    if config.data.streaming is not None and config.train.batch_size < fewest:
+        raise UserError(
+            f"train.batch_size: {config.train.batch_size} with data.streaming is fewer than {fewest}, the processes or "
+            "run.microbatches of a step: raise it"
+        )
     check_installed(config.model.quantization)
     check_trackers(config.run.trackers)

@@ -178,9 +178,9 @@ class StepReporter:
     """Shows how the steps go: next to a bar on a terminal, otherwise in a line every few seconds."""
 
     def __init__(
-        self, num_steps: int, steps_per_epoch: int, task: Task, progress: Progress, memory: Callable[[], int]
+        self, num_steps: int, steps_per_epoch: int | None, task: Task, progress: Progress, memory: Callable[[], int]
     ) -> None:
-        """`memory`: gives the bytes in use, whose peak is shown."""
+        """`steps_per_epoch`: None where it is not known. `memory`: gives the bytes in use, whose peak is shown."""
         self._num_steps, self._steps_per_epoch = num_steps, steps_per_epoch
         self._memory, self._peak = memory, 0
         self._task, self._progress = task, progress
@@ -194,12 +194,12 @@ class StepReporter:
         self._num_done += 1
         average = sum(self._losses) / len(self._losses)
         loss, mfu = f"loss {row['loss']:.4f} (average {average:.4f})", f"{row['mfu']:.0%} mfu"
-        epoch = f"epoch {step / self._steps_per_epoch:.2f}"
+        epoch = f"epoch {step / self._steps_per_epoch:.2f}  " if self._steps_per_epoch else ""
         speed = f"{row['num_tokens'] / row['seconds']:,.0f} tok/s"
         self._peak = max(self._peak, self._memory())
         memory = f"peak {self._peak / 2**30:.1f} GiB"
         self._task.advance()
-        self._task.note(f"{epoch}  {loss}  {speed}  {mfu}  {memory}")
+        self._task.note(f"{epoch}{loss}  {speed}  {mfu}  {memory}")
         is_due = not self._progress.shows_bars and (step == 1 or now - self._last_line >= LOG_SECONDS)
         if is_due or step == self._num_steps:
             self._last_line = now
@@ -207,5 +207,5 @@ class StepReporter:
             left = (now - self._start) / self._num_done * (self._num_steps - step)
             eta = f"  ETA {duration(left)}" if left else ""
             self._progress.say(
-                f"step {step}/{self._num_steps}  {epoch}  {loss}  {rate}  {norm}  {speed}  {mfu}  {memory}{eta}"
+                f"step {step}/{self._num_steps}  {epoch}{loss}  {rate}  {norm}  {speed}  {mfu}  {memory}{eta}"
             )

@@ -30,6 +30,8 @@ class Resume:
     """The rows of all evaluations up to `step`."""
     saved: tuple[int, ...] = ()
     """The steps that have a checkpoint."""
+    stream: dict[str, Any] | None = None
+    """Where the stream of `data.streaming` continues."""
 
 
 def find_resume(
@@ -79,7 +81,7 @@ def find_resume(
     others = [f"{key} {old[key]} → {layout[key]}" for key in layout if key in old and old[key] != layout[key]]
     if others:
         progress.say(f"the result is the same within rounding, its bits may differ: {', '.join(others)}")
-    return Resume(checkpoint, int(state["step"]), (*state["accepted"], *accepted))
+    return Resume(checkpoint, int(state["step"]), (*state["accepted"], *accepted), stream=state.get("stream"))
 
 
 def _longer(state: dict[str, Any], config: Config, num_steps: Callable[[Train], int]) -> str:
@@ -120,7 +122,7 @@ def _accepting(keys: Sequence[str]) -> str:
 
 
 def _change(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
-    if key.endswith((".records", ".images", ".weights")) or key in ("model.processor", "model.template"):
+    if key.endswith((".records", ".images", ".weights", ".files")) or key in ("model.processor", "model.template"):
         return "the content has changed since the run started"
     if key == "data.train.used":
         return "other samples are trained on (max_samples, dedup, or the share of data.eval)"

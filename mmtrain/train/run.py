@@ -51,7 +51,7 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
         progress.say(finished_line(output_dir, resume.step, data.num_steps))
         return False
     if runtime.is_main:
-        write_inputs(output_dir, dump_config(config), data.dropped_rows())
+        write_inputs(output_dir, dump_config(config), data.dropped_rows(), resume.step)
     activity.set("loading the model")
     learner = objective.load()
     if runtime.is_main:

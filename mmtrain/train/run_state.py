@@ -9,6 +9,7 @@ from typing import Any
 
 from mmtrain.config import Config
 from mmtrain.config.keys import AFFECTS_BITS
+from mmtrain.dataset.stream import Stream, StreamState
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.image_cache import caches_features
@@ -29,6 +30,7 @@ class RunState:
         self._config, self._runtime = config, runtime
         self._fingerprints: dict[str, str] = {}
         self._accepted: tuple[str, ...] = ()
+        self._stream: Stream | None = None
 
     def resume(self, data: RunData, checkpoints: CheckpointFolder, accept: Sequence[str], progress: Progress) -> Resume:
         """Where the run resumes, found by the first process and reported to all. Raises what `find_resume` raises."""
@@ -38,6 +40,9 @@ class RunState:
             return json.dumps(asdict(found), default=str)
 
         found = json.loads(self._runtime.from_first("resume", find))
+        self._stream = data.stream
+        if data.stream is not None and found["stream"] is not None:
+            data.stream.start(StreamState.of(found["stream"]))
         return Resume(**found | {"checkpoint": found["checkpoint"] and Path(found["checkpoint"])})
 
     def is_finished(self, resume: Resume, num_steps: int) -> bool:
@@ -66,6 +71,7 @@ class RunState:
             "fingerprints": self._fingerprints,
             "accepted": self._accepted,
             "layout": self._layout,
+            "stream": None if self._stream is None else self._stream.state(step).row(),
         }
 
     @property

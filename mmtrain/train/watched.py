@@ -3,6 +3,7 @@
 Everything follows from the rows of metrics.jsonl up to a step, so a run that was killed and resumed decides the same.
 """
 
+import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ Row = dict[str, Any]
 _LOWER_IS_BETTER = ("perplexity", "nll")
 _EVAL_FIGURES = (*_LOWER_IS_BETTER, "token_accuracy")
 _WEIGHTS = {"eval": "num_supervised", "answers": "num_answers"}
+_MAX_LISTED = 20
 _MAX_NLL = 700.0
 """Nats: exp of more than about 709 is no double."""
 
@@ -109,12 +111,19 @@ def check_watched(config: Config, possible: Sequence[str]) -> None:
     faults = []
     for key, name in watched.items():
         if name is not None and name not in possible:
-            expected = f"expected one of {', '.join(possible)}" if possible else "there is nothing to evaluate"
+            expected = _expected(name, possible) if possible else "there is nothing to evaluate"
             no_answers = name.startswith("answers/") and config.objective.kind == "chat" and not config.run.eval_answers
             why = " (answers need run.eval_answers)" if no_answers else ""
             faults.append(f"{key}: {shown(name)}: {expected}{why}")
     if faults:
         raise UserError(faults)
+
+
+def _expected(name: str, possible: Sequence[str]) -> str:
+    if len(possible) <= _MAX_LISTED:
+        return f"expected one of {', '.join(possible)}"
+    some = dict.fromkeys([*difflib.get_close_matches(name, possible), *possible[:3]])
+    return f"expected one of {len(possible)} figures, such as {', '.join(some)}"
 
 
 def chat_names(eval_sets: Sequence[EvalSet]) -> list[str]:

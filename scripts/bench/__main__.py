@@ -2,6 +2,7 @@
 
     python scripts/bench [OPTION...]                 speed and memory next to two other programs
     python scripts/bench growth [OPTION...]          the cost of a token as the data and the samples grow
+    python scripts/bench contrastive [OPTION...]     contrastive steps next to two other libraries
     python scripts/bench balance CONFIG [OPTION...]  how long processes would wait for each other
     python scripts/bench loader [OPTION...]          images per second and core
     python scripts/bench step [OPTION...]            operations and memory of a step of the 7B shape on a GPU
@@ -18,9 +19,15 @@ sys.path.insert(0, SCRIPTS)
 # The measured programs run in processes of their own, which import from here too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (SCRIPTS, os.environ.get("PYTHONPATH"))))
 
-from bench import balance, compare, growth, loader, step  # noqa: E402
+from bench import balance, compare, contrastive, growth, loader, step  # noqa: E402
 
-PARTS = {"growth": growth.main, "balance": balance.main, "loader": loader.main, "step": step.main}
+PARTS = {
+    "growth": growth.main,
+    "contrastive": contrastive.main,
+    "balance": balance.main,
+    "loader": loader.main,
+    "step": step.main,
+}
 
 
 def main() -> None:

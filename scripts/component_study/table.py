@@ -10,7 +10,8 @@ from component_study.trial import BASE, Setting
 from mmtrain.scoring.statistics import mean_by_sample, per_token
 
 Row = dict[str, Any]
-"""The figures of a set of components: `mode`, `components`, `rate`, costs, and each measure with its interval."""
+"""The figures of a set of components: `mode`, `components`, `rate`, costs, and each measure with its interval.
+`to_sets` has the paired differences of exact match from every other set of the same mode."""
 _LANGUAGE = ("language",)
 _HEADS = (
     "mode", "trained", "parameters", "rate", "perplexity", "exact match", "to base", "to language only",
@@ -37,6 +38,11 @@ def rows_of(results: Mapping[Setting, dict[str, Any]]) -> list[Row]:
             "tried": _tried(groups[mode, subset], results),
             **{name: own.get(name) for name in ("num_trainable", "tokens_per_second", "peak_mib")},
             **_figures(own, base, averages.get((mode, _LANGUAGE)) if subset else None),
+            "to_sets": {
+                " + ".join(other): _gain(own, theirs)
+                for (other_mode, other), theirs in averages.items()
+                if other_mode == mode and other != subset
+            },
         }
         for (mode, subset), own in averages.items()
     ]
@@ -81,14 +87,17 @@ def _figures(own: dict[str, Any], base: dict[str, Any], language: dict[str, Any]
         "perplexity": [math.exp(nll["mean"]), *(math.exp(end) for end in nll["interval"])],
         "exact_match": _mean(score["question_sample"], score["right"]),
         "exact_match_by_seed": score["right_by_seed"],
-        "to_base": _mean(score["question_sample"], score["right"] - base["eval"]["right"]),
-        "to_language": None if language is None else _mean(
-            score["question_sample"], score["right"] - language["eval"]["right"]
-        ),
+        "to_base": _gain(own, base),
+        "to_language": None if language is None else _gain(own, language),
         "other_divergence": [divergence["mean"], *divergence["interval"]],
         "other_exact_match": _mean(other["question_sample"], other["right"]),
-        "other_to_base": _mean(other["question_sample"], other["right"] - base["other"]["right"]),
-    }  # fmt: skip
+        "other_to_base": _gain(own, base, "other"),
+    }
+
+
+def _gain(own: dict[str, Any], than: dict[str, Any], part: str = "eval") -> list[float]:
+    """The paired difference of exact match, with its interval."""
+    return _mean(own[part]["question_sample"], own[part]["right"] - than[part]["right"])
 
 
 def _mean(samples: Any, values: Any) -> list[float]:

@@ -5,7 +5,9 @@
 TARGET/tower is a CLIP with random weights, trained here on drawn images of one shape: of the 24 captions, such as "a
 teal circle", the right one must be the most similar (Radford and others 2021, "Learning transferable visual models
 from natural language supervision", with each caption once instead of once per image). TARGET/language is the language
-model of data_samples/tiny-vlm alone. Everything is seeded.
+model of data_samples/tiny-vlm alone, trained further on text about such images ("green circle", a question or the
+request to describe it, the reply), since a language model must be able to write a caption before it is joined to an
+encoder. TARGET/text is that run of mmtrain. Everything is seeded.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,14 +37,47 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mmtrain import api
+from mmtrain.config import Config
 from tiny_vlm import data
 
 TINY = Path(__file__).resolve().parents[2] / "data_samples" / "tiny-vlm"
 WIDTH, LAYERS, PATCH = 96, 4, 8
 NUM_IMAGES, STEPS, BATCH, RATE = 6_000, 700, 64, 1.5e-3
+NUM_TEXTS, TEXT_STEPS = 5_800, 150
 
 
-def make_language(target: Path) -> None:
+def make_language(target: Path, work: Path) -> None:
+    """The language model of the tiny model, trained further on text in the folder `work`."""
+    cut_language_model(work / "before")
+    data.write_rows(work / "text.jsonl", list(text_rows(random.Random(5))))
+    config = {
+        "model": {"path": str(work / "before"), "dtype": "float32"},
+        "tune": {"language": {"mode": "full"}},
+        "data": {"train": [str(work / "text.jsonl")]},
+        "train": {"steps": TEXT_STEPS, "batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 10},
+        "run": {"output_dir": str(work / "run"), "microbatch_tokens": 4096},
+    }
+    run = api.train(Config.model_validate(config))
+    shutil.copytree(run / "model", target, dirs_exist_ok=True)
+    for name in ("LICENSE-Apache-2.0.txt", "NOTICE"):
+        shutil.copyfile(TINY / name, target / name)
+
+
+def text_rows(rng: random.Random) -> Iterator[data.Row]:
+    """Chats of one turn about an image that is given in words: half of them ask for a caption."""
+    for _ in range(NUM_TEXTS):
+        scene = data.random_scene(rng, 1)
+        colour, kind = scene[0].colour, scene[0].kind
+        words = f"{colour} {kind}" if rng.random() < 0.5 else f"{kind} {colour}"
+        if rng.random() < 0.5:
+            question, answer = rng.choice(data.QUICKSTART_QUESTIONS), f"a {colour} {kind}"
+        else:
+            question, answer = rng.choice([data.kind_turn, data.colour_turn, data.presence_turn])(scene, rng)
+        yield data.make_row([(f"{words}\n{question}", answer)], [])
+
+
+def cut_language_model(target: Path) -> None:
     """The decoder, head and tokenizer of the tiny model. For text its rotary embeddings are the ordinary ones."""
     whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY).eval()
     settings = whole.config.text_config.to_dict() | {"model_type": "qwen2"}
@@ -53,7 +89,7 @@ def make_language(target: Path) -> None:
     with torch.no_grad():
         assert torch.allclose(alone(ids).logits, whole(input_ids=ids).logits, atol=1e-4)
     alone.save_pretrained(target)
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE-Apache-2.0.txt", "NOTICE"):
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         shutil.copyfile(TINY / name, target / name)
     text = (TINY / "tokenizer_config.json").read_text(encoding="utf-8")
     (target / "tokenizer_config.json").write_text(text.replace("Qwen2_5_VLProcessor", ""), encoding="utf-8")
@@ -122,7 +158,7 @@ def main() -> None:
     parser.add_argument("target", type=Path, nargs="?", default=Path("runs/compose"), help="folder for both parts")
     args = parser.parse_args()
     start = time.monotonic()
-    make_language(args.target / "language")
+    make_language(args.target / "language", args.target / "text")
     make_tower(args.target / "tower")
     print(f"made {args.target} in {(time.monotonic() - start) / 60:.1f} minutes")
 

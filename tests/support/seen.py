@@ -86,6 +86,19 @@ def group_of_a_pair(section: str) -> Callable[[Config], Any]:
     return lambda config: RecordSet(getattr(config.data, section)).pair(0).group
 
 
+def sizes_of_windows(config: Config) -> list[int] | None:
+    """The samples of each window of the first epoch; None without a stream."""
+    stream = dataset_of(config).stream
+    if stream is None:
+        return None
+    step, found = 0, list[int]()
+    while sum(found) < 8:
+        step += 1
+        found += [window.num_used for window in stream.begin(step)]
+    stream.close()
+    return found
+
+
 num_dropped = or_refused(lambda dataset: len(dataset.checked.dropped))
 num_skipped = or_refused(lambda dataset: len(dataset.checked.skipped))
 

@@ -1,10 +1,12 @@
 """Parquet and Arrow files, read with pyarrow."""
 
-import functools
 import importlib
+import itertools
 import threading
 from bisect import bisect_right
-from itertools import accumulate
+from collections import OrderedDict
+from collections.abc import Hashable
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,47 @@ from mmtrain.records.sources.place import Place
 from mmtrain.regular_files import open_regular
 from mmtrain.safe_text import one_line, visible
 
-_NUM_GROUPS = 8
-"""Row groups of a file that stay in memory."""
+_BATCH_BYTES, _BUFFER_BYTES = 2**22, 2**20
+_MAX_ROWS = 4096
+"""Of a batch: the rows that are read at once."""
+
+
+class _Recent:
+    """What was read last, by all files together, up to a total size."""
+
+    def __init__(self, max_size: int) -> None:
+        self._found: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._room = max_size
+        self._lock = threading.Lock()
+
+    def take(self, key: Hashable) -> Any:
+        """What was put under `key` and is no longer there then, None if there is nothing."""
+        with self._lock:
+            value, size = self._found.pop(key, (None, 0))
+            self._room += size
+            return value
+
+    def put(self, key: Hashable, value: Any, size: int) -> None:
+        """Keep `value` in the place of the oldest ones, at least until the next call."""
+        self.take(key)
+        with self._lock:
+            self._found[key] = value, size
+            self._room -= size
+            while self._room < 0 and len(self._found) > 1:
+                _, (_, oldest) = self._found.popitem(last=False)
+                self._room += oldest
+
+
+_BATCHES = _Recent(2**28)
+"""256 MiB of rows."""
+_READERS = _Recent(16)
+"""Readers that are in the middle of a row group: (the number of the next batch, the reader)."""
+_NUMBERS = itertools.count()
 
 
 class ParquetFile:
-    """The rows of a parquet file. A row group is read at once, and the last few stay in memory."""
+    """The rows of a parquet file. A row group is read in batches, from its beginning up to the one that is needed; the
+    last batches stay in memory, and a reader stays where it is."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError, and UserError if it is not parquet, or pyarrow is missing."""
@@ -27,30 +64,71 @@ class ParquetFile:
         open_regular(path).close()
         parquet = _pyarrow(path, "pyarrow.parquet")
         try:
-            self._file = parquet.ParquetFile(path)
-            groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups)]
+            self._file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+            groups = [self._file.metadata.row_group(i) for i in range(self._file.metadata.num_row_groups)]
+            self._ends = list(accumulate(group.num_rows for group in groups))
+            row_bytes = sum(group.total_byte_size for group in groups) // max(1, len(self))
         except Exception as error:  # a broken file raises anything, also from the parser of its schema
             raise _broken(path, "parquet", error) from None
-        self._ends = list(accumulate(groups))
+        self._num_rows = min(max(1, _BATCH_BYTES // max(1, row_bytes)), _MAX_ROWS)
+        self._number = next(_NUMBERS)
+        self._unreadable: dict[int, tuple[int, Exception]] = {}
+        """By row group, the first batch that cannot be read, and why."""
         self._lock = threading.Lock()
-        self._group = functools.lru_cache(maxsize=_NUM_GROUPS)(self._file.read_row_group)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    @property
+    def row_groups(self) -> list[range]:
+        """The rows of each row group, by index."""
+        return [range(start, end) for start, end in pairwise([0, *self._ends])]
 
     def place(self, index: int) -> Place:
         return Place(self.path, index + 1, key=str(index + 1))
 
     def record(self, index: int) -> Any:
-        """The row as an object. Raises SampleError if its row group cannot be read."""
+        """The row as an object. Raises SampleError if it cannot be read."""
         group = bisect_right(self._ends, index)
         start = self._ends[group - 1] if group else 0
+        number, row = divmod(index - start, self._num_rows)
         try:
             with self._lock:  # the reader of a file is not made for threads
-                table = self._group(group)
-            return _row(table, index - start)
+                batch = self._batch(group, number, min(self._num_rows, self._ends[group] - index + row))
+            return _row(batch, row)
         except Exception as error:
             raise SampleError(f"cannot be read: {one_line(error)}") from None
+
+    def _batch(self, group: int, number: int, num_rows: int) -> Any:
+        """The batch `number` of a row group, which has `num_rows`."""
+        key = self._number, group
+        found = _BATCHES.take((*key, number))
+        if found is None:
+            found = self._read(key, number)
+        _BATCHES.put((*key, number), found, found.nbytes)
+        if len(found) != num_rows:
+            raise ValueError(f"{len(found):,} rows where {num_rows:,} were expected")
+        return found
+
+    def _read(self, key: tuple[int, int], number: int) -> Any:
+        group = key[1]
+        broken, why = self._unreadable.get(group, (number + 1, None))
+        if why is not None and number >= broken:
+            raise why
+        at, reader = _READERS.take(key) or (0, None)
+        if reader is None or at > number:
+            at, reader = 0, self._file.iter_batches(self._num_rows, row_groups=[group], use_threads=False)
+        try:
+            while at <= number:
+                found = next(reader)
+                _BATCHES.put((*key, at), found, found.nbytes)
+                at += 1
+        except Exception as error:
+            why = ValueError("the row group ends before it") if isinstance(error, StopIteration) else error
+            self._unreadable[group] = at, why
+            raise why from None
+        _READERS.put(key, (at, reader), 1)
+        return found
 
 
 class ArrowFile:

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -13,39 +14,32 @@ from mmtrain.records.json_text import MAX_RECORD, too_long
 from mmtrain.records.sources.compressed import COMPRESSED, open_plain
 
 
-class LineIndex:
-    """Records of one or more whole lines each, read by their offset. Blank lines are left out."""
+class OffsetIndex(ABC):
+    """Records read by their offset. Each ends where the next one begins."""
 
-    def __init__(self, path: Path, opens: Callable[[bytes], bool] = lambda chunk: False) -> None:
-        """`opens`: whether a piece of a line opens or closes what makes the next line part of the same record.
-
-        Raises OSError, and UserError for a compressed file that is broken.
-        """
+    def __init__(self, path: Path) -> None:
+        """Raises OSError, and UserError for a file that cannot be read as its kind says."""
         self.path = path
         self.offsets = array("Q")
         self.lines = array("L")
         file = open_plain(path)
-        offset = 3 if os.pread(file.fileno(), 3, 0) == b"\xef\xbb\xbf" else 0
-        file.seek(offset)
-        is_open = False
-        for number in itertools.count(1):
-            start, is_blank, was_open = offset, True, is_open
-            while chunk := file.readline(MAX_RECORD):  # the whole line, unless it is too long
-                offset += len(chunk)
-                is_blank = is_blank and chunk.isspace()
-                is_open ^= opens(chunk)
-                if chunk.endswith(b"\n"):
-                    break
-            if offset == start:
-                break
-            if not is_blank and not was_open:
-                self.offsets.append(start)
-                self.lines.append(number)
-        self._end = offset
+        try:
+            self._end = self._scan(file)
+        except BaseException:
+            file.close()
+            raise
         self._unpacked = _Descriptor(file) if path.suffix.lower() in COMPRESSED else None
         """The content of a compressed file; another is opened again when it is read."""
         if self._unpacked is None:
             file.close()
+
+    @abstractmethod
+    def _scan(self, file: BinaryIO) -> int:
+        """Call `_add` for each record of the opened file, and return where the last one ends."""
+
+    def _add(self, offset: int, line: int) -> None:
+        self.offsets.append(offset)
+        self.lines.append(line)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -65,6 +59,40 @@ class LineIndex:
         return found
 
 
+class LineIndex(OffsetIndex):
+    """Records of one or more whole lines each. Blank lines are left out."""
+
+    def __init__(self, path: Path, opens: Callable[[bytes], bool] = lambda chunk: False) -> None:
+        """`opens`: whether a piece of a line opens or closes what makes the next line part of the same record.
+
+        Raises OSError, and UserError for a compressed file that is broken.
+        """
+        self._opens = opens
+        super().__init__(path)
+
+    def _scan(self, file: BinaryIO) -> int:
+        offset = first_offset(file)
+        is_open = False
+        for number in itertools.count(1):
+            start, is_blank, was_open = offset, True, is_open
+            while chunk := file.readline(MAX_RECORD):  # the whole line, unless it is too long
+                offset += len(chunk)
+                is_blank = is_blank and chunk.isspace()
+                is_open ^= self._opens(chunk)
+                if chunk.endswith(b"\n"):
+                    break
+            if offset == start:
+                break
+            if not is_blank and not was_open:
+                self._add(start, number)
+        return offset
+
+
+def first_offset(file: BinaryIO) -> int:
+    """The offset of the text after a byte order mark, to which `file` is moved."""
+    return file.seek(3 if os.pread(file.fileno(), 3, 0) == b"\xef\xbb\xbf" else 0)
+
+
 class _Descriptor:
     """The descriptor of a file, open as long as this object exists."""
 
@@ -78,6 +106,6 @@ class _Descriptor:
 
 
 @functools.lru_cache(maxsize=64)
-def _opened(index: LineIndex) -> _Descriptor:
+def _opened(index: OffsetIndex) -> _Descriptor:
     """The open file, cached: opening it for every record would take as long as parsing the record."""
     return _Descriptor(open_plain(index.path))

@@ -38,13 +38,14 @@ def open_records(path: str, split: str | None = None) -> list[RecordFile]:
 
     Raises UserError if there is none, if one cannot be read, or if a file of the folder would be left out.
     """
-    files = [_open(file) for file in find_data_files(path, split)]
+    files = [open_file(file) for file in find_data_files(path, split)]
     if not any(len(file) for file in files):
         raise UserError(f"{visible(path)}: there are no records in it")
     return files
 
 
-def _open(path: Path) -> RecordFile:
+def open_file(path: Path) -> RecordFile:
+    """The records of one file. Raises UserError if it cannot be read."""
     try:
         return _KINDS[plain_suffix(path)](path)
     except OSError as error:

@@ -5,7 +5,8 @@ order of the shard; an image that it names is taken from the shard if it is ther
 record's `text`, as shards of images and captions have it. Nothing is unpacked.
 """
 
-from itertools import pairwise
+import itertools
+from array import array
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -27,22 +28,21 @@ class TarFile:
         """Raises OSError, and UserError if it is not a plain, whole tar file."""
         self.path = path
         self._index = tar_index(path)
-        keys = [_key(self._index.name(number)) for number in range(len(self._index))]
-        self._starts = [0] if keys else []
-        self._starts += [number for number, (before, key) in enumerate(pairwise(keys), start=1) if before != key]
+        groups = (len(list(members)) for _, members in itertools.groupby(map(_key, self._index.names())))
+        self._bounds = array("Q", itertools.accumulate(groups, initial=0))
+        """Where the samples begin among the members, and where the last one ends."""
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._bounds) - 1
 
     def place(self, index: int) -> Place:
-        return Place(self.path, index + 1, key=_key(self._index.name(self._starts[index])))
+        return Place(self.path, index + 1, key=_key(self._index.name(self._bounds[index])))
 
     def record(self, index: int) -> Any:
         """The record of a sample, with the bytes of its images. Raises SampleError with the reason if there is none."""
-        end = self._starts[index + 1] if index + 1 < len(self) else len(self._index)
         try:
             with open_regular(self.path) as file:
-                content = dict(self._member(number, file) for number in range(self._starts[index], end))
+                content = dict(self._member(number, file) for number in range(*self._bounds[index : index + 2]))
         except OSError as error:
             raise SampleError(f"cannot be read: {error.strerror}") from None
         record = _parsed(content)

@@ -4,14 +4,15 @@ import json
 from typing import Any
 
 from mmtrain.config import Config
-from mmtrain.retrieval.evaluation import RetrievalEvaluation
+from mmtrain.retrieval.evaluation import Embeddings, RetrievalEvaluation
 from mmtrain.train.contrastive.step import ContrastiveLearner
 
 _LEFT_OUT = {"most_confused", "base", "minus_base"}
 
 
 class RetrievalDuringRun:
-    """One set, searched. The first process does it for all, so that all decide the same by its figures."""
+    """One set, searched. Each process embeds some of the items; the first one ranks them for all, and all decide by its
+    figures."""
 
     kind = "retrieval"
 
@@ -20,14 +21,17 @@ class RetrievalDuringRun:
         self._set, self._learner = one, learner
 
     def row(self, step: int) -> dict[str, Any] | None:
-        """The figures of each way to search."""
-        found: dict[str, Any] = json.loads(
-            self._learner.runtime.from_first(f"retrieval {self.name} {step}", lambda: json.dumps(self._figures()))
-        )
+        """The figures of each way to search; None where a signal asked to stop."""
+        runtime = self._learner.runtime
+        embeddings = self._set.embed_together(self._learner.embedder, runtime)
+        if embeddings is None:
+            return None
+        key = f"retrieval {self.name} {step}"
+        found: dict[str, Any] = json.loads(runtime.from_first(key, lambda: json.dumps(self._figures(embeddings))))
         return found
 
-    def _figures(self) -> dict[str, Any]:
-        found = self._set.figures(self._set.embed(self._learner.embedder))
+    def _figures(self, embeddings: Embeddings) -> dict[str, Any]:
+        found = self._set.figures(embeddings)
         ways = {way: found[way] for way in self._set.way_names}
         return {way: {k: v for k, v in own.items() if k not in _LEFT_OUT} for way, own in ways.items()}
 

@@ -24,6 +24,8 @@ class PairDataset:
     Raises UserError with every sample of every source that cannot be used.
     """
 
+    stream = None
+
     def __init__(self, config: Config, embedder: Embedder, progress: Progress) -> None:
         data, self.template = config.data, embedder.template
         limit, policy, ignored = embedder.limit(data.max_length), FaultPolicy.of(data), frozenset(data.ignore_fields)
