@@ -92,7 +92,7 @@ class ImageProcessor:
         """More images than these get a token more."""
         self.given: list[Any] = []
 
-    def image_inputs(self, samples: Any, alone: Any, raw: bool) -> Any:
+    def image_inputs(self, samples: Any, alone: Any = None, raw: bool = False) -> Any:
         self.given.append((samples, alone))
         images = [image for own in samples for image in own]
         inputs = {"pixel_values": torch.tensor(images), "grid": torch.tensor(images) + 100}
