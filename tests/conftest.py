@@ -27,7 +27,13 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", params=sorted(MAKERS))
+OTHER_KINDS = pytest.mark.slow("the same with the two other kinds of models")
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=() if name == "qwen2_5_vl" else OTHER_KINDS) for name in sorted(MAKERS)],
+)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

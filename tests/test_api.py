@@ -39,6 +39,7 @@ def json_of(*words: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow("several runs")
 def test_the_functions_give_what_the_commands_give(config_file: Path) -> None:
     config = api.load_config(config_file, ["train.batch_size=4"])
     assert config.train.batch_size == 4

@@ -117,6 +117,7 @@ def with_root(config: Config, path: Path, root: Any) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"train": (source,)})})
 
 
+@pytest.mark.slow("several runs")
 def test_training_reads_the_same_from_a_folder_and_from_archives(
     tmp_path: Path, make_config: Callable[..., Config]
 ) -> None:

@@ -26,6 +26,7 @@ def test_the_rate_is_that_of_the_fastest_product(dtype: torch.dtype, monkeypatch
     assert ceiling.matmul_rate(torch.device("cpu"), dtype) == counter.get_total_flops() / 2
 
 
+@pytest.mark.slow("a run")
 def test_a_run_reports_its_share_of_the_ceiling(
     make_config: Callable[..., Config],
     monkeypatch: pytest.MonkeyPatch,

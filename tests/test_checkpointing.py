@@ -81,6 +81,7 @@ def test_on_the_cpu_activations_are_stored_and_nothing_is_said(config: Config) -
     assert decided(config, OneOfSeveral(torch.device("cpu"))) == (False, [])
 
 
+@pytest.mark.slow("counts the memory of steps")
 @pytest.mark.parametrize(
     ("gib", "is_on"), [(80.0, False), pytest.param(1.0, True, marks=SLOW), pytest.param(1.07, False, marks=SLOW)]
 )

@@ -202,6 +202,7 @@ def test_the_template_is_the_language_model_s_own(
         rendered(composed, [{"role": "user", "content": [{"type": "video"}]}])
 
 
+@pytest.mark.slow("a model is composed, loaded and asked")
 def test_the_new_weights_follow_from_the_seed(parts: dict[str, Path], tmp_path: Path) -> None:
     made = {}
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):

@@ -383,8 +383,8 @@ def test_every_key_of_the_schema_is_in_the_table() -> None:
     assert set(leaves(Config, "")) == set(KEYS)
 
 
-SLOW = pytest.mark.slow("several runs for a key; the keys of data, labels, train and tune.language are always tried")
-IS_SLOW = ("tune.vision", "tune.projector", "run.")
+SLOW = pytest.mark.slow("several runs for a key; the keys of model, data, labels and objective are always tried")
+IS_SLOW = ("tune.", "train.", "run.", "model.path", "model.adapter")
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile

@@ -329,6 +329,7 @@ def test_a_trained_scale_that_would_be_lost_is_refused(make: Make, tmp_path: Pat
         train(starting_from(earlier, make(objective={"scale": 20.0})))
 
 
+@pytest.mark.slow("a run")
 def test_training_brings_pairs_together(make: Make) -> None:
     train(make(train={"steps": 60, "batch_size": 24, "learning_rate": 3e-3}, run={"checkpoint_every": 500}))
     losses = [row["loss"] for row in rows(make())]

@@ -154,6 +154,7 @@ def test_no_cut_changes_the_gradients(tokens: int, processes: int, make: Callabl
     assert_equal(step_of(make(run=run), processes), dense(make()))
 
 
+@pytest.mark.slow("steps under several settings")
 @pytest.mark.parametrize("processes", [1, pytest.param(3, marks=slow)])
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_with_dropout(tokens: int, processes: int, make: Callable[..., Config]) -> None:
@@ -202,6 +203,7 @@ def test_in_float64_the_gradients_are_those_of_one_pass(processes: int, make: Ca
     assert_equal(found, dense(config, torch.float64), 1e-12, 1e-12)
 
 
+@pytest.mark.slow("steps under several settings")
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_a_fixed_number_of_micro_batches_gives_the_same_bits(processes: int, make: Callable[..., Config]) -> None:
     config = make(run={"microbatches": 4, "microbatch_tokens": 100})

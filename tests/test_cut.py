@@ -72,6 +72,7 @@ def test_a_cut_holds_every_sample_once_within_its_budget(
     assert cuts == cut_step(lengths, max_tokens, packing, multiple, costs if with_costs else None)
 
 
+@pytest.mark.slow("thousands of cuts")
 @settings(FUZZ, max_examples=500)
 @given(samples=SAMPLES, max_tokens=st.integers(1, 200), packing=st.booleans(), multiple=st.integers(1, 9))
 def test_there_are_no_more_micro_batches_than_fit_asks_for(
@@ -82,6 +83,7 @@ def test_there_are_no_more_micro_batches_than_fit_asks_for(
     assert len(cuts) <= math.ceil(fewest(lengths, max_tokens, packing) / multiple) * multiple
 
 
+@pytest.mark.slow("thousands of cuts")
 @settings(FUZZ)
 @given(samples=SAMPLES, multiple=st.sampled_from([1, 2, 3, 4, 6, 7, 8, 12, 16, 30]))
 def test_every_number_of_processes_that_divides_the_runs_has_equal_work(

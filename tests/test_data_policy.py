@@ -161,6 +161,7 @@ def test_a_parquet_file_is_encoded_as_the_same_files_are(tmp_path: Path) -> None
     same_as_json(paths, "parquet")
 
 
+@pytest.mark.slow("several commands")
 def test_every_command_reads_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = containers(tmp_path)["tar"]
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ from pathlib import Path
 from support.data_table import COMMANDS, HEAD, results, rows, table
 
 
+@pytest.mark.slow("several commands")
 def test_every_command_reads_the_conversation_that_is_written_by_hand(tmp_path: Path) -> None:
     found = results(tmp_path)
     assert len(found) > 50

@@ -178,6 +178,7 @@ def test_segments_grow_unless_the_user_says_otherwise(setting: dict[str, str], m
     assert found == (setting or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
+@pytest.mark.slow("several runs")
 @pytest.mark.parametrize(("tokens", "key"), [(1, "data.max_length"), (1000, "run.microbatch_tokens")])
 def test_a_full_memory_ends_the_run_in_one_line_with_its_checkpoints_valid(
     tokens: int, key: str, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch

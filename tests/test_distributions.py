@@ -181,6 +181,7 @@ def test_compare_equals_plain_forwards(
         assert row["calibration"]["expected_calibration_error"] == pytest.approx(sum(gaps) / len(p), rel=1e-5)
 
 
+@pytest.mark.slow("several runs")
 def test_the_report_has_a_plot(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = with_eval(make_config("text", {"language": LORA}, steps=4, learning_rate=0.02))
     train(config)

@@ -216,6 +216,7 @@ def test_a_module_that_does_not_see_every_token_is_refused() -> None:
         dropout(torch.ones(7, 8))
 
 
+@pytest.mark.slow("steps under several settings")
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])  # measured: 1e-7, 0.01
 def test_fused_layers_drop_what_plain_ones_drop(
     kind: str, dtype: str, tolerance: float, make_config: Callable[..., Config]
@@ -232,6 +233,7 @@ def test_fused_layers_drop_what_plain_ones_drop(
     assert relative_l2(found["without"][1], found["plain"][1]) > 2 * tolerance
 
 
+@pytest.mark.slow("steps under several settings")
 def test_dropout_stores_nothing_for_the_backward_pass(make_config: Callable[..., Config]) -> None:
     stored = {}
     for dropout in (0.0, 0.1):

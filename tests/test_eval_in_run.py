@@ -57,6 +57,7 @@ def trained(config: Config) -> tuple[list[dict[str, Any]], dict[str, torch.Tenso
     return [row for row in kept if "answers" not in row], adapter
 
 
+@pytest.mark.slow("several runs")
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", *(pytest.param(kind, marks=OTHERS) for kind in ("llava", "text"))])
 def test_asking_changes_no_bit_of_the_training(kind: str, make_config: MakeConfig) -> None:
     tune = MIXED if kind != "text" else {"language": {**LORA, "dropout": 0.1, "variant": "dora"}}
@@ -125,6 +126,7 @@ def shapes_config(folder: Path, **answers: Any) -> Config:
     )
 
 
+@pytest.mark.slow("several runs")
 def test_the_figures_are_those_of_eval_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = shapes_config(tmp_path)
     train(config)
@@ -168,6 +170,7 @@ def asked(config: Config) -> list[str]:
     return one.questions.places
 
 
+@pytest.mark.slow("several runs")
 def test_the_samples_are_chosen_by_the_seed_alone(tmp_path: Path) -> None:
     config = shapes_config(tmp_path, samples=4)
     data = config.model_dump()

@@ -225,6 +225,7 @@ def test_layers_computed_twice_give_the_same_gradients(make_config: Callable[...
     assert relative_l2(found[1], found[0]) < 1e-6
 
 
+@pytest.mark.slow("several runs")
 def test_a_run_is_merged(make_config: Callable[..., Config], tmp_path: Path) -> None:
     config = moe_config(tmp_path, make_config, {"language": LORA}, steps=2)
     train(config)

@@ -163,6 +163,7 @@ def test_nothing_but_weights_gradients_and_moments_stays_on_the_gpu(name: str, a
     assert case["peak_bytes"] > case["live_bytes"] // 2
 
 
+@pytest.mark.slow("a large model on the fake GPU")
 def test_a_norm_keeps_no_copy_in_another_type(ask: Ask) -> None:
     assert ask("bfloat16")["saved_by_norm"] == ["torch.bfloat16"]
 

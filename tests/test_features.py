@@ -71,6 +71,7 @@ def same_bits(found: tuple[float, dict[str, Any]], expected: tuple[float, dict[s
     return found[0] == expected[0] and all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
 
 
+@pytest.mark.slow("steps under several settings")
 @pytest.mark.parametrize("packing", [True, False])
 def test_losses_and_gradients_are_those_from_pixels(family: str, packing: bool, make_config: MakeConfig) -> None:
     plain, dataset = learner_for(make_config(family, LANGUAGE, image_cache=OFF))
@@ -98,6 +99,7 @@ def test_a_run_of_three_epochs_goes_as_from_pixels(family: str, make_config: Mak
     assert found["on disk"] == found["kept"]
 
 
+@pytest.mark.slow("steps under several settings")
 @pytest.mark.parametrize("features", [{}, DISK])
 def test_each_image_goes_through_the_tower_once_and_is_decoded_no_more(
     family: str, features: dict[str, float], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
@@ -113,6 +115,7 @@ def test_each_image_goes_through_the_tower_once_and_is_decoded_no_more(
     assert len(towers) == 4
 
 
+@pytest.mark.slow("several runs")
 def test_the_bits_do_not_depend_on_which_images_were_missing(family: str, make_config: MakeConfig) -> None:
     config = make_config(family, LANGUAGE)
     fresh, dataset = learner_for(config)
@@ -253,6 +256,7 @@ def test_where_nothing_can_be_written_the_run_continues(
     assert capsys.readouterr().err.count("no more image features are cached in") == 1
 
 
+@pytest.mark.slow("steps under several settings")
 @pytest.mark.parametrize(
     "tune", [{"vision": LORA, **LANGUAGE}, {"projector": {"mode": "full"}, **LANGUAGE}, {"projector": LORA}, MIXED]
 )
@@ -269,6 +273,7 @@ def test_nothing_is_kept_where_weights_are_spread(make_config: MakeConfig) -> No
     assert caches_features(make_config("llava", LANGUAGE), 2)
 
 
+@pytest.mark.slow("several runs")
 def test_evaluation_is_that_of_pixels_and_sees_an_adapter_of_the_vision_tower(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

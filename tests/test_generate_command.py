@@ -75,6 +75,7 @@ def test_a_question_is_answered_as_in_the_file(model_dirs: dict[str, Path], tmp_
     assert found[0]["answer"] != found[1]["answer"]
 
 
+@pytest.mark.slow("several files of answers")
 @pytest.mark.parametrize("num_kept", [0, 1, 5])
 @pytest.mark.parametrize("broken", ["", '{"question_ind'])
 def test_a_file_of_answers_is_continued(
@@ -124,6 +125,7 @@ def test_two_processes_write_the_same_file_and_continue_it(
         assert [json.loads(line) for line in two.read_text(encoding="utf-8").splitlines()] == whole
 
 
+@pytest.mark.slow("several files of answers")
 @pytest.mark.parametrize("change", ["sampling", "data", "model", "labels"])
 def test_answers_that_were_made_otherwise_are_not_continued(
     change: str, model_dirs: dict[str, Path], make_config: MakeConfig, tmp_path: Path
@@ -214,6 +216,7 @@ def test_the_base_of_a_run_is_quantized_as_it_was_in_training(
     assert asked == ["nf4"]
 
 
+@pytest.mark.slow("a run")
 def test_the_adapter_changes_the_answers(make_config: MakeConfig) -> None:
     config = make_config("text", steps=30, learning_rate=3e-2)
     train(config)

@@ -27,6 +27,7 @@ def data(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "data" / "mixed.jsonl", mixed_rows(tmp_path / "data", with_images=True))
 
 
+@pytest.mark.slow("a run")
 def test_the_config_trains_at_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--model", str(TINY), "--data", "data/mixed.jsonl", "--eval", "data/mixed.jsonl", "-o", "my.yaml"]

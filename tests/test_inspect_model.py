@@ -83,6 +83,7 @@ def test_parameters_and_adapters_are_counted_by_component(
     assert len(found[name].components) == len(INSIDE[name]) + 1
 
 
+@pytest.mark.slow("a model is loaded and tried")
 def test_the_tokens_of_an_image_are_those_of_the_image_processor(
     directories: dict[str, Path], found: dict[str, ModelFound]
 ) -> None:
@@ -126,6 +127,7 @@ def test_packing_is_tried(name: str, fault: str | None, found: dict[str, ModelFo
     assert (fault or "") in (found[name].packing or "")
 
 
+@pytest.mark.slow("a model is loaded and tried")
 def test_the_image_cache_is_tried(
     directories: dict[str, Path], found: dict[str, ModelFound], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +177,7 @@ def test_what_the_ids_were_compared_on_is_shown(found: dict[str, ModelFound]) ->
     assert "packing on: packed rows equal samples alone image cache on: cached features equal pixels" in shown
 
 
+@pytest.mark.slow("a model is loaded and tried")
 def test_the_end_of_a_reply_that_follows_its_prompt_is_shown(tmp_path: Path) -> None:
     path = make_family(MADE["llava_onevision"], tmp_path / "model")
     found = find(str(path), lambda line: None)
@@ -182,6 +185,7 @@ def test_the_end_of_a_reply_that_follows_its_prompt_is_shown(tmp_path: Path) -> 
     assert found.encoding == EncodingTrial([], EVERY_PROBE, {})
 
 
+@pytest.mark.slow("a model is loaded and tried")
 def test_the_lines_fit_the_terminal_and_json_says_the_same(
     found: dict[str, ModelFound], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def test_what_nobody_looks_at_is_left_out(
     assert relative_l2(found[1], expected[1]) < 1e-6  # measured: 7e-8
 
 
+@pytest.mark.slow("steps under several settings")
 def test_after_a_step_the_model_computes_every_token_again(make_config: Callable[..., Config]) -> None:
     learner, dataset = learner_for(make_config("qwen2_5_vl", MIXED))
     ids = torch.arange(10, 30)[None]
@@ -58,6 +59,7 @@ def test_after_a_step_the_model_computes_every_token_again(make_config: Callable
     assert torch.equal(learner.model(input_ids=ids, use_cache=False).logits, before)
 
 
+@pytest.mark.slow("steps under several settings")
 def test_with_dropout_it_drops_what_the_whole_row_would(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,7 @@ def test_a_family_without_checkpointing_says_so() -> None:
         checkpoint_activations(Without())
 
 
+@pytest.mark.slow("steps under several settings")
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])
 def test_with_checkpointing_a_frozen_vision_tower_is_computed_once(
     kind: str, make_config: Callable[..., Config]
@@ -96,6 +97,7 @@ def test_with_checkpointing_a_frozen_vision_tower_is_computed_once(
     assert len(seen["language"]) == 2  # what is trained is computed again
 
 
+@pytest.mark.slow("steps under several settings")
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])
 def test_with_checkpointing_features_are_cached(kind: str, make_config: Callable[..., Config]) -> None:
     learner, _ = learner_for(make_config(kind, {"language": LORA}, activation_checkpointing=True))

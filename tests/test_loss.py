@@ -88,6 +88,7 @@ def test_loss_and_gradients_equal_the_reference(
     )  # LLaVA skips its last vision layer
 
 
+@pytest.mark.slow("steps under several settings")
 def test_activations_computed_again_change_nothing(kind: str, make_config: Callable[..., Config]) -> None:
     tune = MIXED if kind != "text" else {"language": {**LORA, "dropout": 0.1}}
     found = []

@@ -38,6 +38,7 @@ def trials(learner: Learner) -> list[int]:
     return calls
 
 
+@pytest.mark.slow("several runs")
 @pytest.mark.parametrize("microbatches", ["auto", 2])  # summed as they come, and in a tree
 def test_a_gradient_that_is_lost_stops_the_step(make_config: Make, microbatches: str | int) -> None:
     learner, dataset = learner_for(make_config("qwen2_5_vl", MIXED, kernels="off", microbatches=microbatches))
@@ -64,6 +65,7 @@ def test_it_is_found_in_vision_where_there_are_images(make_config: Make) -> None
         step_of(learner, dataset, [WITH_IMAGES], packing=True)
 
 
+@pytest.mark.slow("steps under several settings")
 @pytest.mark.parametrize("tune", [MIXED, {"vision": LORA}], ids=["mixed", "vision alone"])
 def test_what_a_step_of_text_does_not_use_has_the_gradient_zero(make_config: Make, tune: dict[str, Any]) -> None:
     learner, dataset = learner_for(make_config("qwen2_5_vl", tune))

@@ -256,6 +256,7 @@ def test_a_model_that_leaks_is_trained_in_padded_rows(
     assert abs(leaking[0] - alone[0]) > 1e-3  # what it is all about
 
 
+@pytest.mark.slow("several commands")
 def test_the_other_commands_decide_alike(
     families: dict[str, Path], make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,6 +292,7 @@ def test_a_run_records_what_was_asked_and_resumes(
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow("steps of another kind of model")
 def test_the_trial_changes_no_first_weight_and_nothing_drawn_later(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:

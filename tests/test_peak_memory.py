@@ -95,6 +95,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow("counts the memory of steps")
 @pytest.mark.parametrize(("kind", "dtype", "tune", "run"), CASES)
 def test_the_prediction_is_what_is_allocated(
     kind: str,

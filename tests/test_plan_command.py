@@ -50,6 +50,7 @@ def figures_of(config: Config, capsys: pytest.CaptureFixture[str]) -> dict[str, 
     return found
 
 
+@pytest.mark.slow("several runs")
 def test_the_figures_are_those_of_the_run(
     model_dirs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,6 +47,7 @@ def run(config: Config, processes: int, output: Path) -> tuple[list[dict[str, An
 SLOW = pytest.mark.slow("several runs of two processes")
 
 
+@pytest.mark.slow("runs of two processes")
 @pytest.mark.parametrize(
     "batch_size", [pytest.param(8, id="mixed"), pytest.param(1, id="fewer_samples_than_processes", marks=SLOW)]
 )

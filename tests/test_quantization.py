@@ -114,6 +114,7 @@ def test_the_loss_is_that_of_the_dequantized_weights(kind: str, make_quantized: 
     assert abs(full - loss) > 1e-4 * full  # so that it was quantized at all
 
 
+@pytest.mark.slow("steps with a quantized model")
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_no_cut_changes_loss_or_gradient(kind: str, variant: str, make_quantized: Make) -> None:
     language = {**LORA, "variant": variant, "dropout": 0.1}
@@ -129,6 +130,7 @@ def test_no_cut_changes_loss_or_gradient(kind: str, variant: str, make_quantized
             assert relative_l2(other_gradients, gradients) <= 1e-5  # measured: at most 1e-6
 
 
+@pytest.mark.slow("steps with a quantized model")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernels_and_checkpointing_compute_the_same(dtype: str, make_quantized: Make) -> None:
     """Adapters and gates have kernels on quantized layers too."""
@@ -224,6 +226,7 @@ def switch_repacking_on(model: Any) -> None:
             module.support_avx512bf16_for_cpu = True
 
 
+@pytest.mark.slow("steps with a quantized model")
 @pytest.mark.skipif(not bitsandbytes.functional.has_avx512bf16(), reason="only where the CPU has AVX512-BF16")
 @pytest.mark.filterwarnings("ignore:bitsandbytes")  # torch warns of what is tried here, once
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -295,6 +295,7 @@ def test_an_adapter_is_compared_with_the_base_model(clip: Path, tmp_path: Path) 
         assert one["right_score"] == pytest.approx(float(scores[1]), abs=1e-5)
 
 
+@pytest.mark.slow("several commands")
 def test_a_vision_language_model_searches_documents_of_images_and_texts(tmp_path: Path) -> None:
     """Also with an adapter, whose base model is as without it."""
     records: list[dict[str, Any]] = [

@@ -88,6 +88,7 @@ def test_duplicates_in_other_files_are_found(tmp_path: Path) -> None:
 # --- a maximum
 
 
+@pytest.mark.slow("several commands")
 def test_max_samples_is_a_random_choice_that_stays_the_same(tmp_path: Path) -> None:
     rows = [qa(f"word {number}") for number in range(60)]
     few, more = write_jsonl(tmp_path / "a.jsonl", rows[:50]), write_jsonl(tmp_path / "b.jsonl", rows)
@@ -166,6 +167,7 @@ def test_samples_with_the_same_image_are_on_one_side(tmp_path: Path) -> None:
     assert 0 < len(held_out) < len(rows) / 2
 
 
+@pytest.mark.slow("several runs")
 def test_the_other_commands_see_the_same_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_jsonl(tmp_path / "data.jsonl", [qa(f"word {number}") for number in range(50)])
     config = Config.model_validate(sections(data, eval=HELD_OUT))
@@ -181,6 +183,7 @@ def test_the_other_commands_see_the_same_sides(tmp_path: Path, monkeypatch: pyte
         assert sum(report.left_out.values()) == 50 - len(used)
 
 
+@pytest.mark.slow("several commands")
 def test_the_commands_choose_as_training_does_where_samples_are_left_out(tmp_path: Path) -> None:
     """A maximum counts the samples that can be used: not the too long and the faulty ones."""
     rows = [qa("word " * 90 if number % 4 == 0 else 5 if number % 4 == 1 else f"word {number}") for number in range(40)]  # type: ignore[arg-type]
@@ -201,6 +204,7 @@ def test_a_share_that_leaves_a_side_empty_is_refused(tmp_path: Path) -> None:
         read(data, eval=HELD_OUT)
 
 
+@pytest.mark.slow("several commands")
 def test_another_share_is_another_training_set(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "data.jsonl", [qa(f"word {number}") for number in range(50)])
     found = []

@@ -115,6 +115,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+@pytest.mark.slow("several data sets are encoded")
 @pytest.mark.parametrize("how", [*DAMAGES, "gone"])
 def test_a_damaged_store_is_made_anew(how: str, make_config: MakeConfig, home: Path) -> None:
     spec = spec_of(make_config("qwen2_5_vl"))
@@ -265,6 +266,7 @@ CHANGES: dict[str, Callable[[Config, Path], EncodingSpec]] = {
 }
 
 
+@pytest.mark.slow("several data sets are encoded")
 @pytest.mark.parametrize("what", CHANGES)
 def test_what_it_depends_on_makes_another_store(what: str, make_config: MakeConfig, tmp_path: Path, home: Path) -> None:
     config = make_config("qwen2_5_vl")

@@ -126,6 +126,7 @@ def test_a_killed_run_continues_in_the_tracker(
     assert "TRACKIO_SPACE_ID" not in os.environ
 
 
+@pytest.mark.slow("several runs")
 def test_wandb_is_offline_and_another_run_is_another_one_there(fake: Fake, make_config: MakeConfig) -> None:
     config = make_config("text", steps=1, batch_size=2, trackers=["wandb"])
     train(config)

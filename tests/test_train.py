@@ -119,6 +119,7 @@ DASHES = (
 )
 
 
+@pytest.mark.slow("a run")
 def test_a_given_chat_template_is_trained_with_and_saved(make_config: MakeConfig, tmp_path: Path) -> None:
     """The adapter's directory, `generate` and a merged model have it; another content does not resume."""
     (tmp_path / "dashes.jinja").write_text(DASHES)
@@ -177,6 +178,7 @@ def test_a_stopped_run_continues_to_the_same_bits(
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.slow("several runs")
 def test_a_broken_newest_checkpoint_is_named_and_the_one_before_used(
     make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,6 +250,7 @@ def test_a_finished_run_with_a_constant_rate_is_extended_to_the_bits_of_a_longer
     assert state["accepted"] == ["step 6: train.steps: was '6' and is '9'"]
 
 
+@pytest.mark.slow("several runs")
 def test_an_extension_says_what_the_rate_does(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     """Epochs of 3 steps; the line falls to 0 in 6 steps, and then in 9."""
     config = make_config("text", epochs=2, batch_size=3, learning_rate=0.01, schedule="linear")
@@ -410,6 +413,7 @@ def test_dropped_samples_are_counted_and_listed(make_config: MakeConfig, capsys:
     assert f"{len(listed)} samples dropped as too long" in capsys.readouterr().err
 
 
+@pytest.mark.slow("a run")
 def test_bfloat16_keeps_trainable_weights_in_float32(make_config: MakeConfig) -> None:
     config = make_config("qwen2_5_vl", MIXED, **SMALL)
     config = changed(config, "model.dtype", "bfloat16")

@@ -200,6 +200,7 @@ def test_a_damaged_best_checkpoint_is_said_and_the_last_one_exported(
     assert not (Path(config.run.output_dir) / BEST).exists()
 
 
+@pytest.mark.slow("several runs")
 def test_what_early_stopping_depends_on_may_not_change(evaluated: None, make_config: MakeConfig) -> None:
     config = config_for(make_config, STOP)
     with pytest.raises(KeyboardInterrupt):
