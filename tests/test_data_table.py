@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from support.data_table import COMMANDS, HEAD, results, rows, table
 
 
