@@ -10,17 +10,12 @@ from mmtrain.config.schema import Config
 from mmtrain.train.run import train
 from support.builders import write_jsonl
 from support.family_reference import FAMILIES, as_rows, conversations, directory, given_template, is_usable, save_images
-from support.family_table import NOT_TRAINED
 from support.learning import LORA
 
 FAST = ("qwen3_vl_moe",)
 """A family with images and experts."""
 SLOW = pytest.mark.slow("two runs of every family of models")
-NAMES = [
-    pytest.param(name, marks=() if name in FAST else SLOW)
-    for name in FAMILIES
-    if name not in NOT_TRAINED and is_usable(name)
-]
+NAMES = [pytest.param(name, marks=() if name in FAST else SLOW) for name in FAMILIES if is_usable(name)]
 
 
 def config_of(name: str, folder: Path) -> Config:
