@@ -43,8 +43,10 @@ class Survey:
 
 
 def survey(model: str, train: str, evaluation: str | None, chat_template: str | None = None) -> Survey:
-    """`chat_template`: the file with the chat template in place of the model's own. Raises UserError if the model or the
-    data cannot be used at all."""
+    """`chat_template`: the file with the chat template in place of the model's own.
+
+    Raises UserError if the model or the data cannot be used at all.
+    """
     processor = load_processor(model, ProcessorSettings(chat_template))
     encoder = Encoder(processor)
     lengths: list[int] = []
