@@ -42,7 +42,7 @@ def _leave_out_own_positions() -> None:
     Python's dispatch. The fake GPU cannot do that; the tests on the CPU cover it."""
     from mmtrain.model import packing_trial
 
-    packing_trial._Trial.plain_logits = lambda trial, number: trial.logits([number], False)  # type: ignore[method-assign]
+    packing_trial._Trial.plain_logits = lambda trial, number: trial.logits([number], False)  # type: ignore[method-assign, assignment]
 
 
 def main() -> None:
