@@ -7,13 +7,13 @@ from mmtrain.contrastive.chat_embedder import ChatEmbedder
 from mmtrain.contrastive.embedder import Embedder, check_dims
 from mmtrain.contrastive.scale import Multiplier, constant
 from mmtrain.contrastive.towers import Towers
+from mmtrain.encoding.directory import is_dual_encoder
 from mmtrain.encoding.load import processor_of
 from mmtrain.encoding.tower_processor import load_tower_processor
 from mmtrain.errors import UserError
 from mmtrain.model.family import probe_family
 from mmtrain.model.load import (
     check_vocabulary,
-    is_dual_encoder,
     length_limit,
     load_config,
     load_model,
