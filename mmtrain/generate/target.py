@@ -51,10 +51,15 @@ def find_target(path: str, base: str | None = None, dtype: str | None = None) ->
 
     The labels, the type of the weights and their quantization are those of the run's config, or else a config's
     defaults.
-    Raises UserError where there is nothing to run.
+    Raises UserError where there is nothing to run, or where a run was not trained to reply.
     """
     folder = Path(path)
     config = _config_of_run(folder)
+    if config is not None and config.objective.kind != "chat":
+        raise UserError(
+            f"{visible(path)}: the run has objective.kind: {config.objective.kind}, its model gives embeddings and no "
+            "replies: use `mmtrain eval retrieval`"
+        )
     labels = Labels() if config is None else config.labels
     dtype = dtype or ("bfloat16" if config is None else config.model.dtype)
     adapter = find_adapter(folder)

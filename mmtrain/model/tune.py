@@ -49,7 +49,8 @@ def apply_tune(model: Any, components: Components, tune: Tune) -> tuple[Any, lis
     loras = {component: mode for component, mode in tune.trainable.items() if isinstance(mode, Lora)}
     fulls = [component for component, mode in tune.trainable.items() if isinstance(mode, Full)]
     targets = {component: targets_of(model, components, component, lora) for component, lora in loras.items()}
-    never_trained = {name for names in _never_trained(model, components).values() for name in names}
+    found = _never_trained(model, components)
+    never_trained = {name for component in fulls for name in found.get(component, ())}
     model.requires_grad_(False)
     if loras:
         saved = [name for component in fulls for name in components.largest_modules(model, component)]

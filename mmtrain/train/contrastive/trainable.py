@@ -11,7 +11,7 @@ from mmtrain.model.dropout import DropoutContext, install_dropout
 from mmtrain.model.earlier_run import start_from_run
 from mmtrain.model.load import checkpoint_activations
 from mmtrain.model.lora_targets import without_adapter
-from mmtrain.model.tune import ComponentReport, apply_tune
+from mmtrain.model.tune import ComponentReport, apply_tune, kept_frozen
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 
@@ -22,8 +22,9 @@ def make_trainable(
     """Add what is trainable to the embedder's model, whose initial weights follow from the seed alone."""
     torch.manual_seed(config.train.seed)
     base: Any = embedder.model
-    for line in without_adapter(base, embedder.components, config.tune):
-        progress.say(line)
+    for find_lines in (without_adapter, kept_frozen):
+        for line in find_lines(base, embedder.components, config.tune):
+            progress.say(line)
     embedder.model, reports = apply_tune(base, embedder.components, config.tune)
     set_trained(config, embedder)
     if config.model.adapter is not None:
