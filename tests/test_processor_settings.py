@@ -154,12 +154,19 @@ def test_a_run_and_what_is_made_of_it_keep_it(
         ({"device": "cpu"}, r"has no key 'device'; it has .*max_pixels"),
         ({"do_resize": "no"}, r"do_resize: expected true or false, not 'no'"),
         ({"size": {"shortest_edge": 64, "longest_edge": 8192}}, r"size: .* changes nothing: .*max_pixels"),
-        ({"max_pixels": "many"}, r"refuses an image of 64x64"),
+        ({"max_pixels": "many"}, r"with model\.image_processor\.max_pixels: 'many': .*refuses an image of 64x64"),
     ],
 )
 def test_what_is_no_setting_is_refused(model_dirs: dict[str, Path], settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         load_processor(str(model_dirs[QWEN]), ProcessorSettings(image_processor=settings))
+
+
+def test_a_setting_that_does_not_fit_the_model_is_named(make_config: Callable[..., Config]) -> None:
+    config = make_config(QWEN)
+    model = config.model.model_copy(update={"image_processor": {"merge_size": 1}})
+    with pytest.raises(UserError, match=r"on a trial batch: .*; model\.image_processor\.merge_size may not fit the"):
+        train(config.model_copy(update={"model": model}))
 
 
 def test_a_model_without_images_has_no_image_processor(model_dirs: dict[str, Path]) -> None:
