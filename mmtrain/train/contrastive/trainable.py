@@ -1,5 +1,6 @@
 """What is trainable of an embedder."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from mmtrain.config import Config
 from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.load import set_trained
+from mmtrain.model.adapter import say_other_processor
 from mmtrain.model.dropout import DropoutContext, install_dropout
 from mmtrain.model.earlier_run import start_from_run
 from mmtrain.model.load import checkpoint_activations
@@ -29,6 +31,7 @@ def make_trainable(
     set_trained(config, embedder)
     if config.model.adapter is not None:
         tick = runtime.activity.tick
+        say_other_processor(Path(config.model.adapter), config.model, progress.say)
         progress.say(start_from_run(embedder.model, embedder.components, config.model, tick))
         embedder.scale.limit(config.objective.temperature_max)
     if config.run.activation_checkpointing is True:
