@@ -82,7 +82,9 @@ def try_rows(model: Any, processor: ChatProcessor, dtype: torch.dtype, packing: 
         first, second = trial.logits([0], packing=False), trial.logits([1], packing=False)
         other = max(_difference(first, trial.plain_logits(0)), _difference(second, trial.plain_logits(1)))
     except Exception as error:  # a family that is not supported can raise anything
-        raise UserError(f"the model cannot be run on a trial batch: {_named(error)}") from error
+        given = ", ".join(f"model.image_processor.{key}" for key in processor.image_settings)
+        hint = f"; {given} may not fit the model" if given else ""
+        raise UserError(f"the model cannot be run on a trial batch: {_named(error)}{hint}") from error
     if not all(torch.isfinite(logits).all() for logits in first + second):
         raise UserError("the logits of the model are not finite on a trial batch: its weights or its dtype are wrong")
     if other > _REFUSED * trial.tolerance:
