@@ -83,7 +83,7 @@ class ChatProcessor:
 
     @property
     def lays_out_together(self) -> bool:
-        """Whether samples with images can go through the model at once; see `ImageTraits.together`."""
+        """Whether the images of several samples can be laid out at once; see `ImageTraits.together`."""
         return self.images is None or self.images.traits.together
 
     def image_inputs(
