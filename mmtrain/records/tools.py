@@ -99,16 +99,17 @@ def result_text(content: Any) -> Any:
 def _with_listed_calls(turn: Record) -> Record:
     """`turn` with the older `function_call`, and parts that are calls, in `tool_calls`."""
     content, older = turn.get("content"), turn.get("function_call")
-    parts = [part for part in content if _is_call(part)] if isinstance(content, list) else []
+    entries = content if isinstance(content, list) else []
+    parts = [part for part in entries if _is_call(part)]
     if older in _EMPTY and not parts:
         return turn
     if turn.get("tool_calls") not in _EMPTY or (older not in _EMPTY and parts):
         raise SampleError("a turn gives its calls twice: keep 'tool_calls'")
     calls = [older] if older not in _EMPTY else [call for part in parts for call in _calls_of_part(part)]
-    kept = [part for part in content if not _is_call(part)] if parts and isinstance(content, list) else content
-    if parts and content[: len(kept)] != kept:
+    kept = [part for part in entries if not _is_call(part)]
+    if entries[: len(kept)] != kept:
         raise SampleError("a turn has more after its calls: move it before them, or into a turn of its own")
-    return {**turn, "content": kept, "tool_calls": calls, "function_call": None}
+    return {**turn, "content": kept if parts else content, "tool_calls": calls, "function_call": None}
 
 
 def _is_call(part: Any) -> bool:
