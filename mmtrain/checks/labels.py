@@ -5,7 +5,6 @@ it are compared with those of inference, and the decoded labels with the text of
 """
 
 import functools
-import operator
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -325,11 +324,8 @@ class Checker:
 
 
 def _wrong_labels(ids: Sequence[int], labels: Sequence[int]) -> Iterator[Finding]:
-    if sum(map(operator.ne, labels, ids)) == labels.count(IGNORED):  # the usual case, without arrays
-        return
-    given, own = np.array(labels), np.array(ids)
-    wrong = np.flatnonzero((given != IGNORED) & (given != own))
-    if len(wrong):
+    wrong = [at for at, (label, own) in enumerate(zip(labels, ids, strict=True)) if label not in (own, IGNORED)]
+    if wrong:
         yield Finding(
             NOT_ITSELF, True, f"{len(wrong)} labels are not the token they belong to, the first at {wrong[0]}"
         )
