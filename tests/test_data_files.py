@@ -175,7 +175,7 @@ def test_a_line_that_is_too_long_is_refused_and_leaves_the_others(tmp_path: Path
 def test_an_item_of_a_list_that_is_too_long_is_refused_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'[1,\n"' + b"x" * MAX_RECORD + b'"]')
     (fault,) = faults_of(tmp_path / "a.json")
-    assert fault.startswith(f"{tmp_path}/a.json:2: a record of {MAX_RECORD + 2:,} characters, over the {MAX_RECORD:,}")
+    assert fault.startswith(f"{tmp_path}/a.json:2: a record of {MAX_RECORD + 2:,} bytes, over the {MAX_RECORD:,}")
 
 
 def test_a_file_that_vanishes_is_reported(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.images import decode
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.merge import command, weights
+from mmtrain.merge import command, stored, weights
 from mmtrain.merge.command import merge
 from mmtrain.records.record_set import RecordSet
 from mmtrain.train.run import train
@@ -178,7 +178,7 @@ def test_a_weight_that_is_not_written_as_merged_is_noticed(
         weights.save(model, folder)
         weight.data.copy_(kept)
 
-    monkeypatch.setattr(command, "save", damaged)
+    monkeypatch.setattr(stored, "save", damaged)
     with pytest.raises(UserError, match=r"1 weights are not the merged ones, such as 'model\.norm\.weight'"):
         merge(run, tmp_path / "merged")
     assert not list(tmp_path.glob("*merged*"))

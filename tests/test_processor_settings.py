@@ -14,13 +14,18 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
-from mmtrain.config.schema import Config
+from mmtrain.answers.command import answers_target
+from mmtrain.config.schema import Config, Model
 from mmtrain.encoding.directory import copy_processor
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor_settings import ProcessorSettings
+from mmtrain.encoding.saved_processor import differences
 from mmtrain.errors import UserError
-from mmtrain.generate.target import find_target
+from mmtrain.evaluate.models import find_models
+from mmtrain.generate.target import find_target, load_target
 from mmtrain.merge.command import merge
+from mmtrain.model.adapter import say_other_processor
+from mmtrain.runtime.processes import Runtime
 from mmtrain.train.run import train
 
 QWEN, LARGE = "qwen2_5_vl", (400, 240)
@@ -76,6 +81,57 @@ def test_it_is_saved_where_transformers_reads_it(
     assert found.image_processor == {"max_pixels": 4096}
 
 
+def _saved(config: Model, target: Path) -> Path:
+    """The processor that a run with the section `config` saves."""
+    target.mkdir()
+    copy_processor(Path(config.path), target, None, config.image_processor)
+    return target
+
+
+def test_another_processor_than_the_saved_one_is_named(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    plain = Model(path=str(model_dirs[QWEN]))
+    smaller = plain.model_copy(update={"image_processor": SMALLER})
+    own = json.loads((model_dirs[QWEN] / "preprocessor_config.json").read_text())["max_pixels"]
+    saved = _saved(smaller, tmp_path / "saved")
+    assert differences(saved, smaller) == []
+    assert differences(saved, plain) == [f"model.image_processor.max_pixels was 8192 and is {own}"]
+    lines: list[str] = []
+    (saved / "adapter_config.json").touch()
+    say_other_processor(saved, plain, lines.append)
+    assert len(lines) == 1
+    assert "max_pixels was 8192" in lines[0]
+    AutoImageProcessor.from_pretrained(saved, backend="pil").save_pretrained(tmp_path / "other")  # every key, by size
+    assert differences(tmp_path / "other", smaller) == []
+    assert len(differences(tmp_path / "other", plain)) == 1
+    (tmp_path / "empty").mkdir()
+    assert differences(tmp_path / "empty", smaller) == []
+
+
+def test_another_template_than_the_saved_one_is_named(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    plain = Model(path=str(model_dirs[QWEN]))
+    (tmp_path / "other.jinja").write_text("{{ messages[0].content }}")
+    given = plain.model_copy(update={"chat_template": str(tmp_path / "other.jinja")})
+    saved = _saved(plain, tmp_path / "saved")
+    assert differences(saved, plain) == []
+    assert differences(saved, given) == ["model.chat_template was another one"]
+
+
+def test_evaluation_uses_the_processor_of_the_config(
+    make_config: Callable[..., Config], tmp_path: Path, model_dirs: dict[str, Path]
+) -> None:
+    complete = _edited(model_dirs[QWEN], tmp_path / "complete", nested=False)
+    (complete / "preprocessor_config.json").unlink()
+    copy_processor(model_dirs[QWEN], complete, None, SMALLER)  # as a run with SMALLER saves it
+    config = make_config(QWEN)
+    plain, smaller = config.model, config.model.model_copy(update={"image_processor": SMALLER})
+    assert find_models([str(complete)], smaller).complete == {str(complete): complete}
+    with pytest.raises(UserError, match=r"other tokenizer or processor files .*max_pixels was 8192 and is"):
+        find_models([str(complete)], plain)
+    for path, settings in ((None, smaller), (complete, smaller), (complete, plain)):
+        target = answers_target(config.model_copy(update={"model": settings}), path)
+        assert load_target(target, Runtime("float32")).encoder.processor.image_settings == settings.image_processor
+
+
 @pytest.mark.slow("a run, and a merge of what it made")
 def test_a_run_and_what_is_made_of_it_keep_it(
     make_config: Callable[..., Config], tmp_path: Path, image: PIL.Image.Image
@@ -98,12 +154,19 @@ def test_a_run_and_what_is_made_of_it_keep_it(
         ({"device": "cpu"}, r"has no key 'device'; it has .*max_pixels"),
         ({"do_resize": "no"}, r"do_resize: expected true or false, not 'no'"),
         ({"size": {"shortest_edge": 64, "longest_edge": 8192}}, r"size: .* changes nothing: .*max_pixels"),
-        ({"max_pixels": "many"}, r"refuses an image of 64x64"),
+        ({"max_pixels": "many"}, r"with model\.image_processor\.max_pixels: 'many': .*refuses an image of 64x64"),
     ],
 )
 def test_what_is_no_setting_is_refused(model_dirs: dict[str, Path], settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         load_processor(str(model_dirs[QWEN]), ProcessorSettings(image_processor=settings))
+
+
+def test_a_setting_that_does_not_fit_the_model_is_named(make_config: Callable[..., Config]) -> None:
+    config = make_config(QWEN)
+    model = config.model.model_copy(update={"image_processor": {"merge_size": 1}})
+    with pytest.raises(UserError, match=r"on a trial batch: .*; model\.image_processor\.merge_size may not fit the"):
+        train(config.model_copy(update={"model": model}))
 
 
 def test_a_model_without_images_has_no_image_processor(model_dirs: dict[str, Path]) -> None:

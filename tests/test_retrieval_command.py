@@ -261,7 +261,7 @@ def test_a_config_for_chats_is_refused(clip: Path, tmp_path: Path) -> None:
         retrieval_figures(config, Options())
 
 
-@pytest.mark.parametrize("command", [["eval", "perplexity"], ["eval", "answers"], ["plan"]])
+@pytest.mark.parametrize("command", [["eval", "perplexity"], ["eval", "answers"]])
 def test_commands_for_chats_refuse_pairs_by_name(clip: Path, tmp_path: Path, command: list[str]) -> None:
     config = config_of(clip, tmp_path, write_pairs(tmp_path, captioned()))
     (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")

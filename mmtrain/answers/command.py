@@ -16,7 +16,7 @@ from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
 from mmtrain.errors import UserError
 from mmtrain.generate.target import Loaded, Target, load_target
-from mmtrain.model.adapter import find_adapter, find_model
+from mmtrain.model.adapter import find_adapter, find_model, say_other_processor
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import shown, visible
@@ -61,9 +61,11 @@ def answer_figures(
     if not sources:
         raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")
     check_page(options.html)
-    target = _target(config, options.adapter)
+    target = answers_target(config, options.adapter)
     runtime = runtime or Runtime(config.model.dtype)
     progress = Progress(runtime.activity.tick, quiet=not runtime.is_main)
+    if options.adapter is not None:
+        say_other_processor(options.adapter, config.model, progress.say)
     loaded = load_target(target, runtime)
     evaluation = AnswerEvaluation(config, sources, loaded.encoder.processor, progress, options.metric)
     replies = _replies(evaluation, loaded, options)
@@ -74,10 +76,10 @@ def answer_figures(
     return row, evaluation
 
 
-def _target(config: Config, path: Path | None) -> Target:
+def answers_target(config: Config, path: Path | None) -> Target:
     """What is evaluated: the base model, an adapter on it, or the model that a run saved."""
     settings = config.model
-    base = Target(settings.path, None, config.labels, settings.dtype, settings.quantization)
+    base = Target(settings.path, None, config.labels, settings.dtype, settings.quantization, settings)
     if path is None:
         return base
     adapter, model = find_adapter(path), find_model(path)
@@ -104,7 +106,7 @@ def _replies(evaluation: AnswerEvaluation, loaded: Loaded, options: Options) -> 
 def _base_replies(evaluation: AnswerEvaluation, loaded: Loaded, config: Config, options: Options) -> Replies:
     is_adapted = isinstance(loaded.model, PeftModel)
     without: AbstractContextManager[Any] = loaded.model.disable_adapter() if is_adapted else nullcontext()
-    base = loaded if is_adapted else load_target(_target(config, None), loaded.runtime)
+    base = loaded if is_adapted else load_target(answers_target(config, None), loaded.runtime)
     with without:
         return evaluation.all_replies(
             base.generator, base.runtime, "answers of the base model", options.batch_size, options.max_new_tokens

@@ -1,7 +1,7 @@
 """`mmtrain compose`: an image encoder, a language model and a new projector as one model directory of transformers."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mmtrain.compose.parts import (
     num_image_tokens,
     put_together,
 )
-from mmtrain.compose.tower import Tower, load_tower
+from mmtrain.compose.tower import Tower, directory_of_tower, load_tower
 from mmtrain.encoding.directory import model_directory
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError, storage_faults
@@ -53,6 +53,7 @@ def compose(options: Options) -> None:
     name, progress = visible(str(options.output)), Progress()
     if options.output.exists():
         raise UserError(f"{name}: it exists: give a new directory with -o")
+    options = replace(options, vision=directory_of_tower(options.vision))
     dtype = options.dtype or _common_dtype(options)
     tower = load_tower(options.vision, dtype, options.feature_layer)
     check_fits(tower, options.projector, options.vision)

@@ -1,6 +1,7 @@
 """The image encoder that goes into a composed model: loaded as it is, and tried on one image."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -9,6 +10,7 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from mmtrain.encoding.directory import model_directory
 from mmtrain.errors import UserError
+from mmtrain.model.adapter import find_adapter, find_model
 from mmtrain.model.load import load_weights
 from mmtrain.safe_text import one_line
 
@@ -45,6 +47,16 @@ class Tower:
     def selection(self) -> str:
         """transformers' name for the features used: "default" without the first vector, "full" with all."""
         return "default" if self.has_class_token else "full"
+
+
+def directory_of_tower(path: str) -> str:
+    """`path`, or the model that a run in this directory saved. Raises UserError where the run saved an adapter."""
+    if (adapter := find_adapter(Path(path))) is not None:
+        raise UserError(
+            f"--vision {path}: {adapter} is an adapter: merge it with `mmtrain merge`, and give the merged model"
+        )
+    found = find_model(Path(path))
+    return path if found is None else str(found)
 
 
 def load_tower(path: str, dtype: str, feature_layer: int) -> Tower:

@@ -7,13 +7,13 @@ from mmtrain.contrastive.chat_embedder import ChatEmbedder
 from mmtrain.contrastive.embedder import Embedder, check_dims
 from mmtrain.contrastive.scale import Multiplier, constant
 from mmtrain.contrastive.towers import Towers
+from mmtrain.encoding.directory import is_dual_encoder
 from mmtrain.encoding.load import processor_of
 from mmtrain.encoding.tower_processor import load_tower_processor
 from mmtrain.errors import UserError
 from mmtrain.model.family import probe_family
 from mmtrain.model.load import (
     check_vocabulary,
-    is_dual_encoder,
     length_limit,
     load_config,
     load_model,
@@ -26,7 +26,7 @@ from mmtrain.scoring.packing import choose_packing
 
 
 def load_embedder(config: Config, runtime: Runtime, progress: Progress = QUIET) -> Embedder:
-    """The model of the config on its device, frozen, with the scale and bias of `objective`.
+    """The model of the config on its device, not yet frozen, with the scale and bias of `objective`.
 
     Raises UserError where it lacks what the config names.
     """
@@ -50,7 +50,6 @@ def load_towers(config: Config, runtime: Runtime) -> Towers:
     processor = load_tower_processor(path, config.model.image_processor)
     with loading_faults():
         model = load_weights(path, config.model.dtype, runtime.device, runtime.activity.tick)
-    model.requires_grad_(False)
     try:
         towers = Towers(model, processor, runtime.autocast)
         check_vocabulary(path, processor.tokenizer, model.get_submodule(towers.text_tower).get_input_embeddings())
@@ -67,7 +66,6 @@ def load_chat_embedder(config: Config, runtime: Runtime, progress: Progress) -> 
     processor = processor_of(config.model)
     with loading_faults():
         model = load_model(path, dtype, processor, runtime.device, runtime.activity.tick)
-    model.requires_grad_(False)
     family = probe_family(model, processor, progress.say)
     packing = choose_packing(model, processor, config, runtime, progress.say)
     limit = functools.partial(length_limit, path)

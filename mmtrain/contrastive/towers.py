@@ -128,6 +128,12 @@ class Towers:
         pooled: Tensor = found if isinstance(found, Tensor) else found.pooler_output
         return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
 
+    @torch.no_grad()
+    def probe(self) -> Tensor:
+        """The embeddings of two texts and of two random images, (4, width)."""
+        images = self._images(self.processor.image_inputs([_noise(0), _noise(1)]))
+        return torch.cat([self.embed(self._text_batch(_TEXTS), "text"), self.embed(images, "image")])
+
     @property
     def sentence_modules(self) -> SentenceModules:
         padding = {"padding": "max_length"} if self._pads_to_limit else {}

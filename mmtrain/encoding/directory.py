@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
@@ -110,6 +110,11 @@ def load_parts(
     Raises UserError with transformers' reason where the directory is broken or names code of its own."""
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        if is_dual_encoder(config):
+            raise UserError(
+                "a dual encoder, which embeds texts and images and has no chats: expected a chat model; for this one "
+                "use `mmtrain train` with objective.kind: contrastive, and `mmtrain eval retrieval`"
+            )
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         settings = image_settings or {}
         processor = _family_processor(directory, config, tokenizer, settings) if takes_images(config) else None
@@ -134,6 +139,14 @@ def takes_images(config: Any) -> bool:
     """Whether a model with this configuration takes images: those that take sound too have a list of their own."""
     in_lists = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
     return type(config) in in_lists[0] or (type(config) in in_lists[1] and hasattr(config, "vision_config"))
+
+
+def is_dual_encoder(config: Any) -> bool:
+    """Whether a model with this configuration embeds texts and images apart, each with a tower of its own."""
+    if takes_images(config) or type(config) not in MODEL_MAPPING:
+        return False
+    found = MODEL_MAPPING[type(config)]
+    return all(hasattr(found, name) for name in ("get_text_features", "get_image_features"))
 
 
 def _image_token_id(config: Any) -> int | None:

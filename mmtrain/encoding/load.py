@@ -37,7 +37,11 @@ def load_processor(path: str, settings: ProcessorSettings = _NONE, tried: bool =
         processor = replace(make_processor(parts), origin=(path, settings))
         return processor if tried else replace(processor, trial=try_family(processor))
     except (UserError, SampleError) as error:
-        name = path if template_file is None else f"{path} with the chat template {visible(template_file)}"
+        given = [] if template_file is None else [f"the chat template {visible(template_file)}"]
+        given += [f"model.image_processor.{key}: {shown(value)}" for key, value in settings.image_processor.items()]
+        if "model.image_processor" in str(error):  # it names the key itself
+            given = given[: 0 if template_file is None else 1]
+        name = f"{path} with {', '.join(given)}" if given else path
         raise UserError(f"{name}: {error}") from None
 
 

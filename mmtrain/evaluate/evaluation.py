@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
@@ -9,6 +10,7 @@ from mmtrain.dataset.plan import Indices
 from mmtrain.encoding.load import processor_of
 from mmtrain.errors import UserError
 from mmtrain.evaluate.models import BASE, ComparedModels, find_models
+from mmtrain.model.adapter import say_other_processor
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.changed_images import Change
@@ -31,11 +33,13 @@ class Evaluation:
         sources: Sequence[EvalSource] = [EvalSource(path=path) for path in data] or config.data.eval
         if not sources:
             raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")
-        found = find_models(adapters, config.model.path)
+        found = find_models(adapters, config.model)
         runtime = Runtime(config.model.dtype, device=config.run.device)
         self.is_main = runtime.is_main
         self._microbatch_tokens = config.run.microbatch_tokens
         self._progress = Progress(runtime.activity.tick, quiet=not runtime.is_main)
+        for path in found.adapters:
+            say_other_processor(Path(path), config.model, self._progress.say)
         processor = processor_of(config.model)
         self.eval_samples = EvalSamples.of(config, sources, processor, self._progress)
         for entry in self.eval_samples.dropped:

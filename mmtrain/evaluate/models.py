@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mmtrain.config import Config
+from mmtrain.config.schema import Model
 from mmtrain.dataset.hashes import digest
-from mmtrain.encoding.directory import model_directory, processor_files
+from mmtrain.encoding.directory import copy_processor, model_directory, processor_files
+from mmtrain.encoding.load import read_template
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.saved_processor import differences
 from mmtrain.errors import UserError
 from mmtrain.model.adapter import Adapter, complete_model, read_adapter
 from mmtrain.progress import Progress
@@ -31,10 +35,10 @@ class FoundModels:
     """Directories of complete models."""
 
 
-def find_models(paths: Sequence[str], base: str) -> FoundModels:
+def find_models(paths: Sequence[str], base: Model) -> FoundModels:
     """`paths`: directories of adapters, or of runs that saved an adapter or a complete model.
 
-    Raises UserError where one of them cannot be used with the model `base`.
+    Raises UserError where one of them cannot be used with the model of the section `base`.
     """
     complete = {path: folder for path in paths if (folder := complete_model(Path(path))) is not None}
     for folder in complete.values():
@@ -69,11 +73,16 @@ class ComparedModels:
         return ModelPair(models.loaded(), others.loaded(), lambda: models.active(adapter), lambda: others.active(other))
 
 
-def _check_same_processor(base: str, folder: Path) -> None:
-    """Raises UserError if the model in `folder` makes other ids than the model `base`: they cannot be compared."""
-    files = [processor_files(one) for one in (model_directory(base), folder)]
-    if digest(files[0]) != digest(files[1]):
+def _check_same_processor(base: Model, folder: Path) -> None:
+    """Raises UserError if the model in `folder` makes other ids than the model of `base`: they cannot be compared."""
+    template = None if base.chat_template is None else read_template(Path(base.chat_template))
+    with TemporaryDirectory() as made:  # as a run with this config saves it
+        copy_processor(model_directory(base.path), Path(made), template, base.image_processor)
+        same = digest(processor_files(Path(made))) == digest(processor_files(folder))
+    if not same:
+        found = "; ".join(differences(folder, base))
+        what = f" ({found})" if found else ""
         raise UserError(
-            f"{visible(str(folder))}: it has other tokenizer or processor files than {visible(base)}: "
-            "evaluate it as model.path"
+            f"{visible(str(folder))}: it has other tokenizer or processor files than {visible(base.path)}{what}: "
+            "set the same in the config, or evaluate it as model.path"
         )

@@ -82,11 +82,13 @@ def _row(questions: Questions, number: int, reply: Reply) -> Row:
 
 def _made_with(target: Target, data: Sequence[str], batch_size: int, sampling: Sampling) -> str:
     """A short hash of all that decides the answers: model, adapter, data, labels, options."""
+    settings = target.processor_settings
     adapter = [] if target.adapter is None else [target.adapter / CONFIG, target.adapter / WEIGHTS]
     found = {
         **model_fingerprints(target.model, lambda: None),
         "adapter": digest(adapter),
-        "image_processor": target.processor_settings.image_processor,
+        "chat_template": digest([Path(settings.chat_template)] if settings.chat_template else []),
+        "image_processor": dict(settings.image_processor),
         "data": digest([file for path in data for file in find_data_files(path)]),
         "labels": target.labels.model_dump(),
         "dtype": [target.dtype, target.quantization],

@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mmtrain.config.schema import Config, Labels
+from mmtrain.config.schema import Config, Labels, Model
 from mmtrain.config.yaml_file import read_yaml
 from mmtrain.encoding.directory import model_directory
 from mmtrain.encoding.encode import Encoder
-from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.load import load_processor, processor_of
 from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.errors import UserError
 from mmtrain.generate.replies import ANY_LENGTH, Generator
@@ -33,6 +33,9 @@ class Target:
     dtype: str = "bfloat16"
     quantization: str | None = None
     """How the base model of an adapter is quantized, as in the run that trained the adapter."""
+    processor_of: Model | None = None
+    """The section of a config whose processor is used; None: the one with which the adapter or the model was
+    trained."""
 
     @property
     def processor_settings(self) -> ProcessorSettings:
@@ -51,10 +54,15 @@ def find_target(path: str, base: str | None = None, dtype: str | None = None) ->
 
     The labels, the type of the weights and their quantization are those of the run's config, or else a config's
     defaults.
-    Raises UserError where there is nothing to run.
+    Raises UserError where there is nothing to run, or where a run was not trained to reply.
     """
     folder = Path(path)
     config = _config_of_run(folder)
+    if config is not None and config.objective.kind != "chat":
+        raise UserError(
+            f"{visible(path)}: the run has objective.kind: {config.objective.kind}, its model gives embeddings and no "
+            "replies: use `mmtrain eval retrieval`"
+        )
     labels = Labels() if config is None else config.labels
     dtype = dtype or ("bfloat16" if config is None else config.model.dtype)
     adapter = find_adapter(folder)
@@ -108,7 +116,10 @@ class Loaded:
 def load_target(target: Target, runtime: Runtime) -> Loaded:
     """Raises UserError where something is missing, broken or does not fit together."""
     adapter = None if target.adapter is None else read_adapter(target.adapter)
-    processor = load_processor(target.model, target.processor_settings)
+    if target.processor_of is not None:
+        processor = processor_of(target.processor_of)
+    else:
+        processor = load_processor(target.model, target.processor_settings)
     encoder = Encoder(processor, target.labels.train_on, target.labels.end_of_turn)
     with loading_faults():
         model = load_model(

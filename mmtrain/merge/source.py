@@ -12,13 +12,13 @@ from mmtrain.config.yaml_file import read_yaml
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.samples import FreshSamples
 from mmtrain.dataset.shard_order import first_file
-from mmtrain.encoding.directory import model_directory
+from mmtrain.encoding.directory import is_dual_encoder, model_directory
 from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.errors import UserError
 from mmtrain.model.adapter import CONFIG, Adapter, named_base, read_adapter
-from mmtrain.model.load import length_limit
+from mmtrain.model.load import length_limit, load_config
 from mmtrain.records.chat import SampleError
 from mmtrain.safe_text import one_line, visible
 
@@ -37,6 +37,11 @@ class MergeSource:
     """The directory of the run that trained the adapter, if it is known."""
     config: Config | None
     """The run's config."""
+
+    @property
+    def is_dual_encoder(self) -> bool:
+        """Whether the base model embeds texts and images, and has no logits. Raises UserError."""
+        return is_dual_encoder(load_config(self.base))
 
     @property
     def processor_settings(self) -> ProcessorSettings:

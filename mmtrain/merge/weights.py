@@ -62,8 +62,8 @@ def merge_weights(model: PeftModel) -> Any:
             merged = model.merge_and_unload(safe_merge=True)
         except (ValueError, NotImplementedError, RuntimeError) as error:
             raise UserError(f"the adapter cannot be merged: {one_line(error)}") from None
-    head, embeddings = merged.get_output_embeddings(), merged.get_input_embeddings()
-    if head is not None and head.weight is not embeddings.weight:
+    head = merged.get_output_embeddings()
+    if head is not None and head.weight is not merged.get_input_embeddings().weight:
         for config in (merged.config, merged.config.get_text_config()):
             config.tie_word_embeddings = False
     return merged

@@ -7,7 +7,7 @@ weights do not fit. Here everything is checked before peft gets it.
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mmtrain.config.schema import Model
+from mmtrain.encoding.saved_processor import differences
 from mmtrain.errors import UserError
 from mmtrain.safe_text import one_line, shown, visible
 
@@ -169,6 +171,14 @@ def find_model(folder: Path) -> Path | None:
 def complete_model(folder: Path) -> Path | None:
     """The same where there is no adapter."""
     return find_model(folder) if find_adapter(folder) is None else None
+
+
+def say_other_processor(path: Path, model: Model, say: Callable[[str], None]) -> None:
+    """Say in one line where the adapter or model of the run at `path` was trained with other chat templates or image
+    settings than the section `model` of a config has. Raises UserError where one of them is broken."""
+    folder = find_adapter(path) or find_model(path)
+    if folder is not None and (found := differences(folder, model)):
+        say(f"{visible(str(path))} was trained with another processor, and the config's is used: {'; '.join(found)}")
 
 
 def _with_file(folder: Path, name: str, file: str) -> Path | None:

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 from transformers import (
-    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -21,7 +20,7 @@ from transformers.utils.logging import ERROR, disable_progress_bar, get_verbosit
 
 from mmtrain.config.tune_section import ComponentModules
 from mmtrain.dataset.validate import LengthLimit
-from mmtrain.encoding.directory import model_directory, takes_images
+from mmtrain.encoding.directory import is_dual_encoder, model_directory, takes_images
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.head import accept_positions
@@ -61,14 +60,6 @@ def load_config(path: str) -> Any:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a broken file makes transformers raise anything
         raise UserError(f"{path}: the model's config cannot be loaded: {one_line(error)}") from None
-
-
-def is_dual_encoder(config: Any) -> bool:
-    """Whether a model with this configuration embeds texts and images apart, each with a tower of its own."""
-    if takes_images(config) or type(config) not in MODEL_MAPPING:
-        return False
-    found = MODEL_MAPPING[type(config)]
-    return all(hasattr(found, name) for name in ("get_text_features", "get_image_features"))
 
 
 def auto_class(config: Any) -> Any:

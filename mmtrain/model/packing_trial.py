@@ -72,7 +72,9 @@ def packing_fault(model: Any, processor: ChatProcessor, dtype: torch.dtype, pack
         if processor.lays_out_together:
             padded = _difference(trial.logits([0, 1], packing=False), first + second)
     except Exception as error:  # a family that is not supported can raise anything
-        raise UserError(f"the model cannot be run on a trial batch: {_named(error)}") from error
+        given = ", ".join(f"model.image_processor.{key}" for key in processor.image_settings)
+        hint = f"; {given} may not fit the model" if given else ""
+        raise UserError(f"the model cannot be run on a trial batch: {_named(error)}{hint}") from error
     if not all(torch.isfinite(logits).all() for logits in first + second):
         raise UserError("the logits of the model are not finite on a trial batch: its weights or its dtype are wrong")
     if other > _REFUSED * trial.tolerance:

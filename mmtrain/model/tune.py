@@ -49,7 +49,8 @@ def apply_tune(model: Any, components: Components, tune: Tune) -> tuple[Any, lis
     loras = {component: mode for component, mode in tune.trainable.items() if isinstance(mode, Lora)}
     fulls = [component for component, mode in tune.trainable.items() if isinstance(mode, Full)]
     targets = {component: targets_of(model, components, component, lora) for component, lora in loras.items()}
-    never_trained = {name for names in _never_trained(model, components).values() for name in names}
+    found = _never_trained(model, components)
+    never_trained = {name for component in fulls for name in found.get(component, ())}
     model.requires_grad_(False)
     if loras:
         saved = [name for component in fulls for name in components.largest_modules(model, component)]
@@ -63,7 +64,7 @@ def apply_tune(model: Any, components: Components, tune: Tune) -> tuple[Any, lis
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(components.component_of(name) in fulls)
     for name, parameter in model.named_parameters():
-        if base_name(name) in never_trained:
+        if components.component_of(name) in fulls and base_name(name) in never_trained:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

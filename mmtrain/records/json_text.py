@@ -10,10 +10,10 @@ MAX_RECORD = 32 * 2**20
 """The most bytes of one record. Parsing needs at most 30 times as much memory."""
 
 
-def too_long(length: int, unit: str) -> SampleError:
-    """The refusal of a record of `length` `unit` (bytes or characters)."""
+def too_long(num_bytes: int) -> SampleError:
+    """The refusal of a record of so many bytes."""
     return SampleError(
-        f"a record of {length:,} {unit}, over the {MAX_RECORD:,} allowed: split it, or give its images by path"
+        f"a record of {num_bytes:,} bytes, over the {MAX_RECORD:,} allowed: split it, or give its images by path"
     )
 
 

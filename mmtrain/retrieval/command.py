@@ -12,7 +12,7 @@ from mmtrain.config.data_section import EvalSource
 from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.load import load_embedder
 from mmtrain.errors import UserError
-from mmtrain.model.adapter import find_adapter, find_model, load_adapter, read_adapter
+from mmtrain.model.adapter import find_adapter, find_model, load_adapter, read_adapter, say_other_processor
 from mmtrain.progress import Progress
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
 from mmtrain.retrieval.report import print_report
@@ -80,6 +80,7 @@ def loaded_embedder(config: Config, path: Path | None, runtime: Runtime, progres
     adapter, model = find_adapter(path), find_model(path)
     if adapter is None and model is None:
         raise UserError(f"--adapter {visible(str(path))}: expected the directory of an adapter or of a finished run")
+    say_other_processor(path, config.model, progress.say)
     if adapter is None:
         settings = config.model.model_copy(update={"path": str(model), "quantization": None})
         return load_embedder(config.model_copy(update={"model": settings}), runtime, progress)

@@ -1,12 +1,14 @@
 """The base model of a config with its trainable parameters, on the device, or on the CPU where it is to be sharded."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.model.adapter import say_other_processor
 from mmtrain.model.dropout import DropoutContext, install_dropout
 from mmtrain.model.earlier_run import start_from_run
 from mmtrain.model.family import Family, probe_family
@@ -52,6 +54,7 @@ def make_trainable(
             progress.say(line)
     model, reports = apply_tune(base, family.components, config.tune)
     if settings.adapter is not None and load is load_model:  # else the model has no values
+        say_other_processor(Path(settings.adapter), settings, progress.say)
         progress.say(start_from_run(model, family.components, settings, runtime.activity.tick))
     if config.run.activation_checkpointing is True:
         checkpoint_activations(base)

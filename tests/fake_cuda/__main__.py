@@ -37,6 +37,14 @@ def _in_a_process(case: str) -> str:
     return found or json.dumps({"error": "the process of the case died"})
 
 
+def _leave_out_own_positions() -> None:
+    """The trial of packing compares with positions that the model computes itself, for which it reads numbers below
+    Python's dispatch. The fake GPU cannot do that; the tests on the CPU cover it."""
+    from mmtrain.model import packing_trial
+
+    packing_trial._Trial.plain_logits = lambda trial, number: trial.logits([number], False)  # type: ignore[method-assign, assignment]
+
+
 def main() -> None:
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # its threads would not know of the fake device
     load_device(Path(sys.argv[1]))
@@ -52,6 +60,7 @@ def main() -> None:
     assert cases
     torch.set_num_threads(1)
     device.install()
+    _leave_out_own_positions()
     for case in sys.stdin:
         answers.write(_in_a_process(case) + "\n")
         answers.flush()

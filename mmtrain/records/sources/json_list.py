@@ -117,7 +117,7 @@ class _Text:
                 raise self.fault("not JSON that can be read: nested too deeply") from None
             length = end - self._at
             if length > MAX_RECORD:
-                raise self.fault(str(too_long(length, "bytes")))
+                raise self.fault(str(too_long(length)))
             if end + _MARGIN <= len(self.characters) or not self._read():
                 self.check_utf8(self.characters[self._at : self._at + length])
                 return length

@@ -55,7 +55,7 @@ class OffsetIndex(ABC):
         except OSError as error:
             raise SampleError(f"cannot be read: {error.strerror}") from None
         if len(found) > MAX_RECORD and b"\n" not in found:
-            raise too_long(end - start, "bytes")
+            raise too_long(end - start)
         return found
 
 
