@@ -52,11 +52,15 @@ def init(
     data: Annotated[str, typer.Option(prompt="Training data (a .jsonl file)", help="The training data.")],
     evaluation: Annotated[str | None, typer.Option("--eval", help="The evaluation data.", show_default=False)] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="A new file.")] = Path("config.yaml"),
+    chat_template: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A chat template in Jinja, for a model without one.", show_default=False),
+    ] = None,
 ) -> None:
     """Write a first config for a model, your data and this machine; asks for what is not given."""
     from mmtrain.init.command import init as run
 
-    run(model, data, evaluation, output)
+    run(model, data, evaluation, output, chat_template)
 
 
 @app.command()

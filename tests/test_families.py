@@ -27,7 +27,7 @@ from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.model.load import load_model
-from mmtrain.model.packing_trial import packing_fault
+from mmtrain.model.packing_trial import try_rows
 from mmtrain.progress import QUIET
 from mmtrain.records.chat import Conversation, SampleError
 from support.builders import write_jsonl
@@ -113,10 +113,6 @@ ALONE = {
 }
 """Cases and families whose template writes a reply in another way than for inference: each reply is a sequence of its
 own, after the prompt for it."""
-
-CANNOT_RUN = {"phi4_multimodal": "cannot be trained on several samples at once"}
-"""Families whose ids are right and whose model is refused: the features of an image depend on the others of the
-batch."""
 
 CASE_OF_FAMILY = [(name, case) for name in USABLE for case in conversations(name) if (name, case) not in REFUSED]
 
@@ -230,6 +226,12 @@ def test_training_reads_what_is_shown_and_what_the_family_makes(name: str, root:
             assert prompted_inputs(name, messages, whole, encoded) is not None
 
 
+ALONE_IN_A_BATCH = {
+    *("mllama", "perception_lm", "ernie4_5_vl_moe"),  # their images are laid out for one sample
+    "phi4_multimodal",  # SDPA attends causally to the patches of an image without padding, unless another has some
+}
+"""Families that take one sample at a time."""
+
 CANNOT_PACK = {
     *("gemma3", "gemma4 both ways", "paligemma2"),  # images, or prompts, attended to in both directions
     *("mamba2", "bamba", "minimax", "recurrent_gemma", "rwkv", "xlstm", "qwen3_5_moe", "lfm3_vl"),
@@ -240,7 +242,7 @@ CANNOT_PACK = {
     *("lfm2", "lfm2_vl"),  # convolutions; those before are recurrent
     "gpt_oss",  # attention that gets no positions
     "hunyuan_vl",  # positions of its own form
-    *("mllama", "perception_lm", "ernie4_5_vl_moe"),  # the images of one sample at a time
+    *ALONE_IN_A_BATCH,
 }
 
 
@@ -255,16 +257,10 @@ def both_ways() -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", sorted(CANNOT_RUN.keys() & set(USABLE)))
-def test_a_model_that_cannot_be_trained_is_refused(name: str) -> None:
-    processor = load_processor(str(directory(name)))
-    with pytest.raises(UserError, match=CANNOT_RUN[name]):
-        packing_fault(load_model(str(directory(name)), "float32", processor), processor, torch.float32)
-
-
-@pytest.mark.parametrize("name", [*(name for name in USABLE if name not in CANNOT_RUN), "gemma4 both ways"])
+@pytest.mark.parametrize("name", [*USABLE, "gemma4 both ways"])
 def test_packing_is_found_out(name: str) -> None:
     path, template = (both_ways(), None) if name not in FAMILIES else (directory(name), given_template(name))
     processor = load_processor(str(path), ProcessorSettings(template))
-    fault = packing_fault(load_model(str(path), "float32", processor), processor, torch.float32)
-    assert (fault is not None) == (name in CANNOT_PACK), fault
+    found = try_rows(load_model(str(path), "float32", processor), processor, torch.float32)
+    assert (found.fault is not None) == (name in CANNOT_PACK), found.fault
+    assert found.alone == (name in ALONE_IN_A_BATCH)

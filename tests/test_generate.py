@@ -118,6 +118,23 @@ def test_a_batch_of_1_gives_what_a_batch_of_16_gives(case: Case) -> None:
         assert one.log_probability == pytest.approx(other.log_probability, rel=1e-4)
 
 
+def test_prompts_with_images_go_one_by_one_through_a_model_that_takes_no_more(case: Case) -> None:
+    """And are sampled as in batches of one."""
+    rows: list[int] = []
+    hook = case.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    sampling = Sampling(max_new_tokens=4, do_sample=True, temperature=1.5, seed=3)
+    generator = Generator(case.model, case.encoder, nullcontext, alone=lambda: True)
+    found = generator.replies(case.prompts, sampling, seed=5)
+    hook.remove()
+    has_images = any(prompt.images for prompt in case.prompts)
+    assert set(rows) == {1 if has_images else len(case.prompts)}
+    if has_images:
+        expected = [generator.replies([prompt], sampling, seed=5 + n)[0] for n, prompt in enumerate(case.prompts)]
+        assert found == expected
+
+
 def plain(reply: Reply) -> tuple[str, tuple[int, ...], bool]:
     return reply.text, reply.ids, reply.is_complete
 

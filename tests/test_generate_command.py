@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from mmtrain import api
@@ -25,9 +26,12 @@ from mmtrain.errors import UserError
 from mmtrain.generate import answer_all as module
 from mmtrain.generate.answers_file import AnswersFile
 from mmtrain.generate.command import Options, generate
+from mmtrain.generate.prompts import prompt_for
 from mmtrain.generate.questions import Questions
 from mmtrain.generate.sampling import Sampling
-from mmtrain.generate.target import find_target, load_target
+from mmtrain.generate.target import Target, find_target, load_target
+from mmtrain.model.packing_trial import RowsFound
+from mmtrain.records.chat import Conversation, Image, Message, Text
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.run import train
 from support.builders import SHAPES, write_jsonl
@@ -214,6 +218,34 @@ def test_the_base_of_a_run_is_quantized_as_it_was_in_training(
     with pytest.raises(UserError, match="asked for"):
         load_target(replace(target, model=config.model.path, adapter=None), Runtime("float32"))
     assert asked == ["nf4"]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_whether_questions_go_together_is_tried_at_the_first_batch(
+    alone: bool, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[bool] = []
+
+    def trial(model: Any, processor: Any, dtype: torch.dtype, packing: bool) -> RowsFound:
+        asked.append(packing)
+        return RowsFound("it mixes them", alone)
+
+    monkeypatch.setattr("mmtrain.generate.target.try_rows", trial)
+    config = make_config("qwen2_5_vl")
+    loaded = load_target(Target(config.model.path, dtype="float32"), Runtime("float32"))
+    rows: list[int] = []
+    loaded.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    image = Image("shape", IMAGE.read_bytes())
+    prompt = prompt_for(loaded.encoder, Conversation((Message("user", (image, Text("a?"))),)), Path())
+    loaded.generator.replies([prompt], Sampling(max_new_tokens=2))
+    assert asked == []
+    for _ in range(2):
+        loaded.generator.replies([prompt, prompt], Sampling(max_new_tokens=2))
+    assert asked == [False]
+    assert max(rows) == (1 if alone else 2)
+    assert capsys.readouterr().err.count("one question at a time: it mixes them") == alone
 
 
 @pytest.mark.slow("a run")

@@ -1,5 +1,6 @@
 """mmtrain init: a config that works at once, chosen from the data, the model and the device."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,25 @@ def test_what_is_not_given_is_asked(data: Path, tmp_path: Path) -> None:
     assert load_config(output).model.path == str(TINY)
     assert [source.share for source in load_config(output).data.eval] == [0.1]
     assert "held out and not trained on" in output.read_text()
+
+
+def test_a_model_without_a_chat_template_is_given_one(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "no-template"
+    shutil.copytree(TINY, model)
+    template = Path("own.jinja")
+    (model / "chat_template.jinja").rename(template)
+    words = ["init", "--model", str(model), "--data", str(data)]
+    refused = CliRunner().invoke(app, [*words, "-o", "refused.yaml"])
+    assert isinstance(refused.exception, UserError)
+    assert "--chat-template FILE" in str(refused.exception)
+    assert "\n" not in str(refused.exception)
+    assert not Path("refused.yaml").exists()
+    result = CliRunner().invoke(app, [*words, "-o", "my.yaml", "--chat-template", str(template)])
+    assert result.exit_code == 0, result.exception
+    assert load_config(Path("my.yaml")).model.chat_template == "own.jinja"
 
 
 def test_an_existing_file_and_unusable_data_are_refused(data: Path, tmp_path: Path) -> None:

@@ -20,13 +20,15 @@ from mmtrain.model import attention
 from mmtrain.model import packing_trial as packing
 from mmtrain.model.attention import KEYWORD
 from mmtrain.model.load import checkpoint_activations, load_model
-from mmtrain.model.packing_trial import packing_fault
-from mmtrain.progress import QUIET
+from mmtrain.model.packing_trial import RowsFound, try_rows
+from mmtrain.progress import QUIET, Progress
 from mmtrain.records.record_set import RecordSet
 from mmtrain.runtime.processes import Runtime
-from mmtrain.scoring.packing import choose_packing
+from mmtrain.scoring.packing import Rows, choose_rows
+from mmtrain.train.dataset import Dataset
 from mmtrain.train.learner import make_learner
 from mmtrain.train.run import train
+from mmtrain.train.step_cuts import StepCuts
 from support.attention_models import TEXT_MODELS, WINDOW, make_gemma3, make_text_family
 from support.builders import MAKERS
 from support.learning import LORA, learner_for, relative_l2, scores_of, step_of
@@ -58,7 +60,7 @@ def load(families: dict[str, Path]) -> Load:
 @pytest.mark.parametrize("name", sorted(PACKS | LEAKS))
 def test_the_trial_finds_which_models_can_share_a_row(name: str, dtype: str, load: Load) -> None:
     model, processor = load(name, dtype)
-    fault = packing_fault(model, processor, getattr(torch, dtype))
+    fault = try_rows(model, processor, getattr(torch, dtype)).fault
     assert (fault is None) == (name in PACKS), fault
 
 
@@ -76,9 +78,9 @@ def test_a_model_that_rounds_as_much_in_padded_rows_can_share_a_row(
     """Large models round more than the tolerance: it is set below what this small one does."""
     model, processor = load("llama", "bfloat16")
     monkeypatch.setitem(packing._TOLERANCE, torch.bfloat16, 0.002)
-    assert packing_fault(model, processor, torch.bfloat16) is None
+    assert try_rows(model, processor, torch.bfloat16).fault is None
     monkeypatch.setattr(packing, "_ROUNDING", 0.0)
-    assert "each sample alone" in (packing_fault(model, processor, torch.bfloat16) or "")
+    assert "each sample alone" in (try_rows(model, processor, torch.bfloat16).fault or "")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -95,7 +97,7 @@ def test_one_token_of_another_sample_is_noticed(
 
     monkeypatch.setattr(attention, "_lengths", shifted)
     model, processor = load(name, dtype)
-    assert "packed row" in (packing_fault(model, processor, getattr(torch, dtype)) or "")
+    assert "packed row" in (try_rows(model, processor, getattr(torch, dtype)).fault or "")
 
 
 def test_a_window_that_is_not_kept_to_in_packed_rows_is_noticed(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,14 +106,14 @@ def test_a_window_that_is_not_kept_to_in_packed_rows_is_noticed(load: Load, monk
     monkeypatch.setattr(attention, "_causal", lambda q, k, v, scaling, window: causal(q, k, v, scaling, None))
     model, processor = load("windows")
     assert model.config.sliding_window == WINDOW
-    assert packing_fault(model, processor, torch.float32) is not None
+    assert try_rows(model, processor, torch.float32).fault is not None
 
 
 def test_a_window_too_long_to_try_is_not_taken_on_trust(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """But where the attention is ours: it looks at one sample at a time."""
     monkeypatch.setattr(packing, "_CPU_MULTIPLICATIONS", 1.0)
-    assert "too long to try" in (packing_fault(*load("gpt_oss"), torch.float32) or "")
-    assert packing_fault(*load("windows"), torch.float32) is None
+    assert "too long to try" in (try_rows(*load("gpt_oss"), torch.float32).fault or "")
+    assert try_rows(*load("windows"), torch.float32).fault is None
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])
@@ -125,10 +127,10 @@ def test_a_layer_that_does_not_pass_the_row_on_is_noticed(name: str, checkpointi
     model, processor = load(name)
     if checkpointing:
         checkpoint_activations(model)
-    assert packing_fault(model, processor, torch.float32) is None
+    assert try_rows(model, processor, torch.float32).fault is None
     layer = model.get_decoder().layers[-1]
     layer.self_attn.register_forward_pre_hook(without_row, with_kwargs=True)
-    assert "in a packed row" in (packing_fault(model, processor, torch.float32) or "")
+    assert "in a packed row" in (try_rows(model, processor, torch.float32).fault or "")
 
 
 def test_a_model_that_refuses_the_keyword_falls_back(load: Load) -> None:
@@ -141,7 +143,7 @@ def test_a_model_that_refuses_the_keyword_falls_back(load: Load) -> None:
         return own(input_ids, attention_mask, position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep)
 
     model.forward = forward
-    found = packing_fault(model, processor, torch.float32) or ""
+    found = try_rows(model, processor, torch.float32).fault or ""
     assert found.startswith("this model cannot run packed rows: TypeError: ")
     assert attention.KEYWORD in found
 
@@ -156,26 +158,35 @@ def test_a_text_model_is_given_no_token_types_where_its_tokenizer_makes_none(loa
         return own(input_ids, **others)
 
     model.forward = forward
-    assert packing_fault(model, processor, torch.float32) is None
+    assert try_rows(model, processor, torch.float32).fault is None
 
 
-def test_rows_that_change_each_other_even_when_padded_are_refused(load: Load) -> None:
+@pytest.mark.parametrize("packing", [True, False])
+def test_samples_that_change_each_other_even_in_padded_rows_go_through_the_model_alone(
+    load: Load, packing: bool
+) -> None:
     model, processor = load("llama")
-    layer = model.get_decoder().layers[0]
-    layer.register_forward_hook(lambda module, args, out: out + 0.1 * out.roll(1, dims=0))
-    for wanted in (True, False):
-        with pytest.raises(UserError, match="in padded rows"):
-            packing_fault(model, processor, torch.float32, packing=wanted)
+    model.get_decoder().layers[0].register_forward_hook(mixed_rows)
+    found = try_rows(model, processor, torch.float32, packing)
+    assert found.alone
+    assert "one sample at a time: in padded rows its logits differ by" in (found.fault or "")
+
+
+def test_a_model_that_fails_in_rows_of_several_samples_gets_one(load: Load) -> None:
+    model, processor = load("llama")
+    model.register_forward_pre_hook(lambda module, args, kwargs: _one_row(kwargs["input_ids"]), with_kwargs=True)
+    found = try_rows(model, processor, torch.float32)
+    assert found == RowsFound("this model takes one sample at a time: padded rows raise ValueError: two rows", True)
 
 
 def test_logits_that_are_not_finite_are_refused_and_equal_ones_are_no_fault(load: Load) -> None:
     model, processor = load("llama")
     with torch.no_grad():
         model.lm_head.weight.zero_()
-        assert packing_fault(model, processor, torch.float32) is None
+        assert try_rows(model, processor, torch.float32).fault is None
         model.lm_head.weight[7] = float("inf")
         with pytest.raises(UserError, match="not finite"):
-            packing_fault(model, processor, torch.float32)
+            try_rows(model, processor, torch.float32)
 
 
 def test_a_model_that_fails_in_packed_rows_alone_falls_back(load: Load) -> None:
@@ -185,12 +196,12 @@ def test_a_model_that_fails_in_packed_rows_alone_falls_back(load: Load) -> None:
 
     model, processor = load("llama")
     hook = model.register_forward_pre_hook(fail, with_kwargs=True)
-    found = packing_fault(model, processor, torch.float32)
+    found = try_rows(model, processor, torch.float32).fault
     assert found == "this model cannot run packed rows: TypeError: first line: second line"
     hook.remove()
     model.register_forward_pre_hook(lambda module, args: 1 / 0)
     with pytest.raises(UserError, match="trial batch: ZeroDivisionError"):
-        packing_fault(model, processor, torch.float32)
+        try_rows(model, processor, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gpt_oss"])
@@ -200,11 +211,21 @@ def test_the_trial_leaves_model_and_random_state_as_they_were(name: str, load: L
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    packing_fault(model, processor, torch.float32)
+    try_rows(model, processor, torch.float32)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert modes == [module.training for module in model.modules()]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def mixed_rows(module: Any, args: Any, out: Any) -> Any:
+    """Every row gets something of the one before it; a row alone is as it was."""
+    return out + 0.1 * (out.roll(1, dims=0) - out)
+
+
+def _one_row(ids: torch.Tensor) -> None:
+    if len(ids) > 1:
+        raise ValueError("two rows")
 
 
 def config_for(path: Path, make_config: Callable[..., Config], **train: Any) -> Config:
@@ -218,16 +239,16 @@ def test_auto_says_that_it_pads_and_true_is_refused(
     model, processor = load("gpt_oss")
     runtime, lines = Runtime("float32"), list[str]()
 
-    def choose(**train: Any) -> bool:
+    def choose(**train: Any) -> Rows:
         config = config_for(families["gpt_oss"], make_config, **train)
-        return choose_packing(model, processor, config, runtime, lines.append)
+        return choose_rows(model, processor, config, runtime, lines.append)
 
-    assert choose() is False
+    assert choose() == Rows(packing=False, alone=False)
     assert [line.startswith("packing: off, in a packed row the logits of this model differ by") for line in lines] == [
         True
     ]
-    assert choose(packing="auto") is False
-    assert choose(packing=False) is False
+    assert choose(packing="auto").packing is False
+    assert choose(packing=False).packing is False
     assert len(lines) == 2
     with pytest.raises(UserError, match=r"run\.packing: in a packed row"):
         choose(packing=True)
@@ -238,7 +259,7 @@ def test_auto_and_true_pack_where_it_is_proven(load: Load, make_config: Callable
     runtime, lines = Runtime("float32"), list[str]()
     for wanted, expected in (("auto", True), (True, True), (False, False)):
         config = make_config("text", packing=wanted)
-        assert choose_packing(model, processor, config, runtime, lines.append) is expected
+        assert choose_rows(model, processor, config, runtime, lines.append) == Rows(expected, alone=False)
     assert not lines
 
 
@@ -254,6 +275,23 @@ def test_a_model_that_leaks_is_trained_in_padded_rows(
     assert relative_l2(together[1], alone[1]) < 1e-5
     leaking = step_of(learner, dataset, [[0, 1, 2, 3, 4, 5, 6, 7]], True)
     assert abs(leaking[0] - alone[0]) > 1e-3  # what it is all about
+
+
+def test_a_model_whose_rows_affect_each_other_is_trained_one_sample_at_a_time(
+    make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load_mixed(*args: Any, **settings: Any) -> Any:
+        model = load_model(*args, **settings)
+        model.get_decoder().layers[0].register_forward_hook(mixed_rows)
+        return model
+
+    config = make_config("text", {"language": LORA})
+    processor = load_processor(config.model.path)
+    dataset = Dataset(config, processor, QUIET)
+    learner = make_learner(config, processor, Runtime("float32"), Progress(), load_mixed)
+    assert capsys.readouterr().err.count("packing: off, this model takes one sample at a time") == 1
+    cuts = StepCuts(dataset, learner, config.run).of_all(1)
+    assert [len(cut) for cut in cuts] == [1] * len(dataset.plan.step(1))
 
 
 @pytest.mark.slow("several commands")
@@ -301,7 +339,7 @@ def test_the_trial_changes_no_first_weight_and_nothing_drawn_later(
     for skipped in (False, True):
         with monkeypatch.context() as patch:
             if skipped:
-                patch.setattr("mmtrain.train.learner.choose_packing", lambda *args: True)
+                patch.setattr("mmtrain.train.learner.choose_rows", lambda *args: Rows(packing=True, alone=False))
             learner = make_learner(config, load_processor(config.model.path), Runtime("float32"), QUIET)
         weights.append({name: p.detach().clone() for name, p in learner.model.named_parameters()})
         weights[-1]["next"] = torch.rand(4)

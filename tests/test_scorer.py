@@ -14,8 +14,9 @@ from torch import Tensor
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Batch, Loader
 from mmtrain.errors import DeviceMemoryError, UserError
+from mmtrain.model.packing_trial import RowsFound
 from mmtrain.progress import QUIET, Progress
-from mmtrain.scoring.packing import choose_packing
+from mmtrain.scoring.packing import Rows, choose_rows
 from mmtrain.scoring.scorer import Scorer
 from mmtrain.scoring.scores import Scores
 from mmtrain.train.step import Learner
@@ -75,7 +76,7 @@ def score(learner: Learner, dataset: Any, numbers: list[int], runtime: Any, pack
 
 
 def cuts_of(
-    learner: Learner, dataset: Any, processor: Any, packing: bool, limit: int, index: int = 0, count: int = 1
+    learner: Learner, dataset: Any, alone: bool, packing: bool, limit: int, index: int = 0, count: int = 1
 ) -> list[list[int]]:
     """The samples of each micro-batch that a process scores."""
     scorer = Scorer(dataset.train, dataset.encoder, np.arange(8), dataset.checked.num_tokens.tolist())
@@ -86,7 +87,7 @@ def cuts_of(
         return iter(())
 
     runtime: Any = Process(learner.runtime, index, count)
-    loaded = SimpleNamespace(runtime=runtime, processor=processor, packing=packing, batches=batches)
+    loaded = SimpleNamespace(runtime=runtime, alone=alone, packing=packing, batches=batches)
     assert scorer.score(loaded, limit, QUIET) is not None  # type: ignore[arg-type]
     return seen
 
@@ -136,17 +137,17 @@ def test_a_micro_batch_has_as_many_tokens_as_fit(packing: bool, made: tuple[Lear
     """Packed the tokens of its samples count; padded, the longest one once for each sample."""
     learner, dataset = made
     lengths = dataset.checked.num_tokens.tolist()
-    cuts = cuts_of(learner, dataset, SimpleNamespace(lays_out_together=True), packing, 120)
+    cuts = cuts_of(learner, dataset, False, packing, 120)
     assert sorted(index for cut in cuts for index in cut) == list(range(8))
     sizes = [[lengths[i] for i in cut] for cut in cuts]
     assert max(len(cut) for cut in cuts) > 1
     assert all(len(size) == 1 or (sum(size) if packing else len(size) * max(size)) <= 120 for size in sizes)
-    assert packing or cuts != cuts_of(learner, dataset, SimpleNamespace(lays_out_together=True), True, 120)
+    assert packing or cuts != cuts_of(learner, dataset, False, True, 120)
 
 
-def test_samples_that_cannot_be_laid_out_together_are_scored_one_by_one(made: tuple[Learner, Any]) -> None:
+def test_samples_that_go_through_the_model_alone_are_scored_one_by_one(made: tuple[Learner, Any]) -> None:
     learner, dataset = made
-    cuts = cuts_of(learner, dataset, SimpleNamespace(lays_out_together=False), False, 10_000)
+    cuts = cuts_of(learner, dataset, True, False, 10_000)
     assert sorted(cuts) == [[number] for number in range(8)]
 
 
@@ -192,10 +193,9 @@ def test_changed_samples_are_what_the_model_is_given(made: tuple[Learner, Any]) 
 
     changed: Any = object()
     scorer = Scorer(dataset.train, dataset.encoder, np.array([2]), [10], changed)
-    processor = SimpleNamespace(lays_out_together=True)
     loaded: Any = SimpleNamespace(
         runtime=learner.runtime,
-        processor=processor,
+        alone=False,
         packing=True,
         batches=batches,
     )
@@ -242,20 +242,32 @@ def test_scores_of_some_samples_are_their_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "fault", "packs"),
-    [("auto", None, True), (True, None, True), (False, None, False), ("auto", "it leaks", False)],
+    ("wanted", "fault", "packs", "alone"),
+    [
+        ("auto", None, True, False),
+        (True, None, True, False),
+        (False, None, False, False),
+        ("auto", "it leaks", False, False),
+        ("auto", "one at a time", False, True),
+        (False, "one at a time", False, True),
+    ],
 )
 def test_packing_is_what_the_config_and_the_trial_say(
-    wanted: Any, fault: str | None, packs: bool, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    wanted: Any,
+    fault: str | None,
+    packs: bool,
+    alone: bool,
+    make_config: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The trial is of packed rows unless these are not wanted."""
     asked: list[Any] = []
 
-    def trial(model: Any, processor: Any, dtype: torch.dtype, packing: bool) -> str | None:
+    def trial(model: Any, processor: Any, dtype: torch.dtype, packing: bool) -> RowsFound:
         asked.append((model, processor, dtype, packing))
-        return fault
+        return RowsFound(fault, alone)
 
-    monkeypatch.setattr("mmtrain.scoring.packing.packing_fault", trial)
+    monkeypatch.setattr("mmtrain.scoring.packing.try_rows", trial)
     keys: list[str] = []
 
     def from_first(key: str, make: Callable[[], str]) -> str:
@@ -264,7 +276,8 @@ def test_packing_is_what_the_config_and_the_trial_say(
 
     first: Any = SimpleNamespace(from_first=from_first)
     model, processor, lines = Any, Any, list[str]()
-    assert choose_packing(model, processor, make_config("text", packing=wanted), first, lines.append) is packs  # type: ignore[arg-type]
+    rows = choose_rows(model, processor, make_config("text", packing=wanted), first, lines.append)  # type: ignore[arg-type]
+    assert rows == Rows(packs, alone)
     assert asked == [(model, processor, torch.float32, wanted is not False)]
     assert keys == ["packing"]
     assert lines == ([] if fault is None else [f"packing: off, {fault}"])
@@ -273,8 +286,8 @@ def test_packing_is_what_the_config_and_the_trial_say(
 def test_packing_that_the_config_demands_is_refused_where_it_leaks(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmtrain.scoring.packing.packing_fault", lambda *args, **settings: "it leaks")
+    monkeypatch.setattr("mmtrain.scoring.packing.try_rows", lambda *args, **settings: RowsFound("it leaks"))
     first: Any = type("First", (), {"from_first": staticmethod(lambda key, make: make())})
     with pytest.raises(UserError) as caught:
-        choose_packing(Any, Any, make_config("text", packing=True), first, lambda line: None)  # type: ignore[arg-type]
+        choose_rows(Any, Any, make_config("text", packing=True), first, lambda line: None)  # type: ignore[arg-type]
     assert str(caught.value) == "run.packing: it leaks; expected false or auto for this model"

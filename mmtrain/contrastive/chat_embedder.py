@@ -22,6 +22,7 @@ from mmtrain.model.head import hidden_states
 from mmtrain.model.inputs import InputMaker
 from mmtrain.records.chat import Conversation, Message, SampleError, Text
 from mmtrain.records.pairs import Item
+from mmtrain.scoring.packing import Rows
 
 _STAND_IN = Message("assistant", (Text("x"),))
 _KIND: Kind = "prompt"
@@ -39,13 +40,14 @@ class ChatEmbedder:
         model: Any,
         processor: ChatProcessor,
         family: Family,
-        packing: bool,
+        rows: Rows,
         pooling: Literal["last", "mean"],
         limit: Callable[[int], LengthLimit],
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         """`limit` gives the model's own limit, or `max_length` where that is lower."""
-        self.model, self.processor, self.family, self.packing = model, processor, family, packing
+        self.model, self.processor, self.family = model, processor, family
+        self.packing, self.alone = rows.packing, rows.alone
         self._encoder, self._make_inputs = Encoder(processor), InputMaker(model, processor)
         self.template = processor.template.source
         self._pooling, self._autocast = pooling, autocast
@@ -57,7 +59,7 @@ class ChatEmbedder:
         if isinstance(tried, SampleError):
             raise tried
         with torch.no_grad():
-            self.width = self.embed(make_batch([0], [tried.encoded], processor, packing), _KIND).shape[1]
+            self.width = self.embed(make_batch([0], [tried.encoded], processor, rows.packing), _KIND).shape[1]
 
     @property
     def components(self) -> Components:

@@ -27,7 +27,7 @@ def embed_all(
     """
     found = torch.zeros(len(items), embedder.width)
     index, num_processes = share
-    batches = list(_batches(items, max_tokens if embedder.processor.lays_out_together else 1))[index::num_processes]
+    batches = list(_batches(items, 1 if embedder.alone else max_tokens))[index::num_processes]
     with torch.no_grad(), progress.task("embeddings", sum(map(len, batches))) as task:
         for batch in batches:
             embeddings = embedder.embed(embedder.batch(load(batch)), items[batch[0]].kind)

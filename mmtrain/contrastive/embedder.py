@@ -67,6 +67,8 @@ class Embedder(Protocol):
     bias: Multiplier
     packing: bool
     """The items of a micro-batch share one row."""
+    alone: bool
+    """A micro-batch has one item."""
 
     @property
     def kinds(self) -> tuple[Kind, ...]: ...
@@ -83,7 +85,7 @@ class Embedder(Protocol):
 
     @property
     def processor(self) -> Any:
-        """Of the model; `lays_out_together` says whether several items with images go through it at once."""
+        """Of the model."""
 
     @property
     def template(self) -> str | None:

@@ -22,7 +22,7 @@ from mmtrain.model.load import (
 from mmtrain.progress import QUIET, Progress
 from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
-from mmtrain.scoring.packing import choose_packing
+from mmtrain.scoring.packing import choose_rows
 
 
 def load_embedder(config: Config, runtime: Runtime, progress: Progress = QUIET) -> Embedder:
@@ -67,9 +67,9 @@ def load_chat_embedder(config: Config, runtime: Runtime, progress: Progress) -> 
     with loading_faults():
         model = load_model(path, dtype, processor, runtime.device, runtime.activity.tick)
     family = probe_family(model, processor, progress.say)
-    packing = choose_packing(model, processor, config, runtime, progress.say)
+    rows = choose_rows(model, processor, config, runtime, progress.say)
     limit = functools.partial(length_limit, path)
-    return ChatEmbedder(model, processor, family, packing, pooling, limit, runtime.autocast)
+    return ChatEmbedder(model, processor, family, rows, pooling, limit, runtime.autocast)
 
 
 def reloaded(embedder: Embedder, path: str, config: Config, runtime: Runtime) -> Embedder:

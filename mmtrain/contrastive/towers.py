@@ -40,6 +40,7 @@ class Towers:
     kinds: tuple[Kind, ...] = ("image", "text")
     symmetric = True
     packing = False
+    alone = False
     template = None
 
     def __init__(

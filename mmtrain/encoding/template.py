@@ -45,8 +45,8 @@ def probe_template(source: str | None, render: Render, image_token: str | None) 
     """
     if not source:
         raise UserError(
-            "the model has no chat template: give one as model.chat_template: FILE, such as the chat_template.jinja of "
-            "a chat model with the same tokenizer"
+            "the model has no chat template: give one as model.chat_template: FILE, or as --chat-template FILE without "
+            "a config, such as the chat_template.jinja of a chat model with the same tokenizer"
         )
     roles = _find_text_roles(render)
     tried = [wanted for wanted in (roles, roles | {"system"}) if _shows(render, wanted, "system", "user")]

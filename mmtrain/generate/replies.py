@@ -67,13 +67,17 @@ class Generator:
         max_positions: int = ANY_LENGTH,
         on_token: Callable[[], bool] = lambda: False,
         sharded: Sharded | None = None,
+        alone: Callable[[], bool] | None = None,
     ) -> None:
         """`max_positions`: the most tokens that a prompt and its reply may have together.
         `on_token` is called after each token of a batch; where it gives True, the replies of the batch end there.
-        With `sharded` all processes must ask for as many batches, with one `max_new_tokens`, and greedily."""
+        With `sharded` all processes must ask for as many batches, with one `max_new_tokens`, and greedily.
+        `alone`: whether the model takes one prompt with images at a time; called before the first batch of several. By
+        default only where their images cannot be laid out together."""
         self._model = model.get_base_model() if isinstance(model, PeftModel) else model
         self._autocast, self.max_positions, self._on_token, self._sharded = autocast, max_positions, on_token, sharded
         self._processor = encoder.processor
+        self._alone = alone or (lambda: not encoder.processor.lays_out_together)
         end = trained_end(encoder)
         self.stop_ids: frozenset[int] = self._processor.tokenizer.traits.eos_ids | (set() if end is None else {end})
         taken = inspect.signature(self._model.forward).parameters.keys()
@@ -81,11 +85,15 @@ class Generator:
 
     @torch.no_grad()
     def replies(self, prompts: Sequence[Encoded], sampling: Sampling, seed: int | None = None) -> list[Reply]:
-        """The reply to each prompt, all of them in one batch. A `seed` decides what is sampled.
+        """The reply to each prompt, all of them in one batch, or one at a time where the model takes no more. A `seed`
+        decides what is sampled.
 
         Raises SampleError where an image does not decode, UserError where a prompt leaves no room for its reply.
         """
         self._check_room(prompts, sampling.max_new_tokens)
+        if self._must_divide(prompts):
+            first = sampling.seed if seed is None else seed
+            return [self.replies([own], sampling, first + n)[0] for n, own in enumerate(prompts)]
         batch = make_batch(range(len(prompts)), prompts, self._processor, packing=False)
         inputs = self._inputs(batch)
         confidence = _Confidence()
@@ -109,6 +117,12 @@ class Generator:
         new = [self._own(ids) for ids in made[:, length:].tolist()]
         found = confidence.means([len(ids) for ids in new]) if is_greedy else [None] * len(new)
         return [self.reply(ids, mean) for ids, mean in zip(new, found, strict=True)]
+
+    def _must_divide(self, prompts: Sequence[Encoded]) -> bool:
+        """Whether these prompts go through the model one at a time. Not with sharded weights, where every process must
+        run it as often: there whoever asks makes batches of one."""
+        has_images = any(prompt.images for prompt in prompts)
+        return self._sharded is None and len(prompts) > 1 and has_images and self._alone()
 
     def _check_room(self, prompts: Sequence[Encoded], max_new_tokens: int) -> None:
         room = self.room_after(prompts)

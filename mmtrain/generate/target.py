@@ -1,10 +1,12 @@
 """What `mmtrain generate` is asked to run: the directory of a run, of an adapter or of a model."""
 
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from mmtrain.config.schema import Config, Labels, Model
@@ -17,6 +19,8 @@ from mmtrain.errors import UserError
 from mmtrain.generate.replies import ANY_LENGTH, Generator
 from mmtrain.model.adapter import CONFIG, find_adapter, find_model, load_adapter, read_adapter
 from mmtrain.model.load import length_limit, load_model
+from mmtrain.model.packing_trial import try_rows
+from mmtrain.progress import Progress
 from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import one_line, visible
@@ -129,4 +133,13 @@ def load_target(target: Target, runtime: Runtime) -> Loaded:
         model = load_adapter(model, adapter)
         model.to(runtime.device)
     limit = length_limit(target.model, ANY_LENGTH).num_tokens
-    return Loaded(target, model, encoder, Generator(model, encoder, runtime.autocast, limit), runtime)
+
+    @functools.cache
+    def alone() -> bool:
+        found = try_rows(model, processor, getattr(torch, target.dtype), packing=False)
+        if found.alone:
+            Progress(quiet=not runtime.is_main).say(f"one question at a time: {found.fault}")
+        return found.alone
+
+    generator = Generator(model, encoder, runtime.autocast, limit, alone=alone)
+    return Loaded(target, model, encoder, generator, runtime)

@@ -18,7 +18,7 @@ _TEXT = """\
 
 model:
   path: {model}
-  dtype: {dtype}
+{template}  dtype: {dtype}
 {quantization}
 tune:                            # each component: frozen, lora or full; what is not named is frozen
   language: {{mode: lora, rank: 16, alpha: 32}}
@@ -43,15 +43,16 @@ run:
 """
 
 
-def init(model: str, train: str, evaluation: str | None, output: Path) -> None:
-    """Write a config for `model` and data to `output`, a new file. Raises UserError if it cannot be used."""
+def init(model: str, train: str, evaluation: str | None, output: Path, chat_template: str | None = None) -> None:
+    """Write a config for `model` and data to `output`, a new file. `chat_template`: the file with the chat template in
+    place of the model's own. Raises UserError if it cannot be used."""
     name, progress = visible(str(output)), Progress()
     if output.exists():
         raise UserError(f"{name}: it exists: give another file with -o")
-    found = survey(model, train, evaluation)
+    found = survey(model, train, evaluation, chat_template)
     for line in grouped(found.faults):
         progress.say(f"warning: {line}")
-    text = config_text(found, model, train, evaluation, output)
+    text = config_text(found, model, train, evaluation, output, chat_template)
     with storage_faults(f"{name}: it cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
@@ -59,7 +60,9 @@ def init(model: str, train: str, evaluation: str | None, output: Path) -> None:
     progress.say(f"wrote {name}; next: mmtrain inspect-labels {name} --all, then mmtrain train {name}")
 
 
-def config_text(found: Survey, model: str, train: str, evaluation: str | None, output: Path) -> str:
+def config_text(
+    found: Survey, model: str, train: str, evaluation: str | None, output: Path, chat_template: str | None = None
+) -> str:
     """The config. Chosen from the survey: type and quantization of the weights, lengths, batch size, steps, memory."""
     batch_size = min(32, 2 ** int(math.log2(max(1, found.num_samples / 20))))
     epochs = 3 if found.num_samples < 10_000 else 1
@@ -70,6 +73,7 @@ def config_text(found: Survey, model: str, train: str, evaluation: str | None, o
     return _TEXT.format(
         output=visible(str(output)),
         model=_yaml(model),
+        template="" if chat_template is None else f"  chat_template: {_yaml(chat_template)}\n",
         dtype="bfloat16" if found.has_bfloat16 else "float32",
         quantization="  quantization: nf4              # the weights fill the GPU otherwise\n" if share > 0.6 else "",
         train=_yaml(train),

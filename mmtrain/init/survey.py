@@ -9,6 +9,7 @@ import torch
 from mmtrain.config.data_section import Source
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.errors import UserError
 from mmtrain.model.load import length_limit, model_structure
 from mmtrain.records.chat import SampleError
@@ -41,9 +42,12 @@ class Survey:
     """Whether the GPU computes in bfloat16."""
 
 
-def survey(model: str, train: str, evaluation: str | None) -> Survey:
-    """Raises UserError if the model or the data cannot be used at all."""
-    processor = load_processor(model)
+def survey(model: str, train: str, evaluation: str | None, chat_template: str | None = None) -> Survey:
+    """`chat_template`: the file with the chat template in place of the model's own.
+
+    Raises UserError if the model or the data cannot be used at all.
+    """
+    processor = load_processor(model, ProcessorSettings(chat_template))
     encoder = Encoder(processor)
     lengths: list[int] = []
     faults: list[str] = []

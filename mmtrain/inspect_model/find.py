@@ -14,7 +14,7 @@ from mmtrain.inspect_model.trainable_components import ComponentFound, find_comp
 from mmtrain.model.family import probe_family
 from mmtrain.model.image_cache.features import find_fields
 from mmtrain.model.load import load_model
-from mmtrain.model.packing_trial import packing_fault
+from mmtrain.model.packing_trial import try_rows
 from mmtrain.records.chat import Conversation, Message, Role, SampleError, Text
 from mmtrain.runtime.processes import Runtime
 
@@ -74,7 +74,7 @@ def find(path: str, say: Callable[[str], None], chat_template: str | None = None
     model.requires_grad_(False)
     components = list(find_components(path, model, family.components))
     model.to(runtime.device)
-    packing = packing_fault(model, processor, getattr(torch, dtype))
+    packing = try_rows(model, processor, getattr(torch, dtype)).fault
     with runtime.autocast():
         fields = find_fields(model, processor)
     return ModelFound(

@@ -1,4 +1,4 @@
-"""Whether the samples of a packed row stay independent, tried on the loaded model before training.
+"""Whether several samples can go through the model at once, and share a row: tried on the loaded model.
 
 The model computes rows of random samples as in training, and each sample alone with an attention mask, as in inference.
 The logits must agree up to rounding, which grows with the model: padded rows show its size. And if one sample of a
@@ -11,6 +11,7 @@ import io
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,10 @@ _ROUNDING = 4.0
 """Packed rows may differ by this many times the difference of padded rows, if that exceeds the tolerance. Measured:
 1.7 to 1.9 times, in bfloat16 with widths of 896 and 1,792."""
 _REFUSED = 4
-"""Padded rows may differ by this many tolerances: a model refused because of rounding could not be trained at all."""
+"""A sample alone may differ from the model's own logits by this many tolerances: a model refused because of rounding
+could not be trained at all."""
+_ALONE = 2
+"""If padded rows differ by more than this many tolerances, samples go through the model one at a time."""
 _NUM_TOKENS = (60, 24)
 """Text tokens of the two samples."""
 _NUM_BEFORE = 5
@@ -56,21 +60,27 @@ _CPU_MULTIPLICATIONS, _GPU_MULTIPLICATIONS = 1e11, 1e14
 """Limit for the cost of the longer sample, weights times tokens: it takes seconds."""
 
 
-def packing_fault(model: Any, processor: ChatProcessor, dtype: torch.dtype, packing: bool = True) -> str | None:
-    """The reason why samples of `model` cannot share a row; None if they can. With `packing` False only padded rows are
-    tried.
+@dataclass(frozen=True, slots=True)
+class RowsFound:
+    """How samples can go through a model."""
+
+    fault: str | None = None
+    """Why they cannot share a row; None where they can, or where that was not tried."""
+    alone: bool = False
+    """One at a time: several affect each other even in padded rows."""
+
+
+def try_rows(model: Any, processor: ChatProcessor, dtype: torch.dtype, packing: bool = True) -> RowsFound:
+    """How samples can go through `model`. With `packing` False only padded rows are tried.
 
     `model` is in eval mode, on the device that runs it; `dtype` is that of its matrix products. Neither the model nor
-    the random state changes. Raises UserError if padded rows already fail or give other logits, and if those of a
-    sample alone are not those of the model without mmtrain's positions.
+    the random state changes. Raises UserError if a sample alone fails, or if its logits are not those of the model
+    without mmtrain's positions.
     """
     try:
         trial = _Trial(model, processor, dtype)
         first, second = trial.logits([0], packing=False), trial.logits([1], packing=False)
         other = max(_difference(first, trial.plain_logits(0)), _difference(second, trial.plain_logits(1)))
-        padded = 0.0
-        if processor.lays_out_together:
-            padded = _difference(trial.logits([0, 1], packing=False), first + second)
     except Exception as error:  # a family that is not supported can raise anything
         given = ", ".join(f"model.image_processor.{key}" for key in processor.image_settings)
         hint = f"; {given} may not fit the model" if given else ""
@@ -83,14 +93,20 @@ def packing_fault(model: Any, processor: ChatProcessor, dtype: torch.dtype, pack
             "that it computes on its own: this family is not supported"
         )
     if not processor.lays_out_together:
-        return "the images of this model are laid out for one sample at a time"
-    if padded > _REFUSED * trial.tolerance:
-        raise UserError(
-            f"the model cannot be trained on several samples at once: in padded rows its logits differ by {padded:.0%} "
-            "from those of each sample alone"
-        )
-    if not packing:
-        return None
+        return RowsFound("the images of this model are laid out for one sample at a time", alone=True)
+    try:
+        padded = _difference(trial.logits([0, 1], packing=False), first + second)
+    except Exception as error:
+        return RowsFound(f"this model takes one sample at a time: padded rows raise {_named(error)}", alone=True)
+    if padded > _ALONE * trial.tolerance:
+        found = f"in padded rows its logits differ by {padded:.0%} from those of each sample alone"
+        return RowsFound(f"this model takes one sample at a time: {found}", alone=True)
+    return RowsFound(_packing_fault(trial, first, second, padded) if packing else None)
+
+
+def _packing_fault(trial: "_Trial", first: list[Tensor], second: list[Tensor], padded: float) -> str | None:
+    """Why the two samples cannot share a row. `first`, `second`: their logits alone, from which those in padded rows
+    differ by `padded`."""
     if trial.too_far:
         return f"this model attends within {trial.too_far:,} tokens, which is too long to try"
     try:

@@ -18,7 +18,7 @@ from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.image_cache import input_maker, make_store
 from mmtrain.scoring.loaded_model import LoadedModel, image_loader
-from mmtrain.scoring.packing import choose_packing
+from mmtrain.scoring.packing import choose_rows
 
 
 class AdaptedModels:
@@ -53,7 +53,7 @@ class AdaptedModels:
         self._family = probe_family(self._model, processor, progress.say, config.tune.components)
         with runtime.autocast():
             self._vision = prepare_vision(self._model, processor, runtime.device, progress.say)
-        self._packing = choose_packing(self._model, processor, config, runtime, progress.say)
+        self._rows = choose_rows(self._model, processor, config, runtime, progress.say)
         self._load_images = image_loader(processor, runtime, self._vision, progress.say)
         self._store = make_store(config, runtime, progress) if cache_images else None
         self._names: dict[str, str] = {}
@@ -102,7 +102,8 @@ class AdaptedModels:
             root=Root(model),
             make_inputs=make_inputs,
             head_kind=self._family.head_kind,
-            packing=self._packing,
+            packing=self._rows.packing,
+            alone=self._rows.alone,
             runtime=runtime,
             load_images=self._load_images,
         )

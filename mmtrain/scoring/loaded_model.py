@@ -30,6 +30,8 @@ class LoadedModel:
     head_kind: HeadKind
     packing: bool
     """The samples of a micro-batch share one row."""
+    alone: bool
+    """A micro-batch has one sample."""
     runtime: Runtime
     load_images: ImageLoader
 

@@ -1,6 +1,8 @@
-"""Whether a run packs the samples of a micro-batch into one row: what the config says, and what the model can."""
+"""How samples share micro-batches and rows: what the config says, and what the model can."""
 
+import json
 from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -8,27 +10,37 @@ import torch
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.model.packing_trial import packing_fault
+from mmtrain.model.packing_trial import RowsFound, try_rows
 from mmtrain.runtime.processes import Runtime
 
 
-def choose_packing(
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """How samples go through a model."""
+
+    packing: bool
+    """The samples of a micro-batch share one row."""
+    alone: bool
+    """A micro-batch has one sample."""
+
+
+def choose_rows(
     model: Any, processor: ChatProcessor, config: Config, runtime: Runtime, say: Callable[[str], None]
-) -> bool:
+) -> Rows:
     """Try `model`, as it is computed and before its weights are sharded, in the first process, and decide for all.
 
-    `say` is given the line that says why `auto` does not pack. Raises UserError where `run.packing` is true and the
-    samples of a row affect each other, and where not even padded rows can be trained.
+    `say` is given the line that says why `auto` does not pack, or why samples go through the model one at a time.
+    Raises UserError where `run.packing` is true and the samples of a row affect each other.
     """
     wanted, dtype = config.run.packing, getattr(torch, config.model.dtype)
 
-    def fault() -> str:
-        return packing_fault(model, processor, dtype, packing=wanted is not False) or ""
+    def tried() -> str:
+        return json.dumps(astuple(try_rows(model, processor, dtype, packing=wanted is not False)))
 
-    found = runtime.from_first("packing", fault)
-    if not found:
-        return wanted is not False
+    found = RowsFound(*json.loads(runtime.from_first("packing", tried)))
+    if found.fault is None:
+        return Rows(wanted is not False, alone=False)
     if wanted is True:
-        raise UserError(f"run.packing: {found}; expected false or auto for this model")
-    say(f"packing: off, {found}")
-    return False
+        raise UserError(f"run.packing: {found.fault}; expected false or auto for this model")
+    say(f"packing: off, {found.fault}")
+    return Rows(packing=False, alone=found.alone)

@@ -105,7 +105,7 @@ class Scorer:
     def _own_microbatches(self, loaded: LoadedModel, microbatch_tokens: int) -> list[Sequence[int]]:
         """The sample indices of each micro-batch of this process, some perhaps empty; every process has as many."""
         index, num_processes = loaded.runtime.index, loaded.runtime.num_processes
-        limit = microbatch_tokens if loaded.processor.lays_out_together else 1
+        limit = 1 if loaded.alone else microbatch_tokens
         cuts = cut_step(self._lengths, limit, loaded.packing, num_processes)
         share = len(cuts) // num_processes
         return [self._indices[cut].tolist() for cut in cuts[index * share : (index + 1) * share]]

@@ -30,7 +30,9 @@ def make_evaluations(config: Config, dataset: Dataset, learner: Learner, progres
 
     limit = length_limit(config.model.path, ANY_LENGTH).num_tokens
     sharded = _sharded(learner) if learner.sharded else None
-    generator = Generator(learner.model, dataset.encoder, runtime.autocast, limit, on_token, sharded)
+    generator = Generator(
+        learner.model, dataset.encoder, runtime.autocast, limit, on_token, sharded, lambda: learner.alone
+    )
     output_dir = Path(config.run.output_dir)
     for one in dataset.eval:
         assert one.questions is not None

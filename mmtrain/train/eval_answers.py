@@ -37,7 +37,7 @@ class AnswersEvaluation:
         progress: Progress,
     ) -> None:
         self.name, self.every = name, settings.every
-        self._questions, self._batch_size = questions, settings.batch_size
+        self._questions, self._batch_size = questions, 1 if learner.alone else settings.batch_size
         self._generator, self._learner, self._progress = generator, learner, progress
         self._folder = output_dir / FOLDER
         self._filled = FilledBatches(questions, generator) if learner.sharded else None

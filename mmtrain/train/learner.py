@@ -11,7 +11,7 @@ from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.shard import shard
 from mmtrain.scoring.image_cache import caches_features, input_maker, make_store
 from mmtrain.scoring.loaded_model import image_loader
-from mmtrain.scoring.packing import choose_packing
+from mmtrain.scoring.packing import choose_rows
 from mmtrain.train.optimizer import make_optimizer
 from mmtrain.train.step import Learner
 from mmtrain.train.trainable import is_sharded, make_trainable
@@ -34,7 +34,7 @@ def make_learner(
     if settings.kernels == "auto":
         progress.say(install(model, runtime.device, progress.tick).line)
     costs = cost_model(made.base, made.family, config.tune)
-    packing = choose_packing(model, processor, config, runtime, progress.say)
+    rows = choose_rows(model, processor, config, runtime, progress.say)
     store = make_store(config, runtime, progress) if caches_features(config, runtime.num_processes) else None
     make_inputs = input_maker(model, processor, config, runtime, store, made.vision, progress.say)
     if settings.compile:
@@ -48,7 +48,8 @@ def make_learner(
         root=root,
         make_inputs=make_inputs,
         head_kind=made.family.head_kind,
-        packing=packing,
+        packing=rows.packing,
+        alone=rows.alone,
         runtime=runtime,
         load_images=image_loader(processor, runtime, made.vision, progress.say),
         optimizer=make_optimizer(model, made.family.components, config),

@@ -85,7 +85,7 @@ class StepCuts:
         sizes = self._samples.sizes(samples)
         settings, runtime = self._settings, self._learner.runtime
         multiple = runtime.num_processes if settings.microbatches == "auto" else settings.microbatches
-        limit = settings.microbatch_tokens if self._learner.processor.lays_out_together else 1
+        limit = 1 if self._learner.alone else settings.microbatch_tokens
         cuts = cut_step(
             sizes.num_tokens.tolist(), limit, self._learner.packing, multiple, self._cost(step, sizes).tolist()
         )

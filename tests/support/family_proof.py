@@ -146,7 +146,7 @@ def _lora(name: str, config: Config, samples: list[tuple[Encoded, Any]], proof: 
     learner, dataset, proof.lines = _prepared(config)
     proof.packed = learner.packing
     fill_adapters(learner.model)
-    order = _cuts(dataset)
+    order = _cuts(learner, dataset)
     found = {packing: step_of(learner, dataset, order, packing) for packing in {learner.packing, False}}
     export(learner, config, dataset)
     adapter = Path(config.run.output_dir) / "adapter"
@@ -161,7 +161,7 @@ def _lora(name: str, config: Config, samples: list[tuple[Encoded, Any]], proof: 
 
 def _full(name: str, config: Config, samples: list[tuple[Encoded, Any]], proof: Proof) -> None:
     learner, dataset, _ = _prepared(config)
-    order = _cuts(dataset)
+    order = _cuts(learner, dataset)
     own_loss, found = step_of(learner, dataset, order, learner.packing)
     loss, gradients = _reference(plain(name), samples)
     proof.differences["full loss"] = _off(own_loss, loss)
@@ -170,10 +170,10 @@ def _full(name: str, config: Config, samples: list[tuple[Encoded, Any]], proof: 
     export(learner, config, dataset)
 
 
-def _cuts(dataset: Dataset) -> list[list[int]]:
+def _cuts(learner: Learner, dataset: Dataset) -> list[list[int]]:
     """All samples at once, or one by one where the family cannot."""
     used: list[int] = dataset.checked.used.tolist()
-    return [used] if dataset.encoder.processor.lays_out_together else [[index] for index in used]
+    return [[index] for index in used] if learner.alone else [used]
 
 
 def _prepared(config: Config) -> tuple[Learner, Dataset, list[str]]:
@@ -196,7 +196,7 @@ def fill_adapters(model: Any) -> None:
 
 
 def _loss_of(learner: Learner, dataset: Dataset) -> float:
-    return step_of(learner, dataset, _cuts(dataset), learner.packing)[0]
+    return step_of(learner, dataset, _cuts(learner, dataset), learner.packing)[0]
 
 
 def _reference(model: Any, samples: list[tuple[Encoded, Any]]) -> tuple[float, dict[str, Tensor]]:

@@ -14,14 +14,10 @@ PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->\n"
 COLUMNS = ("family", "ids", "published files", "LoRA and full step", "adapter", "bfloat16", "rows")
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
-NOT_TRAINED = {
-    "phi4_multimodal": "refused: the features of an image depend on the other images of the batch",
-}
-"""Families that are refused at the start, and why."""
 _REASONS = {
+    "one sample at a time": "one sample at a time",
     "differ by": "padded: packed samples change each other",
     "cannot run packed rows": "padded: it takes no packed rows",
-    "one sample at a time": "one sample at a time",
 }
 
 
@@ -45,10 +41,6 @@ def label(name: str) -> str:
     return f"`{name}`" + (f" (needs {' and '.join(needs.split())})" if needs else "")
 
 
-def refusal(name: str) -> str:
-    return f"| {label(name)} | {NOT_TRAINED[name]} | | | | | |\n"
-
-
 def table(page: Path = PAGE) -> dict[str, str]:
     """The lines of the page by family."""
     lines = page.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].splitlines(keepends=True)
@@ -59,9 +51,6 @@ def _rows() -> Iterator[str]:
     with TemporaryDirectory() as folder:
         root = save_images(Path(folder))
         for name in FAMILIES:
-            if name in NOT_TRAINED:
-                yield refusal(name)
-                continue
             own = Path(folder) / name
             own.mkdir()
             yield row(name, prove(name, root, own))

@@ -17,43 +17,47 @@ from support.family_reference import FIXED_DATE, as_messages, conversations, dir
 
 WHOLE, TEMPLATE = "tokenizer and template", "template"
 REAL = {
-    "qwen2_5_vl": ("qwen2.5-vl-7b-instruct", WHOLE),
-    "idefics3": ("granite-docling-258m_idefics3", WHOLE),
-    "llava_next": ("chat_templates_trl/llava_next.jinja", TEMPLATE),
+    "qwen2.5-vl-7b-instruct": "qwen2_5_vl",
+    "granite-docling-258m_idefics3": "idefics3",
+    "chat_templates_trl/qwen2_5_vl.jinja": "qwen2_5_vl",
+    "chat_templates_trl/idefics3.jinja": "idefics3",
+    "chat_templates_trl/llava_next.jinja": "llava_next",
 }
-"""By family: the files, and what of them is published: the template alone is tried with the tiny tokenizer."""
+"""The family of published files. A template alone is tried with the tiny tokenizer."""
 
 
-def real_files(name: str) -> Path:
-    return SHARED / "models" / REAL[name][0]
+def real_files(published: str) -> Path:
+    return SHARED / "models" / published
 
 
 def real_column(name: str) -> str:
-    return REAL[name][1] if name in REAL else ""
+    """What of a family is published."""
+    found = [published for published, family in REAL.items() if family == name]
+    return (WHOLE if any(map(is_whole, found)) else TEMPLATE) if found else ""
 
 
-def is_whole(name: str) -> bool:
-    return REAL[name][1] == WHOLE
+def is_whole(published: str) -> bool:
+    return not published.endswith(".jinja")
 
 
-def other_ids(name: str, root: Path) -> list[str]:
+def other_ids(published: str, root: Path) -> list[str]:
     """The cases whose ids are not those that transformers makes with the published files."""
-    file = real_files(name)
-    path, template = (str(file), None) if is_whole(name) else (str(directory(name)), str(file))
+    name, file = REAL[published], real_files(published)
+    path, template = (str(file), None) if is_whole(published) else (str(directory(name)), str(file))
     encoder = Encoder(load_processor(path, ProcessorSettings(template)))
     return [
         case
         for case, conversation in conversations(name).items()
-        if encoder.encode(conversation, root).ids.tolist() != _own_ids(name, as_messages(name, conversation, root))
+        if encoder.encode(conversation, root).ids.tolist() != _own_ids(published, as_messages(name, conversation, root))
     ]
 
 
-def _own_ids(name: str, messages: list[dict[str, Any]]) -> list[int]:
-    if is_whole(name):
-        made = _processor(real_files(name)).apply_chat_template(messages, tokenize=True, return_dict=True)
+def _own_ids(published: str, messages: list[dict[str, Any]]) -> list[int]:
+    if is_whole(published):
+        made = _processor(real_files(published)).apply_chat_template(messages, tokenize=True, return_dict=True)
         return list(made["input_ids"][0])
-    text = real_files(name).read_text(encoding="utf-8")
-    made = own_inputs(name, messages, chat_template=FIXED_DATE + text, return_tensors="pt")
+    text = real_files(published).read_text(encoding="utf-8")
+    made = own_inputs(REAL[published], messages, chat_template=FIXED_DATE + text, return_tensors="pt")
     return [int(id_) for id_ in made["input_ids"][0]]
 
 

@@ -28,7 +28,7 @@ def make_contrastive_learner(
     frozen = frozenset(kind for kind in embedder.kinds if embedder.is_frozen(kind))
     caches = frozen if run.image_cache.memory_gib > 0 else frozenset[str]()
     alone = frozenset[str]() if runtime.device.type == "cuda" and run.microbatches == "auto" else caches
-    if not embedder.processor.lays_out_together:
+    if embedder.alone:
         alone = frozenset(embedder.kinds)
     return ContrastiveLearner(
         embedder=embedder,
