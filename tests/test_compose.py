@@ -161,11 +161,12 @@ print("GENERATED", out.shape[1] - inputs["input_ids"].shape[1], int((inputs["inp
 """
 
 
+@pytest.mark.slow("a model is composed, loaded and asked")
 @pytest.mark.parametrize(
     ("projector", "num_tokens"),
     [
         ("mlp2x-gelu", SIDE**2),
-        pytest.param("pixel-shuffle", SIDE**2 // 4, marks=pytest.mark.slow("starts another process")),
+        ("pixel-shuffle", SIDE**2 // 4),
     ],
 )
 def test_plain_transformers_loads_it_and_generates(

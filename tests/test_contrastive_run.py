@@ -128,6 +128,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RetrievalDuringRun, "row", row)
 
 
+@pytest.mark.slow("several runs")
 @pytest.mark.parametrize("name", ["retrieval/recall@1", "retrieval/all/image_to_text/recall@1"])
 def test_a_killed_run_keeps_the_same_best_checkpoint_and_ends_at_the_same_step(
     name: str, evaluated: None, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -181,6 +181,7 @@ def test_it_ends_with_the_process_that_started_it(model_dirs: dict[str, Path]) -
         wait_until(lambda: not alive(pid))
 
 
+@pytest.mark.slow("waits for threads")
 @pytest.mark.parametrize(("size", "ahead"), [(1, 50), (100, 3), (200, 1), (500, 0)])
 def test_what_is_made_ahead_is_bounded_in_bytes(size: int, ahead: int) -> None:
     wanted: list[int] = []

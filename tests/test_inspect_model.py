@@ -99,6 +99,7 @@ def test_the_tokens_of_an_image_are_those_of_the_image_processor(
     assert all(tiled.num_placeholders[size] < int(count) for size, count in tiled.num_tokens.items())
 
 
+@pytest.mark.slow("models of several families")
 @pytest.mark.parametrize(
     ("name", "part", "way", "reason"),
     [

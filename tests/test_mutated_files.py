@@ -1,24 +1,31 @@
-"""A thousand mutated files of records and images: no exception of another kind, every fault has its file and row, and
-every record that is read is either used or reported."""
+"""A thousand mutated files of records and images, also as a stream: no exception of another kind, every fault has its
+file and row, and every record that is read is either used or reported."""
 
+import itertools
 import json
 import random
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from mmtrain.config import Config
 from mmtrain.config.data_section import Source
 from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.shard_order import Position
+from mmtrain.dataset.stream import Stream, StreamedWindow
 from mmtrain.dataset.validate import FaultPolicy, LengthLimit, check_samples
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
+from mmtrain.records.sources.open import open_file
 from support.builders import TINY, write_jsonl
 from test_archives import MEMBERS, make_tar, make_zip, png
 from test_containers import lines, mutated, parquet, shard, table
 
+OutcomeOf = Callable[[Source, ChatProcessor], str]
 POLICY = FaultPolicy("drop", "skip", 10**9)
 ROWS = [{"question": f"Q{i}", "answer": f"A{i}", "image": {"bytes": png("red"), "path": "a.png"}} for i in range(4)]
 TEXTS = [{"question": f"Q{i}", "answer": f"A{i}"} for i in range(6)]
@@ -64,17 +71,53 @@ def outcome(source: Source, processor: ChatProcessor) -> str:
     return "reported" if reported else "read"
 
 
-def outcomes(number: int, make: Callable[[random.Random], Source], processor: ChatProcessor) -> Counter[str]:
-    return Counter(outcome(make(random.Random(seed)), processor) for seed in range(number))
+def streamed_outcome(source: Source, processor: ChatProcessor) -> str:
+    """The same of the first epoch of a stream, in windows of two records."""
+    data = {"train": [source.model_dump()], "streaming": {"window": 2}, "on_fault": "skip", "max_skipped": 10**9}
+    config = Config.model_validate(
+        {
+            "model": {"path": str(TINY)},
+            "data": data,
+            "train": {"steps": 1, "batch_size": 1},
+            "run": {"output_dir": "runs/none"},
+        }
+    )
+    windows: dict[Position, StreamedWindow] = {}
+    try:
+        with closing(Stream(config, processor, LengthLimit(10_000, "the test"))) as stream:
+            for step in itertools.count(1):
+                windows |= {window.start.position: window for window in stream.begin(step)}
+                if any(window.end.position.epoch for window in windows.values()):
+                    break
+    except UserError as error:
+        for fault in error.faults:
+            assert fault.isprintable()
+            assert fault.startswith((source.path, str(source.root))), fault
+        return "refused"
+    first = [window for position, window in windows.items() if position.epoch == 0]
+    used = [str(window.samples.place(int(index))) for window in first for index in window.order]
+    left_out = [(str(place), reason) for window in first for place, reason in window.left_out()]
+    places = [*used, *(place for place, _ in left_out)]
+    assert len(set(places)) == len(places) == len(open_file(Path(source.path)))
+    assert all(place.startswith(source.path) for place in places)
+    assert all(reason and reason.isprintable() for _, reason in left_out)
+    return "reported" if left_out else "read"
+
+
+def outcomes(
+    number: int, make: Callable[[random.Random], Source], processor: ChatProcessor, of_one: OutcomeOf = outcome
+) -> Counter[str]:
+    return Counter(of_one(make(random.Random(seed)), processor) for seed in range(number))
 
 
 NUMBERS = [5, pytest.param(150, marks=pytest.mark.slow("a thousand mutated files are encoded and checked"))]
 
 
+@pytest.mark.parametrize("of_one", [outcome, streamed_outcome])
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("name", FILES)
 def test_a_mutated_file_of_records_loses_nothing(
-    tmp_path: Path, name: str, number: int, processor: ChatProcessor
+    tmp_path: Path, name: str, number: int, processor: ChatProcessor, of_one: OutcomeOf
 ) -> None:
     root = write_jsonl(tmp_path / "images" / "x.jsonl", []).parent
     for i in range(5):
@@ -84,8 +127,8 @@ def test_a_mutated_file_of_records_loses_nothing(
         (tmp_path / name).write_bytes(mutated(FILES[name], random_))
         return Source(path=str(tmp_path / name), root=str(root))
 
-    assert outcome(make_unchanged(tmp_path / name, FILES[name], root), processor) == "read"
-    found = outcomes(number, make, processor)
+    assert of_one(make_unchanged(tmp_path / name, FILES[name], root), processor) == "read"
+    found = outcomes(number, make, processor, of_one)
     assert sum(found.values()) == number
     assert found.keys() - {"read"}, found
 
@@ -95,10 +138,11 @@ def make_unchanged(path: Path, content: bytes, root: Path) -> Source:
     return Source(path=str(path), root=str(root))
 
 
+@pytest.mark.parametrize("of_one", [outcome, streamed_outcome])
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("kind", ARCHIVES)
 def test_a_mutated_archive_of_images_loses_nothing(
-    tmp_path: Path, kind: str, number: int, processor: ChatProcessor
+    tmp_path: Path, kind: str, number: int, processor: ChatProcessor, of_one: OutcomeOf
 ) -> None:
     data = write_jsonl(tmp_path / "a.jsonl", ASKED)
     path = ARCHIVES[kind](tmp_path / f"images.{kind}", MEMBERS)
@@ -108,7 +152,7 @@ def test_a_mutated_archive_of_images_loses_nothing(
         path.write_bytes(mutated(content, random_))
         return Source(path=str(data), root=str(path))
 
-    assert outcome(Source(path=str(data), root=str(path)), processor) == "read"
-    found = outcomes(number, make, processor)
+    assert of_one(Source(path=str(data), root=str(path)), processor) == "read"
+    found = outcomes(number, make, processor, of_one)
     assert sum(found.values()) == number
     assert found.keys() - {"read"}, found

@@ -222,12 +222,12 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "a system text twice": ({"query": "Q", "response": "A", "system": "S", "system_prompt": "T"}, "keep one"),
     "a switch that is not of a record": ({"query": "Q", "response": "A", "loss": 0}, "'loss' is not understood"),
     "an unknown part of Gemini's": (
-        {"contents": [{"role": "user", "parts": [{"functionCall": {"name": "f"}}]}]},
+        {"contents": [{"role": "user", "parts": [{"executableCode": {"code": "f"}}]}]},
         "a part of type",
     ),
-    "a call of Anthropic's": (
-        {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": {}}]}]},
-        "a part of type 'tool_use'",
+    "an unknown part of Anthropic's": (
+        {"messages": [{"role": "assistant", "content": [{"type": "server_tool_use", "name": "f", "input": {}}]}]},
+        "a part of type 'server_tool_use'",
     ),
     "an address": ({"question": "Q", "answer": "A", "image": "https://x/a.png"}, "nothing is fetched"),
     "images and no user": ({"messages": [TWO_TURNS[1]], "images": ["a.png"]}, "no turn of the user"),

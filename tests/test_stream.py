@@ -339,6 +339,7 @@ def assert_same(found: Any, expected: Any) -> None:
 POLICY: dict[str, Any] = {"on_fault": "skip", "max_skipped": 0.3, "too_long": "drop", "max_length": 150}
 
 
+@pytest.mark.slow("several runs")
 @pytest.mark.parametrize("step", [*(pytest.param(step, marks=SLOW) for step in (1, 3, 4, 5, 6, 7)), 2])
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(
     step: int, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -67,6 +67,7 @@ G = ToolCall("g", "{}")
 Q = {"role": "user", "content": "Q"}
 A = {"role": "assistant", "content": "A"}
 ONE = {"name": "f", "arguments": {"a": 1}}
+USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": 1}}
 
 SHAPES: dict[str, tuple[Any, Conversation]] = {
     "OpenAI": (
@@ -132,6 +133,50 @@ SHAPES: dict[str, tuple[Any, Conversation]] = {
         {"messages": [Q, {**A, "tool_calls": [ONE], "tool_responses": [{"name": "f", "response": {"x": 5}}]}, A]},
         Conversation((ASKED, called(F, text="A"), given('{"x": 5}', "f"), SAID)),
     ),
+    "Anthropic, calls and results in parts": (
+        {
+            "tools": [{"name": "f", "description": "Finds ä.", "input_schema": FUNCTION["parameters"]}],
+            "messages": [
+                Q,
+                {
+                    "role": "assistant",
+                    "content": [{"type": "text", "text": "A"}, USE, {**USE, "id": "t2", "name": "g", "input": {}}],
+                },
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "tool_result", "tool_use_id": "t1", "content": "5", "is_error": False},
+                        {"type": "tool_result", "tool_use_id": "t2", "content": [{"type": "text", "text": "6"}]},
+                        {"type": "text", "text": "Q"},
+                    ],
+                },
+                A,
+            ],
+        },
+        Conversation(
+            (
+                ASKED,
+                called(replace(F, id="t1"), replace(G, id="t2"), text="A"),
+                given("5", call_id="t1"),
+                given("6", call_id="t2"),
+                ASKED,
+                SAID,
+            ),
+            tools=TOOLS,
+        ),
+    ),
+    "Gemini, calls and results in parts": (
+        {
+            "tools": [{"functionDeclarations": [FUNCTION]}],
+            "contents": [
+                {"role": "user", "parts": [{"text": "Q"}]},
+                {"role": "model", "parts": [{"functionCall": {"name": "f", "args": {"a": 1}}}]},
+                {"role": "user", "parts": [{"functionResponse": {"name": "f", "response": {"x": "ä"}}}]},
+                {"role": "model", "parts": [{"text": "A"}]},
+            ],
+        },
+        Conversation((ASKED, called(F), given('{"x": "ä"}', "f"), SAID), tools=TOOLS),
+    ),
     "responses in a turn of their own": (
         {"messages": [Q, {**A, "tool_calls": [ONE]}, {"role": "tool", "tool_responses": [{"content": "5"}]}, A]},
         Conversation((ASKED, called(F, text="A"), given("5"), SAID)),
@@ -178,7 +223,34 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "a tool without a name": ({"tools": [{"type": "function", "function": {}}], "messages": [Q, A]}, "a tool must be"),
     "tools that are no list": ({"tools": {"name": "f"}, "messages": [Q, A]}, "'tools' must be a list"),
     "tools given twice": ({"tools": [TOOL], "functions": [TOOL], "messages": [Q, A]}, "keep one"),
-    "a tool of Anthropic's": ({"tools": [{"name": "f", "input_schema": {}}], "messages": [Q, A]}, "'input_schema'"),
+    "a tool with two schemas": (
+        {"tools": [{"name": "f", "input_schema": {}, "parameters": {}}], "messages": [Q, A]},
+        "both 'input_schema' and 'parameters'",
+    ),
+    "words after a call": (
+        {"messages": [Q, {"role": "assistant", "content": [USE, {"type": "text", "text": "A"}]}]},
+        "a turn has more after its calls",
+    ),
+    "a key of a call of Anthropic's": (
+        {"messages": [Q, {"role": "assistant", "content": [{**USE, "x": 1}]}]},
+        "'x' is not understood",
+    ),
+    "a result that is an error": (
+        {"messages": [Q, A, {"role": "user", "content": [{"type": "tool_result", "content": "5", "is_error": True}]}]},
+        "'is_error' is not understood",
+    ),
+    "a result of the assistant": (
+        {"messages": [Q, {"role": "assistant", "content": [{"type": "tool_result", "content": "5"}]}]},
+        "the result of a call in a turn of the 'assistant'",
+    ),
+    "a call of Gemini's by the user": (
+        {"contents": [{"role": "user", "parts": [{"functionCall": {"name": "f"}}]}]},
+        "calls in a turn of the user",
+    ),
+    "a key of a call of Gemini's": (
+        {"contents": [{"role": "model", "parts": [{"functionCall": {"name": "f", "x": 1}}]}]},
+        "'x' is not understood",
+    ),
     "a result without content": ({"messages": [Q, A, {"role": "tool"}, A]}, "'content' must be text"),
     "a result to be trained on": ({"messages": [Q, A, {**RESULT, "train": True}, A]}, "only the assistant's turns"),
     "a call that says otherwise than its turn": (

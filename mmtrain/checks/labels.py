@@ -4,6 +4,7 @@ The check works backwards from the ids: each image is folded to one placeholder;
 it are compared with those of inference, and the decoded labels with the text of the reply.
 """
 
+import functools
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ class Checker:
         self._end_of_turn = end_of_turn
         self._inference = Inference(processor)
         self._frames: dict[tuple[FormKey, int], ReplyFrame] = {}
+        self._decoded = functools.lru_cache(maxsize=4096)(processor.tokenizer.decode)
+        """Of the few ids before a reply, which are the same in most samples."""
 
     def prompts(self, conversations: Sequence[Conversation]) -> list[Prompts]:
         """What `check` needs of each conversation, all encoded at once: the prompts for its trained turns."""
@@ -252,7 +255,7 @@ class Checker:
         labels = labels[: len(labels) - num_end]
         start = spans[0][0]
         before = sample.ids[max(0, start - _WINDOW) : start]
-        text = self._processor.tokenizer.decode(before + labels)[len(self._processor.tokenizer.decode(before)) :]
+        text = self._processor.tokenizer.decode(before + labels)[len(self._decoded(tuple(before))) :]
         if not text.strip():
             yield Finding(NO_TEXT, True, f"{name}: nothing of {shown(message.text)} is trained on")
             return
@@ -321,9 +324,8 @@ class Checker:
 
 
 def _wrong_labels(ids: Sequence[int], labels: Sequence[int]) -> Iterator[Finding]:
-    given, own = np.array(labels), np.array(ids)
-    wrong = np.flatnonzero((given != IGNORED) & (given != own))
-    if len(wrong):
+    wrong = [at for at, (label, own) in enumerate(zip(labels, ids, strict=True)) if label not in (own, IGNORED)]
+    if wrong:
         yield Finding(
             NOT_ITSELF, True, f"{len(wrong)} labels are not the token they belong to, the first at {wrong[0]}"
         )

@@ -219,7 +219,10 @@ class ChunkEncoder:
     def _encode_each(self, rows: Sequence["_Row"]) -> list["_Row"]:
         pairs = ((row.conversation, self._records.roots(row.record)) for row in rows if row.conversation is not None)
         encoded = iter(self._encoder.encode_many(pairs))
-        return [row if row.conversation is None else replace(row, encoded=next(encoded)) for row in rows]
+        return [
+            row if row.conversation is None else _Row(row.record, row.turn, row.conversation, next(encoded))
+            for row in rows
+        ]
 
     def _sought(self, row: "_Row") -> Iterator[str]:
         """Where the images of a sample were looked for, if it is refused."""

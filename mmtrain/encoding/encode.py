@@ -62,7 +62,7 @@ class Encoded:
 
     @property
     def num_supervised(self) -> int:
-        return int(self.supervised.sum())
+        return int(np.count_nonzero(self.supervised))
 
 
 @dataclass(frozen=True, slots=True)

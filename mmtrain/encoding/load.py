@@ -37,12 +37,7 @@ def load_processor(path: str, settings: ProcessorSettings = _NONE, tried: bool =
         processor = replace(make_processor(parts), origin=(path, settings))
         return processor if tried else replace(processor, trial=try_family(processor))
     except (UserError, SampleError) as error:
-        given = [] if template_file is None else [f"the chat template {visible(template_file)}"]
-        given += [f"model.image_processor.{key}: {shown(value)}" for key, value in settings.image_processor.items()]
-        if "model.image_processor" in str(error):  # it names the key itself
-            given = given[: 0 if template_file is None else 1]
-        name = f"{path} with {', '.join(given)}" if given else path
-        raise UserError(f"{name}: {error}") from None
+        raise UserError(f"{_named(path, settings, str(error))}: {error}") from None
 
 
 def processor_of(model: Model, tried: bool = False) -> ChatProcessor:
@@ -72,3 +67,11 @@ def _check_tokenizer(tokenizer: Any) -> None:
         back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if back.strip() != text:
             raise UserError(f"the tokenizer does not give back ordinary text: {shown(text)} came back as {shown(back)}")
+
+
+def _named(path: str, settings: ProcessorSettings, reason: str) -> str:
+    """The model, with what a config sets in place of its own, unless the reason already names it."""
+    words = [] if settings.chat_template is None else [f"the chat template {visible(settings.chat_template)}"]
+    if "model.image_processor" not in reason:
+        words += [f"model.image_processor.{key}: {shown(value)}" for key, value in settings.image_processor.items()]
+    return f"{path} with {', '.join(words)}" if words else path

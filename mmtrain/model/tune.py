@@ -64,7 +64,7 @@ def apply_tune(model: Any, components: Components, tune: Tune) -> tuple[Any, lis
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(components.component_of(name) in fulls)
     for name, parameter in model.named_parameters():
-        if components.component_of(name) in fulls and base_name(name) in never_trained:
+        if base_name(name) in never_trained:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -57,7 +57,8 @@ class Message:
 
     @property
     def text(self) -> str:
-        return "".join([part.text for part in self.parts if isinstance(part, Text)])
+        texts = [part.text for part in self.parts if isinstance(part, Text)]
+        return texts[0] if len(texts) == 1 else "".join(texts)
 
 
 @dataclass(frozen=True, slots=True)

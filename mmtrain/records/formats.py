@@ -206,6 +206,8 @@ def _length(conversation: Conversation) -> int:
 
 def _weight(turn: Record, role: Role) -> float:
     """What the turn's tokens count in the loss, 0 if it is not to be trained on."""
+    if turn.keys().isdisjoint(_TRAIN_KEYS):
+        return 1.0
     given = {key: turn[key] for key in _TRAIN_KEYS if turn.get(key) is not None}
     for key, value in given.items():
         if key in _SWITCHES and value not in (0, 1):

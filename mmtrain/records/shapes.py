@@ -71,6 +71,10 @@ def _gemini_part(part: Any) -> Any:
     ((key, value),) = part.items()
     if key == "text":
         return {"type": "text", "text": value}
+    if key in ("functionCall", "function_call") and isinstance(value, dict):
+        return {"type": "tool_call", "value": {("arguments" if k == "args" else k): v for k, v in value.items()}}
+    if key in ("functionResponse", "function_response") and isinstance(value, dict):
+        return {"type": "tool_result", **{("content" if k == "response" else k): v for k, v in value.items()}}
     if key in ("inlineData", "inline_data") and isinstance(value, dict):
         return {"type": "image", "image": {"data": value.get("data")}}
     if key in ("fileData", "file_data") and isinstance(value, dict):

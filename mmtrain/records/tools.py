@@ -3,8 +3,11 @@
 OpenAI: `tools` in the record, `tool_calls` in a turn of the assistant, turns of the role `tool`; before that
 `functions`, `function_call` and the role `function`. ShareGPT: the roles `function_call` and `observation`. ms-swift:
 `tool_call` and `tool_response`. LLaMA-Factory: parts of the type `tool_call`. Gemma: `tool_responses` in a turn.
+Anthropic: parts of the types `tool_use` and `tool_result`, tools with an `input_schema`. Gemini: parts with a
+`functionCall` or `functionResponse`, tools in `functionDeclarations`.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,6 +27,10 @@ RESULT_ROLES = ("tool", "observation", "tool_response", "function", "ipython")
 
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _OF_CALL = frozenset({"type", "function", "name", "arguments", "id", "index"})
+_CALL_PARTS = ("tool_call", "tool_use")
+_OF_USE = frozenset({"type", "name", "input", "id"})
+_RESULT_PART = "tool_result"
+_OF_RESULT = frozenset({"type", "name", "content", "tool_use_id", "id"})
 _OF_RESPONSE = frozenset({"name", "response", "content", "tool_call_id", "id"})
 
 
@@ -35,7 +42,15 @@ def tools_of(record: Record) -> tuple[str, ...]:
     found = _parsed(record[given[0]], given[0]) if given else []
     if not isinstance(found, list):
         raise SampleError(f"{shown(given[0])} must be a list, not {shown(found)}")
-    return tuple(map(_tool, found))
+    return tuple(_tool(tool) for one in found for tool in _declared(one))
+
+
+def _declared(tool: Any) -> list[Any]:
+    """The functions of an entry of `tools`: one, or in the form of Gemini a list of declarations."""
+    if not isinstance(tool, dict) or len(tool) != 1:
+        return [tool]
+    ((key, value),) = tool.items()
+    return value if key in ("functionDeclarations", "function_declarations") and isinstance(value, list) else [tool]
 
 
 def _tool(tool: Any) -> str:
@@ -45,7 +60,10 @@ def _tool(tool: Any) -> str:
             f"a tool must be an object with 'type': 'function' and a 'function' that has a 'name', not {shown(tool)}"
         )
     if "input_schema" in function:
-        raise SampleError("a tool with 'input_schema': rename it to 'parameters', as templates expect it")
+        if "parameters" in function:
+            raise SampleError("a tool has both 'input_schema' and 'parameters': keep one")
+        function = {("parameters" if key == "input_schema" else key): value for key, value in function.items()}
+        tool = {"type": "function", "function": function}
     return _as_json(tool if function is not tool else {"type": "function", "function": function})
 
 
@@ -55,7 +73,7 @@ def with_calls(turns: Sequence[Record]) -> list[Record]:
     Calls right after a turn of the assistant, or after other calls, are made in that turn: so does a model.
     """
     made: list[Record] = []
-    for turn in turns:
+    for turn in itertools.chain.from_iterable(map(_with_results, turns)):
         turn = _with_listed_calls(turn)
         if turn.get("role") in CALLER_ROLES:
             turn = {**turn, "role": "assistant", "content": None, "tool_calls": _calls_in(turn.get("content"))}
@@ -81,18 +99,51 @@ def result_text(content: Any) -> Any:
 def _with_listed_calls(turn: Record) -> Record:
     """`turn` with the older `function_call`, and parts that are calls, in `tool_calls`."""
     content, older = turn.get("content"), turn.get("function_call")
-    parts = [part for part in content if _is_call(part)] if isinstance(content, list) else []
+    entries = content if isinstance(content, list) else []
+    parts = [part for part in entries if _is_call(part)]
     if older in _EMPTY and not parts:
         return turn
     if turn.get("tool_calls") not in _EMPTY or (older not in _EMPTY and parts):
         raise SampleError("a turn gives its calls twice: keep 'tool_calls'")
-    calls = [older] if older not in _EMPTY else [call for part in parts for call in _calls_in(part.get("value"))]
-    kept = [part for part in content if not _is_call(part)] if parts and isinstance(content, list) else content
-    return {**turn, "content": kept, "tool_calls": calls, "function_call": None}
+    calls = [older] if older not in _EMPTY else [call for part in parts for call in _calls_of_part(part)]
+    kept = [part for part in entries if not _is_call(part)]
+    if entries[: len(kept)] != kept:
+        raise SampleError("a turn has more after its calls: move it before them, or into a turn of its own")
+    return {**turn, "content": kept if parts else content, "tool_calls": calls, "function_call": None}
 
 
 def _is_call(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "tool_call"
+    return isinstance(part, dict) and part.get("type") in _CALL_PARTS
+
+
+def _calls_of_part(part: Record) -> list[Any]:
+    if part["type"] == "tool_call":
+        return _calls_in(part.get("value"))
+    refuse_keys(unknown_keys(part, _OF_USE))
+    return [{"name": part.get("name"), "arguments": part.get("input"), "id": part.get("id")}]
+
+
+def _with_results(turn: Record) -> Iterator[Record]:
+    """`turn`, with each part that is the result of a call as a turn of a tool, in their order."""
+    content = turn.get("content")
+    if not isinstance(content, list) or not any(map(_is_result, content)):
+        yield turn
+        return
+    if turn.get("role") not in ("user", "human", *RESULT_ROLES):
+        raise SampleError(f"the result of a call in a turn of the {shown(turn.get('role'))}: expected 'user' or 'tool'")
+    for is_result, parts in itertools.groupby(content, _is_result):
+        if not is_result:
+            yield {**turn, "content": list(parts)}
+            continue
+        for part in parts:
+            refuse_keys(unknown_keys({k: v for k, v in part.items() if v is not False}, _OF_RESULT))  # `is_error`
+            call_id = part.get("tool_use_id", part.get("id"))
+            own = {"role": "tool", "content": part.get("content"), "name": part.get("name"), "tool_call_id": call_id}
+            yield {**turn, **own}
+
+
+def _is_result(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == _RESULT_PART
 
 
 def _joined(before: Record, turn: Record) -> Record:

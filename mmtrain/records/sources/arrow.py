@@ -47,8 +47,8 @@ class _Recent:
                 self._room += oldest
 
 
-_BATCHES = _Recent(2**28)
-"""256 MiB of rows."""
+_BATCHES = _Recent(2**27)
+"""128 MiB of rows, in each process."""
 _READERS = _Recent(16)
 """Readers that are in the middle of a row group: (the number of the next batch, the reader)."""
 _NUMBERS = itertools.count()
