@@ -19,7 +19,7 @@ from mmtrain.config.schema import Config, Model
 from mmtrain.encoding.directory import copy_processor
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor_settings import ProcessorSettings
-from mmtrain.encoding.saved_processor import differences
+from mmtrain.encoding.saved_processor import differences, saved_settings
 from mmtrain.errors import UserError
 from mmtrain.evaluate.models import find_models
 from mmtrain.generate.target import find_target, load_target
@@ -77,7 +77,7 @@ def test_it_is_saved_where_transformers_reads_it(
     shutil.copyfile(source / "config.json", tmp_path / "made" / "config.json")
     copy_processor(source, tmp_path / "made", None, {"max_pixels": 4096})
     assert len(_pixels(tmp_path / "made", image)) < len(_pixels(source, image))
-    found = ProcessorSettings.saved_in(tmp_path / "made", source)
+    found = saved_settings(tmp_path / "made", str(source))
     assert found.image_processor == {"max_pixels": 4096}
 
 
@@ -130,6 +130,31 @@ def test_evaluation_uses_the_processor_of_the_config(
     for path, settings in ((None, smaller), (complete, smaller), (complete, plain)):
         target = answers_target(config.model_copy(update={"model": settings}), path)
         assert load_target(target, Runtime("float32")).encoder.processor.image_settings == settings.image_processor
+
+
+def test_an_adapter_whose_processor_transformers_saved_has_what_differs(
+    model_dirs: dict[str, Path], tmp_path: Path, image: PIL.Image.Image
+) -> None:
+    """transformers writes every setting, also those that a model's own file leaves to the family."""
+    AutoImageProcessor.from_pretrained(model_dirs[QWEN], backend="pil").save_pretrained(tmp_path / "same")
+    assert saved_settings(tmp_path / "same", str(model_dirs[QWEN])).image_processor == {}
+    other = AutoImageProcessor.from_pretrained(model_dirs[QWEN], backend="pil", do_normalize=False)
+    other.save_pretrained(tmp_path / "other")
+    found = saved_settings(tmp_path / "other", str(model_dirs[QWEN]))
+    assert found.image_processor == {"do_normalize": False}
+    processor = load_processor(str(model_dirs[QWEN]), found)
+    reference = other(images=[image], return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor.image_inputs([[image]])[0]["pixel_values"], reference)
+
+
+def test_an_adapter_with_another_image_processor_is_refused(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    """`max_pixels` of the model's file decides, so a saved `size` cannot take its place."""
+    own = json.loads((model_dirs[QWEN] / "preprocessor_config.json").read_text())
+    del own["max_pixels"], own["min_pixels"]
+    own["size"] = {"shortest_edge": 4096, "longest_edge": 8192}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(own))
+    with pytest.raises(UserError, match=r"its image processor is not that of .*"):
+        saved_settings(tmp_path, str(model_dirs[QWEN]))
 
 
 @pytest.mark.slow("a run, and a merge of what it made")

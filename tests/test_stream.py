@@ -23,8 +23,10 @@ from typer.testing import CliRunner
 
 from mmtrain.cli import app
 from mmtrain.config import dump_config
+from mmtrain.config.data_section import TrainSource
 from mmtrain.config.schema import Config
 from mmtrain.dataset.encode_all import ChunkEncoder, EncodedChunk, EncodingSpec
+from mmtrain.dataset.shard_order import ShardOrder
 from mmtrain.dataset.stream import Stream, StreamedWindow, StreamState
 from mmtrain.dataset.validate import LengthLimit, check_samples
 from mmtrain.encoding.load import load_processor
@@ -437,6 +439,14 @@ def test_other_commands_look_at_the_first_file(command: str, folder: Path, tmp_p
         (report,) = found
         figures = report["data"]["samples"] if command == "plan" else report["splits"]["train"]["num_samples"]
         assert figures == 3
+
+
+def test_the_first_file_is_one_with_records(tmp_path: Path) -> None:
+    row = {"question": "what?", "answer": "red"}
+    for number in range(6):
+        write_jsonl(tmp_path / f"{number}.jsonl", [row] if number == 4 else [])
+    order = ShardOrder((TrainSource(path=str(tmp_path)),), 0, 10)
+    assert order.first == (tmp_path / "4.jsonl", 0)
 
 
 # --- what does not go together ---

@@ -67,8 +67,9 @@ class ShardOrder:
 
     @property
     def first(self) -> tuple[Path, int]:
-        """The file that is read first, and its source."""
-        return self._files[int(permutation(len(self._files), self._seed, 0, 0)[0])]
+        """The first file in which there are records, and its source; the first of all where there are none."""
+        files = [self._files[number] for number in permutation(len(self._files), self._seed, 0, 0)]
+        return next(((path, source) for path, source in files if len(open_file(path))), files[0])
 
     def files_of(self, source: int) -> list[Path]:
         """The files of one source, in the order of their names."""

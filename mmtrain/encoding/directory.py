@@ -1,6 +1,7 @@
 """What transformers makes of a model directory: config, tokenizer and the family's processor. Nothing of it is run."""
 
 import copy
+import functools
 import json
 import shutil
 from collections.abc import Iterable, Mapping
@@ -156,16 +157,17 @@ def _image_token_id(config: Any) -> int | None:
 
 
 def load_image_processor(directory: Path, settings: Mapping[str, Any]) -> Any:
-    """The image processor of a model, with these settings in place of its own: always Pillow's, so that pixels do not
-    depend on what is installed. Raises UserError for a setting that it does not have."""
+    """The image processor of a model, with these settings in place of its own. Raises UserError for a setting that it
+    does not have or that changes nothing."""
+    check_image_settings(functools.partial(make_image_processor, directory), settings, directory)
+    return make_image_processor(directory, settings)
 
-    def load(own: Mapping[str, Any]) -> Any:
-        return AutoImageProcessor.from_pretrained(
-            directory, backend="pil", local_files_only=True, trust_remote_code=False, **copy.deepcopy(dict(own))
-        )
 
-    check_image_settings(load, settings, directory)
-    return load(settings)
+def make_image_processor(directory: Path, settings: Mapping[str, Any]) -> Any:
+    """The same without a check. It is always Pillow's, so that pixels do not depend on what is installed."""
+    return AutoImageProcessor.from_pretrained(
+        directory, backend="pil", local_files_only=True, trust_remote_code=False, **copy.deepcopy(dict(settings))
+    )
 
 
 def _family_processor(directory: Path, config: Any, tokenizer: Any, settings: Mapping[str, Any]) -> Any:

@@ -30,14 +30,11 @@ class ProcessorSettings:
     def of(cls, model: Model) -> "ProcessorSettings":
         return cls(model.chat_template, model.image_processor)
 
-    @classmethod
-    def saved_in(cls, adapter: Path, base: Path) -> "ProcessorSettings":
-        """Those with which the adapter in a directory was trained, where its processor is saved there. `base`: the
-        directory of its base model. Raises UserError."""
-        template = adapter / TEMPLATE_FILE
-        own, saved = image_settings_in(base), image_settings_in(adapter)
-        changed = {key: value for key, value in saved.items() if value != own.get(key)}
-        return cls(str(template) if template.is_file() else None, changed)
+
+def known_settings(image_processor: Any) -> set[str]:
+    """The keys of an image processor that decide what comes of an image."""
+    known = {*getattr(image_processor.valid_kwargs, "__annotations__", ()), *image_processor.to_dict()}
+    return known - _NOT_SETTINGS - _CLASS_KEYS
 
 
 def check_image_settings(load: Callable[[Mapping[str, Any]], Any], given: Mapping[str, Any], directory: Path) -> None:
@@ -47,7 +44,7 @@ def check_image_settings(load: Callable[[Mapping[str, Any]], Any], given: Mappin
     """
     plain, written = load({}), image_settings_in(directory)
     before, kind = plain.to_dict(), type(plain).__name__
-    known = {*getattr(plain.valid_kwargs, "__annotations__", ()), *before} - _NOT_SETTINGS - _CLASS_KEYS
+    known = known_settings(plain)
     for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

@@ -1,14 +1,49 @@
-"""What the processor saved with an adapter or a model has in place of that of a config."""
+"""The processor that is saved with an adapter or a model, next to that of its base model or of a config."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmtrain.config.schema import Model
-from mmtrain.encoding.directory import load_image_processor, model_directory
+from mmtrain.encoding.directory import load_image_processor, make_image_processor, model_directory
 from mmtrain.encoding.load import read_template
-from mmtrain.encoding.processor_settings import TEMPLATE_FILE, image_settings_in, json_object
+from mmtrain.encoding.processor_settings import (
+    TEMPLATE_FILE,
+    ProcessorSettings,
+    image_settings_in,
+    json_object,
+    known_settings,
+)
+from mmtrain.errors import UserError
 from mmtrain.safe_text import shortened, visible
+
+
+def saved_settings(adapter: Path, model: str) -> ProcessorSettings:
+    """Those with which the adapter in a directory was trained, where its processor is saved there. `model`: its base
+    model. Raises UserError where they cannot be used with it."""
+    template = adapter / TEMPLATE_FILE
+    base, saved = model_directory(model), image_settings_in(adapter)
+    changed = _changed(saved, base) if saved and image_settings_in(base) else {}
+    if changed is None:
+        raise UserError(
+            f"{visible(str(adapter))}: its image processor is not that of {visible(model)}: "
+            "copy its preprocessor_config.json into a copy of that model's directory, and use that one"
+        )
+    return ProcessorSettings(str(template) if template.is_file() else None, changed)
+
+
+def _changed(saved: Mapping[str, Any], base: Path) -> dict[str, Any] | None:
+    """The saved settings that make another image processor of the one in `base`; None where these do not make the one
+    that was saved. transformers saves all of them, also those that the family has anyway."""
+    plain = make_image_processor(base, {})
+    before, known = plain.to_dict(), known_settings(plain)
+    own = {key: value for key, value in saved.items() if key in known}
+    wanted = type(plain).from_dict(copy.deepcopy(own)).to_dict()
+    if wanted == before:
+        return {}
+    changed = {key: value for key, value in own.items() if make_image_processor(base, {key: value}).to_dict() != before}
+    return changed if make_image_processor(base, changed).to_dict() == wanted else None
 
 
 def differences(folder: Path, model: Model) -> list[str]:

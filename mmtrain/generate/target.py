@@ -11,10 +11,10 @@ from pydantic import ValidationError
 
 from mmtrain.config.schema import Config, Labels, Model
 from mmtrain.config.yaml_file import read_yaml
-from mmtrain.encoding.directory import model_directory
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor, processor_of
 from mmtrain.encoding.processor_settings import ProcessorSettings
+from mmtrain.encoding.saved_processor import saved_settings
 from mmtrain.errors import UserError
 from mmtrain.generate.replies import ANY_LENGTH, Generator
 from mmtrain.model.adapter import CONFIG, find_adapter, find_model, load_adapter, read_adapter
@@ -46,7 +46,7 @@ class Target:
         """Those with which the adapter was trained, if they are saved with it. Raises UserError."""
         if self.adapter is None:
             return ProcessorSettings()
-        return ProcessorSettings.saved_in(self.adapter, model_directory(self.model))
+        return saved_settings(self.adapter, self.model)
 
     @property
     def name(self) -> str:

@@ -12,10 +12,11 @@ from mmtrain.config.yaml_file import read_yaml
 from mmtrain.dataset.encode_all import EncodingSpec
 from mmtrain.dataset.samples import FreshSamples
 from mmtrain.dataset.shard_order import first_file
-from mmtrain.encoding.directory import is_dual_encoder, model_directory
+from mmtrain.encoding.directory import is_dual_encoder
 from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.processor_settings import ProcessorSettings
+from mmtrain.encoding.saved_processor import saved_settings
 from mmtrain.errors import UserError
 from mmtrain.model.adapter import CONFIG, Adapter, named_base, read_adapter
 from mmtrain.model.load import length_limit, load_config
@@ -46,7 +47,7 @@ class MergeSource:
     @property
     def processor_settings(self) -> ProcessorSettings:
         """Those with which the adapter was trained, if they are saved with it. Raises UserError."""
-        return ProcessorSettings.saved_in(self.adapter.folder, model_directory(self.base))
+        return saved_settings(self.adapter.folder, self.base)
 
 
 def find_source(path: Path, base: str | None) -> MergeSource:
