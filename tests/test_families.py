@@ -88,6 +88,7 @@ def loss(name: str, case: str, root: Path) -> torch.Tensor:
     inputs = own_inputs(name, as_messages(name, conversations(name)[case], root), return_tensors="pt")
     auto = AutoModelForImageTextToText if FAMILIES[name].images else AutoModelForCausalLM
     model = auto.from_pretrained(directory(name))
+    model.config.use_cache = False  # the caches of some recurrent models cannot be made here
     labels = inputs["input_ids"].clone()
     labels[labels >= AutoConfig.from_pretrained(directory(name)).get_text_config().vocab_size] = -100
     with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmtrain.config.schema import Config
-from mmtrain.dataset import image_inputs as data_features
+from mmtrain.dataset import image_process
 from mmtrain.evaluate.evaluation import Evaluation
 from mmtrain.model.components import Components, is_as_loaded
 from mmtrain.scoring.image_cache import caches_features
@@ -110,7 +110,7 @@ def test_each_image_goes_through_the_tower_once_and_is_decoded_no_more(
     shutil.copyfile(images(config)[0], images(config)[3])  # the same image under two names
     step_of(learner, dataset, FIVE_THREE, True)
     assert len(towers) == len({path.read_bytes() for path in images(config)}) == 4
-    monkeypatch.setattr(data_features, "decode", lambda image: pytest.fail("decoded again"))
+    monkeypatch.setattr(image_process, "decode", lambda image: pytest.fail("decoded again"))
     step_of(learner, dataset, EACH, False)
     assert len(towers) == 4
 

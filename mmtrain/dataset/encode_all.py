@@ -228,8 +228,9 @@ class ChunkEncoder:
         """Where the images of a sample were looked for, if it is refused."""
         if row.conversation is None or isinstance(row.encoded, Encoded):
             return
+        names = [image.name for image in row.conversation.images if image.data is None]
         for folder in self._records.folders(row.record):
-            yield from (str(folder / image.name) for image in row.conversation.images if image.data is None)
+            yield from (str(folder / name) for name in names if "\0" not in name)  # no file has it in its name
 
     def _failing_images(self, encoded: Sequence[Encoded]) -> dict[Path | bytes, str]:
         if not self._decode:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config.schema import Model
-from mmtrain.encoding.directory import load_image_processor, make_image_processor, model_directory
+from mmtrain.encoding.directory import files_in, load_image_processor, make_image_processor, model_directory
 from mmtrain.encoding.load import read_template
 from mmtrain.encoding.processor_settings import (
     TEMPLATE_FILE,
@@ -85,5 +85,6 @@ def _templates(folder: Path) -> set[str]:
     file = folder / TEMPLATE_FILE
     if file.is_file():  # it is used before those in other files
         return {read_template(file)}
-    found = [json_object(path).get("chat_template") for path in sorted(folder.glob("*.json"))]
+    files = files_in(folder, ("chat_template.json", "*processor_config.json", "tokenizer_config.json"))
+    found = [json_object(path).get("chat_template") for path in files]
     return {str(one) for one in found if one is not None}
