@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import replacing
 from mmtrain.config import Config
 from mmtrain.dataset.batch import Batch, Loader
 from mmtrain.encoding.directory import copy_processor, model_directory
@@ -49,7 +49,7 @@ def export(learner: Learner, config: Config, dataset: Dataset, name: str | None 
     if not is_adapter and weights is None:
         for parameter in model.parameters():  # `model.to` would drop the imaginary part of complex buffers
             parameter.data = parameter.data.to(dtype)
-    with storage_faults(f"{target}: it cannot be written"), temporary_path(target) as made:
+    with storage_faults(f"{target}: it cannot be written"), replacing(target) as made:
         if is_adapter and Path(config.model.path).is_dir():  # to be found from any directory
             model.peft_config["default"].base_model_name_or_path = str(Path(config.model.path).resolve())
         # peft would ask the hub whether the vocabulary has grown, and save the base model's head where it has LoRA
@@ -60,7 +60,6 @@ def export(learner: Learner, config: Config, dataset: Dataset, name: str | None 
         loader, quantization = auto_class(model.config).__name__, config_as_code(model)
         card = model_card(config, loader, is_adapter, dataset.num_trained, quantization, step)
         (made / "README.md").write_text(card, encoding="utf-8")
-        move_into_place(target, made)
     if weights is not None:
         _check_equal(target, model, weights)
         return f"saved {target}; read back, every weight is the one that was trained"

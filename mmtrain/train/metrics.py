@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from mmtrain.atomic_files import flush
+from mmtrain.atomic_files import write_text
 from mmtrain.config import Config
 from mmtrain.errors import storage_faults
 from mmtrain.train.trackers import Trackers
@@ -36,11 +36,8 @@ class MetricsFile:
             return
         kept = [line for line in _lines(path) if _step_of(line) <= step]
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
         with storage_faults(f"{path}: it cannot be written"):
-            temporary.write_text("".join(kept), encoding="utf-8")
-            flush(temporary)
-            temporary.replace(path)
+            write_text(path, "".join(kept))
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import replacing
 from mmtrain.config import Config
 from mmtrain.contrastive.embedder import Embedder, EncodedItem
 from mmtrain.contrastive.load import reloaded
@@ -42,14 +42,13 @@ def export(
     target = Path(config.run.output_dir) / (name or ("adapter" if is_adapter else "model"))
     tolerance = MAX_DIFFERENCE[config.model.dtype]
     items = _first_items(dataset)
-    with storage_faults(f"{target}: it cannot be written"), temporary_path(target) as made:
+    with storage_faults(f"{target}: it cannot be written"), replacing(target) as made:
         _save(model, config, made)
         own = learner.embedder.processor
         copy_processor(model_directory(config.model.path), made, own.given_template, own.image_settings)
         before = _embeddings(learner.embedder, items)
         found = add_sentence_files(made, learner, config, dataset, items, before, tolerance)
         (made / "README.md").write_text(_card(learner, config, dataset, found.is_written, step), encoding="utf-8")
-        move_into_place(target, made)
     after = _loaded_back(learner, target, config, items)
     difference = max(_distance(one, other) for one, other in zip(after, before, strict=True))
     if not difference <= tolerance:
