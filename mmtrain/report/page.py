@@ -12,7 +12,8 @@ from mmtrain.report.environment import page_template
 from mmtrain.report.read import Row, RunRecord, read_run
 from mmtrain.report.run_charts import charts, length_chart
 from mmtrain.report.series import column, smoothed
-from mmtrain.train.summary import duration, rows_of
+from mmtrain.train.metrics import rows_of
+from mmtrain.train.summary import duration
 
 REPORT = "report.html"
 NUM_ANSWERS = 12

@@ -13,6 +13,7 @@ from typing import Any
 from mmtrain.atomic_files import write_text
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.file_locks import try_lock
+from mmtrain.records.sources.place import Place
 from mmtrain.runtime.launch import is_restart, may_write
 from mmtrain.safe_text import visible
 
@@ -130,6 +131,11 @@ def write_inputs(output_dir: Path, config: str, dropped: Sequence[dict[str, Any]
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         else:
             path.unlink(missing_ok=True)
+
+
+def dropped_row(place: Place, reason: str) -> dict[str, Any]:
+    """What dropped.jsonl says about a sample."""
+    return {"file": str(place.file), "line": place.line, "place": str(place), "reason": reason}
 
 
 def append_dropped(output_dir: Path, rows: Sequence[dict[str, Any]]) -> None:
