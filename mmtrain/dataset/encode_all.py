@@ -62,13 +62,9 @@ class EncodingSpec:
             labels.reasoning == "drop",
         )
 
-    def records(self) -> RecordSet:
-        """The records, their files opened. Raises UserError where one cannot be read."""
-        return RecordSet(self.sources, frozenset(self.ignored), self.drops_reasoning)
-
-    def records_of(self, files: Sequence[OpenFile]) -> RecordSet:
-        """The records of some files only."""
-        return RecordSet.of_files(files, frozenset(self.ignored), self.drops_reasoning)
+    def records(self, files: Sequence[OpenFile] | None = None) -> RecordSet:
+        """The records of these files of the sources; None: of all. Raises UserError where one cannot be read."""
+        return RecordSet(self.sources, frozenset(self.ignored), self.drops_reasoning, files)
 
     def read(self, record: Mapping[str, Any]) -> Conversation:
         """The conversation of a record that stands in no file. Raises SampleError where it is none."""

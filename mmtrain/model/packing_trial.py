@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmtrain.dataset.batch import make_batch
 from mmtrain.encoding.encode import Encoded, ImageSpan
-from mmtrain.encoding.image_processor import TYPE_KEYS
+from mmtrain.encoding.image_runner import TYPE_KEYS
 from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError

@@ -45,3 +45,13 @@ def parse_json(line: bytes) -> Any:
         raise SampleError(f"not JSON: {error}") from None
     except RecursionError:
         raise SampleError("not JSON that can be read: nested too deeply") from None
+
+
+def parsed_value(value: Any, name: str) -> Any:
+    """`value`, or what it is the JSON text of, as tables have it. `name` says what it is. Raises SampleError."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value.encode("utf-8", "surrogatepass"))
+    except SampleError as error:
+        raise SampleError(f"{shown(name, 60)}: {error}") from None
