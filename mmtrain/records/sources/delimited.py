@@ -39,8 +39,8 @@ class DelimitedFile:
         names = self._columns
         repeated = {name for name in names if names.count(name) > 1} | {name for name in names[1:] if not name.strip()}
         if repeated or (len(self._index) and not self._columns):
-            names = ", ".join(map(shown, sorted(repeated)))
-            raise UserError(f"{visible(str(path))}:1: the first row must name every column once, found {names} again")
+            found = ", ".join(map(shown, sorted(repeated)))
+            raise UserError(f"{visible(str(path))}:1: the first row must name every column once, found {found} again")
 
     def __len__(self) -> int:
         return max(0, len(self._index) - 1)
