@@ -75,7 +75,8 @@ def test_the_light_rooms_import_nothing_heavy(name: str) -> None:
 
 
 FLOORS = [
-    ["errors", "safe_text", "regular_files", "atomic_files", "file_locks", "parent_death", "progress", "user_cache"],
+    ["errors", "safe_text", "regular_files", "file_locks", "parent_death", "progress", "user_cache"],
+    ["atomic_files"],
     ["config"],
     ["records"],
     ["encoding"],

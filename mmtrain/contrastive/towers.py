@@ -171,10 +171,7 @@ class Towers:
     def _text_inputs(self, batch: Batch) -> dict[str, Tensor]:
         inputs = {"input_ids": batch.input_ids}
         if self.processor.has_mask:
-            mask = torch.zeros_like(batch.input_ids)
-            for segment in batch.segments:
-                mask[segment.row, segment.start : segment.start + segment.length] = 1
-            inputs["attention_mask"] = mask
+            inputs["attention_mask"] = batch.padding_mask()
         return all_on_device(inputs, self._base.device)
 
     def _images(self, inputs: dict[str, Tensor], seeds: Sequence[int] = (0, 1)) -> Batch:

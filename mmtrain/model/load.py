@@ -32,7 +32,7 @@ from mmtrain.model.quantization import (
     stand_in_for_quantized,
 )
 from mmtrain.model.weight_files import check_finite_files, check_weight_files, is_finite
-from mmtrain.safe_text import one_line, shown
+from mmtrain.safe_text import named, one_line, shown
 
 _log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
@@ -74,12 +74,17 @@ def auto_class(config: Any) -> Any:
 
 def model_structure(path: str) -> Any:
     """The model without its weights: every tensor is on the meta device, which stores no values."""
+    with torch.device("meta"):
+        return _new_model(path)
+
+
+def _new_model(path: str, **settings: Any) -> Any:
+    """The model with new weights. Raises UserError where its configuration is broken."""
     config = load_config(path)
     try:
-        with torch.device("meta"):
-            return auto_class(config).from_config(config).eval()
+        return auto_class(config).from_config(config, **settings).eval()
     except Exception as error:  # a broken config makes transformers raise anything
-        raise UserError(f"{path}: the model cannot be made: {type(error).__name__}: {one_line(error)}") from None
+        raise UserError(f"{path}: the model cannot be made: {named(error)}") from None
 
 
 def load_without_weights(
@@ -92,11 +97,7 @@ def load_without_weights(
     named: ComponentModules = _NONE,
 ) -> Any:
     """The model as `load_model` gives it, with new weights of which none is read. For `WithoutValues`."""
-    config = load_config(path)
-    try:
-        model = auto_class(config).from_config(config, dtype=getattr(torch, dtype)).eval()
-    except Exception as error:  # a broken config makes transformers raise anything
-        raise UserError(f"{path}: the model cannot be made: {type(error).__name__}: {one_line(error)}") from None
+    model = _new_model(path, dtype=getattr(torch, dtype))
     if quantization is not None:
         stand_in_for_quantized(model)
     return model
@@ -177,7 +178,7 @@ def _from_pretrained(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a broken directory makes transformers raise anything
-        raise UserError(f"{path}: the model cannot be loaded: {type(error).__name__}: {one_line(error)}") from None
+        raise UserError(f"{path}: the model cannot be loaded: {named(error)}") from None
     finally:
         set_verbosity(verbosity)
         set_tqdm_hook(hook)

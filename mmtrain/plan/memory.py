@@ -8,12 +8,10 @@ from typing import Any
 from mmtrain.config import Config
 from mmtrain.config.tune_section import Full, Lora
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.errors import UserError
 from mmtrain.progress import Progress
-from mmtrain.safe_text import one_line
 from mmtrain.train.checkpointing import GIB, available, with_checkpointing
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.peak_memory import PeakMemory, predict_peak
+from mmtrain.train.peak_memory import PeakMemory, peak_or_fault
 
 CARDS = {"24 GB": 23.5, "48 GB": 44.4, "80 GB": 79.1, "141 GB": 139.7}
 """GiB that torch finds on such a GPU; of several with the same name the least."""
@@ -46,21 +44,17 @@ def gpu_memory(
     rows: list[Row] = []
     weights = 0
     longest = int(dataset.checked.num_tokens.max())
-    try:
-        for own in _variants(config):
-            found = predict_peak(own, dataset, processor, "cuda", 1, progress)
-            quantization = own.model.quantization
-            weights = found.weights if not rows else weights
-            if config.run.weights == "replicate" or num_processes == 1:
-                rows.append(_row(own, found, longest, 1))
-            if num_processes > 1 and quantization is None:
-                rows.append(_row(own, found, longest, num_processes))
-            if set(rows[0].fits) == set(CARDS):
-                break  # nothing has to be changed
-    except UserError:
-        raise
-    except Exception as error:  # an unusual family can raise anything without values
-        return {"fault": f"{type(error).__name__}: {one_line(error)}"}
+    for own in _variants(config):
+        found = peak_or_fault(own, dataset, processor, "cuda", 1, progress)
+        if isinstance(found, str):
+            return {"fault": found}
+        weights = found.weights if not rows else weights
+        if config.run.weights == "replicate" or num_processes == 1:
+            rows.append(_row(own, found, longest, 1))
+        if num_processes > 1 and own.model.quantization is None:
+            rows.append(_row(own, found, longest, num_processes))
+        if set(rows[0].fits) == set(CARDS):
+            break  # nothing has to be changed
     return {
         "microbatch_tokens": found.num_tokens,
         "microbatch_images": found.num_images,
@@ -101,13 +95,10 @@ def cpu_memory(
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if weight_bytes > total:
         return {"fault": f"the weights alone need {weight_bytes / GIB:.1f} of this machine's {total / GIB:.1f} GiB"}
-    try:
-        plain = with_checkpointing(config, config.run.activation_checkpointing is True)
-        found = predict_peak(plain, dataset, processor, "cpu", 1, progress)
-    except UserError:
-        raise
-    except Exception as error:  # an unusual family can raise anything without values
-        return {"fault": f"{type(error).__name__}: {one_line(error)}"}
+    plain = with_checkpointing(config, config.run.activation_checkpointing is True)
+    found = peak_or_fault(plain, dataset, processor, "cpu", 1, progress)
+    if isinstance(found, str):
+        return {"fault": found}
     return {
         "peak": found.peak,
         "total": total,

@@ -7,13 +7,11 @@ import torch
 
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.errors import UserError
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
-from mmtrain.safe_text import one_line
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.learner import make_learner
-from mmtrain.train.peak_memory import PeakMemory, predict_peak
+from mmtrain.train.peak_memory import PeakMemory, peak_or_fault
 from mmtrain.train.step import Learner
 
 GIB = 2**30
@@ -75,13 +73,11 @@ def _decision(
     """Whether it is on, and why."""
     seed: Any = torch.random.get_rng_state()
     try:
-        found = predict_peak(config, dataset, processor, "cuda", count, progress)
-    except UserError:
-        raise
-    except Exception as error:  # an unusual family can raise anything without values
-        return True, f"because its memory cannot be predicted: {type(error).__name__}: {one_line(error)}"
+        found = peak_or_fault(config, dataset, processor, "cuda", count, progress)
     finally:
         torch.random.set_rng_state(seed)
+    if isinstance(found, str):
+        return True, f"because its memory cannot be predicted: {found}"
     peak = peak_of(found, config, count)
     fits = peak <= available(total)
     return not fits, (

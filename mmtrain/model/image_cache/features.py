@@ -21,7 +21,7 @@ from mmtrain.errors import UserError
 from mmtrain.model.components import base_model
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.transfer import PinnedMemory, all_on_device
-from mmtrain.safe_text import one_line
+from mmtrain.safe_text import named
 
 _KEYWORD = "mm_encoder_outputs"
 _SIZES = ((112, 84), (84, 168))
@@ -143,7 +143,7 @@ def find_fields(model: Any, processor: ChatProcessor) -> Fields | str:
     try:
         return _found_fields(base, processor, token_id)
     except Exception as error:  # an unusual family can raise anything; its images are then given as pixels
-        return f"its trial failed with {type(error).__name__}: {one_line(error)}"
+        return f"its trial failed with {named(error)}"
 
 
 def _found_fields(model: Any, processor: ChatProcessor, token_id: int) -> Fields | str:
