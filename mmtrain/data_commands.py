@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 import typer
 
 from mmtrain.api import load_config
-from mmtrain.config_commands import ConfigPath, Overrides
+from mmtrain.config_commands import ConfigPath, Html, Json, Overrides
 
 
 def inspect_data(
     config: ConfigPath,
     overrides: Overrides = None,
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page.", show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    html: Html = None,
+    json: Json = False,
 ) -> None:
     """Count samples, lengths, images, roles and duplicates, and what train and eval have in common."""
     loaded = load_config(config, overrides or [])
@@ -31,7 +31,7 @@ def inspect_labels(
         typer.Option(min=1, help="How many samples to show.", show_default="3; of pairs the queries of a step, 12"),
     ] = None,
     split: Annotated[Literal["train", "eval"], typer.Option(help="The sources: data.train or data.eval.")] = "train",
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page.", show_default=False)] = None,
+    html: Html = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per sample.")] = False,
     tokens: Annotated[bool, typer.Option("--tokens", help="With --json: include every token.")] = False,
     audit: Annotated[bool, typer.Option("--all", help="Check every sample; exit 1 if any has a fault.")] = False,

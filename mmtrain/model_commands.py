@@ -5,10 +5,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from mmtrain.config_commands import Json
+
 
 def inspect_model(
     path: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or an id in the local hub cache.")],
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    json: Json = False,
     chat_template: Annotated[
         str | None, typer.Option(metavar="FILE", help="A chat template, as model.chat_template.", show_default=False)
     ] = None,

@@ -1,4 +1,4 @@
-"""Makes text from outside (file names, values, text of samples) safe to print on one line."""
+"""Text for one line: that from outside (file names, values, text of samples) made safe to print, and counts."""
 
 import unicodedata
 
@@ -14,6 +14,11 @@ def shown(text: object, limit: int = 80) -> str:
 def shortened(text: str, limit: int) -> str:
     """At most `limit` characters of `text`, an ellipsis in the place of the rest."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 image` or `1,200 images`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

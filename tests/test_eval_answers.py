@@ -20,7 +20,7 @@ from mmtrain.answers.asked import AskedQuestion
 from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.answers.figures import figures
 from mmtrain.answers.metrics import METRICS
-from mmtrain.answers.page import write_page
+from mmtrain.answers.page import page_of_answers
 from mmtrain.answers.report import print_report
 from mmtrain.cli import app
 from mmtrain.config import dump_config
@@ -267,8 +267,7 @@ def test_the_page_escapes_what_samples_say(tmp_path: Path) -> None:
     config = Config.model_validate(load(path))
     samples = AnswerEvaluation(config, config.data.eval, load_processor(str(TINY)), QUIET).samples
     row = judged(asked(["<b>red</b>", "blue"], "<script>alert(1)</script>"), model=["<img src=x>", ""])
-    write_page(tmp_path / "page.html", row | {"dropped": []}, samples)
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = page_of_answers(row | {"dropped": []}, samples)
     assert "<script" not in page
     assert "<img src=x" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page

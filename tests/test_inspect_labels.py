@@ -159,7 +159,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_any_work(make_config: M
         with pytest.raises(UserError, match=words) as caught:
             inspect_labels(broken, Options(html=path))
         assert caught.value.exit_code == 2
-    with pytest.raises(StorageError, match=r"--html '/proc/a\.html': cannot be written: "):
+    with pytest.raises(StorageError, match=r"--html '/proc/a\.html': it cannot be written: "):
         inspect_labels(config, Options(html=Path("/proc/a.html")))
 
 

@@ -244,7 +244,7 @@ def test_json_has_both_directions_and_is_what_the_python_function_gives(clip: Pa
         (Options(templates=("a {}",)), "--template: it is for zero-shot classification"),
         (
             Options(html=Path("none/page.html")),
-            "--html 'none/page.html': expected the name of a file in a folder",
+            "--html 'none/page.html': there is no folder",
         ),
         (Options(adapter=Path("none")), "--adapter none: expected the directory of an adapter or of a finished run"),
     ],

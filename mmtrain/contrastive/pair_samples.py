@@ -10,7 +10,7 @@ from mmtrain.config.data_section import Source
 from mmtrain.contrastive.embedder import Embedder, EncodedItem
 from mmtrain.contrastive.relation import PairItems
 from mmtrain.dataset.decoded_images import images_that_fail
-from mmtrain.dataset.pair_items import content_keys
+from mmtrain.dataset.pair_items import item_keys
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.validate import FaultPolicy, LeftOut, LengthLimit, leave_out, nothing_left
 from mmtrain.dataset.workers import num_cores
@@ -182,5 +182,5 @@ def _without_bytes(image: FoundImage) -> FoundImage:
 def _keys(items: Sequence[tuple[Item, Roots]], encoded: Sequence[EncodedItem | SampleError]) -> list[str]:
     """The content key of each item, empty where it could not be encoded."""
     good = [item for item, one in zip(items, encoded, strict=True) if isinstance(one, EncodedItem)]
-    keys = iter(content_keys(good))
+    keys = iter(item_keys(good))
     return [next(keys) if isinstance(one, EncodedItem) else "" for one in encoded]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmtrain.dataset.ahead import Pace, in_order
-from mmtrain.dataset.image_inputs import ImageCache, ImageInputs, all_pinned, load_image_inputs
+from mmtrain.dataset.image_inputs import ImageCache, ImageInputs, all_pinned, check_laid_out, load_image_inputs
 from mmtrain.dataset.image_loader import ImageLoader
 from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.processor import ChatProcessor
@@ -144,11 +144,7 @@ def _image_inputs(encoded: Sequence[Encoded], processor: ChatProcessor, load_ima
     alone = None if processor.lays_out_together else encoded[0].ids.tolist()
     inputs, laid_out = load_images(samples, alone)
     measured = [int(id_) for sample, span in spans for id_ in sample.ids[span.start : span.start + span.length]]
-    if laid_out != measured:
-        names = ", ".join(span.image.name for _, span in spans)
-        raise SampleError(
-            f"{len(measured)} tokens were laid out for {names} and the image processor makes {len(laid_out)}"
-        )
+    check_laid_out([span for _, span in spans], measured, laid_out)
     return inputs
 
 

@@ -17,6 +17,7 @@ from mmtrain.config.data_section import Source
 from mmtrain.dataset.decoded_images import images_that_fail
 from mmtrain.dataset.workers import map_in_processes, num_cores
 from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.images import spellings
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.processor_settings import ProcessorSettings
@@ -62,13 +63,9 @@ class EncodingSpec:
             labels.reasoning == "drop",
         )
 
-    def records(self) -> RecordSet:
-        """The records, their files opened. Raises UserError where one cannot be read."""
-        return RecordSet(self.sources, frozenset(self.ignored), self.drops_reasoning)
-
-    def records_of(self, files: Sequence[OpenFile]) -> RecordSet:
-        """The records of some files only."""
-        return RecordSet.of_files(files, frozenset(self.ignored), self.drops_reasoning)
+    def records(self, files: Sequence[OpenFile] | None = None) -> RecordSet:
+        """The records of these files of the sources; None: of all. Raises UserError where one cannot be read."""
+        return RecordSet(self.sources, frozenset(self.ignored), self.drops_reasoning, files)
 
     def read(self, record: Mapping[str, Any]) -> Conversation:
         """The conversation of a record that stands in no file. Raises SampleError where it is none."""
@@ -230,7 +227,8 @@ class ChunkEncoder:
             return
         names = [image.name for image in row.conversation.images if image.data is None]
         for folder in self._records.folders(row.record):
-            yield from (str(folder / name) for name in names if "\0" not in name)  # no file has it in its name
+            for path in (folder / name for name in names if "\0" not in name):  # no file has it in its name
+                yield from map(str, (path, *spellings(path)))
 
     def _failing_images(self, encoded: Sequence[Encoded]) -> dict[Path | bytes, str]:
         if not self._decode:

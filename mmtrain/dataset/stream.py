@@ -218,7 +218,7 @@ class Stream:
             state, reasons = found.end, [f"{place}: {reason}" for place, reason in found.left_out()]
 
     def _checked(self, window: Window, before: StreamState) -> StreamedWindow:
-        records = self._spec.records_of(window.files)
+        records = self._spec.records(window.files)
         store = self._encoded(ChunkEncoder(self._spec, records, self._processor), window.records)
         samples = StoredSamples(records.sequences(store.records, store.turns), store)
         policy = replace(

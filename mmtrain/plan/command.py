@@ -1,13 +1,12 @@
 """`mmtrain plan`: every figure, and their output."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
+from mmtrain.command_output import plain_console, print_json
 from mmtrain.config import Config
 from mmtrain.dataset.shard_order import first_file
 from mmtrain.encoding.load import processor_of
@@ -38,9 +37,9 @@ def plan(config: Config, processes: str, as_json: bool) -> None:
         figures = _chat_figures(config, device, is_elsewhere, counts, progress)
     else:
         figures = pair_figures(config, device, counts, progress)
-    console = Console(highlight=False, emoji=False, markup=False)
+    console = plain_console()
     if as_json:
-        print(json.dumps(figures, allow_nan=False))
+        print_json(figures)
     elif is_chat:
         print_plan(figures, console)
     else:

@@ -65,7 +65,7 @@ def _set_facts(sources: Sequence[str], samples: StoredSamples, checked: CheckedS
 def _num_duplicates(samples: StoredSamples, checked: CheckedSamples) -> int | None:
     """Samples that are used and the same as an earlier one; None where finding them would delay the first step."""
     used = checked.used
-    return len(find_duplicates(samples, used)) if len(used) <= MAX_COMPARED else None
+    return len(find_duplicates(samples, used.tolist())) if len(used) <= MAX_COMPARED else None
 
 
 def _bins(low: int, high: int) -> list[int]:
