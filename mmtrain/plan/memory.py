@@ -20,7 +20,7 @@ _ROUNDED = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MemoryRow:
     """The memory of one GPU under some keys of the config."""
 
     checkpointing: bool
@@ -41,7 +41,7 @@ def gpu_memory(
     config: Config, dataset: Dataset, processor: ChatProcessor, num_processes: int, progress: Progress
 ) -> dict[str, Any]:
     """The rows of the table, and the longest micro-batch; or the reason why the memory cannot be predicted."""
-    rows: list[Row] = []
+    rows: list[MemoryRow] = []
     weights = 0
     longest = int(dataset.checked.num_tokens.max())
     for own in _variants(config):
@@ -75,7 +75,7 @@ def _variants(config: Config) -> Iterator[Config]:
         yield with_checkpointing(quantized, True)
 
 
-def _row(config: Config, found: PeakMemory, longest: int, num_processes: int) -> Row:
+def _row(config: Config, found: PeakMemory, longest: int, num_processes: int) -> MemoryRow:
     peak = found.peak if num_processes == 1 else found.sharded(num_processes)
     activations = found.peak - found.weights - 3 * found.trainable
     largest = {}
@@ -85,7 +85,7 @@ def _row(config: Config, found: PeakMemory, longest: int, num_processes: int) ->
         largest[name] = tokens if tokens >= longest else None
     fits = [name for name, size in CARDS.items() if peak <= available(size * GIB)]
     checkpointing = config.run.activation_checkpointing is True
-    return Row(checkpointing, config.model.quantization, num_processes, peak, fits, largest)
+    return MemoryRow(checkpointing, config.model.quantization, num_processes, peak, fits, largest)
 
 
 def cpu_memory(

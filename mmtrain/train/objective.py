@@ -15,7 +15,7 @@ from mmtrain.model.tune import ComponentReport
 from mmtrain.records.record_set import RecordSet
 from mmtrain.records.sources.place import Place
 from mmtrain.runtime.processes import Runtime
-from mmtrain.train.evaluations import Evaluation
+from mmtrain.train.evaluations import RunEvaluation
 
 
 class Trained(Protocol):
@@ -77,7 +77,7 @@ class Steps(Protocol):
         """The batches of this process's micro-batches that are not empty, of the steps `first` to `last`."""
 
 
-class Samples(Protocol):
+class TrainingSamples(Protocol):
     """The training samples by index."""
 
     @property
@@ -90,7 +90,7 @@ class RunData(Protocol):
     """What a run is trained on, checked."""
 
     @property
-    def train(self) -> Samples: ...
+    def train(self) -> TrainingSamples: ...
 
     @property
     def stream(self) -> Stream | None:
@@ -122,7 +122,7 @@ class RunData(Protocol):
     def dropped_rows(self) -> list[dict[str, Any]]: ...
 
 
-class Objective(Protocol):
+class TrainingObjective(Protocol):
     """An objective over the data of one config."""
 
     @property
@@ -137,7 +137,7 @@ class Objective(Protocol):
 
     def steps(self) -> Steps: ...
 
-    def evaluations(self) -> list[Evaluation]: ...
+    def evaluations(self) -> list[RunEvaluation]: ...
 
     def report(self) -> Iterator[str | Table]:
         """What is printed before the first step."""

@@ -91,7 +91,7 @@ def fuse_mlps(decoder: Any, trials: Trials) -> None:
     if not mlps:
         return
     try:
-        run = _Run(decoder, mlps)
+        run = _TrialRun(decoder, mlps)
     except Exception:  # the decoder requires more than ids
         return
     for name in run.order:
@@ -117,7 +117,7 @@ def _gated(mlp: nn.Module) -> Gated:
     return kernel
 
 
-def _fuse_with_norm(run: "_Run", name: str, trials: Trials) -> bool:
+def _fuse_with_norm(run: "_TrialRun", name: str, trials: Trials) -> bool:
     norm_name = run.norm_before.get(name)
     if norm_name is None:
         return False
@@ -139,7 +139,7 @@ def _common_parent(name: str, other: str) -> str:
     return name
 
 
-class _Run:
+class _TrialRun:
     """One forward pass of the decoder on random ids: the order of its MLPs that are called once, and their inputs."""
 
     def __init__(self, decoder: Any, mlps: list[str]) -> None:
