@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from mmtrain.config import Config
-from mmtrain.config.run_section import ImageCache
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.live_memory import LiveMemory
@@ -33,7 +32,7 @@ _BLOCKS = {"cuda": 512}
 """Bytes that an allocator rounds up to, by kind of device."""
 _NUM_STEPS = 200
 """Steps of the first epoch whose micro-batches are compared, evenly spaced."""
-_NO_CACHE = ImageCache(memory_gib=1e-9, disk_gib=0.0)
+_NO_CACHE = {"memory_gib": 1e-9, "disk_gib": 0.0}
 """Image features are computed as with a cache, and none is kept: on a GPU they are in host memory."""
 
 Microbatch = tuple[int, ...]
@@ -108,12 +107,12 @@ def peak_or_fault(
 
 def _as_planned(config: Config) -> Config:
     """Without what changes no memory on a GPU, or cannot be run without values."""
-    checkpointing = config.run.activation_checkpointing is True
+    checkpointing, cache = config.run.activation_checkpointing is True, config.run.image_cache
     changes = {
         "weights": "replicate",
         "compile": False,
         "activation_checkpointing": checkpointing,
-        "image_cache": _NO_CACHE if max(config.run.image_cache.model_dump().values()) else config.run.image_cache,
+        "image_cache": cache.model_copy(update=_NO_CACHE) if max(cache.model_dump().values()) else cache,
     }
     run, model = config.run.model_copy(update=changes), config.model.model_copy(update={"adapter": None})
     return config.model_copy(update={"run": run, "model": model})
