@@ -9,9 +9,9 @@ from mmtrain.config import Config
 from mmtrain.config.tune_section import Full, Lora
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.progress import Progress
-from mmtrain.train.checkpointing import GIB, available, with_checkpointing
+from mmtrain.train.checkpointing import GIB, available, peak_or_fault, with_checkpointing
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.peak_memory import PeakMemory, peak_or_fault
+from mmtrain.train.peak_memory import PeakMemory
 
 CARDS = {"24 GB": 23.5, "48 GB": 44.4, "80 GB": 79.1, "141 GB": 139.7}
 """GiB that torch finds on such a GPU; of several with the same name the least."""

@@ -7,11 +7,13 @@ import torch
 
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.errors import UserError
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
+from mmtrain.safe_text import named
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.learner import make_learner
-from mmtrain.train.peak_memory import PeakMemory, peak_or_fault
+from mmtrain.train.peak_memory import PeakMemory, predict_peak
 from mmtrain.train.step import Learner
 
 GIB = 2**30
@@ -23,6 +25,18 @@ allocator loses to fragmentation."""
 def available(total_bytes: float) -> float:
     """Bytes of a GPU with `total_bytes` that a prediction may use."""
     return total_bytes * (1 - RESERVED_SHARE) - RESERVED_BYTES
+
+
+def peak_or_fault(
+    config: Config, dataset: Dataset, processor: ChatProcessor, kind: str, num_processes: int, progress: Progress
+) -> PeakMemory | str:
+    """What `predict_peak` gives, or in one line why the memory cannot be predicted. Raises UserError."""
+    try:
+        return predict_peak(config, dataset, processor, kind, num_processes, progress)
+    except UserError:
+        raise
+    except Exception as error:  # an unusual family can raise anything without values
+        return named(error)
 
 
 def peak_of(found: PeakMemory, config: Config, num_processes: int) -> int:

@@ -13,7 +13,6 @@ import numpy as np
 
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.errors import UserError
 from mmtrain.model.live_memory import LiveMemory
 from mmtrain.model.load import load_without_weights
 from mmtrain.model.planned_device import planned_on
@@ -21,7 +20,6 @@ from mmtrain.model.without_values import WithoutValues
 from mmtrain.progress import Progress
 from mmtrain.runtime.planned import PlannedRuntime
 from mmtrain.runtime.shard import repeated_blocks
-from mmtrain.safe_text import named
 from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.learner import make_learner
@@ -91,18 +89,6 @@ def predict_peak(
             num_images=int(dataset.train.store.num_images[list(longest)].sum()),
             largest_block=_largest_block(learner),
         )
-
-
-def peak_or_fault(
-    config: Config, dataset: Dataset, processor: ChatProcessor, kind: str, num_processes: int, progress: Progress
-) -> PeakMemory | str:
-    """What `predict_peak` gives, or in one line why the memory cannot be predicted. Raises UserError."""
-    try:
-        return predict_peak(config, dataset, processor, kind, num_processes, progress)
-    except UserError:
-        raise
-    except Exception as error:  # an unusual family can raise anything without values
-        return named(error)
 
 
 def _as_planned(config: Config) -> Config:
