@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.live_memory import LiveMemory
@@ -108,8 +106,7 @@ def _microbatches(cuts: StepCuts, dataset: Dataset, packing: bool) -> tuple[Micr
     """The first one, and the one with the most tokens, padding included; of equal ones the one with the most of
     images."""
     checked = dataset.checked
-    steps = np.unique(np.linspace(1, dataset.plan.steps_per_epoch, _NUM_STEPS).astype(int)).tolist()
-    every = [own for step in steps for own in cuts.of_all(step) if own]
+    every = [own for step in dataset.plan.some_steps(_NUM_STEPS) for own in cuts.of_all(step) if own]
     every.append((int(checked.num_tokens.argmax()),))
 
     def size(own: Sequence[int]) -> tuple[int, int]:
