@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftModelForCausalLM, PeftModelForFeatureExtraction, set_peft_model_state_dict
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel, set_peft_model_state_dict
 from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,6 +22,7 @@ from torch import Tensor
 from mmtrain.config.schema import Model
 from mmtrain.encoding.saved_processor import differences
 from mmtrain.errors import UserError
+from mmtrain.model.tune import peft_task
 from mmtrain.safe_text import one_line, shown, visible
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -118,8 +119,7 @@ def load_adapter(model: Any, adapter: Adapter, name: str = "default") -> PeftMod
         if isinstance(model, PeftModel):
             model.add_adapter(name, adapter.config)
         else:
-            generates = hasattr(model, "prepare_inputs_for_generation")
-            wrapper = PeftModelForCausalLM if generates else PeftModelForFeatureExtraction
+            wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[peft_task(model)]
             model = wrapper(model, adapter.config, adapter_name=name)
         loaded = set_peft_model_state_dict(model, adapter.weights, adapter_name=name)
     except KeyError as error:  # a module that was trained in full has no weights in the file

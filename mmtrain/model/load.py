@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import (
@@ -37,21 +37,6 @@ from mmtrain.safe_text import named, one_line, shown
 _log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 _NONE = ComponentModules()
-
-
-class LoadModel(Protocol):
-    """What gives a base model: `load_model`, or `load_without_weights`."""
-
-    def __call__(
-        self,
-        path: str,
-        dtype: str,
-        processor: ChatProcessor,
-        device: torch.device,
-        tick: Callable[[], None],
-        quantization: str | None,
-        named: ComponentModules,
-    ) -> Any: ...
 
 
 def load_config(path: str) -> Any:

@@ -13,7 +13,7 @@ from mmtrain.model.adapter import say_other_processor
 from mmtrain.model.dropout import DropoutContext, install_dropout
 from mmtrain.model.earlier_run import start_from_run
 from mmtrain.model.family import Family, probe_family
-from mmtrain.model.load import LoadModel, checkpoint_activations, load_model
+from mmtrain.model.load import checkpoint_activations, load_model
 from mmtrain.model.lora_targets import without_adapter
 from mmtrain.model.tune import ComponentReport, apply_tune, kept_frozen
 from mmtrain.model.vision import VisionInputs, prepare_vision
@@ -40,7 +40,11 @@ class TrainableModel:
 
 
 def make_trainable(
-    config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress, load: LoadModel = load_model
+    config: Config,
+    processor: ChatProcessor,
+    runtime: Runtime,
+    progress: Progress,
+    load: Callable[..., Any] = load_model,
 ) -> TrainableModel:
     """Load the base model, freeze it, and add what is trainable, whose initial weights follow from the seed alone."""
     torch.manual_seed(config.train.seed)
