@@ -45,9 +45,10 @@ def gpu_memory(
     weights = 0
     longest = int(dataset.checked.num_tokens.max())
     for own in _variants(config):
-        found = peak_or_fault(own, dataset, processor, "cuda", 1, progress)
-        if isinstance(found, str):
-            return {"fault": found}
+        predicted = peak_or_fault(own, dataset, processor, "cuda", 1, progress)
+        if isinstance(predicted, str):
+            return {"fault": predicted}
+        found = predicted
         weights = found.weights if not rows else weights
         if config.run.weights == "replicate" or num_processes == 1:
             rows.append(_row(own, found, longest, 1))
