@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
-
 from torch import nn
 
 from mmtrain.config.schema import Config
