@@ -270,7 +270,7 @@ def test_packing_is_what_the_config_and_the_trial_say(
     monkeypatch.setattr("mmtrain.scoring.packing.try_rows", trial)
     keys: list[str] = []
 
-    def from_first(key: str, make: Callable[[], str]) -> str:
+    def from_first(key: str, make: Callable[[], Any]) -> Any:
         keys.append(key)
         return make()
 

@@ -1,6 +1,5 @@
 """How samples share micro-batches and rows: what the config says, and what the model can."""
 
-import json
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -34,10 +33,10 @@ def choose_rows(
     """
     wanted, dtype = config.run.packing, getattr(torch, config.model.dtype)
 
-    def tried() -> str:
-        return json.dumps(astuple(try_rows(model, processor, dtype, packing=wanted is not False)))
+    def tried() -> tuple[Any, ...]:
+        return astuple(try_rows(model, processor, dtype, packing=wanted is not False))
 
-    found = RowsFound(*json.loads(runtime.from_first("packing", tried)))
+    found = RowsFound(*runtime.from_first("packing", tried))
     if found.fault is None:
         return RowChoice(wanted is not False, alone=False)
     if wanted is True:

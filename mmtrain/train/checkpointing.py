@@ -1,6 +1,5 @@
 """Decides whether the activations of layers are stored or computed again: `run.activation_checkpointing: auto`."""
 
-import json
 from typing import Any
 
 import torch
@@ -67,11 +66,11 @@ def decide_checkpointing(
         return with_checkpointing(config, False)
     count = runtime.num_processes
 
-    def decide() -> str:
+    def decide() -> tuple[bool, str]:
         total = torch.cuda.get_device_properties(runtime.device).total_memory
-        return json.dumps(_decision(config, dataset, processor, count, total, progress))
+        return _decision(config, dataset, processor, count, total, progress)
 
-    is_on, why = json.loads(runtime.from_first("activation checkpointing", decide))
+    is_on, why = runtime.from_first("activation checkpointing", decide)
     progress.say(f"activation checkpointing: {'on' if is_on else 'off'}, {why}")
     return with_checkpointing(config, is_on)
 
