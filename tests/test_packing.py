@@ -280,8 +280,8 @@ def test_a_model_that_leaks_is_trained_in_padded_rows(
 def test_a_model_whose_rows_affect_each_other_is_trained_one_sample_at_a_time(
     make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def load_mixed(*args: Any, **settings: Any) -> Any:
-        model = load_model(*args, **settings)
+    def load_mixed() -> Any:
+        model = load_model(config.model.path, "float32", processor)
         model.get_decoder().layers[0].register_forward_hook(mixed_rows)
         return model
 

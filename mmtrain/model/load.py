@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.logging import ERROR, disable_progress_bar, get_verbosity, set_tqdm_hook, set_verbosity
 
+from mmtrain.config.schema import Model
 from mmtrain.config.tune_section import ComponentModules
 from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.directory import is_dual_encoder, model_directory, takes_images
@@ -32,7 +33,7 @@ from mmtrain.model.quantization import (
     stand_in_for_quantized,
 )
 from mmtrain.model.weight_files import check_finite_files, check_weight_files, is_finite
-from mmtrain.safe_text import named, one_line, shown
+from mmtrain.safe_text import error_line, one_line, shown
 
 _log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
@@ -69,21 +70,13 @@ def _new_model(path: str, **settings: Any) -> Any:
     try:
         return auto_class(config).from_config(config, **settings).eval()
     except Exception as error:  # a broken config makes transformers raise anything
-        raise UserError(f"{path}: the model cannot be made: {named(error)}") from None
+        raise UserError(f"{path}: the model cannot be made: {error_line(error)}") from None
 
 
-def load_without_weights(
-    path: str,
-    dtype: str,
-    processor: ChatProcessor,
-    device: torch.device = _CPU,
-    tick: Callable[[], None] = lambda: None,
-    quantization: str | None = None,
-    named: ComponentModules = _NONE,
-) -> Any:
+def load_without_weights(settings: Model) -> Any:
     """The model as `load_model` gives it, with new weights of which none is read. For `WithoutValues`."""
-    model = _new_model(path, dtype=getattr(torch, dtype))
-    if quantization is not None:
+    model = _new_model(settings.path, dtype=getattr(torch, settings.dtype))
+    if settings.quantization is not None:
         stand_in_for_quantized(model)
     return model
 
@@ -163,7 +156,7 @@ def _from_pretrained(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a broken directory makes transformers raise anything
-        raise UserError(f"{path}: the model cannot be loaded: {named(error)}") from None
+        raise UserError(f"{path}: the model cannot be loaded: {error_line(error)}") from None
     finally:
         set_verbosity(verbosity)
         set_tqdm_hook(hook)

@@ -9,7 +9,7 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
-from mmtrain.safe_text import named
+from mmtrain.safe_text import error_line
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.learner import make_learner
 from mmtrain.train.peak_memory import PeakMemory, predict_peak
@@ -35,7 +35,7 @@ def peak_or_fault(
     except UserError:
         raise
     except Exception as error:  # an unusual family can raise anything without values
-        return named(error)
+        return error_line(error)
 
 
 def peak_of(found: PeakMemory, config: Config, num_processes: int) -> int:

@@ -7,7 +7,7 @@ from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.cost import cost_model
 from mmtrain.model.kernels.install import install
-from mmtrain.model.load import compile_layers, load_model
+from mmtrain.model.load import compile_layers
 from mmtrain.model.root import Root
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
@@ -25,10 +25,10 @@ def make_learner(
     processor: ChatProcessor,
     runtime: Runtime,
     progress: Progress,
-    load: Callable[..., Any] = load_model,
+    load: Callable[[], Any] | None = None,
 ) -> Learner:
     """Load the model, add its trainable parameters, and decide how it is computed; `progress` says what was decided.
-    `load` gives the base model: `load_model` or `load_without_weights`.
+    `load`: as in `make_trainable`.
 
     Packing and the image cache are tried before the weights are sharded or the layers compiled.
     """

@@ -70,7 +70,7 @@ def predict_peak(
     config = _as_planned(config)
     runtime = PlannedRuntime(config.model.dtype, num_processes, progress.tick)
     with planned_on(kind, counting), counting:
-        learner = make_learner(config, processor, runtime, quiet, load_without_weights)
+        learner = make_learner(config, processor, runtime, quiet, lambda: load_without_weights(config.model))
         first, longest = _microbatches(StepCuts(dataset, learner, config.run), dataset, learner.packing)
         weights = memory.num_bytes
         memory.reset()

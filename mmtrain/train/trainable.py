@@ -44,18 +44,22 @@ def make_trainable(
     processor: ChatProcessor,
     runtime: Runtime,
     progress: Progress,
-    load: Callable[..., Any] = load_model,
+    load: Callable[[], Any] | None = None,
 ) -> TrainableModel:
-    """Load the base model, freeze it, and add what is trainable, whose initial weights follow from the seed alone."""
+    """Load the base model, freeze it, and add what is trainable, whose initial weights follow from the seed alone.
+    `load` gives a base model that has no values, on the device; None: that of the config is loaded."""
     torch.manual_seed(config.train.seed)
     settings, named = config.model, config.tune.components
     home = torch.device("cpu") if is_sharded(config, runtime) else runtime.device
+    tick, quantization = runtime.activity.tick, settings.quantization
     with loading_faults():
-        base = load(settings.path, settings.dtype, processor, home, runtime.activity.tick, settings.quantization, named)
+        if load is not None:
+            base = load()
+        else:
+            base = load_model(settings.path, settings.dtype, processor, home, tick, quantization, named)
     runtime.activity.set("preparing the model")
     family = probe_family(base, processor, progress.say, named)
-    has_values = load is load_model
-    model, reports, dropout = add_trainable(config, base, family, runtime, progress, has_values=has_values)
+    model, reports, dropout = add_trainable(config, base, family, runtime, progress, has_values=load is None)
     model.to(home)
     with runtime.autocast():
         vision = prepare_vision(base, processor, runtime.device, progress.say)

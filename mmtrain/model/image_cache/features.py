@@ -21,7 +21,7 @@ from mmtrain.errors import UserError
 from mmtrain.model.components import base_model
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.transfer import PinnedMemory, all_on_device
-from mmtrain.safe_text import named
+from mmtrain.safe_text import error_line
 
 _KEYWORD = "mm_encoder_outputs"
 _SIZES = ((112, 84), (84, 168))
@@ -144,7 +144,7 @@ def find_fields(model: Any, processor: ChatProcessor) -> Fields | str:
     try:
         return _found_fields(base, processor, token_id)
     except Exception as error:  # an unusual family can raise anything; its images are then given as pixels
-        return f"its trial failed with {named(error)}"
+        return f"its trial failed with {error_line(error)}"
 
 
 def _found_fields(model: Any, processor: ChatProcessor, token_id: int) -> Fields | str:
