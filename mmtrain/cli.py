@@ -89,8 +89,8 @@ def train(
     from mmtrain.runtime import launch
 
     loaded = api.load_config(config, overrides or [])
-    layout = launch.Layout(processes, nodes, node_rank, rendezvous, max_restarts)
-    layout.check()
+    options = launch.LaunchOptions(processes, nodes, node_rank, rendezvous, max_restarts)
+    options.check()
     launch.quiet()
     if not (nodes == 1 and processes is None and launch.takes_part()):
         num_local = processes or launch.num_local_gpus(loaded.run.device) or 1
@@ -99,7 +99,7 @@ def train(
 
             args = [str(config), *(overrides or []), *(f"--accept-change={key}" for key in accept_change or [])]
             with reserved(Path(loaded.run.output_dir), fresh, node_rank):
-                raise typer.Exit(launch.launch(layout, num_local, ["train", *args]))
+                raise typer.Exit(launch.launch(options, num_local, ["train", *args]))
     api.train(loaded, fresh, accept_change or [])
 
 

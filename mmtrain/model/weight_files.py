@@ -85,6 +85,14 @@ def is_finite(weight: Tensor) -> bool:
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(weight))
 
 
+def read_json(file: Path) -> Any:
+    """The value in a file of a model or an adapter. Raises UserError where it is not JSON."""
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{visible(str(file))}: not JSON: {one_line(error)}") from None
+
+
 def _names(directory: Path) -> list[str]:
     """The names of the files with the weights. Raises UserError where there are none."""
     if (directory / _SINGLE).is_file():
@@ -103,11 +111,7 @@ def _missing(directory: Path) -> str:
 
 def _indexed(index: Path) -> list[str]:
     """The names of the files that an index lists. Raises UserError if it is broken or one of the files is missing."""
-    where = visible(str(index))
-    try:
-        found = json.loads(index.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {one_line(error)}") from None
+    where, found = visible(str(index)), read_json(index)
     weights = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
         raise UserError(f"{where}: expected weight_map, an object from names of weights to names of files")
