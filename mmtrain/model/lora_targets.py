@@ -58,7 +58,7 @@ def targets_of(model: Any, components: Components, component: str, lora: Lora) -
     if lora.targets is None:
         modules, weights, unknown = found.by_default, [*found.experts, *found.named_as_experts], []
     else:
-        named = [*found.linear, *found.experts, *found.routers]
+        named = [*found.linear, *found.experts, *found.routers, *found.lost]
         chosen = {name for name in named if any(_ends_with(name, target) for target in lora.targets)}
         modules = [name for name in found.linear if name in chosen and name not in found.named_as_experts]
         weights = [name for name in (*found.experts, *found.named_as_experts, *found.routers) if name in chosen]
@@ -87,10 +87,13 @@ def without_adapter(model: Any, components: Components, tune: Tune) -> Iterator[
         if not isinstance(mode, Lora) or mode.targets is not None:
             continue
         found = _Weights(model, components, component)
-        for names, reason in ((found.refused, "that peft refuses"), (found.lost, "that peft would not load again")):
+        for names, what in (
+            (found.refused, "linear layers that peft refuses"),
+            (found.lost, "layers that peft would not load again"),
+        ):
             if names:
                 kinds = ", ".join(sorted({_last(name) for name in names}))
-                yield f"tune.{component}: no adapter on {len(names)} linear layers {reason}: {kinds}"
+                yield f"tune.{component}: no adapter on {len(names)} {what}: {kinds}"
         weights = [found.weight_of(name) for name in (*found.experts, *found.named_as_experts)]
         adapted = [] if mode.variant == "dora" else _run_alone(model, weights)
         left_out = [name for name in weights if name not in adapted]
@@ -121,8 +124,11 @@ class _Weights:
         by_last = {last: _way(model.config, last) for last in {_last(name) for name in self.linear}}
         ways = {name: by_last[_last(name)] for name in self.linear}
         ways |= {name: None for name, way in ways.items() if way == "weight" and is_quantized(own[name])}
-        self.lost = _not_loaded_again(model, [name for name, way in ways.items() if way == "layer"])
-        ways |= dict.fromkeys(self.lost)
+        layers = {name: name for name, way in ways.items() if way == "layer"}
+        self.lost = _not_loaded_again(model, layers | {name: name.rpartition(".")[0] for name in self.experts})
+        """Those that peft would not load again."""
+        ways |= dict.fromkeys(layers.keys() & self.lost)
+        self.experts = [name for name in self.experts if name not in self.lost]
         self.named_as_experts = [name for name, way in ways.items() if way == "weight"]
         self.refused = [name for name, way in ways.items() if way is None and name not in self.lost]
         left_out = {components.head_name, *routers}
@@ -133,13 +139,13 @@ class _Weights:
         return name if name in self.experts else f"{name}.weight"
 
 
-def _not_loaded_again(model: Any, names: list[str]) -> list[str]:
-    """Those of the linear layers `names` whose adapters peft would load under another name than it saves them: some
-    rules that transformers has for the names of older checkpoints also match today's."""
-    saved = {f"base_model.model.{name}.lora_A.weight": name for name in names}
-    tensors = {key: torch.empty(1, 1) for key in saved}
-    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(target_modules=names), tensors)
-    return [name for key, name in saved.items() if key not in loaded]
+def _not_loaded_again(model: Any, owners: dict[str, str]) -> list[str]:
+    """Those of the weights whose adapters peft would load under another name than it saves them: some rules that
+    transformers has for the names of older checkpoints also match today's. `owners`: the module of each weight."""
+    saved = {name: f"base_model.model.{owner}.lora_A.weight" for name, owner in owners.items()}
+    tensors = dict.fromkeys(saved.values(), torch.empty(1, 1))
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(target_modules=[]), tensors)
+    return [name for name, key in saved.items() if key not in loaded]
 
 
 def _is_router(name: str, module: nn.Module, sizes: set[int]) -> bool:
