@@ -114,7 +114,7 @@ def _attention(
         return BlockAttention.apply(query, key, value, scale, lengths), None  # type: ignore[no-untyped-call]
     parts = zip(*(torch.split(tensor, list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
     out = torch.cat([_causal(q, k, v, scaling, window) for q, k, v in parts], dim=2)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 def fits_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:

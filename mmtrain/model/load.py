@@ -84,7 +84,7 @@ def load_without_weights(settings: Model) -> Any:
 def length_limit(path: str, max_length: int) -> LengthLimit:
     """The longest sample: `max_length` tokens, or fewer if the model has fewer positions."""
     positions = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
-    if positions and positions < max_length:
+    if positions and 0 < positions < max_length:
         return LengthLimit(positions, "the model's positions, max_position_embeddings in its config.json")
     return LengthLimit(max_length, "data.max_length")
 

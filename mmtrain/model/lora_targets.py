@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 
 from mmtrain.config.tune_section import Lora, Tune
@@ -59,11 +60,17 @@ def targets_of(model: Any, components: Components, component: str, lora: Lora) -
     if lora.targets is None:
         modules, weights, unknown = found.by_default, [*found.experts, *found.named_as_experts], []
     else:
-        named = [*found.linear, *found.experts, *found.routers]
+        named = [*found.linear, *found.experts, *found.routers, *found.lost]
         chosen = {name for name in named if any(_ends_with(name, target) for target in lora.targets)}
         modules = [name for name in found.linear if name in chosen and name not in found.named_as_experts]
         weights = [name for name in (*found.experts, *found.named_as_experts, *found.routers) if name in chosen]
         unknown = [target for target in lora.targets if not any(_ends_with(name, target) for name in named)]
+        lost = [name for name in found.lost if name in chosen]
+        if lost:
+            raise UserError(
+                f"tune.{component}: peft would not load the adapters of {len(lost)} layers again, such as {lost[0]}: "
+                "name other layers in `targets`"
+            )
     targets = Targets(modules, _run_alone(model, map(found.weight_of, weights)) if lora.variant != "dora" else [])
     if unknown or not targets:
         names = ", ".join(sorted({_last(name) for name in (*found.linear, *found.experts)})) or "none"
@@ -82,9 +89,13 @@ def without_adapter(model: Any, components: Components, tune: Tune) -> Iterator[
         if not isinstance(mode, Lora) or mode.targets is not None:
             continue
         found = _Weights(model, components, component)
-        if found.refused:
-            kinds = ", ".join(sorted({_last(name) for name in found.refused}))
-            yield f"tune.{component}: no adapter on {len(found.refused)} linear layers that peft refuses: {kinds}"
+        for names, what in (
+            (found.refused, "linear layers that peft refuses"),
+            (found.lost, "layers that peft would not load again"),
+        ):
+            if names:
+                kinds = ", ".join(sorted({_last(name) for name in names}))
+                yield f"tune.{component}: no adapter on {len(names)} {what}: {kinds}"
         weights = [found.weight_of(name) for name in (*found.experts, *found.named_as_experts)]
         adapted = [] if mode.variant == "dora" else _run_alone(model, weights)
         left_out = [name for name in weights if name not in adapted]
@@ -115,14 +126,28 @@ class _Weights:
         by_last = _ways(model.config, {_last(name) for name in self.linear})
         ways = {name: by_last[_last(name)] for name in self.linear}
         ways |= {name: None for name, way in ways.items() if way == "weight" and is_quantized(own[name])}
+        layers = {name: name for name, way in ways.items() if way == "layer"}
+        self.lost = _not_loaded_again(model, layers | {name: name.rpartition(".")[0] for name in self.experts})
+        """Those that peft would not load again."""
+        ways |= dict.fromkeys(layers.keys() & self.lost)
+        self.experts = [name for name in self.experts if name not in self.lost]
         self.named_as_experts = [name for name, way in ways.items() if way == "weight"]
-        self.refused = [name for name, way in ways.items() if way is None]
+        self.refused = [name for name, way in ways.items() if way is None and name not in self.lost]
         left_out = {components.head_name, *routers}
         self.by_default = [name for name, way in ways.items() if way == "layer" and name not in left_out]
 
     def weight_of(self, name: str) -> str:
         """The name of the parameter that gets the adapter."""
         return name if name in self.experts else f"{name}.weight"
+
+
+def _not_loaded_again(model: Any, owners: dict[str, str]) -> list[str]:
+    """Those of the weights whose adapters peft would load under another name than it saves them: some rules that
+    transformers has for the names of older checkpoints also match today's. `owners`: the module of each weight."""
+    saved = {name: f"base_model.model.{owner}.lora_A.weight" for name, owner in owners.items()}
+    tensors = dict.fromkeys(saved.values(), torch.empty(1, 1))
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(target_modules=[]), tensors)
+    return [name for name, key in saved.items() if key not in loaded]
 
 
 def _is_router(name: str, module: nn.Module, sizes: set[int]) -> bool:
