@@ -136,7 +136,7 @@ def _valid_keys(at: KeyPath, data: dict[str, Any]) -> list[str]:
         if isinstance(step, int):
             continue
         if step in ("vision", "projector", "language"):
-            model = _MODES.get(here.get("mode"), Frozen) if isinstance(here, dict) else Frozen
+            model = _MODES.get(str(here["mode"]), Frozen) if isinstance(here, dict) and "mode" in here else Frozen
         else:
             model = next(_models_in(model.model_fields[step].annotation))
     return [field.alias or name for name, field in model.model_fields.items()]
