@@ -13,8 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from mmtrain.answers.asked import choose_metrics
 from mmtrain.answers.judged import JudgedAnswers
+from mmtrain.answers.scored_questions import choose_metrics
 from mmtrain.checks.labels import Checker
 from mmtrain.cli import app
 from mmtrain.config.schema import Config

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from mmtrain.answers.asked import check_forms, choose_metrics
+from mmtrain.answers.scored_questions import check_forms, choose_metrics
 from mmtrain.dataset.batch import Samples
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.validate import CheckedSamples

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmtrain.dataset.encode_all import CHUNK_ARRAYS, EncodedChunk, Fault, Note, merge_faults, merge_notes
+from mmtrain.dataset.encoded_chunk import CHUNK_ARRAYS, EncodedChunk, Fault, Note, merge_faults, merge_notes
 from mmtrain.user_cache import Version, file_version
 
 _TYPES = {
