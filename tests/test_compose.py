@@ -23,7 +23,6 @@ from transformers import (
 from typer.testing import CliRunner
 
 from mmtrain.cli import app
-from mmtrain.compose import command
 from mmtrain.compose.command import Options, compose
 from mmtrain.compose.language import Language, with_image_tokens
 from mmtrain.config import load_config
@@ -31,6 +30,7 @@ from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.merge.command import merge
+from mmtrain.model import weight_files
 from mmtrain.train.run import train
 from support.builders import DECODER_SIZES, ROOT, copy_text_tokenizer, make_text, mixed_rows, randomized, write_jsonl
 from support.towers import (
@@ -257,7 +257,7 @@ def test_the_type_of_the_parts_is_kept_or_chosen(parts: dict[str, Path], tmp_pat
 def test_a_large_model_is_stored_in_several_files(
     parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "MAX_SHARD", "300KB")
+    monkeypatch.setattr(weight_files, "MAX_SHARD", "300KB")
     compose(Options(str(parts["clip"]), str(parts["language"]), tmp_path / "made"))
     index = json.loads((tmp_path / "made" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) >= 2

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import new_folder
 from mmtrain.compose.language import Language, load_language, with_image_tokens
 from mmtrain.compose.parts import (
     ProjectorName,
@@ -22,13 +21,11 @@ from mmtrain.compose.parts import (
 from mmtrain.compose.tower import Tower, directory_of_tower, load_tower
 from mmtrain.encoding.directory import model_directory
 from mmtrain.encoding.load import load_processor
-from mmtrain.errors import UserError, storage_faults
+from mmtrain.errors import UserError
 from mmtrain.model.load import load_model
-from mmtrain.model.weight_files import MAX_SHARD, check_weight_files, stored_dtypes
+from mmtrain.model.weight_files import GENERATION, check_weight_files, differing_weights, save_weights, stored_dtypes
 from mmtrain.progress import Progress
 from mmtrain.safe_text import shown, visible
-
-_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +58,9 @@ def compose(options: Options) -> None:
     torch.manual_seed(options.seed)
     language = with_image_tokens(language, image_tokens(options.projector), options.language)
     model = put_together(tower, language, options.projector, dtype, options.language)
-    with storage_faults(f"{name}: it cannot be written"):
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_path(options.output) as made:
-            _write(made, model, make_processor(tower, language, options.projector), options)
-            _check_written(made, model, dtype)
-            move_into_place(options.output, made)
+    with new_folder(options.output) as made:
+        _write(made, model, make_processor(tower, language, options.projector), options)
+        _check_written(made, model, dtype)
     for line in _report(tower, language, model, options):
         progress.say(line)
     progress.say(f"saved {name} in {dtype}: {type(model).__name__} of transformers")
@@ -89,12 +83,11 @@ def _common_dtype(options: Options) -> str:
 
 def _write(folder: Path, model: Any, processor: Any, options: Options) -> None:
     """Write config, weights, tokenizer, template and image settings. Raises OSError."""
-    model.generation_config = GenerationConfig()  # transformers refuses to write some that it reads
-    model.save_pretrained(folder, max_shard_size=MAX_SHARD)
+    save_weights(model, folder)
     processor.save_pretrained(folder)
-    own = model_directory(options.language) / _GENERATION
+    own = model_directory(options.language) / GENERATION
     if own.is_file():
-        shutil.copyfile(own, folder / _GENERATION)
+        shutil.copyfile(own, folder / GENERATION)
     else:
         GenerationConfig.from_model_config(model.config.text_config).save_pretrained(folder)
 
@@ -102,17 +95,12 @@ def _write(folder: Path, model: Any, processor: Any, options: Options) -> None:
 def _check_written(folder: Path, model: Any, dtype: str) -> None:
     """Load what was written as training does. Raises UserError unless every weight is the composed model's."""
     saved = load_model(str(folder), dtype, load_processor(str(folder)))
-    expected, found = model.state_dict(), saved.state_dict()
-    wrong = [name for name in expected.keys() | found.keys() if not _equal(expected.get(name), found.get(name))]
+    wrong = differing_weights(saved, model)
     if wrong:
         raise UserError(
-            f"loaded back, {len(wrong)} weights are not those of the parts, such as {shown(min(wrong))}: "
+            f"loaded back, {len(wrong)} weights are not those of the parts, such as {shown(wrong[0])}: "
             "transformers cannot store these parts as one model"
         )
-
-
-def _equal(one: Tensor | None, two: Tensor | None) -> bool:
-    return one is not None and two is not None and torch.equal(one, two)
 
 
 def _report(tower: Tower, language: Language, model: Any, options: Options) -> list[str]:

@@ -16,6 +16,7 @@ from mmtrain.dataset.decoded_images import images_that_fail
 from mmtrain.dataset.encoded_chunk import EncodedChunk, Fault, Note, join_chunks, merge_notes, sorted_paths
 from mmtrain.dataset.workers import map_in_processes, num_cores
 from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.images import spellings
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.processor_settings import ProcessorSettings
@@ -143,7 +144,8 @@ class ChunkEncoder:
             return
         names = [image.name for image in row.conversation.images if image.data is None]
         for folder in self._records.folders(row.record):
-            yield from (str(folder / name) for name in names if "\0" not in name)  # no file has it in its name
+            for path in (folder / name for name in names if "\0" not in name):  # no file has it in its name
+                yield from map(str, (path, *spellings(path)))
 
     def _failing_images(self, encoded: Sequence[Encoded]) -> dict[Path | bytes, str]:
         if not self._decode:

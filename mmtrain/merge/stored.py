@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from mmtrain.encoding.directory import copy_processor, files_in, model_directory
 from mmtrain.errors import UserError
 from mmtrain.merge.source import MergeSource
-from mmtrain.merge.weights import GENERATION, save
 from mmtrain.model.load import auto_class, load_config
+from mmtrain.model.weight_files import GENERATION, differing_weights, save_weights
 from mmtrain.safe_text import shown, visible
 from mmtrain.train.model_card import merged_card
 
@@ -55,7 +54,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 def write(folder: Path, merged: Any, source: MergeSource, processor: Processor) -> None:
     """Write all files of the merged model, also those that are the base model's."""
-    save(merged, folder)
+    save_weights(merged, folder)
     base = model_directory(source.base)
     copy_processor(base, folder, processor.given_template, processor.image_settings)
     for file in files_in(base, _ALSO_COPIED):
@@ -67,11 +66,6 @@ def write(folder: Path, merged: Any, source: MergeSource, processor: Processor) 
 
 def check_weights(saved: Any, merged: Any) -> None:
     """Raises UserError unless every weight of `saved`, which was loaded back, is that of `merged`."""
-    expected, found = merged.state_dict(), saved.state_dict()
-    wrong = [name for name in expected.keys() | found.keys() if not _equal(expected.get(name), found.get(name))]
+    wrong = differing_weights(saved, merged)
     if wrong:
-        raise UserError(f"loaded back, {len(wrong)} weights are not the merged ones, such as {shown(min(wrong))}")
-
-
-def _equal(one: Tensor | None, two: Tensor | None) -> bool:
-    return one is not None and two is not None and torch.equal(one, two)
+        raise UserError(f"loaded back, {len(wrong)} weights are not the merged ones, such as {shown(wrong[0])}")

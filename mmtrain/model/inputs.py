@@ -4,12 +4,12 @@ import inspect
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.attention import KEYWORD, PackedRow, install_attention
+from mmtrain.model.components import base_model
 from mmtrain.model.image_cache.features import ImageFeatures
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.transfer import all_on_device
@@ -34,7 +34,7 @@ class InputMaker:
         vision: VisionInputs | None = None,
     ) -> None:
         self.features = features
-        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        model = base_model(model)
         self._model = model
         self._vision = vision or VisionInputs(model)
         self._get_rope_index = getattr(model.base_model, "get_rope_index", None)

@@ -11,7 +11,7 @@ import io
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,8 @@ _ALONE = 2
 """If padded rows differ by more than this many tolerances, samples go through the model one at a time."""
 _NUM_TOKENS = (60, 24)
 """Text tokens of the two samples."""
+_NUM_REPLACED = 6
+"""Text tokens at the end of a sample that are replaced, to try whether what is before them changes."""
 _NUM_BEFORE = 5
 """Text tokens before the image. Each section is compared separately, so a leak over only a few tokens is noticed."""
 _NUM_COMPARED = 32
@@ -92,6 +94,11 @@ def try_rows(model: Any, processor: ChatProcessor, dtype: torch.dtype, packing: 
             f"the positions or token types that mmtrain gives this model change its logits by {other:.0%} from those "
             "that it computes on its own: this family is not supported"
         )
+    if trial.looks_ahead(second) > trial.tolerance:
+        raise UserError(
+            "this is not a causal language model: its logits at a token change with the tokens after it; expected a "
+            "model that generates text token by token"
+        )
     if not processor.lays_out_together:
         return RowsFound("the images of this model are laid out for one sample at a time", alone=True)
     try:
@@ -128,7 +135,7 @@ def _named(error: Exception) -> str:
 
 
 class _Trial:
-    """A model, two random samples of it, and two more of the same lengths."""
+    """A model, two random samples of it, two more of the same lengths, and the second with other tokens at its end."""
 
     def __init__(self, model: Any, processor: ChatProcessor, dtype: torch.dtype) -> None:
         self._model, self._processor, self._dtype = model, processor, dtype
@@ -142,6 +149,8 @@ class _Trial:
         self._samples = [
             sample for seed in (0, 1) for sample in random_samples(model, processor, (first, second), seed)
         ]
+        own, other = self._samples[1], self._samples[3]
+        self._samples.append(replace(own, ids=np.append(own.ids[:-_NUM_REPLACED], other.ids[-_NUM_REPLACED:])))
 
     def logits(self, order: Sequence[int], packing: bool) -> list[Tensor]:
         """(num_compared, vocabulary) float32 for each section of the samples, in this order."""
@@ -167,6 +176,13 @@ class _Trial:
             logits = self._model(**inputs, logits_to_keep=keep.to(device)).logits
         sizes = [int(sample.supervised[section].sum()) for sample in samples for section in _sections(sample)]
         return list(torch.split(logits.flatten(0, -2).float(), sizes))
+
+    def looks_ahead(self, second: list[Tensor]) -> float:
+        """The change of `second`, the logits of the second sample, before its last tokens if these are replaced. As in
+        `leaked` there is no rounding but with experts."""
+        replaced = int(self._samples[1].supervised[-_NUM_REPLACED:].sum())
+        changed = self.logits([4], packing=False)
+        return _difference(*([*found[:-1], found[-1][:-replaced]] for found in (changed, second)))
 
     def leaked(self, row: list[Tensor]) -> float:
         """The change of the logits of each sample of the packed `row` if the other sample is replaced.

@@ -24,7 +24,8 @@ from transformers.masking_utils import sdpa_mask
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.raw_pixels import Normalization, find_normalization
 from mmtrain.model.attention import autocast, fits_varlen, has_varlen, varlen
-from mmtrain.model.image_cache.features import base_model, given_to_decoder
+from mmtrain.model.components import base_model
+from mmtrain.model.image_cache.features import given_to_decoder
 from mmtrain.model.transfer import all_on_device
 from mmtrain.safe_text import one_line
 

@@ -1,13 +1,15 @@
-"""Checks the weight files of a model directory before transformers reads them: complete, safetensors, inside it."""
+"""The weight files of a model directory: checked before transformers reads them, and written."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import GenerationConfig
 
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, system_error
 from mmtrain.safe_text import one_line, shown, visible
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -16,6 +18,7 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Types of weights by their names in safetensors files; integers are no weights."""
 MAX_SHARD = "5GB"
 """The largest file of weights that is written, as the hub's own models have it."""
+GENERATION = "generation_config.json"
 
 
 def check_weight_files(directory: Path) -> None:
@@ -58,6 +61,23 @@ def check_finite_files(directory: Path) -> None:
                         f"{visible(str(directory / name))}: {shown(key)} has values that are NaN or infinite: "
                         "expected finite numbers; copy or convert the model again"
                     )
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """Write config and weights in files of at most MAX_SHARD, without settings of generation. Raises OSError."""
+    model.generation_config = GenerationConfig()  # transformers refuses to write some that it reads
+    try:
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD)
+    except SafetensorError as error:
+        raise system_error(error) or error from None
+    (folder / GENERATION).unlink(missing_ok=True)
+
+
+def differing_weights(model: Any, other: Any) -> list[str]:
+    """The names of the weights that only one of two models has, or that are not the same bits."""
+    own, others = model.state_dict(), other.state_dict()
+    same = {name for name in own.keys() & others.keys() if torch.equal(own[name], others[name])}
+    return sorted((own.keys() | others.keys()) - same)
 
 
 def is_finite(weight: Tensor) -> bool:

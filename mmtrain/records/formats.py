@@ -44,6 +44,7 @@ _ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
     "model": "assistant",
     **dict.fromkeys(RESULT_ROLES, "tool"),
 }
@@ -81,7 +82,8 @@ def read_record(
     images = _ImageList(record, shape, turns, image_mark, "</img>" not in ignored)
     messages = images.placed([_message(turn, number, images) for number, turn in enumerate(turns, start=1)])
     if (system := _one_of(record, _SYSTEM_KEYS)) is not None:
-        messages.insert(0, Message("system", (Text(_text(system, "system")),)))
+        content = system if isinstance(system, list) else _text(system, "system")
+        messages.insert(0, _message({"role": "system", "content": content}, 0, images))
     if not messages:
         raise SampleError("there are no turns")
     conversation = Conversation(tuple(messages), shape.name, images.are_unmarked, tools_of(record))
@@ -226,11 +228,11 @@ def _weight(turn: Record, role: Role) -> float:
 
 def _part(part: Any, images: _ImageList) -> Part:
     """One entry of a content list."""
-    kind = part.get("type") if isinstance(part, dict) else None
+    kind = part.get("type", _only_key(part)) if isinstance(part, dict) else None
     if kind in _TEXT_TYPES:
         return Text(_text(only(part, ("text", "value")), "text"))
     if kind in _IMAGE_TYPES:
-        keys = ("image_url" if kind == "input_image" else kind, "path", "url", "value")
+        keys = ("image_url" if kind == "input_image" else kind, "path", "url", "value", "base64")
         source = part.get("source")  # Anthropic's; otherwise it is metadata
         return images.of_part(only(part, (*keys, "source") if isinstance(source, dict) else keys), part.get("index"))
     raise SampleError(f"a part of type {shown(kind)}: expected 'text', 'image_url' or 'image'")
@@ -240,7 +242,13 @@ def _image_values(record: Record) -> list[Any]:
     value = _one_of(record, _IMAGE_KEYS)
     if isinstance(value, str) and value.startswith("["):
         value = as_list(value, "images")
-    return value if isinstance(value, list) else [] if value is None else [value]
+    given = value if isinstance(value, list) else [value]
+    return [image for image in given if image not in (None, "")]
+
+
+def _only_key(part: Record) -> str | None:
+    """The type of a part without `type`: `{"image": path}` or `{"text": words}`, as in Qwen-VL and Bedrock."""
+    return next((kind for kind in (*_TEXT_TYPES, *_IMAGE_TYPES) if part.keys() == {kind}), None)
 
 
 def _one_of(record: Record, keys: Sequence[str]) -> Any:

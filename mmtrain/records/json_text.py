@@ -8,6 +8,7 @@ from mmtrain.safe_text import shown
 
 MAX_RECORD = 32 * 2**20
 """The most bytes of one record. Parsing needs at most 30 times as much memory."""
+NOT_UTF8 = "not UTF-8 text: save the file as UTF-8, such as with iconv -f UTF-16 -t UTF-8 or -f CP1252"
 
 
 def too_long(num_bytes: int) -> SampleError:
@@ -27,7 +28,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not JSON: write null")
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
@@ -38,7 +39,7 @@ def parse_json(line: bytes) -> Any:
     try:
         return DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError:
-        raise SampleError("not UTF-8 text") from None
+        raise SampleError(NOT_UTF8) from None
     except json.JSONDecodeError as error:
         raise SampleError(f"not JSON: {error.msg} at column {error.colno}") from None
     except ValueError as error:

@@ -19,11 +19,20 @@ source sources data_source dataset dataset_name data_name subset split origin fi
 license licence copyright author annotator version model model_name generator meta metadata
 timestamp time date datetime created created_at create_time updated_at update_time
 category categories subcategory task task_type task_name type domain topic topics tag tags keyword keywords
-language lang difficulty width height width_list height_list
+language lang difficulty width height width_list height_list cache_control
 """
-METADATA = frozenset(_NAMES.split())
+METADATA = frozenset([*_NAMES.split(), "__index_level_0__", "Unnamed: 0", ""])
+"""The last three are the numbers of rows that pandas writes."""
+_PREFERENCES = (
+    "preference pairs are not trained on: to train on the preferred reply, map it with `fields` of the source"
+)
+_REASONS = {
+    "mask": "it means opposite things in different tools: give the turn 'train': true or false instead",
+    **dict.fromkeys(("chosen", "rejected", "rejected_response", "preferred_output"), _PREFERENCES),
+}
+"""Why some keys are refused that mean something in other tools."""
 _TEXT_KEYS = frozenset({"type", "text", "value"})
-_OF_IMAGE = frozenset({"type", "path", "url", "value", "index", "detail"})
+_OF_IMAGE = frozenset({"type", "path", "url", "value", "index", "detail", "base64"})
 _PART_KEYS = {
     "text": _TEXT_KEYS,
     "input_text": _TEXT_KEYS,
@@ -70,11 +79,18 @@ def refuse_keys(lost: list[tuple[str, Any]]) -> None:
         return
     names = ", ".join(name for name, _ in lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
     hint = "only text, and images under 'image' or 'images', are read: " if any(_is_media(v) for _, v in lost) else ""
+    if reason := why_refused(name.partition(" of ")[0].strip("'") for name, _ in lost):
+        hint = f"{reason}. Otherwise "
     what, them = ("the key", "it") if len(lost) == 1 else ("the keys", "them")
     raise SampleError(
         f"{what} {names} {'is' if len(lost) == 1 else 'are'} not understood: {hint}remove {them}, or name {them} in "
         f"data.ignore_fields to train without {them}"
     )
+
+
+def why_refused(keys: Iterable[str]) -> str | None:
+    """Why one of these keys is refused, where other tools have a meaning for it."""
+    return next((_REASONS[key] for key in keys if key in _REASONS), None)
 
 
 def unknown_keys(found: Record, understood: Set[str]) -> list[tuple[str, Any]]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mmtrain.config.data_section import Source
 from mmtrain.records.archives import is_archive, open_archive
 from mmtrain.records.chat import Conversation, SampleError
-from mmtrain.records.fields import map_fields
+from mmtrain.records.fields import with_fields
 from mmtrain.records.formats import read_record
 from mmtrain.records.pairs import Pair, read_pair
 from mmtrain.records.reasoning import without_reasoning
@@ -137,12 +137,14 @@ class RecordSet:
         record, spec = self._record(index)
         if spec.format != "auto":
             raise SampleError(f"`format: {spec.format}` is a format of conversations: pairs are recognised without it")
+        if spec.prompt is not None:
+            raise SampleError("`prompt` of the source is for conversations: pairs need none")
         return read_pair(record, spec.group, self._ignored, spec.image_mark)
 
     def _record(self, index: int) -> tuple[Any, Source]:
-        """The record of a sample with the keys that `fields` gives it, and its source."""
+        """The record of a sample with the keys that its source gives it, and the source."""
         file, local = self._find(index)
-        return map_fields(file.records.record(local), file.spec.fields), file.spec
+        return with_fields(file.records.record(local), file.spec, file.records.path), file.spec
 
     def _find(self, index: int) -> tuple[OpenFile, int]:
         record = self.record(index)
@@ -161,4 +163,4 @@ def _open(sources: Sequence[Source]) -> list[OpenFile]:
 
 def _reading(spec: Source) -> str:
     """What decides how a record of the source is read, as text."""
-    return json.dumps([spec.format, sorted(spec.fields.items()), spec.image_mark])
+    return json.dumps([spec.format, sorted(spec.fields.items()), spec.image_mark, spec.prompt])

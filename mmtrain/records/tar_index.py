@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import replacing
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.regular_files import open_regular
@@ -95,10 +95,8 @@ def _key(path: Path) -> str:
 def _write(path: Path, names: npt.NDArray[np.uint8], offsets: Ints, sizes: Ints) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_unused(path.parent)
-    with temporary_path(path, str(os.getpid())) as made:
-        with made.open("wb") as file:
-            np.savez(file, names=names, offsets=offsets, sizes=sizes)
-        move_into_place(path, made, durable=False)
+    with replacing(path, str(os.getpid()), durable=False) as made, made.open("wb") as file:
+        np.savez(file, names=names, offsets=offsets, sizes=sizes)
 
 
 @functools.cache

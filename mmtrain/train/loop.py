@@ -34,7 +34,7 @@ class TrainingLoop:
     def __init__(self, config: Config, objective: Objective, checkpointer: Checkpointer, progress: Progress) -> None:
         self._config, self._objective = config, objective
         self._checkpointer, self._progress = checkpointer, progress
-        self._data, self._learner, self._steps = objective.data, objective.load(), objective.steps()
+        self._data, self._learner, self._steps = objective.data, objective.learner, objective.steps()
         dtype, runtime = getattr(torch, config.model.dtype), self._learner.runtime
         self._ceiling = matmul_rate(runtime.device, dtype) * runtime.num_processes
 

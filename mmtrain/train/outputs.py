@@ -20,7 +20,7 @@ def write_outputs(
     progress.say(objective.export())
     if best is not None:
         _export_best(objective, config, checkpointer, best, progress)
-    if objective.load().runtime.is_main:
+    if objective.learner.runtime.is_main:
         write_finished(output_dir, checkpointer.complete)
         for line in end_report(output_dir):
             progress.say(line)

@@ -53,7 +53,7 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
     if runtime.is_main:
         write_inputs(output_dir, dump_config(config), data.dropped_rows(), resume.step)
     activity.set("loading the model")
-    learner = objective.load()
+    learner = objective.learner
     if runtime.is_main:
         objective.write_facts()
     checkpointer = Checkpointer(checkpoints, state, learner, progress)

@@ -1,13 +1,12 @@
 """What a run has done so far, from the files in its directory. Imports no torch, so that a list of runs is quick."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmtrain.train.folder import finished_step, is_exported
-from mmtrain.train.metrics import METRICS, is_step
+from mmtrain.train.metrics import METRICS, is_step, rows_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +85,6 @@ def summarize(run: Path) -> RunSummary:
         answers=tuple(_answers_summary(name, own) for name, own in answers.items()),
         retrieval=tuple(one for name, own in _by_set(rows, "retrieval").items() for one in _directions(name, own)),
     )
-
-
-def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file that a run may be writing to: a half-written last one is left out."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
 
 
 def _by_set(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, list[dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """The base model of a config with its trainable parameters, on the device, or on the CPU where it is to be sharded."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,22 +50,41 @@ def make_trainable(
         base = load(settings.path, settings.dtype, processor, home, runtime.activity.tick, settings.quantization, named)
     runtime.activity.set("preparing the model")
     family = probe_family(base, processor, progress.say, named)
+    has_values = load is load_model
+    model, reports, dropout = add_trainable(config, base, family, runtime, progress, has_values=has_values)
+    model.to(home)
+    with runtime.autocast():
+        vision = prepare_vision(base, processor, runtime.device, progress.say)
+    lost_gradients = LostGradients(model, family.components)
+    return TrainableModel(base, model, family, reports, dropout, lost_gradients, vision)
+
+
+def add_trainable(
+    config: Config,
+    base: Any,
+    family: Family,
+    runtime: Runtime,
+    progress: Progress,
+    before_values: Callable[[], None] = lambda: None,
+    has_values: bool = True,
+) -> tuple[Any, list[ComponentReport], DropoutContext]:
+    """Freeze `base` and add what is trainable, with the values of `model.adapter` if there is one: the model, a row for
+    each component, and what dropout depends on. `before_values` is called before these values are read, which needs a
+    model that `has_values`."""
+    settings = config.model
     for find_lines in (without_adapter, kept_frozen):
         for line in find_lines(base, family.components, config.tune):
             progress.say(line)
     model, reports = apply_tune(base, family.components, config.tune)
-    if settings.adapter is not None and load is load_model:  # else the model has no values
+    before_values()
+    if settings.adapter is not None and has_values:
         say_other_processor(Path(settings.adapter), settings, progress.say)
         progress.say(start_from_run(model, family.components, settings, runtime.activity.tick))
     if config.run.activation_checkpointing is True:
         checkpoint_activations(base)
     dropout = DropoutContext(config.train.seed)
     install_dropout(model, family, config.tune, dropout, runtime.device, progress.say)
-    model.to(home)
-    with runtime.autocast():
-        vision = prepare_vision(base, processor, runtime.device, progress.say)
-    lost_gradients = LostGradients(model, family.components)
-    return TrainableModel(base, model, family, reports, dropout, lost_gradients, vision)
+    return model, reports, dropout
 
 
 def is_sharded(config: Config, runtime: Runtime) -> bool:

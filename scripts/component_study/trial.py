@@ -12,7 +12,7 @@ from safetensors import safe_open
 from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.answers.metrics import METRICS
 from mmtrain.api import load_config, train
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import write_text
 from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
 from mmtrain.evaluate.evaluation import PerplexityEvaluation
@@ -77,9 +77,7 @@ def run_one(
         "eval": _evaluate(config, list(config.data.eval), path, setting.mode),
         "other": _evaluate(config, [EvalSource(path=str(other))], path, setting.mode),
     }
-    with temporary_path(result_path(work, setting)) as made:
-        made.write_text(json.dumps(result), encoding="utf-8")
-        move_into_place(result_path(work, setting), made)
+    write_text(result_path(work, setting), json.dumps(result))
 
 
 def _train(config: Config) -> dict[str, Any]:

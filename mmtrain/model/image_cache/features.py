@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from mmtrain.dataset.image_inputs import Features, ImageInputs
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
+from mmtrain.model.components import base_model
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.transfer import PinnedMemory, all_on_device
 from mmtrain.safe_text import one_line
@@ -241,11 +241,6 @@ def given_to_decoder(model: Any, ids: list[int], inputs: dict[str, Any]) -> list
 
 def _placing(model: Any) -> Place:
     return lambda inputs: all_on_device(inputs, model.device)
-
-
-def base_model(model: Any) -> Any:
-    """`model` without the wrapper of its adapters."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _output(model: Any, inputs: dict[str, Tensor], place: Place) -> Any:

@@ -15,6 +15,7 @@ from mmtrain.progress import Progress
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
 from mmtrain.train.dataset import num_steps
 from mmtrain.train.eval_sets import eval_sources
+from mmtrain.train.folder import dropped_row
 from mmtrain.train.watched import check_watched, retrieval_names
 
 
@@ -56,10 +57,9 @@ class PairDataset:
     def dropped_rows(self) -> list[dict[str, Any]]:
         """A row for each pair that is left out by `data.too_long: drop` or `data.on_fault: skip`."""
         return [
-            {"file": str(place.file), "line": place.line, "place": str(place), "reason": reason}
+            dropped_row(samples.place(index), reason)
             for samples in (self.train, *(one.samples for one in self.eval.values()))
             for index, reason in samples.left_out
-            for place in [samples.place(index)]
         ]
 
     @property

@@ -5,7 +5,7 @@ which depends on no cut. A second pass computes the gradients of the weights, mi
 Gao et al. 2021), except where the graph of the first pass was kept. Dropout drops the same in both.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.contrastive.cuts import ItemBatch, Microbatch, PairCut, PairCuts
 from mmtrain.train.contrastive.embedding_cache import EmbeddingCache
 from mmtrain.train.contrastive.graphs import GraphMemory
-from mmtrain.train.gradients import flatten, put_back, sum_running, sum_tree
+from mmtrain.train.gradients import accumulate_tree, sum_running
 from mmtrain.train.lost_gradients import LostGradients, backward
 
 Loaded = tuple[tuple[ItemBatch, Batch], ...]
@@ -128,7 +128,7 @@ def accumulate_gradients(
             _second_pass(learner, one, gradients[cut.rows(one.batch.numbers)], step)
 
     if learner.exact:
-        _sum_tree(learner, parameters, first, second)
+        accumulate_tree(parameters, first, second, runtime)
     else:
         for each in first:
             second(each)
@@ -190,20 +190,3 @@ def _of_weights(learner: ContrastiveLearner) -> list[nn.Parameter]:
     """The trainable parameters of which every process has only its own items' gradients."""
     numbers = {id(one.parameter) for one in (learner.embedder.scale, learner.embedder.bias)}
     return [value for value in trainable_parameters(learner.model).values() if id(value) not in numbers]
-
-
-def _sum_tree(
-    learner: ContrastiveLearner,
-    parameters: list[nn.Parameter],
-    first: Sequence[list[_Embedded]],
-    second: Callable[[list[_Embedded]], None],
-) -> None:
-    remaining = iter(first)
-
-    def leaf() -> Tensor:
-        for parameter in parameters:
-            parameter.grad = None
-        second(next(remaining))
-        return flatten(parameters)
-
-    put_back(sum_tree(len(first), leaf, learner.runtime), parameters)
