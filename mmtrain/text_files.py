@@ -6,6 +6,7 @@ from mmtrain.errors import UserError
 from mmtrain.regular_files import open_regular
 
 _MAX_BYTES = 4_000_000
+NOT_UTF8 = "not UTF-8 text: save the file as UTF-8, such as with iconv -f UTF-16 -t UTF-8 or -f CP1252"
 
 
 def read_text(path: Path, where: str, max_bytes: int = _MAX_BYTES) -> str:
@@ -19,4 +20,4 @@ def read_text(path: Path, where: str, max_bytes: int = _MAX_BYTES) -> str:
     except OSError as error:
         raise UserError(f"{where}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{where}: not UTF-8 text") from None
+        raise UserError(f"{where}: {NOT_UTF8}") from None

@@ -1,7 +1,6 @@
 """Encoded samples and their pixels as the tensors of one micro-batch."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,7 +14,7 @@ from mmtrain.dataset.image_loader import ImageLoader
 from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.records.chat import SampleError
+from mmtrain.records.chat import SampleError, refused_at
 from mmtrain.records.sources.place import Place
 
 
@@ -184,7 +183,7 @@ class Loader:
         where only the batch as a whole cannot be made."""
         encoded: list[Encoded] = []
         for number in numbers:
-            with self._named(number):
+            with refused_at(self._samples.place(number)):
                 encoded.append(self._samples.encoded(number))
         try:
             return self._make(numbers, encoded)
@@ -193,7 +192,7 @@ class Loader:
             raise UserError(f"{places}: {error}") from None
         except SampleError as error:
             for number, sample in zip(numbers, encoded, strict=True):
-                with self._named(number):
+                with refused_at(self._samples.place(number)):
                     self._make([number], [sample])
             # each alone is fine: an image has just changed, or the processor makes other ids for several at once
             places = ", ".join(str(self._samples.place(number)) for number in numbers)
@@ -204,10 +203,3 @@ class Loader:
             numbers, encoded, self._processor, self._packing, self._image_cache, self._row_multiple, self._load_images
         )
         return batch.pinned() if self._load_images.on_gpu else batch
-
-    @contextmanager
-    def _named(self, number: int) -> Iterator[None]:
-        try:
-            yield
-        except SampleError as error:
-            raise UserError(f"{self._samples.place(number)}: {error}") from None

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -29,16 +29,12 @@ class Note:
     reason: str
 
 
-CHUNK_ARRAYS = (
-    *("records", "turns", "num_tokens", "num_supervised", "num_images", "num_weights", "sum_weights"),
-    *("ids", "supervised", "spans", "weights"),
-)
-"""The arrays of an `EncodedChunk`. Those of several chunks one after the other are those of their samples."""
+@dataclass(frozen=True, eq=False)
+class SampleArrays:
+    """Some samples, encoded: their ids one after the other, and a row for each image.
 
-
-@dataclass(frozen=True, slots=True)
-class EncodedChunk:
-    """Some samples, encoded: their ids one after the other, and a row for each image."""
+    The arrays of several chunks one after the other are those of all their samples.
+    """
 
     records: npt.NDArray[np.int32]
     """(num_samples,) the number of each sample's record"""
@@ -62,6 +58,15 @@ class EncodedChunk:
     """(num_images, 5) start, length, placeholders, width, height"""
     weights: npt.NDArray[np.float32]
     """(num_weights,) of the samples one after the other"""
+
+
+CHUNK_ARRAYS = tuple(field.name for field in fields(SampleArrays))
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedChunk(SampleArrays):
+    """Some samples as one process gives them to another."""
+
     image_files: tuple[str, ...]
     """The paths of the images that are files, resolved."""
     sought_files: tuple[str, ...]

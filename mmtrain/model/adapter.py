@@ -197,9 +197,20 @@ def find_adapter_folder(path: Path) -> Path:
     )
 
 
-def named_base(adapter: Adapter) -> str | None:
-    """The base model that the adapter's config names, if it names one."""
-    named = json.loads((adapter.folder / CONFIG).read_bytes()).get("base_model_name_or_path")
+def base_of(adapter: Path, given: str | None) -> str:
+    """The base model of the adapter in a directory: `given`, or the one that it names. Raises UserError."""
+    base = given or named_base(adapter)
+    if base is None:
+        raise UserError(f"{visible(str(adapter / CONFIG))}: it names no base model: give it as --base MODEL")
+    return base
+
+
+def named_base(adapter: Path) -> str | None:
+    """The base model that the config of the adapter in a directory names, if it names one."""
+    try:
+        named = json.loads((adapter / CONFIG).read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
     return named if isinstance(named, str) and named else None
 
 
