@@ -50,7 +50,7 @@ def encode(config: "Config", records: Sequence[Mapping[str, Any]], root: str | P
     Raises UserError for a record that cannot be trained on.
     """
     set_environment()
-    from mmtrain.dataset.encode_all import EncodingSpec
+    from mmtrain.dataset.encoding_spec import EncodingSpec
     from mmtrain.encoding.load import processor_of
     from mmtrain.records.chat import refused_at
 

@@ -76,8 +76,8 @@ def test_the_light_rooms_import_nothing_heavy(name: str) -> None:
 
 
 FLOORS = [
-    ["errors", "safe_text", "regular_files", "atomic_files", "file_locks", "parent_death", "progress", "user_cache"],
-    ["command_output", "text_files"],
+    ["errors", "safe_text", "regular_files", "file_locks", "parent_death", "progress", "user_cache"],
+    ["atomic_files", "command_output", "text_files"],
     ["config"],
     ["records"],
     ["encoding"],

@@ -18,7 +18,7 @@ from mmtrain.answers.scored_questions import choose_metrics
 from mmtrain.checks.labels import Checker
 from mmtrain.cli import app
 from mmtrain.config.schema import Config
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.samples import FreshSamples
 from mmtrain.dataset.store import open_store
 from mmtrain.encoding.encode import Encoded, Encoder

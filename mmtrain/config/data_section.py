@@ -43,7 +43,7 @@ class Source(Section):
     """The shape of the records, as docs/data.md lists them, or `auto`: detected for each record by its keys."""
     fields: dict[str, str] = Field(default={})
     """Which column of the data is which key of a record: `{image: img, question: q, answer: a}`. A value with braces
-    is a template of several columns: `{prompt: "{context}\\n{question}"}`, with zeros in front of a number:
+    is a template of several columns: `{prompt: "{context}\\n{question}"}`, with zeros before a number:
     `{image: "{image_id:012}.jpg"}`. `answers.0` is the first of a list, `body.messages` a key in an object; name the
     rest of such a column in `ignore_fields`."""
     prompt: Annotated[str, Field(min_length=1)] | None = None

@@ -8,7 +8,7 @@ import numpy as np
 
 from mmtrain.config.load import config_of_run
 from mmtrain.config.schema import Config
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.samples import FreshSamples
 from mmtrain.dataset.shard_order import first_file
 from mmtrain.encoding.directory import is_dual_encoder
