@@ -1,5 +1,6 @@
 """The commands. Each imports its modules when it runs, so that `--help` is fast."""
 
+import gc
 import io
 import sys
 import warnings
@@ -175,6 +176,7 @@ def generate(
 def main() -> None:
     """The entry point. A UserError is printed without a traceback."""
     set_environment()
+    gc.set_threshold(700, 10, 100)  # with the usual 10 it looks at all that importing torch makes 7 times: a second
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: an odd file name must not make a command fail
         sys.stdout.reconfigure(errors="backslashreplace")
     # peft uses deprecated names of transformers: a user cannot act on these warnings

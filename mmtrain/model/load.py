@@ -27,8 +27,8 @@ from mmtrain.errors import UserError
 from mmtrain.model.head import accept_positions
 from mmtrain.model.quantization import (
     check_installed,
-    check_not_stored_quantized,
     check_quantized,
+    dequantize_stored,
     quantization_config,
     stand_in_for_quantized,
 )
@@ -84,7 +84,7 @@ def load_without_weights(settings: Model) -> Any:
 def length_limit(path: str, max_length: int) -> LengthLimit:
     """The longest sample: `max_length` tokens, or fewer if the model has fewer positions."""
     positions = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
-    if positions and positions < max_length:
+    if positions and 0 < positions < max_length:
         return LengthLimit(positions, "the model's positions, max_position_embeddings in its config.json")
     return LengthLimit(max_length, "data.max_length")
 
@@ -144,7 +144,7 @@ def _from_pretrained(
             path,
             # without a map weights stay mapped from the file where their type is the file's, so processes share them;
             # quantized ones would go to a GPU
-            device_map=None if device.type == "cpu" and not settings else {"": device},
+            device_map=None if device.type == "cpu" and "quantization_config" not in settings else {"": device},
             dtype=getattr(torch, dtype),
             local_files_only=True,
             trust_remote_code=False,
@@ -249,8 +249,10 @@ def load_weights(
     """
     config = load_config(path)
     _check_files(config, path)
-    check_not_stored_quantized(config, quantization, path)
+    is_stored_quantized = dequantize_stored(config, quantization, path)
     settings = {} if quantization is None else _quantized(path, config, quantization, dtype, named)
+    if is_stored_quantized:
+        settings["config"] = config
     model, info = _from_pretrained(auto or auto_class(config), path, dtype, device, tick, **settings)
     _check_finite(model, path, tick)
     unused = sorted(info["unexpected_keys"])

@@ -106,7 +106,11 @@ def _missing(directory: Path) -> str:
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         return f"no {_SINGLE}, only {shown(pickles[0])}, a pickle, which may run code: save the model as safetensors"
-    return f"no weights: expected {_SINGLE} or {_INDEX}"
+    others = [
+        path.name for path in sorted(directory.iterdir()) if path.suffix in (".safetensors", ".gguf") and path.is_file()
+    ]
+    found = f", found {shown(others[0])}" if others else ""
+    return f"no weights: expected {_SINGLE} or {_INDEX} with the files that it lists{found}"
 
 
 def _indexed(index: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """The figures of `mmtrain plan` for a person, in 80 columns."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -86,11 +87,17 @@ def _print_gpu(memory: Mapping[str, Any], console: Console) -> None:
     console.print()
     for title, text in zip(("fits", *[""] * len(CARDS)), _fitting(memory["rows"]), strict=False):
         console.print(f"{title:<10} {text}", soft_wrap=True)
-    console.print(
-        f"{'estimate':<10} of what a GPU's kernels allocate, counted on shapes without a GPU;\n"
-        f"{'':<10} {size_text(RESERVED_BYTES)} and {RESERVED_SHARE:.0%} of a card are left for workspaces and "
-        "fragmentation"
-    )
+    for title, text in itertools.zip_longest(("estimate",), _estimate(memory), fillvalue=""):
+        console.print(f"{title:<10} {text}", soft_wrap=True)
+
+
+def _estimate(memory: Mapping[str, Any]) -> Iterator[str]:
+    """Where the figures come from, and what they leave out."""
+    yield "of what a GPU's kernels allocate, counted on shapes without a GPU;"
+    yield f"{size_text(RESERVED_BYTES)} and {RESERVED_SHARE:.0%} of a card are left for workspaces and fragmentation"
+    if any(row["shards"] > 1 for row in memory["rows"]):
+        yield "peaks of sharded weights are computed from the others by a formula;"
+        yield f"each micro-batch gathers {size_text(memory['weights'])} of weights twice: not in the time"
 
 
 def _fitting(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -89,7 +89,8 @@ def num_local_gpus(device: str) -> int:
     """GPUs of this machine that a run on `device` (`run.device`) uses."""
     import torch
 
-    return torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    is_used = device == "cuda" or (device == "auto" and torch.version.hip is None)
+    return torch.cuda.device_count() if is_used else 0
 
 
 def launch(options: LaunchOptions, processes: int, words: Sequence[str]) -> int:
