@@ -156,12 +156,12 @@ def generate(
     code = launch_again(processes)
     if code is not None:
         raise typer.Exit(code)
-    from mmtrain.generate.command import Options
+    from mmtrain.generate.command import GenerateOptions
     from mmtrain.generate.command import generate as run
     from mmtrain.generate.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, num_beams, repetition_penalty, seed)
-    options = Options(
+    options = GenerateOptions(
         path, question, tuple(image or ()), interactive, system, tuple(data or ()), output, base, dtype, batch_size,
         sampling,
     )  # fmt: skip

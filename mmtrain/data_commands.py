@@ -40,8 +40,8 @@ def inspect_labels(
 ) -> None:
     """Show which tokens are trained on or which pairs are compared, or check every sample."""
     loaded = load_config(config, overrides or [])
-    from mmtrain.inspect_labels.command import Options
+    from mmtrain.inspect_labels.command import LabelsOptions
     from mmtrain.inspect_labels.command import inspect_labels as run
 
-    options = Options(split, tuple(index or ()), num, html, audit, json, tokens, losses, adapter)
+    options = LabelsOptions(split, tuple(index or ()), num, html, audit, json, tokens, losses, adapter)
     raise typer.Exit(run(loaded, options))

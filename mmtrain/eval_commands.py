@@ -30,9 +30,9 @@ def perplexity(
     words = overrides or []
     compared = [compare, *(word for word in words if "=" not in word)] if compare is not None else []
     loaded = load_config(config, [word for word in words if word not in compared])
-    from mmtrain.evaluate.command import Options, eval_perplexity
+    from mmtrain.evaluate.command import PerplexityOptions, eval_perplexity
 
-    eval_perplexity(loaded, Options(adapter, tuple(compared), tuple(data or ()), images == "all", json))
+    eval_perplexity(loaded, PerplexityOptions(adapter, tuple(compared), tuple(data or ()), images == "all", json))
 
 
 @eval_app.command()
@@ -60,9 +60,9 @@ def answers(
     if code is not None:
         raise typer.Exit(code)
     loaded = load_config(config, overrides or [])
-    from mmtrain.answers.command import Options, eval_answers
+    from mmtrain.answers.command import AnswersOptions, eval_answers
 
-    eval_answers(loaded, Options(adapter, tuple(data or ()), metric, html, json, batch_size, max_new_tokens))
+    eval_answers(loaded, AnswersOptions(adapter, tuple(data or ()), metric, html, json, batch_size, max_new_tokens))
 
 
 @eval_app.command()
@@ -87,7 +87,7 @@ def retrieval(
 ) -> None:
     """Measure how well images find their texts, or queries their documents, and the other way round."""
     loaded = load_config(config, overrides or [])
-    from mmtrain.retrieval.command import Options, eval_retrieval
+    from mmtrain.retrieval.command import RetrievalOptions, eval_retrieval
 
-    options = Options(adapter, compare, tuple(data or ()), classes, tuple(template or ()), html, json)
+    options = RetrievalOptions(adapter, compare, tuple(data or ()), classes, tuple(template or ()), html, json)
     eval_retrieval(loaded, options)

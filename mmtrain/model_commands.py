@@ -38,10 +38,10 @@ def compose(
     seed: Annotated[int, typer.Option(min=0, help="Decides the new weights.")] = 0,
 ) -> None:
     """Make one image-text model of an image encoder and a language model, with a new projector to train."""
-    from mmtrain.compose.command import Options
+    from mmtrain.compose.command import ComposeOptions
     from mmtrain.compose.command import compose as run
 
-    run(Options(vision, language, output, projector, feature_layer, dtype, seed))
+    run(ComposeOptions(vision, language, output, projector, feature_layer, dtype, seed))
 
 
 def merge(

@@ -24,7 +24,7 @@ from mmtrain.scoring.results import show
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class AnswersOptions:
     """What the command line says besides the config."""
 
     adapter: Path | None = None
@@ -36,7 +36,7 @@ class Options:
     max_new_tokens: int | None = None
 
 
-def eval_answers(config: Config, options: Options) -> None:
+def eval_answers(config: Config, options: AnswersOptions) -> None:
     """Generate, score, compare, and print. Raises UserError for what the user can fix."""
     runtime = Runtime(config.model.dtype, device=config.run.device)
     row, evaluation = answer_figures(config, options, runtime)
@@ -48,7 +48,7 @@ def eval_answers(config: Config, options: Options) -> None:
 
 
 def answer_figures(
-    config: Config, options: Options, runtime: Runtime | None = None
+    config: Config, options: AnswersOptions, runtime: Runtime | None = None
 ) -> tuple[dict[str, Any], AnswerEvaluation]:
     """Every figure, as `--json` prints them, and what they were computed from. Raises UserError as above.
 

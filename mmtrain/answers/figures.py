@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from mmtrain.answers.asked import AskedQuestion
 from mmtrain.answers.judged import JUDGED, Estimate, JudgedAnswers
 from mmtrain.answers.metrics import METRICS
 from mmtrain.answers.normalize import as_written
+from mmtrain.answers.scored_questions import ScoredQuestion
 from mmtrain.answers.text_metrics import chrf
 from mmtrain.generate.replies import Reply
 from mmtrain.scoring.scores import Floats
@@ -22,7 +22,7 @@ _RIGHT = 0.5
 
 
 def figures(
-    questions: Sequence[AskedQuestion],
+    questions: Sequence[ScoredQuestion],
     places: Sequence[str],
     replies: Mapping[str, Mapping[int, Reply]],
     reasons: Mapping[str, str],

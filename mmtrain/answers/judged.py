@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mmtrain.answers.asked import AskedQuestion
 from mmtrain.answers.blind import best_blind_answers
 from mmtrain.answers.metrics import METRICS
 from mmtrain.answers.normalize import as_written
+from mmtrain.answers.scored_questions import ScoredQuestion
 from mmtrain.records.reasoning import reply_of
 from mmtrain.scoring.scores import Floats, Ints
 from mmtrain.scoring.statistics import mean_by_sample
@@ -24,7 +24,7 @@ Estimate = tuple[float, list[float]]
 class JudgedAnswers:
     """The scores of answers to `questions`, by kind; a question without an answer of a kind has no score (NaN)."""
 
-    def __init__(self, questions: Sequence[AskedQuestion], answers: Mapping[str, Mapping[int, str]]) -> None:
+    def __init__(self, questions: Sequence[ScoredQuestion], answers: Mapping[str, Mapping[int, str]]) -> None:
         """`answers[kind][i]` answers question `i`. The best blind answers are added as the kind `blind`."""
         self.questions, self.answers = questions, answers
         self._samples: Ints = np.array([question.sample for question in questions], np.int64)

@@ -29,7 +29,7 @@ from mmtrain.safe_text import shown, visible
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ComposeOptions:
     """What the command line says."""
 
     vision: str
@@ -42,7 +42,7 @@ class Options:
     seed: int = 0
 
 
-def compose(options: Options) -> None:
+def compose(options: ComposeOptions) -> None:
     """Write the composed model to a new directory.
 
     Raises UserError, and leaves nothing there, if the parts do not fit or what was written is not what was composed.
@@ -67,7 +67,7 @@ def compose(options: Options) -> None:
     progress.say("next: train its projector, for example with configs/compose/projector.yaml")
 
 
-def _common_dtype(options: Options) -> str:
+def _common_dtype(options: ComposeOptions) -> str:
     """The type in which both parts are stored. Raises UserError if they differ."""
     found = {}
     for key, path in (("--vision", options.vision), ("--language", options.language)):
@@ -81,7 +81,7 @@ def _common_dtype(options: Options) -> str:
     return dtypes.pop()
 
 
-def _write(folder: Path, model: Any, processor: Any, options: Options) -> None:
+def _write(folder: Path, model: Any, processor: Any, options: ComposeOptions) -> None:
     """Write config, weights, tokenizer, template and image settings. Raises OSError."""
     save_weights(model, folder)
     processor.save_pretrained(folder)
@@ -103,7 +103,7 @@ def _check_written(folder: Path, model: Any, dtype: str) -> None:
         )
 
 
-def _report(tower: Tower, language: Language, model: Any, options: Options) -> list[str]:
+def _report(tower: Tower, language: Language, model: Any, options: ComposeOptions) -> list[str]:
     """What was composed, in a line for each component."""
     size, side = tower.image_size, tower.side
     dropped = ", its class token dropped" if tower.has_class_token else ""

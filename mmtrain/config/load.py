@@ -14,7 +14,7 @@ from mmtrain.config.faults import schema_faults
 from mmtrain.config.schema import Config
 from mmtrain.config.yaml_file import KeyPath, dump_yaml, parse_yaml, read_yaml
 from mmtrain.errors import UserError
-from mmtrain.safe_text import shown, visible
+from mmtrain.safe_text import one_line, shown, visible
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))(?=.{3,96}$)[A-Za-z0-9](?:[\w.-]*\w)?/(?:[\w.-]*\w)", re.ASCII)
 """A valid model id of the hub: `owner/name`."""
@@ -48,6 +48,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if faults:
         raise UserError(faults)
     return config
+
+
+def config_of_run(file: Path) -> Config:
+    """The config that a run wrote, without the check of paths: the data may have moved since. Raises UserError."""
+    try:
+        return Config.model_validate(read_yaml(file)[0])
+    except ValidationError as error:
+        raise UserError(f"{visible(str(file))}: not the config of a run: {one_line(error)}") from None
 
 
 def dump_config(config: Config) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from mmtrain.errors import UserError
-from mmtrain.regular_files import open_regular
 from mmtrain.safe_text import shown, visible
+from mmtrain.text_files import read_text
 
 KeyPath = tuple[str | int, ...]
 
@@ -88,17 +88,7 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
 def read_yaml(path: Path) -> tuple[Any, dict[KeyPath, int]]:
     """`parse_yaml` of a file. Raises UserError also if it cannot be read."""
     name = visible(str(path))
-    try:
-        with open_regular(path) as file:
-            content = file.read(MAX_BYTES + 1)
-        text = content.decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{name}: not UTF-8 text") from None
-    if len(content) > MAX_BYTES:
-        raise UserError(f"{name}: larger than {MAX_BYTES:,} bytes: this is not a config")
-    return parse_yaml(text, name)
+    return parse_yaml(read_text(path, name, MAX_BYTES), name)
 
 
 def _plain(node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], faults: list[str], name: str) -> Any:

@@ -27,7 +27,7 @@ class Features:
         return sum(tensor.nbytes for tensor in (*self.tensors.values(), *self.inputs.values()))
 
 
-class ImageCache(Protocol):
+class FeatureCache(Protocol):
     """Stored features by the SHA-256 of the image."""
 
     def find(self, key: str) -> Features | None: ...
@@ -60,7 +60,7 @@ def all_pinned(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
-def load_image_inputs(span: ImageSpan, ids: list[int], load_images: ImageLoader, cache: ImageCache) -> ImageInputs:
+def load_image_inputs(span: ImageSpan, ids: list[int], load_images: ImageLoader, cache: FeatureCache) -> ImageInputs:
     """The image of `span`, whose ids in the sample are `ids`; decoded only where its features are not in `cache`.
 
     Its bytes are read once, so that key and pixels are of the same image even if the file is overwritten meanwhile.

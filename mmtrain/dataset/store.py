@@ -19,7 +19,8 @@ import transformers
 
 import mmtrain
 from mmtrain.atomic_files import replacing
-from mmtrain.dataset.encode_all import EncodingSpec, encode_all
+from mmtrain.dataset.encode_all import encode_all
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.hashes import digest
 from mmtrain.dataset.store_file import CannotWriteError, EncodedStore, write_joined, writing
 from mmtrain.dataset.store_pieces import add_pieces, finished_pieces

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mmtrain.atomic_files import replacing
-from mmtrain.dataset.encode_all import EncodedChunk, join_chunks
+from mmtrain.dataset.encoded_chunk import EncodedChunk, join_chunks
 from mmtrain.dataset.store_file import EncodedStore, write_chunk, writing
 
 _TOKENS = 2**22

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config import Config
-from mmtrain.dataset.encode_all import ChunkEncoder, EncodedChunk, EncodingSpec, join_chunks
+from mmtrain.dataset.encode_all import ChunkEncoder
+from mmtrain.dataset.encoded_chunk import EncodedChunk, join_chunks
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.plan import Indices, permutation
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.shard_order import Position, ShardOrder, Window

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mmtrain.checks.findings import REFUSED
 from mmtrain.config.data_section import Data
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.selection import Choice, Side, select

@@ -21,7 +21,7 @@ from mmtrain.scoring.statistics import per_token
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class PerplexityOptions:
     """What the command line says besides the config."""
 
     adapter: Path | None = None
@@ -37,7 +37,7 @@ class Options:
         return [path for path in dict.fromkeys((*alone, *self.compare)) if path != BASE]
 
 
-def eval_perplexity(config: Config, options: Options) -> None:
+def eval_perplexity(config: Config, options: PerplexityOptions) -> None:
     """Evaluate or compare, and print. Raises UserError for what the user can fix."""
     evaluation = PerplexityEvaluation(config, options.data, options.adapters)
     row: Any = _compare(evaluation, options.compare) if options.compare else figures(evaluation, options)
@@ -46,12 +46,12 @@ def eval_perplexity(config: Config, options: Options) -> None:
     show(row, options.json, print_comparison if options.compare else print_report)
 
 
-def perplexity_figures(config: Config, options: Options) -> dict[str, Any]:
+def perplexity_figures(config: Config, options: PerplexityOptions) -> dict[str, Any]:
     """Every figure of one model on `data.eval`. Raises UserError as above."""
     return figures(PerplexityEvaluation(config, options.data, options.adapters), options)
 
 
-def figures(evaluation: PerplexityEvaluation, options: Options) -> dict[str, Any]:
+def figures(evaluation: PerplexityEvaluation, options: PerplexityOptions) -> dict[str, Any]:
     """Every figure of one model, as `--json` prints them."""
     path = str(options.adapter) if options.adapter is not None else None
     with evaluation.model(path) as model:

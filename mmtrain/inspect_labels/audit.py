@@ -17,7 +17,7 @@ from rich.text import Text
 from mmtrain.checks.findings import REFUSED, Finding
 from mmtrain.config import Config
 from mmtrain.config.data_section import Source
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.selection import Selected, equal_samples
 from mmtrain.encoding.encode import Encoder

@@ -7,16 +7,16 @@ from mmtrain.config import Config
 from mmtrain.dataset.shard_order import first_file
 from mmtrain.errors import UserError, grouped
 from mmtrain.inspect_labels.chosen import ChosenSamples, look_at
-from mmtrain.inspect_labels.options import Options
+from mmtrain.inspect_labels.options import LabelsOptions
 from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.progress import Progress
 from mmtrain.safe_text import visible
 
-__all__ = ["Options", "inspect_labels"]
+__all__ = ["LabelsOptions", "inspect_labels"]
 _NUM_SAMPLES = 3
 
 
-def inspect_labels(config: Config, options: Options) -> int:
+def inspect_labels(config: Config, options: LabelsOptions) -> int:
     """Show samples, or check all of them. Returns the exit code: 1 if a sample has a fault, 0 otherwise."""
     check_page(options.html)
     if config.objective.kind == "contrastive":
@@ -47,7 +47,7 @@ def inspect_labels(config: Config, options: Options) -> int:
     return 1 if chosen.faults else 0
 
 
-def _chosen(num_samples: int, used: Sequence[int], options: Options) -> list[int]:
+def _chosen(num_samples: int, used: Sequence[int], options: LabelsOptions) -> list[int]:
     """The indices that were given, or `num` evenly spaced ones of those that are used."""
     wrong = [index for index in options.indices if not 0 <= index < num_samples]
     if wrong:
@@ -56,7 +56,7 @@ def _chosen(num_samples: int, used: Sequence[int], options: Options) -> list[int
     return list(options.indices) or [used[i * len(used) // num] for i in range(num)]
 
 
-def _losses(config: Config, options: Options, chosen: ChosenSamples) -> dict[int, dict[int, float]] | None:
+def _losses(config: Config, options: LabelsOptions, chosen: ChosenSamples) -> dict[int, dict[int, float]] | None:
     if not options.losses:
         return None
     from mmtrain.inspect_labels.losses import token_losses
@@ -65,7 +65,7 @@ def _losses(config: Config, options: Options, chosen: ChosenSamples) -> dict[int
     return token_losses(config, options.adapter, chosen.samples, chosen.processor, indices)
 
 
-def _audit(config: Config, options: Options) -> int:
+def _audit(config: Config, options: LabelsOptions) -> int:
     from mmtrain.inspect_labels.audit import audit
 
     report = audit(config, options.split, on_row=print_json if options.json else None, with_tokens=options.tokens)

@@ -4,7 +4,7 @@ from mmtrain.command_output import plain_console, print_json, write_page
 from mmtrain.config import Config
 from mmtrain.contrastive.load import load_embedder
 from mmtrain.errors import UserError
-from mmtrain.inspect_labels.options import Options
+from mmtrain.inspect_labels.options import LabelsOptions
 from mmtrain.inspect_labels.pair_step import PairStep
 from mmtrain.inspect_labels.pair_terminal import print_step
 from mmtrain.progress import Progress
@@ -15,7 +15,7 @@ from mmtrain.train.contrastive.pair_dataset import PairDataset
 _NUM_ROWS, _NUM_ROWS_OF_PAGE = 12, 64
 
 
-def inspect_pairs(config: Config, options: Options) -> int:
+def inspect_pairs(config: Config, options: LabelsOptions) -> int:
     """Show steps, or check all pairs. Returns the exit code: 1 if a pair has a fault, 0 otherwise."""
     for name in ("tokens", "losses", "adapter"):
         if getattr(options, name):
@@ -37,7 +37,7 @@ def inspect_pairs(config: Config, options: Options) -> int:
     return 0
 
 
-def _show(steps: list[tuple[PairStep, list[int]]], options: Options) -> None:
+def _show(steps: list[tuple[PairStep, list[int]]], options: LabelsOptions) -> None:
     if options.html is not None:
         from mmtrain.inspect_labels.pair_page import page_of_steps
 
@@ -53,7 +53,7 @@ def _show(steps: list[tuple[PairStep, list[int]]], options: Options) -> None:
             print_step(step, rows, console)
 
 
-def _steps(config: Config, options: Options, dataset: PairDataset) -> list[tuple[PairStep, list[int]]]:
+def _steps(config: Config, options: LabelsOptions, dataset: PairDataset) -> list[tuple[PairStep, list[int]]]:
     """The steps of the first epoch that have the samples asked for, or the first one, and which queries to show."""
     num_rows = options.num or (_NUM_ROWS if options.html is None else _NUM_ROWS_OF_PAGE)
     every = _first_epoch(config, options.split, dataset)

@@ -197,9 +197,19 @@ def find_adapter_folder(path: Path) -> Path:
     )
 
 
-def named_base(adapter: Adapter) -> str | None:
-    """The base model that the adapter's config names, if it names one."""
-    named = read_json(adapter.folder / CONFIG).get("base_model_name_or_path")
+def base_of(adapter: Path, given: str | None) -> str:
+    """The base model of the adapter in a directory: `given`, or the one that it names. Raises UserError."""
+    base = given or named_base(adapter)
+    if base is None:
+        raise UserError(f"{visible(str(adapter / CONFIG))}: it names no base model: give it as --base MODEL")
+    return base
+
+
+def named_base(adapter: Path) -> str | None:
+    """The base model that the config of the adapter in a directory names, if it names one. Raises UserError where the
+    config is not JSON."""
+    config = read_json(adapter / CONFIG)
+    named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     return named if isinstance(named, str) and named else None
 
 

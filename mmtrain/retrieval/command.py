@@ -24,7 +24,7 @@ from mmtrain.scoring.results import show
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class RetrievalOptions:
     """What the command line says besides the config."""
 
     adapter: Path | None = None
@@ -36,7 +36,7 @@ class Options:
     json: bool = False
 
 
-def eval_retrieval(config: Config, options: Options) -> None:
+def eval_retrieval(config: Config, options: RetrievalOptions) -> None:
     """Embed, rank and print. Raises UserError for what the user can fix."""
     row, evaluation = retrieval_figures(config, options)
     from mmtrain.retrieval.page import page_of_retrieval
@@ -44,7 +44,7 @@ def eval_retrieval(config: Config, options: Options) -> None:
     show(row, options.json, print_report, options.html, lambda found: page_of_retrieval(found, evaluation.content))
 
 
-def retrieval_figures(config: Config, options: Options) -> tuple[dict[str, Any], RetrievalEvaluation]:
+def retrieval_figures(config: Config, options: RetrievalOptions) -> tuple[dict[str, Any], RetrievalEvaluation]:
     """Every figure, as `--json` prints them, and what they were computed from. Raises UserError as above."""
     _check(config, options)
     sources = eval_sources(config, options.data)
@@ -63,7 +63,7 @@ def retrieval_figures(config: Config, options: Options) -> tuple[dict[str, Any],
         return evaluation.figures(own, evaluation.embed(base)), evaluation
 
 
-def _check(config: Config, options: Options) -> None:
+def _check(config: Config, options: RetrievalOptions) -> None:
     config.objective.check_command("eval retrieval", "contrastive", "eval answers or eval perplexity")
     if options.compare is not None and options.adapter is None:
         raise UserError("--compare base: there is nothing to compare with the base model: give --adapter too")

@@ -17,7 +17,7 @@ from mmtrain.contrastive.relation import relate
 from mmtrain.dataset.plan import Indices
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
-from mmtrain.records.chat import SampleError
+from mmtrain.records.chat import SampleError, refused_at
 from mmtrain.retrieval.figures import Direction, directions, figures
 from mmtrain.retrieval.item_content import ItemContent
 from mmtrain.retrieval.zero_shot import Classes, labels, zero_shot_figures
@@ -81,10 +81,8 @@ class RetrievalEvaluation:
 
     def _embed_items(self, embedder: Embedder, share: tuple[int, int]) -> torch.Tensor:
         samples = self.samples
-        try:
+        with refused_at("eval retrieval"):
             return embed_all(embedder, samples.items, samples.loaded, self._max_tokens, self._progress, share)
-        except SampleError as error:
-            raise UserError(f"eval retrieval: {error}") from None
 
     def _embed_classes(self, embedder: Embedder) -> torch.Tensor:
         items = self._class_items

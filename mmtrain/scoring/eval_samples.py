@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.selection import SelectedSources

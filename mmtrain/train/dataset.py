@@ -10,7 +10,7 @@ import numpy as np
 
 from mmtrain.config import Config
 from mmtrain.config.schema import Train
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.plan import Indices, Plan
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.selection import SelectedSources
