@@ -13,13 +13,13 @@ from mmtrain.model.adapter import say_other_processor
 from mmtrain.model.dropout import DropoutContext, install_dropout
 from mmtrain.model.earlier_run import start_from_run
 from mmtrain.model.family import Family, probe_family
-from mmtrain.model.load import checkpoint_activations, load_model
+from mmtrain.model.load import checkpoint_activations
 from mmtrain.model.lora_targets import without_adapter
 from mmtrain.model.tune import ComponentReport, apply_tune, kept_frozen
 from mmtrain.model.vision import VisionInputs, prepare_vision
 from mmtrain.progress import Progress
-from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
+from mmtrain.scoring.loaded_model import load_base
 from mmtrain.train.lost_gradients import LostGradients
 
 
@@ -49,16 +49,10 @@ def make_trainable(
     """Load the base model, freeze it, and add what is trainable, whose initial weights follow from the seed alone.
     `load` gives a base model that has no values, on the device; None: that of the config is loaded."""
     torch.manual_seed(config.train.seed)
-    settings, named = config.model, config.tune.components
     home = torch.device("cpu") if is_sharded(config, runtime) else runtime.device
-    tick, quantization = runtime.activity.tick, settings.quantization
-    with loading_faults():
-        if load is not None:
-            base = load()
-        else:
-            base = load_model(settings.path, settings.dtype, processor, home, tick, quantization, named)
+    base = load() if load else load_base(config, processor, runtime, home)
     runtime.activity.set("preparing the model")
-    family = probe_family(base, processor, progress.say, named)
+    family = probe_family(base, processor, progress.say, config.tune.components)
     model, reports, dropout = add_trainable(config, base, family, runtime, progress, has_values=load is None)
     model.to(home)
     with runtime.autocast():
