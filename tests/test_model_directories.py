@@ -56,6 +56,11 @@ def test_what_a_template_says_is_printed_on_one_line(tmp_path: Path) -> None:
     assert all(fault.isprintable() for fault in caught.value.faults)
 
 
+def _moved(file: Path, to: Path) -> None:
+    to.parent.mkdir()
+    file.rename(to)
+
+
 def _without(name: str) -> Callable[[Path], object]:
     return lambda path: (path / name).unlink()
 
@@ -83,11 +88,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         r"^an adapter: expected its base model here",
     ),
     "a run with an adapter": (
-        lambda path: [(path / "adapter").mkdir(), (path / "config.json").rename(path / "adapter/adapter_config.json")],
+        lambda path: _moved(path / "config.json", path / "adapter" / "adapter_config.json"),
         r"^a run with an adapter: expected its base model here",
     ),
     "a run with a model": (
-        lambda path: [(path / "model").mkdir(), (path / "config.json").rename(path / "model/config.json")],
+        lambda path: _moved(path / "config.json", path / "model" / "config.json"),
         r"^no config\.json: the model is in .*/model/model$",
     ),
     "code of its own": (
