@@ -40,8 +40,7 @@ def peak_or_fault(
 
 def peak_of(found: PeakMemory, config: Config, num_processes: int) -> int:
     """The predicted peak, with the weights sharded if the config says so."""
-    is_sharded = config.run.weights == "shard" and num_processes > 1
-    return found.sharded(num_processes) if is_sharded else found.peak
+    return found.sharded(num_processes) if config.run.is_sharded(num_processes) else found.peak
 
 
 def decided_learner(
