@@ -10,6 +10,7 @@ from mmtrain.contrastive.load import set_trained
 from mmtrain.contrastive.loss import LossSettings
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
+from mmtrain.scoring.image_cache import GIB
 from mmtrain.train.contrastive.cuts import PairCuts
 from mmtrain.train.contrastive.embedding_cache import EmbeddingCache
 from mmtrain.train.contrastive.graphs import GraphMemory
@@ -18,8 +19,6 @@ from mmtrain.train.contrastive.step import ContrastiveLearner
 from mmtrain.train.lost_gradients import LostGradients
 from mmtrain.train.optimizer import make_optimizer
 from mmtrain.train.trainable import add_trainable
-
-GIB = 2**30
 
 
 def make_contrastive_learner(
