@@ -3,6 +3,7 @@
 from mmtrain.config import Config
 from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.loss import LossSettings
+from mmtrain.model.kernels.install import install
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.contrastive.cuts import PairCuts
@@ -24,6 +25,9 @@ def make_contrastive_learner(
     dropout, reports = make_trainable(config, embedder, runtime, progress)
     model = embedder.model
     settings, run = config.objective, config.run
+    if run.kernels == "auto":
+        progress.say(install(model, runtime.device, progress.tick).line)
+        embedder.leave_out_rows()
     symmetric = embedder.symmetric if settings.symmetric == "auto" else settings.symmetric
     frozen = frozenset(kind for kind in embedder.kinds if embedder.is_frozen(kind))
     caches = frozen if run.image_cache.memory_gib > 0 else frozenset[str]()
