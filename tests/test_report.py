@@ -15,7 +15,7 @@ from mmtrain import api
 from mmtrain.cli import main
 from mmtrain.config import Config
 from mmtrain.errors import UserError
-from mmtrain.report.chart import bar_chart, line_chart, number
+from mmtrain.report.chart import bar_chart, line_chart, short_number
 from mmtrain.report.compare import differing_keys
 from mmtrain.report.page import write_report
 from mmtrain.report.series import Series, num_averaged, smoothed, thinned
@@ -138,7 +138,7 @@ def test_bars_are_as_high_as_their_counts() -> None:
     ("value", "expected"), [(98210.45, "98,210"), (1.24561, "1.246"), (0.0, "0"), (3.2e-05, "3.2e-05"), (0.5, "0.5")]
 )
 def test_figures_are_short(value: float, expected: str) -> None:
-    assert number(value) == expected
+    assert short_number(value) == expected
 
 
 # --- the page

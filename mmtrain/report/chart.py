@@ -123,7 +123,7 @@ def category_chart(title: str, x_label: str, labels: Sequence[str], counts: Sequ
     return Chart(title, x_label, tuple(ticks), y_ticks, bars=tuple(bars))
 
 
-def number(value: float) -> str:
+def short_number(value: float) -> str:
     """A figure in few characters: 98,210 or 1.246 or 3.2e-05."""
     if value and abs(value) < 1e-3:
         return f"{value:.2g}"
@@ -132,7 +132,7 @@ def number(value: float) -> str:
 
 def _short(value: float) -> str:
     """A figure next to an axis, where there is room for seven characters: 98,210 or 1e+06."""
-    return f"{value:.3g}" if abs(value) >= 1e6 else number(value)
+    return f"{value:.3g}" if abs(value) >= 1e6 else short_number(value)
 
 
 def _finite(series: Series) -> Series:
@@ -144,7 +144,7 @@ def _drawn(series: Series, x_scale: _Scale, y_scale: _Scale) -> Line:
     places = [(x_scale(x), y_scale(y)) for x, y in zip(series.steps, series.values, strict=True)]
     path = "M" + "L".join(f"{x:g} {y:g}" for x, y in places)
     labels = [
-        f"{series.name}, step {step:,.0f}: {number(value)}"
+        f"{series.name}, step {step:,.0f}: {short_number(value)}"
         for step, value in zip(series.steps, series.values, strict=True)
     ]
     is_marked = series.marked or len(places) == 1
