@@ -1,5 +1,6 @@
 """The commands. Each imports its modules when it runs, so that `--help` is fast."""
 
+import gc
 import io
 import sys
 import warnings
@@ -88,8 +89,8 @@ def train(
     from mmtrain.runtime import launch
 
     loaded = api.load_config(config, overrides or [])
-    layout = launch.Layout(processes, nodes, node_rank, rendezvous, max_restarts)
-    layout.check()
+    options = launch.LaunchOptions(processes, nodes, node_rank, rendezvous, max_restarts)
+    options.check()
     launch.quiet()
     if not (nodes == 1 and processes is None and launch.takes_part()):
         num_local = processes or launch.num_local_gpus(loaded.run.device) or 1
@@ -98,7 +99,7 @@ def train(
 
             args = [str(config), *(overrides or []), *(f"--accept-change={key}" for key in accept_change or [])]
             with reserved(Path(loaded.run.output_dir), fresh, node_rank):
-                raise typer.Exit(launch.launch(layout, num_local, ["train", *args]))
+                raise typer.Exit(launch.launch(options, num_local, ["train", *args]))
     api.train(loaded, fresh, accept_change or [])
 
 
@@ -175,6 +176,7 @@ def generate(
 def main() -> None:
     """The entry point. A UserError is printed without a traceback."""
     set_environment()
+    gc.set_threshold(700, 10, 100)  # with the usual 10 it looks at all that importing torch makes 7 times: a second
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: an odd file name must not make a command fail
         sys.stdout.reconfigure(errors="backslashreplace")
     # peft uses deprecated names of transformers: a user cannot act on these warnings

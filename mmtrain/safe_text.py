@@ -32,6 +32,12 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return shortened(plain, limit)
 
 
+def error_line(error: BaseException, limit: int = 300) -> str:
+    """`one_line` after the name of the exception's class, for errors of libraries, which can be as short as a key."""
+    message, name = one_line(error, limit), type(error).__name__
+    return message if message == name else f"{name}: {message}"
+
+
 def visible(text: str) -> str:
     """`text` on one line, with visible white space and control characters. Right-to-left text is isolated."""
     plain = "".join(_SIGNS.get(char) or (char if _printable(char) else f"\\u{{{ord(char):x}}}") for char in text)

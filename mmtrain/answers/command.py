@@ -38,7 +38,7 @@ class AnswersOptions:
 
 def eval_answers(config: Config, options: AnswersOptions) -> None:
     """Generate, score, compare, and print. Raises UserError for what the user can fix."""
-    runtime = Runtime(config.model.dtype)
+    runtime = Runtime(config.model.dtype, device=config.run.device)
     row, evaluation = answer_figures(config, options, runtime)
     if runtime.is_main:
         from mmtrain.answers.page import page_of_answers
@@ -60,7 +60,7 @@ def answer_figures(
     sources = sources_to_evaluate(config, options.data)
     check_page(options.html)
     target = answers_target(config, options.adapter)
-    runtime = runtime or Runtime(config.model.dtype)
+    runtime = runtime or Runtime(config.model.dtype, device=config.run.device)
     progress = Progress(runtime.activity.tick, quiet=not runtime.is_main)
     if options.adapter is not None:
         say_other_processor(options.adapter, config.model, progress.say)

@@ -95,7 +95,7 @@ def _plain(node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], faults: list
     line = node.start_mark.line + 1
     lines.setdefault(at, line)
     if isinstance(node, yaml.ScalarNode):
-        return _scalar(node)
+        return unquoted(node.value) if node.style is None else node.value
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, (*at, i), lines, faults, name) for i, item in enumerate(node.value)]
     mapping: dict[str, Any] = {}
@@ -111,10 +111,8 @@ def _plain(node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], faults: list
     return mapping
 
 
-def _scalar(node: yaml.ScalarNode) -> Any:
-    text: str = node.value
-    if node.style is not None:  # quoted or a block: always text
-        return text
+def unquoted(text: str) -> Any:
+    """The value of a scalar that is neither quoted nor a block; those are always text."""
     if text in _CONSTANTS:
         return _CONSTANTS[text]
     if len(text) <= 40 and _INT.fullmatch(text):
@@ -129,7 +127,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    is_text = isinstance(_scalar(yaml.ScalarNode("", text)), str)
+    is_text = isinstance(unquoted(text), str)
     style = '"' if not text.isprintable() else None if is_text else "'"
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

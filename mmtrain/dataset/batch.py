@@ -53,6 +53,13 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(segment.length for segment in self.segments)
 
+    def padding_mask(self) -> Tensor:
+        """(rows, length) int64: 1 at the tokens of samples, 0 at padding."""
+        mask = torch.zeros_like(self.input_ids)
+        for segment in self.segments:
+            mask[segment.row, segment.start : segment.start + segment.length] = 1
+        return mask
+
     def weighted(self, nll: Tensor) -> Tensor:
         """`nll`, (num_supervised,), each value times the weight of its token."""
         return nll if self.weights is None else nll * self.weights.to(nll.device)

@@ -60,7 +60,10 @@ def _check_tokenizer(tokenizer: Any) -> None:
         ids = tokenizer.encode(text, add_special_tokens=False)
         back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if back.strip() != text:
-            raise UserError(f"the tokenizer does not give back ordinary text: {shown(text)} came back as {shown(back)}")
+            missing = "" if back.strip() else "; is tokenizer.json missing?"
+            raise UserError(
+                f"the tokenizer does not give back ordinary text: {shown(text)} came back as {shown(back)}{missing}"
+            )
 
 
 def _named(path: str, settings: ProcessorSettings, reason: str) -> str:

@@ -34,8 +34,7 @@ def answer_all(loaded: Loaded, data: Sequence[str], output: Path, batch_size: in
     questions = Questions([Source(path=path) for path in data], loaded.encoder, drops_reasoning)
     made_with = _made_with(loaded.target, data, batch_size, sampling)
     answers = AnswersFile(output, made_with) if runtime.is_main else None
-    found = runtime.from_first("answers", lambda: json.dumps(sorted(answers.done if answers else ())))
-    done = frozenset(json.loads(found))
+    done = frozenset(runtime.from_first("answers", lambda: sorted(answers.done if answers else ())))
     if done:
         progress.say(f"{visible(str(output))}: {len(done):,} of {len(questions):,} answers are there")
     batches = [list(batch) for batch in batched(len(questions), batch_size) if not done.issuperset(batch)]

@@ -94,9 +94,7 @@ def audit_pairs(config: Config, split: str, embedder: Embedder, progress: Progre
 
 
 def _read(config: Config, sources: Sequence[Source], embedder: Embedder, progress: Progress) -> PairSamples:
-    data = config.data
-    limit, ignored = embedder.limit(data.max_length), frozenset(data.ignore_fields)
-    return read_pairs(sources, embedder, limit, _EVERYTHING, ignored, data.decode_images, progress)
+    return read_pairs(sources, embedder, config.data, progress, _EVERYTHING)
 
 
 def _counts(sources: Sequence[Source], samples: PairSamples, faulty: Sequence[int]) -> list[dict[str, Any]]:

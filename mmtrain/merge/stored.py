@@ -2,11 +2,13 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from mmtrain.encoding.directory import copy_processor, files_in, model_directory
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.tower_processor import TowerProcessor
 from mmtrain.errors import UserError
 from mmtrain.merge.source import MergeSource
 from mmtrain.model.load import auto_class, load_config
@@ -20,16 +22,6 @@ MAX_MERGED = 1e-4
 MAX_ROUNDED = {torch.float32: MAX_MERGED, torch.bfloat16: 0.1, torch.float16: 0.1}
 """The same after the weights were rounded once to the type in which they are stored. Measured in bfloat16: 6e-3."""
 _ALSO_COPIED = (GENERATION, "LICENSE*", "NOTICE*")
-
-
-class Processor(Protocol):
-    """What is saved of a processor."""
-
-    @property
-    def given_template(self) -> str | None: ...
-
-    @property
-    def image_settings(self) -> Any: ...
 
 
 def stored_dtype(base: str) -> torch.dtype:
@@ -52,7 +44,7 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def write(folder: Path, merged: Any, source: MergeSource, processor: Processor) -> None:
+def write(folder: Path, merged: Any, source: MergeSource, processor: ChatProcessor | TowerProcessor) -> None:
     """Write all files of the merged model, also those that are the base model's."""
     save_weights(merged, folder)
     base = model_directory(source.base)

@@ -85,6 +85,14 @@ def is_finite(weight: Tensor) -> bool:
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(weight))
 
 
+def read_json(file: Path) -> Any:
+    """The value in a file of a model or an adapter. Raises UserError where it is not JSON."""
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{visible(str(file))}: not JSON: {one_line(error)}") from None
+
+
 def _names(directory: Path) -> list[str]:
     """The names of the files with the weights. Raises UserError where there are none."""
     if (directory / _SINGLE).is_file():
@@ -98,16 +106,16 @@ def _missing(directory: Path) -> str:
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         return f"no {_SINGLE}, only {shown(pickles[0])}, a pickle, which may run code: save the model as safetensors"
-    return f"no weights: expected {_SINGLE} or {_INDEX}"
+    others = [
+        path.name for path in sorted(directory.iterdir()) if path.suffix in (".safetensors", ".gguf") and path.is_file()
+    ]
+    found = f", found {shown(others[0])}" if others else ""
+    return f"no weights: expected {_SINGLE} or {_INDEX} with the files that it lists{found}"
 
 
 def _indexed(index: Path) -> list[str]:
     """The names of the files that an index lists. Raises UserError if it is broken or one of the files is missing."""
-    where = visible(str(index))
-    try:
-        found = json.loads(index.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {one_line(error)}") from None
+    where, found = visible(str(index)), read_json(index)
     weights = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
         raise UserError(f"{where}: expected weight_map, an object from names of weights to names of files")

@@ -15,7 +15,6 @@ from mmtrain.contrastive.embedder import Embedder, EncodedItem
 from mmtrain.contrastive.pair_samples import PairSamples, read_pairs
 from mmtrain.contrastive.relation import relate
 from mmtrain.dataset.plan import Indices
-from mmtrain.dataset.validate import FaultPolicy
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
 from mmtrain.records.chat import SampleError, refused_at
@@ -50,16 +49,7 @@ class RetrievalEvaluation:
         classes: Classes | None = None,
     ) -> None:
         """`embedder` encodes the items. Raises UserError where a sample cannot be used."""
-        data = config.data
-        self.samples: PairSamples = read_pairs(
-            sources,
-            embedder,
-            embedder.limit(data.max_length),
-            FaultPolicy.of(data),
-            frozenset(data.ignore_fields),
-            data.decode_images,
-            progress,
-        )
+        self.samples: PairSamples = read_pairs(sources, embedder, config.data, progress)
         self._max_tokens = config.run.microbatch_tokens
         self._progress = progress
         self._names = [source.name or Path(source.path).name for source in sources]

@@ -12,7 +12,7 @@ from mmtrain.runtime.processes import Runtime
 from mmtrain.train.chat_evaluations import make_evaluations
 from mmtrain.train.checkpointing import decided_learner
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.evaluations import Evaluation
+from mmtrain.train.evaluations import RunEvaluation
 from mmtrain.train.export import export
 from mmtrain.train.facts import write_facts
 from mmtrain.train.report import start_report
@@ -38,7 +38,7 @@ class ChatObjective:
     def steps(self) -> StepCuts:
         return StepCuts(self.data, self.learner, self._config.run, self.data.stream)
 
-    def evaluations(self) -> list[Evaluation]:
+    def evaluations(self) -> list[RunEvaluation]:
         return make_evaluations(self._config, self.data, self.learner, self._progress)
 
     def report(self) -> Iterator[str | Table]:

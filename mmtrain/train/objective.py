@@ -9,13 +9,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from mmtrain.contrastive.pair_samples import PairSamples
 from mmtrain.dataset.plan import Indices, Plan
+from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.stream import Stream
 from mmtrain.model.tune import ComponentReport
-from mmtrain.records.record_set import RecordSet
-from mmtrain.records.sources.place import Place
 from mmtrain.runtime.processes import Runtime
-from mmtrain.train.evaluations import Evaluation
+from mmtrain.train.evaluations import RunEvaluation
 
 
 class Trained(Protocol):
@@ -77,20 +77,12 @@ class Steps(Protocol):
         """The batches of this process's micro-batches that are not empty, of the steps `first` to `last`."""
 
 
-class Samples(Protocol):
-    """The training samples by index."""
-
-    @property
-    def records(self) -> RecordSet: ...
-
-    def place(self, index: int) -> Place: ...
-
-
 class RunData(Protocol):
     """What a run is trained on, checked."""
 
     @property
-    def train(self) -> Samples: ...
+    def train(self) -> StoredSamples | PairSamples:
+        """The training samples by index."""
 
     @property
     def stream(self) -> Stream | None:
@@ -122,7 +114,7 @@ class RunData(Protocol):
     def dropped_rows(self) -> list[dict[str, Any]]: ...
 
 
-class Objective(Protocol):
+class TrainingObjective(Protocol):
     """An objective over the data of one config."""
 
     @property
@@ -137,7 +129,7 @@ class Objective(Protocol):
 
     def steps(self) -> Steps: ...
 
-    def evaluations(self) -> list[Evaluation]: ...
+    def evaluations(self) -> list[RunEvaluation]: ...
 
     def report(self) -> Iterator[str | Table]:
         """What is printed before the first step."""

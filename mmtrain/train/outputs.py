@@ -7,13 +7,13 @@ from mmtrain.errors import NoCheckpointError
 from mmtrain.progress import Progress
 from mmtrain.train.checkpointer import Checkpointer
 from mmtrain.train.folder import BEST, write_finished
-from mmtrain.train.objective import Objective
+from mmtrain.train.objective import TrainingObjective
 from mmtrain.train.report import best_line, end_report
 from mmtrain.train.watched import Best
 
 
 def write_outputs(
-    objective: Objective, config: Config, checkpointer: Checkpointer, best: Best | None, progress: Progress
+    objective: TrainingObjective, config: Config, checkpointer: Checkpointer, best: Best | None, progress: Progress
 ) -> None:
     """Export, and say what was done. Where weights are sharded all processes must call this."""
     output_dir = Path(config.run.output_dir)
@@ -27,7 +27,7 @@ def write_outputs(
 
 
 def _export_best(
-    objective: Objective, config: Config, checkpointer: Checkpointer, best: Best, progress: Progress
+    objective: TrainingObjective, config: Config, checkpointer: Checkpointer, best: Best, progress: Progress
 ) -> None:
     try:
         if best.step != checkpointer.complete:

@@ -2,10 +2,9 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Protocol
 
 from mmtrain.config.run_section import Run
-from mmtrain.dataset.batch import Batch, Samples
+from mmtrain.dataset.batch import Batch
 from mmtrain.dataset.microbatches import cut_step
 from mmtrain.dataset.stream import Stream
 from mmtrain.dataset.validate import SampleSizes
@@ -17,28 +16,12 @@ from mmtrain.train.objective import Cut
 from mmtrain.train.step import Learner
 
 
-class StepSamples(Protocol):
-    """Which samples each step has: those of a data set, or of a stream."""
-
-    @property
-    def train(self) -> Samples: ...
-
-    @property
-    def steps_per_epoch(self) -> int | None:
-        """None where it is not known."""
-
-    def step(self, number: int) -> list[int]:
-        """The samples of a step, counted from 1."""
-
-    def sizes(self, samples: list[int]) -> SampleSizes: ...
-
-
 class StepCuts:
     """How the steps of a data set are cut for `learner`, as `settings` say."""
 
     def __init__(self, dataset: Dataset, learner: Learner, settings: Run, stream: Stream | None = None) -> None:
         """`stream`: has the samples in place of the data set."""
-        self._samples: StepSamples = stream or dataset
+        self._samples: Dataset | Stream = stream or dataset
         self._learner, self._settings = learner, settings
         self._filled = Filled(dataset.train, dataset.checked) if learner.sharded else None
         self.of = functools.lru_cache(maxsize=256)(self._cut)

@@ -16,7 +16,7 @@ from mmtrain.atomic_files import write_text
 from mmtrain.config import Config
 from mmtrain.errors import UserError
 from mmtrain.runtime.environment import keep_trackers_in
-from mmtrain.safe_text import one_line
+from mmtrain.safe_text import error_line
 
 FOLDER = "trackers"
 _IDS = "ids.json"
@@ -66,7 +66,7 @@ class Trackers:
             do()
         except Exception as error:  # a library of others can raise anything
             self._open.pop(name, None)
-            self._say(f"warning: {name} gets no more figures: {type(error).__name__}: {one_line(error)}")
+            self._say(f"warning: {name} gets no more figures: {error_line(error)}")
 
 
 def check_trackers(names: Sequence[str]) -> None:

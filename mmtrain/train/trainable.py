@@ -13,7 +13,7 @@ from mmtrain.model.adapter import say_other_processor
 from mmtrain.model.dropout import DropoutContext, install_dropout
 from mmtrain.model.earlier_run import start_from_run
 from mmtrain.model.family import Family, probe_family
-from mmtrain.model.load import LoadModel, checkpoint_activations, load_model
+from mmtrain.model.load import checkpoint_activations, load_model
 from mmtrain.model.lora_targets import without_adapter
 from mmtrain.model.tune import ComponentReport, apply_tune, kept_frozen
 from mmtrain.model.vision import VisionInputs, prepare_vision
@@ -40,18 +40,26 @@ class TrainableModel:
 
 
 def make_trainable(
-    config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress, load: LoadModel = load_model
+    config: Config,
+    processor: ChatProcessor,
+    runtime: Runtime,
+    progress: Progress,
+    load: Callable[[], Any] | None = None,
 ) -> TrainableModel:
-    """Load the base model, freeze it, and add what is trainable, whose initial weights follow from the seed alone."""
+    """Load the base model, freeze it, and add what is trainable, whose initial weights follow from the seed alone.
+    `load` gives a base model that has no values, on the device; None: that of the config is loaded."""
     torch.manual_seed(config.train.seed)
     settings, named = config.model, config.tune.components
     home = torch.device("cpu") if is_sharded(config, runtime) else runtime.device
+    tick, quantization = runtime.activity.tick, settings.quantization
     with loading_faults():
-        base = load(settings.path, settings.dtype, processor, home, runtime.activity.tick, settings.quantization, named)
+        if load is not None:
+            base = load()
+        else:
+            base = load_model(settings.path, settings.dtype, processor, home, tick, quantization, named)
     runtime.activity.set("preparing the model")
     family = probe_family(base, processor, progress.say, named)
-    has_values = load is load_model
-    model, reports, dropout = add_trainable(config, base, family, runtime, progress, has_values=has_values)
+    model, reports, dropout = add_trainable(config, base, family, runtime, progress, has_values=load is None)
     model.to(home)
     with runtime.autocast():
         vision = prepare_vision(base, processor, runtime.device, progress.say)

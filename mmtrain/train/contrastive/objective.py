@@ -14,8 +14,8 @@ from mmtrain.train.contrastive.evaluations import RetrievalDuringRun
 from mmtrain.train.contrastive.export import export
 from mmtrain.train.contrastive.learner import make_contrastive_learner
 from mmtrain.train.contrastive.pair_dataset import PairDataset
-from mmtrain.train.contrastive.step import ContrastiveLearner, Loaded
-from mmtrain.train.evaluations import Evaluation
+from mmtrain.train.contrastive.step import ContrastiveLearner, LoadedItems
+from mmtrain.train.evaluations import RunEvaluation
 from mmtrain.train.report import bits_lines, component_lines, weights_line
 
 
@@ -37,7 +37,7 @@ class ContrastiveObjective:
     def steps(self) -> "ContrastiveSteps":
         return ContrastiveSteps(self.learner)
 
-    def evaluations(self) -> list[Evaluation]:
+    def evaluations(self) -> list[RunEvaluation]:
         return [RetrievalDuringRun(self._config, name, one, self.learner) for name, one in self.data.eval.items()]
 
     def report(self) -> Iterator[str | Table]:
@@ -63,5 +63,5 @@ class ContrastiveSteps:
     def of(self, step: int) -> PairCut:
         return self._learner.cuts.of(step)
 
-    def batches(self, first: int, last: int) -> Iterator[Loaded]:
+    def batches(self, first: int, last: int) -> Iterator[LoadedItems]:
         return self._learner.batches(first, last)

@@ -28,7 +28,7 @@ from mmtrain.train.contrastive.graphs import GraphMemory
 from mmtrain.train.gradients import accumulate_tree, sum_running
 from mmtrain.train.lost_gradients import LostGradients, backward
 
-Loaded = tuple[tuple[ItemBatch, Batch], ...]
+LoadedItems = tuple[tuple[ItemBatch, Batch], ...]
 """A micro-batch with its tensors."""
 
 
@@ -60,11 +60,11 @@ class ContrastiveLearner:
     def items(self) -> Sequence[EncodedItem]:
         return self.samples.items
 
-    def batches(self, first: int, last: int) -> Iterator[Loaded]:
+    def batches(self, first: int, last: int) -> Iterator[LoadedItems]:
         """The tensors of this process's micro-batches of the steps `first` to `last`, made ahead."""
         return in_order(self.load, self.cuts.microbatches(first, last), _num_bytes)
 
-    def load(self, microbatch: Microbatch) -> Loaded:
+    def load(self, microbatch: Microbatch) -> LoadedItems:
         """Items whose embeddings are cached are left out."""
         needed = [ItemBatch(one.kind, tuple(n for n in one.numbers if n not in self.cache)) for one in microbatch]
         return tuple((one, self.tensors(one)) for one in needed if one.numbers)
@@ -83,7 +83,7 @@ class ContrastiveLearner:
         with torch.no_grad():
             return compute(), None
 
-    def accumulate(self, batches: Iterable[Loaded | None], count: float, step: int) -> tuple[Tensor, int | None]:
+    def accumulate(self, batches: Iterable[LoadedItems | None], count: float, step: int) -> tuple[Tensor, int | None]:
         return accumulate_gradients(self, batches, step)
 
     def updated(self) -> None:
@@ -91,7 +91,7 @@ class ContrastiveLearner:
         self.embedder.scale.limit(self.temperature_max)
 
 
-def _num_bytes(loaded: Loaded) -> int:
+def _num_bytes(loaded: LoadedItems) -> int:
     return sum(batch.num_bytes for _, batch in loaded)
 
 
@@ -109,7 +109,7 @@ class _Embedded:
 
 
 def accumulate_gradients(
-    learner: ContrastiveLearner, batches: Iterable[Loaded | None], step: int
+    learner: ContrastiveLearner, batches: Iterable[LoadedItems | None], step: int
 ) -> tuple[Tensor, int | None]:
     """Put the gradients of the step's loss into the parameters, over all micro-batches (None: an empty one) and all
     processes.
@@ -139,7 +139,7 @@ def accumulate_gradients(
     return found.loss, runtime.agree(torch.zeros(0, dtype=torch.float64))[1]
 
 
-def _first_pass(learner: ContrastiveLearner, loaded: Loaded, step: int) -> list[_Embedded]:
+def _first_pass(learner: ContrastiveLearner, loaded: LoadedItems, step: int) -> list[_Embedded]:
     learner.runtime.activity.set("forward")
     found = []
     for batch, inputs in loaded:
