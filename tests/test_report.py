@@ -128,10 +128,10 @@ def test_without_a_finite_value_there_is_no_chart() -> None:
 
 
 def test_bars_are_as_high_as_their_counts() -> None:
-    chart = bar_chart("Lengths", "tokens", [10, 20, 30, 40], [4, 0, 8])
+    chart = bar_chart("Lengths", "tokens", [(10, 19), (20, 29), (30, 39)], [4, 0, 8])
     low, high = chart.bars
     assert high.height == pytest.approx(2 * low.height, abs=0.2)
-    assert [bar.label for bar in chart.bars] == ["10 to 19: 4", "30 to 39: 8"]
+    assert [bar.label for bar in chart.bars] == ["10–19: 4", "30–39: 8"]
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,7 @@ from mmtrain.answers.structured_metrics import (
     multiple_choice,
     parsed_json,
 )
-from mmtrain.answers.text_metrics import (
-    anls,
-    chrf,
-    exact_match,
-    parsed_number,
-    relaxed_accuracy,
-    token_f1,
-    vqa_match,
-)
+from mmtrain.answers.text_metrics import anls, chrf, exact_match, parsed_number, relaxed_accuracy, token_f1, vqa_match
 
 Score = Callable[[str, str], float]
 """(answer, reference) → 0 to 1."""
