@@ -4,14 +4,13 @@ import functools
 
 import torch
 
-from mmtrain.config import Config
+from mmtrain.config import GIB, Config
 from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.load import set_trained
 from mmtrain.contrastive.loss import LossSettings
 from mmtrain.model.kernels.install import install
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
-from mmtrain.scoring.image_cache import GIB
 from mmtrain.train.contrastive.cuts import PairCuts
 from mmtrain.train.contrastive.embedding_cache import EmbeddingCache
 from mmtrain.train.contrastive.graphs import GraphMemory
