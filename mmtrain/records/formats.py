@@ -12,13 +12,7 @@ from typing import Any
 from mmtrain.records.chat import Conversation, Image, Message, Part, Role, SampleError, Text
 from mmtrain.records.image_values import as_image, only
 from mmtrain.records.marks import Mark, find_mark, mark_called, split_at_paths
-from mmtrain.records.record_keys import (
-    Record,
-    check_keys,
-    check_no_image_is_lost,
-    refuse_keys,
-    without_keys,
-)
+from mmtrain.records.record_keys import Record, check_keys, check_no_image_is_lost, refuse_keys, without_keys
 from mmtrain.records.shapes import Shape, as_list, named_shape, recognise
 from mmtrain.records.tools import (
     RECORD_KEYS,
