@@ -1,9 +1,9 @@
 """Commands on a run that trained a dual encoder: merge, compose, and those that need chats."""
 
-from pathlib import functools
+import functools
+from pathlib import Path
 from typing import Any
 
-import Path
 import PIL.Image
 import pytest
 import torch

@@ -11,7 +11,6 @@ from mmtrain.contrastive.loss import LossSettings
 from mmtrain.model.kernels.install import install
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
-from mmtrain.scoring.image_cache import GIB
 from mmtrain.train.contrastive.cuts import PairCuts
 from mmtrain.train.contrastive.embedding_cache import EmbeddingCache
 from mmtrain.train.contrastive.graphs import GraphMemory
@@ -53,7 +52,7 @@ def make_contrastive_learner(
         dropout=dropout,
         lost_gradients=LostGradients(model, embedder.components),
         component_reports=reports,
-        graph_memory=GraphMemory(model, run.graph_memory_gib * GIB),
-        cache=EmbeddingCache(caches, run.image_cache.memory_gib * GIB),
+        graph_memory=GraphMemory(model, run.graph_memory_gib * 2**30),
+        cache=EmbeddingCache(caches, run.image_cache.memory_gib * 2**30),
         exact=run.microbatches != "auto",
     )
