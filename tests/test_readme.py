@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import PIL.Image
@@ -219,6 +220,22 @@ def test_the_way_from_labelled_images_to_an_evaluated_adapter(tmp_path: Path, mo
         assert result.exit_code == 0, result.exception or result.output
     assert "swapped" in result.output
     assert (tmp_path / "runs" / "my" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_script_for_folders_of_images_writes_a_table_that_is_read(tmp_path: Path) -> None:
+    from mmtrain.config.data_section import Source
+    from mmtrain.records.chat import Text
+    from mmtrain.records.record_set import RecordSet
+
+    (script,) = (block for block in blocks(DATA_PAGE, "python") if "parent.name" in block)
+    for name in ("guinea pig/b, 1.jpg", "cat/a.jpg"):
+        (tmp_path / "my_data" / name).parent.mkdir(parents=True)
+        PIL.Image.new("RGB", (8, 8)).save(tmp_path / "my_data" / name)
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    records = RecordSet([Source(path=str(tmp_path / "my_data" / "classes.csv"), prompt="Which?")])
+    conversations = [records.conversation(index) for index in range(len(records))]
+    assert [image.name for talk in conversations for image in talk.images] == ["cat/a.jpg", "guinea pig/b, 1.jpg"]
+    assert [talk.messages[1].parts for talk in conversations] == [(Text("cat"),), (Text("guinea pig"),)]
 
 
 def test_the_records_of_the_docs_are_read() -> None:

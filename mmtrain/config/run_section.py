@@ -105,3 +105,7 @@ class Run(Section):
     def num_threads(self) -> int | None:
         """CPU threads of a process, None where torch may choose."""
         return 1 if self.threads is None and self.microbatches != "auto" else self.threads
+
+    def is_sharded(self, num_processes: int) -> bool:
+        """Whether each of so many processes stores a share of the weights."""
+        return self.weights == "shard" and num_processes > 1

@@ -1,5 +1,6 @@
 """Vision-language models as embedders: an item is a prompt, and its embedding comes from the last hidden states."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +17,7 @@ from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.images import Roots
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.model.attention import KEYWORD
 from mmtrain.model.components import Components
 from mmtrain.model.family import Family
 from mmtrain.model.head import hidden_states
@@ -48,6 +50,7 @@ class ChatEmbedder:
         """`limit` gives the model's own limit, or `max_length` where that is lower."""
         self.model, self.processor, self.family = model, processor, family
         self.packing, self.alone = rows.packing, rows.alone
+        self._leaves_out_rows = False
         self._encoder, self._make_inputs = Encoder(processor), InputMaker(model, processor)
         self.template = processor.template.source
         self._pooling, self._autocast = pooling, autocast
@@ -84,6 +87,9 @@ class ChatEmbedder:
     def batch(self, items: Sequence[EncodedItem]) -> Batch:
         return make_batch([item.seed for item in items], [item.encoded for item in items], self.processor, self.packing)
 
+    def leave_out_rows(self) -> None:
+        self._leaves_out_rows = True
+
     def embed(self, batch: Batch, kind: Kind) -> Tensor:
         inputs = self._make_inputs(batch)
         is_kept = torch.zeros_like(batch.input_ids, dtype=torch.bool)
@@ -91,6 +97,8 @@ class ChatEmbedder:
             end = segment.start + segment.length
             is_kept[segment.row, segment.start if self._pooling == "mean" else end - 1 : end] = True
         kept = is_kept[0].nonzero()[:, 0] if batch.packed else is_kept
+        if KEYWORD in inputs and self._leaves_out_rows:
+            inputs[KEYWORD] = dataclasses.replace(inputs[KEYWORD], predicting=kept.to(inputs["input_ids"].device))
         with self._autocast():
             hidden = hidden_states(self.model, {**inputs, "logits_to_keep": kept.to(inputs["input_ids"].device)})
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))

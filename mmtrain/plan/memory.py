@@ -9,7 +9,8 @@ from mmtrain.config import Config
 from mmtrain.config.tune_section import Full, Lora
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.progress import Progress
-from mmtrain.train.checkpointing import GIB, available, peak_or_fault, with_checkpointing
+from mmtrain.scoring.image_cache import GIB
+from mmtrain.train.checkpointing import available, peak_or_fault, with_checkpointing
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.peak_memory import PeakMemory
 

@@ -35,8 +35,9 @@ def caches_features(config: Config, num_processes: int) -> bool:
     frozen = isinstance(tune.vision, Frozen) and isinstance(tune.projector, Frozen)
     if tune.components.language:  # they may be modules that make features
         frozen = frozen and isinstance(tune.language, Frozen)
-    sharded = run.weights == "shard" and num_processes > 1
-    return frozen and not sharded and max(run.image_cache.memory_gib, run.image_cache.disk_gib) > 0
+    return (
+        frozen and not run.is_sharded(num_processes) and max(run.image_cache.memory_gib, run.image_cache.disk_gib) > 0
+    )
 
 
 def make_store(config: Config, runtime: Runtime, progress: Progress) -> FeatureStore | None:
