@@ -186,13 +186,15 @@ class Checker:
 
     def _prompt(self, sample: _Sample, turn: int, span: _Span) -> Iterator[Finding]:
         """Checks that the ids before a reply are those that inference would give to the model."""
-        expected = sample.prompts.get(turn)
-        if expected is None:  # the template refuses it: the error says why
-            expected = self._inference.ids(self._inference.rendered(sample.conversation, turn, begun=True))
+        expected = sample.prompts.ids.get(turn)
         start = span[0]
         actual = sample.ids[:start]
         if actual == expected:
             return
+        if expected is None or turn in sample.prompts.derived:  # None: the template refuses it, and the error says why
+            expected = self._inference.ids(self._inference.rendered(sample.conversation, turn, begun=True))
+            if actual == expected:
+                return
         trained = [earlier for earlier in self._trained(sample.messages) if earlier < turn]
         actual = self._without_added_ends(sample, start, trained)
         added = len(actual) < start

@@ -184,7 +184,7 @@ class ChunkEncoder:
         findings = [
             (position, finding)
             for position, row in enumerate(found)
-            for finding in self._findings(row, failing, {} if row.conversation is None else next(prompts))
+            for finding in self._findings(row, failing, Prompts() if row.conversation is None else next(prompts))
         ]
         spans = [span for one in encoded for span in one.images]
         sizes = [
