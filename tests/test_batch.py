@@ -145,15 +145,15 @@ def test_images_with_cached_features_are_not_decoded(decoded: None) -> None:
     found = iter([None, features])
     cache: Any = SimpleNamespace(find=lambda key: next(found))
     processor: Any = ImageProcessor()
-    batch = make_batch([40], [with_images(7, 8)], processor, packing=True, store=cache)
+    batch = make_batch([40], [with_images(7, 8)], processor, packing=True, image_cache=cache)
     assert processor.given == [([[7]], None)]
     assert {name: value.tolist() for name, value in batch.image_inputs.items()} == {"grid": [107, 5]}
     assert [image.features for image in batch.images] == [None, features]
     none: Any = SimpleNamespace(find=lambda key: None)
-    assert make_batch([40], SAMPLES[:1], processor, packing=True, store=none).image_inputs == {}
+    assert make_batch([40], SAMPLES[:1], processor, packing=True, image_cache=none).image_inputs == {}
     longer = replace(with_images(7).images[0], length=3)
     with pytest.raises(SampleError, match=r"^3 tokens were laid out for 7\.png and .* makes 2$"):
-        make_batch([40], [replace(with_images(7), images=(longer,))], processor, packing=True, store=none)
+        make_batch([40], [replace(with_images(7), images=(longer,))], processor, packing=True, image_cache=none)
 
 
 def test_a_fault_of_the_batch_names_the_sample_or_else_all_of_them(decoded: None) -> None:

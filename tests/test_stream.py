@@ -25,7 +25,9 @@ from mmtrain.cli import app
 from mmtrain.config import dump_config
 from mmtrain.config.data_section import TrainSource
 from mmtrain.config.schema import Config
-from mmtrain.dataset.encode_all import ChunkEncoder, EncodedChunk, EncodingSpec
+from mmtrain.dataset.encode_all import ChunkEncoder
+from mmtrain.dataset.encoded_chunk import EncodedChunk
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.shard_order import ShardOrder
 from mmtrain.dataset.stream import Stream, StreamedWindow, StreamState
 from mmtrain.dataset.validate import LengthLimit, check_samples

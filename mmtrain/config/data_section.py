@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict, field_validator, model_validator
 
-from mmtrain.config.section import Count, Marker, Section
+from mmtrain.config.section import Count, FilePath, GivenPath, Marker, Section
 
 RecordFormat = Literal[
     "auto",
@@ -30,20 +30,20 @@ _ZEROS = re.compile("(0[1-9][0-9]?)?")
 
 
 class Source(Section):
-    path: Annotated[str, Field(min_length=1)]
+    path: GivenPath
     """A file of records (.json, .jsonl, .parquet, .arrow, .csv, .tsv, .tar and so on), a folder of them, a glob, or
     `hub:owner/name`: a data set of the Hugging Face hub that is in the local cache."""
     split: Annotated[str, Field(min_length=1)] | None = None
     """Only the files of this split, such as `train`, `validation` or `test`: of a folder with several, by the names of
     files and folders as in the library `datasets`."""
-    root: str | Annotated[tuple[str, ...], Strict(False), Field(min_length=1)] | None = None
+    root: FilePath | Annotated[tuple[FilePath, ...], Strict(False), Field(min_length=1)] | None = None
     """What image paths are relative to and may not leave: a folder, a zip or tar file, or a list of them, in which an
     image is looked for in order; without it the data file's own folder."""
     format: RecordFormat = "auto"
     """The shape of the records, as docs/data.md lists them, or `auto`: detected for each record by its keys."""
     fields: dict[str, str] = Field(default={})
     """Which column of the data is which key of a record: `{image: img, question: q, answer: a}`. A value with braces
-    is a template of several columns: `{prompt: "{context}\\n{question}"}`, with zeros in front of a number:
+    is a template of several columns: `{prompt: "{context}\\n{question}"}`, with zeros before a number:
     `{image: "{image_id:012}.jpg"}`. `answers.0` is the first of a list, `body.messages` a key in an object; name the
     rest of such a column in `ignore_fields`."""
     prompt: Annotated[str, Field(min_length=1)] | None = None
@@ -97,7 +97,7 @@ MetricName = Literal[
 
 
 class EvalSource(Source):
-    path: str = ""
+    path: FilePath = ""
     """As for `data.train`; required, except with `from: train`."""
     from_: Annotated[Literal["train"] | None, Field(alias="from")] = None
     """`train`: samples of `data.train` that are held out, so they are not trained on. Give `share` with it and no

@@ -22,7 +22,7 @@ from mmtrain.model.head import hidden_states
 from mmtrain.model.inputs import InputMaker
 from mmtrain.records.chat import Conversation, Message, SampleError, Text
 from mmtrain.records.pairs import Item
-from mmtrain.scoring.packing import Rows
+from mmtrain.scoring.packing import RowChoice
 
 _STAND_IN = Message("assistant", (Text("x"),))
 _KIND: Kind = "prompt"
@@ -40,7 +40,7 @@ class ChatEmbedder:
         model: Any,
         processor: ChatProcessor,
         family: Family,
-        rows: Rows,
+        rows: RowChoice,
         pooling: Literal["last", "mean"],
         limit: Callable[[int], LengthLimit],
         autocast: Callable[[], AbstractContextManager[Any]],

@@ -3,9 +3,8 @@
 Samples are encoded and checked once, when they are stored for training. The audit reads that store.
 """
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,43 +12,25 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text as Plain
+from rich.text import Text
 
 from mmtrain.checks.findings import REFUSED, Finding
 from mmtrain.config import Config
 from mmtrain.config.data_section import Source
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.samples import StoredSamples
-from mmtrain.dataset.selection import Selected
+from mmtrain.dataset.selection import Selected, equal_samples
 from mmtrain.encoding.encode import Encoder
-from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.load import processor_of
 from mmtrain.errors import grouped
 from mmtrain.inspect_labels.selected_samples import open_selected, selected_sources
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.progress import Progress
-from mmtrain.records.chat import Conversation, Text
 
 TOO_LONG = "too long"
-_NUM_LONGEST, _NUM_DUPLICATES, _NUM_SHOWN = 10, 10, 20
-
-
-def _digest(conversation: Conversation, images: list[FoundImage], with_bytes: bool = False) -> bytes:
-    """A hash of the text and of the images' sizes and numbers of bytes; with `with_bytes` also of the bytes."""
-    made = hashlib.blake2b(digest_size=16)
-    for message in conversation.messages:
-        texts = [part.text if isinstance(part, Text) else None for part in message.parts]
-        other = (message.weight, message.reasoning, message.calls)
-        made.update(repr((message.role, message.train, texts, *other)).encode())
-    made.update(repr(conversation.tools).encode())
-    for image in images:
-        data = image.source
-        if with_bytes:
-            data = data.read_bytes() if isinstance(data, Path) else data
-            made.update(hashlib.sha256(data).digest())
-        num_bytes = data.stat().st_size if isinstance(data, Path) else len(data)
-        made.update(repr((image.size, num_bytes)).encode())
-    return made.digest()
+NUM_SHOWN = 20
+"""Faults of a kind that are printed."""
+_NUM_LONGEST, _NUM_DUPLICATES = 10, 10
 
 
 @dataclass(slots=True)
@@ -124,19 +105,15 @@ class AuditReport:
 
     def print(self, console: Console) -> None:
         """Print the report in 80 columns."""
-        table = Table(box=None, pad_edge=False, title=f"Audit of data.{self.split}", title_justify="left")
-        table.add_column("source", overflow="fold", max_width=26)
-        for name in ("samples", "refused", "tokens", "trained on", "images", "faults"):
-            table.add_column(name, justify="right", no_wrap=True)
         everything = SourceReport("all", *map(self.total, _COUNTS))
+        rows = []
         for source in [*self.sources, everything] if len(self.sources) > 1 else self.sources:
             samples, refused, tokens, supervised, images, faults = (getattr(source, name) for name in _COUNTS)
             counts = [f"{count:,}" for count in (samples, refused, tokens, images, faults)]
             counts.insert(3, f"{supervised / tokens if tokens else 0:.1%}")
-            table.add_row(Plain(Path(source.path).name), *counts)
-        console.print(table)
-        for line in self._lines():
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            rows.append((source.path, *counts))
+        titles = ("samples", "refused", "tokens", "trained on", "images", "faults")
+        print_audit(self.split, titles, rows, self._lines(), console)
 
     def _lines(self) -> Iterator[str]:
         if self.num_records < self.total("num_samples"):
@@ -158,11 +135,31 @@ class AuditReport:
             yield f"\nNote: {kind}: {count:,} times, first at\n  {': '.join(self.first_notes[kind])}"
         for kind, found in self.faults.items():
             yield f"\nFault: {kind}: {len(found):,} times"
-            lines = grouped([f"{place}: {reason}" for place, reason in found])
-            yield from (f"  {line}" for line in lines[:_NUM_SHOWN])
-            if len(lines) > _NUM_SHOWN:
-                yield f"  and {len(lines) - _NUM_SHOWN:,} more"
+            yield from fault_lines(found)
         yield f"\n{self.num_faults:,} faults" if self.faults else "\nNo faults"
+
+
+def print_audit(
+    split: str, titles: Sequence[str], rows: Sequence[Sequence[str]], lines: Iterable[str], console: Console
+) -> None:
+    """Print an audit: a table with the path and the figures of each source, then `lines`."""
+    table = Table(box=None, pad_edge=False, title=f"Audit of data.{split}", title_justify="left")
+    table.add_column("source", overflow="fold", max_width=26)
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for path, *figures in rows:
+        table.add_row(Text(Path(path).name), *figures)
+    console.print(table)
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def fault_lines(faults: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """The first of some (place, reason), similar ones together."""
+    lines = grouped([f"{place}: {reason}" for place, reason in faults])
+    yield from (f"  {line}" for line in lines[:NUM_SHOWN])
+    if len(lines) > NUM_SHOWN:
+        yield f"  and {len(lines) - NUM_SHOWN:,} more"
 
 
 def _named(found: tuple[str, str]) -> dict[str, str]:
@@ -193,7 +190,7 @@ class _Counting:
         self.report = AuditReport(split, [SourceReport(source.path) for source in sources])
         self.report.num_records = len(np.unique(samples.store.records))
         self._samples = samples
-        self._same: dict[bytes, list[int]] = {}
+        self._encoded: list[int] = []
         for kind, note in samples.store.notes.items():
             self.report.notes[kind] = note.count
             self.report.first_notes[kind] = (str(samples.place(note.first)), note.reason)
@@ -234,28 +231,17 @@ class _Counting:
             conversation = self._samples.records.conversation(index)
             report.shapes[conversation.shape] += 1
             report.roles.update(message.role for message in conversation.messages)
-            self._same.setdefault(self._digest(index), []).append(index)
+            self._encoded.append(index)
         return found
 
     def finish(self) -> AuditReport:
-        """The report, with equal samples. The bytes of images are read only if everything else is equal."""
-        report = self.report
-        for indices in self._same.values():
-            for group in self._same_bytes(indices) if len(indices) > 1 else ():
-                report.num_duplicates += len(group) - 1
-                report.duplicates.append([str(self._samples.place(index)) for index in group])
-        del report.duplicates[_NUM_DUPLICATES:]
-        return report
-
-    def _same_bytes(self, indices: list[int]) -> list[list[int]]:
-        groups: dict[bytes, list[int]] = {}
-        for index in indices:
-            groups.setdefault(self._digest(index, with_bytes=True), []).append(index)
-        return [group for group in groups.values() if len(group) > 1]
-
-    def _digest(self, index: int, with_bytes: bool = False) -> bytes:
-        images = [span.image for span in self._samples.encoded(index).images]
-        return _digest(self._samples.records.conversation(index), images, with_bytes)
+        """The report, with equal samples."""
+        groups = equal_samples(self._samples, self._encoded)
+        self.report.num_duplicates = sum(len(group) - 1 for group in groups)
+        self.report.duplicates = [
+            [str(self._samples.place(index)) for index in group] for group in groups[:_NUM_DUPLICATES]
+        ]
+        return self.report
 
 
 def audit(

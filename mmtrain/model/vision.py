@@ -24,9 +24,10 @@ from transformers.masking_utils import sdpa_mask
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.raw_pixels import Normalization, find_normalization
 from mmtrain.model.attention import autocast, fits_varlen, has_varlen, varlen
-from mmtrain.model.image_cache.features import base_model, given_to_decoder
+from mmtrain.model.components import base_model
+from mmtrain.model.image_cache.features import given_to_decoder
 from mmtrain.model.transfer import all_on_device
-from mmtrain.safe_text import one_line
+from mmtrain.safe_text import error_line
 
 NAME = "mmtrain_flash_images"
 _SEEN = "seen_by_kernel"
@@ -115,7 +116,7 @@ def _prepared(
     try:
         expected, _ = _trial(model, processor, plain)
     except Exception as error:  # a family that is not supported can raise anything; training reports it
-        say(f"vision: its trial failed with {type(error).__name__}: {one_line(error)}")
+        say(f"vision: its trial failed with {error_line(error)}")
         return plain
     for line in _changed_attention(model, tower, processor, plain, expected):
         say(line)
@@ -156,7 +157,7 @@ def _fault(
     try:
         found, calls = _trial(model, processor, inputs)
     except Exception as error:
-        return f"the trial failed with {type(error).__name__}: {one_line(error)}"
+        return f"the trial failed with {error_line(error)}"
     if seen is not None:
         seen += calls
     if [value.shape for value in found] != [value.shape for value in expected]:
@@ -214,8 +215,7 @@ def _attention(
         rows = [sdpa_attention_forward(module, *own, None, dropout, scaling, **kwargs)[0] for own in each]
         return torch.cat(rows, dim=1), None
     longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else max_length_q
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return varlen(q, k, v, cu_seq_lens_q, longest, scaling)[None], None
+    return varlen(query, key, value, cu_seq_lens_q, longest, scaling), None
 
 
 AttentionInterface.register(NAME, _attention)

@@ -30,7 +30,7 @@ from mmtrain.records.tools import (
     tools_of,
     with_calls,
 )
-from mmtrain.safe_text import shown
+from mmtrain.safe_text import counted, shown
 
 MAX_TEXT = 4_000_000
 """Characters of text in one record: about a million tokens, for which a tokenizer takes about a GB of memory."""
@@ -53,6 +53,7 @@ _WEIGHTS = ("weight", "loss_weight", "loss_scale")
 _TRAIN_KEYS = (*_SWITCHES, *_WEIGHTS)
 _MAX_WEIGHT = 1000
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_PLAIN_KEYS = frozenset({"role", "content"})
 _SYSTEM_KEYS = ("system", "system_prompt")
 _IMAGE_KEYS = ("images", "image")
 _TEXT_TYPES = ("text", "input_text", "output_text")
@@ -149,12 +150,12 @@ class _ImageList:
         """`messages`, with images without a place put first in the first turn of the user."""
         if not self.are_unmarked:
             if self._num_marks != len(self._images) and self.mark is not None:
-                marks = _count(self._num_marks, f"{self.mark.text} mark")
-                raise SampleError(f"{marks} but {_count(len(self._images), 'image')}")
+                marks = counted(self._num_marks, f"{self.mark.text} mark")
+                raise SampleError(f"{marks} but {counted(len(self._images), 'image')}")
             return messages
         first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
         if first is None:
-            raise SampleError(f"{_count(len(self._images), 'image')} but no turn of the user")
+            raise SampleError(f"{counted(len(self._images), 'image')} but no turn of the user")
         asked = messages[first]
         filled = replace(asked, parts=(*self._images, *asked.parts))
         return [*messages[:first], filled, *messages[first + 1 :]]
@@ -184,6 +185,8 @@ def _message(turn: Record, number: int, images: _ImageList) -> Message:
         raise SampleError(f"an image in a turn of the {role}: only the user's turns can have images")
     if role == "assistant" and not calls and not any(isinstance(part, Text) and part.text.strip() for part in parts):
         raise SampleError("an assistant turn without text")
+    if turn.keys() <= _PLAIN_KEYS:
+        return Message(role, parts)
     reasoning = _text(_one_of(turn, _REASONING_KEYS) or "", "the reasoning")
     _check_role(turn, number, role, {"calls": bool(calls), "reasoning": bool(reasoning)})
     name, call_id = (_text(turn.get(key) or "", key) or None for key in ("name", "tool_call_id"))
@@ -265,7 +268,3 @@ def _text(value: Any, key: str) -> str:
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
         raise SampleError("text with half of a surrogate pair: it is not valid Unicode")
     return value
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

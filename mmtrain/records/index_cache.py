@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import replacing
 from mmtrain.user_cache import cache_folder, file_version, remove_unused, used
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -42,10 +42,8 @@ class CachedIndex:
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _remove_unused(self._path.parent)
-            with temporary_path(self._path, str(os.getpid())) as made:
-                with made.open("wb") as file:
-                    np.savez(file, **arrays)
-                move_into_place(self._path, made, durable=False)
+            with replacing(self._path, str(os.getpid()), durable=False) as made, made.open("wb") as file:
+                np.savez(file, **arrays)
 
 
 @functools.cache

@@ -5,10 +5,10 @@ from typing import Any
 
 from mmtrain.records.chat import SampleError
 from mmtrain.safe_text import shown
+from mmtrain.text_files import NOT_UTF8
 
 MAX_RECORD = 32 * 2**20
 """The most bytes of one record. Parsing needs at most 30 times as much memory."""
-NOT_UTF8 = "not UTF-8 text: save the file as UTF-8, such as with iconv -f UTF-16 -t UTF-8 or -f CP1252"
 
 
 def too_long(num_bytes: int) -> SampleError:
@@ -46,3 +46,13 @@ def parse_json(line: bytes) -> Any:
         raise SampleError(f"not JSON: {error}") from None
     except RecursionError:
         raise SampleError("not JSON that can be read: nested too deeply") from None
+
+
+def parsed_value(value: Any, name: str) -> Any:
+    """`value`, or what it is the JSON text of, as tables have it. `name` says what it is. Raises SampleError."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value.encode("utf-8", "surrogatepass"))
+    except SampleError as error:
+        raise SampleError(f"{shown(name, 60)}: {error}") from None

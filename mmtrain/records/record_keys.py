@@ -48,21 +48,16 @@ _SUFFIX = r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|avif|heic|mp4|avi|mov|mkv|webm|w
 _MEDIA = re.compile(rf"data:(image|video|audio)/|.*{_SUFFIX}$", re.IGNORECASE)
 
 
-def without_keys(record: Record, ignored: Set[str]) -> Record:
-    """A copy of `record` without the keys `ignored`, in the record, its turns and the parts of their content."""
-    return {key: _without(value, ignored, 2) for key, value in record.items() if key not in ignored}
+def without_keys(record: Record, ignored: Set[str], depth: int = 2) -> Record:
+    """A copy of `record` without the keys `ignored`, in the record, its turns and the parts of their content, which are
+    objects in lists `depth` times inside it."""
+    return {key: _without(value, ignored, depth) for key, value in record.items() if key not in ignored}
 
 
 def _without(value: Any, ignored: Set[str], depth: int) -> Any:
-    if isinstance(value, list):
-        return [_without_in_object(item, ignored, depth) for item in value]
-    return value
-
-
-def _without_in_object(item: Any, ignored: Set[str], depth: int) -> Any:
-    if not isinstance(item, dict):
-        return item
-    return {k: _without(v, ignored, depth - 1) if depth > 1 else v for k, v in item.items() if k not in ignored}
+    if not depth or not isinstance(value, list):
+        return value
+    return [without_keys(item, ignored, depth - 1) if isinstance(item, dict) else item for item in value]
 
 
 def check_keys(record: Record, understood: Set[str], turns: Iterable[Record], of_turn: Set[str]) -> None:

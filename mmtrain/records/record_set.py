@@ -47,34 +47,20 @@ class RecordSet:
     """
 
     def __init__(
-        self, sources: Sequence[Source], ignored: Set[str] = frozenset(), drops_reasoning: bool = False
+        self,
+        sources: Sequence[Source],
+        ignored: Set[str] = frozenset(),
+        drops_reasoning: bool = False,
+        files: Sequence[OpenFile] | None = None,
     ) -> None:
         """`ignored`: keys of records that need not be understood. `drops_reasoning`: replies are read without it.
+        `files`: the files of the sources that are read; None: all.
 
         Raises UserError where a source cannot be read.
         """
         self._ignored, self._drops_reasoning = ignored, drops_reasoning
         self.num_sources = len(sources)
-        self._open(
-            [
-                OpenFile(records, source, number)
-                for number, source in enumerate(sources)
-                for records in open_records(source.path, source.split)
-            ]
-        )
-
-    @classmethod
-    def of_files(
-        cls, files: Sequence[OpenFile], ignored: Set[str] = frozenset(), drops_reasoning: bool = False
-    ) -> "RecordSet":
-        """The records of some files only, as in `__init__`."""
-        made = cls((), ignored, drops_reasoning)
-        made.num_sources = 1 + max(file.source for file in files)
-        made._open(files)
-        return made
-
-    def _open(self, files: Sequence[OpenFile]) -> None:
-        self._files = files
+        self._files = _open(sources) if files is None else files
         self._rows: tuple[Counts, Counts] | None = None
         for path in self.archives:
             open_archive(path)  # a broken one is found now
@@ -165,6 +151,14 @@ class RecordSet:
         number = bisect_right(self._ends, record)
         file = self._files[number]
         return file, record - (self._ends[number] - len(file.records))
+
+
+def _open(sources: Sequence[Source]) -> list[OpenFile]:
+    return [
+        OpenFile(records, source, number)
+        for number, source in enumerate(sources)
+        for records in open_records(source.path, source.split)
+    ]
 
 
 def _reading(spec: Source) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmtrain.records.chat import SampleError
-from mmtrain.records.json_text import parse_json
+from mmtrain.records.json_text import parsed_value
 from mmtrain.records.record_keys import Record, why_refused
 from mmtrain.safe_text import shown
 
@@ -156,10 +156,7 @@ def _said(content: Any) -> Record:
 def as_list(value: Any, key: str) -> list[Any]:
     """`value`, a list or the JSON text of one, as tables have it. Raises SampleError if it is neither."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = parse_json(value.encode("utf-8", "surrogatepass"))
-        except SampleError as error:
-            raise SampleError(f"{shown(key)}: {error}") from None
+        value = parsed_value(value, key)
     if not isinstance(value, list):
         raise SampleError(f"{shown(key)} must be a list, not {shown(value)}")
     return value

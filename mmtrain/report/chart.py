@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -137,7 +137,7 @@ def _short(value: float) -> str:
 
 def _finite(series: Series) -> Series:
     kept = np.isfinite(series.values)
-    return Series(series.name, series.steps[kept], series.values[kept], series.style, series.marked, series.run)
+    return replace(series, steps=series.steps[kept], values=series.values[kept])
 
 
 def _drawn(series: Series, x_scale: _Scale, y_scale: _Scale) -> Line:

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import write_text
 from mmtrain.report.chart import number
 from mmtrain.report.compare import differing_keys
 from mmtrain.report.environment import page_template
 from mmtrain.report.read import Row, RunRecord, read_run
 from mmtrain.report.run_charts import charts, length_chart
 from mmtrain.report.series import column, smoothed
-from mmtrain.train.summary import duration, rows_of
+from mmtrain.train.metrics import rows_of
+from mmtrain.train.summary import duration
 
 REPORT = "report.html"
 NUM_ANSWERS = 12
@@ -29,9 +30,7 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
         answers=_answers(records[0]) if len(records) == 1 else [],
         length_chart=length_chart,
     )
-    with temporary_path(path) as made:
-        made.write_text(page, encoding="utf-8", newline="\n")
-        move_into_place(path, made, durable=False)
+    write_text(path, page, durable=False)
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str]]:

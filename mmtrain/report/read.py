@@ -9,8 +9,8 @@ from mmtrain.config.yaml_file import read_yaml
 from mmtrain.errors import UserError
 from mmtrain.safe_text import visible
 from mmtrain.train.folder import FACTS
-from mmtrain.train.metrics import METRICS, is_step
-from mmtrain.train.summary import RunSummary, rows_of, summarize
+from mmtrain.train.metrics import METRICS, is_step, rows_of
+from mmtrain.train.summary import RunSummary, summarize
 
 Row = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """Series of a run's figures over its steps, smoothed, and thinned for a plot without losing its extremes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +53,7 @@ def thinned(series: Series, num: int = NUM_BUCKETS) -> Series:
         values = series.values[bucket]
         kept |= {int(bucket[values.argmin()]), int(bucket[values.argmax()])}
     chosen = np.array(sorted(kept))
-    return Series(series.name, series.steps[chosen], series.values[chosen], series.style, series.marked, series.run)
+    return replace(series, steps=series.steps[chosen], values=series.values[chosen])
 
 
 def column(rows: Sequence[dict[str, float]], key: str) -> tuple[Values, Values]:

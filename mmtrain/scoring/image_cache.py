@@ -83,10 +83,10 @@ def _encodes_together(config: Config, runtime: Runtime) -> bool:
 
 def _model_key(config: Config, runtime: Runtime, progress: Progress) -> str:
     """A SHA-256 over all that decides the bits of an image's features besides the image."""
-    files = runtime.from_first("features", lambda: json.dumps(model_fingerprints(config.model.path, progress.tick)))
+    files = runtime.from_first("features", lambda: model_fingerprints(config.model.path, progress.tick))
     settings = {"image_processor": config.model.image_processor}
     versions = {"mmtrain": __version__, "transformers": transformers.__version__, "pillow": PIL.__version__}
     made_by = {"dtype": config.model.dtype, "threads": runtime.num_threads, **runtime.kernels, **versions, **settings}
     if _encodes_together(config, runtime):
         made_by["images"] = "together"
-    return hashlib.sha256(json.dumps([json.loads(files), made_by], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([files, made_by], sort_keys=True).encode()).hexdigest()

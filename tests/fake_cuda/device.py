@@ -1,5 +1,6 @@
 """Tensors on the fake device, and what torch's Python module knows of it."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -125,6 +126,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
         "current_device": 0,
         "get_device_name": "a fake device",
         "get_device_capability": capability,
+        "get_device_properties": SimpleNamespace(total_memory=2**34),
         "max_memory_allocated": 0,
         "memory_allocated": 0,
         "memory_reserved": 0,

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.errors import UserError
-from mmtrain.records.chat import SampleError
-from mmtrain.records.json_text import MAX_RECORD, NOT_UTF8
+from mmtrain.records.chat import SampleError, refused_at
+from mmtrain.records.json_text import MAX_RECORD
 from mmtrain.records.sources.line_index import LineIndex
 from mmtrain.records.sources.place import Place
 from mmtrain.safe_text import one_line, shown, visible
+from mmtrain.text_files import NOT_UTF8
 
 
 class DelimitedFile:
@@ -26,7 +27,7 @@ class DelimitedFile:
         csv.field_size_limit(MAX_RECORD)
         self._index = LineIndex(path, "rows 1", lambda chunk: chunk.count(b'"') % 2 == 1)
         self._style: dict[str, Any] = {"delimiter": delimiter, "strict": True}
-        try:
+        with refused_at(f"{visible(str(path))}:1"):
             self._columns = self._row(0) if len(self._index) else []
             if len(self._columns) == 1 and delimiter == ",":
                 self._style["delimiter"] = next((one for one in ";|\t" if one in self._columns[0]), delimiter)
@@ -34,13 +35,11 @@ class DelimitedFile:
             if len(self._columns) > 1 and all(name.startswith(" ") for name in self._columns[1:]):
                 self._style["skipinitialspace"] = True
                 self._columns = self._row(0)
-        except SampleError as error:
-            raise UserError(f"{visible(str(path))}:1: {error}") from None
         columns = self._columns
         repeated = {name for n, name in enumerate(columns) if columns.count(name) > 1 or (n and not name.strip())}
         if repeated or (len(self._index) and not self._columns):
-            names = ", ".join(map(shown, sorted(repeated)))
-            raise UserError(f"{visible(str(path))}:1: the first row must name every column once, found {names} again")
+            found = ", ".join(map(shown, sorted(repeated)))
+            raise UserError(f"{visible(str(path))}:1: the first row must name every column once, found {found} again")
 
     def __len__(self) -> int:
         return max(0, len(self._index) - 1)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mmtrain.errors import UserError
-from mmtrain.records.json_text import DECODER, MAX_RECORD, NOT_UTF8, parse_json, too_long
+from mmtrain.records.json_text import DECODER, MAX_RECORD, parse_json, too_long
 from mmtrain.records.sources.line_index import OffsetIndex, first_offset
 from mmtrain.records.sources.place import Place
 from mmtrain.safe_text import visible
+from mmtrain.text_files import NOT_UTF8
 
 _BLOCK = 2**20
 _SPACE = " \t\r\n"
