@@ -37,8 +37,8 @@ class CachedIndex:
             return found
         return None
 
-    def store(self, **arrays: npt.NDArray[Any]) -> None:
-        """Write the index, where the cache can be written; one that cannot only costs time."""
+    def store(self, **arrays: Any) -> None:
+        """Write the arrays of the index; a cache that cannot be written only costs time."""
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _remove_unused(self._path.parent)
