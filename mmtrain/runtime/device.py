@@ -12,7 +12,7 @@ import torch.utils.deterministic
 from mmtrain.dataset.batch import Batch
 from mmtrain.errors import DeviceMemoryError, UserError
 from mmtrain.progress import Progress
-from mmtrain.safe_text import one_line
+from mmtrain.safe_text import one_line, visible
 
 _AMPERE = (8, 0)
 """The first compute capability whose multipliers take bfloat16; older cards convert every value to float32 and back."""
@@ -73,7 +73,7 @@ def _check_gpu(dtype: str, local_index: int) -> torch.device:
     except RuntimeError as error:  # a card that this build has no code for, or that others have filled or reserved
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"run.device: {torch.cuda.get_device_name(device)} cannot be used: {one_line(reason)}: free it, install a "
+            f"run.device: {torch.cuda.get_device_name(device)} cannot be used: {visible(reason)}: free it, install a "
             "build of torch for it, or set run.device to cpu"
         ) from None
     if dtype == "bfloat16" and not has_bfloat16(device):
