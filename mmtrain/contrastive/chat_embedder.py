@@ -22,6 +22,7 @@ from mmtrain.model.components import Components
 from mmtrain.model.family import Family
 from mmtrain.model.head import hidden_states
 from mmtrain.model.inputs import InputMaker
+from mmtrain.model.vision import prepare_vision
 from mmtrain.records.chat import Conversation, Message, SampleError, Text
 from mmtrain.records.pairs import Item
 from mmtrain.scoring.packing import RowChoice
@@ -46,12 +47,16 @@ class ChatEmbedder:
         pooling: Literal["last", "mean"],
         limit: Callable[[int], LengthLimit],
         autocast: Callable[[], AbstractContextManager[Any]],
+        say: Callable[[str], None],
     ) -> None:
-        """`limit` gives the model's own limit, or `max_length` where that is lower."""
+        """`limit` gives the model's own limit, or `max_length` where that is lower. `say` is given the lines of what is
+        slower than it could be on a GPU."""
         self.model, self.processor, self.family = model, processor, family
         self.packing, self.alone = rows.packing, rows.alone
         self._leaves_out_rows = False
-        self._encoder, self._make_inputs = Encoder(processor), InputMaker(model, processor)
+        with autocast():
+            vision = prepare_vision(model, processor, model.device, say)
+        self._encoder, self._make_inputs = Encoder(processor), InputMaker(model, processor, None, vision)
         self.template = processor.template.source
         self._pooling, self._autocast = pooling, autocast
         self.limit = limit
