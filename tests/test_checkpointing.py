@@ -10,13 +10,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from mmtrain.config import GIB
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.model.without_values import NeedsValuesError
 from mmtrain.progress import QUIET, Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train import checkpointing
-from mmtrain.train.checkpointing import GIB, available, decide_checkpointing
+from mmtrain.train.checkpointing import available, decide_checkpointing
 from mmtrain.train.dataset import Dataset
 from support.builders import mixed_rows, train_and_run, write_jsonl
 

@@ -251,7 +251,10 @@ def test_a_vision_tower_that_is_not_found_can_be_named(
     expected = {name: Components(model).component_of(name) for name, _ in model.named_parameters()}
     monkeypatch.setattr(model, "get_encoder", lambda modality: None)
     model.config.vision_config = deepcopy(model.config.vision_config)
-    with pytest.raises(UserError, match=r"vision tower was not found: name its modules, such as tune\.components="):
+    with pytest.raises(
+        UserError,
+        match=r"name its modules in tune\.components, such as tune\.components=.\{vision: \[model\.visual\]\}",
+    ):
         Components(model)
     named = Components(model, ComponentModules(vision=("model.visual",)))
     assert {name: named.component_of(name) for name, _ in model.named_parameters()} == expected

@@ -110,7 +110,7 @@ def losses_of(views: list[SampleView]) -> dict[int, dict[int, float]]:
 @pytest.fixture(scope="module")
 def written(views: list[SampleView], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     path = tmp_path_factory.mktemp("out") / "labels.html"
-    write_page(path, page_of_samples(views, losses_of(views), title=MARKUP))
+    write_page(path, page_of_samples(views, losses_of(views)))
     return path.read_text(encoding="utf-8"), path
 
 

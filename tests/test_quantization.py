@@ -26,7 +26,7 @@ from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import LostGradientError, UserError
-from mmtrain.evaluate.evaluation import PerplexityEvaluation
+from mmtrain.evaluate.evaluation import ModelScoring
 from mmtrain.inspect_labels.losses import token_losses
 from mmtrain.model.cost import cost_model
 from mmtrain.model.family import probe_family
@@ -291,7 +291,7 @@ def test_evaluation_and_token_losses_use_the_quantized_model(make_quantized: Mak
     train(config)
     output = Path(config.run.output_dir)
     last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
-    evaluation = PerplexityEvaluation(config, adapters=[str(output)])
+    evaluation = ModelScoring(config, adapters=[str(output)])
     with evaluation.model(str(output)) as model:
         assert summary(evaluation.scores(model))["nll"] == pytest.approx(last["nll"], rel=1e-6)
     losses = token_losses(

@@ -247,9 +247,9 @@ def test_a_fault_is_an_error_at_the_step_of_its_window(open_stream: Open, tmp_pa
     stream = open_stream(config_for(faulty(tmp_path / "shards"), window=10, batch_size=5, too_long="drop"))
     names = [name for step in places(stream, range(1, 3)) for name in step]
     assert all(name.startswith(("0.jsonl", "2.jsonl")) for name in names)
-    with pytest.raises(UserError, match=r"1\.jsonl:4: .content. must be text"):
+    with pytest.raises(UserError, match=r"1\.jsonl:4: .answer. must be text"):
         places(stream, range(3, 6))
-    with pytest.raises(UserError, match=r"1\.jsonl:4: .content. must be text"):  # and again: it is not passed over
+    with pytest.raises(UserError, match=r"1\.jsonl:4: .answer. must be text"):  # and again: it is not passed over
         stream.step(5)
 
 

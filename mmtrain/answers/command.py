@@ -19,7 +19,7 @@ from mmtrain.model.adapter import find_adapter, find_model, say_other_processor
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import shown, visible
-from mmtrain.scoring.eval_samples import eval_sources
+from mmtrain.scoring.eval_samples import sources_to_evaluate
 from mmtrain.scoring.results import show
 
 
@@ -57,7 +57,7 @@ def answer_figures(
     config.objective.check_command("eval answers", "chat", "eval retrieval")
     if options.metric is not None and options.metric not in METRICS:
         raise UserError(f"--metric {shown(options.metric)}: expected one of {', '.join(METRICS)}")
-    sources = eval_sources(config, options.data)
+    sources = sources_to_evaluate(config, options.data)
     check_page(options.html)
     target = answers_target(config, options.adapter)
     runtime = runtime or Runtime(config.model.dtype, device=config.run.device)

@@ -9,6 +9,9 @@ from pydantic import AfterValidator, Field, Strict
 from mmtrain.config.section import Count, Marker, Section, WatchedMetric
 from mmtrain.safe_text import shown
 
+GIB = 2**30
+"""Bytes of a GiB, the unit of the keys that end in `_gib`."""
+
 
 def _output_path(path: str) -> str:
     """`path` with the home folder for `~`. Raises ValueError for `$HOME` and the like: a folder of that name would be
@@ -105,3 +108,7 @@ class Run(Section):
     def num_threads(self) -> int | None:
         """CPU threads of a process, None where torch may choose."""
         return 1 if self.threads is None and self.microbatches != "auto" else self.threads
+
+    def is_sharded(self, num_processes: int) -> bool:
+        """Whether each of so many processes stores a share of the weights."""
+        return self.weights == "shard" and num_processes > 1

@@ -1,5 +1,6 @@
 """Dual encoders as embedders: a tower for texts, one for images, and what maps both to one space."""
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.contrastive.embedder import EncodedItem, Kind, SentenceModules, no_labels
+from mmtrain.contrastive.pooled_rows import PooledRows, check_pooled, find_pooled_rows
 from mmtrain.contrastive.scale import find_multipliers
 from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.dataset.validate import LengthLimit
@@ -19,7 +21,6 @@ from mmtrain.encoding.encode import Encoded, ImageSpan
 from mmtrain.encoding.images import Roots, decode, find_image
 from mmtrain.encoding.tower_processor import TowerProcessor
 from mmtrain.errors import UserError
-from mmtrain.model.components import base_name
 from mmtrain.model.family import Family
 from mmtrain.model.tower_components import TowerComponents
 from mmtrain.model.transfer import all_on_device
@@ -52,6 +53,7 @@ class Towers:
         self.components = TowerComponents(model)
         self._autocast = autocast
         self._pads_to_limit = False
+        self._pooled: dict[Kind, PooledRows] = {}
         self._image_takes = frozenset(inspect.signature(model.get_image_features).parameters)
         with torch.no_grad():
             images = processor.image_inputs([_noise(0), _noise(1)])
@@ -120,7 +122,23 @@ class Towers:
         inputs = self.processor.image_inputs([decode(item.encoded.images[0].image) for item in items])
         return self._images(inputs, seeds)
 
+    def leave_out_rows(self) -> None:
+        """Not on a GPU, where the check of every batch would wait for the device."""
+        if self.model.device.type != "cpu":
+            return
+        images = self._images(self.processor.image_inputs([_noise(0), _noise(1)]))
+        for kind, batch in (("text", self._text_batch(_TEXTS)), ("image", images)):
+            found = find_pooled_rows(self._base, batch, functools.partial(self._embed, kind=kind))
+            if found is not None:
+                self._pooled[kind] = found
+
     def embed(self, batch: Batch, kind: Kind) -> Tensor:
+        if kind not in self._pooled:
+            return self._embed(batch, kind)
+        with self._pooled[kind].of(batch):
+            return check_pooled(self._embed(batch, kind))
+
+    def _embed(self, batch: Batch, kind: Kind) -> Tensor:
         model = self._base
         with self._autocast():
             if kind == "text":
@@ -150,10 +168,7 @@ class Towers:
 
     def is_frozen(self, kind: Kind) -> bool:
         own = {"text": ("language", "projector"), "image": ("vision", "projector")}[kind]
-        return not any(
-            parameter.requires_grad and self.components.component_of(base_name(name)) in own
-            for name, parameter in self.model.named_parameters()
-        )
+        return self.components.is_frozen(self.model, own)
 
     def _texts(self, ids: Sequence[Sequence[int]], seeds: Sequence[int] = (0, 1)) -> Batch:
         """A row for each text. A projection sees one row for each text: it counts as one image."""

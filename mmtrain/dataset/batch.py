@@ -1,5 +1,6 @@
 """Encoded samples and their pixels as the tensors of one micro-batch."""
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmtrain.dataset.ahead import Pace, in_order
+from mmtrain.dataset.ahead import in_order
 from mmtrain.dataset.image_inputs import FeatureCache, ImageInputs, all_pinned, check_laid_out, load_image_inputs
 from mmtrain.dataset.image_loader import ImageLoader
 from mmtrain.encoding.encode import Encoded
@@ -170,20 +171,20 @@ class Loader:
         image_cache: FeatureCache | None = None,
         row_multiple: int = 1,
         load_images: ImageLoader | None = None,
-        pace: Pace | None = None,
     ) -> None:
-        """`pace`: None for that of `load_images`."""
-        self._samples = samples
-        self._processor = processor
-        self._packing = packing
-        self._image_cache = image_cache
-        self._row_multiple = row_multiple
-        self._load_images = load_images or ImageLoader(processor)
-        self._pace = pace or self._load_images
+        self._samples, self._load_images = samples, load_images or ImageLoader(processor)
+        self._make_batch = functools.partial(
+            make_batch,
+            processor=processor,
+            packing=packing,
+            image_cache=image_cache,
+            row_multiple=row_multiple,
+            load_images=self._load_images,
+        )
 
     def batches(self, cuts: Iterable[Sequence[int]]) -> Iterator[Batch]:
         """A batch for each list of sample indices, in order. Raises UserError naming the sample that fails."""
-        return in_order(self.load, cuts, lambda batch: batch.num_bytes, self._pace)
+        return in_order(self.load, cuts, lambda batch: batch.num_bytes, self._load_images)
 
     def load(self, numbers: Sequence[int]) -> Batch:
         """The batch of these samples. Raises UserError naming the sample that cannot be read or decoded, or all of them
@@ -195,18 +196,17 @@ class Loader:
         try:
             return self._make(numbers, encoded)
         except UserError as error:
-            places = ", ".join(str(self._samples.place(number)) for number in numbers)
-            raise UserError(f"{places}: {error}") from None
+            raise UserError(f"{self._places(numbers)}: {error}") from None
         except SampleError as error:
             for number, sample in zip(numbers, encoded, strict=True):
                 with refused_at(self._samples.place(number)):
                     self._make([number], [sample])
             # each alone is fine: an image has just changed, or the processor makes other ids for several at once
-            places = ", ".join(str(self._samples.place(number)) for number in numbers)
-            raise UserError(f"{places}: the samples cannot be laid out together: {error}") from None
+            raise UserError(f"{self._places(numbers)}: the samples cannot be laid out together: {error}") from None
+
+    def _places(self, numbers: Sequence[int]) -> str:
+        return ", ".join(str(self._samples.place(number)) for number in numbers)
 
     def _make(self, numbers: Sequence[int], encoded: Sequence[Encoded]) -> Batch:
-        batch = make_batch(
-            numbers, encoded, self._processor, self._packing, self._image_cache, self._row_multiple, self._load_images
-        )
+        batch = self._make_batch(numbers, encoded)
         return batch.pinned() if self._load_images.on_gpu else batch

@@ -224,10 +224,7 @@ class Stream:
         store = self._encoded(ChunkEncoder(self._spec, records, self._processor), window.records)
         samples = StoredSamples(records.sequences(store.records, store.turns), store)
         policy = replace(
-            self._policy,
-            read_before=before.num_read,
-            skipped_before=before.num_skipped,
-            epochs=1 + window.start.epoch,
+            self._policy, read_before=before.num_read, skipped_before=before.num_skipped, epochs=1 + window.start.epoch
         )
         checked = check_stored(samples, self._limit, policy)
         order = permutation(len(samples), self._seed, window.start.epoch, 1 + window.start.window)

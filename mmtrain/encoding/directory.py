@@ -12,18 +12,10 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 
-from mmtrain.encoding.processor_settings import (
-    TEMPLATE_FILE,
-    check_image_settings,
-    json_object,
-    write_image_settings,
-)
+from mmtrain.encoding.processor_settings import TEMPLATE_FILE, check_image_settings, json_object, write_image_settings
 from mmtrain.errors import UserError
 from mmtrain.regular_files import open_regular
 from mmtrain.safe_text import one_line, shown, visible
@@ -178,9 +170,11 @@ def load_parts(
 
 
 def takes_images(config: Any) -> bool:
-    """Whether a model with this configuration takes images: those that take sound too have a list of their own."""
-    in_lists = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
-    return type(config) in in_lists[0] or (type(config) in in_lists[1] and hasattr(config, "vision_config"))
+    """Whether a model with this configuration takes images: those that take sound too have a list of their own, and
+    some of the list for images are text models."""
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return hasattr(config, "vision_config") or hasattr(config, "image_token_id")
+    return type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and hasattr(config, "vision_config")
 
 
 def is_dual_encoder(config: Any) -> bool:

@@ -13,13 +13,13 @@ from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.changed_images import Change
 from mmtrain.scoring.distributions import NUM_COLUMNS, Distributions
-from mmtrain.scoring.eval_samples import EvalSamples, eval_sources
+from mmtrain.scoring.eval_samples import EvalSamples, sources_to_evaluate
 from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.scoring.scorer import Scorer
 from mmtrain.scoring.scores import Scores
 
 
-class PerplexityEvaluation:
+class ModelScoring:
     """The samples of a config's evaluation sources, and the scores of models on them."""
 
     def __init__(self, config: Config, data: Sequence[str] = (), adapters: Sequence[str] = ()) -> None:
@@ -28,7 +28,7 @@ class PerplexityEvaluation:
         Raises UserError where a model or a sample cannot be used.
         """
         config.objective.check_command("eval perplexity", "chat", "eval retrieval")
-        sources = eval_sources(config, data)
+        sources = sources_to_evaluate(config, data)
         found = find_models(adapters, config.model)
         runtime = Runtime(config.model.dtype, device=config.run.device)
         self.is_main = runtime.is_main

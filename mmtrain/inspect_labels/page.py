@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from mmtrain.command_output import page_environment
 from mmtrain.encoding.thumbnails import data_uri
 from mmtrain.inspect_labels.page_tokens import Cell, Turn, is_visible, turns_of
-from mmtrain.inspect_labels.pixels import Pixels, keeps_shape, resized
+from mmtrain.inspect_labels.pixels import Pixels, resized
 from mmtrain.inspect_labels.view import ImageView, SampleView
 from mmtrain.records.chat import SampleError
 from mmtrain.safe_text import counted
@@ -40,17 +40,11 @@ class _ShownSample:
     losses: Mapping[int, float]
 
 
-def page_of_samples(
-    views: Sequence[SampleView],
-    losses: Losses | None = None,
-    title: str = "What the model is trained on",
-    pixels: Pixels = resized,
-) -> str:
+def page_of_samples(views: Sequence[SampleView], losses: Losses | None = None, pixels: Pixels = resized) -> str:
     """The page that shows `views`.
 
     `losses[index][position]` is the negative log-likelihood (nats) of that supervised token. `pixels` makes the image
-    that the vision encoder sees, at its used size. The default shows an image whose shape the model's processor
-    changes (by cropping, padding or stretching) whole, without a grid.
+    that the vision encoder sees; one that is not of the used size is shown without a grid.
     """
     environment = page_environment("mmtrain.inspect_labels")
     environment.filters |= {"drawn": _drawn, "plain": _plain, "count": counted, "shade": _shade}
@@ -58,7 +52,6 @@ def page_of_samples(
     script = resources.files(__package__).joinpath("page.js").read_text(encoding="utf-8")
     samples = [_ShownSample(view, turns_of(view), (losses or {}).get(view.index, {})) for view in views]
     return environment.get_template("page.html").render(
-        title=title,
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         full_shade=FULL_SHADE if losses is not None else None,
@@ -66,7 +59,6 @@ def page_of_samples(
         surprising=_surprising(samples),
         exp=math.exp,
         seen=lambda image: _made_or_reason(image, pixels),
-        keeps_shape=keeps_shape if pixels is resized else lambda image: True,
     )
 
 

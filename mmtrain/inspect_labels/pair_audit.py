@@ -16,7 +16,7 @@ from mmtrain.contrastive.relation import relate
 from mmtrain.dataset.plan import Plan
 from mmtrain.dataset.validate import FaultPolicy
 from mmtrain.errors import UserError
-from mmtrain.inspect_labels.audit import NUM_SHOWN, bars, fault_lines, histogram, print_audit
+from mmtrain.inspect_labels.audit_report import NUM_SHOWN, bars, fault_lines, histogram, print_audit
 from mmtrain.progress import Progress
 
 _EVERYTHING = FaultPolicy("drop", "skip", 10**9)

@@ -7,7 +7,7 @@ from markupsafe import Markup
 from mmtrain.command_output import page_environment
 from mmtrain.encoding.images import decode
 from mmtrain.encoding.thumbnails import data_uri
-from mmtrain.inspect_labels.pair_step import CELLS, PairStep, columns_shown, summary
+from mmtrain.inspect_labels.pair_step import CELLS, PairStep, columns_shown, summary_lines
 from mmtrain.records.chat import SampleError
 
 _SHOWN_SIDE = 96
@@ -21,7 +21,7 @@ def page_of_steps(steps: Sequence[tuple[PairStep, Sequence[int]]]) -> str:
     return template.render(
         steps=[(step, rows, columns_shown(step, rows, _MOST_COLUMNS)) for step, rows in steps],
         cells=CELLS,
-        summary=summary,
+        summary=summary_lines,
         item=_item,
     )
 

@@ -53,10 +53,9 @@ def auto_class(config: Any) -> Any:
     """The class of transformers that loads a model with this configuration."""
     if is_dual_encoder(config):
         return AutoModel
-    if not takes_images(config):
-        return AutoModelForCausalLM
-    is_image_text = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if is_image_text else AutoModelForMultimodalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForMultimodalLM if takes_images(config) else AutoModelForCausalLM
 
 
 def model_structure(path: str) -> Any:

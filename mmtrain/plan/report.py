@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mmtrain.config import GIB
 from mmtrain.plan.memory import CARDS
-from mmtrain.train.checkpointing import GIB, RESERVED_BYTES, RESERVED_SHARE
+from mmtrain.train.checkpointing import RESERVED_BYTES, RESERVED_SHARE
 from mmtrain.train.summary import duration
 
 
@@ -53,6 +54,7 @@ def waiting_line(steps: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def time_lines(time: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The least time that the run takes, and what it follows from."""
     yield "time", f"at least {duration(time['seconds'])} in one process on this machine's {time['device']}: a roofline,"
     yield "", f"{time['operations']:.2e} operations at {time['rate']:.2e} per second, as measured"
 

@@ -32,10 +32,7 @@ def report(runs: Sequence[Path], output: Path | None, as_json: bool) -> None:
 
 def figures(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """What `--json` prints."""
-    return {
-        "runs": [_figures(run) for run in runs],
-        "differing": dict(differing_keys([run.config for run in runs])),
-    }
+    return {"runs": [_figures(run) for run in runs], "differing": dict(differing_keys([run.config for run in runs]))}
 
 
 def _figures(run: RunRecord) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from jinja2 import Template
 
 from mmtrain.command_output import page_environment
-from mmtrain.report.chart import number
+from mmtrain.report.chart import short_number
 from mmtrain.train.summary import duration
 
 NUM_COLORS = 6
@@ -13,6 +13,6 @@ NUM_COLORS = 6
 def page_template(package: str) -> Template:
     """The template page.html of a package, which may use chart.html and page.css of this one."""
     environment = page_environment(package, "mmtrain.report")
-    environment.filters |= {"number": number, "count": "{:,}".format, "duration": duration}
+    environment.filters |= {"number": short_number, "count": "{:,}".format, "duration": duration}
     environment.globals |= {"num_colors": NUM_COLORS}
     return environment.get_template("page.html")

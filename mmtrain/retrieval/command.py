@@ -19,7 +19,7 @@ from mmtrain.retrieval.report import print_report
 from mmtrain.retrieval.zero_shot import read_classes
 from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import visible
-from mmtrain.scoring.eval_samples import eval_sources
+from mmtrain.scoring.eval_samples import sources_to_evaluate
 from mmtrain.scoring.results import show
 
 
@@ -47,7 +47,7 @@ def eval_retrieval(config: Config, options: RetrievalOptions) -> None:
 def retrieval_figures(config: Config, options: RetrievalOptions) -> tuple[dict[str, Any], RetrievalEvaluation]:
     """Every figure, as `--json` prints them, and what they were computed from. Raises UserError as above."""
     _check(config, options)
-    sources = eval_sources(config, options.data)
+    sources = sources_to_evaluate(config, options.data)
     classes = None if options.classes is None else read_classes(options.classes, options.templates)
     runtime = Runtime(config.model.dtype, device=config.run.device)
     if runtime.num_processes > 1:

@@ -18,7 +18,7 @@ from mmtrain.progress import Progress
 from mmtrain.scoring.changed_images import Change, ChangedImages, encodable
 
 
-def eval_sources(config: Config, data: Sequence[str]) -> Sequence[EvalSource]:
+def sources_to_evaluate(config: Config, data: Sequence[str]) -> Sequence[EvalSource]:
     """The files `data`, or without any the sources of `data.eval`. Raises UserError where there are none either."""
     sources = [EvalSource(path=path) for path in data] or config.data.eval
     if not sources:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from mmtrain.config import Config
+from mmtrain.config import GIB, Config
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
@@ -15,7 +15,6 @@ from mmtrain.train.learner import make_learner
 from mmtrain.train.peak_memory import PeakMemory, predict_peak
 from mmtrain.train.step import Learner
 
-GIB = 2**30
 RESERVED_BYTES, RESERVED_SHARE = 1.0 * GIB, 0.05
 """What is kept free of a GPU's memory: CUDA's own context and the workspaces of libraries, and a share that an
 allocator loses to fragmentation."""
@@ -40,8 +39,7 @@ def peak_or_fault(
 
 def peak_of(found: PeakMemory, config: Config, num_processes: int) -> int:
     """The predicted peak, with the weights sharded if the config says so."""
-    is_sharded = config.run.weights == "shard" and num_processes > 1
-    return found.sharded(num_processes) if is_sharded else found.peak
+    return found.sharded(num_processes) if config.run.is_sharded(num_processes) else found.peak
 
 
 def decided_learner(

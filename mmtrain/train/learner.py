@@ -17,7 +17,7 @@ from mmtrain.scoring.loaded_model import image_loader
 from mmtrain.scoring.packing import choose_rows
 from mmtrain.train.optimizer import make_optimizer
 from mmtrain.train.step import Learner
-from mmtrain.train.trainable import is_sharded, make_trainable
+from mmtrain.train.trainable import make_trainable
 
 
 def make_learner(
@@ -37,7 +37,7 @@ def make_learner(
     made = make_trainable(config, processor, runtime, progress, load)
     model, settings = made.model, config.run
     root = Root(model)
-    sharded = is_sharded(config, runtime)
+    sharded = settings.is_sharded(runtime.num_processes)
     if settings.kernels == "auto":
         progress.say(install(model, runtime.device, progress.tick).line)
     costs = cost_model(made.base, made.family, config.tune)

@@ -13,13 +13,13 @@ from mmtrain.model.adapter import say_other_processor
 from mmtrain.model.dropout import DropoutContext, install_dropout
 from mmtrain.model.earlier_run import start_from_run
 from mmtrain.model.family import Family, probe_family
-from mmtrain.model.load import checkpoint_activations, load_model
+from mmtrain.model.load import checkpoint_activations
 from mmtrain.model.lora_targets import without_adapter
 from mmtrain.model.tune import ComponentReport, apply_tune, kept_frozen
 from mmtrain.model.vision import VisionInputs, prepare_vision
 from mmtrain.progress import Progress
-from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
+from mmtrain.scoring.loaded_model import load_base
 from mmtrain.train.lost_gradients import LostGradients
 
 
@@ -47,19 +47,13 @@ def make_trainable(
     load: Callable[[], Any] | None = None,
 ) -> TrainableModel:
     """Load the base model, freeze it, and add what is trainable, whose initial weights follow from the seed alone.
-    `load` gives a base model that has no values, on the device; None: that of the config is loaded."""
+    `load` gives the base model, on the device; None: that of the config is loaded."""
     torch.manual_seed(config.train.seed)
-    settings, named = config.model, config.tune.components
-    home = torch.device("cpu") if is_sharded(config, runtime) else runtime.device
-    tick, quantization = runtime.activity.tick, settings.quantization
-    with loading_faults():
-        if load is not None:
-            base = load()
-        else:
-            base = load_model(settings.path, settings.dtype, processor, home, tick, quantization, named)
+    home = torch.device("cpu") if config.run.is_sharded(runtime.num_processes) else runtime.device
+    base = load() if load else load_base(config, processor, runtime, home)
     runtime.activity.set("preparing the model")
-    family = probe_family(base, processor, progress.say, named)
-    model, reports, dropout = add_trainable(config, base, family, runtime, progress, has_values=load is None)
+    family = probe_family(base, processor, progress.say, config.tune.components)
+    model, reports, dropout = add_trainable(config, base, family, runtime, progress)
     model.to(home)
     with runtime.autocast():
         vision = prepare_vision(base, processor, runtime.device, progress.say)
@@ -74,18 +68,16 @@ def add_trainable(
     runtime: Runtime,
     progress: Progress,
     before_values: Callable[[], None] = lambda: None,
-    has_values: bool = True,
 ) -> tuple[Any, list[ComponentReport], DropoutContext]:
     """Freeze `base` and add what is trainable, with the values of `model.adapter` if there is one: the model, a row for
-    each component, and what dropout depends on. `before_values` is called before these values are read, which needs a
-    model that `has_values`."""
+    each component, and what dropout depends on. `before_values` is called before these values are read."""
     settings = config.model
     for find_lines in (without_adapter, kept_frozen):
         for line in find_lines(base, family.components, config.tune):
             progress.say(line)
     model, reports = apply_tune(base, family.components, config.tune)
     before_values()
-    if settings.adapter is not None and has_values:
+    if settings.adapter is not None:
         say_other_processor(Path(settings.adapter), settings, progress.say)
         progress.say(start_from_run(model, family.components, settings, runtime.activity.tick))
     if config.run.activation_checkpointing is True:
@@ -93,8 +85,3 @@ def add_trainable(
     dropout = DropoutContext(config.train.seed)
     install_dropout(model, family, config.tune, dropout, runtime.device, progress.say)
     return model, reports, dropout
-
-
-def is_sharded(config: Config, runtime: Runtime) -> bool:
-    """Whether each of several processes stores a share of the weights."""
-    return config.run.weights == "shard" and runtime.num_processes > 1

@@ -15,7 +15,7 @@ from mmtrain.api import load_config, train
 from mmtrain.atomic_files import write_text
 from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
-from mmtrain.evaluate.evaluation import PerplexityEvaluation
+from mmtrain.evaluate.evaluation import ModelScoring
 from mmtrain.evaluate.models import BASE as BASE_MODEL
 from mmtrain.generate.target import Target, find_target, load_target
 from mmtrain.progress import QUIET
@@ -106,7 +106,7 @@ def _evaluate(config: Config, sources: list[EvalSource], run: str | None, mode: 
     """For each answer its sample, loss, tokens, divergence from the base model, and for each question whether the
     generated answer is right."""
     config = config.model_copy(update={"data": config.data.model_copy(update={"eval": tuple(sources)})})
-    evaluation = PerplexityEvaluation(config, adapters=[run] if run is not None else [])
+    evaluation = ModelScoring(config, adapters=[run] if run is not None else [])
     name = BASE_MODEL if run is None else run
     with evaluation.model(name) as model:
         scores = evaluation.scores(model)

@@ -4,10 +4,11 @@ import functools
 
 import torch
 
-from mmtrain.config import Config
+from mmtrain.config import GIB, Config
 from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.load import set_trained
 from mmtrain.contrastive.loss import LossSettings
+from mmtrain.model.kernels.install import install
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.contrastive.cuts import PairCuts
@@ -18,8 +19,6 @@ from mmtrain.train.contrastive.step import ContrastiveLearner
 from mmtrain.train.lost_gradients import LostGradients
 from mmtrain.train.optimizer import make_optimizer
 from mmtrain.train.trainable import add_trainable
-
-GIB = 2**30
 
 
 def make_contrastive_learner(
@@ -33,6 +32,9 @@ def make_contrastive_learner(
     model, reports, dropout = add_trainable(config, embedder.model, embedder.family, runtime, progress, numbers)
     embedder.model = model.to(runtime.device)
     embedder.scale.limit(settings.temperature_max)
+    if run.kernels == "auto":
+        progress.say(install(model, runtime.device, progress.tick).line)
+        embedder.leave_out_rows()
     symmetric = embedder.symmetric if settings.symmetric == "auto" else settings.symmetric
     frozen = frozenset(kind for kind in embedder.kinds if embedder.is_frozen(kind))
     caches = frozen if run.image_cache.memory_gib > 0 else frozenset[str]()

@@ -47,8 +47,6 @@ class ContrastiveObjective:
         yield weights_line(learner)
         yield from bits_lines(self._config, learner)
         yield self._embedder.description
-        if self._config.run.kernels == "auto":
-            yield "kernels: off, contrastive training does not use them yet"
 
     def export(self, name: str | None = None, step: int | None = None) -> str:
         return export(self.learner, self._config, self.data, name, step)
