@@ -21,6 +21,7 @@ from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.merge import command, stored
 from mmtrain.merge.command import merge
+from mmtrain.merge.source import find_source
 from mmtrain.model import weight_files
 from mmtrain.model.weight_files import save_weights
 from mmtrain.records.record_set import RecordSet
