@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.utils.deterministic
 
-from mmtrain.answers.command import Options, eval_answers
+from mmtrain.answers.command import AnswersOptions, eval_answers
 from mmtrain.config.schema import Config
 from mmtrain.errors import FINAL_CODES, DeviceMemoryError, UserError
 from mmtrain.runtime import device, environment
@@ -229,7 +229,7 @@ def test_a_library_that_finds_the_memory_full_is_one_line(words: str) -> None:
 
 def test_answers_are_generated_on_the_device_of_the_config(make_config: Callable[..., Config]) -> None:
     with pytest.raises(UserError, match=r"run\.device: cuda: this build of torch has no CUDA"):
-        eval_answers(make_config("text", device="cuda"), Options())
+        eval_answers(make_config("text", device="cuda"), AnswersOptions())
 
 
 @pytest.mark.parametrize("setting", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "x"}, {"PYTORCH_ALLOC_CONF": "x"}])

@@ -116,6 +116,7 @@ def assert_exact(config: Config, root: Path, packs: bool) -> None:
     ("variant", "style", "reason"),
     [
         ("own positions", "plain", "the positions or token types that mmtrain gives this model change its logits by"),
+        ("looks ahead", "plain", "this is not a causal language model: its logits at a token change with the tokens"),
         ("plain", "images first", "the image processor lays out no placeholder '<<pic>>'"),
         ("plain", "adds a word", "the ids of a probe conversation .* differ from the model's own apply_chat_template"),
         ("plain", "no mark", "PicProcessor has no placeholder for an image in its text"),

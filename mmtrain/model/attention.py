@@ -107,13 +107,14 @@ def _attention(
     if packed_row.ends is not None:
         query, key, value = autocast(query, key, value)
         if fits_varlen(query, key, value):
-            return _varlen(packed_row.ends, max(lengths), query, key, value, scaling, window), None
+            seen = (-1 if window is None else window - 1, 0)
+            return varlen(query, key, value, packed_row.ends, max(lengths), scaling, seen), None
     if _in_blocks(query, value) and (window is None or max(lengths) <= window):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return BlockAttention.apply(query, key, value, scale, lengths), None  # type: ignore[no-untyped-call]
     parts = zip(*(torch.split(tensor, list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
     out = torch.cat([_causal(q, k, v, scaling, window) for q, k, v in parts], dim=2)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 def fits_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -151,15 +152,6 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
 
 
-def _varlen(
-    ends: Tensor, longest: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
-) -> Tensor:
-    """All samples in one kernel, which takes (length, heads, width)."""
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    left = -1 if window is None else window - 1
-    return varlen(q, k, v, ends, longest, scaling, (left, 0))[None]
-
-
 def varlen(
     query: Tensor,
     key: Tensor,
@@ -169,12 +161,14 @@ def varlen(
     scaling: float | None,
     window: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    """`varlen_attn` of query (length, heads, width), key and value (length, key heads, width), within the stretches
-    between `ends` (1 + stretches,) int32; `window`: how many tokens before and after are seen, -1 all."""
+    """(1, length, heads, width) `varlen_attn` of query (1, heads, length, width), key and value (1, key heads, length,
+    width), within the stretches between `ends` (1 + stretches,) int32; `window`: how many tokens before and after are
+    seen, -1 all."""
     grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _HAS_GQA_FLAG else {}
-    out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=window, **grouped)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window, **grouped)
     assert isinstance(out, Tensor)
-    return out
+    return out[None]
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch.utils.deterministic
 from mmtrain.dataset.batch import Batch
 from mmtrain.errors import DeviceMemoryError, UserError
 from mmtrain.progress import Progress
-from mmtrain.safe_text import one_line, visible
+from mmtrain.safe_text import one_line
 
 _AMPERE = (8, 0)
 """The first compute capability whose multipliers take bfloat16; older cards convert every value to float32 and back."""
@@ -71,10 +71,9 @@ def _check_gpu(dtype: str, local_index: int) -> torch.device:
     try:
         _compute_on(device)
     except RuntimeError as error:  # a card that this build has no code for, or that others have filled or reserved
-        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"run.device: {torch.cuda.get_device_name(device)} cannot be used: {visible(reason)}: free it, install a "
-            "build of torch for it, or set run.device to cpu"
+            f"run.device: {torch.cuda.get_device_name(device)} cannot be used: {one_line(error, 160)}: free it, "
+            "install a build of torch for it, or set run.device to cpu"
         ) from None
     if dtype == "bfloat16" and not has_bfloat16(device):
         major, minor = torch.cuda.get_device_capability(device)
