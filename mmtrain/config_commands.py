@@ -1,4 +1,4 @@
-"""`mmtrain config`: commands about a config alone, and the arguments by which every command takes one."""
+"""`mmtrain config`: commands about a config alone, and the arguments that several commands have."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +17,16 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...", help="Keys of the config to set, such as train.steps=50.", show_default=False
     ),
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="A run or an adapter; without it the base model.", show_default=False),
+]
+DataFiles = Annotated[
+    list[str] | None, typer.Option(help="A data file instead of data.eval; may be repeated.", show_default=False)
+]
+Html = Annotated[Path | None, typer.Option(help="Write one self-contained HTML page.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Processes = Annotated[int, typer.Option(min=1, max=1024, help="Processes on this machine.")]
 
 
 @config_app.command()

@@ -74,10 +74,12 @@ def step_of(config: Config, processes: int = 1, dtype: torch.dtype = torch.float
 
 
 def dense(config: Config, dtype: torch.dtype = torch.float32) -> Found:
-    """One forward of all images and all texts, each sample on its own with its repetitions, and autograd.
+    """One forward of all images and all texts by the model's own modules, each sample on its own with its repetitions,
+    and autograd.
 
     Equal items are told apart by nothing but their content, read from the file anew.
     """
+    config = config.model_copy(update={"run": config.run.model_copy(update={"kernels": "off"})})
     learner = learner_of(config, Exchange(1), 0, dtype)
     embedder, items = learner.embedder, learner.items
     samples = learner.cuts.of(STEP).samples
@@ -263,7 +265,7 @@ def test_a_vision_language_model_as_an_embedder(
     """In float64: prompts have so much in common that the cosines are near 1, and rounding counts for more."""
     tune = {"language": {**LORA, "dropout": 0.1}, "vision": LORA}
     sections: dict[str, Any] = {"tune": tune, "objective": {"pooling": pooling, "scale": 20.0}}
-    one = pair_config(TINY, pairs, tmp_path / "run", **sections, run={"packing": packing, "kernels": "off"})
-    cut = {"packing": packing, "microbatch_tokens": 200, "graph_memory_gib": 0.0}
+    one = pair_config(TINY, pairs, tmp_path / "run", **sections, run={"packing": packing})
+    cut = {"packing": packing, "microbatch_tokens": 200, "graph_memory_gib": 0.0, "kernels": "off"}
     found = step_of(pair_config(TINY, pairs, tmp_path / "run", **sections, run=cut), processes, torch.float64)
     assert_equal(found, dense(one, torch.float64), 1e-9, 1e-9)

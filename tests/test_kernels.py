@@ -1,5 +1,6 @@
 """Kernels by trial: which families they fit, and that whatever fails its trial is left exactly as it was."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -67,10 +68,6 @@ def test_the_report_is_one_line() -> None:
 def test_a_run_prints_it_once(make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]) -> None:
     train(make_config("text", steps=1))
     assert capsys.readouterr().err.count("kernels: 2 of 2 layers, 9 norms") == 1
-
-
-def test_a_model_that_is_trained_in_full_and_has_no_gate_gets_none() -> None:
-    assert install(decoder_of("gpt_neox")).line == "kernels: none fits this model"
 
 
 def test_installing_again_changes_nothing() -> None:
@@ -298,6 +295,18 @@ def test_other_convolutions_are_left_alone(other: dict[str, Any]) -> None:
     assert install_next_to(convolution) == install_next_to()
 
 
-def test_trainable_linear_layers_are_left_alone() -> None:
-    frozen = nn.Linear(4, 4).requires_grad_(False)
-    assert install_next_to(nn.Linear(4, 4)) == install_next_to() != install_next_to(frozen)
+def test_linear_layers_of_another_class_are_left_alone() -> None:
+    class Other(nn.Linear):
+        pass
+
+    assert install_next_to(Other(4, 4)) == install_next_to() != install_next_to(nn.Linear(4, 4))
+
+
+def test_a_layer_that_is_trained_in_full_gets_the_same_gradients() -> None:
+    model = decoder_of("gpt_neox").eval()
+    plain = copy.deepcopy(model)
+    assert install(model).num_others == 2 * 5 + 1  # two layers of four products and an MLP, and the head
+    expected, found = gradients_of(plain), gradients_of(model)
+    assert len(expected) > 20
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mmtrain.model.kernels import products
-from mmtrain.model.kernels.products import ROW_MULTIPLE, FrozenLinear, product
+from mmtrain.model.kernels.products import ROW_MULTIPLE, WeightProduct, product
 from support.builders import Operators
 
 ROWS = [0, 1, ROW_MULTIPLE - 1, ROW_MULTIPLE, 3 * ROW_MULTIPLE, 3 * ROW_MULTIPLE + 5]
@@ -26,7 +26,7 @@ def test_a_product_and_its_gradient_are_those_of_float64(
 ) -> None:
     x, weight, bias = tensors(rows, dtype, transposed)
     x.requires_grad_()
-    found = FrozenLinear.apply(x, weight, bias if with_bias else None)  # type: ignore[no-untyped-call]
+    found = WeightProduct.apply(x, weight, bias if with_bias else None)  # type: ignore[no-untyped-call]
     outer = torch.randn(40, rows).to(dtype).t()  # as the gradient of something transposed arrives
     (gradient,) = torch.autograd.grad(found, x, outer)
 

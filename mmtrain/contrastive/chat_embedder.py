@@ -1,5 +1,6 @@
 """Vision-language models as embedders: an item is a prompt, and its embedding comes from the last hidden states."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,13 +17,15 @@ from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.images import Roots
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.model.attention import KEYWORD
 from mmtrain.model.components import Components
 from mmtrain.model.family import Family
 from mmtrain.model.head import hidden_states
 from mmtrain.model.inputs import InputMaker
+from mmtrain.model.vision import prepare_vision
 from mmtrain.records.chat import Conversation, Message, SampleError, Text
 from mmtrain.records.pairs import Item
-from mmtrain.scoring.packing import Rows
+from mmtrain.scoring.packing import RowChoice
 
 _STAND_IN = Message("assistant", (Text("x"),))
 _KIND: Kind = "prompt"
@@ -40,15 +43,20 @@ class ChatEmbedder:
         model: Any,
         processor: ChatProcessor,
         family: Family,
-        rows: Rows,
+        rows: RowChoice,
         pooling: Literal["last", "mean"],
         limit: Callable[[int], LengthLimit],
         autocast: Callable[[], AbstractContextManager[Any]],
+        say: Callable[[str], None],
     ) -> None:
-        """`limit` gives the model's own limit, or `max_length` where that is lower."""
+        """`limit` gives the model's own limit, or `max_length` where that is lower. `say` is given the lines of what is
+        slower than it could be on a GPU."""
         self.model, self.processor, self.family = model, processor, family
         self.packing, self.alone = rows.packing, rows.alone
-        self._encoder, self._make_inputs = Encoder(processor), InputMaker(model, processor)
+        self._leaves_out_rows = False
+        with autocast():
+            vision = prepare_vision(model, processor, model.device, say)
+        self._encoder, self._make_inputs = Encoder(processor), InputMaker(model, processor, None, vision)
         self.template = processor.template.source
         self._pooling, self._autocast = pooling, autocast
         self.limit = limit
@@ -84,6 +92,9 @@ class ChatEmbedder:
     def batch(self, items: Sequence[EncodedItem]) -> Batch:
         return make_batch([item.seed for item in items], [item.encoded for item in items], self.processor, self.packing)
 
+    def leave_out_rows(self) -> None:
+        self._leaves_out_rows = True
+
     def embed(self, batch: Batch, kind: Kind) -> Tensor:
         inputs = self._make_inputs(batch)
         is_kept = torch.zeros_like(batch.input_ids, dtype=torch.bool)
@@ -91,6 +102,8 @@ class ChatEmbedder:
             end = segment.start + segment.length
             is_kept[segment.row, segment.start if self._pooling == "mean" else end - 1 : end] = True
         kept = is_kept[0].nonzero()[:, 0] if batch.packed else is_kept
+        if KEYWORD in inputs and self._leaves_out_rows:
+            inputs[KEYWORD] = dataclasses.replace(inputs[KEYWORD], predicting=kept.to(inputs["input_ids"].device))
         with self._autocast():
             hidden = hidden_states(self.model, {**inputs, "logits_to_keep": kept.to(inputs["input_ids"].device)})
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))

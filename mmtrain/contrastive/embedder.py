@@ -107,6 +107,9 @@ class Embedder(Protocol):
         """Items of one kind as tensors on the CPU. Raises SampleError where an image does not decode."""
         ...
 
+    def leave_out_rows(self) -> None:
+        """Compute no rows of the last layer that no embedding depends on. After kernels are installed."""
+
     def embed(self, batch: Batch, kind: Kind) -> Tensor:
         """(num_items, width) float32"""
         ...

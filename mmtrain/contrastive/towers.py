@@ -1,5 +1,6 @@
 """Dual encoders as embedders: a tower for texts, one for images, and what maps both to one space."""
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.contrastive.embedder import EncodedItem, Kind, SentenceModules, no_labels
+from mmtrain.contrastive.pooled_rows import PooledRows, check_pooled, find_pooled_rows
 from mmtrain.contrastive.scale import find_multipliers
 from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.dataset.validate import LengthLimit
@@ -19,7 +21,6 @@ from mmtrain.encoding.encode import Encoded, ImageSpan
 from mmtrain.encoding.images import Roots, decode, find_image
 from mmtrain.encoding.tower_processor import TowerProcessor
 from mmtrain.errors import UserError
-from mmtrain.model.components import base_name
 from mmtrain.model.family import Family
 from mmtrain.model.tower_components import TowerComponents
 from mmtrain.model.transfer import all_on_device
@@ -52,20 +53,22 @@ class Towers:
         self.components = TowerComponents(model)
         self._autocast = autocast
         self._pads_to_limit = False
+        self._pooled: dict[Kind, PooledRows] = {}
         self._image_takes = frozenset(inspect.signature(model.get_image_features).parameters)
         with torch.no_grad():
             images = processor.image_inputs([_noise(0), _noise(1)])
             self._image_tokens = max(1, sum(v.numel() for v in self._taken(images).values()) // 2 // _VALUES_PER_TOKEN)
             self._costs = self._tower_costs()
             self._pads_to_limit = self._depends_on_padding()
-            texts, pictures = self.embed(self._text_batch(_TEXTS), "text"), self.embed(self._images(images), "image")
-            if texts.shape != pictures.shape:
+            texts = self.embed(self._text_batch(_TEXTS), "text")
+            of_images = self.embed(self._images(images), "image")
+            if texts.shape != of_images.shape:
                 raise UserError(
                     f"the model's embeddings of texts and images are of {texts.shape[1]} and "
-                    f"{pictures.shape[1]} values: this family is not supported"
+                    f"{of_images.shape[1]} values: this family is not supported"
                 )
             self.width = texts.shape[1]
-            cosines = F.normalize(texts, dim=1) @ F.normalize(pictures, dim=1).T
+            cosines = F.normalize(texts, dim=1) @ F.normalize(of_images, dim=1).T
             self.scale, self.bias = find_multipliers(model, lambda: self._own_logits(images), cosines)
             self._check(cosines, self._own_logits(images))
 
@@ -119,7 +122,23 @@ class Towers:
         inputs = self.processor.image_inputs([decode(item.encoded.images[0].image) for item in items])
         return self._images(inputs, seeds)
 
+    def leave_out_rows(self) -> None:
+        """Not on a GPU, where the check of every batch would wait for the device."""
+        if self.model.device.type != "cpu":
+            return
+        images = self._images(self.processor.image_inputs([_noise(0), _noise(1)]))
+        for kind, batch in (("text", self._text_batch(_TEXTS)), ("image", images)):
+            found = find_pooled_rows(self._base, batch, functools.partial(self._embed, kind=kind))
+            if found is not None:
+                self._pooled[kind] = found
+
     def embed(self, batch: Batch, kind: Kind) -> Tensor:
+        if kind not in self._pooled:
+            return self._embed(batch, kind)
+        with self._pooled[kind].of(batch):
+            return check_pooled(self._embed(batch, kind))
+
+    def _embed(self, batch: Batch, kind: Kind) -> Tensor:
         model = self._base
         with self._autocast():
             if kind == "text":
@@ -149,10 +168,7 @@ class Towers:
 
     def is_frozen(self, kind: Kind) -> bool:
         own = {"text": ("language", "projector"), "image": ("vision", "projector")}[kind]
-        return not any(
-            parameter.requires_grad and self.components.component_of(base_name(name)) in own
-            for name, parameter in self.model.named_parameters()
-        )
+        return self.components.is_frozen(self.model, own)
 
     def _texts(self, ids: Sequence[Sequence[int]], seeds: Sequence[int] = (0, 1)) -> Batch:
         """A row for each text. A projection sees one row for each text: it counts as one image."""
@@ -171,10 +187,7 @@ class Towers:
     def _text_inputs(self, batch: Batch) -> dict[str, Tensor]:
         inputs = {"input_ids": batch.input_ids}
         if self.processor.has_mask:
-            mask = torch.zeros_like(batch.input_ids)
-            for segment in batch.segments:
-                mask[segment.row, segment.start : segment.start + segment.length] = 1
-            inputs["attention_mask"] = mask
+            inputs["attention_mask"] = batch.padding_mask()
         return all_on_device(inputs, self._base.device)
 
     def _images(self, inputs: dict[str, Tensor], seeds: Sequence[int] = (0, 1)) -> Batch:

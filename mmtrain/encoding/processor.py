@@ -8,7 +8,8 @@ import PIL.Image
 
 from mmtrain.encoding.directory import DirectoryParts
 from mmtrain.encoding.fast_template import chat_template, renderer
-from mmtrain.encoding.image_processor import TYPE_KEYS, ImageProcessor, ImageTokens
+from mmtrain.encoding.image_processor import ImageProcessor, ImageTokens
+from mmtrain.encoding.image_runner import TYPE_KEYS
 from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.encoding.template import ChatTemplate, image_frame, probe_template
 from mmtrain.encoding.tokenizer import Tokenizer

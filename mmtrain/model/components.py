@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 from mmtrain.config.tune_section import ComponentModules
@@ -150,6 +151,11 @@ def _siblings(model: Any, decoder: nn.Module, names: dict[int, str]) -> Iterator
 _WRAPPERS = re.compile(
     r"^base_model\.model\.|\.base_layer|\.original_module|\.modules_to_save\.[^.]+|\.lora_[^.]+\.[^.]+|\.lora_magnitude_vector\.[^.]+"
 )
+
+
+def base_model(model: Any) -> Any:
+    """`model` without the wrapper of its adapters."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def base_name(name: str) -> str:

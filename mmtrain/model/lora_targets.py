@@ -6,12 +6,14 @@ layers with a name under which peft looks for experts.
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 
@@ -121,7 +123,7 @@ class _Weights:
         routers = [name for name, module in own.items() if name not in owners and _is_router(name, module, sizes)]
         self.routers = [name for name in routers if name not in self.linear]
         """Those that are no linear layers."""
-        by_last = {last: _way(model.config, last) for last in {_last(name) for name in self.linear}}
+        by_last = _ways(model.config, {_last(name) for name in self.linear})
         ways = {name: by_last[_last(name)] for name in self.linear}
         ways |= {name: None for name, way in ways.items() if way == "weight" and is_quantized(own[name])}
         layers = {name: name for name, way in ways.items() if way == "layer"}
@@ -156,35 +158,38 @@ def _is_router(name: str, module: nn.Module, sizes: set[int]) -> bool:
     return _ROUTER.search(".".join(name.split(".")[-2:])) is not None
 
 
-def _way(config: Any, name: str) -> str | None:
-    """How peft puts an adapter on a linear layer of this name in a model with this configuration: on the "layer", only
+def _ways(config: Any, names: set[str]) -> dict[str, str | None]:
+    """How peft puts adapters on linear layers of these names in a model with this configuration: on the "layer", only
     on its "weight", or, None, not at all, such as on a layer whose weight a recurrent family takes in a kernel of its
     own, where an adapter would have no effect."""
-    if _is_made(config, name, LoraConfig(target_modules=[name], r=1)):
-        return "layer"
-    by_weight = LoraConfig(target_modules=[], target_parameters=[f"{name}.weight"], r=1)
-    return "weight" if _is_made(config, name, by_weight) else None
+    if _num_made(config, names, LoraConfig(target_modules=sorted(names), r=1)) == len(names):
+        return dict.fromkeys(names, "layer")
+    if len(names) > 1:
+        return {name: way for one in names for name, way in _ways(config, {one}).items()}
+    by_weight = LoraConfig(target_modules=[], target_parameters=[f"{name}.weight" for name in names], r=1)
+    return dict.fromkeys(names, "weight" if _num_made(config, names, by_weight) else None)
 
 
-def _is_made(config: Any, name: str, lora: LoraConfig) -> bool:
-    """Tried on a module with this configuration and a layer of this name. The random state does not change: the initial
-    weights of the real adapters follow from it."""
+def _num_made(config: Any, names: Iterable[str], lora: LoraConfig) -> int:
+    """How many adapters peft puts on a module with this configuration and layers of these names; 0 where it refuses.
+    The random state does not change: the initial weights of the real adapters follow from it."""
     probe = nn.Module()
     object.__setattr__(probe, "config", config)
-    with torch.random.fork_rng([]):
-        probe.add_module(name, nn.Linear(1, 1))
+    with torch.random.fork_rng([]), warnings.catch_warnings(action="ignore"):
+        for name in names:
+            probe.add_module(name, nn.Linear(1, 1))
         try:
             inject_adapter_in_model(lora, probe)
         except ValueError:
-            return False
-    return True
+            return 0
+    return sum(isinstance(module, LoraLayer) for module in probe.modules())
 
 
 def patterns_are_rewritten(config: Any) -> bool:
     """Whether peft makes a list of last names of a pattern of full names: it does where names have changed since
     adapters were trained with transformers 4."""
     lora = LoraConfig(target_modules="^(?:layer)$", r=1)
-    _is_made(config, "layer", lora)
+    _num_made(config, ["layer"], lora)
     return not isinstance(lora.target_modules, str)
 
 

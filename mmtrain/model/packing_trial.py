@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmtrain.dataset.batch import make_batch
 from mmtrain.encoding.encode import Encoded, ImageSpan
-from mmtrain.encoding.image_processor import TYPE_KEYS
+from mmtrain.encoding.image_runner import TYPE_KEYS
 from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
@@ -29,7 +29,7 @@ from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.planned_device import kind_of
 from mmtrain.model.quantized_weights import num_weights
-from mmtrain.safe_text import one_line
+from mmtrain.safe_text import error_line
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Largest relative difference (L2) of the logits of a section of a sample that counts as rounding.
@@ -86,7 +86,7 @@ def try_rows(model: Any, processor: ChatProcessor, dtype: torch.dtype, packing: 
     except Exception as error:  # a family that is not supported can raise anything
         given = ", ".join(f"model.image_processor.{key}" for key in processor.image_settings)
         hint = f"; {given} may not fit the model" if given else ""
-        raise UserError(f"the model cannot be run on a trial batch: {_named(error)}{hint}") from error
+        raise UserError(f"the model cannot be run on a trial batch: {error_line(error)}{hint}") from error
     if not all(torch.isfinite(logits).all() for logits in first + second):
         raise UserError("the logits of the model are not finite on a trial batch: its weights or its dtype are wrong")
     if other > _REFUSED * trial.tolerance:
@@ -104,7 +104,7 @@ def try_rows(model: Any, processor: ChatProcessor, dtype: torch.dtype, packing: 
     try:
         padded = _difference(trial.logits([0, 1], packing=False), first + second)
     except Exception as error:
-        return RowsFound(f"this model takes one sample at a time: padded rows raise {_named(error)}", alone=True)
+        return RowsFound(f"this model takes one sample at a time: padded rows raise {error_line(error)}", alone=True)
     if padded > _ALONE * trial.tolerance:
         found = f"in padded rows its logits differ by {padded:.0%} from those of each sample alone"
         return RowsFound(f"this model takes one sample at a time: {found}", alone=True)
@@ -121,17 +121,12 @@ def _packing_fault(trial: "_Trial", first: list[Tensor], second: list[Tensor], p
         packed = max(_difference(forward, first + second), _difference(backward, second + first))
         leaked = trial.leaked(forward)
     except Exception as error:
-        return f"this model cannot run packed rows: {_named(error)}"
+        return f"this model cannot run packed rows: {error_line(error)}"
     if packed > max(trial.tolerance, _ROUNDING * padded):
         return f"in a packed row the logits of this model differ by {packed:.0%} from those of each sample alone"
     if leaked > trial.tolerance:
         return f"in a packed row the logits of this model change by {leaked:.0%} with the other sample"
     return None
-
-
-def _named(error: Exception) -> str:
-    message = one_line(error)
-    return message if message == type(error).__name__ else f"{type(error).__name__}: {message}"
 
 
 class _Trial:

@@ -1,9 +1,10 @@
 """The components of a dual encoder, found in its module tree."""
 
+from collections.abc import Collection
 from typing import Any
 
 from mmtrain.errors import UserError
-from mmtrain.model.components import Components
+from mmtrain.model.components import Components, base_name
 from mmtrain.model.lora_targets import is_linear
 
 SCALE = "scale"
@@ -21,6 +22,11 @@ class TowerComponents(Components):
         tower = model.get_submodule(text)
         self._roots |= {f"{text}.{name}": "projector" for name, child in tower.named_children() if is_linear(child)}
         self._roots |= {name: SCALE for name, value in model.named_parameters(recurse=False) if value.numel() == 1}
+
+    def is_frozen(self, model: Any, names: Collection[str]) -> bool:
+        """Whether no parameter of the components `names` is trainable. `model` can have adapters."""
+        named = model.named_parameters()
+        return not any(own.requires_grad and self.component_of(base_name(name)) in names for name, own in named)
 
 
 def _with_config(model: Any, config: Any) -> str:

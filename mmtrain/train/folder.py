@@ -10,9 +10,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import write_text
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.file_locks import try_lock
+from mmtrain.records.sources.place import Place
 from mmtrain.runtime.launch import is_restart, may_write
 from mmtrain.safe_text import visible
 
@@ -114,9 +115,8 @@ def finished_step(output_dir: Path) -> int | None:
 def write_finished(output_dir: Path, step: int) -> None:
     """Note that everything of the run up to `step` is exported."""
     path = output_dir / _FINISHED
-    with storage_faults(f"{path}: it cannot be written"), temporary_path(path) as made:
-        made.write_text(json.dumps({"step": step}), encoding="utf-8")
-        move_into_place(path, made)
+    with storage_faults(f"{path}: it cannot be written"):
+        write_text(path, json.dumps({"step": step}))
 
 
 def write_inputs(output_dir: Path, config: str, dropped: Sequence[dict[str, Any]], step: int = 0) -> None:
@@ -127,11 +127,15 @@ def write_inputs(output_dir: Path, config: str, dropped: Sequence[dict[str, Any]
         (output_dir / "config.yaml").write_text(config, encoding="utf-8")
         path = output_dir / _DROPPED
         rows = [*dropped, *_appended(path, step)]
-        with temporary_path(path) as made:
-            made.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            move_into_place(path, made)
-        if not rows:
-            path.unlink()
+        if rows:
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            path.unlink(missing_ok=True)
+
+
+def dropped_row(place: Place, reason: str) -> dict[str, Any]:
+    """What dropped.jsonl says about a sample."""
+    return {"file": str(place.file), "line": place.line, "place": str(place), "reason": reason}
 
 
 def append_dropped(output_dir: Path, rows: Sequence[dict[str, Any]]) -> None:

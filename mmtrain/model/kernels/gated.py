@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from mmtrain.model.kernels.linear import is_adapted_linear
 from mmtrain.model.kernels.mlp import Gate
 from mmtrain.model.kernels.products import ROW_MULTIPLE
-from mmtrain.model.kernels.rowwise import GELU, GELU_TANH, SILU, Activation, GatedActivation
+from mmtrain.model.kernels.rowwise import GELU, GELU_TANH, QUICK_GELU, SILU, Activation, GatedActivation
 from mmtrain.model.kernels.trial import Kernel, example_for
 
-_ACTIVATIONS = (SILU, GELU, GELU_TANH)
+_ACTIVATIONS = (SILU, GELU, GELU_TANH, QUICK_GELU)
 
 
 @dataclass(frozen=True)
@@ -41,32 +41,42 @@ class Gated(Kernel):
 
 def gated_kernels(module: nn.Module) -> Iterator[Gated]:
     """The kernels to try on `module`, which differ in which half is the gate; none if it is not a gated MLP."""
-    linear: dict[str, Any] = {
-        name: child
-        for name, child in module.named_children()
-        if isinstance(child, nn.Linear) or is_adapted_linear(child)
-    }
-    if len(linear) not in (2, 3) or _num_parameters(module) != sum(map(_num_parameters, linear.values())):
+    linear = linear_children(module)
+    if len(linear) not in (2, 3) or not has_only(module, linear):
         return
     for down in reversed(linear):  # the last one, nearly always
         inputs = tuple(name for name in linear if name != down)
         sizes = {(linear[name].in_features, linear[name].out_features) for name in inputs}
         inner = linear[down].in_features * (3 - len(inputs))
         if sizes == {(linear[down].out_features, inner)}:
-            activation = _activation(module)
+            activation = find_activation(module) or SILU
             yield from (Gated(Gate(activation, up_first), inputs, down) for up_first in (False, True))
+
+
+def linear_children(module: nn.Module) -> dict[str, Any]:
+    """The linear layers of `module` by name, those with adapters too."""
+    return {
+        name: child
+        for name, child in module.named_children()
+        if isinstance(child, nn.Linear) or is_adapted_linear(child)
+    }
+
+
+def has_only(module: nn.Module, children: dict[str, Any]) -> bool:
+    """Whether all parameters of `module` are of these children."""
+    return _num_parameters(module) == sum(map(_num_parameters, children.values()))
 
 
 def _num_parameters(module: nn.Module) -> int:
     return sum(1 for _ in module.parameters())
 
 
-def _activation(module: nn.Module) -> Activation:
-    """The activation that a child or an attribute of `module` computes, SiLU if there is none."""
+def find_activation(module: nn.Module) -> Activation | None:
+    """The activation that a child or an attribute of `module` computes, if it is a known one."""
     children = [child for child in module.children() if not any(True for _ in child.parameters())]
     functions = [value for value in vars(module).values() if callable(value)]
     found = (activation for own in (*children, *functions) for activation in _ACTIVATIONS if _is(own, activation))
-    return next(found, SILU)
+    return next(found, None)
 
 
 def _is(function: Any, activation: Activation) -> bool:

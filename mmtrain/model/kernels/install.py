@@ -1,7 +1,6 @@
 """Installs kernels in a model, wherever one passes its trial."""
 
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ from mmtrain.model.kernels.linear import linear_kernel
 from mmtrain.model.kernels.norms import RMSNorm, norm_kernels
 from mmtrain.model.kernels.patches import patch_kernel
 from mmtrain.model.kernels.rotary import CompiledRotary, compile_rotary
-from mmtrain.model.kernels.trial import Kernel, Trials, kernel_of
+from mmtrain.model.kernels.trial import Kernel, Trials, kernel_of, layer_of
+from mmtrain.model.kernels.ungated import ungated_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +24,12 @@ class KernelReport:
     """How many modules of a model use kernels."""
 
     num_layers: int
-    """Layers of the language model."""
+    """Layers of the language model, or of a dual encoder's text tower; 0 where it does not say."""
     num_fused: int
     """Layers whose MLP is one function, together with the norm before it if there is one."""
     num_norms: int
     num_others: int
-    """Linear layers, adapters, gates and convolutions."""
+    """Linear layers, adapters, MLPs, gates and convolutions."""
     num_rotary: int = 0
     """Attention modules whose rotary embedding is compiled."""
     compiling: str = ""
@@ -41,8 +41,9 @@ class KernelReport:
         if not self.num_fused + self.num_norms + self.num_rotary + self.num_others:
             return "kernels: none fits this model"
         rotary = f"{self.num_rotary} rotary embeddings, " if self.num_rotary else ""
+        layers = f"{self.num_fused} of {self.num_layers} layers, " if self.num_fused else ""
         return (
-            f"kernels: {self.num_fused} of {self.num_layers} layers, {self.num_norms} norms, {rotary}"
+            f"kernels: {layers}{self.num_norms} norms, {rotary}"
             f"{self.num_others} other modules{self.compiling and f'; {self.compiling}'}"
         )
 
@@ -69,7 +70,9 @@ def install(model: Any, device: torch.device | None = None, tick: Callable[[], N
 def _candidates(module: nn.Module) -> Iterator[Kernel]:
     if kernel_of(module) is None:
         single = (linear_kernel(module), patch_kernel(module))
-        yield from itertools.chain(filter(None, single), gated_kernels(module), norm_kernels(module))
+        yield from itertools.chain(
+            filter(None, single), gated_kernels(module), ungated_kernels(module), norm_kernels(module)
+        )
 
 
 def _report(model: Any, device: torch.device) -> KernelReport:
@@ -79,16 +82,10 @@ def _report(model: Any, device: torch.device) -> KernelReport:
     num_norms = sum(isinstance(kernel, RMSNorm | ComputedByMLP) for kernel in kernels)
     num_rotary = sum(isinstance(kernel, CompiledRotary) for kernel in kernels)
     return KernelReport(
-        num_layers=decoder.config.num_hidden_layers,
-        num_fused=len({_layer(name) for name in fused}),
+        num_layers=getattr(decoder.config, "num_hidden_layers", 0),
+        num_fused=len({layer_of(name) for name in fused}),
         num_norms=num_norms,
         num_others=len(kernels) - num_norms - num_rotary - len(fused),
         num_rotary=num_rotary,
         compiling=description(device),
     )
-
-
-def _layer(name: str) -> str:
-    """`name` up to and with its first number."""
-    found = re.match(r".*?\.\d+(?=\.)", name)
-    return name if found is None else found[0]

@@ -1,4 +1,4 @@
-"""Linear layers: frozen ones, and adapters next to them."""
+"""Linear layers, and adapters next to them."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmtrain.model.dropout import SampleDropout, mask_of
 from mmtrain.model.kernels.masks import DroppedProduct, Mask
-from mmtrain.model.kernels.products import ROW_MULTIPLE, FrozenLinear
+from mmtrain.model.kernels.products import ROW_MULTIPLE, WeightProduct
 from mmtrain.model.kernels.trial import Kernel, example_for
 from mmtrain.model.planned_device import kind_of
 from mmtrain.model.quantized_weights import is_quantized
@@ -45,24 +45,24 @@ def _inner(down: Any, x: Tensor, rows: Tensor, mask: Mask | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Frozen(Kernel):
+class FastLinear(Kernel):
     """W x + b by the fastest library."""
 
     def compute(self, module: Any, x: Tensor) -> Tensor:
         if kind_of(x.device) != "cpu" or not x.dtype == module.weight.dtype == torch.float32:
             return F.linear(x, module.weight, module.bias)
         rows = x.reshape(-1, x.shape[-1])
-        return FrozenLinear.apply(rows, module.weight, module.bias).view(*x.shape[:-1], -1)  # type: ignore[no-untyped-call, no-any-return]
+        return WeightProduct.apply(rows, module.weight, module.bias).view(*x.shape[:-1], -1)  # type: ignore[no-untyped-call, no-any-return]
 
     def example(self, module: Any) -> Tensor:
         return example_for(module, 1, ROW_MULTIPLE, module.in_features)
 
 
 def linear_kernel(module: nn.Module) -> Kernel | None:
-    """The kernel to try on `module`; None if it is not a linear layer, or is trainable."""
+    """The kernel to try on `module`; None if it is not a linear layer."""
     if is_adapted_linear(module):
         return AdaptedLinear() if _has_one_adapter(module) else None
-    return Frozen() if is_frozen(module) else None
+    return FastLinear() if type(module) is nn.Linear else None
 
 
 def is_adapted_linear(module: nn.Module) -> bool:

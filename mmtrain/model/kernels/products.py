@@ -1,4 +1,4 @@
-"""Matrix products with frozen weights, by the fastest library.
+"""Matrix products with weights, by the fastest library.
 
 On the CPU torch's `mm` uses oneDNN for bfloat16 but another library for float32, which is 10 % slower on some
 processors. So oneDNN is called directly, through the operator that torch's compiler uses for it.
@@ -34,15 +34,19 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     return is_plain and is_dense and len(x) > 0 and len(x) % ROW_MULTIPLE == 0
 
 
-class FrozenLinear(torch.autograd.Function):
-    """`product` with a frozen weight and bias."""
+class WeightProduct(torch.autograd.Function):
+    """`product` with its gradients. x is only kept where the weight is trained."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return product(outer[0].contiguous(), weight.t()), None, None
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (x, weight), to_out, needs = ctx.saved_tensors, outer[0].contiguous(), ctx.needs_input_grad
+        return (
+            product(to_out, weight.t()) if needs[0] else None,
+            to_out.t() @ x if needs[1] else None,
+            to_out.sum(0) if needs[2] else None,
+        )

@@ -40,6 +40,10 @@ GELU_TANH = Activation(
     functools.partial(F.gelu, approximate="tanh"), functools.partial(_GELU_BACKWARD, approximate="tanh")
 )
 """The same paper's approximation by tanh."""
+QUICK_GELU = Activation(
+    lambda x: F.silu(1.702 * x).div_(1.702), lambda outer, x: torch.ops.aten.silu_backward(outer, 1.702 * x)
+)
+"""x sigmoid(1.702 x), the same paper's other approximation."""
 
 
 @one_pass
@@ -101,6 +105,24 @@ def gate_up_gradients(
     return to[0], to[1]
 
 
+@one_pass
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """activation(x)"""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for value, o in _blocks(x, out):
+        o.copy_(activation.of(_widened(value)))
+    return out
+
+
+@one_pass
+def activate_gradient(outer: Tensor, x: Tensor, activation: Activation) -> Tensor:
+    """The gradient of x from that of `activate`."""
+    to = torch.empty_like(outer, memory_format=torch.contiguous_format)
+    for y, value, o in _blocks(outer, x, to):
+        o.copy_(activation.gradient(_widened(y), _widened(value)))
+    return to
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`normalize` with a frozen weight. Where it is neither cached nor compiled torch has a kernel for it."""
     if _is_cached(x) or is_compiled(x.device):
@@ -155,7 +177,8 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _widened(value: Tensor) -> Tensor:
-    return value.float() if _is_cached(value) or torch.compiler.is_compiling() else value
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return value.to(wide) if _is_cached(value) or torch.compiler.is_compiling() else value
 
 
 def _is_cached(value: Tensor) -> bool:
