@@ -49,7 +49,7 @@ MEMORY: dict[str, dict[str, Any]] = {
 DEEP = {f"{kind} through 28 and 32 layers": {"full_depth": kind} for kind in ("images", "chats")}
 DEEP_KERNELS = {"images": (3_000, 3_800), "chats": (2_100, 3_800)}
 """The most forward and backward. A loop over images, windows or samples would exceed them."""
-QUICK = ("float32", "bfloat16")
+QUICK = ("float32",)
 NAMES = [pytest.param(name, marks=() if name in QUICK else SLOW) for name in CASES]
 TRAINED_TOWER = ("projector and vision",)
 PADDED = ("padded", "gemma3")
