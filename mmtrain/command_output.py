@@ -18,8 +18,12 @@ def plain_console(stderr: bool = False) -> Console:
 
 
 def print_json(row: Any) -> None:
-    """One JSON object on a line, escaped if standard output cannot encode it (a file name that is not UTF-8)."""
-    line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    """One JSON object on a line. A number that is not finite is null, and what standard output cannot encode, such as
+    a file name that is not UTF-8, is escaped."""
+    line = json.dumps(row, ensure_ascii=False)
+    if "NaN" in line or "Infinity" in line:
+        row = json.loads(line, parse_constant=lambda name: None)
+        line = json.dumps(row, ensure_ascii=False)
     try:
         line.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:

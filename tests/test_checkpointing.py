@@ -10,12 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from mmtrain.config import GIB
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.model.without_values import NeedsValuesError
 from mmtrain.progress import QUIET, Progress
 from mmtrain.runtime.processes import Runtime
-from mmtrain.scoring.image_cache import GIB
 from mmtrain.train import checkpointing
 from mmtrain.train.checkpointing import available, decide_checkpointing
 from mmtrain.train.dataset import Dataset

@@ -1,6 +1,7 @@
 """mmtrain compose: both parts as they are, a new projector, and one model that plain transformers loads."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -150,33 +151,25 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import PIL.Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-model = AutoModelForImageTextToText.from_pretrained(sys.argv[1]).eval()
-processor = AutoProcessor.from_pretrained(sys.argv[1])
-content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-inputs = processor(images=[PIL.Image.new("RGB", (50, 40), "red")], text=text, return_tensors="pt")
-out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-placeholder = model.config.image_token_id
-print("GENERATED", out.shape[1] - inputs["input_ids"].shape[1], int((inputs["input_ids"] == placeholder).sum()))
+for path in sys.argv[1:]:
+    model = AutoModelForImageTextToText.from_pretrained(path).eval()
+    processor = AutoProcessor.from_pretrained(path)
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=[PIL.Image.new("RGB", (50, 40), "red")], text=text, return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    placeholder = model.config.image_token_id
+    print("GENERATED", out.shape[1] - inputs["input_ids"].shape[1], int((inputs["input_ids"] == placeholder).sum()))
 """
 
 
 @pytest.mark.slow("a model is composed, loaded and asked")
-@pytest.mark.parametrize(
-    ("projector", "num_tokens"),
-    [
-        ("mlp2x-gelu", SIDE**2),
-        ("pixel-shuffle", SIDE**2 // 4),
-    ],
-)
-def test_plain_transformers_loads_it_and_generates(
-    projector: str, num_tokens: int, compose_once: Callable[[str, str], Path]
-) -> None:
-    folder = compose_once("siglip", projector)
-    code = [sys.executable, "-c", PLAIN, str(folder)]
-    done = subprocess.run(code, capture_output=True, text=True, check=False, cwd=folder)
+def test_plain_transformers_loads_it_and_generates(compose_once: Callable[[str, str], Path], tmp_path: Path) -> None:
+    num_tokens = {"mlp2x-gelu": SIDE**2, "pixel-shuffle": SIDE**2 // 4}
+    code = [sys.executable, "-c", PLAIN, *(str(compose_once("siglip", projector)) for projector in num_tokens)]
+    done = subprocess.run(code, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"GENERATED 4 {num_tokens}\n" in done.stdout
+    assert re.findall(r"GENERATED (\d+) (\d+)\n", done.stdout) == [("4", str(num)) for num in num_tokens.values()]
 
 
 def test_the_template_is_the_language_model_s_own(

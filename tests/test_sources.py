@@ -1,6 +1,8 @@
 """Records are found in files, folders and globs, each with its exact line, and broken ones are refused by name."""
 
+import gzip
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.formats import read_record
 from mmtrain.records.json_text import parse_json
-from mmtrain.records.sources import json_list
+from mmtrain.records.sources import json_list, line_index
 from mmtrain.records.sources.json_lines import JsonlFile
 from mmtrain.records.sources.json_list import JsonFile
 from mmtrain.records.sources.open import open_records
@@ -420,3 +422,37 @@ def test_records_that_share_a_line_are_distinguished_by_their_number(tmp_path: P
     path.write_text('[{"a": 1}, {"b": 2},\n {"c": 3}]')
     (records,) = open_records(str(path))
     assert [str(records.place(i)) for i in range(3)] == [f"{path}:1 item 1", f"{path}:1 item 2", f"{path}:2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "records"),
+    [
+        ("a.jsonl", b'{"a": 1}\n\n{"a": 2}\n', [(1, {"a": 1}), (3, {"a": 2})]),
+        ("a.json", b'[{"a": 1},\n{"a": 2}]', [(1, {"a": 1}), (2, {"a": 2})]),
+        ("a.csv", b'a\n"1\n"\n2\n', [(2, {"a": "1\n"}), (4, {"a": "2"})]),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2}\n'), [(1, {"a": 1}), (2, {"a": 2})]),
+    ],
+)
+def test_the_index_of_a_large_file_is_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, records: list[tuple[int, Any]]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(line_index, "_WORTH_KEEPING", 2)
+    path = write(tmp_path, name, content)
+    made: list[Path] = []
+    for index in (line_index.LineIndex, json_list._ListIndex):
+        scan = index._scan
+
+        def noted(self: Any, file: Any, scan: Any = scan) -> int:
+            made.append(self.path)
+            return int(scan(self, file))
+
+        monkeypatch.setattr(index, "_scan", noted)
+    for _ in range(2):
+        (file,) = open_records(str(path))
+        assert [(file.place(i).line, file.record(i)) for i in range(len(file))] == records
+    assert made == [path]
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    open_records(str(path))
+    assert made == [path, path]

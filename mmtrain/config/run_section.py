@@ -9,6 +9,9 @@ from pydantic import AfterValidator, Field, Strict
 from mmtrain.config.section import Count, Marker, Section, WatchedMetric
 from mmtrain.safe_text import shown
 
+GIB = 2**30
+"""Bytes of a GiB, the unit of the keys that end in `_gib`."""
+
 
 def _output_path(path: str) -> str:
     """`path` with the home folder for `~`. Raises ValueError for `$HOME` and the like: a folder of that name would be

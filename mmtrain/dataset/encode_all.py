@@ -19,6 +19,7 @@ from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation, SampleError
 from mmtrain.records.record_set import RecordSet
+from mmtrain.records.sources.arrow import read_in_order
 
 _CHUNK = 256
 _MANY = 16_000
@@ -66,7 +67,7 @@ class ChunkEncoder:
         findings = [
             (position, finding)
             for position, row in enumerate(found)
-            for finding in self._findings(row, failing, {} if row.conversation is None else next(prompts))
+            for finding in self._findings(row, failing, Prompts() if row.conversation is None else next(prompts))
         ]
         spans = [span for one in encoded for span in one.images]
         return EncodedChunk(
@@ -177,6 +178,7 @@ _of_worker: list[ChunkEncoder] = []  # the one of this process, where it is a wo
 
 
 def _start_worker(spec: EncodingSpec) -> None:
+    read_in_order()
     processor = load_processor(spec.model_path, spec.settings, tried=True)
     _of_worker[:] = [ChunkEncoder(spec, spec.records(), processor, num_threads=1)]
 

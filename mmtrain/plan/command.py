@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mmtrain.command_output import plain_console, print_json
-from mmtrain.config import Config
+from mmtrain.config import GIB, Config
 from mmtrain.dataset.shard_order import first_file
 from mmtrain.encoding.load import processor_of
 from mmtrain.errors import UserError
@@ -18,7 +18,7 @@ from mmtrain.plan.structure import Structure, structure_of
 from mmtrain.plan.waiting import Simulation, Step
 from mmtrain.progress import Progress
 from mmtrain.runtime.device import find_device
-from mmtrain.scoring.image_cache import GIB, caches_features
+from mmtrain.scoring.image_cache import caches_features
 from mmtrain.train.dataset import Dataset
 
 

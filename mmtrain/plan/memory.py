@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mmtrain.config import Config
+from mmtrain.config import GIB, Config
 from mmtrain.config.tune_section import Full, Lora
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.progress import Progress
-from mmtrain.scoring.image_cache import GIB
 from mmtrain.train.checkpointing import available, peak_or_fault, with_checkpointing
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.peak_memory import PeakMemory

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mmtrain.config import GIB
 from mmtrain.plan.memory import CARDS
-from mmtrain.scoring.image_cache import GIB
 from mmtrain.train.checkpointing import RESERVED_BYTES, RESERVED_SHARE
 from mmtrain.train.summary import duration
 

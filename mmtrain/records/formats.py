@@ -47,6 +47,7 @@ _WEIGHTS = ("weight", "loss_weight", "loss_scale")
 _TRAIN_KEYS = (*_SWITCHES, *_WEIGHTS)
 _MAX_WEIGHT = 1000
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_PLAIN_KEYS = frozenset({"role", "content"})
 _SYSTEM_KEYS = ("system", "system_prompt")
 _IMAGE_KEYS = ("images", "image")
 _TEXT_TYPES = ("text", "input_text", "output_text")
@@ -178,6 +179,8 @@ def _message(turn: Record, number: int, images: _ImageList) -> Message:
         raise SampleError(f"an image in a turn of the {role}: only the user's turns can have images")
     if role == "assistant" and not calls and not any(isinstance(part, Text) and part.text.strip() for part in parts):
         raise SampleError("an assistant turn without text")
+    if turn.keys() <= _PLAIN_KEYS:
+        return Message(role, parts)
     reasoning = _text(_one_of(turn, _REASONING_KEYS) or "", "the reasoning")
     _check_role(turn, number, role, {"calls": bool(calls), "reasoning": bool(reasoning)})
     name, call_id = (_text(turn.get(key) or "", key) or None for key in ("name", "tool_call_id"))

@@ -1,7 +1,4 @@
-"""Processes and nodes: whether this process is one of many already, and if not, starting them.
-
-With environment.py the only module that reads the environment.
-"""
+"""Processes and nodes: whether this process is one of many already, and if not, starting them."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Devices, precision and processes: with `launch` the only room that asks the environment about them."""
+"""The device, precision and processes of a run, as the environment gives them."""
 
 import datetime
 import json

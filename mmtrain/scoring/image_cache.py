@@ -9,7 +9,7 @@ import PIL
 import transformers
 
 from mmtrain import __version__
-from mmtrain.config import Config
+from mmtrain.config import GIB, Config
 from mmtrain.config.tune_section import Frozen
 from mmtrain.dataset.hashes import model_fingerprints
 from mmtrain.encoding.processor import ChatProcessor
@@ -22,8 +22,6 @@ from mmtrain.model.vision import VisionInputs
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.user_cache import cache_folder
-
-GIB = 2**30
 
 
 def caches_features(config: Config, num_processes: int) -> bool:

@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 
-from mmtrain.config import Config
+from mmtrain.config import GIB, Config
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import error_line
-from mmtrain.scoring.image_cache import GIB
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.learner import make_learner
 from mmtrain.train.peak_memory import PeakMemory, predict_peak

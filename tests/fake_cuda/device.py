@@ -42,6 +42,10 @@ class FakeTensor(torch.Tensor):
     ) -> Any:
         return _compute(func, args, kwargs or {})
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """That of the values: the wrapper's own has no address."""
+        return self.content.untyped_storage()
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
@@ -116,6 +120,11 @@ def _cpu_generator(generator: torch.Generator) -> torch.Generator:
     return made
 
 
+def _number(value: FakeTensor) -> Any:
+    """What torch reads of a tensor among other numbers, below Python's dispatch."""
+    return value if value.ndim else value.item()
+
+
 def install(capability: tuple[int, int] = (9, 0)) -> None:
     """Have torch's Python module report one such device; to be called once, in a process that has loaded it."""
     answers: dict[str, Any] = {
@@ -138,6 +147,8 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "_lazy_init": None,
     }
+    make = torch.tensor
+    torch.tensor = lambda data, *args, **kwargs: make(tree_map_only(FakeTensor, _number, data), *args, **kwargs)
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch._C._set_only_lift_cpu_tensors(True)

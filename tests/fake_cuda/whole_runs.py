@@ -4,6 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import PIL.Image
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from fake_cuda.device import FakeDevice
 from mmtrain.cli import app
 from mmtrain.config.schema import Config
+from mmtrain.train import ceiling
 from mmtrain.train.run import train
 from support.builders import MAKERS, mixed_rows, train_and_run, write_jsonl
 from support.families_grid import GRID
@@ -45,7 +47,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         config = _config(case, folder)
         train(_on("cpu", config))
         expected = _rows(folder / "cpu")
-        with FakeDevice(), Meter(hidden=HIDDEN) as meter:  # type: ignore[no-untyped-call]
+        with FakeDevice(), Meter(hidden=HIDDEN) as meter, patch.dict(ceiling._SIDE, cuda=64):  # type: ignore[no-untyped-call]
             waits: list[dict[str, int]] = []
 
             def on_step(row: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ class DelimitedFile:
         """Raises OSError, and UserError if the first row does not name the columns."""
         self.path = path
         csv.field_size_limit(MAX_RECORD)
-        self._index = LineIndex(path, lambda chunk: chunk.count(b'"') % 2 == 1)
+        self._index = LineIndex(path, "rows 1", lambda chunk: chunk.count(b'"') % 2 == 1)
         self._style: dict[str, Any] = {"delimiter": delimiter, "strict": True}
         with refused_at(f"{visible(str(path))}:1"):
             self._columns = self._row(0) if len(self._index) else []
@@ -35,8 +35,8 @@ class DelimitedFile:
             if len(self._columns) > 1 and all(name.startswith(" ") for name in self._columns[1:]):
                 self._style["skipinitialspace"] = True
                 self._columns = self._row(0)
-        names = self._columns
-        repeated = {name for name in names if names.count(name) > 1} | {name for name in names[1:] if not name.strip()}
+        columns = self._columns
+        repeated = {name for n, name in enumerate(columns) if columns.count(name) > 1 or (n and not name.strip())}
         if repeated or (len(self._index) and not self._columns):
             found = ", ".join(map(shown, sorted(repeated)))
             raise UserError(f"{visible(str(path))}:1: the first row must name every column once, found {found} again")

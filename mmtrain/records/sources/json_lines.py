@@ -19,7 +19,7 @@ class JsonlFile:
     def __init__(self, path: Path) -> None:
         """Raises OSError, and UserError for a compressed file that is broken."""
         self.path = path
-        self._index = LineIndex(path)
+        self._index = LineIndex(path, "lines 1")
 
     def __len__(self) -> int:
         return len(self._index)

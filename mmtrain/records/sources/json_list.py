@@ -25,7 +25,7 @@ class JsonFile:
     def __init__(self, path: Path) -> None:
         """Raises OSError, and UserError with the line of what is wrong."""
         self.path = path
-        self._index = _ListIndex(path)
+        self._index = _ListIndex(path, "list 1")
 
     def __len__(self) -> int:
         return len(self._index.offsets)
