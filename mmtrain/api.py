@@ -36,7 +36,7 @@ def train(config: "Config", fresh: bool = False, accept_change: Sequence[str] = 
     from mmtrain.train.run import train as run
 
     folder = Path(config.run.output_dir)
-    with reserved(folder, fresh):
+    with reserved(config, fresh):
         if run(config, accept_change):
             report_after_run(folder)
     return folder
@@ -50,20 +50,17 @@ def encode(config: "Config", records: Sequence[Mapping[str, Any]], root: str | P
     Raises UserError for a record that cannot be trained on.
     """
     set_environment()
-    from mmtrain.dataset.encode_all import EncodingSpec
+    from mmtrain.dataset.encoding_spec import EncodingSpec
     from mmtrain.encoding.load import processor_of
-    from mmtrain.errors import UserError
-    from mmtrain.records.chat import SampleError
+    from mmtrain.records.chat import refused_at
 
     processor = processor_of(config.model)
     spec = EncodingSpec.of(config, config.data.train)
     encoder = spec.encoder(processor)
     found = []
     for number, record in enumerate(records):
-        try:
+        with refused_at(f"record {number}"):
             found += [encoder.encode(one, Path(root)) for _, one in encoder.sequences(spec.read(record))]
-        except SampleError as error:
-            raise UserError(f"record {number}: {error}") from None
     return found
 
 
@@ -81,14 +78,14 @@ def evaluate(
     if measure == "perplexity":
         from mmtrain.evaluate import command as perplexity
 
-        return perplexity.perplexity_figures(config, perplexity.Options(path))
+        return perplexity.perplexity_figures(config, perplexity.PerplexityOptions(path))
     if measure == "retrieval":
         from mmtrain.retrieval import command as retrieval
 
-        return retrieval.retrieval_figures(config, retrieval.Options(path))[0]
+        return retrieval.retrieval_figures(config, retrieval.RetrievalOptions(path))[0]
     from mmtrain.answers import command as answers
 
-    return answers.answer_figures(config, answers.Options(path))[0]
+    return answers.answer_figures(config, answers.AnswersOptions(path))[0]
 
 
 def generate(
@@ -115,11 +112,11 @@ def generate(
     it names; `system`: a system prompt; `dtype`: of the weights, without it the run's, or bfloat16. Raises UserError.
     """
     set_environment()
-    from mmtrain.generate.command import Options, replies
+    from mmtrain.generate.command import GenerateOptions, replies
     from mmtrain.generate.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, num_beams, repetition_penalty, seed)
     found = tuple(Path(image) for image in images)
     return replies(
-        Options(str(path), images=found, system=system, base=base, dtype=dtype, sampling=sampling), questions
+        GenerateOptions(str(path), images=found, system=system, base=base, dtype=dtype, sampling=sampling), questions
     )

@@ -6,28 +6,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mmtrain.errors import storage_faults
+from mmtrain.safe_text import visible
+
 
 @contextmanager
-def temporary_path(target: Path, writer: str = "") -> Iterator[Path]:
-    """A path next to `target` where a file or a folder can be written, for `move_into_place`. What is still there when
-    the block is left, or was left there by a process that was killed, is deleted.
+def replacing(target: Path, writer: str = "", durable: bool = True) -> Iterator[Path]:
+    """A path next to `target` where a file or a folder is written, which replaces `target` at the end of the block.
+    After an error it is deleted, and so is what a process that was killed left there.
 
-    `writer`: distinguishes processes that may write the same `target` at the same time. Raises OSError.
+    `writer`: distinguishes processes that may write the same `target` at the same time. `durable`: all of it is flushed
+    to the disk before it is renamed, so that it is whole even after a power failure. Raises OSError.
     """
     made = target.with_name(f".{target.name}{writer and f'.{writer}'}.new")
     _delete(made)
     try:
         yield made
+        _move_into_place(target, made, durable)
     finally:
         with suppress(OSError):  # the error that ended the block says more
             _delete(made)
 
 
-def move_into_place(target: Path, made: Path, durable: bool = True) -> None:
-    """Let `made` replace `target`, a file or a folder. Raises OSError.
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """`replacing` a folder that is not there, in one that may not be there either. Raises StorageError."""
+    with storage_faults(f"{visible(str(target))}: it cannot be written"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as made:
+            yield made
 
-    `durable`: all of it is flushed to the disk before it is renamed, so that it is whole even after a power failure.
-    """
+
+def write_text(target: Path, text: str, durable: bool = True) -> None:
+    """Replace the file `target` by one with this text. Raises OSError."""
+    with replacing(target, durable=durable) as made:
+        made.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _move_into_place(target: Path, made: Path, durable: bool) -> None:
     if durable:
         for path in [*made.rglob("*"), made]:
             flush(path)

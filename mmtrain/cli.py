@@ -1,5 +1,6 @@
 """The commands. Each imports its modules when it runs, so that `--help` is fast."""
 
+import gc
 import io
 import sys
 import warnings
@@ -88,8 +89,8 @@ def train(
     from mmtrain.runtime import launch
 
     loaded = api.load_config(config, overrides or [])
-    layout = launch.Layout(processes, nodes, node_rank, rendezvous, max_restarts)
-    layout.check()
+    options = launch.LaunchOptions(processes, nodes, node_rank, rendezvous, max_restarts)
+    options.check()
     launch.quiet()
     if not (nodes == 1 and processes is None and launch.takes_part()):
         num_local = processes or launch.num_local_gpus(loaded.run.device) or 1
@@ -97,8 +98,8 @@ def train(
             from mmtrain.train.folder import reserved
 
             args = [str(config), *(overrides or []), *(f"--accept-change={key}" for key in accept_change or [])]
-            with reserved(Path(loaded.run.output_dir), fresh, node_rank):
-                raise typer.Exit(launch.launch(layout, num_local, ["train", *args]))
+            with reserved(loaded, fresh, node_rank):
+                raise typer.Exit(launch.launch(options, num_local, ["train", *args]))
     api.train(loaded, fresh, accept_change or [])
 
 
@@ -155,12 +156,12 @@ def generate(
     code = launch_again(processes)
     if code is not None:
         raise typer.Exit(code)
-    from mmtrain.generate.command import Options
+    from mmtrain.generate.command import GenerateOptions
     from mmtrain.generate.command import generate as run
     from mmtrain.generate.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, do_sample, temperature, top_p, top_k, num_beams, repetition_penalty, seed)
-    options = Options(
+    options = GenerateOptions(
         path, question, tuple(image or ()), interactive, system, tuple(data or ()), output, base, dtype, batch_size,
         sampling,
     )  # fmt: skip
@@ -175,6 +176,7 @@ def generate(
 def main() -> None:
     """The entry point. A UserError is printed without a traceback."""
     set_environment()
+    gc.set_threshold(700, 10, 100)  # with the usual 10 it looks at all that importing torch makes 7 times: a second
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: an odd file name must not make a command fail
         sys.stdout.reconfigure(errors="backslashreplace")
     # peft uses deprecated names of transformers: a user cannot act on these warnings

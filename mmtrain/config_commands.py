@@ -1,5 +1,6 @@
-"""`mmtrain config`: commands about a config alone, and the arguments by which every command takes one."""
+"""`mmtrain config`: commands about a config alone, and the arguments that several commands have."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -17,13 +18,24 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...", help="Keys of the config to set, such as train.steps=50.", show_default=False
     ),
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="A run or an adapter; without it the base model.", show_default=False),
+]
+DataFiles = Annotated[
+    list[str] | None, typer.Option(help="A data file instead of data.eval; may be repeated.", show_default=False)
+]
+Html = Annotated[Path | None, typer.Option(help="Write one self-contained HTML page.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Processes = Annotated[int, typer.Option(min=1, max=1024, help="Processes on this machine.")]
 
 
 @config_app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Report every fault of a config, with its line; exit code 2 if it has one."""
     load_config(config, overrides or [])
-    print(f"{visible(str(config))}: no faults; `mmtrain inspect-labels {visible(str(config))} --all` checks the data")
+    name = visible(str(config))
+    print(f"{name}: no faults; `mmtrain inspect-labels {shlex.quote(name)} --all` checks the data")
 
 
 @config_app.command()

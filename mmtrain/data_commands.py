@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 import typer
 
 from mmtrain.api import load_config
-from mmtrain.config_commands import ConfigPath, Overrides
+from mmtrain.config_commands import ConfigPath, Html, Json, Overrides
 
 
 def inspect_data(
     config: ConfigPath,
     overrides: Overrides = None,
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page.", show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    html: Html = None,
+    json: Json = False,
 ) -> None:
     """Count samples, lengths, images, roles and duplicates, and what train and eval have in common."""
     loaded = load_config(config, overrides or [])
@@ -31,7 +31,7 @@ def inspect_labels(
         typer.Option(min=1, help="How many samples to show.", show_default="3; of pairs the queries of a step, 12"),
     ] = None,
     split: Annotated[Literal["train", "eval"], typer.Option(help="The sources: data.train or data.eval.")] = "train",
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page.", show_default=False)] = None,
+    html: Html = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per sample.")] = False,
     tokens: Annotated[bool, typer.Option("--tokens", help="With --json: include every token.")] = False,
     audit: Annotated[bool, typer.Option("--all", help="Check every sample; exit 1 if any has a fault.")] = False,
@@ -40,8 +40,8 @@ def inspect_labels(
 ) -> None:
     """Show which tokens are trained on or which pairs are compared, or check every sample."""
     loaded = load_config(config, overrides or [])
-    from mmtrain.inspect_labels.command import Options
+    from mmtrain.inspect_labels.command import LabelsOptions
     from mmtrain.inspect_labels.command import inspect_labels as run
 
-    options = Options(split, tuple(index or ()), num, html, audit, json, tokens, losses, adapter)
+    options = LabelsOptions(split, tuple(index or ()), num, html, audit, json, tokens, losses, adapter)
     raise typer.Exit(run(loaded, options))

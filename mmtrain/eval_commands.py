@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from mmtrain.api import load_config
-from mmtrain.config_commands import ConfigPath, Overrides
+from mmtrain.config_commands import Adapter, ConfigPath, DataFiles, Html, Json, Overrides, Processes
 
 eval_app = typer.Typer(help="Measure a model on held-out data.", no_args_is_help=True)
 
@@ -15,46 +15,43 @@ eval_app = typer.Typer(help="Measure a model on held-out data.", no_args_is_help
 def perplexity(
     config: ConfigPath,
     overrides: Overrides = None,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter; default: none.", show_default=False)] = None,
+    adapter: Adapter = None,
     compare: Annotated[
         str | None,
         typer.Option(metavar="ADAPTER...", help="Adapters, or `base`, on the same tokens; the first is the reference."),
     ] = None,
-    data: Annotated[list[str] | None, typer.Option(help="A data file instead of data.eval; may be repeated.")] = None,
+    data: DataFiles = None,
     images: Annotated[
         Literal["right", "all"], typer.Option(help="all: also with swapped, grey and no images.")
     ] = "right",
-    json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Measure how likely the right answers are, and whether the model uses the images."""
     words = overrides or []
     compared = [compare, *(word for word in words if "=" not in word)] if compare is not None else []
     loaded = load_config(config, [word for word in words if word not in compared])
-    from mmtrain.evaluate.command import Options, eval_perplexity
+    from mmtrain.evaluate.command import PerplexityOptions, eval_perplexity
 
-    eval_perplexity(loaded, Options(adapter, tuple(compared), tuple(data or ()), images == "all", json))
+    eval_perplexity(loaded, PerplexityOptions(adapter, tuple(compared), tuple(data or ()), images == "all", json))
 
 
 @eval_app.command()
 def answers(
     config: ConfigPath,
     overrides: Overrides = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="A run or an adapter; without it the base model.", show_default=False),
-    ] = None,
-    data: Annotated[list[str] | None, typer.Option(help="A data file instead of data.eval; may be repeated.")] = None,
+    adapter: Adapter = None,
+    data: DataFiles = None,
     metric: Annotated[
         str | None,
         typer.Option(help="How answers are scored.", show_default="each source's, or one that suits it"),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Every figure as one JSON object.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", show_default=False)] = None,
+    json: Json = False,
+    html: Html = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 16,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="The longest answer.", show_default="twice the longest reference")
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, max=1024, help="Processes on this machine.")] = 1,
+    processes: Processes = 1,
 ) -> None:
     """How good the answers are, and whether they are better than blind guessing."""
     from mmtrain.runtime.launch import launch_again
@@ -63,23 +60,20 @@ def answers(
     if code is not None:
         raise typer.Exit(code)
     loaded = load_config(config, overrides or [])
-    from mmtrain.answers.command import Options, eval_answers
+    from mmtrain.answers.command import AnswersOptions, eval_answers
 
-    eval_answers(loaded, Options(adapter, tuple(data or ()), metric, html, json, batch_size, max_new_tokens))
+    eval_answers(loaded, AnswersOptions(adapter, tuple(data or ()), metric, html, json, batch_size, max_new_tokens))
 
 
 @eval_app.command()
 def retrieval(
     config: ConfigPath,
     overrides: Overrides = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="A run or an adapter; without it the base model.", show_default=False),
-    ] = None,
+    adapter: Adapter = None,
     compare: Annotated[
         Literal["base"] | None, typer.Option(help="Compare with the base model.", show_default=False)
     ] = None,
-    data: Annotated[list[str] | None, typer.Option(help="A data file instead of data.eval; may be repeated.")] = None,
+    data: DataFiles = None,
     classes: Annotated[
         Path | None,
         typer.Option(help="Classify images too: a file with one class on each line.", show_default=False),
@@ -88,12 +82,12 @@ def retrieval(
         list[str] | None,
         typer.Option(help="The text of a class, such as 'a photo of a {}'; may be repeated.", show_default="{}"),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON object.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained page.", show_default=False)] = None,
+    json: Json = False,
+    html: Html = None,
 ) -> None:
     """Measure how well images find their texts, or queries their documents, and the other way round."""
     loaded = load_config(config, overrides or [])
-    from mmtrain.retrieval.command import Options, eval_retrieval
+    from mmtrain.retrieval.command import RetrievalOptions, eval_retrieval
 
-    options = Options(adapter, compare, tuple(data or ()), classes, tuple(template or ()), html, json)
+    options = RetrievalOptions(adapter, compare, tuple(data or ()), classes, tuple(template or ()), html, json)
     eval_retrieval(loaded, options)

@@ -5,10 +5,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from mmtrain.config_commands import Json
+
 
 def inspect_model(
     path: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or an id in the local hub cache.")],
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    json: Json = False,
     chat_template: Annotated[
         str | None, typer.Option(metavar="FILE", help="A chat template, as model.chat_template.", show_default=False)
     ] = None,
@@ -36,10 +38,10 @@ def compose(
     seed: Annotated[int, typer.Option(min=0, help="Decides the new weights.")] = 0,
 ) -> None:
     """Make one image-text model of an image encoder and a language model, with a new projector to train."""
-    from mmtrain.compose.command import Options
+    from mmtrain.compose.command import ComposeOptions
     from mmtrain.compose.command import compose as run
 
-    run(Options(vision, language, output, projector, feature_layer, dtype, seed))
+    run(ComposeOptions(vision, language, output, projector, feature_layer, dtype, seed))
 
 
 def merge(

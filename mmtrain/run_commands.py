@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mmtrain.api import load_config
-from mmtrain.config_commands import ConfigPath, Overrides
+from mmtrain.config_commands import ConfigPath, Json, Overrides
 
 
 def runs(
@@ -24,7 +24,7 @@ def report(
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="The page.", show_default="report.html in the run"),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object instead.")] = False,
+    json: Json = False,
 ) -> None:
     """Write one HTML page about a run, or about several side by side: curves, data, config, answers."""
     from mmtrain.report.command import report as write
@@ -36,7 +36,7 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     processes: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of processes to plan for.")] = "1,2,8",
-    json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object instead.")] = False,
+    json: Json = False,
 ) -> None:
     """Show what a run will do and need before it is started: steps, memory per GPU, disk, time."""
     from mmtrain.plan.command import plan as run

@@ -1,4 +1,4 @@
-"""Makes text from outside (file names, values, text of samples) safe to print on one line."""
+"""Text for one line: that from outside (file names, values, text of samples) made safe to print, and counts."""
 
 import unicodedata
 
@@ -16,6 +16,11 @@ def shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 image` or `1,200 images`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The message of an exception on one line: its lines joined, control characters escaped, at most `limit`
     characters. The name of its class if it has no message.
@@ -25,6 +30,12 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     words = " ".join(str(error).split()) or type(error).__name__
     plain = "".join(char if _printable(char) else f"\\u{{{ord(char):x}}}" for char in words)
     return shortened(plain, limit)
+
+
+def error_line(error: BaseException, limit: int = 300) -> str:
+    """`one_line` after the name of the exception's class, for errors of libraries, which can be as short as a key."""
+    message, name = one_line(error, limit), type(error).__name__
+    return message if message == name else f"{name}: {message}"
 
 
 def visible(text: str) -> str:

@@ -1,21 +1,37 @@
-"""Models made once a session, on one thread: bits depend on the number of threads."""
+"""Models made once a session, on one thread: bits depend on the number of threads.
 
+torch is imported by the tests and not here: the process that only hands the tests out does not need it.
+"""
+
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
-from mmtrain.config.schema import Config
-from support.builders import MAKERS, mixed_rows, train_and_run, write_jsonl
+if TYPE_CHECKING:
+    from mmtrain.config.schema import Config
 
-torch.set_num_threads(1)
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """What importing and collecting made stays: the garbage collector need not look at a million objects again."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first: a long file that starts last keeps one process busy while the others are done."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,12 +43,13 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+KINDS = ("llava", "qwen2_5_vl", "text")
 OTHER_KINDS = pytest.mark.slow("the same with the two other kinds of models")
 
 
 @pytest.fixture(
     scope="session",
-    params=[pytest.param(name, marks=() if name == "qwen2_5_vl" else OTHER_KINDS) for name in sorted(MAKERS)],
+    params=[pytest.param(name, marks=() if name == "qwen2_5_vl" else OTHER_KINDS) for name in KINDS],
 )
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -40,13 +57,18 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from support.builders import MAKERS
+
+    assert set(MAKERS) == set(KINDS)
     folder = tmp_path_factory.mktemp("models")
     return {name: make(folder / name) for name, make in MAKERS.items()}
 
 
 @pytest.fixture
-def make_config(model_dirs: dict[str, Path], tmp_path: Path) -> Callable[..., Config]:
+def make_config(model_dirs: dict[str, Path], tmp_path: Path) -> "Callable[..., Config]":
     """A config for a kind of model over the mixed samples; keywords are keys of `train` and `run`."""
+    from mmtrain.config.schema import Config
+    from support.builders import mixed_rows, train_and_run, write_jsonl
 
     def make(kind: str, tune: dict[str, Any] | None = None, **settings: Any) -> Config:
         data = tmp_path / f"data-{kind}" / "mixed.jsonl"

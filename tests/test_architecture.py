@@ -63,6 +63,7 @@ def test_the_files_are_found() -> None:
             "mmtrain.errors",
             "mmtrain.safe_text",
             "mmtrain.regular_files",
+            "mmtrain.text_files",
             "mmtrain.progress",
             "mmtrain.runtime.environment",
             "mmtrain.runtime.host_memory",
@@ -75,7 +76,8 @@ def test_the_light_rooms_import_nothing_heavy(name: str) -> None:
 
 
 FLOORS = [
-    ["errors", "safe_text", "regular_files", "atomic_files", "file_locks", "parent_death", "progress", "user_cache"],
+    ["errors", "safe_text", "regular_files", "file_locks", "parent_death", "progress", "user_cache"],
+    ["atomic_files", "command_output", "text_files"],
     ["config"],
     ["records"],
     ["encoding"],

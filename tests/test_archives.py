@@ -15,7 +15,7 @@ from mmtrain.config.data_section import Source, TrainSource
 from mmtrain.config.schema import Config
 from mmtrain.encoding.images import decode, find_image
 from mmtrain.errors import UserError
-from mmtrain.records import archives, tar_index
+from mmtrain.records import archives, index_cache, tar_index
 from mmtrain.records.chat import Image, SampleError
 from mmtrain.records.record_set import RecordSet
 from mmtrain.safe_text import shown
@@ -180,7 +180,7 @@ def test_an_index_is_made_once(large: Path, tmp_path: Path, monkeypatch: pytest.
     seen = scans(monkeypatch)
     assert contents(large) == contents(large) == EXPECTED
     assert seen == [large]
-    (kept,) = (tmp_path / "cache" / "mmtrain" / "tar").iterdir()
+    (kept,) = (tmp_path / "cache" / "mmtrain" / "index").iterdir()
     assert kept.suffix == ".npz"
 
 
@@ -198,20 +198,20 @@ def test_an_index_that_nobody_uses_any_more_is_removed(large: Path, tmp_path: Pa
     other = make_tar(tmp_path / "other.tar", {f"{number}.txt": b"!" for number in range(3)})
     contents(large)
     contents(other)
-    folder = tmp_path / "cache" / "mmtrain" / "tar"
+    folder = tmp_path / "cache" / "mmtrain" / "index"
     for kept in folder.iterdir():
         os.utime(kept, (0, 0))
     contents(other)  # it is in use again
-    tar_index._remove_unused.cache_clear()  # as in another process
+    index_cache._remove_unused.cache_clear()  # as in another process
     contents(make_tar(tmp_path / "third.tar", {f"{number}.txt": b"?" for number in range(3)}))
-    named = {f"{tar_index._key(path)}.npz" for path in (other, tmp_path / "third.tar")}
-    assert {kept.name for kept in folder.iterdir()} == named
+    used = [index_cache.CachedIndex(path, tar_index._KIND)._path for path in (other, tmp_path / "third.tar")]
+    assert set(folder.iterdir()) == set(used)
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "empty", "a folder"])
 def test_a_damaged_index_is_made_again(large: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     contents(large)
-    (kept,) = (tmp_path / "cache" / "mmtrain" / "tar").iterdir()
+    (kept,) = (tmp_path / "cache" / "mmtrain" / "index").iterdir()
     content = bytearray(kept.read_bytes())
     if how == "a folder":
         kept.unlink()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import replacing
 
 
 def write(path: Path, content: str, is_folder: bool) -> None:
@@ -24,11 +24,10 @@ def content_of(path: Path) -> str:
 def test_what_was_written_replaces_what_was_there(is_folder: bool, durable: bool, tmp_path: Path) -> None:
     target = tmp_path / "target"
     for content in ("old", "new"):
-        with temporary_path(target) as made:
+        with replacing(target, durable=durable) as made:
             write(made, content, is_folder)
             if content == "new":
                 assert content_of(target) == "old"
-            move_into_place(target, made, durable)
         assert content_of(target) == content
         assert list(tmp_path.iterdir()) == [target]
 
@@ -39,7 +38,7 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(is_folder: bool, tmp_p
     write(target, "old", is_folder)
 
     def fail() -> None:
-        with temporary_path(target) as made:
+        with replacing(target) as made:
             write(made, "half", is_folder)
             raise ZeroDivisionError
 
@@ -53,8 +52,11 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(is_folder: bool, tmp_p
 def test_what_a_killed_process_left_is_deleted_first(was_folder: bool, tmp_path: Path) -> None:
     target = tmp_path / "target"
     write(tmp_path / ".target.new", "left", was_folder)
-    with temporary_path(target) as made:
+    with replacing(target) as made:
         assert made == tmp_path / ".target.new"
         assert not made.exists()
-    with temporary_path(target, "1") as one, temporary_path(target, "2") as other:
+        write(made, "new", is_folder=False)
+    with replacing(target, "1") as one, replacing(target, "2") as other:
         assert one != other
+        write(one, "one", is_folder=False)
+        write(other, "other", is_folder=False)

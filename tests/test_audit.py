@@ -21,7 +21,8 @@ from mmtrain.dataset import encode_all, store
 from mmtrain.encoding import encode, load
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels import audit as room
-from mmtrain.inspect_labels.audit import AuditReport, audit
+from mmtrain.inspect_labels.audit import audit
+from mmtrain.inspect_labels.audit_report import AuditReport
 from support.builders import TINY, mixed_rows, write_jsonl
 
 Row = dict[str, Any]

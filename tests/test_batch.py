@@ -1,6 +1,7 @@
 """The tensors of a micro-batch: where each sample lies, and the order in which the loader gives them."""
 
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmtrain.dataset.ahead import SteadyPace
-from mmtrain.dataset.batch import Loader, Segment, make_batch
+from mmtrain.dataset.ahead import Pace, SteadyPace, in_order
+from mmtrain.dataset.batch import Batch, Loader, Segment, make_batch
 from mmtrain.dataset.image_inputs import Features
 from mmtrain.encoding.encode import Encoded, ImageSpan
 from mmtrain.encoding.images import FoundImage
@@ -145,15 +146,15 @@ def test_images_with_cached_features_are_not_decoded(decoded: None) -> None:
     found = iter([None, features])
     cache: Any = SimpleNamespace(find=lambda key: next(found))
     processor: Any = ImageProcessor()
-    batch = make_batch([40], [with_images(7, 8)], processor, packing=True, store=cache)
+    batch = make_batch([40], [with_images(7, 8)], processor, packing=True, image_cache=cache)
     assert processor.given == [([[7]], None)]
     assert {name: value.tolist() for name, value in batch.image_inputs.items()} == {"grid": [107, 5]}
     assert [image.features for image in batch.images] == [None, features]
     none: Any = SimpleNamespace(find=lambda key: None)
-    assert make_batch([40], SAMPLES[:1], processor, packing=True, store=none).image_inputs == {}
+    assert make_batch([40], SAMPLES[:1], processor, packing=True, image_cache=none).image_inputs == {}
     longer = replace(with_images(7).images[0], length=3)
     with pytest.raises(SampleError, match=r"^3 tokens were laid out for 7\.png and .* makes 2$"):
-        make_batch([40], [replace(with_images(7), images=(longer,))], processor, packing=True, store=none)
+        make_batch([40], [replace(with_images(7), images=(longer,))], processor, packing=True, image_cache=none)
 
 
 def test_a_fault_of_the_batch_names_the_sample_or_else_all_of_them(decoded: None) -> None:
@@ -186,20 +187,23 @@ class Samples:
         return f"data.jsonl:{index + 1}"
 
 
+def batches_at(pace: Pace, samples: Samples, cuts: Sequence[Sequence[int]]) -> Iterator[Batch]:
+    loader = Loader(samples, PROCESSOR, packing=True)
+    return in_order(loader.load, cuts, lambda batch: batch.num_bytes, pace)
+
+
 def test_batches_come_in_order_whichever_is_ready_first() -> None:
-    batches = Loader(Samples(), PROCESSOR, packing=True, pace=SteadyPace(max_threads=2)).batches(
-        [[0], [1], [2], [0, 2]]
-    )
+    batches = batches_at(SteadyPace(max_threads=2), Samples(), [[0], [1], [2], [0, 2]])
     assert [[segment.sample for segment in batch.segments] for batch in batches] == [[0], [1], [2], [0, 2]]
 
 
 def test_no_more_are_read_ahead_than_asked() -> None:
     samples = Samples()
-    batches = Loader(samples, PROCESSOR, packing=True, pace=SteadyPace(max_threads=1, ahead=2)).batches([[0]] * 50)
+    batches = batches_at(SteadyPace(max_threads=1, ahead=2), samples, [[0]] * 50)
     next(batches)
     batches.close()  # type: ignore[attr-defined]
     assert 1 <= len(samples.asked) <= 3
-    assert len(list(Loader(samples, PROCESSOR, packing=True, pace=SteadyPace(ahead=2)).batches([[0]] * 5))) == 5
+    assert len(list(batches_at(SteadyPace(ahead=2), samples, [[0]] * 5))) == 5
 
 
 def test_a_sample_that_cannot_be_read_is_named_by_its_place() -> None:

@@ -16,14 +16,19 @@ from mmtrain.train.run import train
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_rate_is_that_of_the_fastest_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock on which the products take 7, 3, 5, 2, 9 and 4 seconds, and torch's own count of operations."""
+@pytest.mark.parametrize(("unit", "fastest"), [(0.001, 2), (0.004, 3)])
+def test_the_rate_is_that_of_the_fastest_product(
+    unit: float, fastest: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which the products take 7, 3, 5, 2, 9 and 4 of a unit, and torch's own count of operations. After
+    0.05 seconds none begins."""
     with FlopCounterMode(display=False) as counter:
         torch.ones(64, 64) @ torch.ones(64, 64)
     ticks = itertools.accumulate((0, 7, 1, 3, 1, 5, 1, 2, 1, 9, 1, 4))
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(time, "perf_counter", lambda: unit * next(ticks))
     monkeypatch.setitem(ceiling._SIDE, "cpu", 64)
-    assert ceiling.matmul_rate(torch.device("cpu"), dtype) == counter.get_total_flops() / 2
+    expected = counter.get_total_flops() / (unit * fastest)
+    assert ceiling.matmul_rate(torch.device("cpu"), dtype) == pytest.approx(expected)
 
 
 @pytest.mark.slow("a run")

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mmtrain.atomic_files import move_into_place
+from mmtrain import atomic_files
 from mmtrain.errors import NoCheckpointError, StorageError, UserError
 from mmtrain.train import checkpoint
 from mmtrain.train.checkpoint import CheckpointFolder, Snapshot, checkpoint_bytes, read_state, restore, snapshot
@@ -277,13 +277,13 @@ def test_a_disk_that_does_not_keep_what_was_written_is_noticed_and_the_one_befor
 ) -> None:
     folder = CheckpointFolder(tmp_path, 1)
     folder.save(2, small, STATE)
-    move = move_into_place
+    move = atomic_files._move_into_place
 
-    def lossy(target: Path, made: Path) -> None:
-        move(target, made)
+    def lossy(target: Path, made: Path, durable: bool) -> None:
+        move(target, made, durable)
         spoil(target, "byte")
 
-    monkeypatch.setattr(checkpoint, "move_into_place", lossy)
+    monkeypatch.setattr(atomic_files, "_move_into_place", lossy)
     with pytest.raises(StorageError, match=r"step-000004: read back, optimizer\.safetensors is not what was"):
         folder.save(4, small, STATE)
     assert folder.newest()[0] == tmp_path / "step-000002"

@@ -10,13 +10,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from mmtrain.config import GIB
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.model.without_values import NeedsValuesError
 from mmtrain.progress import QUIET, Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train import checkpointing
-from mmtrain.train.checkpointing import GIB, available, decide_checkpointing
+from mmtrain.train.checkpointing import available, decide_checkpointing
 from mmtrain.train.dataset import Dataset
 from support.builders import mixed_rows, train_and_run, write_jsonl
 
@@ -29,10 +30,10 @@ class OneOfSeveral:
 
     device: torch.device
     num_processes: int = 1
-    decided: str | None = None
+    decided: list[Any] | None = None
     keys: list[str] = field(default_factory=list)
 
-    def from_first(self, key: str, make: Callable[[], str]) -> str:
+    def from_first(self, key: str, make: Callable[[], Any]) -> Any:
         self.keys.append(key)
         return make() if self.decided is None else self.decided
 
@@ -97,7 +98,7 @@ def test_on_a_gpu_its_memory_decides(gib: float, is_on: bool, config: Config, mo
 
 
 def test_other_processes_do_as_the_first_one(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = OneOfSeveral(torch.device("cuda", 0), 2, '[true, "because"]')
+    runtime = OneOfSeveral(torch.device("cuda", 0), 2, [True, "because"])
     assert decided(config, runtime) == (True, ["activation checkpointing: on, because"])
     assert runtime.keys == ["activation checkpointing"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from mmtrain.checks import findings, inference
+from mmtrain.checks import earlier_prompts, findings, inference
 from mmtrain.checks import labels as label_checks
 from mmtrain.checks.content import image_notes
 from mmtrain.checks.findings import IGNORED, Finding
@@ -375,8 +375,45 @@ def test_notes_on_images(kind: str, size: tuple[int, int], notes: list[str], mod
     assert [finding.kind for finding in image_notes([size], _loaded(model_dirs[kind]))] == notes
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_earlier_prompts_are_those_of_inference(
+    tokenizer: str, template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bos_in_front = template == "llama3"
+    processor = load_processor(
+        str(make_directory(tmp_path, tokenizer, TEMPLATES[template].text, bos_in_front=bos_in_front))
+    )
+    special = next(iter(processor.tokenizer.traits.added.values()))
+    asked = ["P", " Q\n", "\n\nR ", "Saß", special]
+    talks = [
+        talk(*(turn for text in texts for turn in (("user", text), ("assistant", text + "!"))))
+        for texts in (asked[:3], asked[1:4], asked[2:])
+    ]
+    checker, own = Checker(processor), inference.Inference(processor)
+    encoded: list[str] = []
+    encode = processor.tokenizer.encode_for_inference
+
+    def counted(texts: list[str], adds_special_tokens: bool) -> list[list[int]]:
+        encoded.extend(texts)
+        return encode(texts, adds_special_tokens)
+
+    monkeypatch.setattr(processor.tokenizer, "encode_for_inference", counted)
+    for one in talks:
+        encoded.clear()
+        (prompts,) = checker.prompts([one])
+        num_encoded = len(encoded)
+        for turn, ids in prompts.ids.items():
+            assert ids == own.ids(own.rendered(one, turn, begun=True))
+        if one is talks[1] and (tokenizer, template) == ("byte_level", "chatml"):
+            assert (num_encoded, set(prompts.derived)) == (1, {1, 3})
+
+
 def test_the_checks_do_not_know_the_encoder() -> None:
-    trees = [ast.parse(Path(str(one.__file__)).read_text(encoding="utf-8")) for one in (label_checks, inference)]
+    trees = [
+        ast.parse(Path(str(one.__file__)).read_text(encoding="utf-8"))
+        for one in (label_checks, inference, earlier_prompts)
+    ]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
@@ -386,6 +423,7 @@ def test_the_checks_do_not_know_the_encoder() -> None:
         "mmtrain.records.reasoning",
         "mmtrain.checks.findings",
         "mmtrain.checks.content",
+        "mmtrain.checks.earlier_prompts",
         "mmtrain.checks.inference",
         "mmtrain.encoding.messages",
         "mmtrain.encoding.processor",

@@ -1,6 +1,7 @@
 """mmtrain compose: both parts as they are, a new projector, and one model that plain transformers loads."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,14 +24,14 @@ from transformers import (
 from typer.testing import CliRunner
 
 from mmtrain.cli import app
-from mmtrain.compose import command
-from mmtrain.compose.command import Options, compose
+from mmtrain.compose.command import ComposeOptions, compose
 from mmtrain.compose.language import Language, with_image_tokens
 from mmtrain.config import load_config
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.merge.command import merge
+from mmtrain.model import weight_files
 from mmtrain.train.run import train
 from support.builders import DECODER_SIZES, ROOT, copy_text_tokenizer, make_text, mixed_rows, randomized, write_jsonl
 from support.towers import (
@@ -61,7 +62,7 @@ def compose_once(parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     def made(tower: str, projector: Any) -> Path:
         output = folder / f"{tower}-{projector}"
         if not output.exists():
-            compose(Options(str(parts[tower]), str(parts["language"]), output, projector))
+            compose(ComposeOptions(str(parts[tower]), str(parts["language"]), output, projector))
         return output
 
     return made
@@ -150,33 +151,25 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import PIL.Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-model = AutoModelForImageTextToText.from_pretrained(sys.argv[1]).eval()
-processor = AutoProcessor.from_pretrained(sys.argv[1])
-content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-inputs = processor(images=[PIL.Image.new("RGB", (50, 40), "red")], text=text, return_tensors="pt")
-out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-placeholder = model.config.image_token_id
-print("GENERATED", out.shape[1] - inputs["input_ids"].shape[1], int((inputs["input_ids"] == placeholder).sum()))
+for path in sys.argv[1:]:
+    model = AutoModelForImageTextToText.from_pretrained(path).eval()
+    processor = AutoProcessor.from_pretrained(path)
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=[PIL.Image.new("RGB", (50, 40), "red")], text=text, return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    placeholder = model.config.image_token_id
+    print("GENERATED", out.shape[1] - inputs["input_ids"].shape[1], int((inputs["input_ids"] == placeholder).sum()))
 """
 
 
 @pytest.mark.slow("a model is composed, loaded and asked")
-@pytest.mark.parametrize(
-    ("projector", "num_tokens"),
-    [
-        ("mlp2x-gelu", SIDE**2),
-        ("pixel-shuffle", SIDE**2 // 4),
-    ],
-)
-def test_plain_transformers_loads_it_and_generates(
-    projector: str, num_tokens: int, compose_once: Callable[[str, str], Path]
-) -> None:
-    folder = compose_once("siglip", projector)
-    code = [sys.executable, "-c", PLAIN, str(folder)]
-    done = subprocess.run(code, capture_output=True, text=True, check=False, cwd=folder)
+def test_plain_transformers_loads_it_and_generates(compose_once: Callable[[str, str], Path], tmp_path: Path) -> None:
+    num_tokens = {"mlp2x-gelu": SIDE**2, "pixel-shuffle": SIDE**2 // 4}
+    code = [sys.executable, "-c", PLAIN, *(str(compose_once("siglip", projector)) for projector in num_tokens)]
+    done = subprocess.run(code, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"GENERATED 4 {num_tokens}\n" in done.stdout
+    assert re.findall(r"GENERATED (\d+) (\d+)\n", done.stdout) == [("4", str(num)) for num in num_tokens.values()]
 
 
 def test_the_template_is_the_language_model_s_own(
@@ -207,7 +200,7 @@ def test_the_template_is_the_language_model_s_own(
 def test_the_new_weights_follow_from_the_seed(parts: dict[str, Path], tmp_path: Path) -> None:
     made = {}
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
-        compose(Options(str(parts["dinov2"]), str(parts["language"]), tmp_path / name, seed=seed))
+        compose(ComposeOptions(str(parts["dinov2"]), str(parts["language"]), tmp_path / name, seed=seed))
         made[name] = weights_in(tmp_path / name)
     for name, value in made["one"].items():
         assert torch.equal(value, made["two"][name])
@@ -230,7 +223,7 @@ def test_unused_rows_of_the_embeddings_are_taken_first(parts: dict[str, Path], t
     model.resize_token_embeddings(model.config.vocab_size + 8)
     copy_text_tokenizer(tmp_path / "language")
     model.save_pretrained(tmp_path / "language")
-    compose(Options(str(parts["clip"]), str(tmp_path / "language"), tmp_path / "made"))
+    compose(ComposeOptions(str(parts["clip"]), str(tmp_path / "language"), tmp_path / "made"))
     found, expected = weights_in(tmp_path / "made"), weights_in(tmp_path / "language")
     name = "model.embed_tokens.weight"
     assert torch.equal(found[f"language_model.{name}"], expected[name])
@@ -241,12 +234,12 @@ def test_the_type_of_the_parts_is_kept_or_chosen(parts: dict[str, Path], tmp_pat
     copy_text_tokenizer(half)
     AutoModelForCausalLM.from_pretrained(parts["language"], dtype=torch.bfloat16).save_pretrained(half)
     with pytest.raises(UserError) as caught:
-        compose(Options(str(parts["clip"]), str(half), tmp_path / "made"))
+        compose(ComposeOptions(str(parts["clip"]), str(half), tmp_path / "made"))
     assert str(caught.value) == (
         f"--vision {parts['clip']} is stored in float32, --language {half} is stored in bfloat16: expected one type; "
         "choose the type of the composed model with --dtype"
     )
-    compose(Options(str(parts["clip"]), str(half), tmp_path / "made", dtype="bfloat16"))
+    compose(ComposeOptions(str(parts["clip"]), str(half), tmp_path / "made", dtype="bfloat16"))
     found = weights_in(tmp_path / "made")
     assert {value.dtype for value in found.values()} == {torch.bfloat16}
     original = weights_in(half)
@@ -257,8 +250,8 @@ def test_the_type_of_the_parts_is_kept_or_chosen(parts: dict[str, Path], tmp_pat
 def test_a_large_model_is_stored_in_several_files(
     parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "MAX_SHARD", "300KB")
-    compose(Options(str(parts["clip"]), str(parts["language"]), tmp_path / "made"))
+    monkeypatch.setattr(weight_files, "MAX_SHARD", "300KB")
+    compose(ComposeOptions(str(parts["clip"]), str(parts["language"]), tmp_path / "made"))
     index = json.loads((tmp_path / "made" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) >= 2
     load_processor(str(tmp_path / "made"))
@@ -276,7 +269,7 @@ def test_a_tower_without_a_vector_for_each_patch_is_refused(
     make: Callable[[Path], Path], reason: str, parts: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=reason) as caught:
-        compose(Options(str(make(tmp_path / "tower")), str(parts["language"]), tmp_path / "made"))
+        compose(ComposeOptions(str(make(tmp_path / "tower")), str(parts["language"]), tmp_path / "made"))
     assert len(caught.value.faults) == 1
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "made").exists()
@@ -286,17 +279,17 @@ def test_what_does_not_fit_is_refused(parts: dict[str, Path], tmp_path: Path, mo
     vision, language, output = str(parts["clip"]), str(parts["language"]), tmp_path / "made"
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="there: it exists: give a new directory with -o"):
-        compose(Options(vision, language, tmp_path / "there"))
+        compose(ComposeOptions(vision, language, tmp_path / "there"))
     with pytest.raises(UserError, match="this model takes images already: give a causal language model"):
-        compose(Options(vision, str(model_dirs["llava"]), output))
+        compose(ComposeOptions(vision, str(model_dirs["llava"]), output))
     with pytest.raises(UserError, match=r"--feature-layer 4: .*: expected -4 to 3"):
-        compose(Options(vision, language, output, feature_layer=4))
+        compose(ComposeOptions(vision, language, output, feature_layer=4))
     bare = tmp_path / "bare"
     copy_text_tokenizer(bare)
     (bare / "chat_template.jinja").unlink()
     AutoModelForCausalLM.from_pretrained(language).save_pretrained(bare)
     with pytest.raises(UserError, match="the model has no chat template"):
-        compose(Options(vision, str(bare), output))
+        compose(ComposeOptions(vision, str(bare), output))
     assert not output.exists()
 
 
@@ -307,7 +300,7 @@ def test_logits_that_are_changed_after_the_head_are_refused(parts: dict[str, Pat
     sizes = DECODER_SIZES | {"vocab_size": 1280}
     randomized(Gemma2ForCausalLM(Gemma2Config(**sizes, tie_word_embeddings=False)), language)
     with pytest.raises(UserError, match="gives other logits for a text than Gemma2ForCausalLM, which changes them"):
-        compose(Options(str(parts["clip"]), str(language), tmp_path / "made"))
+        compose(ComposeOptions(str(parts["clip"]), str(language), tmp_path / "made"))
 
 
 class _Closed:

@@ -33,7 +33,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from mmtrain.compose.command import Options, compose
+from mmtrain.compose.command import ComposeOptions, compose
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
@@ -97,7 +97,7 @@ def hand_wired(composed: Any, tower: Path, language: Path, ids: torch.Tensor, pi
 )
 def test_each_family_computes_what_its_parts_do_and_is_trained_and_merged(name: str, tmp_path: Path) -> None:
     tower, language, folder = make_clip(tmp_path / "clip"), made(LANGUAGES[name](), tmp_path / "lm"), tmp_path / "vlm"
-    compose(Options(str(tower), str(language), folder))
+    compose(ComposeOptions(str(tower), str(language), folder))
     inputs, span = load_processor(str(folder)).image_inputs([[PIL.Image.radial_gradient("L").convert("RGB")]])
     ids = torch.tensor([[5, 6, 7, *span, 8, 9]])
     composed = AutoModelForImageTextToText.from_pretrained(folder).eval()
@@ -124,7 +124,7 @@ def test_a_head_that_the_composed_class_cannot_tie_is_stored_on_its_own(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """OPT's embeddings have another name than those to which LLaVA ties its head."""
-    compose(Options(str(make_clip(tmp_path / "clip")), str(make_opt(tmp_path / "lm")), tmp_path / "vlm"))
+    compose(ComposeOptions(str(make_clip(tmp_path / "clip")), str(make_opt(tmp_path / "lm")), tmp_path / "vlm"))
     assert "its head no longer shares the weight of its embeddings" in capfd.readouterr().err
     with (
         safe_open(tmp_path / "vlm" / "model.safetensors", framework="pt") as found,
@@ -156,7 +156,7 @@ def test_a_language_model_that_does_not_fit_is_refused(
     make: Callable[[Path], Path], reason: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=rf"--language {tmp_path}/lm: {reason}") as caught:
-        compose(Options(str(make_clip(tmp_path / "clip")), str(make(tmp_path / "lm")), tmp_path / "vlm"))
+        compose(ComposeOptions(str(make_clip(tmp_path / "clip")), str(make(tmp_path / "lm")), tmp_path / "vlm"))
     assert len(caught.value.faults) == 1
     assert not (tmp_path / "vlm").exists()
 
@@ -173,7 +173,7 @@ TEMPLATES = {
 def test_a_template_gets_content_in_the_form_that_it_takes(kind: str, tmp_path: Path) -> None:
     language = make_text(tmp_path / "lm")
     (language / "chat_template.jinja").write_text(TEMPLATES[kind], encoding="utf-8")
-    compose(Options(str(make_dinov2(tmp_path / "dinov2")), str(language), tmp_path / "vlm"))
+    compose(ComposeOptions(str(make_dinov2(tmp_path / "dinov2")), str(language), tmp_path / "vlm"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "vlm")
     texts = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
     parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in texts]
@@ -189,7 +189,7 @@ def test_a_layer_of_which_transformers_gives_no_features_is_refused(tmp_path: Pa
     """transformers takes layer 0, the embeddings of the patches, for no layer at all."""
     tower, language = make_clip(tmp_path / "clip"), make_text(tmp_path / "lm")
     with pytest.raises(UserError, match="--feature-layer 0: LlavaForConditionalGeneration has no features of an image"):
-        compose(Options(str(tower), str(language), tmp_path / "vlm", feature_layer=0))
+        compose(ComposeOptions(str(tower), str(language), tmp_path / "vlm", feature_layer=0))
 
 
 def test_an_encoder_without_its_own_image_processor_is_refused(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_an_encoder_without_its_own_image_processor_is_refused(tmp_path: Path) -
     before = settings.read_text(encoding="utf-8")
     settings.write_text(before.replace(str(SIDE * PATCH), "42"), encoding="utf-8")
     with pytest.raises(UserError, match=r"1x3x42x42 as its image processor makes them \(.*: use an encoder with a"):
-        compose(Options(str(tower), language, tmp_path / "vlm"))
+        compose(ComposeOptions(str(tower), language, tmp_path / "vlm"))
     settings.unlink()
     with pytest.raises(UserError, match=r"clip: it has no preprocessor_config.json: expected an image encoder"):
-        compose(Options(str(tower), language, tmp_path / "vlm"))
+        compose(ComposeOptions(str(tower), language, tmp_path / "vlm"))

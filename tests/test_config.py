@@ -2,7 +2,9 @@
 
 import ast
 import os
+import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from pydantic import BaseModel
 import mmtrain
 from mmtrain.config import Config, dump_config, load_config
 from mmtrain.config.keys import AFFECTS_BITS, CHANGEABLE
+from mmtrain.config.other_tools import INSTEAD
 from mmtrain.config.run_section import Run
 from mmtrain.config.schema import Train, json_schema
 from mmtrain.config.yaml_file import MAX_BYTES, MAX_DEPTH, dump_yaml, parse_yaml
@@ -142,8 +145,8 @@ ONE_FAULT = [
     ("    rank: 16", "    rank: 1.5", "c.yaml:8: tune.language.rank: ", ["integer", "'1.5'"]),
     ("    rank: 16", "    rank: sixteen", "c.yaml:8: tune.language.rank: ", ["integer", "'sixteen'"]),
     ("    rank: 16", "    rank: true", "c.yaml:8: tune.language.rank: ", ["integer", "'True'"]),
-    ("    rank: 16", "    rank: ~", "c.yaml:8: tune.language.rank: ", ["integer", "'None'"]),
-    ("    rank: 16", '    rank: "16"', "c.yaml:8: tune.language.rank: ", ["integer", "'16'"]),
+    ("    rank: 16", "    rank: ~", "c.yaml:8: tune.language.rank: ", ["an integer, but it is empty"]),
+    ("    rank: 16", '    rank: "16"', "c.yaml:8: tune.language.rank: ", ["integer", "'16' in quotes: remove them"]),
     ("    rank: 16", "    rank: 100000000", "c.yaml:8: tune.language.rank: ", ["at most 16,384", "'100000000'"]),
     ("    rank: 16", "    dropout: 1.0", "c.yaml:8: tune.language.dropout: ", ["less than 1"]),
     ("    rank: 16", "    variant: lore", "c.yaml:8: tune.language.variant: ", ["lora", "rslora", "dora"]),
@@ -221,7 +224,7 @@ def test_all_faults_of_a_file_and_of_its_overrides_come_at_once(tmp_path: Path, 
 
 def test_one_faulty_item_of_a_list_is_one_fault(tmp_path: Path, text: str) -> None:
     (fault,) = faults(tmp_path, text, "data.train=[5]")
-    assert fault == "command line: data.train.0: expected a section of keys, not '5'"
+    assert fault == "command line: data.train.0: expected a section of keys, such as {path: ...}, not '5'"
 
 
 def test_an_override_of_an_item_and_of_a_key_in_it(tmp_path: Path, text: str) -> None:
@@ -305,6 +308,23 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, text: str, right: str
     assert "no " in fault
 
 
+def test_a_tilde_is_the_home_folder_and_a_variable_is_refused(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written = text.replace(f"path: {tmp_path}/model", "path: ~/model").replace(f"{tmp_path}/train", "~/train")
+    config = load(tmp_path, written, "run.output_dir=~/runs/a~b", "data.train.0.root=[~/model]")
+    assert (config.model.path, config.data.train[0].path) == (f"{tmp_path}/model", f"{tmp_path}/train.jsonl")
+    assert (config.run.output_dir, config.data.train[0].root) == (
+        f"{tmp_path}/runs/a~b",
+        (f"{tmp_path}/model",),
+    )
+    output, missing = faults(tmp_path, text, "data.train.0.path=$HOME/x", "run.output_dir=${HOME}/runs")
+    assert missing.startswith("command line: data.train.0.path: there is no '$HOME/x'")
+    assert missing.endswith("variables are not replaced in a config")
+    assert output.startswith("command line: run.output_dir: '${HOME}/runs' has a variable, which is not replaced")
+
+
 def test_a_name_too_long_for_a_file_is_one_that_is_not_there(tmp_path: Path, text: str) -> None:
     long = "a" * 300
     for override, place in (("model.path", "model.path"), ("data.train.0.path", "data.train.0.path")):
@@ -383,6 +403,61 @@ def test_an_override_of_a_key_in_its_old_place_is_refused_with_the_new_one(tmp_p
 def test_a_key_of_train_under_run_is_refused_with_its_section(tmp_path: Path, text: str) -> None:
     (fault,) = faults(tmp_path, text, "run.seed=1")
     assert fault == "command line: run.seed: unknown key; did you mean train.seed?"
+
+
+# --- keys of other tools ---
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("learning_rate=1", "learning_rate: unknown key; did you mean train.learning_rate?"),
+        ("model.rank=8", "model.rank: unknown key; did you mean tune.vision.rank or tune.projector.rank or "),
+        ("lora_r=8", "lora_r: unknown key; use tune.language.rank"),
+        ("train.num_train_epochs=3", "train.num_train_epochs: unknown key; use train.epochs"),
+        (
+            "gradient_accumulation_steps=8",
+            "gradient_accumulation_steps: unknown key; use train.batch_size, the product",
+        ),
+        ("trust_remote_code=true", "trust_remote_code: unknown key; remove it: code of a model directory is never run"),
+    ],
+)
+def test_a_key_that_has_another_place_or_name_is_refused_with_ours(
+    tmp_path: Path, text: str, override: str, expected: str
+) -> None:
+    (fault,) = faults(tmp_path, text, override)
+    assert fault.startswith(f"command line: {expected}")
+
+
+def test_what_is_said_of_other_tools_names_keys_that_exist_and_none_of_theirs_hides_one_of_ours() -> None:
+    paths = _valid_paths(json_schema())
+    named = {
+        word
+        for words in INSTEAD.values()
+        for word in re.findall(r"\b(?:model|tune|data|labels|train|run)\.\w+(?:\.\w+)?", words)
+    }
+    assert len(named) > 20
+    assert sorted(named - paths) == []
+    assert sorted(set(INSTEAD) & {path.rpartition(".")[2] for path in paths} - {"adapter"}) == []
+
+
+def _valid_paths(schema: dict[str, Any]) -> set[str]:
+    """Every key path of the schema of a config, with those of all kinds of a section."""
+
+    def inside(node: Any, path: str) -> Iterator[str]:
+        if isinstance(node, list):
+            for item in node:
+                yield from inside(item, path)
+        elif isinstance(node, dict):
+            if "$ref" in node:
+                yield from inside(schema["$defs"][node["$ref"].rpartition("/")[2]], path)
+            for key, value in node.get("properties", {}).items():
+                yield path + key
+                yield from inside(value, f"{path}{key}.")
+            for key in ("anyOf", "oneOf", "items"):
+                yield from inside(node.get(key, []), path)
+
+    return set(inside(schema, ""))
 
 
 def test_what_may_change_on_resume_is_run_and_a_short_list_and_the_docs_name_it() -> None:
@@ -574,9 +649,13 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path: Path, content
     assert len(fault) < 200
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"# only words\n", b"---\n", b"null\n", b"{}\n"])
-def test_an_empty_file_lacks_the_three_required_sections(tmp_path: Path, content: bytes) -> None:
-    assert [fault.split(": ", 1)[1] for fault in faults(tmp_path, content)] == [
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"# only words\n", b"---\n", b"null\n"])
+def test_an_empty_config_names_the_command_that_writes_one(tmp_path: Path, content: bytes) -> None:
+    assert faults(tmp_path, content) == ["c.yaml: it is empty: expected a config, such as `mmtrain init` writes"]
+
+
+def test_an_empty_object_lacks_the_three_required_sections(tmp_path: Path) -> None:
+    assert [fault.split(": ", 1)[1] for fault in faults(tmp_path, b"{}\n")] == [
         f"{section}: required, but missing" for section in ("model", "data", "run")
     ]
 
@@ -703,8 +782,14 @@ def test_strange_overrides_are_taken_or_refused_in_plain_lines(
 
 # --- the merged config ---
 
+
+def test_the_dumped_config_of_a_run_with_held_out_samples_is_read_again(tmp_path: Path, text: str) -> None:
+    config = load(tmp_path, text, "data.eval={from: train, share: 0.1}")
+    assert load(tmp_path, dump_config(config)) == config
+
+
 WORDS = st.one_of(
-    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="$"), min_size=1, max_size=20),
     st.sampled_from(["1e-4", "09", "010", ".5e3", "no", "null", "~", "true", "=", "<<", "1:30", "2001-01-01", "\x85"]),
     st.sampled_from([" a ", "a: b", "- a", "#a", "'", '"', "a\nb", "\ufeff", "\u2028", "*a", "&a", "!a", "%a", "@a"]),
 )

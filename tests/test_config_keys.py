@@ -71,6 +71,7 @@ def files(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
     write_jsonl(tmp_path / "faulty.jsonl", faulty)
     write_jsonl(tmp_path / "twice.jsonl", [{"question": "a?", "answer": "one"}] * 2)
     write_jsonl(tmp_path / "columns.jsonl", [{"q": "a?", "a": "one"}])
+    write_jsonl(tmp_path / "caption.jsonl", [{"caption": "one"}])
     write_jsonl(tmp_path / "pairs.jsonl", [{"query": "a", "positive": "b", "topic": 7, "brand_id": "b"}])
     image = [{"role": "user", "content": "<image>a?"}, {"role": "assistant", "content": "one"}]
     for name in ("small", "large", "broken"):
@@ -151,6 +152,7 @@ def sources(at: str, number: Callable[[Config], Any], tokens: Callable[[Config],
         f"{at}.root": Key(tokens, [(None, 16), ("large", 64)], image, QWEN),
         f"{at}.format": Key(number, formats, {f"{at}.path": "llava.jsonl"}),
         f"{at}.fields": Key(number, columns, {f"{at}.path": "columns.jsonl"}),
+        f"{at}.prompt": Key(number, [(None, REFUSED), ("What is it?", 1)], {f"{at}.path": "caption.jsonl"}),
         f"{at}.image_mark": Key(tokens, [(None, REFUSED), ("<pic>", 16)], {f"{at}.path": "small/marked.jsonl"}, QWEN),
     }
 

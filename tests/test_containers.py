@@ -243,6 +243,9 @@ def test_rows_of_a_parquet_file_are_read_in_batches(
     assert [file.record(i) for i in mixed] == [{"text": f"row {i}"} for i in mixed]
     assert num_read in (None, len(read))
     assert room > 1 or len(recent._found) == 1
+    recent.limit(1)
+    assert [file.record(i) for i in (1, 99)] == [{"text": "row 1"}, {"text": "row 99"}]
+    assert len(recent._found) == 1
 
 
 class CountingFile:

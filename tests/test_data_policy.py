@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from mmtrain.cli import app
 from mmtrain.config.data_section import EvalSource
 from mmtrain.config.schema import Config
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.validate import FaultPolicy, LengthLimit, check_samples
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError, grouped

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.utils.deterministic
 
+from mmtrain.answers.command import AnswersOptions, eval_answers
 from mmtrain.config.schema import Config
 from mmtrain.errors import FINAL_CODES, DeviceMemoryError, UserError
 from mmtrain.runtime import device, environment
@@ -33,7 +34,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(device, "_compute_on", lambda device: None)
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
 
@@ -50,7 +51,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ("cuda", "cpu", "cpu"),
         ("mps", "mps", "mps"),
         ("mps", "cpu", "cpu"),
+        ("mps", "auto", "cpu"),
         ("xpu", "cpu", "cpu"),
+        ("xpu", "auto", "cpu"),
     ],
 )
 def test_a_process_takes_the_device_of_its_number(
@@ -65,9 +68,7 @@ def test_a_process_takes_the_device_of_its_number(
     [
         (None, "cuda", "run.device: cuda: .*set run.device to auto or cpu"),
         (None, "mps", "run.device: mps: .*set run.device to auto or cpu"),
-        ("mps", "auto", "not tested on MPS: set run.device to mps to try it, or to cpu"),
         ("mps", "cuda", "run.device: cuda"),
-        ("xpu", "auto", "kind xpu, which mmtrain does not support: set cpu"),
     ],
 )
 def test_a_device_that_is_missing_or_not_supported_is_one_line(
@@ -83,7 +84,7 @@ def test_a_device_that_is_missing_or_not_supported_is_one_line(
 def test_cards_before_ampere_compute_in_float32_alone(machine: Callable[..., None]) -> None:
     machine(capability=(7, 5))
     assert find_device("auto", "float32") == GPU
-    with pytest.raises(UserError, match=r"model.dtype: a card has compute capability 7\.5.*set model.dtype to float32"):
+    with pytest.raises(UserError, match=r"model.dtype: a card has compute capability 7\.5.*to float32"):
         find_device("auto", "bfloat16")
     machine(capability=(8, 0))
     assert find_device("auto", "bfloat16") == GPU
@@ -91,9 +92,50 @@ def test_cards_before_ampere_compute_in_float32_alone(machine: Callable[..., Non
 
 def test_rocm_is_taken_only_by_name(machine: Callable[..., None]) -> None:
     machine(hip="7.0")
-    with pytest.raises(UserError, match="not tested on ROCm"):
-        find_device("auto", "bfloat16")
+    assert find_device("auto", "bfloat16").type == "cpu"
+    assert num_local_gpus("auto") == 0
     assert find_device("cuda", "bfloat16") == GPU
+    assert num_local_gpus("cuda") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "hip", "words"),
+    [
+        ("mps", None, "device: cpu, because mmtrain is not tested on MPS; run.device=mps tries it"),
+        ("cuda", "7.0", "device: cpu, because mmtrain is not tested on ROCm; run.device=cuda tries it"),
+        ("xpu", None, "device: cpu, because mmtrain does not support devices of kind xpu"),
+        (None, None, "device: cpu, because torch finds no GPU although there is an NVIDIA driver: run nvidia-smi"),
+    ],
+)
+def test_a_gpu_that_auto_does_not_use_is_one_line_of_the_first_process(
+    kind: str | None,
+    hip: str | None,
+    words: str,
+    machine: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "version").touch()
+    monkeypatch.setattr(device, "_DRIVER_VERSION", tmp_path / "version")
+    machine(kind, hip=hip)
+    find_device("auto", "float32")
+    assert " ".join(capsys.readouterr().err.split()) == words
+    find_device("auto", "float32", 1)
+    find_device("cpu", "float32")
+    assert not capsys.readouterr().err
+
+
+def test_a_gpu_on_which_nothing_can_be_computed_is_one_line(
+    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
+
+    machine()
+    monkeypatch.setattr(device, "_compute_on", fail)
+    with pytest.raises(UserError, match=r"a card cannot be used: CUDA error: no kernel image .* set run.device to cpu"):
+        find_device("auto", "float32")
 
 
 def test_more_processes_than_gpus_are_refused(machine: Callable[..., None]) -> None:
@@ -167,6 +209,27 @@ def test_an_operator_without_a_deterministic_kernel_is_named() -> None:
 def test_other_errors_pass_as_they_are() -> None:
     with pytest.raises(RuntimeError, match="another"), device_faults(lambda: "step 1", "lower it"):
         raise RuntimeError("another")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in ...",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error in ...: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_a_library_that_finds_the_memory_full_is_one_line(words: str) -> None:
+    with (
+        pytest.raises(DeviceMemoryError, match="step 1: out of memory: lower it"),
+        device_faults(lambda: "step 1", "lower it"),
+    ):
+        raise RuntimeError(words)
+
+
+def test_answers_are_generated_on_the_device_of_the_config(make_config: Callable[..., Config]) -> None:
+    with pytest.raises(UserError, match=r"run\.device: cuda: this build of torch has no CUDA"):
+        eval_answers(make_config("text", device="cuda"), AnswersOptions())
 
 
 @pytest.mark.parametrize("setting", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "x"}, {"PYTORCH_ALLOC_CONF": "x"}])

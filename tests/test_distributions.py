@@ -23,7 +23,7 @@ from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.evaluate.evaluation import Evaluation
+from mmtrain.evaluate.evaluation import ModelScoring
 from mmtrain.records.record_set import RecordSet
 from mmtrain.scoring import distributions
 from mmtrain.scoring.distributions import calibration, calibration_figures, divergence, entropy, token_columns
@@ -222,4 +222,4 @@ def test_a_complete_model_with_other_tokens_is_refused(make_config: MakeConfig, 
     template = Path(config.run.output_dir) / "model" / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     with pytest.raises(UserError, match="it has other tokenizer or processor files than"):
-        Evaluation(config, adapters=[config.run.output_dir])
+        ModelScoring(config, adapters=[config.run.output_dir])

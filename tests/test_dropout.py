@@ -21,7 +21,7 @@ from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.errors import UserError
 from mmtrain.model import dropout as dropout_module
 from mmtrain.model.dropout import DropoutContext, SampleDropout, install_dropout
-from mmtrain.model.kernels.masks import DroppedProduct, Mask, Rows, gpu_kernel
+from mmtrain.model.kernels.masks import DroppedProduct, Mask, RowOrigins, gpu_kernel
 from support.learning import LORA, learner_for, relative_l2, step_of
 
 LENGTH = 40
@@ -163,14 +163,14 @@ def test_every_value_is_dropped_by_its_own_number(width: int) -> None:
 
 def test_large_keys_keep_all_their_bits() -> None:
     """NumPy turns a list of large and small numbers into floating point."""
-    rows, x = Rows(LENGTH, ((0, 0, LENGTH),)), torch.ones(LENGTH, 64)
+    rows, x = RowOrigins(LENGTH, ((0, 0, LENGTH),)), torch.ones(LENGTH, 64)
     found = [Mask(0.5, 2**63 + last, 1, rows).drop(x)[0] for last in (0, 1)]
     assert 0.4 < float((found[0] != found[1]).float().mean()) < 0.6
 
 
 @pytest.mark.parametrize("p", [1e-9, 0.5, 1 - 1e-9])
 def test_every_share_drops_something_and_keeps_something(p: float) -> None:
-    rows = Rows(4000, ((0, 0, 4000),))
+    rows = RowOrigins(4000, ((0, 0, 4000),))
     (found,) = Mask(p, 1, 1, rows).drop(torch.ones(4000, 128))
     assert 0 < float((found == 0).float().mean()) < 1
 
@@ -190,7 +190,7 @@ def test_the_gradient_passes_where_the_value_did() -> None:
 @pytest.mark.parametrize("selected", [None, torch.tensor([1, 2, 5])])
 def test_the_product_with_an_adapter_is_that_of_what_is_kept(selected: Tensor | None) -> None:
     """Against autograd on plain products with the same mask, of all rows or of some."""
-    mask = Mask(0.4, 7, 1, Rows(6, ((3, 1, 4), (7, 4, 6)))).at(selected)
+    mask = Mask(0.4, 7, 1, RowOrigins(6, ((3, 1, 4), (7, 4, 6)))).at(selected)
     torch.manual_seed(0)
     x, weight = torch.randn(6 if selected is None else 3, 24), torch.randn(5, 24)
     factors = mask.drop(torch.ones_like(x))[0]
@@ -311,11 +311,11 @@ def test_dropout_is_where_the_config_has_it(
 
 TRITON = """
 import torch
-from mmtrain.model.kernels.masks import PER_COUNTER, Mask, Rows
+from mmtrain.model.kernels.masks import PER_COUNTER, Mask, RowOrigins
 from mmtrain.model.kernels.masks_triton import drop
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-rows = Rows(6, ((3, 1, 4), (7, 4, 5)))
+rows = RowOrigins(6, ((3, 1, 4), (7, 4, 5)))
 for width in (8, 72, 4100):
     for dtype in (torch.float32, torch.bfloat16):
         for key, step in ((5, 1), (2**40, 9), (2**63 + 5, 2**31 + 9)):

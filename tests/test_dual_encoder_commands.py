@@ -1,5 +1,6 @@
 """Commands on a run that trained a dual encoder: merge, compose, and those that need chats."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from mmtrain.merge.command import merge
 from mmtrain.model.load import load_weights
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
-from mmtrain.train.contrastive.trainable import make_trainable
 from mmtrain.train.run import train
+from mmtrain.train.trainable import add_trainable
 from support.pair_data import pair_config, write_pairs
 from support.tower_models import TOWERS
 
@@ -117,6 +118,7 @@ def test_what_the_class_freezes_stays_frozen_in_full_training(
     full = pair_config(Path(config.model.path), Path(config.data.train[0].path), tmp_path / "run", tune=tune)
     runtime = Runtime("float32", device="cpu")
     embedder = load_embedder(full, runtime)
-    make_trainable(full, embedder, runtime, Progress())
+    numbers = functools.partial(contrastive_load.set_trained, full, embedder)
+    add_trainable(full, embedder.model, embedder.family, runtime, Progress(), numbers)
     assert [own for own, value in embedder.model.named_parameters() if not value.requires_grad] == [name]
     assert f"tune.vision: 1 weights stay frozen, as in the model's own class: {name}" in capsys.readouterr().err

@@ -16,12 +16,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from mmtrain.answers.asked import AskedQuestion
 from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.answers.figures import figures
 from mmtrain.answers.metrics import METRICS
-from mmtrain.answers.page import write_page
+from mmtrain.answers.page import page_of_answers
 from mmtrain.answers.report import print_report
+from mmtrain.answers.scored_questions import ScoredQuestion
 from mmtrain.cli import app
 from mmtrain.config import dump_config
 from mmtrain.config.data_section import MetricName
@@ -34,15 +34,15 @@ from mmtrain.scoring.statistics import mean_by_sample
 from support.builders import SHAPES, TINY, write_jsonl
 
 
-def asked(references: Sequence[str], text: str = "colour?", metric: str = "exact_match") -> list[AskedQuestion]:
-    return [AskedQuestion(i, "held-out", text, reference, metric) for i, reference in enumerate(references)]
+def asked(references: Sequence[str], text: str = "colour?", metric: str = "exact_match") -> list[ScoredQuestion]:
+    return [ScoredQuestion(i, "held-out", text, reference, metric) for i, reference in enumerate(references)]
 
 
 def replied(texts: Sequence[str], log_probability: float = -0.5) -> dict[int, Reply]:
     return {i: Reply(text, (1, 2), True, log_probability) for i, text in enumerate(texts)}
 
 
-def judged(questions: list[AskedQuestion], **texts: Sequence[str]) -> dict[str, Any]:
+def judged(questions: list[ScoredQuestion], **texts: Sequence[str]) -> dict[str, Any]:
     replies = {kind: replied(found) for kind, found in texts.items()}
     places = [f"eval.jsonl:{i + 1}" for i in range(len(questions))]
     return figures(questions, places, replies, {"held-out": "as configured"})
@@ -101,8 +101,8 @@ def test_answers_are_weighted_alike_in_samples_of_unequal_size() -> None:
 
 
 def test_each_source_is_judged_by_its_own_metric() -> None:
-    boxes = [AskedQuestion(i, "boxes", "where?", f"[{i}, 0, {i + 2}, 2]", "box_iou") for i in range(2)]
-    words = [AskedQuestion(i + 2, "words", "what?", text, "exact_match") for i, text in enumerate(["a", "b"])]
+    boxes = [ScoredQuestion(i, "boxes", "where?", f"[{i}, 0, {i + 2}, 2]", "box_iou") for i in range(2)]
+    words = [ScoredQuestion(i + 2, "words", "what?", text, "exact_match") for i, text in enumerate(["a", "b"])]
     replies = {"model": replied(["[0, 0, 2, 2]", "nowhere", "a", "x"])}
     row = figures([*boxes, *words], ["p"] * 4, replies, {"boxes": "", "words": ""})
     assert row["sources"]["boxes"]["means"] == {"model": 0.5, "blind": pytest.approx((1 + 1 / 3) / 2)}
@@ -267,8 +267,7 @@ def test_the_page_escapes_what_samples_say(tmp_path: Path) -> None:
     config = Config.model_validate(load(path))
     samples = AnswerEvaluation(config, config.data.eval, load_processor(str(TINY)), QUIET).samples
     row = judged(asked(["<b>red</b>", "blue"], "<script>alert(1)</script>"), model=["<img src=x>", ""])
-    write_page(tmp_path / "page.html", row | {"dropped": []}, samples)
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = page_of_answers(row | {"dropped": []}, samples)
     assert "<script" not in page
     assert "<img src=x" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page

@@ -20,7 +20,7 @@ from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.images import decode
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.evaluate.evaluation import Evaluation
+from mmtrain.evaluate.evaluation import ModelScoring
 from mmtrain.model.load import load_model
 from mmtrain.records.record_set import RecordSet
 from mmtrain.scoring.changed_images import ChangedImages
@@ -149,7 +149,7 @@ def test_what_the_images_are_worth(make_config: MakeConfig, tmp_path: Path) -> N
 
 def test_swapped_images_are_never_the_sample_s_own(make_config: MakeConfig) -> None:
     config = with_eval(make_config("qwen2_5_vl"))
-    samples = Evaluation(config).eval_samples
+    samples = ModelScoring(config).eval_samples
     changed = ChangedImages(samples.samples, samples.encoder, "swapped", samples.indices)
     assert changed.indices is not None
     assert set(changed.indices.tolist()) == {0, 2, 3, 5, 6, 7}

@@ -49,6 +49,31 @@ MEMORY: dict[str, dict[str, Any]] = {
 DEEP = {f"{kind} through 28 and 32 layers": {"full_depth": kind} for kind in ("images", "chats")}
 DEEP_KERNELS = {"images": (3_000, 3_800), "chats": (2_100, 3_800)}
 """The most forward and backward. A loop over images, windows or samples would exceed them."""
+COMMANDS = [
+    ["generate", "RUN", "What shape?", "--image", "IMAGE", "--max-new-tokens", "4", "--do-sample"],
+    ["eval", "perplexity", "RUN/config.yaml", "--adapter", "RUN"],
+    ["eval", "answers", "RUN/config.yaml", "--adapter", "RUN", "--max-new-tokens", "4"],
+    ["inspect-labels", "RUN/config.yaml", "--losses"],
+    ["plan", "RUN/config.yaml"],
+    ["merge", "RUN", "-o", "RUN/merged"],
+]
+WHOLE_RUNS: dict[str, dict[str, Any]] = {
+    "evaluations and commands": {
+        "kind": "qwen2_5_vl",
+        "sections": {"run": {"eval_every": 2, "eval_answers": {"samples": 2, "every": 4}}},
+        "commands": COMMANDS,
+    },
+    "streaming": {"kind": "qwen2_5_vl", "sections": {"data": {"streaming": {"window": 4}}}},
+    "pairs": {
+        "kind": "qwen2_5_vl",
+        "sections": {"objective": {"kind": "contrastive", "scale": 20.0, "pooling": "last"}},
+    },
+}
+"""Runs by `mmtrain train` in float32, and commands after them."""
+SAVES_NOTHING = (2, 4)
+"""Steps of these runs before which nothing was evaluated or saved."""
+WHOLE_WAITS = {"pairs": 9}
+"""The most waits of such a step; of other runs 5. In float32 the vision tower attends window by window."""
 QUICK = ("float32", "bfloat16")
 NAMES = [pytest.param(name, marks=() if name in QUICK else SLOW) for name in CASES]
 TRAINED_TOWER = ("projector and vision",)
@@ -88,7 +113,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], di
 
     def answer(name: str) -> dict[str, Any]:
         if name not in found:
-            print(json.dumps((CASES | MEMORY | DEEP)[name]), file=questions, flush=True)
+            print(json.dumps((CASES | MEMORY | DEEP | WHOLE_RUNS)[name]), file=questions, flush=True)
             found[name] = json.loads(answers.readline())
         assert "error" not in found[name], found[name]["error"]
         return found[name]
@@ -188,3 +213,37 @@ def test_the_kernels_of_a_step_of_a_deep_model(name: str, ask: Ask) -> None:
     assert case["backward"] <= backward
     assert case["waits"] <= 2
     assert case["pageable"] == 0
+
+
+@SLOW
+@pytest.mark.parametrize("name", WHOLE_RUNS)
+def test_a_whole_run_on_the_gpu_reports_what_it_does_on_the_cpu(name: str, ask: Ask) -> None:
+    case = ask(name)
+    assert case["device"] == "cuda"
+    assert len(case["found"]) == len(case["expected"])
+    for found, expected in zip(case["found"], case["expected"], strict=True):
+        assert _without_times(found) == pytest.approx(_without_times(expected), rel=1e-3, abs=1e-6)
+    assert [(one["words"], one["code"]) for one in case["commands"]] == [
+        (words, 0) for words in WHOLE_RUNS[name].get("commands", ())
+    ], case["commands"]
+
+
+@SLOW
+@pytest.mark.parametrize("name", WHOLE_RUNS)
+def test_the_host_waits_a_few_times_in_a_step_of_a_whole_run(name: str, ask: Ask) -> None:
+    """Once for the loss, and for what transformers asks about the images of the step's one micro-batch."""
+    waits = ask(name)["waits"]
+    for step in SAVES_NOTHING:
+        assert sum(waits[step - 1].values()) <= WHOLE_WAITS.get(name, 5), waits[step - 1]
+
+
+def _without_times(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row of metrics.jsonl by path, without times and memory."""
+    left_out = ("seconds", "mfu", "peak_memory")
+    found: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{name}": number for name, number in _without_times(value).items()}
+        elif isinstance(value, int | float) and key not in left_out:
+            found[key] = float(value)
+    return found

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from mmtrain.config.schema import Config
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.store import open_store
 from mmtrain.dataset.validate import LengthLimit, check_samples

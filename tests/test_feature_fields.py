@@ -116,7 +116,7 @@ def test_logits_from_kept_features_are_those_from_pixels(make: Callable[[], tupl
     prepared(model)
     fields = find_fields(model, processor)
     assert not isinstance(fields, str)
-    assert fields.layouts.keys() == names
+    assert fields.joinings.keys() == names
     sizes = [(140, 84), (56, 112), (90, 56)]
     blank = [PIL.Image.new("RGB", size) for size in sizes]
     pixels, ids = processor.image_inputs([blank])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset import image_process
-from mmtrain.evaluate.evaluation import Evaluation
+from mmtrain.evaluate.evaluation import ModelScoring
 from mmtrain.model.components import Components, is_as_loaded
 from mmtrain.scoring.image_cache import caches_features
 from mmtrain.train import loop
@@ -283,7 +283,7 @@ def test_evaluation_is_that_of_pixels_and_sees_an_adapter_of_the_vision_tower(
         if name == "kept":
             train(config)
         path = str(Path(config.run.output_dir) / "adapter")
-        evaluation = Evaluation(config, [config.data.train[0].path], [path])
+        evaluation = ModelScoring(config, [config.data.train[0].path], [path])
         found[name] = []
         for adapter in ("base", "base", path):
             with evaluation.model(adapter) as model:

@@ -190,7 +190,7 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
     "one mark, two images": (marked("<image>Q", "a.png", "b.png"), ["1 <image> mark", "2 images"]),
     "a mark without an image": (llava("<image>Q"), ["1 <image> mark", "0 images"]),
     "an unknown role": ({"messages": [ASKED, {"role": "critic", "content": "A"}]}, ["unknown role 'critic'"]),
-    "no role": ({"messages": [{"content": "Q"}]}, ["unknown role 'None'"]),
+    "no role": ({"messages": [{"content": "Q"}]}, ["turn 1 has 'content', expected 'role' and 'content'"]),
     "a role that is a list": ({"messages": [{"role": ["user"], "content": "Q"}]}, ["unknown role"]),
     "an empty answer": ({"messages": [ASKED, {"role": "assistant", "content": ""}]}, ["without text"]),
     "a blank answer": ({"messages": [ASKED, {"role": "assistant", "content": " \n"}]}, ["without text"]),
@@ -214,7 +214,7 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
     "videos": ({**marked("Q"), "videos": ["a.mp4"]}, ["'videos' is not understood: only text, and images"]),
     "audio": ({**marked("Q"), "audios": ["a.wav"]}, ["'audios' is not understood: only text, and images"]),
     "a video part": (openai({"type": "video_url", "video_url": {"url": "a.mp4"}}), ["'video_url'", "expected"]),
-    "a part without a type": (openai({"text": "Q"}), ["type 'None'"]),
+    "a part without a type": (openai({"texts": "Q"}), ["type 'None'"]),
     "a part whose type is a list": (openai({"type": ["text"], "text": "Q"}), ["expected 'text'"]),
     "a part that is a number": (openai(5), ["expected 'text'"]),
     "a text part without text": (openai({"type": "text"}), ["'text' must be text"]),
@@ -223,7 +223,7 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
         marked([{"type": "image"}, {"type": "image"}], "a"),
         ["2 <image> marks", "1 image"],
     ),
-    "an empty path": (marked("<image>Q", ""), ["an image must be a path"]),
+    "an empty path": (marked("<image>Q", ""), ["1 <image> mark but 0 images"]),
     "a path that is a number": (marked("<image>Q", 5), ["an image must be a path", "'5'"]),
     "bytes that are not base64": (marked("<image>Q", {"bytes": "x"}), ["'bytes' of an image", "not base64"]),
     "bytes that are a number": (marked("<image>Q", {"bytes": 5}), ["must be bytes or base64, not '5'"]),
@@ -360,7 +360,7 @@ MEANT_OF_TURN = {
     "prefix": False,
     "name": "Bob",
 }
-MEANT_OF_PART = {"max_pixels": 100, "resized_height": 28, "bbox": [1], "video": "a.mp4", "cache_control": "x"}
+MEANT_OF_PART = {"max_pixels": 100, "resized_height": 28, "bbox": [1], "video": "a.mp4"}
 
 
 @pytest.mark.parametrize("key", MEANT)

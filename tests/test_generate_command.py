@@ -25,7 +25,7 @@ from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.generate import answer_all as module
 from mmtrain.generate.answers_file import AnswersFile
-from mmtrain.generate.command import Options, generate
+from mmtrain.generate.command import GenerateOptions, generate
 from mmtrain.generate.prompts import prompt_for
 from mmtrain.generate.questions import Questions
 from mmtrain.generate.sampling import Sampling
@@ -41,8 +41,8 @@ SHORT = Sampling(max_new_tokens=4)
 IMAGE = sorted((SHAPES / "images").iterdir())[0]
 
 
-def options(path: Path, **settings: Any) -> Options:
-    return Options(str(path), dtype="float32", sampling=SHORT, **settings)
+def options(path: Path, **settings: Any) -> GenerateOptions:
+    return GenerateOptions(str(path), dtype="float32", sampling=SHORT, **settings)
 
 
 def answers(path: Path, data: Path, output: Path, **settings: Any) -> list[dict[str, Any]]:
@@ -146,7 +146,7 @@ def test_answers_that_were_made_otherwise_are_not_continued(
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "config.yaml").write_text(config_of(path, data, train_on="last"))
     with pytest.raises(UserError, match=r"answers.jsonl:1: made with another model, data or options: delete the file"):
-        generate(Options(str(path), data=(str(data),), output=output, dtype="float32", sampling=sampling))
+        generate(GenerateOptions(str(path), data=(str(data),), output=output, dtype="float32", sampling=sampling))
 
 
 def config_of(model: Path, data: Path, **labels: Any) -> str:

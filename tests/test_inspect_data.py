@@ -92,4 +92,4 @@ def test_the_page_has_the_figures_and_no_script(config: Path, tmp_path: Path) ->
 
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(config: Path, tmp_path: Path) -> None:
     done = run(str(config), "--html", str(tmp_path / "none" / "page.html"))
-    assert "expected the name of a file in a folder that exists" in str(done.exception)
+    assert "there is no folder" in str(done.exception)

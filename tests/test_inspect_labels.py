@@ -24,7 +24,7 @@ from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import StorageError, UserError
-from mmtrain.inspect_labels.command import Options, inspect_labels
+from mmtrain.inspect_labels.command import LabelsOptions, inspect_labels
 from mmtrain.inspect_labels.pixels import seen_pixels
 from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.inspect_labels.view import view_sample
@@ -149,7 +149,7 @@ def test_a_sample_that_is_refused_is_named_and_the_exit_code_is_1(make_config: M
 
 def test_an_index_out_of_range_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--index 8: there are 8 samples, 0 to 7"):
-        inspect_labels(make_config("text"), Options(indices=(8,)))
+        inspect_labels(make_config("text"), LabelsOptions(indices=(8,)))
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_any_work(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -157,10 +157,10 @@ def test_a_page_that_cannot_be_written_is_refused_before_any_work(make_config: M
     broken = Config.model_validate(config.model_dump() | {"model": {"path": "no/model"}})
     for path, words in ((tmp_path / "no" / "a.html", "there is no folder"), (tmp_path, "that is a folder")):
         with pytest.raises(UserError, match=words) as caught:
-            inspect_labels(broken, Options(html=path))
+            inspect_labels(broken, LabelsOptions(html=path))
         assert caught.value.exit_code == 2
-    with pytest.raises(StorageError, match=r"--html '/proc/a\.html': cannot be written: "):
-        inspect_labels(config, Options(html=Path("/proc/a.html")))
+    with pytest.raises(StorageError, match=r"--html '/proc/a\.html': it cannot be written: "):
+        inspect_labels(config, LabelsOptions(html=Path("/proc/a.html")))
 
 
 @pytest.mark.slow("eight commands, each in its own process")

@@ -606,7 +606,7 @@ def _lossy(path: Path) -> None:
     [
         (_lossy, "does not give back ordinary text"),
         (_drop("tokenizer.json"), "tokenizer"),
-        (_drop("config.json"), "cannot be loaded"),
+        (_drop("config.json"), "no config.json"),
         (_garble("tokenizer.json", '{"version": "1.0", "model": {}}'), "cannot be loaded"),
         (_garble("tokenizer.json", "{"), "cannot be loaded"),
         (_garble("config.json", "{"), "cannot be loaded"),

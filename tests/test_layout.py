@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from mmtrain.encoding.calls import check_plain, length_without_end, shared_reply, shows_all
-from mmtrain.encoding.layout import Answer, Layout, Piece, Skeleton
+from mmtrain.encoding.layout import Layout
+from mmtrain.encoding.skeleton import Answer, Piece, Skeleton
 from mmtrain.encoding.template import ChatTemplate, TemplateTraits
 from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text, ToolCall
 

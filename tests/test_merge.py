@@ -19,8 +19,10 @@ from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.images import decode
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
-from mmtrain.merge import command, stored, weights
+from mmtrain.merge import command, stored
 from mmtrain.merge.command import merge
+from mmtrain.model import weight_files
+from mmtrain.model.weight_files import save_weights
 from mmtrain.records.record_set import RecordSet
 from mmtrain.train.run import train
 from support.builders import copy_text_tokenizer, randomized
@@ -175,10 +177,10 @@ def test_a_weight_that_is_not_written_as_merged_is_noticed(
         weight = model.model.norm.weight
         kept = weight.detach().clone()
         weight.data[0] += 1e-6
-        weights.save(model, folder)
+        save_weights(model, folder)
         weight.data.copy_(kept)
 
-    monkeypatch.setattr(stored, "save", damaged)
+    monkeypatch.setattr(stored, "save_weights", damaged)
     with pytest.raises(UserError, match=r"1 weights are not the merged ones, such as 'model\.norm\.weight'"):
         merge(run, tmp_path / "merged")
     assert not list(tmp_path.glob("*merged*"))
@@ -190,7 +192,7 @@ def test_large_models_are_saved_in_several_files(
 ) -> None:
     config = make_config("llava", {"language": LORA}, steps=1)
     run = trained(config)
-    monkeypatch.setattr(weights, "MAX_SHARD", "200KB")
+    monkeypatch.setattr(weight_files, "MAX_SHARD", "200KB")
     merge(run, tmp_path / "merged")
     index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) >= 2

@@ -56,6 +56,11 @@ def test_what_a_template_says_is_printed_on_one_line(tmp_path: Path) -> None:
     assert all(fault.isprintable() for fault in caught.value.faults)
 
 
+def _moved(file: Path, to: Path) -> None:
+    to.parent.mkdir()
+    file.rename(to)
+
+
 def _without(name: str) -> Callable[[Path], object]:
     return lambda path: (path / name).unlink()
 
@@ -69,11 +74,35 @@ def _changed(name: str, **values: object) -> Callable[[Path], object]:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no tokenizer": (_without("tokenizer.json"), r"tokenizer"),
+    "no tokenizer": (_without("tokenizer.json"), r"is tokenizer\.json missing\?$"),
     "a tokenizer that is cut": (_with("tokenizer.json", '{"version": "1.0", "model": {'), r"cannot be loaded"),
     "a tokenizer of another class": (_changed("tokenizer_config.json", tokenizer_class="T5Tokenizer"), r"."),
     "a class that nobody knows": (_changed("tokenizer_config.json", tokenizer_class="NoSuchTokenizer"), r"."),
-    "no config": (_without("config.json"), r"cannot be loaded"),
+    "no config": (_without("config.json"), r"^no config\.json: expected a model in the transformers format$"),
+    "weights in GGUF alone": (
+        lambda path: [_without("config.json")(path), _with("q4.gguf", "GGUF")(path)],
+        r"no config\.json: .*, found 'q4\.gguf', which only serves for inference",
+    ),
+    "an adapter": (
+        lambda path: (path / "config.json").rename(path / "adapter_config.json"),
+        r"^an adapter: expected its base model here",
+    ),
+    "a run with an adapter": (
+        lambda path: _moved(path / "config.json", path / "adapter" / "adapter_config.json"),
+        r"^a run with an adapter: expected its base model here",
+    ),
+    "a run with a model": (
+        lambda path: _moved(path / "config.json", path / "model" / "config.json"),
+        r"^no config\.json: the model is in .*/model/model$",
+    ),
+    "code of its own": (
+        _changed("config.json", model_type="my_vlm", auto_map={"AutoConfig": "code.Config"}),
+        r"^the model needs code that is in its directory, which mmtrain never runs",
+    ),
+    "a template that says the same four times": (
+        _with("chat_template.jinja", "{{ raise_exception('no') }}"),
+        r"^[^;]*refuses[^;]*no$",
+    ),
     "a config that is a list": (_with("config.json", "[]"), r"."),
     "a model that nobody knows": (_changed("config.json", model_type="no_such_model"), r"no_such_model"),
     "no template": (_without("chat_template.jinja"), r"no chat template"),
@@ -106,6 +135,17 @@ def test_a_broken_directory_is_named_in_one_line(name: str, tmp_path: Path) -> N
         assert re.search(reason, fault.removeprefix(f"{path}: ")), fault
     else:
         assert name == "a class that nobody knows"  # transformers takes the tokenizer's file for what it is
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_of_git_lfs_is_named_with_the_command_that_fetches_the_file(name: str, tmp_path: Path) -> None:
+    path = shutil.copytree(TINY, tmp_path / "model")
+    (path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError) as caught:
+        load_processor(str(path))
+    assert caught.value.faults == [
+        f"{path}/{name}: a pointer of git-lfs, not the file itself: run `git lfs pull` there"
+    ]
 
 
 @pytest.mark.slow("every command on a hostile directory, each in its own process")

@@ -13,7 +13,7 @@ import pytest
 
 from mmtrain.config import Config
 from mmtrain.config.data_section import Source
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.shard_order import Position
 from mmtrain.dataset.stream import Stream, StreamedWindow
 from mmtrain.dataset.validate import FaultPolicy, LengthLimit, check_samples

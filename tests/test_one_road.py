@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders
 from mmtrain.checks.findings import MARK, REPLY
 from mmtrain.config.schema import Config
 from mmtrain.dataset import decoded_images as image_check
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.store import find_store
 from mmtrain.dataset.validate import FaultPolicy, LengthLimit, check_samples

@@ -24,7 +24,7 @@ from mmtrain.model.packing_trial import RowsFound, try_rows
 from mmtrain.progress import QUIET, Progress
 from mmtrain.records.record_set import RecordSet
 from mmtrain.runtime.processes import Runtime
-from mmtrain.scoring.packing import Rows, choose_rows
+from mmtrain.scoring.packing import RowChoice, choose_rows
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.learner import make_learner
 from mmtrain.train.run import train
@@ -239,11 +239,11 @@ def test_auto_says_that_it_pads_and_true_is_refused(
     model, processor = load("gpt_oss")
     runtime, lines = Runtime("float32"), list[str]()
 
-    def choose(**train: Any) -> Rows:
+    def choose(**train: Any) -> RowChoice:
         config = config_for(families["gpt_oss"], make_config, **train)
         return choose_rows(model, processor, config, runtime, lines.append)
 
-    assert choose() == Rows(packing=False, alone=False)
+    assert choose() == RowChoice(packing=False, alone=False)
     assert [line.startswith("packing: off, in a packed row the logits of this model differ by") for line in lines] == [
         True
     ]
@@ -259,7 +259,7 @@ def test_auto_and_true_pack_where_it_is_proven(load: Load, make_config: Callable
     runtime, lines = Runtime("float32"), list[str]()
     for wanted, expected in (("auto", True), (True, True), (False, False)):
         config = make_config("text", packing=wanted)
-        assert choose_rows(model, processor, config, runtime, lines.append) == Rows(expected, alone=False)
+        assert choose_rows(model, processor, config, runtime, lines.append) == RowChoice(expected, alone=False)
     assert not lines
 
 
@@ -280,8 +280,8 @@ def test_a_model_that_leaks_is_trained_in_padded_rows(
 def test_a_model_whose_rows_affect_each_other_is_trained_one_sample_at_a_time(
     make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def load_mixed(*args: Any, **settings: Any) -> Any:
-        model = load_model(*args, **settings)
+    def load_mixed() -> Any:
+        model = load_model(config.model.path, "float32", processor)
         model.get_decoder().layers[0].register_forward_hook(mixed_rows)
         return model
 
@@ -339,7 +339,7 @@ def test_the_trial_changes_no_first_weight_and_nothing_drawn_later(
     for skipped in (False, True):
         with monkeypatch.context() as patch:
             if skipped:
-                patch.setattr("mmtrain.train.learner.choose_rows", lambda *args: Rows(packing=True, alone=False))
+                patch.setattr("mmtrain.train.learner.choose_rows", lambda *args: RowChoice(packing=True, alone=False))
             learner = make_learner(config, load_processor(config.model.path), Runtime("float32"), QUIET)
         weights.append({name: p.detach().clone() for name, p in learner.model.named_parameters()})
         weights[-1]["next"] = torch.rand(4)

@@ -16,11 +16,12 @@ from typing import Any
 import PIL.Image
 import pytest
 
+from mmtrain.command_output import write_page
 from mmtrain.config.data_section import Source
 from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
-from mmtrain.inspect_labels.page import write_page
+from mmtrain.inspect_labels.page import page_of_samples
 from mmtrain.inspect_labels.page_tokens import clusters, divide_text
 from mmtrain.inspect_labels.view import SampleView, TokenView, view_sample
 from mmtrain.records.record_set import RecordSet
@@ -109,7 +110,7 @@ def losses_of(views: list[SampleView]) -> dict[int, dict[int, float]]:
 @pytest.fixture(scope="module")
 def written(views: list[SampleView], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     path = tmp_path_factory.mktemp("out") / "labels.html"
-    write_page(path, views, losses_of(views), title=MARKUP)
+    write_page(path, page_of_samples(views, losses_of(views)))
     return path.read_text(encoding="utf-8"), path
 
 
@@ -193,11 +194,14 @@ def test_an_image_that_changes_shape_has_no_grid(model_dirs: dict[str, Path], tm
     data = write_jsonl(tmp_path / "data.jsonl", [{"messages": messages, "images": ["wide.png"]}])
     samples = FreshSamples(RecordSet([Source(path=str(data))]), Encoder(load_processor(str(model_dirs["llava"]))))
     view = view_sample(samples, samples.encoder, 0)
-    write_page(tmp_path / "whole.html", [view])
+    write_page(tmp_path / "whole.html", page_of_samples([view]))
     text = (tmp_path / "whole.html").read_text(encoding="utf-8")
     assert not Page(text).named("svg")
     assert "crops, pads or stretches" in text
-    write_page(tmp_path / "crop.html", [view], pixels=lambda image: PIL.Image.new("RGB", image.tokens.used_size))
+    write_page(
+        tmp_path / "crop.html",
+        page_of_samples([view], pixels=lambda image: PIL.Image.new("RGB", image.tokens.used_size)),
+    )
     assert len(Page((tmp_path / "crop.html").read_text(encoding="utf-8")).named("svg")) == 1
 
 
@@ -206,7 +210,7 @@ def test_an_image_that_is_gone_is_said(views: list[SampleView], tmp_path: Path) 
     assert isinstance(image.found.source, Path)
     moved = image.found.source.rename(tmp_path / "moved.png")
     try:
-        write_page(tmp_path / "labels.html", views)
+        write_page(tmp_path / "labels.html", page_of_samples(views))
     finally:
         moved.rename(image.found.source)
     assert 'class="broken"' in (tmp_path / "labels.html").read_text(encoding="utf-8")
@@ -223,7 +227,7 @@ def test_losses_shade_and_list(views: list[SampleView], written: tuple[str, Path
     assert len(ids) == len(set(ids))
     assert {f"{name}-{position}" for name, position in worst} <= set(ids)
 
-    write_page(tmp_path / "plain.html", views)
+    write_page(tmp_path / "plain.html", page_of_samples(views))
     plain = (tmp_path / "plain.html").read_text(encoding="utf-8")
     assert "data-n=" not in plain
     assert 'class="surprising"' not in plain
@@ -233,7 +237,7 @@ def test_a_loss_that_is_no_number_comes_first(views: list[SampleView], tmp_path:
     losses = losses_of(views)
     position = min(losses[1])
     losses[1][position] = math.nan
-    write_page(tmp_path / "labels.html", views, losses)
+    write_page(tmp_path / "labels.html", page_of_samples(views, losses))
     page = Page((tmp_path / "labels.html").read_text(encoding="utf-8"))
     assert page.named("a")[0]["href"] == f"#s1-{position}"
 

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mmtrain.config.data_section import Source
+from mmtrain.config.data_section import Data, TrainSource
 from mmtrain.contrastive.embedder import EncodedItem
 from mmtrain.contrastive.pair_samples import PairSamples, read_pairs
 from mmtrain.contrastive.relation import PairItems, relate
@@ -28,6 +28,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 class Words:
     """An embedder that takes texts of three words, and none with the word `unknown`."""
+
+    def limit(self, max_length: int) -> LengthLimit:
+        return LengthLimit(max_length, "the test")
 
     def encode(self, items: Sequence[tuple[Item, Roots]]) -> list[EncodedItem | SampleError]:
         return [self._encode(item, root) for item, root in items]
@@ -48,8 +51,8 @@ def read(folder: Path, records: list[Any], policy: FaultPolicy | None = None, **
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     embedder: Any = Words()
-    sources = [Source(path=str(path), **source)]
-    return read_pairs(sources, embedder, LengthLimit(3, "the test"), policy or FaultPolicy())
+    sources = (TrainSource(path=str(path), **source),)
+    return read_pairs(sources, embedder, Data(train=sources, max_length=3), policy=policy)
 
 
 def image(folder: Path, name: str, colour: str) -> str:
@@ -142,9 +145,8 @@ def test_bytes_of_images_stay_in_their_file(tmp_path: Path) -> None:
     table = {"image": [{"bytes": content, "path": "x.png"} for content in contents], "caption": ["a", "b", "c"]}
     parquet.write_table(arrow.table(table), tmp_path / "pairs.parquet")
     embedder: Any = Words()
-    data = read_pairs(
-        [Source(path=str(tmp_path / "pairs.parquet"))], embedder, LengthLimit(3, "the test"), FaultPolicy()
-    )
+    sources = (TrainSource(path=str(tmp_path / "pairs.parquet")),)
+    data = read_pairs(sources, embedder, Data(train=sources, max_length=3))
     assert list(data.pairs.values()) == [PairItems(0, (1,)), PairItems(2, (3,)), PairItems(0, (4,))]
     assert [item.encoded.images[0].image.source for item in (data.items[0], data.items[2])] == [b"", b""]
     loaded = data.loaded([2, 1, 0])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mmtrain.config.data_section import Source
-from mmtrain.dataset.pair_items import content_keys
+from mmtrain.dataset.pair_items import item_keys
 from mmtrain.records.chat import Image, Message, SampleError, Text
 from mmtrain.records.formats import read_record
 from mmtrain.records.pair_shapes import PAIR_SHAPES, recognise_pair
@@ -231,7 +231,7 @@ def test_equal_content_is_one_item(tmp_path: Path) -> None:
         Item("a", (Image("a.png"),), parts=(Text("a"), Image("a.png"))),
         Item("a", (Image("copy.png"),), parts=(Text("a"), Image("copy.png"))),
     ]
-    keys = content_keys([(item, tmp_path) for item in items])
+    keys = item_keys([(item, tmp_path) for item in items])
     assert keys[0] == keys[1] == keys[2]
     assert keys[7] == keys[8]
     assert len(set(keys)) == 6

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import LostGradientError, UserError
-from mmtrain.evaluate.evaluation import Evaluation
+from mmtrain.evaluate.evaluation import ModelScoring
 from mmtrain.inspect_labels.losses import token_losses
 from mmtrain.model.cost import cost_model
 from mmtrain.model.family import probe_family
@@ -290,7 +291,7 @@ def test_evaluation_and_token_losses_use_the_quantized_model(make_quantized: Mak
     train(config)
     output = Path(config.run.output_dir)
     last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
-    evaluation = Evaluation(config, adapters=[str(output)])
+    evaluation = ModelScoring(config, adapters=[str(output)])
     with evaluation.model(str(output)) as model:
         assert summary(evaluation.scores(model))["nll"] == pytest.approx(last["nll"], rel=1e-6)
     losses = token_losses(
@@ -329,16 +330,51 @@ def test_a_missing_package_is_named_before_anything_is_read(
     assert len(caught.value.faults) == 1
 
 
-@pytest.mark.parametrize("wanted", [None, "nf4"])
-def test_weights_that_are_stored_quantized_are_refused(
-    wanted: str | None, model_dirs: dict[str, Path], tmp_path: Path
-) -> None:
-    folder = shutil.copytree(model_dirs["text"], tmp_path / "stored")
+def stored_quantized(source: Path, folder: Path, method: str, **settings: Any) -> Path:
+    """A copy of a model whose config.json says that its weights are stored quantized."""
+    shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config["quantization_config"] = {"quant_method": method, **settings}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"stored quantized \('bitsandbytes'\): expected the original model"):
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted"),
+    [("bitsandbytes", None), ("bitsandbytes", "nf4"), ("fp8", "nf4"), ("gptq", None), ("awq", None)],
+)
+def test_weights_that_are_stored_quantized_are_refused(
+    method: str, wanted: str | None, model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = stored_quantized(model_dirs["text"], tmp_path / "stored", method, load_in_4bit=True, bits=4)
+    with pytest.raises(UserError, match=rf"stored quantized \('{method}'\): expected the original model"):
         load_model(str(folder), "float32", load_processor(str(folder)), quantization=wanted)
+
+
+def test_weights_that_are_stored_in_8_bit_floats_are_dequantized_and_one_line_says_so(
+    model_dirs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    block = [16, 16]
+    settings = {"activation_scheme": "dynamic", "weight_block_size": block, "modules_to_not_convert": ["lm_head"]}
+    folder = stored_quantized(model_dirs["text"], tmp_path / "stored", "fp8", **settings)
+    weights = load_file(folder / "model.safetensors")
+    expected = {}
+    for name in [name for name in weights if name.endswith("proj.weight")]:
+        rows, columns = weights[name].shape
+        shape = (rows // block[0], block[0], columns // block[1], block[1])
+        scale = weights[name].float().view(shape).abs().amax((1, 3), keepdim=True) / 448
+        stored = (weights[name].float().view(shape) / scale).to(torch.float8_e4m3fn)
+        expected[name] = (stored.float() * scale).view(rows, columns)
+        weights[name] = stored.view(rows, columns)
+        weights[f"{name}_scale_inv"] = scale[:, 0, :, 0].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with caplog.at_level(logging.INFO):
+        model = load_model(str(folder), "float32", load_processor(str(folder)))
+    assert len(expected) > 10
+    for name, weight in expected.items():
+        torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-6, atol=1e-7)
+    (line,) = [line for line in caplog.messages if "quantized" in line]
+    assert line == f"{folder}: the weights are stored quantized ('fp8'): dequantized while they are read"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -18,6 +18,7 @@ from mmtrain.config.schema import json_schema
 from support.builders import ROOT, TINY
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DATA_PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PAGES = [
@@ -185,22 +186,20 @@ def test_the_shipped_schema_is_the_one_of_the_code() -> None:
 
 
 def own_data(folder: Path) -> None:
-    """104 images, and the conversations about them that the script in docs/data.md makes."""
-    (script,) = blocks((ROOT / "docs" / "data.md").read_text(encoding="utf-8"), "python")
+    """104 images and the table of captions that docs/data.md describes."""
     colours = [("red", (255, 0, 0)), ("green", (0, 128, 0)), ("blue", (0, 0, 255))]
     (folder / "my_data").mkdir()
-    with (folder / "captions.csv").open("w", encoding="utf-8") as file:
+    with (folder / "my_data" / "captions.csv").open("w", encoding="utf-8") as file:
         file.write("file,caption\n")
         for number in range(104):
             name, colour = colours[number % 3]
             PIL.Image.new("RGB", (28 + number, 56), colour).save(folder / "my_data" / f"{number}.png")
             file.write(f"{number}.png,a {name} square\n")
-    subprocess.run([sys.executable, "-c", script], cwd=folder, check=True)
 
 
 @pytest.mark.slow("the commands of a page, each in its own process")
 def test_the_way_from_labelled_images_to_an_evaluated_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script of docs/data.md, then the config and the commands of the README, with the tiny model."""
+    """The config and the commands of the README with the source in docs/data.md and the tiny model."""
     from typer.testing import CliRunner
 
     from mmtrain.cli import app
@@ -208,7 +207,10 @@ def test_the_way_from_labelled_images_to_an_evaluated_adapter(tmp_path: Path, mo
     own_data(tmp_path)
     (config,) = blocks(README, "yaml")
     assert len(config.splitlines()) <= 8
-    (tmp_path / "my.yaml").write_text(config)
+    source = next(block for block in blocks(DATA_PAGE, "yaml") if "captions.csv" in block)
+    both = yaml.safe_load(config)
+    both["data"] |= yaml.safe_load(source)["data"]
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(both))
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^mmtrain ([^#\n]* my\.yaml[^#\n]*)", "\n".join(blocks(README, "bash")), re.MULTILINE)
     ran = [command.split()[0] for command in commands]
@@ -218,6 +220,22 @@ def test_the_way_from_labelled_images_to_an_evaluated_adapter(tmp_path: Path, mo
         assert result.exit_code == 0, result.exception or result.output
     assert "swapped" in result.output
     assert (tmp_path / "runs" / "my" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_script_for_folders_of_images_writes_a_table_that_is_read(tmp_path: Path) -> None:
+    from mmtrain.config.data_section import Source
+    from mmtrain.records.chat import Text
+    from mmtrain.records.record_set import RecordSet
+
+    (script,) = (block for block in blocks(DATA_PAGE, "python") if "parent.name" in block)
+    for name in ("guinea pig/b, 1.jpg", "cat/a.jpg"):
+        (tmp_path / "my_data" / name).parent.mkdir(parents=True)
+        PIL.Image.new("RGB", (8, 8)).save(tmp_path / "my_data" / name)
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    records = RecordSet([Source(path=str(tmp_path / "my_data" / "classes.csv"), prompt="Which?")])
+    conversations = [records.conversation(index) for index in range(len(records))]
+    assert [image.name for talk in conversations for image in talk.images] == ["cat/a.jpg", "guinea pig/b, 1.jpg"]
+    assert [talk.messages[1].parts for talk in conversations] == [(Text("cat"),), (Text("guinea pig"),)]
 
 
 def test_the_records_of_the_docs_are_read() -> None:

@@ -13,12 +13,12 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from mmtrain.answers.asked import choose_metrics
 from mmtrain.answers.judged import JudgedAnswers
+from mmtrain.answers.scored_questions import choose_metrics
 from mmtrain.checks.labels import Checker
 from mmtrain.cli import app
 from mmtrain.config.schema import Config
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.samples import FreshSamples
 from mmtrain.dataset.store import open_store
 from mmtrain.encoding.encode import Encoded, Encoder

@@ -15,7 +15,7 @@ from mmtrain import api
 from mmtrain.cli import main
 from mmtrain.config import Config
 from mmtrain.errors import UserError
-from mmtrain.report.chart import bar_chart, line_chart, number
+from mmtrain.report.chart import bar_chart, line_chart, short_number
 from mmtrain.report.compare import differing_keys
 from mmtrain.report.page import write_report
 from mmtrain.report.series import Series, num_averaged, smoothed, thinned
@@ -128,17 +128,17 @@ def test_without_a_finite_value_there_is_no_chart() -> None:
 
 
 def test_bars_are_as_high_as_their_counts() -> None:
-    chart = bar_chart("Lengths", "tokens", [10, 20, 30, 40], [4, 0, 8])
+    chart = bar_chart("Lengths", "tokens", [(10, 19), (20, 29), (30, 39)], [4, 0, 8])
     low, high = chart.bars
     assert high.height == pytest.approx(2 * low.height, abs=0.2)
-    assert [bar.label for bar in chart.bars] == ["10 to 19: 4", "30 to 39: 8"]
+    assert [bar.label for bar in chart.bars] == ["10–19: 4", "30–39: 8"]
 
 
 @pytest.mark.parametrize(
     ("value", "expected"), [(98210.45, "98,210"), (1.24561, "1.246"), (0.0, "0"), (3.2e-05, "3.2e-05"), (0.5, "0.5")]
 )
 def test_figures_are_short(value: float, expected: str) -> None:
-    assert number(value) == expected
+    assert short_number(value) == expected
 
 
 # --- the page

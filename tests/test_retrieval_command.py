@@ -20,7 +20,7 @@ from mmtrain.contrastive.embed_all import embed_all
 from mmtrain.encoding.tower_processor import load_tower_processor
 from mmtrain.errors import UserError
 from mmtrain.progress import QUIET
-from mmtrain.retrieval.command import Options, loaded_embedder, retrieval_figures
+from mmtrain.retrieval.command import RetrievalOptions, loaded_embedder, retrieval_figures
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
 from mmtrain.runtime.processes import Runtime
 from support.builders import TINY
@@ -80,7 +80,7 @@ def scores_by_transformers(model: Path, folder: Path) -> tuple[np.ndarray, list[
 
 
 def test_figures_equal_a_brute_force_over_the_models_own_scores(clip: Path, tmp_path: Path) -> None:
-    row, _ = retrieval_figures(config_of(clip, tmp_path, write_pairs(tmp_path, captioned())), Options())
+    row, _ = retrieval_figures(config_of(clip, tmp_path, write_pairs(tmp_path, captioned())), RetrievalOptions())
     scores, texts = scores_by_transformers(clip, tmp_path)
     right = np.zeros(scores.shape, bool)
     for image, record in enumerate(captioned()):
@@ -106,7 +106,7 @@ def test_figures_equal_a_brute_force_over_the_models_own_scores(clip: Path, tmp_
 
 
 def test_the_most_confused_queries_are_named(clip: Path, tmp_path: Path) -> None:
-    row, _ = retrieval_figures(config_of(clip, tmp_path, write_pairs(tmp_path, captioned())), Options())
+    row, _ = retrieval_figures(config_of(clip, tmp_path, write_pairs(tmp_path, captioned())), RetrievalOptions())
     scores, texts = scores_by_transformers(clip, tmp_path)
     confused = row["image_to_text"]["most_confused"]
     assert confused
@@ -123,7 +123,7 @@ def test_the_most_confused_queries_are_named(clip: Path, tmp_path: Path) -> None
 def test_several_sources_are_also_searched_alone(clip: Path, tmp_path: Path) -> None:
     first = write_pairs(tmp_path, captioned()[:4], "first.jsonl")
     second = write_pairs(tmp_path, captioned()[4:], "second.jsonl")
-    row, _ = retrieval_figures(config_of(clip, tmp_path, first, second), Options())
+    row, _ = retrieval_figures(config_of(clip, tmp_path, first, second), RetrievalOptions())
     assert row["text_to_image"]["num_candidates"] == 6
     candidates = {name: found["text_to_image"]["num_candidates"] for name, found in row["sources"].items()}
     assert candidates == {"first.jsonl": 4, "second.jsonl": 2}
@@ -133,7 +133,7 @@ def test_several_sources_are_also_searched_alone(clip: Path, tmp_path: Path) -> 
 def test_pairs_of_queries_and_documents(clip: Path, tmp_path: Path) -> None:
     """A negative is a candidate, and nobody searches with it."""
     records = [{"query": "red", "positive": "it is red", "negatives": ["it is blue", "it is green"]}]
-    row, _ = retrieval_figures(config_of(clip, tmp_path, write_pairs(tmp_path, records)), Options())
+    row, _ = retrieval_figures(config_of(clip, tmp_path, write_pairs(tmp_path, records)), RetrievalOptions())
     assert (row["query_to_document"]["num_queries"], row["query_to_document"]["num_candidates"]) == (1, 3)
     assert (row["document_to_query"]["num_queries"], row["document_to_query"]["num_candidates"]) == (1, 1)
 
@@ -142,7 +142,7 @@ def test_zero_shot_classification(clip: Path, tmp_path: Path) -> None:
     path = write_pairs(tmp_path, [{"image": f"{colour}.png", "text": colour} for colour in COLOURS])
     (tmp_path / "classes.txt").write_text("".join(f"{colour}\n" for colour in COLOURS), encoding="utf-8")
     templates = ("it is {}", "a {} one")
-    options = Options(classes=tmp_path / "classes.txt", templates=templates)
+    options = RetrievalOptions(classes=tmp_path / "classes.txt", templates=templates)
     found = retrieval_figures(config_of(clip, tmp_path, path), options)[0]["zero_shot"]
     processor, loaded = load_tower_processor(str(clip), {}), CLIPModel.from_pretrained(clip).eval()
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_an_image_without_a_class_is_refused_by_its_line(clip: Path, tmp_path: P
     path = write_pairs(tmp_path, [{"image": "red.png", "text": "red"}, {"image": "blue.png", "text": "cyan"}])
     (tmp_path / "classes.txt").write_text("red\nblue\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"pairs\.jsonl:2: expected an image with the name of a class, found 'cyan'"):
-        retrieval_figures(config_of(clip, tmp_path, path), Options(classes=tmp_path / "classes.txt"))
+        retrieval_figures(config_of(clip, tmp_path, path), RetrievalOptions(classes=tmp_path / "classes.txt"))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_classes_that_cannot_be_used(
         (tmp_path / "classes.txt").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=reason):
         retrieval_figures(
-            config_of(clip, tmp_path, path), Options(classes=tmp_path / "classes.txt", templates=templates)
+            config_of(clip, tmp_path, path), RetrievalOptions(classes=tmp_path / "classes.txt", templates=templates)
         )
 
 
@@ -201,8 +201,8 @@ def test_a_model_that_was_saved_whole_is_compared_with_the_base_model(clip: Path
         weights.visual_projection.weight.neg_()  # the farthest text becomes the nearest
     weights.save_pretrained(other)
     config = config_of(clip, tmp_path, write_pairs(tmp_path, captioned()))
-    base = retrieval_figures(config, Options())[0]["image_to_text"]
-    found = retrieval_figures(config, Options(adapter=tmp_path / "run", compare="base"))[0]["image_to_text"]
+    base = retrieval_figures(config, RetrievalOptions())[0]["image_to_text"]
+    found = retrieval_figures(config, RetrievalOptions(adapter=tmp_path / "run", compare="base"))[0]["image_to_text"]
     assert found["base"]["mrr"] == base["mrr"]
     assert found["mrr"] != base["mrr"]
     assert found["minus_base"]["mrr"] == pytest.approx(found["mrr"] - base["mrr"])
@@ -240,16 +240,21 @@ def test_json_has_both_directions_and_is_what_the_python_function_gives(clip: Pa
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (Options(compare="base"), "--compare base: there is nothing to compare"),
-        (Options(templates=("a {}",)), "--template: it is for zero-shot classification"),
+        (RetrievalOptions(compare="base"), "--compare base: there is nothing to compare"),
+        (RetrievalOptions(templates=("a {}",)), "--template: it is for zero-shot classification"),
         (
-            Options(html=Path("none/page.html")),
-            "--html 'none/page.html': expected the name of a file in a folder",
+            RetrievalOptions(html=Path("none/page.html")),
+            "--html 'none/page.html': there is no folder",
         ),
-        (Options(adapter=Path("none")), "--adapter none: expected the directory of an adapter or of a finished run"),
+        (
+            RetrievalOptions(adapter=Path("none")),
+            "--adapter none: expected the directory of an adapter or of a finished run",
+        ),
     ],
 )
-def test_options_that_do_not_fit_are_refused(clip: Path, tmp_path: Path, options: Options, reason: str) -> None:
+def test_options_that_do_not_fit_are_refused(
+    clip: Path, tmp_path: Path, options: RetrievalOptions, reason: str
+) -> None:
     with pytest.raises(UserError) as caught:
         retrieval_figures(config_of(clip, tmp_path, write_pairs(tmp_path, captioned())), options)
     assert reason in str(caught.value)
@@ -258,7 +263,7 @@ def test_options_that_do_not_fit_are_refused(clip: Path, tmp_path: Path, options
 def test_a_config_for_chats_is_refused(clip: Path, tmp_path: Path) -> None:
     config = config_of(clip, tmp_path, write_pairs(tmp_path, captioned()), objective={"kind": "chat"})
     with pytest.raises(UserError, match=r"eval retrieval: it is for objective\.kind: contrastive, the config has chat"):
-        retrieval_figures(config, Options())
+        retrieval_figures(config, RetrievalOptions())
 
 
 @pytest.mark.parametrize("command", [["eval", "perplexity"], ["eval", "answers"]])
@@ -278,8 +283,10 @@ def test_an_adapter_is_compared_with_the_base_model(clip: Path, tmp_path: Path) 
     adapted = get_peft_model(CLIPModel.from_pretrained(clip), settings)
     adapted.save_pretrained(tmp_path / "adapter")
     config = config_of(clip, tmp_path, write_pairs(tmp_path, captioned()))
-    base = retrieval_figures(config, Options())[0]["text_to_image"]
-    found = retrieval_figures(config, Options(adapter=tmp_path / "adapter", compare="base"))[0]["text_to_image"]
+    base = retrieval_figures(config, RetrievalOptions())[0]["text_to_image"]
+    found = retrieval_figures(config, RetrievalOptions(adapter=tmp_path / "adapter", compare="base"))[0][
+        "text_to_image"
+    ]
     assert found["base"] == {key: base[key] for key in found["base"]}
     processor = load_tower_processor(str(clip), {})
     with torch.no_grad():
@@ -310,16 +317,18 @@ def test_a_vision_language_model_searches_documents_of_images_and_texts(tmp_path
         "objective": {"kind": "contrastive", "scale": 20.0, "pooling": "last"},
     }
     config = config_of(TINY, tmp_path, write_pairs(tmp_path, records), **keys)
-    base = retrieval_figures(config, Options())[0]
+    base = retrieval_figures(config, RetrievalOptions())[0]
     assert (base["query_to_document"]["num_queries"], base["query_to_document"]["num_candidates"]) == (2, 3)
     assert (base["document_to_query"]["num_queries"], base["document_to_query"]["num_candidates"]) == (2, 2)
     targets = r"^(?:model\.language_model\.layers\.0\.self_attn\.q_proj)$"
     settings = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
     torch.manual_seed(0)
     get_peft_model(AutoModelForImageTextToText.from_pretrained(TINY), settings).save_pretrained(tmp_path / "adapter")
-    found = retrieval_figures(config, Options(adapter=tmp_path / "adapter", compare="base"))[0]
+    found = retrieval_figures(config, RetrievalOptions(adapter=tmp_path / "adapter", compare="base"))[0]
     assert found["query_to_document"]["base"]["mrr"] == base["query_to_document"]["mrr"]
-    adapted, alone = (embeddings_of(config, options) for options in (Options(tmp_path / "adapter"), Options()))
+    adapted, alone = (
+        embeddings_of(config, options) for options in (RetrievalOptions(tmp_path / "adapter"), RetrievalOptions())
+    )
     assert adapted.shape == alone.shape
     assert not torch.allclose(adapted, alone, atol=1e-3)
 
@@ -341,7 +350,7 @@ def test_processes_that_share_the_items_embed_each_once(clip: Path, tmp_path: Pa
     assert sum(int(share.any(1).sum()) for share in shares) == len(expected)
 
 
-def embeddings_of(config: Config, options: Options) -> torch.Tensor:
+def embeddings_of(config: Config, options: RetrievalOptions) -> torch.Tensor:
     runtime = Runtime(config.model.dtype, device="cpu")
     embedder = loaded_embedder(config, options.adapter, runtime, QUIET)
     return RetrievalEvaluation(config, config.data.eval, embedder, QUIET).embed(embedder).items

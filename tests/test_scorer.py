@@ -16,7 +16,7 @@ from mmtrain.dataset.batch import Batch, Loader
 from mmtrain.errors import DeviceMemoryError, UserError
 from mmtrain.model.packing_trial import RowsFound
 from mmtrain.progress import QUIET, Progress
-from mmtrain.scoring.packing import Rows, choose_rows
+from mmtrain.scoring.packing import RowChoice, choose_rows
 from mmtrain.scoring.scorer import Scorer
 from mmtrain.scoring.scores import Scores
 from mmtrain.train.step import Learner
@@ -270,14 +270,14 @@ def test_packing_is_what_the_config_and_the_trial_say(
     monkeypatch.setattr("mmtrain.scoring.packing.try_rows", trial)
     keys: list[str] = []
 
-    def from_first(key: str, make: Callable[[], str]) -> str:
+    def from_first(key: str, make: Callable[[], Any]) -> Any:
         keys.append(key)
         return make()
 
     first: Any = SimpleNamespace(from_first=from_first)
     model, processor, lines = Any, Any, list[str]()
     rows = choose_rows(model, processor, make_config("text", packing=wanted), first, lines.append)  # type: ignore[arg-type]
-    assert rows == Rows(packs, alone)
+    assert rows == RowChoice(packs, alone)
     assert asked == [(model, processor, torch.float32, wanted is not False)]
     assert keys == ["packing"]
     assert lines == ([] if fault is None else [f"packing: off, {fault}"])

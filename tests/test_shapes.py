@@ -181,6 +181,42 @@ SHAPES: dict[str, tuple[str, Any, Conversation]] = {
         },
         talk(SYSTEM, ("user", [Image("bytes", PNG), Image("/x/a.png"), Text("Q")]), SAID),
     ),
+    "the_cauldron": (
+        "texts",
+        {
+            "images": ["a.png"],
+            "texts": [{"user": "P", "assistant": "B", "source": "x"}, {"user": "Q", "assistant": "A", "source": "x"}],
+        },
+        talk(("user", [Image("a.png"), Text("P")]), EARLIER[1], ASKED, SAID),
+    ),
+    "XTuner": (
+        "conversation",
+        {"conversation": [{"system": "S", "input": "P", "output": "B"}, {"input": "Q", "output": "A"}]},
+        talk(SYSTEM, *EARLIER, ASKED, SAID),
+    ),
+    "a turn for each speaker": ("conversations", {"conversations": [{"user": "Q"}, {"gpt": "A"}]}, talk(ASKED, SAID)),
+    "speakers and texts": (
+        "conversations",
+        {"conversations": [{"speaker": "Human", "text": "Q"}, {"speaker": "AI", "text": "A"}]},
+        talk(ASKED, SAID),
+    ),
+    "turns as columns": (
+        "openai",
+        {"messages": {"role": ["user", "assistant"], "content": ["Q", "A"]}},
+        talk(ASKED, SAID),
+    ),
+    "parts without a type": (
+        "openai",
+        {"messages": [{"role": "user", "content": [{"image": "a.png"}, {"text": "Q"}]}, TWO_TURNS[1]]},
+        talk(WITH_IMAGE, SAID),
+    ),
+    "a system text in parts": (
+        "openai",
+        {"system": [{"type": "text", "text": "S", "cache_control": {"type": "ephemeral"}}], "messages": TWO_TURNS},
+        talk(SYSTEM, ASKED, SAID),
+    ),
+    "a caption": ("caption", {"prompt": "Q", "caption": "A", "image": "a.png"}, talk(WITH_IMAGE, SAID)),
+    "a text of an image": ("caption", {"prompt": "Q", "text": "A", "image": "a.png"}, talk(WITH_IMAGE, SAID)),
 }
 
 
@@ -214,7 +250,23 @@ FAULTS: dict[str, tuple[Any, str]] = {
         "must be a list of [question, reply]",
     ),
     "a history that is broken JSON": ({"query": "Q", "response": "A", "history": "[["}, "'history': not JSON"),
-    "an answer that is a number": ({"question": "Q", "answer": 5}, "must be text, not '5'"),
+    "an answer that is a number": (
+        {"question": "Q", "answer": 5},
+        """set `fields` of the source: {answer: "{answer}"}""",
+    ),
+    "several answers": (
+        {"question": "Q", "answer": ["A", "B"]},
+        "name one with `fields` of the source: {answer: answer.0}",
+    ),
+    "a list of answers": ({"question": "Q", "answers": ["A", "B"]}, "{answer: answers.0}"),
+    "a caption alone": ({"image": "a.png", "caption": "A"}, "set `prompt` of the source"),
+    "other names of keys": ({"Question": "Q", " answer": "A"}, "{question: 'Question', answer: ' answer'}"),
+    "turns by another name": ({"dialog": TWO_TURNS}, "{conversations: 'dialog'}"),
+    "two tables of COCO": ({"images": [{"id": 1}], "annotations": [{"image_id": 1}]}, "docs/data.md has a script"),
+    "a preferred reply": ({"prompt": TWO_TURNS[:1], "chosen": TWO_TURNS[1:], "rejected": []}, "preference pairs"),
+    "a mask": ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "mask": 1}]}, "give the turn 'train': true or false"),
+    "a turn without a role": ({"messages": [{"words": "Q"}]}, "turn 1 has 'words', expected 'role' and 'content'"),
+    "no values": ({"messages": None}, "found no keys with a value"),
     "an answer that is empty": ({"question": "Q", "answer": ""}, "an assistant turn without text"),
     "an input that is a number": ({"instruction": "Q", "input": 5, "output": "A"}, "'input' must be text"),
     "a rejected reply": ({"prompt": "Q", "completion": "A", "rejected": "B"}, "'rejected' is not understood"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmtrain.errors import UserError
 from mmtrain.runtime.activity import WAITING
-from mmtrain.runtime.launch import Layout, _cause, _first_host, _own_address, takes_part
+from mmtrain.runtime.launch import LaunchOptions, _cause, _first_host, _own_address, takes_part
 from mmtrain.runtime.peers import STOP_SECONDS, Seen, judge
 from mmtrain.train.gradients import is_exact, sum_tree
 from support.data_cases import loader_case, nan_case, refused_case, refused_sharded_case
@@ -180,9 +180,15 @@ def test_the_own_address() -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(1, 2, 2, "h:1"), Layout(1, 2, 0), Layout(1, 2, 0, "h"), Layout(1, 1, 1), Layout(1, 2, 0, "é:80")],
+    [
+        LaunchOptions(1, 2, 2, "h:1"),
+        LaunchOptions(1, 2, 0),
+        LaunchOptions(1, 2, 0, "h"),
+        LaunchOptions(1, 1, 1),
+        LaunchOptions(1, 2, 0, "é:80"),
+    ],
 )
-def test_options_that_do_not_go_together(layout: Layout) -> None:
+def test_options_that_do_not_go_together(layout: LaunchOptions) -> None:
     with pytest.raises(UserError, match="--node"):
         layout.check()
 
@@ -190,8 +196,8 @@ def test_options_that_do_not_go_together(layout: Layout) -> None:
 @pytest.mark.parametrize("port", [0, 65_536, 99_999])
 def test_a_port_that_cannot_be_is_refused(port: int) -> None:
     with pytest.raises(UserError, match=f"--rendezvous: expected a port from 1 to 65,535, not {port}"):
-        Layout(1, 2, 0, f"h:{port}").check()
-    Layout(1, 2, 0, "h:65535").check()
+        LaunchOptions(1, 2, 0, f"h:{port}").check()
+    LaunchOptions(1, 2, 0, "h:65535").check()
 
 
 def test_srun_is_taking_part_and_a_batch_script_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

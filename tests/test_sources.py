@@ -1,6 +1,8 @@
 """Records are found in files, folders and globs, each with its exact line, and broken ones are refused by name."""
 
+import gzip
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.formats import read_record
 from mmtrain.records.json_text import parse_json
-from mmtrain.records.sources import json_list
+from mmtrain.records.sources import json_list, line_index
 from mmtrain.records.sources.json_lines import JsonlFile
 from mmtrain.records.sources.json_list import JsonFile
 from mmtrain.records.sources.open import open_records
@@ -106,8 +108,7 @@ def test_the_lines_of_the_items_of_a_json_file_are_exact(
         (b"[1,\n" + b"9" * 5000 + b"]", 2, "not JSON"),
         (b"[1,\n" + b"[" * 100_000 + b"]", 2, "nested too deeply"),
         (b'[1,\n"\xff"]', 2, "UTF-8"),
-        (b'{"a": 1}\n{"a": 2}\n', 1, "expected a JSON list"),
-        (b'{"a": [1]}', 1, "expected a JSON list"),
+        (b'{"a":\n[1]}', 1, "expected a JSON list of records, or one on each line, found an object"),
         (b"", 1, "expected a JSON list"),
         (b"words", 1, "expected a JSON list"),
         ('["a"]'.encode("utf-16"), 1, "UTF-8"),
@@ -220,7 +221,7 @@ def test_what_holds_no_records_is_refused(tmp_path: Path) -> None:
         "blank.jsonl": "no records",
         "none.json": "no records",
         "table.csv": "no records",
-        "table.xlsx": "not a file of records: expected .json, .jsonl",
+        "table.xlsx": "not a file of records: save the table as CSV",
         "folder": "there is no file of records",
         "named.jsonl": "there is no file of records",
         "nowhere.jsonl": "there is no file of records",
@@ -308,9 +309,10 @@ def test_the_json_test_suite_is_taken_and_refused_as_it_says(tmp_path: Path, pat
             assert fault.isprintable()
             assert must != "y" or twice or wrapped is content
         else:
-            assert isinstance(file, JsonFile)
             assert must != "n" or wrapped is not content
-            assert [file.record(i) for i in range(len(file))] == json.loads(wrapped.decode("utf-8-sig"))
+            found = json.loads(wrapped.decode("utf-8-sig"))
+            assert isinstance(file, JsonFile if isinstance(found, list) else JsonlFile)
+            assert [file.record(i) for i in range(len(file))] == (found if isinstance(found, list) else [found])
 
 
 BASE = [
@@ -420,3 +422,37 @@ def test_records_that_share_a_line_are_distinguished_by_their_number(tmp_path: P
     path.write_text('[{"a": 1}, {"b": 2},\n {"c": 3}]')
     (records,) = open_records(str(path))
     assert [str(records.place(i)) for i in range(3)] == [f"{path}:1 item 1", f"{path}:1 item 2", f"{path}:2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "records"),
+    [
+        ("a.jsonl", b'{"a": 1}\n\n{"a": 2}\n', [(1, {"a": 1}), (3, {"a": 2})]),
+        ("a.json", b'[{"a": 1},\n{"a": 2}]', [(1, {"a": 1}), (2, {"a": 2})]),
+        ("a.csv", b'a\n"1\n"\n2\n', [(2, {"a": "1\n"}), (4, {"a": "2"})]),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2}\n'), [(1, {"a": 1}), (2, {"a": 2})]),
+    ],
+)
+def test_the_index_of_a_large_file_is_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, records: list[tuple[int, Any]]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(line_index, "_WORTH_KEEPING", 2)
+    path = write(tmp_path, name, content)
+    made: list[Path] = []
+    for index in (line_index.LineIndex, json_list._ListIndex):
+        scan = index._scan
+
+        def noted(self: Any, file: Any, scan: Any = scan) -> int:
+            made.append(self.path)
+            return int(scan(self, file))
+
+        monkeypatch.setattr(index, "_scan", noted)
+    for _ in range(2):
+        (file,) = open_records(str(path))
+        assert [(file.place(i).line, file.record(i)) for i in range(len(file))] == records
+    assert made == [path]
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    open_records(str(path))
+    assert made == [path, path]

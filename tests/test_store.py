@@ -19,7 +19,8 @@ from safetensors import safe_open
 from mmtrain.config.data_section import Source
 from mmtrain.config.schema import Config
 from mmtrain.dataset import encode_all, store, store_pieces
-from mmtrain.dataset.encode_all import EncodedChunk, EncodingSpec, Fault, Note, join_chunks
+from mmtrain.dataset.encoded_chunk import EncodedChunk, Fault, Note, join_chunks
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.samples import FreshSamples, StoredSamples
 from mmtrain.dataset.store_file import EncodedStore, write_chunk, write_joined
 from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, LengthLimit, check_samples

@@ -25,7 +25,9 @@ from mmtrain.cli import app
 from mmtrain.config import dump_config
 from mmtrain.config.data_section import TrainSource
 from mmtrain.config.schema import Config
-from mmtrain.dataset.encode_all import ChunkEncoder, EncodedChunk, EncodingSpec
+from mmtrain.dataset.encode_all import ChunkEncoder
+from mmtrain.dataset.encoded_chunk import EncodedChunk
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.shard_order import ShardOrder
 from mmtrain.dataset.stream import Stream, StreamedWindow, StreamState
 from mmtrain.dataset.validate import LengthLimit, check_samples
@@ -245,9 +247,9 @@ def test_a_fault_is_an_error_at_the_step_of_its_window(open_stream: Open, tmp_pa
     stream = open_stream(config_for(faulty(tmp_path / "shards"), window=10, batch_size=5, too_long="drop"))
     names = [name for step in places(stream, range(1, 3)) for name in step]
     assert all(name.startswith(("0.jsonl", "2.jsonl")) for name in names)
-    with pytest.raises(UserError, match=r"1\.jsonl:4: .content. must be text"):
+    with pytest.raises(UserError, match=r"1\.jsonl:4: .answer. must be text"):
         places(stream, range(3, 6))
-    with pytest.raises(UserError, match=r"1\.jsonl:4: .content. must be text"):  # and again: it is not passed over
+    with pytest.raises(UserError, match=r"1\.jsonl:4: .answer. must be text"):  # and again: it is not passed over
         stream.step(5)
 
 

@@ -13,7 +13,7 @@ from mmtrain.train.folder import locked
 from mmtrain.train.report import end_report, serving_lines
 from mmtrain.train.run import train
 from mmtrain.train.run_list import print_runs
-from mmtrain.train.summary import AnswersSummary, EvalSummary, duration, summarize
+from mmtrain.train.summary import SetSummary, duration, summarize
 from support.learning import ALL_FULL, LORA, MIXED
 
 STEPS = [
@@ -39,7 +39,7 @@ def test_a_run_is_summed_up_from_its_metrics(tmp_path: Path) -> None:
     assert (found.num_steps, found.loss, found.num_tokens, found.num_supervised, found.seconds) == (
         2, 2.0, 2100, 210, 123.5,
     )  # fmt: skip
-    assert found.evals == (EvalSummary("held-out", 98210.4515, 1.75, 1.5, 1),)
+    assert found.evals == (SetSummary("held-out", "perplexity", 98210.4515, 1.75, 1.5, 1),)
     assert found.is_finished
     assert list(end_report(run)) == [
         "2 steps in 2:04, 2,100 tokens (210 trained on)",
@@ -55,7 +55,7 @@ def test_the_summary_has_the_answers_next_to_the_blind_ones(tmp_path: Path) -> N
         for step, score in ((0, 0.0), (1, 0.75), (2, 0.5))
     ]
     run = run_with(tmp_path / "run", [rows[0], STEPS[0], rows[1], STEPS[1], rows[2]], "adapter")
-    assert summarize(run).answers == (AnswersSummary("held-out", "anls", 0.0, 0.5, 0.75, 1, 0.25),)
+    assert summarize(run).answers == (SetSummary("held-out", "anls", 0.0, 0.5, 0.75, 1, 0.25),)
     assert list(end_report(run))[1] == (
         "anls on held-out: 0.0% before the first step, 50.0% after the last, best 75.0% after step 1; best blind "
         "answer 25.0%"
@@ -85,6 +85,8 @@ def test_the_summary_of_a_contrastive_run_has_its_retrieval(tmp_path: Path) -> N
 def test_a_run_without_evaluations_can_be_asked_next(tmp_path: Path) -> None:
     run = run_with(tmp_path / "one", STEPS, "adapter")
     assert list(end_report(run))[-1] == f"next: mmtrain generate {run} -i"
+    run = run_with(tmp_path / "of mine", STEPS, "adapter")
+    assert list(end_report(run))[-1] == f"next: mmtrain generate '{run}' -i"
     run = run_with(tmp_path / "two", STEPS, "model")
     assert list(end_report(run))[-2].startswith(f"model: {run}/model, ")
 

@@ -15,7 +15,7 @@ PARTS = ("kills", "agent", "resume", "worlds", "layouts", "corrupt", "histories"
 
 def torture(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TESTS / "torture"), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ print(torture.checkpoints.histories(30)[1])
 
 def test_the_script_reports_a_resume_without_moments_and_a_store_that_checks_nothing() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SABOTAGE, str(TESTS)], capture_output=True, text=True, check=False, timeout=600
+        [sys.executable, "-c", SABOTAGE, str(TESTS)], capture_output=True, text=True, check=False, timeout=1800
     )
     assert done.stdout.split() == ["False", "False"], done.stderr
 

@@ -1,5 +1,6 @@
 """A model that mmtrain's tests did not know when it was written: it trains exactly, or one line says why not."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def reference(
         ("plain", "plain", True),
         ("plain", "framed", True),
         ("plain", "spaced", True),
+        ("plain", "token first", True),
         ("scaled head", "plain", True),
         ("capped head", "framed", True),
         ("no positions", "plain", True),  # only distances count in its attention
@@ -116,6 +118,7 @@ def assert_exact(config: Config, root: Path, packs: bool) -> None:
     ("variant", "style", "reason"),
     [
         ("own positions", "plain", "the positions or token types that mmtrain gives this model change its logits by"),
+        ("looks ahead", "plain", "this is not a causal language model: its logits at a token change with the tokens"),
         ("plain", "images first", "the image processor lays out no placeholder '<<pic>>'"),
         ("plain", "adds a word", "the ids of a probe conversation .* differ from the model's own apply_chat_template"),
         ("plain", "no mark", "PicProcessor has no placeholder for an image in its text"),
@@ -135,6 +138,25 @@ def test_a_model_that_always_makes_all_logits_trains_exactly(config: Config, tmp
         assert_exact(config, tmp_path, packs=True)
     finally:
         AutoModelForImageTextToText.register(type_of(config), PicForConditionalGeneration, exist_ok=True)
+
+
+def test_a_tokenizer_without_a_padding_token_trains_exactly(config: Config, tmp_path: Path) -> None:
+    settings = make_unknown(tmp_path / "model") / "tokenizer_config.json"
+    known = json.loads(settings.read_text())
+    settings.write_text(json.dumps(known | {"pad_token": None}))
+    learner, trained = started(config), Dataset(config, load_processor(config.model.path), QUIET)
+    used = trained.checked.used.tolist()
+    loss, _ = reference(config, [trained.train.encoded(index) for index in used], inputs_of(config, tmp_path))
+    assert step_of(learner, trained, [used], False)[0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_sharded_weights_of_a_model_that_takes_one_sample_at_a_time_are_refused(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_unknown(tmp_path / "model", "neighbours")
+    monkeypatch.setattr("mmtrain.train.learner.is_sharded", lambda *_: True)
+    with pytest.raises(UserError, match=r"run\.weights: shard .* takes one sample at a time: expected replicate"):
+        started(config)
 
 
 def type_of(config: Config) -> Any:

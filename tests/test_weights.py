@@ -137,7 +137,7 @@ def test_a_step_divides_by_the_sum_of_the_weights_of_all_its_samples(config_of: 
     config = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": 3})})
     learner, dataset = learner_for(config)
     cut = StepCuts(dataset, learner, config.run).of(1)
-    assert (cut.sum_weights, cut.num_supervised) == (
+    assert (cut.count, cut.figures["num_supervised"]) == (
         float(dataset.checked.sum_weights.sum()),
         int(dataset.checked.num_supervised.sum()),
     )

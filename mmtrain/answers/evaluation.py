@@ -14,6 +14,13 @@ from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.changed_images import Change
 from mmtrain.scoring.eval_samples import EvalSamples
 
+_WAYS: tuple[tuple[str, str, Change | None], ...] = (
+    ("model", "answers", None),
+    ("swapped", "answers with swapped images", "swapped"),
+    ("no_images", "answers without images", "none"),
+)
+"""Each kind of replies, its name while they are generated, and what happens to the images."""
+
 
 class AnswerEvaluation(QuestionSet):
     """All questions of `sources`."""
@@ -35,39 +42,35 @@ class AnswerEvaluation(QuestionSet):
         metrics = {source.title: metric or source.metric for source in sources}
         super().__init__(own.samples, own.checked, own.encoder, own.indices.tolist(), own.names, metrics)
 
-    def all_replies(
-        self, generator: Generator, runtime: Runtime, name: str, batch_size: int, max_new_tokens: int | None
-    ) -> Replies:
-        """The greedy reply to every question; `name` is shown while they are generated."""
-        return self._ask(generator, runtime, self.samples, range(len(self.questions)), name, batch_size, max_new_tokens)
+    def ask_in_all_ways(
+        self, generator: Generator, runtime: Runtime, batch_size: int, max_new_tokens: int | None
+    ) -> dict[str, Replies]:
+        """By kind: the model's, and its with the images of others and without images, where there are such."""
+        found = {
+            kind: self.ask(generator, runtime, name, batch_size, max_new_tokens, change) for kind, name, change in _WAYS
+        }
+        return {kind: replies for kind, replies in found.items() if replies}
 
-    def replies_with_changed_images(
+    def ask(
         self,
         generator: Generator,
         runtime: Runtime,
-        change: Change,
         name: str,
         batch_size: int,
         max_new_tokens: int | None,
+        change: Change | None = None,
     ) -> Replies:
-        """The same for the questions of samples with images, which are swapped, grey or left out; none where no sample
-        can be changed so."""
-        changed, indices, _ = self._eval_samples.changed(change)
-        there = set(indices.tolist())
-        numbers = [i for i, question in enumerate(self.questions) if question.sample in there]
-        return self._ask(generator, runtime, changed, numbers, name, batch_size, max_new_tokens)
+        """The greedy reply to every question; `name` is shown while they are generated. With `change` to the questions
+        of samples with images, which are swapped, grey or left out; none where no sample can be changed so.
 
-    def _ask(
-        self,
-        generator: Generator,
-        runtime: Runtime,
-        samples: Samples,
-        numbers: Sequence[int],
-        name: str,
-        batch_size: int,
-        max_new_tokens: int | None,
-    ) -> Replies:
-        """Each process asks some batches, which are the same on any number of processes."""
+        Each process asks some batches, which are the same on any number of processes.
+        """
+        samples: Samples = self.samples
+        numbers: Sequence[int] = range(len(self.questions))
+        if change is not None:
+            samples, indices, _ = self._eval_samples.changed(change)
+            there = set(indices.tolist())
+            numbers = [i for i, question in enumerate(self.questions) if question.sample in there]
         own: Replies = {}
         batches = list(batched(len(numbers), batch_size))[runtime.index :: runtime.num_processes]
         with self._progress.task(name, len(batches)) as task:

@@ -1,15 +1,15 @@
 """The figures of `eval answers`: every number of the report, as plain data."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mmtrain.answers.asked import AskedQuestion
-from mmtrain.answers.judged import JUDGED, JudgedAnswers
+from mmtrain.answers.judged import JUDGED, Estimate, JudgedAnswers
 from mmtrain.answers.metrics import METRICS
 from mmtrain.answers.normalize import as_written
+from mmtrain.answers.scored_questions import ScoredQuestion
 from mmtrain.answers.text_metrics import chrf
 from mmtrain.generate.replies import Reply
 from mmtrain.scoring.scores import Floats
@@ -22,7 +22,7 @@ _RIGHT = 0.5
 
 
 def figures(
-    questions: Sequence[AskedQuestion],
+    questions: Sequence[ScoredQuestion],
     places: Sequence[str],
     replies: Mapping[str, Mapping[int, Reply]],
     reasons: Mapping[str, str],
@@ -35,19 +35,20 @@ def figures(
     answers = {kind: {i: reply.text for i, reply in found.items()} for kind, found in replies.items()}
     judged = JudgedAnswers(questions, answers)
     others = [kind for kind in OTHERS if kind in judged.scores]
+    scores = {kind: _by_metric(judged, judged.mean, kind) for kind in ("model", *others)}
     gain = judged.gain("blind", JUDGED)
     assert gain is not None  # every question has an answer of the model and a blind one
     return {
         "num_samples": len({question.sample for question in questions}),
         "num_answers": len(questions),
-        "metrics": _means(judged, "model"),
-        **{kind: _means(judged, kind) if kind in others else None for kind in OTHERS},
+        "metrics": _means(scores["model"]),
+        **{kind: _means(scores[kind]) if kind in others else None for kind in OTHERS},
         "beats_blind": _is_above(gain),
         "verdict": verdict(gain),
         "intervals": {
-            "metrics": _intervals(judged, "model"),
-            **{kind: _intervals(judged, kind) for kind in others},
-            **{f"minus_{kind}": _gains(judged, kind) for kind in others},
+            "metrics": _intervals(scores["model"]),
+            **{kind: _intervals(scores[kind]) for kind in others},
+            **{f"minus_{kind}": _intervals(_by_metric(judged, judged.gain, kind)) for kind in others},
         },
         "sources": {name: _source(judged, name, reason) for name, reason in reasons.items()},
         "questions": _questions(judged),
@@ -57,7 +58,7 @@ def figures(
     }
 
 
-def verdict(gain: tuple[float, list[float]]) -> str:
+def verdict(gain: Estimate) -> str:
     """In words, what the gain over the best blind answers says."""
     mean, (low, high) = gain
     more = f"{100 * mean:+.1f} points, 95 % {100 * low:+.1f} to {100 * high:+.1f}"
@@ -67,30 +68,29 @@ def verdict(gain: tuple[float, list[float]]) -> str:
     return f"does not beat blind guessing ({more}: {why})"
 
 
-def _is_above(gain: tuple[float, list[float]]) -> bool:
+def _is_above(gain: Estimate) -> bool:
     return gain[1][0] > 0
 
 
-def _means(judged: JudgedAnswers, kind: str) -> dict[str, float]:
-    found = {name: judged.mean(kind, name) for name in (*judged.metrics, JUDGED)}
-    return {name: one[0] for name, one in found.items() if one is not None}
+def _by_metric(judged: JudgedAnswers, measure: Callable[[str, str], Estimate | None], kind: str) -> dict[str, Estimate]:
+    """What `measure` gives for a kind of answers by each metric that there is."""
+    found = {name: measure(kind, name) for name in (*judged.metrics, JUDGED)}
+    return {name: one for name, one in found.items() if one is not None}
 
 
-def _intervals(judged: JudgedAnswers, kind: str) -> dict[str, list[float]]:
-    found = {name: judged.mean(kind, name) for name in (*judged.metrics, JUDGED)}
-    return {name: one[1] for name, one in found.items() if one is not None}
+def _means(found: Mapping[str, Estimate]) -> dict[str, float]:
+    return {name: mean for name, (mean, _) in found.items()}
 
 
-def _gains(judged: JudgedAnswers, kind: str) -> dict[str, list[float]]:
-    found = {name: judged.gain(kind, name) for name in (*judged.metrics, JUDGED)}
-    return {name: one[1] for name, one in found.items() if one is not None}
+def _intervals(found: Mapping[str, Estimate]) -> dict[str, list[float]]:
+    return {name: interval for name, (_, interval) in found.items()}
 
 
 def _source(judged: JudgedAnswers, name: str, reason: str) -> dict[str, Any]:
     of = judged.in_source(name)
     metric = next(question.metric for question in judged.questions if question.source == name)
     kinds = ("model", *(kind for kind in OTHERS if kind in judged.scores))
-    means = {kind: judged.mean(kind, metric, of) for kind in kinds}
+    found = {kind: one for kind in kinds if (one := judged.mean(kind, metric, of)) is not None}
     gain = judged.gain("blind", metric, of)
     assert gain is not None
     return {
@@ -98,8 +98,8 @@ def _source(judged: JudgedAnswers, name: str, reason: str) -> dict[str, Any]:
         "reason": reason,
         "num_answers": int(of.sum()),
         "num_of_other_form": _num_of_other_form(judged, name, metric),
-        "means": {kind: found[0] for kind, found in means.items() if found is not None},
-        "intervals": {kind: found[1] for kind, found in means.items() if found is not None},
+        "means": _means(found),
+        "intervals": _intervals(found),
         "beats_blind": _is_above(gain),
         "verdict": verdict(gain),
     }

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mmtrain.answers.asked import AskedQuestion
 from mmtrain.answers.blind import best_blind_answers
 from mmtrain.answers.metrics import METRICS
 from mmtrain.answers.normalize import as_written
+from mmtrain.answers.scored_questions import ScoredQuestion
 from mmtrain.records.reasoning import reply_of
 from mmtrain.scoring.scores import Floats, Ints
 from mmtrain.scoring.statistics import mean_by_sample
@@ -17,16 +17,14 @@ ALWAYS = ("exact_match", "vqa_match")
 JUDGED = "judged"
 """Each answer's score by the metric of its own source: what decides whether a model beats blind guessing."""
 
-Figure = dict[str, float]
-"""By metric."""
-Intervals = dict[str, list[float]]
-"""By metric, [low, high]."""
+Estimate = tuple[float, list[float]]
+"""A mean and its 95 % interval, [low, high]."""
 
 
 class JudgedAnswers:
     """The scores of answers to `questions`, by kind; a question without an answer of a kind has no score (NaN)."""
 
-    def __init__(self, questions: Sequence[AskedQuestion], answers: Mapping[str, Mapping[int, str]]) -> None:
+    def __init__(self, questions: Sequence[ScoredQuestion], answers: Mapping[str, Mapping[int, str]]) -> None:
         """`answers[kind][i]` answers question `i`. The best blind answers are added as the kind `blind`."""
         self.questions, self.answers = questions, answers
         self._samples: Ints = np.array([question.sample for question in questions], np.int64)
@@ -60,17 +58,17 @@ class JudgedAnswers:
         references = [self.questions[i].reference for i in indices]
         return dict(zip(indices, best_blind_answers(asked, references, METRICS[metric].score), strict=True))
 
-    def mean(self, kind: str, metric: str, of: Floats | None = None) -> tuple[float, list[float]] | None:
+    def mean(self, kind: str, metric: str, of: Floats | None = None) -> Estimate | None:
         """The mean score of the answers of a kind, and its 95 % interval; None where there is none. `of`: 1 for the
         questions to take, by default all."""
         return self._mean(self.scores[kind][metric], of)
 
-    def gain(self, kind: str, metric: str, of: Floats | None = None) -> tuple[float, list[float]] | None:
+    def gain(self, kind: str, metric: str, of: Floats | None = None) -> Estimate | None:
         """How much better the model's answers are than those of a kind, over the questions that have both, and the
         paired 95 % interval."""
         return self._mean(self.scores["model"][metric] - self.scores[kind][metric], of)
 
-    def _mean(self, values: Floats, of: Floats | None) -> tuple[float, list[float]] | None:
+    def _mean(self, values: Floats, of: Floats | None) -> Estimate | None:
         there = ~np.isnan(values) if of is None else ~np.isnan(values) & (of > 0)
         if not there.any():
             return None

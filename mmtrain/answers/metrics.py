@@ -14,15 +14,7 @@ from mmtrain.answers.structured_metrics import (
     multiple_choice,
     parsed_json,
 )
-from mmtrain.answers.text_metrics import (
-    anls,
-    chrf,
-    exact_match,
-    number,
-    relaxed_accuracy,
-    token_f1,
-    vqa_match,
-)
+from mmtrain.answers.text_metrics import anls, chrf, exact_match, parsed_number, relaxed_accuracy, token_f1, vqa_match
 
 Score = Callable[[str, str], float]
 """(answer, reference) → 0 to 1."""
@@ -66,7 +58,7 @@ def find_metric(references: Sequence[str]) -> tuple[str, str]:
         return "json_accuracy", "every reference is JSON"
     if all(is_choice(text) for text in references):
         return "multiple_choice", "every reference is the letter of an option"
-    numbers = [number(text) for text in references]
+    numbers = [parsed_number(text) for text in references]
     if None not in numbers and not all(value is not None and value.is_integer() for value in numbers):
         return "relaxed_accuracy", "every reference is a number, and some are not whole"
     if sum(_is_short(text) for text in references) * 2 >= len(references):

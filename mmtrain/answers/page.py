@@ -1,7 +1,6 @@
 """The figures of `eval answers` as one HTML page that needs no network, with the images of the examples."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mmtrain.answers.report import KINDS, NO_TEXT, summary_lines
@@ -15,13 +14,12 @@ _SHOWN_SIDE = 320
 """Pixels: the longer side of an image on the page."""
 
 
-def write_page(path: Path, row: Mapping[str, Any], samples: StoredSamples) -> None:
-    """Write what `row`, made by `figures`, has to `path`. All text of samples is escaped. Raises OSError."""
+def page_of_answers(row: Mapping[str, Any], samples: StoredSamples) -> str:
+    """The page of what `row`, made by `figures`, has. All text of samples is escaped."""
     shown = {example["sample"] for key in ("worst", "surprising") for example in row[key]}
     images = {one: _images(samples, one) for one in shown}
     summary = list(summary_lines(row))
-    page = render(__package__, row=row, kinds=KINDS, summary=summary, images=images, no_text=NO_TEXT)
-    path.write_text(page, encoding="utf-8", newline="\n")
+    return render(__package__, row=row, kinds=KINDS, summary=summary, images=images, no_text=NO_TEXT)
 
 
 def _images(samples: StoredSamples, index: int) -> list[str]:

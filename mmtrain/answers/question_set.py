@@ -1,19 +1,17 @@
 """The questions of evaluation samples with their references and metrics, and a model's replies to them."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
-from mmtrain.answers.asked import check_forms, choose_metrics
+from mmtrain.answers.scored_questions import check_forms, choose_metrics
 from mmtrain.dataset.batch import Samples
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.validate import CheckedSamples
 from mmtrain.encoding.encode import Encoded, Encoder
-from mmtrain.errors import UserError
 from mmtrain.generate.prompts import prompts_of
 from mmtrain.generate.questions import Question, questions_of
 from mmtrain.generate.replies import Generator, Reply
 from mmtrain.generate.sampling import Sampling
-from mmtrain.records.chat import SampleError
+from mmtrain.records.chat import refused_at
 
 Replies = dict[int, Reply]
 """By the position of the question."""
@@ -64,19 +62,12 @@ class QuestionSet:
         """
         prompts = self.prompts(numbers, samples)
         limit = max_new_tokens or min(self.max_new_tokens, generator.room_after(prompts))
-        with self._faults_at(numbers[0]):
+        with refused_at(f"{self.places[numbers[0]]} and the samples after it"):
             return generator.replies(prompts, Sampling(limit))
 
     def prompts(self, numbers: Sequence[int], samples: Samples | None = None) -> list[Encoded]:
         """Those of the questions `numbers`. Raises UserError as above."""
         asked = [self._questions[number] for number in numbers]
         inputs = self.samples if samples is None else samples
-        with self._faults_at(numbers[0]):
+        with refused_at(f"{self.places[numbers[0]]} and the samples after it"):
             return [prompts_of(inputs.encoded(question.sample))[question.prompt] for question in asked]
-
-    @contextmanager
-    def _faults_at(self, number: int) -> Iterator[None]:
-        try:
-            yield
-        except SampleError as error:
-            raise UserError(f"{self.places[number]} and the samples after it: {error}") from None

@@ -46,7 +46,7 @@ def levenshtein(one: str, other: str) -> int:
     return above[-1]
 
 
-def number(text: str) -> float | None:
+def parsed_number(text: str) -> float | None:
     """The number that `text` is, None where it is none. Commas between thousands and a currency sign are left out;
     a per cent sign divides by 100."""
     plain = as_written(text).replace(",", "").lstrip("$€£¥").removesuffix(".")
@@ -64,7 +64,7 @@ def relaxed_accuracy(answer: str, reference: str) -> float:
     Masry and others, ChartQA, 2022, section 5.1. A reference of zero is met by zero alone. Years are numbers like any
     others, so 2010 meets 2012: for years choose `exact_match`.
     """
-    given, wanted = number(answer), number(reference)
+    given, wanted = parsed_number(answer), parsed_number(reference)
     if given is None or wanted is None:
         return float(as_written(answer).lower() == as_written(reference).lower())
     # a hair of rounding: 105 is within 5 % of 100

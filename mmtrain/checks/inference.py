@@ -2,13 +2,22 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 
+from mmtrain.checks.earlier_prompts import EarlierPrompts
 from mmtrain.encoding.messages import as_messages, as_tools
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation, SampleError
 
-Prompts = dict[int, list[int]]
-"""By turn, the ids of the prompt for it."""
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Prompts for turns of a conversation."""
+
+    ids: dict[int, list[int]] = field(default_factory=dict)
+    """By turn, the ids of the prompt for it."""
+    derived: frozenset[int] = frozenset()
+    """The turns whose prompt follows from that for the last one, and was not encoded."""
 
 
 class Inference:
@@ -16,6 +25,7 @@ class Inference:
 
     def __init__(self, processor: ChatProcessor) -> None:
         self._processor = processor
+        self._earlier = EarlierPrompts(processor, self._prompt)
 
     def rendered(self, conversation: Conversation, end: int, begun: bool = False) -> str:
         """The turns before `end` as the template writes them, `begun`: up to where the reply of the next one begins.
@@ -31,11 +41,23 @@ class Inference:
     def prompts(self, asked: Sequence[tuple[Conversation, Sequence[int]]]) -> list[Prompts]:
         """The prompts for some turns of each conversation, all encoded at once; without turns for which the template
         refuses to write one."""
-        found: list[Prompts] = [{} for _ in asked]
+        forms = [self._earlier.form(*one) for one in asked]
+        found = self._encoded(
+            [(one, turns if form is None else turns[-1:]) for form, (one, turns) in zip(forms, asked, strict=True)]
+        )
+        made: list[Prompts] = []
+        for form, (_, turns), ids in zip(forms, asked, found, strict=True):
+            derived = {} if form is None or turns[-1] not in ids else self._earlier.derived(form, ids[turns[-1]]) or {}
+            made.append(Prompts(derived | ids, frozenset(derived)))
+        return made
+
+    def _encoded(self, asked: Sequence[tuple[Conversation, Sequence[int]]]) -> list[dict[int, list[int]]]:
+        """By turn, the ids of the prompt for it."""
+        found: list[dict[int, list[int]]] = [{} for _ in asked]
         texts: list[tuple[int, int, str, bool]] = []
         for number, (conversation, turns) in enumerate(asked):
             with suppress(SampleError):
-                texts += [(number, turn, *self._input(self.rendered(conversation, turn, begun=True))) for turn in turns]
+                texts += [(number, turn, *self._prompt(conversation, turn)) for turn in turns]
         for adds in (False, True):
             own = [one for one in texts if one[3] == adds]
             encoded = self._processor.tokenizer.encode_for_inference([text for _, _, text, _ in own], adds)
@@ -43,11 +65,16 @@ class Inference:
                 found[number][turn] = ids
         return found
 
+    def _prompt(self, conversation: Conversation, turn: int) -> tuple[str, bool]:
+        """The prompt for a turn as the tokenizer is given it."""
+        return self._input(self.rendered(conversation, turn, begun=True))
+
     def _input(self, text: str) -> tuple[str, bool]:
         """A rendered text as the tokenizer is given it, and whether that adds its special tokens: a processor's does,
-        unless the text starts with the BOS."""
+        and may put text of its own first, unless the text starts with the BOS."""
         tokenizer, images = self._processor.tokenizer, self._processor.images
         if images is not None:  # some families write another token for the placeholder
             text = text.replace(images.token, images.placeholder)
-        has_bos = tokenizer.traits.bos and text.startswith(tokenizer.traits.bos)
-        return text, images is not None and not has_bos
+        if images is None or (tokenizer.traits.bos and text.startswith(tokenizer.traits.bos)):
+            return text, False
+        return tokenizer.traits.processor_text + text, True

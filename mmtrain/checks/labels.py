@@ -45,7 +45,7 @@ _Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class _Sample:
+class _FoldedSample:
     """One sample with each image folded to one placeholder."""
 
     conversation: Conversation
@@ -102,7 +102,7 @@ class Checker:
         found = list(_wrong_labels(ids, labels))
         folded_ids, folded, faults = self._fold(list(ids), list(labels), sizes)
         made = self.prompts([conversation])[0] if prompts is None else prompts
-        found += faults + self._turns(_Sample(conversation, folded_ids, folded, _spans(folded), made))
+        found += faults + self._turns(_FoldedSample(conversation, folded_ids, folded, _spans(folded), made))
         found += unmatched_marks(conversation.messages, self._marks)
         found += literal_specials(conversation.messages, self._processor)
         found += placed_images(conversation)
@@ -140,7 +140,7 @@ class Checker:
         turns = turns[-1:] if self._train_on == "last" else turns
         return [turn for turn in turns if messages[turn].train]
 
-    def _turns(self, sample: _Sample) -> list[Finding]:
+    def _turns(self, sample: _FoldedSample) -> list[Finding]:
         """Matches the supervised spans with the turns that are to be trained on, and checks them."""
         trained = self._trained(sample.messages)
         if len(sample.spans) == len(trained):  # the usual case: in order, as the text before each span proves
@@ -156,12 +156,12 @@ class Checker:
         strays = [(turn, span) for turn, spans in pairs.items() if turn not in trained for span in spans]
         return found + [self._outside(sample, turn, span) for turn, span in strays]
 
-    def _outside(self, sample: _Sample, turn: int, span: _Span) -> Finding:
+    def _outside(self, sample: _FoldedSample, turn: int, span: _Span) -> Finding:
         where = f"turn {turn + 1} ({sample.messages[turn].role})" if turn >= 0 else "the text outside the replies"
         text = self._processor.tokenizer.decode(sample.ids[slice(*span)])
         return Finding(OUTSIDE, True, f"{where} is not to be trained on, but {shown(text)} is")
 
-    def _by_overlap(self, sample: _Sample, trained: list[int]) -> dict[int, list[_Span]]:
+    def _by_overlap(self, sample: _FoldedSample, trained: list[int]) -> dict[int, list[_Span]]:
         """The spans by the assistant turn that they overlap most, or -1; in characters without white space."""
         replies: dict[int, tuple[int, int]] = {}
         for turn, message in enumerate(sample.messages):
@@ -184,15 +184,16 @@ class Checker:
     def _num_characters(self, ids: list[int]) -> int:
         return len(_squeezed(self._processor.tokenizer.decode(ids)))
 
-    def _prompt(self, sample: _Sample, turn: int, span: _Span) -> Iterator[Finding]:
+    def _prompt(self, sample: _FoldedSample, turn: int, span: _Span) -> Iterator[Finding]:
         """Checks that the ids before a reply are those that inference would give to the model."""
-        expected = sample.prompts.get(turn)
-        if expected is None:  # the template refuses it: the error says why
-            expected = self._inference.ids(self._inference.rendered(sample.conversation, turn, begun=True))
-        start = span[0]
+        start, expected = span[0], sample.prompts.ids.get(turn)
         actual = sample.ids[:start]
         if actual == expected:
             return
+        if expected is None or turn in sample.prompts.derived:  # None: the template refuses it, and the error says why
+            expected = self._inference.ids(self._inference.rendered(sample.conversation, turn, begun=True))
+            if actual == expected:
+                return
         trained = [earlier for earlier in self._trained(sample.messages) if earlier < turn]
         actual = self._without_added_ends(sample, start, trained)
         added = len(actual) < start
@@ -213,7 +214,7 @@ class Checker:
         here = f"{shown(one[max(0, at - 20) : at + 20])}, inference has {shown(two[max(0, at - 20) : at + 20])}"
         yield Finding(PROMPT, True, f"before turn {turn + 1} the ids have {here}")
 
-    def _differ_at_borders(self, actual: list[int], expected: list[int], sample: _Sample, end: int) -> bool:
+    def _differ_at_borders(self, actual: list[int], expected: list[int], sample: _FoldedSample, end: int) -> bool:
         """Whether every difference is at the border of an earlier reply: both sides of it are encoded separately.
 
         At the end of a reply this matters only if the template writes no end token there.
@@ -225,7 +226,7 @@ class Checker:
             for tag, first, last, _, _ in changes
         )
 
-    def _without_added_ends(self, sample: _Sample, end: int, trained: list[int]) -> list[int]:
+    def _without_added_ends(self, sample: _FoldedSample, end: int, trained: list[int]) -> list[int]:
         """ids[:end] without the end tokens that were added after trained replies because the template has none."""
         frames = [self._frame(sample.conversation, turn) for turn in trained]
         if all(frame.end or frame.other_end for frame in frames):
@@ -234,7 +235,7 @@ class Checker:
         ends = {last - 1 for _, last in sample.spans if sample.ids[last - 1] == eos}
         return [token for i, token in enumerate(sample.ids[:end]) if i not in ends]
 
-    def _reply(self, sample: _Sample, turn: int, spans: list[_Span]) -> Iterator[Finding]:
+    def _reply(self, sample: _FoldedSample, turn: int, spans: list[_Span]) -> Iterator[Finding]:
         """Checks that the labels of a turn are its text and its end."""
         name, message = f"turn {turn + 1}", sample.messages[turn]
         if not spans:
@@ -273,7 +274,7 @@ class Checker:
             return len(frame.end) if tuple(labels[-len(frame.end) :]) == frame.end else 0
         return int(labels[-1] in self._processor.tokenizer.traits.eos_ids)
 
-    def _as_written(self, sample: _Sample, turn: int, frame: ReplyFrame, text: str) -> str | None:
+    def _as_written(self, sample: _FoldedSample, turn: int, frame: ReplyFrame, text: str) -> str | None:
         """None if `text` is what the template makes of the turn's text, otherwise what it should be."""
         if sample.messages[turn].calls:
             return self._calls_as_written(sample, turn, text)
@@ -289,7 +290,7 @@ class Checker:
         closed = len(after) - len(after.lstrip()) == len(closing) - len(closing.lstrip())
         return None if rest.startswith(text) and closed and _squeezed(text) == _squeezed(expected) else expected
 
-    def _is_reasoned(self, sample: _Sample, turn: int, text: str) -> bool:
+    def _is_reasoned(self, sample: _FoldedSample, turn: int, text: str) -> bool:
         """Whether `text` is a reply that begins with reasoning, which some templates space in their own way; a prompt
         may end with the `<think>` that opens it."""
         written = sample.messages[turn].text
@@ -300,7 +301,7 @@ class Checker:
         )
         return _squeezed(opening + text).removeprefix(OPEN) == _squeezed(written).removeprefix(OPEN)
 
-    def _calls_as_written(self, sample: _Sample, turn: int, text: str) -> str | None:
+    def _calls_as_written(self, sample: _FoldedSample, turn: int, text: str) -> str | None:
         """None if `text` is all that the template writes for a turn with calls, otherwise what it should be: the
         template may write more before it where the turn is the last."""
         rest, alone = (self._after_prompt(sample, turn, end) for end in (len(sample.messages), turn + 1))
@@ -308,7 +309,7 @@ class Checker:
         are_shown = all(call.name in text for call in sample.messages[turn].calls)
         return None if are_shown and rest.startswith(text) and expected.endswith(text) else expected
 
-    def _after_prompt(self, sample: _Sample, turn: int, end: int) -> str:
+    def _after_prompt(self, sample: _FoldedSample, turn: int, end: int) -> str:
         """What the template writes for the turns from `turn` up to `end` after inference's prompt for `turn`."""
         prompt = self._inference.rendered(sample.conversation, turn, begun=True)
         return _normal(self._inference.rendered(sample.conversation, end)[len(prompt) :])
@@ -324,11 +325,10 @@ class Checker:
 
 
 def _wrong_labels(ids: Sequence[int], labels: Sequence[int]) -> Iterator[Finding]:
-    wrong = [at for at, (label, own) in enumerate(zip(labels, ids, strict=True)) if label not in (own, IGNORED)]
-    if wrong:
-        yield Finding(
-            NOT_ITSELF, True, f"{len(wrong)} labels are not the token they belong to, the first at {wrong[0]}"
-        )
+    given = np.array(labels)
+    if len(wrong := np.flatnonzero((given != np.array(ids)) & (given != IGNORED))):
+        reason = f"{len(wrong)} labels are not the token they belong to, the first at {wrong[0]}"
+        yield Finding(NOT_ITSELF, True, reason)
 
 
 def _spans(labels: list[int]) -> list[_Span]:

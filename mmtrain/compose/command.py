@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import new_folder
 from mmtrain.compose.language import Language, load_language, with_image_tokens
 from mmtrain.compose.parts import (
     ProjectorName,
@@ -22,17 +21,15 @@ from mmtrain.compose.parts import (
 from mmtrain.compose.tower import Tower, directory_of_tower, load_tower
 from mmtrain.encoding.directory import model_directory
 from mmtrain.encoding.load import load_processor
-from mmtrain.errors import UserError, storage_faults
+from mmtrain.errors import UserError
 from mmtrain.model.load import load_model
-from mmtrain.model.weight_files import MAX_SHARD, check_weight_files, stored_dtypes
+from mmtrain.model.weight_files import GENERATION, check_weight_files, differing_weights, save_weights, stored_dtypes
 from mmtrain.progress import Progress
 from mmtrain.safe_text import shown, visible
 
-_GENERATION = "generation_config.json"
-
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ComposeOptions:
     """What the command line says."""
 
     vision: str
@@ -45,7 +42,7 @@ class Options:
     seed: int = 0
 
 
-def compose(options: Options) -> None:
+def compose(options: ComposeOptions) -> None:
     """Write the composed model to a new directory.
 
     Raises UserError, and leaves nothing there, if the parts do not fit or what was written is not what was composed.
@@ -61,19 +58,16 @@ def compose(options: Options) -> None:
     torch.manual_seed(options.seed)
     language = with_image_tokens(language, image_tokens(options.projector), options.language)
     model = put_together(tower, language, options.projector, dtype, options.language)
-    with storage_faults(f"{name}: it cannot be written"):
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_path(options.output) as made:
-            _write(made, model, make_processor(tower, language, options.projector), options)
-            _check_written(made, model, dtype)
-            move_into_place(options.output, made)
+    with new_folder(options.output) as made:
+        _write(made, model, make_processor(tower, language, options.projector), options)
+        _check_written(made, model, dtype)
     for line in _report(tower, language, model, options):
         progress.say(line)
     progress.say(f"saved {name} in {dtype}: {type(model).__name__} of transformers")
     progress.say("next: train its projector, for example with configs/compose/projector.yaml")
 
 
-def _common_dtype(options: Options) -> str:
+def _common_dtype(options: ComposeOptions) -> str:
     """The type in which both parts are stored. Raises UserError if they differ."""
     found = {}
     for key, path in (("--vision", options.vision), ("--language", options.language)):
@@ -87,14 +81,13 @@ def _common_dtype(options: Options) -> str:
     return dtypes.pop()
 
 
-def _write(folder: Path, model: Any, processor: Any, options: Options) -> None:
+def _write(folder: Path, model: Any, processor: Any, options: ComposeOptions) -> None:
     """Write config, weights, tokenizer, template and image settings. Raises OSError."""
-    model.generation_config = GenerationConfig()  # transformers refuses to write some that it reads
-    model.save_pretrained(folder, max_shard_size=MAX_SHARD)
+    save_weights(model, folder)
     processor.save_pretrained(folder)
-    own = model_directory(options.language) / _GENERATION
+    own = model_directory(options.language) / GENERATION
     if own.is_file():
-        shutil.copyfile(own, folder / _GENERATION)
+        shutil.copyfile(own, folder / GENERATION)
     else:
         GenerationConfig.from_model_config(model.config.text_config).save_pretrained(folder)
 
@@ -102,20 +95,15 @@ def _write(folder: Path, model: Any, processor: Any, options: Options) -> None:
 def _check_written(folder: Path, model: Any, dtype: str) -> None:
     """Load what was written as training does. Raises UserError unless every weight is the composed model's."""
     saved = load_model(str(folder), dtype, load_processor(str(folder)))
-    expected, found = model.state_dict(), saved.state_dict()
-    wrong = [name for name in expected.keys() | found.keys() if not _equal(expected.get(name), found.get(name))]
+    wrong = differing_weights(saved, model)
     if wrong:
         raise UserError(
-            f"loaded back, {len(wrong)} weights are not those of the parts, such as {shown(min(wrong))}: "
+            f"loaded back, {len(wrong)} weights are not those of the parts, such as {shown(wrong[0])}: "
             "transformers cannot store these parts as one model"
         )
 
 
-def _equal(one: Tensor | None, two: Tensor | None) -> bool:
-    return one is not None and two is not None and torch.equal(one, two)
-
-
-def _report(tower: Tower, language: Language, model: Any, options: Options) -> list[str]:
+def _report(tower: Tower, language: Language, model: Any, options: ComposeOptions) -> list[str]:
     """What was composed, in a line for each component."""
     size, side = tower.image_size, tower.side
     dropped = ", its class token dropped" if tower.has_class_token else ""

@@ -6,9 +6,9 @@ from typing import Any
 
 import PIL.Image
 import torch
-from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
-from mmtrain.encoding.directory import model_directory
+from mmtrain.encoding.directory import make_image_processor, model_directory
 from mmtrain.errors import UserError
 from mmtrain.model.adapter import find_adapter, find_model
 from mmtrain.model.load import load_weights
@@ -91,9 +91,7 @@ def _load_image_processor(path: str) -> tuple[Any, torch.Tensor]:
             "processor"
         )
     try:
-        processor = AutoImageProcessor.from_pretrained(
-            path, backend="pil", local_files_only=True, trust_remote_code=False
-        )
+        processor = make_image_processor(directory, {})
         return processor, processor(PIL.Image.new("RGB", _PROBE_SIZE), return_tensors="pt")["pixel_values"]
     except Exception as error:  # a broken file makes transformers raise anything
         raise UserError(f"{path}: the image processor cannot be loaded: {one_line(error)}") from None

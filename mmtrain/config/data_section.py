@@ -1,12 +1,13 @@
 """The section `data`: the samples that are trained on and evaluated."""
 
+import re
 import string
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict, field_validator, model_validator
 
-from mmtrain.config.section import Count, Marker, Section
+from mmtrain.config.section import Count, FilePath, GivenPath, Marker, Section
 
 RecordFormat = Literal[
     "auto",
@@ -20,24 +21,34 @@ RecordFormat = Literal[
     "question",
     "prompt",
     "input",
+    "texts",
+    "caption",
 ]
 
 
+_ZEROS = re.compile("(0[1-9][0-9]?)?")
+
+
 class Source(Section):
-    path: Annotated[str, Field(min_length=1)]
+    path: GivenPath
     """A file of records (.json, .jsonl, .parquet, .arrow, .csv, .tsv, .tar and so on), a folder of them, a glob, or
     `hub:owner/name`: a data set of the Hugging Face hub that is in the local cache."""
     split: Annotated[str, Field(min_length=1)] | None = None
     """Only the files of this split, such as `train`, `validation` or `test`: of a folder with several, by the names of
     files and folders as in the library `datasets`."""
-    root: str | Annotated[tuple[str, ...], Strict(False), Field(min_length=1)] | None = None
+    root: FilePath | Annotated[tuple[FilePath, ...], Strict(False), Field(min_length=1)] | None = None
     """What image paths are relative to and may not leave: a folder, a zip or tar file, or a list of them, in which an
     image is looked for in order; without it the data file's own folder."""
     format: RecordFormat = "auto"
     """The shape of the records, as docs/data.md lists them, or `auto`: detected for each record by its keys."""
     fields: dict[str, str] = Field(default={})
     """Which column of the data is which key of a record: `{image: img, question: q, answer: a}`. A value with braces
-    is a template of several columns: `{prompt: "{context}\\n{question}"}`."""
+    is a template of several columns: `{prompt: "{context}\\n{question}"}`, with zeros before a number:
+    `{image: "{image_id:012}.jpg"}`. `answers.0` is the first of a list, `body.messages` a key in an object; name the
+    rest of such a column in `ignore_fields`."""
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    """What the user asks in every record, for records of an image and a `caption` or `text` alone: `Describe the
+    image.`"""
     image_mark: Annotated[str, Field(min_length=1)] | None = None
     """The text that stands for an image in the records; without it `<image>`, or another mark that docs/data.md lists
     and that a record with images has instead."""
@@ -56,7 +67,9 @@ class Source(Section):
     def _check_fields(cls, fields: dict[str, str]) -> dict[str, str]:
         for source in fields.values():
             pieces = list(string.Formatter().parse(source))  # raises ValueError on a brace without its other
-            if not source or any(name == "" or spec or conversion for _, name, spec, conversion in pieces):
+            if not source or any(
+                name == "" or conversion or not _ZEROS.fullmatch(spec or "") for _, name, spec, conversion in pieces
+            ):
                 raise ValueError('expected the name of a column, or a template such as "{context} {question}"')
         return fields
 
@@ -84,7 +97,7 @@ MetricName = Literal[
 
 
 class EvalSource(Source):
-    path: str = ""
+    path: FilePath = ""
     """As for `data.train`; required, except with `from: train`."""
     from_: Annotated[Literal["train"] | None, Field(alias="from")] = None
     """`train`: samples of `data.train` that are held out, so they are not trained on. Give `share` with it and no
@@ -109,7 +122,7 @@ class EvalSource(Source):
             raise ValueError("`from: train` and `share` belong together: give both, or a path")
         if self.share is None and not self.path:
             raise ValueError("needs a path, or `from: train` with a share")
-        keys = ("path", "split", "root", "format", "fields", "image_mark")
+        keys = ("path", "split", "root", "format", "fields", "prompt", "image_mark")
         given = [key for key in keys if getattr(self, key) != type(self).model_fields[key].get_default()]
         if self.share is not None and given:
             raise ValueError(f"`from: train` reads what data.train says: remove {', '.join(given)}")

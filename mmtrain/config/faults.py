@@ -8,9 +8,10 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from mmtrain.config.keys import MOVED
-from mmtrain.config.schema import Config, Train
+from mmtrain.config.other_tools import INSTEAD
+from mmtrain.config.schema import Config
 from mmtrain.config.tune_section import Frozen, Full, Lora
-from mmtrain.config.yaml_file import KeyPath
+from mmtrain.config.yaml_file import KeyPath, unquoted
 from mmtrain.safe_text import shown
 
 _MODES: dict[str, type[BaseModel]] = {"frozen": Frozen, "lora": Lora, "full": Full}
@@ -45,7 +46,7 @@ def schema_faults(errors: Sequence[ErrorDetails], data: dict[str, Any]) -> Itera
         expected = [_expected(error) for error in of_key]
         if all(expected):
             words = " or ".join(dict.fromkeys(word for word in expected if word))
-            yield at, f"expected {words}, not {shown(of_key[0]['input'])}"
+            yield at, f"expected {words}, {_found(of_key[0]['input'])}"
         else:
             yield at, _reason(of_key[0], at, data)
 
@@ -89,18 +90,24 @@ def _reason(error: ErrorDetails, at: KeyPath, data: dict[str, Any]) -> str:
         mode = value.get("mode") if isinstance(value, dict) else value
         return "needs `mode: frozen`, `mode: lora` or `mode: full`" + (f", not {shown(mode)}" if mode else "")
     if kind in _SECTIONS:
-        return f"expected a section of keys, not {shown(value)}"
+        return f"expected a section of keys, such as {{{_valid_keys((*at, ''), data)[0]}: ...}}, {_found(value)}"
     if kind == "value_error":
         return str(error["ctx"]["error"])
-    return f"{error['msg']}, not {shown(value)}"
+    return f"{error['msg']}, {_found(value)}"
+
+
+def _found(value: Any) -> str:
+    """The value that is not as expected. A number in quotes is text, which looks like the number."""
+    if value is None:
+        return "but it is empty"
+    is_quoted_number = isinstance(value, str) and isinstance(unquoted(value), int | float)
+    return f"not {shown(value)}" + (" in quotes: remove them" if is_quoted_number else "")
 
 
 def _unknown_key(at: KeyPath, data: dict[str, Any]) -> str:
     key = str(at[-1])
     if (path := ".".join(map(str, at))) in MOVED:
         return f"moved to {MOVED[path]}"
-    if at[:-1] == ("run",) and key in Train.model_fields:
-        return f"unknown key; did you mean train.{key}?"
     if len(at) == 3 and at[0] == "tune" and at[1] != "components":
         component = f"{at[0]}.{at[1]}"
         mode = data["tune"][at[1]]["mode"]
@@ -111,7 +118,12 @@ def _unknown_key(at: KeyPath, data: dict[str, Any]) -> str:
                 f"section, such as {component}='{{mode: {mode}}}'"
             )
     valid = _valid_keys(at, data)
-    near = difflib.get_close_matches(key[:80], valid, n=1, cutoff=0.5)
+    if key in INSTEAD:
+        return f"unknown key; {INSTEAD[key]}"
+    if paths := [path for path in _key_paths(Config) if path.rpartition(".")[2] == key]:
+        depth = min(path.count(".") for path in paths)
+        return f"unknown key; did you mean {' or '.join(path for path in paths if path.count('.') == depth)}?"
+    near = difflib.get_close_matches(key[:80], valid, n=1, cutoff=0.6)
     return "unknown key" + (f"; did you mean {shown(near[0])}?" if near else f"; expected one of {', '.join(valid)}")
 
 
@@ -124,10 +136,21 @@ def _valid_keys(at: KeyPath, data: dict[str, Any]) -> list[str]:
         if isinstance(step, int):
             continue
         if step in ("vision", "projector", "language"):
-            model = _MODES.get(here.get("mode"), Frozen)
+            model = _MODES.get(str(here["mode"]), Frozen) if isinstance(here, dict) and "mode" in here else Frozen
         else:
             model = next(_models_in(model.model_fields[step].annotation))
     return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _key_paths(model: type[BaseModel], inside: str = "") -> list[str]:
+    """Every key path of a config, in the order of the schema; one for all items of a list."""
+    paths: dict[str, None] = {}
+    for name, field in model.model_fields.items():
+        path = inside + (field.alias or name)
+        paths[path] = None
+        for inner in _models_in(field.annotation):
+            paths |= dict.fromkeys(_key_paths(inner, f"{path}."))
+    return list(paths)
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -14,7 +14,7 @@ from mmtrain.config.faults import schema_faults
 from mmtrain.config.schema import Config
 from mmtrain.config.yaml_file import KeyPath, dump_yaml, parse_yaml, read_yaml
 from mmtrain.errors import UserError
-from mmtrain.safe_text import shown, visible
+from mmtrain.safe_text import one_line, shown, visible
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))(?=.{3,96}$)[A-Za-z0-9](?:[\w.-]*\w)?/(?:[\w.-]*\w)", re.ASCII)
 """A valid model id of the hub: `owner/name`."""
@@ -24,8 +24,10 @@ _COMMAND_LINE = "command line"
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read, merge and check a config. Raises UserError with every fault found, one line each."""
     data, lines = read_yaml(path)
-    data = {} if data is None else data
     file = visible(str(path))
+    if data is None and not overrides:
+        raise UserError(f"{file}: it is empty: expected a config, such as `mmtrain init` writes")
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise UserError(f"{file}:1: expected sections (model, tune, data, labels, train, run), not {shown(data)}")
     where = {at: f"{file}:{line}" for at, line in lines.items()}
@@ -46,6 +48,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if faults:
         raise UserError(faults)
     return config
+
+
+def config_of_run(file: Path) -> Config:
+    """The config that a run wrote, without the check of paths: the data may have moved since. Raises UserError."""
+    try:
+        return Config.model_validate(read_yaml(file)[0])
+    except ValidationError as error:
+        raise UserError(f"{visible(str(file))}: not the config of a run: {one_line(error)}") from None
 
 
 def dump_config(config: Config) -> str:
@@ -107,7 +117,8 @@ def _place(at: KeyPath, where: dict[KeyPath, str], name: str) -> str:
 
 def _missing_files(data: dict[str, Any], where: dict[KeyPath, str], name: str) -> Iterator[str]:
     """A fault for each path in the raw config that does not exist. The schema checks what is not a path at all."""
-    for at, path in _paths(data):
+    for at, given in _paths(data):
+        path = os.path.expanduser(given)
         is_model = at == ("model", "path")
         if is_model:
             exists = os.path.isdir(path) or _HUB_ID.fullmatch(path) is not None
@@ -119,6 +130,7 @@ def _missing_files(data: dict[str, Any], where: dict[KeyPath, str], name: str) -
         if not exists:
             expected = "expected a model directory or a hub id; " if is_model else ""
             tried = "" if os.path.isabs(path) else f" (looked for {visible(os.path.join(os.getcwd(), path))})"
+            tried += "; variables are not replaced in a config" if "$" in path else ""
             yield f"{_place(at, where, name)}: {_key(at)}: {expected}there is no {shown(path)}{tried}"
 
 
@@ -132,4 +144,4 @@ def _paths(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         for i, source in enumerate(sources if isinstance(sources, list) else []):
             for key in ("path", "root") if isinstance(source, dict) else ():
                 named = source.get(key) if isinstance(source.get(key), list) else [source.get(key)]
-                yield from ((("data", section, i, key), path) for path in named if isinstance(path, str))
+                yield from ((("data", section, i, key), path) for path in named if path and isinstance(path, str))

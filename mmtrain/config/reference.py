@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from mmtrain.config.other_tools import table
 from mmtrain.config.schema import json_schema
 
 Node = dict[str, Any]
@@ -16,6 +17,12 @@ Printed by `mmtrain config docs`. Do not edit this page: edit the docstrings in 
 
 A config is one YAML file. A key marked *required* has no default. Every key can also be set on the command line by its
 full name, such as `tune.language.rank=8`. Unknown keys are refused with their line and the nearest valid key.
+"""
+_OTHER_TOOLS = """\
+## Keys of other tools
+
+The names in LLaMA-Factory, ms-swift, axolotl and TRL. Each is refused with the words next to it.
+[Coming from another tool](other-tools.md) shows a whole config.
 """
 _TYPE_WORDS = {
     "integer": "integer",
@@ -31,7 +38,7 @@ def reference() -> str:
     """The page: one table for each section of the config, with the type, default and meaning of every key."""
     schema = json_schema()
     tables = [_table(name, places, schema) for name, places in _places(schema).items()]
-    return "\n".join([_INTRO, *tables])
+    return "\n".join([_INTRO, *tables, _OTHER_TOOLS, table()])
 
 
 def _places(schema: Node) -> dict[str, list[str]]:

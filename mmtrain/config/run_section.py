@@ -1,10 +1,27 @@
 """The section `run`: how a run is executed."""
 
+import os
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, Strict
+from pydantic import AfterValidator, Field, Strict
 
 from mmtrain.config.section import Count, Marker, Section, WatchedMetric
+from mmtrain.safe_text import shown
+
+GIB = 2**30
+"""Bytes of a GiB, the unit of the keys that end in `_gib`."""
+
+
+def _output_path(path: str) -> str:
+    """`path` with the home folder for `~`. Raises ValueError for `$HOME` and the like: a folder of that name would be
+    made."""
+    if re.search(r"\$\{?[A-Za-z_]", path):
+        raise ValueError(
+            f"{shown(path)} has a variable, which is not replaced in a config: write the path out, or set "
+            "run.output_dir on the command line"
+        )
+    return os.path.expanduser(path)
 
 
 class ImageCache(Section):
@@ -25,7 +42,7 @@ class EvalAnswers(Section):
 
 
 class Run(Section):
-    output_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+    output_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), AfterValidator(_output_path)]
     """The directory for everything that the run writes."""
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Marker.AFFECTS_BITS] = "auto"
     """What the run computes on. `auto`: the GPU if torch finds one, else the CPU. `cuda`: NVIDIA GPUs with any dtype
@@ -91,3 +108,7 @@ class Run(Section):
     def num_threads(self) -> int | None:
         """CPU threads of a process, None where torch may choose."""
         return 1 if self.threads is None and self.microbatches != "auto" else self.threads
+
+    def is_sharded(self, num_processes: int) -> bool:
+        """Whether each of so many processes stores a share of the weights."""
+        return self.weights == "shard" and num_processes > 1

@@ -7,21 +7,21 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from mmtrain.config.data_section import Data
 from mmtrain.config.objective_section import Objective
 from mmtrain.config.run_section import Run
-from mmtrain.config.section import Count, Marker, Rate, Section, WatchedMetric
+from mmtrain.config.section import Count, GivenPath, Marker, Rate, Section, WatchedMetric
 from mmtrain.config.tune_section import ComponentModules, Full, Lora, Tune
 
 
 class Model(Section):
-    path: Annotated[str, Field(min_length=1)]
+    path: GivenPath
     """A directory in the transformers format, or the id of a model already in the local hub cache."""
-    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    chat_template: GivenPath | None = None
     """A file with the chat template, in Jinja, for a model that has none or in place of its own. It is saved with what
     the run trains."""
     image_processor: dict[str, Any] = Field(default={})
     """Settings of the model's image processor in place of those of its preprocessor_config.json, under the same names:
     `{max_pixels: 1003520}` makes large images smaller for Qwen2-VL and its successors, `{do_image_splitting: false}`
     leaves out the tiles of Idefics3. They are saved with what the run trains."""
-    adapter: Annotated[str, Field(min_length=1)] | None = None
+    adapter: GivenPath | None = None
     """The directory of an earlier run, or of an adapter for the same model. `mmtrain train` starts from its trained
     weights, all of which must be trainable here, with a fresh optimizer; other commands do not use it."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

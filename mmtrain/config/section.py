@@ -1,9 +1,10 @@
 """What all sections of a config are made of."""
 
+import os
 from enum import Enum
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Marker(Enum):
@@ -14,6 +15,9 @@ class Marker(Enum):
     AFFECTS_BITS = "a change may change the bits of the result, within rounding"
 
 
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, in which `~` at the beginning is the home folder."""
+GivenPath = Annotated[FilePath, Field(min_length=1)]
 Rate = Annotated[float, Field(gt=0, le=10)]
 Count = Annotated[int, Field(gt=0, le=10**9)]
 WatchedMetric = Annotated[str, Field(pattern=r"^(eval|answers|retrieval)/.+$")]

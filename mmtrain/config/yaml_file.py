@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from mmtrain.errors import UserError
-from mmtrain.regular_files import open_regular
 from mmtrain.safe_text import shown, visible
+from mmtrain.text_files import read_text
 
 KeyPath = tuple[str | int, ...]
 
@@ -88,24 +88,14 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
 def read_yaml(path: Path) -> tuple[Any, dict[KeyPath, int]]:
     """`parse_yaml` of a file. Raises UserError also if it cannot be read."""
     name = visible(str(path))
-    try:
-        with open_regular(path) as file:
-            content = file.read(MAX_BYTES + 1)
-        text = content.decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{name}: not UTF-8 text") from None
-    if len(content) > MAX_BYTES:
-        raise UserError(f"{name}: larger than {MAX_BYTES:,} bytes: this is not a config")
-    return parse_yaml(text, name)
+    return parse_yaml(read_text(path, name, MAX_BYTES), name)
 
 
 def _plain(node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], faults: list[str], name: str) -> Any:
     line = node.start_mark.line + 1
     lines.setdefault(at, line)
     if isinstance(node, yaml.ScalarNode):
-        return _scalar(node)
+        return unquoted(node.value) if node.style is None else node.value
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, (*at, i), lines, faults, name) for i, item in enumerate(node.value)]
     mapping: dict[str, Any] = {}
@@ -121,10 +111,8 @@ def _plain(node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], faults: list
     return mapping
 
 
-def _scalar(node: yaml.ScalarNode) -> Any:
-    text: str = node.value
-    if node.style is not None:  # quoted or a block: always text
-        return text
+def unquoted(text: str) -> Any:
+    """The value of a scalar that is neither quoted nor a block; those are always text."""
     if text in _CONSTANTS:
         return _CONSTANTS[text]
     if len(text) <= 40 and _INT.fullmatch(text):
@@ -139,7 +127,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    is_text = isinstance(_scalar(yaml.ScalarNode("", text)), str)
+    is_text = isinstance(unquoted(text), str)
     style = '"' if not text.isprintable() else None if is_text else "'"
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

@@ -69,7 +69,7 @@ def load_chat_embedder(config: Config, runtime: Runtime, progress: Progress) -> 
     family = probe_family(model, processor, progress.say)
     rows = choose_rows(model, processor, config, runtime, progress.say)
     limit = functools.partial(length_limit, path)
-    return ChatEmbedder(model, processor, family, rows, pooling, limit, runtime.autocast)
+    return ChatEmbedder(model, processor, family, rows, pooling, limit, runtime.autocast, progress.say)
 
 
 def reloaded(embedder: Embedder, path: str, config: Config, runtime: Runtime) -> Embedder:

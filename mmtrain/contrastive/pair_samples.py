@@ -1,16 +1,16 @@
 """The pairs of some sources, checked, and their items, each distinct one encoded once."""
 
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from mmtrain.config.data_section import Source
+from mmtrain.config.data_section import Data, Source
 from mmtrain.contrastive.embedder import Embedder, EncodedItem
 from mmtrain.contrastive.relation import PairItems
 from mmtrain.dataset.decoded_images import images_that_fail
-from mmtrain.dataset.pair_items import content_keys
+from mmtrain.dataset.pair_items import item_keys
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.validate import FaultPolicy, LeftOut, LengthLimit, leave_out, nothing_left
 from mmtrain.dataset.workers import num_cores
@@ -78,23 +78,21 @@ class PairSamples:
 def read_pairs(
     sources: Sequence[Source],
     embedder: Embedder,
-    limit: LengthLimit,
-    policy: FaultPolicy,
-    ignored: Set[str] = frozenset(),
-    decode_images: bool = True,
+    data: Data,
     progress: Progress = QUIET,
+    policy: FaultPolicy | None = None,
 ) -> PairSamples:
-    """Every pair of the sources, its items encoded for `embedder`.
+    """Every pair of the sources, read as `data` says, its items encoded for `embedder`.
 
     Raises UserError naming the file, the line and the reason of every sample that cannot be used, except those that
-    `policy` drops or skips. `ignored`: keys of records that need not be understood.
+    `policy`, by default that of `data`, drops or skips.
     """
-    records = RecordSet(sources, ignored)
-    table = _Table(embedder, limit, decode_images)
+    records = RecordSet(sources, frozenset(data.ignore_fields))
+    table = _Table(embedder, embedder.limit(data.max_length), data.decode_images)
     for start in range(0, len(records), _CHUNK):
         table.add(records, range(start, min(start + _CHUNK, len(records))))
         progress.tick()
-    dropped, skipped = leave_out(records, table.faults, table.long, policy)
+    dropped, skipped = leave_out(records, table.faults, table.long, policy or FaultPolicy.of(data))
     for index, _ in (*dropped, *skipped):
         table.pairs.pop(index, None)
     if not table.pairs:
@@ -182,5 +180,5 @@ def _without_bytes(image: FoundImage) -> FoundImage:
 def _keys(items: Sequence[tuple[Item, Roots]], encoded: Sequence[EncodedItem | SampleError]) -> list[str]:
     """The content key of each item, empty where it could not be encoded."""
     good = [item for item, one in zip(items, encoded, strict=True) if isinstance(one, EncodedItem)]
-    keys = iter(content_keys(good))
+    keys = iter(item_keys(good))
     return [next(keys) if isinstance(one, EncodedItem) else "" for one in encoded]

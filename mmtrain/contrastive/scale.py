@@ -30,10 +30,6 @@ class Multiplier:
         raw = self.parameter.detach().to(torch.promote_types(self.parameter.dtype, torch.float32)).reshape(())
         return raw.exp() if self.form == "exponent" else raw.reciprocal() if self.form == "divisor" else raw
 
-    @property
-    def is_trained(self) -> bool:
-        return self.parameter is not None and self.parameter.requires_grad
-
     def put_gradient(self, gradient: Tensor) -> None:
         """Make `gradient`, () of the value, that of the parameter, if it is trained."""
         if self.parameter is None or not self.parameter.requires_grad:

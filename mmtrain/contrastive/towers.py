@@ -69,14 +69,15 @@ class Towers:
         self._image_tokens = max(1, sum(v.numel() for v in self._taken(images).values()) // 2 // _VALUES_PER_TOKEN)
         self._costs = self._tower_costs()
         self._pads_to_limit = self._depends_on_padding()
-        texts, pictures = self.embed(self._text_batch(_TEXTS), "text"), self.embed(self._images(images), "image")
-        if texts.shape != pictures.shape:
+        texts = self.embed(self._text_batch(_TEXTS), "text")
+        of_images = self.embed(self._images(images), "image")
+        if texts.shape != of_images.shape:
             raise UserError(
                 f"the model's embeddings of texts and images are of {texts.shape[1]} and "
-                f"{pictures.shape[1]} values: this family is not supported"
+                f"{of_images.shape[1]} values: this family is not supported"
             )
         self.width = texts.shape[1]
-        cosines = F.normalize(texts, dim=1) @ F.normalize(pictures, dim=1).T
+        cosines = F.normalize(texts, dim=1) @ F.normalize(of_images, dim=1).T
         self.scale, self.bias = find_multipliers(self.model, lambda: self._own_logits(images), cosines)
         self._check(cosines, self._own_logits(images))
 
@@ -198,10 +199,7 @@ class Towers:
     def _text_inputs(self, batch: Batch) -> dict[str, Tensor]:
         inputs = {"input_ids": batch.input_ids}
         if self.processor.has_mask:
-            mask = torch.zeros_like(batch.input_ids)
-            for segment in batch.segments:
-                mask[segment.row, segment.start : segment.start + segment.length] = 1
-            inputs["attention_mask"] = mask
+            inputs["attention_mask"] = batch.padding_mask()
         return all_on_device(inputs, self._base.device)
 
     def _images(self, inputs: dict[str, Tensor], seeds: Sequence[int] = (0, 1)) -> Batch:

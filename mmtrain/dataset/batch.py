@@ -1,7 +1,7 @@
 """Encoded samples and their pixels as the tensors of one micro-batch."""
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmtrain.dataset.ahead import Pace, in_order
-from mmtrain.dataset.image_inputs import ImageCache, ImageInputs, all_pinned, load_image_inputs
+from mmtrain.dataset.ahead import in_order
+from mmtrain.dataset.image_inputs import FeatureCache, ImageInputs, all_pinned, check_laid_out, load_image_inputs
 from mmtrain.dataset.image_loader import ImageLoader
 from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.records.chat import SampleError
+from mmtrain.records.chat import SampleError, refused_at
 from mmtrain.records.sources.place import Place
 
 
@@ -53,6 +53,13 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(segment.length for segment in self.segments)
 
+    def padding_mask(self) -> Tensor:
+        """(rows, length) int64: 1 at the tokens of samples, 0 at padding."""
+        mask = torch.zeros_like(self.input_ids)
+        for segment in self.segments:
+            mask[segment.row, segment.start : segment.start + segment.length] = 1
+        return mask
+
     def weighted(self, nll: Tensor) -> Tensor:
         """`nll`, (num_supervised,), each value times the weight of its token."""
         return nll if self.weights is None else nll * self.weights.to(nll.device)
@@ -80,24 +87,19 @@ def make_batch(
     encoded: Sequence[Encoded],
     processor: ChatProcessor,
     packing: bool,
-    store: ImageCache | None = None,
+    image_cache: FeatureCache | None = None,
     row_multiple: int = 1,
     load_images: ImageLoader | None = None,
 ) -> Batch:
-    """One batch of the samples, with their images decoded, except those whose features are in `store`. A packed row is
-    padded to a multiple of `row_multiple` tokens. `load_images`: None for this thread.
+    """One batch of the samples, with their images decoded, except those whose features are in `image_cache`. A packed
+    row is padded to a multiple of `row_multiple` tokens. `load_images`: None for this thread.
 
     `numbers`: the samples' indices. Raises SampleError where an image does not decode, or the processor makes other ids
     for it than when it was encoded.
     """
-    segments = []
-    at = first_image = 0
-    for row, (number, sample) in enumerate(zip(numbers, encoded, strict=True)):
-        place = (0, at) if packing else (row, 0)
-        segments.append(Segment(number, *place, sample.num_tokens, first_image, len(sample.images)))
-        at += sample.num_tokens
-        first_image += len(sample.images)
-    shape = (1, at + -at % row_multiple) if packing else (len(encoded), max(sample.num_tokens for sample in encoded))
+    segments = tuple(_segments(numbers, encoded, packing))
+    length = max(segment.start + segment.length for segment in segments)
+    shape = (1, length + -length % row_multiple) if packing else (len(encoded), length)
     input_ids = np.full(shape, processor.tokenizer.traits.pad_id, np.int64)
     supervised = np.zeros(shape, np.bool_)
     for segment, sample in zip(segments, encoded, strict=True):
@@ -107,12 +109,21 @@ def make_batch(
     tensors = torch.from_numpy(input_ids), torch.from_numpy(supervised)
     weights = _weights(encoded)
     load_images = load_images or ImageLoader(processor)
-    if store is None:
+    if image_cache is None:
         inputs = _image_inputs(encoded, processor, load_images)
-        return Batch(*tensors, tuple(segments), packing, inputs, weights=weights)
+        return Batch(*tensors, segments, packing, inputs, weights=weights)
     spans = [(span, sample.ids[span.start : span.start + span.length]) for sample in encoded for span in sample.images]
-    images = tuple(load_image_inputs(span, ids.tolist(), load_images, store) for span, ids in spans)
-    return Batch(*tensors, tuple(segments), packing, _other_inputs(images), images, weights)
+    images = tuple(load_image_inputs(span, ids.tolist(), load_images, image_cache) for span, ids in spans)
+    return Batch(*tensors, segments, packing, _other_inputs(images), images, weights)
+
+
+def _segments(numbers: Sequence[int], encoded: Sequence[Encoded], packing: bool) -> Iterator[Segment]:
+    at = first_image = 0
+    for row, (number, sample) in enumerate(zip(numbers, encoded, strict=True)):
+        place = (0, at) if packing else (row, 0)
+        yield Segment(number, *place, sample.num_tokens, first_image, len(sample.images))
+        at += sample.num_tokens
+        first_image += len(sample.images)
 
 
 def _weights(encoded: Sequence[Encoded]) -> Tensor | None:
@@ -137,11 +148,7 @@ def _image_inputs(encoded: Sequence[Encoded], processor: ChatProcessor, load_ima
     alone = None if processor.lays_out_together else encoded[0].ids.tolist()
     inputs, laid_out = load_images(samples, alone)
     measured = [int(id_) for sample, span in spans for id_ in sample.ids[span.start : span.start + span.length]]
-    if laid_out != measured:
-        names = ", ".join(span.image.name for _, span in spans)
-        raise SampleError(
-            f"{len(measured)} tokens were laid out for {names} and the image processor makes {len(laid_out)}"
-        )
+    check_laid_out([span for _, span in spans], measured, laid_out)
     return inputs
 
 
@@ -161,53 +168,45 @@ class Loader:
         samples: Samples,
         processor: ChatProcessor,
         packing: bool,
-        store: ImageCache | None = None,
+        image_cache: FeatureCache | None = None,
         row_multiple: int = 1,
         load_images: ImageLoader | None = None,
-        pace: Pace | None = None,
     ) -> None:
-        """`pace`: None for that of `load_images`."""
-        self._samples = samples
-        self._processor = processor
-        self._packing = packing
-        self._store = store
-        self._row_multiple = row_multiple
-        self._load_images = load_images or ImageLoader(processor)
-        self._pace = pace or self._load_images
+        self._samples, self._load_images = samples, load_images or ImageLoader(processor)
+        self._make_batch = functools.partial(
+            make_batch,
+            processor=processor,
+            packing=packing,
+            image_cache=image_cache,
+            row_multiple=row_multiple,
+            load_images=self._load_images,
+        )
 
     def batches(self, cuts: Iterable[Sequence[int]]) -> Iterator[Batch]:
         """A batch for each list of sample indices, in order. Raises UserError naming the sample that fails."""
-        return in_order(self.load, cuts, lambda batch: batch.num_bytes, self._pace)
+        return in_order(self.load, cuts, lambda batch: batch.num_bytes, self._load_images)
 
     def load(self, numbers: Sequence[int]) -> Batch:
         """The batch of these samples. Raises UserError naming the sample that cannot be read or decoded, or all of them
         where only the batch as a whole cannot be made."""
         encoded: list[Encoded] = []
         for number in numbers:
-            with self._named(number):
+            with refused_at(self._samples.place(number)):
                 encoded.append(self._samples.encoded(number))
         try:
             return self._make(numbers, encoded)
         except UserError as error:
-            places = ", ".join(str(self._samples.place(number)) for number in numbers)
-            raise UserError(f"{places}: {error}") from None
+            raise UserError(f"{self._places(numbers)}: {error}") from None
         except SampleError as error:
             for number, sample in zip(numbers, encoded, strict=True):
-                with self._named(number):
+                with refused_at(self._samples.place(number)):
                     self._make([number], [sample])
             # each alone is fine: an image has just changed, or the processor makes other ids for several at once
-            places = ", ".join(str(self._samples.place(number)) for number in numbers)
-            raise UserError(f"{places}: the samples cannot be laid out together: {error}") from None
+            raise UserError(f"{self._places(numbers)}: the samples cannot be laid out together: {error}") from None
+
+    def _places(self, numbers: Sequence[int]) -> str:
+        return ", ".join(str(self._samples.place(number)) for number in numbers)
 
     def _make(self, numbers: Sequence[int], encoded: Sequence[Encoded]) -> Batch:
-        batch = make_batch(
-            numbers, encoded, self._processor, self._packing, self._store, self._row_multiple, self._load_images
-        )
+        batch = self._make_batch(numbers, encoded)
         return batch.pinned() if self._load_images.on_gpu else batch
-
-    @contextmanager
-    def _named(self, number: int) -> Iterator[None]:
-        try:
-            yield
-        except SampleError as error:
-            raise UserError(f"{self._samples.place(number)}: {error}") from None

@@ -3,16 +3,15 @@
 The SHA-256 of each image that decodes is stored in the user's cache, so the same image is not decoded again.
 """
 
-import hashlib
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 
 import PIL
 
-from mmtrain.dataset.hashes import file_hashes, open_cache
+from mmtrain.dataset.hashes import image_hashes, open_cache
 from mmtrain.encoding.images import FoundImage, decode
 from mmtrain.records.chat import SampleError
 
@@ -23,7 +22,11 @@ _Row = tuple[str, str, int, int]
 def images_that_fail(images: Iterable[FoundImage], num_threads: int) -> dict[Path | bytes, str]:
     """By source, why an image does not decode to the size that its header says."""
     by_source = {image.source: image for image in images}
-    rows = {source: (own, PIL.__version__, *by_source[source].size) for source, own in _hashes(list(by_source)).items()}
+    rows: dict[Path | bytes, _Row] = {}
+    with suppress(OSError):  # one has just been deleted: decoding says which
+        rows = {
+            source: (own, PIL.__version__, *by_source[source].size) for source, own in image_hashes(by_source).items()
+        }
     with closing(open_cache(_TABLE)) as cache, ThreadPoolExecutor(num_threads) as pool:
         new = [image for source, image in by_source.items() if source not in rows or not _is_known(cache, rows[source])]
         reasons = dict(zip([image.source for image in new], pool.map(_reason, new), strict=True))
@@ -31,17 +34,6 @@ def images_that_fail(images: Iterable[FoundImage], num_threads: int) -> dict[Pat
             sound = [rows[source] for source, reason in reasons.items() if reason is None and source in rows]
             cache.executemany("INSERT OR IGNORE INTO decoded VALUES (?, ?, ?, ?)", sound)
     return {source: reason for source, reason in reasons.items() if reason is not None}
-
-
-def _hashes(sources: Sequence[Path | bytes]) -> dict[Path | bytes, str]:
-    """The SHA-256 of each source, except of files that cannot be read."""
-    found: dict[Path | bytes, str] = {
-        data: hashlib.sha256(data).hexdigest() for data in sources if isinstance(data, bytes)
-    }
-    files = [path for path in sources if isinstance(path, Path)]
-    with suppress(OSError):  # one has just been deleted: decoding says which
-        found |= dict(zip(files, file_hashes(files), strict=True))
-    return found
 
 
 def _is_known(cache: sqlite3.Connection, row: _Row) -> bool:

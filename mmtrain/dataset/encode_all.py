@@ -1,147 +1,31 @@
 """All samples of a record set encoded and checked, chunk by chunk, by several processes where there are many."""
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mmtrain.checks.findings import IGNORED, REFUSED, UNCHECKED, UNDECODABLE, Finding
 from mmtrain.checks.inference import Prompts
-from mmtrain.checks.labels import Checker
-from mmtrain.config import Config
-from mmtrain.config.data_section import Source
 from mmtrain.dataset.decoded_images import images_that_fail
+from mmtrain.dataset.encoded_chunk import EncodedChunk, Fault, Note, join_chunks, merge_notes, sorted_paths
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.workers import map_in_processes, num_cores
-from mmtrain.encoding.encode import Encoded, Encoder
+from mmtrain.encoding.encode import Encoded
+from mmtrain.encoding.images import spellings
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.records.chat import Conversation, SampleError
-from mmtrain.records.formats import read_record
-from mmtrain.records.reasoning import without_reasoning
-from mmtrain.records.record_set import OpenFile, RecordSet
+from mmtrain.records.record_set import RecordSet
+from mmtrain.records.sources.arrow import read_in_order
 
 _CHUNK = 256
 _MANY = 16_000
 """Samples from which on other processes are worth the seconds that they take to start."""
 _IMAGE_BYTES = 2**26
 """Bytes of images in records that are in memory at once, and one record more."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncodingSpec:
-    """What is encoded and how: all that another process needs to do the same."""
-
-    model_path: str
-    sources: tuple[Source, ...]
-    train_on: str
-    end_of_turn: bool
-    decode_images: bool = True
-    ignored: tuple[str, ...] = ()
-    """Keys of records, and marks in their text, that need not be understood."""
-    settings: ProcessorSettings = field(default_factory=ProcessorSettings)
-    """In place of the model's own."""
-    drops_reasoning: bool = False
-    """Whether replies are trained on without their reasoning."""
-
-    @classmethod
-    def of(cls, config: Config, sources: Sequence[Source]) -> "EncodingSpec":
-        labels, data = config.labels, config.data
-        return cls(
-            config.model.path,
-            tuple(sources),
-            labels.train_on,
-            labels.end_of_turn,
-            data.decode_images,
-            tuple(sorted(data.ignore_fields)),
-            ProcessorSettings.of(config.model),
-            labels.reasoning == "drop",
-        )
-
-    def records(self) -> RecordSet:
-        """The records, their files opened. Raises UserError where one cannot be read."""
-        return RecordSet(self.sources, frozenset(self.ignored), self.drops_reasoning)
-
-    def records_of(self, files: Sequence[OpenFile]) -> RecordSet:
-        """The records of some files only."""
-        return RecordSet.of_files(files, frozenset(self.ignored), self.drops_reasoning)
-
-    def read(self, record: Mapping[str, Any]) -> Conversation:
-        """The conversation of a record that stands in no file. Raises SampleError where it is none."""
-        found = read_record(dict(record), "auto", frozenset(self.ignored))
-        return without_reasoning(found) if self.drops_reasoning else found
-
-    def encoder(self, processor: ChatProcessor) -> Encoder:
-        return Encoder(processor, self.train_on, self.end_of_turn)
-
-    def checker(self, processor: ChatProcessor) -> Checker:
-        return Checker(processor, self.train_on, self.end_of_turn, self.ignored)
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Why training refuses a sample."""
-
-    index: int
-    """Of the sample; in a chunk its position there."""
-    kind: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """What is right and yet worth knowing: how often it was found, and the first sample with its reason. In a chunk
-    `first` is the sample's position there."""
-
-    count: int
-    first: int
-    reason: str
-
-
-CHUNK_ARRAYS = (
-    *("records", "turns", "num_tokens", "num_supervised", "num_images", "num_weights", "sum_weights"),
-    *("ids", "supervised", "spans", "weights"),
-)
-"""The arrays of an `EncodedChunk`. Those of several chunks one after the other are those of their samples."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedChunk:
-    """Some samples, encoded: their ids one after the other, and a row for each image."""
-
-    records: npt.NDArray[np.int32]
-    """(num_samples,) the number of each sample's record"""
-    turns: npt.NDArray[np.int32]
-    """(num_samples,) the turn that alone is trained on, -1 where the sample is all of its record"""
-    num_tokens: npt.NDArray[np.int32]
-    """(num_samples,) 0 where a sample is refused."""
-    num_supervised: npt.NDArray[np.int32]
-    """(num_samples,)"""
-    num_images: npt.NDArray[np.int32]
-    """(num_samples,)"""
-    num_weights: npt.NDArray[np.int32]
-    """(num_samples,) the trained turns of a sample in which not every weight is 1, 0 of others."""
-    sum_weights: npt.NDArray[np.float64]
-    """(num_samples,) the sum of the weights of its supervised tokens."""
-    ids: npt.NDArray[np.int32]
-    """(num_tokens,)"""
-    supervised: npt.NDArray[np.bool_]
-    """(num_tokens,)"""
-    spans: npt.NDArray[np.int32]
-    """(num_images, 5) start, length, placeholders, width, height"""
-    weights: npt.NDArray[np.float32]
-    """(num_weights,) of the samples one after the other"""
-    image_files: tuple[str, ...]
-    """The paths of the images that are files, resolved."""
-    sought_files: tuple[str, ...]
-    """Where the images of refused samples were looked for: a file that appears there may change the refusal."""
-    faults: tuple[Fault, ...]
-    notes: dict[str, Note]
-    """By kind."""
 
 
 class ChunkEncoder:
@@ -183,33 +67,13 @@ class ChunkEncoder:
         findings = [
             (position, finding)
             for position, row in enumerate(found)
-            for finding in self._findings(row, failing, {} if row.conversation is None else next(prompts))
+            for finding in self._findings(row, failing, Prompts() if row.conversation is None else next(prompts))
         ]
         spans = [span for one in encoded for span in one.images]
-        sizes = [
-            (one.num_tokens, one.num_supervised, len(one.images), len(one.weights))
-            if isinstance(one, Encoded)
-            else (0, 0, 0, 0)
-            for one in (row.encoded for row in found)
-        ]
-        num_tokens, num_supervised, num_images, num_weights = np.array(sizes, np.int32).reshape(-1, 4).T
-        sums = [_sum_weights(row.encoded) if isinstance(row.encoded, Encoded) else 0.0 for row in found]
         return EncodedChunk(
-            records=np.array([row.record for row in found], np.int32),
-            turns=np.array([-1 if row.turn is None else row.turn for row in found], np.int32),
-            num_tokens=num_tokens,
-            num_supervised=num_supervised,
-            num_images=num_images,
-            num_weights=num_weights,
-            sum_weights=np.array(sums, np.float64),
-            ids=np.concatenate([np.zeros(0, np.int32), *(one.ids for one in encoded)]),
-            supervised=np.concatenate([np.zeros(0, np.bool_), *(one.supervised for one in encoded)]),
-            spans=np.array([(s.start, s.length, s.num_placeholders, *s.image.size) for s in spans], np.int32).reshape(
-                -1, 5
-            ),
-            weights=np.array([weight for one in encoded for weight in one.weights], np.float32),
-            image_files=_sorted(str(span.image.source) for span in spans if isinstance(span.image.source, Path)),
-            sought_files=_sorted(path for row in found for path in self._sought(row)),
+            **_arrays(found),
+            image_files=sorted_paths(str(span.image.source) for span in spans if isinstance(span.image.source, Path)),
+            sought_files=sorted_paths(path for row in found for path in self._sought(row)),
             faults=tuple(Fault(index, one.kind, one.reason) for index, one in findings if one.is_fault),
             notes=merge_notes(
                 [(0, {one.kind: Note(1, index, one.reason)}) for index, one in findings if not one.is_fault]
@@ -230,7 +94,8 @@ class ChunkEncoder:
             return
         names = [image.name for image in row.conversation.images if image.data is None]
         for folder in self._records.folders(row.record):
-            yield from (str(folder / name) for name in names if "\0" not in name)  # no file has it in its name
+            for path in (folder / name for name in names if "\0" not in name):  # no file has it in its name
+                yield from map(str, (path, *spellings(path)))
 
     def _failing_images(self, encoded: Sequence[Encoded]) -> dict[Path | bytes, str]:
         if not self._decode:
@@ -264,47 +129,37 @@ class _Row:
     encoded: Encoded | SampleError | None = None
 
 
-def _sorted(paths: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted(set(paths)))
+def _arrays(rows: Sequence[_Row]) -> dict[str, Any]:
+    """The arrays of a chunk, by name."""
+    encoded = [row.encoded for row in rows if isinstance(row.encoded, Encoded)]
+    sizes = [
+        (one.num_tokens, one.num_supervised, len(one.images), len(one.weights))
+        if isinstance(one, Encoded)
+        else (0, 0, 0, 0)
+        for one in (row.encoded for row in rows)
+    ]
+    num_tokens, num_supervised, num_images, num_weights = np.array(sizes, np.int32).reshape(-1, 4).T
+    sums = [_sum_weights(row.encoded) if isinstance(row.encoded, Encoded) else 0.0 for row in rows]
+    spans = [(s.start, s.length, s.num_placeholders, *s.image.size) for one in encoded for s in one.images]
+    return {
+        "records": np.array([row.record for row in rows], np.int32),
+        "turns": np.array([-1 if row.turn is None else row.turn for row in rows], np.int32),
+        "num_tokens": num_tokens,
+        "num_supervised": num_supervised,
+        "num_images": num_images,
+        "num_weights": num_weights,
+        "sum_weights": np.array(sums, np.float64),
+        "ids": np.concatenate([np.zeros(0, np.int32), *(one.ids for one in encoded)]),
+        "supervised": np.concatenate([np.zeros(0, np.bool_), *(one.supervised for one in encoded)]),
+        "spans": np.array(spans, np.int32).reshape(-1, 5),
+        "weights": np.array([weight for one in encoded for weight in one.weights], np.float32),
+    }
 
 
 def _sum_weights(encoded: Encoded) -> float:
     if not encoded.weights:
         return float(encoded.num_supervised)
     return float(encoded.token_weights.sum(dtype=np.float64))
-
-
-def join_chunks(chunks: Sequence[EncodedChunk]) -> EncodedChunk:
-    """The samples of `chunks` as those of one."""
-    if len(chunks) == 1:
-        return chunks[0]
-    firsts = list(itertools.accumulate((len(chunk.records) for chunk in chunks), initial=0))[:-1]
-    together: dict[str, Any] = {
-        name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in CHUNK_ARRAYS
-    }
-    return EncodedChunk(
-        **together,
-        image_files=_sorted(path for chunk in chunks for path in chunk.image_files),
-        sought_files=_sorted(path for chunk in chunks for path in chunk.sought_files),
-        faults=tuple(merge_faults([(first, chunk.faults) for first, chunk in zip(firsts, chunks, strict=True)])),
-        notes=merge_notes([(first, chunk.notes) for first, chunk in zip(firsts, chunks, strict=True)]),
-    )
-
-
-def merge_faults(each: Iterable[tuple[int, Sequence[Fault]]]) -> list[Fault]:
-    """The faults of several chunks as those of one, each given with the position of its first sample."""
-    return [replace(fault, index=first + fault.index) for first, faults in each for fault in faults]
-
-
-def merge_notes(each: Iterable[tuple[int, Mapping[str, Note]]]) -> dict[str, Note]:
-    """The notes of several chunks, in their order, as those of one, each given with the position of its first
-    sample."""
-    merged: dict[str, Note] = {}
-    for start, notes in each:
-        for kind, note in notes.items():
-            first = merged.get(kind, Note(0, start + note.first, note.reason))
-            merged[kind] = Note(first.count + note.count, first.first, first.reason)
-    return merged
 
 
 def encode_all(
@@ -323,6 +178,7 @@ _of_worker: list[ChunkEncoder] = []  # the one of this process, where it is a wo
 
 
 def _start_worker(spec: EncodingSpec) -> None:
+    read_in_order()
     processor = load_processor(spec.model_path, spec.settings, tried=True)
     _of_worker[:] = [ChunkEncoder(spec, spec.records(), processor, num_threads=1)]
 

@@ -56,6 +56,17 @@ def file_hashes(paths: list[Path]) -> Iterator[str]:
             )
 
 
+def image_hashes(sources: Iterable[Path | bytes]) -> dict[Path | bytes, str]:
+    """The SHA-256 of each image, a file or the bytes of one. Raises OSError where a file cannot be read."""
+    distinct = dict.fromkeys(sources)
+    files = [source for source in distinct if isinstance(source, Path)]
+    hash_of = dict(zip(files, file_hashes(files), strict=True))
+    return {
+        source: hash_of[source] if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
+        for source in distinct
+    }
+
+
 def file_key(path: Path) -> Key:
     """A file's resolved path and its version. Raises OSError."""
     return str(path.resolve()), *file_version(path)

@@ -1,6 +1,7 @@
 """One image of a batch on its own: its pixels, or features of it that were computed before."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ class Features:
         return sum(tensor.nbytes for tensor in (*self.tensors.values(), *self.inputs.values()))
 
 
-class ImageCache(Protocol):
+class FeatureCache(Protocol):
     """Stored features by the SHA-256 of the image."""
 
     def find(self, key: str) -> Features | None: ...
@@ -59,7 +60,7 @@ def all_pinned(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
-def load_image_inputs(span: ImageSpan, ids: list[int], load_images: ImageLoader, cache: ImageCache) -> ImageInputs:
+def load_image_inputs(span: ImageSpan, ids: list[int], load_images: ImageLoader, cache: FeatureCache) -> ImageInputs:
     """The image of `span`, whose ids in the sample are `ids`; decoded only where its features are not in `cache`.
 
     Its bytes are read once, so that key and pixels are of the same image even if the file is overwritten meanwhile.
@@ -73,8 +74,12 @@ def load_image_inputs(span: ImageSpan, ids: list[int], load_images: ImageLoader,
             raise SampleError(f"the image {span.image.name} changed while it was read")
         return ImageInputs(key, span.num_placeholders, found.inputs, found)
     inputs, laid_out = load_images([[replace(span.image, source=data)]])
-    if laid_out != ids:
-        raise SampleError(
-            f"{len(ids)} tokens were laid out for {span.image.name} and the image processor makes {len(laid_out)}"
-        )
+    check_laid_out([span], ids, laid_out)
     return ImageInputs(key, span.num_placeholders, inputs, None)
+
+
+def check_laid_out(spans: Sequence[ImageSpan], ids: list[int], laid_out: list[int]) -> None:
+    """Raises SampleError where the processor makes other ids for images than those of their `spans` in the sample."""
+    if laid_out != ids:
+        names = ", ".join(span.image.name for span in spans)
+        raise SampleError(f"{len(ids)} tokens were laid out for {names} and the image processor makes {len(laid_out)}")

@@ -15,11 +15,7 @@ Cost = Callable[[list[int]], float]
 
 
 def cut_step(
-    lengths: Sequence[int],
-    max_tokens: int,
-    packing: bool,
-    multiple: int = 1,
-    costs: Sequence[float] | None = None,
+    lengths: Sequence[int], max_tokens: int, packing: bool, multiple: int = 1, costs: Sequence[float] | None = None
 ) -> Cut:
     """Divide a step into micro-batches of nearly equal cost: the fewest that fit, in a multiple of `multiple`.
 

@@ -68,6 +68,11 @@ class Plan:
         indices: list[int] = samples[self._bounds[at] : self._bounds[at + 1]].tolist()
         return indices
 
+    def some_steps(self, number: int) -> list[int]:
+        """The numbers of at most so many steps, evenly spaced over the first epoch."""
+        evenly: list[int] = np.unique(np.linspace(1, self.steps_per_epoch, number).astype(int)).tolist()
+        return evenly
+
     def _make_epoch(self, epoch: int) -> tuple[Indices, Indices]:
         """The samples of an epoch, step by step, and the order of the steps."""
         samples = np.concatenate([self._shuffled(group, epoch) for group in self._groups])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mmtrain.config.data_section import Data, EvalSource, Source
-from mmtrain.dataset.hashes import file_hashes
+from mmtrain.dataset.hashes import image_hashes
 from mmtrain.dataset.plan import Indices, permutation
 from mmtrain.dataset.samples import StoredSamples
 
@@ -91,7 +91,7 @@ def select(samples: StoredSamples, used: Indices, choices: Sequence[Choice]) -> 
     of the split, and what is over the maximum."""
     source_of = samples.records.sources_of(used)
     choice_of = [choices[number] for number in source_of.tolist()]
-    duplicates = find_duplicates(samples, used[[choice.dedup for choice in choice_of]])
+    duplicates = find_duplicates(samples, used[[choice.dedup for choice in choice_of]].tolist())
     left = ~np.isin(used, [index for index, _ in duplicates])
     is_split = np.array([choice.side is not Side.ALL for choice in choice_of], np.bool_) & left
     held_out = _held_out(samples, used[is_split], max((choice.share for choice in choices), default=0.0))
@@ -115,21 +115,26 @@ def _over_max(indices: Indices, choice: Choice) -> Indices:
 # --- duplicates
 
 
-def find_duplicates(samples: StoredSamples, indices: Indices) -> list[tuple[int, str]]:
-    """The samples that have the tokens, the labels and the bytes of the images of an earlier one: index and reason."""
+def find_duplicates(samples: StoredSamples, indices: Iterable[int]) -> list[tuple[int, str]]:
+    """The samples that are the same as an earlier one: index and reason."""
+    groups = equal_samples(samples, indices)
+    return sorted(
+        (index, f"the same as {samples.place(first)} (data.dedup)") for first, *others in groups for index in others
+    )
+
+
+def equal_samples(samples: StoredSamples, indices: Iterable[int]) -> list[list[int]]:
+    """Each group of samples, in order, that have the same tokens, the same labels and the same bytes of images."""
     same: dict[bytes, list[int]] = {}
-    for index in indices.tolist():
+    for index in indices:
         same.setdefault(_tokens_key(samples, index), []).append(index)
     candidates = [group for group in same.values() if len(group) > 1]
-    keys = content_keys(samples, (index for group in candidates for index in group))
-    found = []
-    for group in candidates:
-        first: dict[tuple[bytes, ...], int] = {}
+    keys = image_keys(samples, (index for group in candidates for index in group))
+    groups: dict[tuple[int | bytes, ...], list[int]] = {}
+    for number, group in enumerate(candidates):
         for index in group:
-            earlier = first.setdefault(keys[index], index)
-            if earlier != index:
-                found.append((index, f"the same as {samples.place(earlier)} (data.dedup)"))
-    return sorted(found)
+            groups.setdefault((number, *keys[index]), []).append(index)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _tokens_key(samples: StoredSamples, index: int) -> bytes:
@@ -142,26 +147,22 @@ def _tokens_key(samples: StoredSamples, index: int) -> bytes:
     return made.digest()
 
 
-def content_keys(samples: StoredSamples, indices: Iterable[int]) -> Keys:
+def image_keys(samples: StoredSamples, indices: Iterable[int]) -> Keys:
     """By sample, a SHA-256 of each of its images; of its tokens where it has no image."""
     found: dict[int, list[Path | bytes]] = {}
     for index in indices:
         has_images = int(samples.store.num_images[index]) > 0
         found[index] = [span.image.source for span in samples.encoded(index).images] if has_images else []
-    paths = sorted({source for sources in found.values() for source in sources if isinstance(source, Path)})
-    of_file = dict(zip(paths, map(bytes.fromhex, file_hashes(paths)), strict=True))
+    hash_of = image_hashes(source for sources in found.values() for source in sources)
     return {
-        index: tuple(
-            of_file[source] if isinstance(source, Path) else hashlib.sha256(source).digest() for source in sources
-        )
-        or (_tokens_key(samples, index),)
+        index: tuple(bytes.fromhex(hash_of[source]) for source in sources) or (_tokens_key(samples, index),)
         for index, sources in found.items()
     }
 
 
 def sample_keys(samples: StoredSamples, indices: Sequence[int]) -> Keys:
     """By sample, what two samples that are the same have in common: tokens, labels and the bytes of their images."""
-    return {index: (_tokens_key(samples, index), *keys) for index, keys in content_keys(samples, indices).items()}
+    return {index: (_tokens_key(samples, index), *keys) for index, keys in image_keys(samples, indices).items()}
 
 
 # --- the split
@@ -174,7 +175,7 @@ def _held_out(samples: StoredSamples, indices: Indices, share: float) -> set[int
     from the smallest hash among them, so it stays the same when data is added or put in another order, except where new
     samples connect two groups. Each side has at least one group where there are two.
     """
-    keys = content_keys(samples, indices.tolist()) if len(indices) else {}
+    keys = image_keys(samples, indices.tolist()) if len(indices) else {}
     of_record: dict[int, tuple[bytes, ...]] = {}
     for index, own in keys.items():
         record = samples.records.record(index)

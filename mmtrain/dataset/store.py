@@ -18,8 +18,9 @@ import tokenizers
 import transformers
 
 import mmtrain
-from mmtrain.atomic_files import move_into_place, temporary_path
-from mmtrain.dataset.encode_all import EncodingSpec, encode_all
+from mmtrain.atomic_files import replacing
+from mmtrain.dataset.encode_all import encode_all
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.hashes import digest
 from mmtrain.dataset.store_file import CannotWriteError, EncodedStore, write_joined, writing
 from mmtrain.dataset.store_pieces import add_pieces, finished_pieces
@@ -121,12 +122,9 @@ def _find_or_make(
 
 
 def _make(path: Path, pieces: Sequence[EncodedStore]) -> EncodedStore:
-    with temporary_path(path) as made:
+    with writing(), replacing(path, durable=False) as made:  # damage is noticed when it is opened
         write_joined(made, pieces)
-        store = EncodedStore(made)
-        with writing():
-            move_into_place(path, made, durable=False)  # damage is noticed when it is opened
-        return store
+        return EncodedStore(made)
 
 
 def _find(path: Path, tick: Callable[[], None]) -> EncodedStore | None:

@@ -1,18 +1,11 @@
 """Encoded samples as one safetensors file, read by memory map.
 
-Its tensors, for n samples with t tokens and m images, and f paths of images:
+Its tensors are those of `SampleArrays`, and with f paths of images:
 
-records, turns                           (n,) int32: the record, and the turn that alone is trained on or -1
-num_tokens, num_supervised, num_images   (n,) int32
-num_weights                              (n,) int32: trained turns of a sample in which not every weight is 1, else 0
-sum_weights                              (n,) float64: of the weights of its supervised tokens
-weights                                  float32: of those turns, the samples one after the other
-ids, supervised                          (t,) int32 and bool, the samples one after the other
-spans                                    (m, 5) int32: start, length, placeholders, width, height
-image_paths                              bytes: each path at which an image was looked for, closed by a null
-image_versions                           (f, 3) int64: size and times of the file there when it was measured, or -1
-image_is_used                            (f,) bool: whether an encoded sample has it
-faults                                   bytes: JSON, a list of [index, kind, reason]
+image_paths      bytes: each path at which an image was looked for, closed by a null
+image_versions   (f, 3) int64: size and times of the file there when it was measured, or -1
+image_is_used    (f,) bool: whether an encoded sample has it
+faults           bytes: JSON, a list of [index, kind, reason]
 
 The header has the notes, as JSON, and a CRC-32 of the whole file with zeros in place of its own digits. Files are
 written here and not by the library, which has all tensors in memory before it writes one.
@@ -33,7 +26,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmtrain.dataset.encode_all import CHUNK_ARRAYS, EncodedChunk, Fault, Note, merge_faults, merge_notes
+from mmtrain.dataset.encoded_chunk import (
+    CHUNK_ARRAYS,
+    EncodedChunk,
+    Fault,
+    Note,
+    SampleArrays,
+    merge_faults,
+    merge_notes,
+)
 from mmtrain.user_cache import Version, file_version
 
 _TYPES = {
@@ -70,7 +71,7 @@ def writing() -> Iterator[None]:
         raise CannotWriteError(error.errno, error.strerror, error.filename) from None
 
 
-class EncodedStore:
+class EncodedStore(SampleArrays):
     """The encoded samples of an opened file, which stay on the disk. Threads may share it."""
 
     def __init__(self, path: Path) -> None:
@@ -78,29 +79,12 @@ class EncodedStore:
         self._path = path
         self._header, self._start = _checked_header(path)
         self._content = np.memmap(path, np.uint8, mode="r")
-        self.records: npt.NDArray[np.int32] = self._mapped("records")
-        """(num_samples,) the record of each sample"""
-        self.turns: npt.NDArray[np.int32] = self._mapped("turns")
-        """(num_samples,) the turn that alone is trained on, -1 where the sample is all of its record"""
-        self.num_tokens: npt.NDArray[np.int32] = self._mapped("num_tokens")
-        """(num_samples,) 0 where a sample is refused."""
-        self.num_supervised: npt.NDArray[np.int32] = self._mapped("num_supervised")
-        """(num_samples,)"""
-        self.num_images: npt.NDArray[np.int32] = self._mapped("num_images")
-        """(num_samples,)"""
-        self.num_weights: npt.NDArray[np.int32] = self._mapped("num_weights")
-        """(num_samples,) the weights of its turns that are stored."""
-        self.sum_weights: npt.NDArray[np.float64] = self._mapped("sum_weights")
-        """(num_samples,) the sum of the weights of its supervised tokens."""
-        self.spans: npt.NDArray[np.int32] = self._mapped("spans")
-        """(num_images, 5) start, length, placeholders, width, height"""
+        super().__init__(**{name: self._mapped(name) for name in CHUNK_ARRAYS})
         self.faults = [Fault(*fault) for fault in json.loads(self._mapped("faults").tobytes())]
         """Training refuses these samples."""
         notes = json.loads(self._header["__metadata__"]["notes"])
         self.notes = {kind: Note(*note) for kind, note in notes.items()}
         """By kind."""
-        self._ids, self._supervised = self._mapped("ids"), self._mapped("supervised")
-        self._weights: npt.NDArray[np.float32] = self._mapped("weights")
         self._token_ends = self.num_tokens.cumsum(dtype=np.int64)
         self._span_ends = self.num_images.cumsum(dtype=np.int64)
         self._weight_ends = self.num_weights.cumsum(dtype=np.int64)
@@ -114,12 +98,12 @@ class EncodedStore:
         """Ids and supervised flags of a sample, (num_tokens,) each."""
         end = int(self._token_ends[index])
         start = end - int(self.num_tokens[index])
-        return self._ids[start:end].copy(), self._supervised[start:end].copy()
+        return self.ids[start:end].copy(), self.supervised[start:end].copy()
 
     def weights_of(self, index: int) -> tuple[float, ...]:
         """The weights of a sample's trained turns, none if all are 1."""
         end = int(self._weight_ends[index])
-        return tuple(self._weights[end - int(self.num_weights[index]) : end].tolist())
+        return tuple(self.weights[end - int(self.num_weights[index]) : end].tolist())
 
     def spans_of(self, index: int) -> npt.NDArray[np.int32]:
         """The rows of `spans` that are a sample's."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmtrain.atomic_files import move_into_place, temporary_path
-from mmtrain.dataset.encode_all import EncodedChunk, join_chunks
+from mmtrain.atomic_files import replacing
+from mmtrain.dataset.encoded_chunk import EncodedChunk, join_chunks
 from mmtrain.dataset.store_file import EncodedStore, write_chunk, writing
 
 _TOKENS = 2**22
@@ -40,9 +40,8 @@ def add_pieces(
         folder.mkdir(parents=True, exist_ok=True)
     for together in _grouped(chunks, advance):
         path = _path(folder, pieces)
-        with writing(), temporary_path(path) as made:
+        with writing(), replacing(path, durable=False) as made:  # damage is noticed when it is opened
             write_chunk(made, join_chunks(together))
-            move_into_place(path, made, durable=False)  # damage is noticed when it is opened
         pieces.append(EncodedStore(path))
 
 

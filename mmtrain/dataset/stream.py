@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config import Config
-from mmtrain.dataset.encode_all import ChunkEncoder, EncodedChunk, EncodingSpec, join_chunks
+from mmtrain.dataset.encode_all import ChunkEncoder
+from mmtrain.dataset.encoded_chunk import EncodedChunk, join_chunks
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.plan import Indices, permutation
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.shard_order import Position, ShardOrder, Window
@@ -218,14 +220,11 @@ class Stream:
             state, reasons = found.end, [f"{place}: {reason}" for place, reason in found.left_out()]
 
     def _checked(self, window: Window, before: StreamState) -> StreamedWindow:
-        records = self._spec.records_of(window.files)
+        records = self._spec.records(window.files)
         store = self._encoded(ChunkEncoder(self._spec, records, self._processor), window.records)
         samples = StoredSamples(records.sequences(store.records, store.turns), store)
         policy = replace(
-            self._policy,
-            read_before=before.num_read,
-            skipped_before=before.num_skipped,
-            epochs=1 + window.start.epoch,
+            self._policy, read_before=before.num_read, skipped_before=before.num_skipped, epochs=1 + window.start.epoch
         )
         checked = check_stored(samples, self._limit, policy)
         order = permutation(len(samples), self._seed, window.start.epoch, 1 + window.start.window)

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mmtrain.checks.findings import REFUSED
 from mmtrain.config.data_section import Data
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.selection import Choice, Side, select
@@ -71,26 +72,10 @@ class FaultPolicy:
 
 @dataclass(frozen=True, slots=True)
 class SampleSizes:
-    """The sizes of some samples, by which steps are cut: see `CheckedSamples`."""
+    """The sizes of some samples, by which steps are cut; 0 where a sample is not used."""
 
     num_tokens: npt.NDArray[np.int32]
-    num_supervised: npt.NDArray[np.int32]
-    sum_weights: npt.NDArray[np.float64]
-    num_image_tokens: npt.NDArray[np.int32]
-    image_token_pairs: npt.NDArray[np.float64]
-
-    @classmethod
-    def joined(cls, each: Sequence["SampleSizes"]) -> "SampleSizes":
-        """Those of all, one after the other."""
-        return cls(*(np.concatenate([getattr(one, field.name) for one in each]) for field in fields(cls)))
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedSamples:
-    """What the check of samples found: which ones are used, and their sizes, by which steps are cut."""
-
-    num_tokens: npt.NDArray[np.int32]
-    """(num_samples,) 0 where the sample is not used, as in all of these."""
+    """(num_samples,)"""
     num_supervised: npt.NDArray[np.int32]
     """(num_samples,)"""
     sum_weights: npt.NDArray[np.float64]
@@ -99,22 +84,37 @@ class CheckedSamples:
     """(num_samples,) placeholders of its images"""
     image_token_pairs: npt.NDArray[np.float64]
     """(num_samples,) the sum of the squares of its images' placeholders: what attention among them costs"""
+
+    def where(self, is_used: npt.NDArray[np.bool_]) -> dict[str, Any]:
+        """The same by name, 0 where a sample is not used."""
+        return {field.name: np.where(is_used, getattr(self, field.name), 0) for field in fields(SampleSizes)}
+
+    @classmethod
+    def joined(cls, each: Sequence["SampleSizes"]) -> "SampleSizes":
+        """Those of all, one after the other."""
+        return cls(*(np.concatenate([getattr(one, field.name) for one in each]) for field in fields(cls)))
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedSamples(SampleSizes):
+    """What the check of samples found: which ones are used, and the sizes of all."""
+
     num_images: int
     image_files: frozenset[Path]
-    dropped: tuple[tuple[int, str], ...] = ()
-    """Sample index and reason of each sample that is left out as too long."""
-    skipped: tuple[tuple[int, str], ...] = ()
-    """Sample index and reason of each sample that is left out because it has a fault."""
-    duplicates: tuple[tuple[int, str], ...] = ()
-    """Sample index and reason of each sample that is left out because it is the same as an earlier one."""
+    dropped: tuple[LeftOut, ...] = ()
+    """The samples that are too long."""
+    skipped: tuple[LeftOut, ...] = ()
+    """The samples that have a fault."""
+    duplicates: tuple[LeftOut, ...] = ()
+    """The samples that are the same as an earlier one."""
     num_other_side: int = 0
     """Samples that are held out of training; in an evaluation set those that are trained on."""
     num_over_max: int = 0
     """Samples that are left out by `max_samples`."""
 
     @property
-    def left_out(self) -> list[tuple[int, str]]:
-        """Sample index and reason of each sample that is left out for what it is, in order."""
+    def left_out(self) -> list[LeftOut]:
+        """The samples that are left out for what they are, in order."""
         return sorted([*self.dropped, *self.skipped, *self.duplicates])
 
     @property
@@ -191,15 +191,10 @@ def _selected(samples: StoredSamples, checked: CheckedSamples, choices: Sequence
         return checked
     found = select(samples, checked.used, choices)
     is_used = ~np.isin(np.arange(len(samples)), found.indices)
-    num_tokens = np.where(is_used, checked.num_tokens, 0)
     left = replace(
         checked,
-        num_tokens=num_tokens,
-        num_supervised=np.where(is_used, checked.num_supervised, 0),
-        sum_weights=np.where(is_used, checked.sum_weights, 0),
-        num_image_tokens=np.where(is_used, checked.num_image_tokens, 0),
-        image_token_pairs=np.where(is_used, checked.image_token_pairs, 0),
-        num_images=int(samples.store.num_images[num_tokens > 0].sum()),
+        **checked.where(is_used),
+        num_images=int(samples.store.num_images[is_used & (checked.num_tokens > 0)].sum()),
         duplicates=found.duplicates,
         num_other_side=len(found.other_side),
         num_over_max=len(found.over_max),
@@ -213,7 +208,7 @@ def _selected(samples: StoredSamples, checked: CheckedSamples, choices: Sequence
     return left
 
 
-def _skipped(faults: list[tuple[int, str]], num_samples: int, policy: FaultPolicy) -> list[tuple[int, str]]:
+def _skipped(faults: list[LeftOut], num_samples: int, policy: FaultPolicy) -> list[LeftOut]:
     """The samples with faults, each with all its reasons, where `policy` skips them."""
     by_sample: dict[int, list[str]] = {}
     for index, reason in faults:
@@ -223,22 +218,25 @@ def _skipped(faults: list[tuple[int, str]], num_samples: int, policy: FaultPolic
     return [(index, "; ".join(reasons)) for index, reasons in sorted(by_sample.items())]
 
 
-def _without(store: EncodedStore, dropped: list[tuple[int, str]], skipped: list[tuple[int, str]]) -> CheckedSamples:
-    is_dropped = np.zeros(len(store.num_tokens), np.bool_)
-    is_dropped[[index for index, _ in (*dropped, *skipped)]] = True
+def _without(store: EncodedStore, dropped: list[LeftOut], skipped: list[LeftOut]) -> CheckedSamples:
+    is_used = np.ones(len(store.num_tokens), np.bool_)
+    is_used[[index for index, _ in (*dropped, *skipped)]] = False
     sample_of_image = np.repeat(np.arange(len(store.num_tokens)), store.num_images)
     placeholders = store.spans[:, 2].astype(np.float64)
     image_tokens, pairs = (
-        np.bincount(sample_of_image, values, minlength=len(is_dropped)) for values in (placeholders, placeholders**2)
+        np.bincount(sample_of_image, values, minlength=len(is_used)) for values in (placeholders, placeholders**2)
+    )
+    of_all = SampleSizes(
+        store.num_tokens,
+        store.num_supervised,
+        store.sum_weights,
+        image_tokens.astype(np.int32),
+        pairs.astype(np.float64),
     )
     return CheckedSamples(
-        np.where(is_dropped, 0, store.num_tokens),
-        np.where(is_dropped, 0, store.num_supervised),
-        np.where(is_dropped, 0, store.sum_weights),
-        np.where(is_dropped, 0, image_tokens).astype(np.int32),
-        np.where(is_dropped, 0, pairs),
-        int(store.num_images[~is_dropped].sum()),
-        frozenset(store.image_files),
-        tuple(dropped),
-        tuple(skipped),
+        **of_all.where(is_used),
+        num_images=int(store.num_images[is_used].sum()),
+        image_files=frozenset(store.image_files),
+        dropped=tuple(dropped),
+        skipped=tuple(skipped),
     )

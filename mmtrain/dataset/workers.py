@@ -1,5 +1,6 @@
 """Worker processes. They end with the process that started them, however it ends."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -19,7 +20,11 @@ from mmtrain.parent_death import end_with_parent
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_RUN = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from mmtrain.dataset.workers import _serve; _serve()"
+_RUN = (
+    "import gc, json, sys; gc.disable(); sys.path[:] = json.loads(sys.argv[1]); "
+    "from mmtrain.dataset.workers import _serve; _serve()"
+)
+"""Without the garbage collector while modules are imported."""
 _END_SECONDS = 5.0
 
 
@@ -105,4 +110,5 @@ def _serve() -> None:
     if end_with_parent(int(sys.argv[3])):
         connection = Connection(int(sys.argv[2]))
         serve, arguments = connection.recv()
+        gc.enable()
         _start(serve, (connection, *arguments))

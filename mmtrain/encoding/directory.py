@@ -12,21 +12,16 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 
-from mmtrain.encoding.processor_settings import (
-    TEMPLATE_FILE,
-    check_image_settings,
-    json_object,
-    write_image_settings,
-)
+from mmtrain.encoding.processor_settings import TEMPLATE_FILE, check_image_settings, json_object, write_image_settings
 from mmtrain.errors import UserError
-from mmtrain.safe_text import one_line, shown
+from mmtrain.regular_files import open_regular
+from mmtrain.safe_text import one_line, shown, visible
 
+_LFS = b"version https://git-lfs.github.com/spec/"
+"""How the file begins that git has in place of a large one."""
 _NAMES_PROCESSOR = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json")
 """Files that may name the processor's class, in the order in which transformers asks them."""
 _PROCESSOR_FILES = (
@@ -60,8 +55,14 @@ class DirectoryParts:
 
 def model_directory(path: str) -> Path:
     """The directory that `path` is, or that the hub id `path` has in the local cache. Raises UserError."""
-    if Path(path).is_dir():
-        return Path(path)
+    directory = Path(path) if Path(path).is_dir() else _in_hub_cache(path)
+    _check_fetched(directory)
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{visible(path)}: {_what_it_is(directory)}")
+    return directory
+
+
+def _in_hub_cache(path: str) -> Path:
     if Path(path).exists():
         raise UserError(f"{shown(path)}: expected a model directory, not a file")
     try:
@@ -74,6 +75,33 @@ def model_directory(path: str) -> Path:
         raise UserError(
             f"{shown(path, 4096)}: no such directory, and not in the local hub cache: run `hf download {path}`"
         ) from None
+
+
+def _check_fetched(directory: Path) -> None:
+    """Raises UserError, naming the file, where git cloned a model without git-lfs."""
+    for file in files_in(directory, ("*.safetensors", "*.json", "*.model")):
+        try:
+            with open_regular(file) as opened:
+                is_pointer = opened.read(len(_LFS)) == _LFS
+        except OSError as error:
+            raise UserError(f"{visible(str(file))}: cannot be read: {error.strerror}") from None
+        if is_pointer:
+            raise UserError(
+                f"{visible(str(file))}: a pointer of git-lfs, not the file itself: run `git lfs pull` there"
+            )
+
+
+def _what_it_is(directory: Path) -> str:
+    """What a directory without config.json has in place of a model, and what to do."""
+    if (directory / "adapter_config.json").is_file():
+        return "an adapter: expected its base model here, and the adapter as model.adapter or --adapter"
+    if (directory / "model" / "config.json").is_file():
+        return f"no config.json: the model is in {visible(str(directory / 'model'))}"
+    if (directory / "adapter" / "adapter_config.json").is_file():
+        return "a run with an adapter: expected its base model here, and the run as model.adapter or --adapter"
+    gguf = files_in(directory, ("*.gguf",))
+    other = f", found {shown(gguf[0].name)}, which only serves for inference" if gguf else ""
+    return f"no config.json: expected a model in the transformers format{other}"
 
 
 def files_in(folder: Path, patterns: Iterable[str]) -> list[Path]:
@@ -117,12 +145,19 @@ def load_parts(
                 "use `mmtrain train` with objective.kind: contrastive, and `mmtrain eval retrieval`"
             )
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        if tokenizer.pad_token is None:  # processors pad; what they add is taken off again
+            tokenizer.pad_token = tokenizer.eos_token
         settings = image_settings or {}
         processor = _family_processor(directory, config, tokenizer, settings) if takes_images(config) else None
         eos_ids = _eos_ids(directory, config)
     except UserError:
         raise
     except Exception as error:  # a broken directory makes transformers raise anything
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                "the model needs code that is in its directory, which mmtrain never runs: expected a model of a class "
+                "that transformers has"
+            ) from None
         kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
         raise UserError(f"the processor cannot be loaded: {kind}{one_line(error)}") from None
     for part in (tokenizer, processor):
@@ -137,9 +172,11 @@ def load_parts(
 
 
 def takes_images(config: Any) -> bool:
-    """Whether a model with this configuration takes images: those that take sound too have a list of their own."""
-    in_lists = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
-    return type(config) in in_lists[0] or (type(config) in in_lists[1] and hasattr(config, "vision_config"))
+    """Whether a model with this configuration takes images: those that take sound too have a list of their own, and
+    some of the list for images are text models."""
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return hasattr(config, "vision_config") or hasattr(config, "image_token_id")
+    return type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and hasattr(config, "vision_config")
 
 
 def is_dual_encoder(config: Any) -> bool:

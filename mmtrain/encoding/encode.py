@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mmtrain.encoding.fragments import Fragment, Fragmenter
 from mmtrain.encoding.images import FoundImage, Roots, find_image
-from mmtrain.encoding.layout import Layout, Piece
+from mmtrain.encoding.layout import Layout
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.encoding.segments import Segment, Segmenter
+from mmtrain.encoding.skeleton import Piece
 from mmtrain.records.chat import Conversation, Message, SampleError
 
 
@@ -76,10 +77,10 @@ class Traced:
     an end of turn that the template lacks."""
 
 
-Placed = tuple[Segment, int, int]
-"""A segment and the positions of its ids: ids[start:end]."""
-LaidOut = tuple[list[Piece], Sequence[Segment], tuple[float, ...]]
-"""The pieces of a conversation, its segments, and the weights of its trained turns, none where all are 1."""
+Placed = tuple[Fragment, int, int]
+"""A fragment and the positions of its ids: ids[start:end]."""
+LaidOut = tuple[list[Piece], Sequence[Fragment], tuple[float, ...]]
+"""The pieces of a conversation, its fragments, and the weights of its trained turns, none where all are 1."""
 
 
 class Encoder:
@@ -89,7 +90,7 @@ class Encoder:
         self.processor = processor
         self._layout = Layout(processor)
         traits = processor.tokenizer.traits
-        self._segmenter = Segmenter(traits.special_tokens, traits.parting_tokens, end_of_turn)
+        self._fragmenter = Fragmenter(traits.special_tokens, traits.parting_tokens, end_of_turn)
         self._constant = functools.lru_cache(maxsize=4096)(processor.tokenizer.encode)
         self._train_on = train_on
 
@@ -149,17 +150,17 @@ class Encoder:
 
     def trace(self, conversation: Conversation, encoded: Encoded) -> Traced:
         """Where each id of `encoded` comes from. Raises SampleError where the conversation is not encoded so now."""
-        pieces, segments, weights = self._lay_out(conversation)
-        made, placed = self._assemble_one((pieces, segments, weights), [span.image for span in encoded.images])
+        pieces, fragments, weights = self._lay_out(conversation)
+        made, placed = self._assemble_one((pieces, fragments, weights), [span.image for span in encoded.images])
         same_flags = np.array_equal(made.supervised, encoded.supervised) and made.weights == encoded.weights
         if not (np.array_equal(made.ids, encoded.ids) and same_flags):
             raise SampleError("what is stored for training is not what the encoder makes of the sample now")
         owners: list[int] = []
-        for segment, start, end in placed:
+        for fragment, start, end in placed:
             owners += [-1] * (start - len(owners))
             last = next((i for i in reversed(range(start)) if owners[i] >= 0), None)
             after = None if last is None else int(encoded.ids[last])
-            owners += self._owners(segment, pieces, end - start, after)
+            owners += self._owners(fragment, pieces, end - start, after)
         return Traced(encoded, tuple(pieces), tuple(owners))
 
     def trained_turns(self, messages: Sequence[Message]) -> list[int]:
@@ -192,13 +193,13 @@ class Encoder:
             raise SampleError(self._layout.fault(form) or several)
         weights = tuple(float(np.float32(conversation.messages[turn].weight)) for turn in trained)
         weights = () if all(weight == 1 for weight in weights) else weights
-        return pieces, self._segmenter.cut(pieces, skeleton, tuple(trained)), weights
+        return pieces, self._fragmenter.cut(pieces, skeleton, tuple(trained)), weights
 
     def _assemble(
         self, laid_out: LaidOut, images: Sequence[FoundImage], known: Mapping[str, list[int]]
     ) -> tuple[Encoded, list[Placed]]:
-        """The segments' ids one after the other. `known`: ids of texts that were encoded before."""
-        pieces, segments, weights = laid_out
+        """The fragments' ids one after the other. `known`: ids of texts that were encoded before."""
+        pieces, fragments, weights = laid_out
         ids: list[int] = list(self._prefix(pieces))
         supervised = [False] * len(ids)
         after: int | None = None
@@ -207,18 +208,18 @@ class Encoder:
         if not images and self.processor.needs_image:
             raise SampleError("the model's processor takes no conversation without an image")
         of_images = self.processor.image_tokens([image.size for image in images])
-        for segment in segments:
-            if segment.kind == "image":
+        for fragment in fragments:
+            if fragment.kind == "image":
                 image, tokens = images[len(spans)], of_images[len(spans)]
                 spans.append(ImageSpan(image, len(ids), len(tokens.ids), tokens.num_placeholders))
                 new: Sequence[int] = tokens.ids
             else:
-                new = self._segment_ids(segment, pieces, after, known)
-            placed.append((segment, len(ids), len(ids) + len(new)))
+                new = self._fragment_ids(fragment, pieces, after, known)
+            placed.append((fragment, len(ids), len(ids) + len(new)))
             ids += new
-            text = new[:-1] if segment.ends_turn else new
+            text = new[:-1] if fragment.ends_turn else new
             after = text[-1] if text else after  # an end that the template lacks does not change what follows
-            supervised += [segment.supervised] * len(new)
+            supervised += [fragment.supervised] * len(new)
         supervised[0] = False
         if not any(supervised):
             raise SampleError("no token of it is trained on")
@@ -231,16 +232,16 @@ class Encoder:
         traits = self.processor.tokenizer.traits
         return () if traits.bos and pieces[0].text.startswith(traits.bos) else traits.prefix_ids
 
-    def _segment_ids(
-        self, segment: Segment, pieces: Sequence[Piece], after: int | None, known: Mapping[str, list[int]]
+    def _fragment_ids(
+        self, fragment: Fragment, pieces: Sequence[Piece], after: int | None, known: Mapping[str, list[int]]
     ) -> Sequence[int]:
         tokenizer = self.processor.tokenizer
-        if segment.has_words:
-            literal = segment.kind == "literal"
-            ids: Sequence[int] = tokenizer.encode(segment.text(pieces), after, literal, {} if literal else known)
+        if fragment.has_words:
+            literal = fragment.kind == "literal"
+            ids: Sequence[int] = tokenizer.encode(fragment.text(pieces), after, literal, {} if literal else known)
         else:
-            ids = self._constant(segment.text(pieces), after)
-        if segment.ends_turn:
+            ids = self._constant(fragment.text(pieces), after)
+        if fragment.ends_turn:
             eos = tokenizer.traits.eos_id
             if eos is None:
                 raise SampleError(
@@ -249,18 +250,18 @@ class Encoder:
             ids = [*ids, eos]
         return ids
 
-    def _owners(self, segment: Segment, pieces: Sequence[Piece], num_ids: int, after: int | None) -> list[int]:
-        """The piece of each of a segment's ids."""
-        if segment.kind != "text":
-            return [segment.spans[0].piece] * num_ids
-        text = segment.text(pieces)
-        ends = list(itertools.accumulate(len(span.text(pieces)) for span in segment.spans))
+    def _owners(self, fragment: Fragment, pieces: Sequence[Piece], num_ids: int, after: int | None) -> list[int]:
+        """The piece of each of a fragment's ids."""
+        if fragment.kind != "text":
+            return [fragment.spans[0].piece] * num_ids
+        text = fragment.text(pieces)
+        ends = list(itertools.accumulate(len(span.text(pieces)) for span in fragment.spans))
         last = self.processor.tokenizer.last_characters(text, after) if text else []
-        owners = [segment.spans[min(bisect_right(ends, position), len(ends) - 1)].piece for position in last]
+        owners = [fragment.spans[min(bisect_right(ends, position), len(ends) - 1)].piece for position in last]
         return owners + [-1] * (num_ids - len(owners))
 
 
 def _words(laid_out: LaidOut) -> Iterator[str]:
     """The texts of a conversation that are its own."""
-    pieces, segments, _ = laid_out
-    return (segment.text(pieces) for segment in segments if segment.has_words and segment.kind == "text")
+    pieces, fragments, _ = laid_out
+    return (fragment.text(pieces) for fragment in fragments if fragment.has_words and fragment.kind == "text")

@@ -15,7 +15,7 @@ import PIL.Image
 from torch import Tensor
 
 from mmtrain.encoding.encode import Encoded, Encoder
-from mmtrain.encoding.image_processor import TEXT_KEYS, TYPE_KEYS
+from mmtrain.encoding.image_runner import TEXT_KEYS, TYPE_KEYS
 from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.messages import as_messages
 from mmtrain.encoding.processor import ChatProcessor, EncodingTrial

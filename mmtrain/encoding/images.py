@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import stat
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def _inside(name: str, root: Path) -> Path:
         raise SampleError(f"the image path {shown(name)} has a null character")
     root = root.resolve()
     try:
-        path = (root / name).resolve()
+        path = _spelled(root / name).resolve()
         if not path.is_relative_to(root):
             raise SampleError(f"the image path {shown(name)} leaves {visible(str(root))}; set a wider `root`")
         status = path.stat()
@@ -160,6 +161,22 @@ def _inside(name: str, root: Path) -> Path:
     if status.st_size > MAX_BYTES:
         raise SampleError(f"the image {shown(name)} is larger than {MAX_BYTES:,} bytes")
     return path
+
+
+def _spelled(path: Path) -> Path:
+    """`path`, or where no file has it the one of its other spellings that a file has."""
+    return path if path.exists() else next((other for other in spellings(path) if other.exists()), path)
+
+
+def spellings(path: Path) -> list[Path]:
+    """Other spellings of the same path: with the backslashes of Windows, and composed or decomposed as on macOS."""
+    name = str(path)
+    plain = name.replace("\\", "/")
+    return [
+        Path(other)
+        for other in (plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD")))
+        if other != name
+    ]
 
 
 def _open(source: Path | bytes) -> PIL.Image.Image:
@@ -259,4 +276,5 @@ def _cause(error: Exception) -> str:
     if isinstance(error, PIL.Image.DecompressionBombError):
         return _TOO_MANY_PIXELS
     text = str(error) or type(error).__name__
-    return text if "cannot identify" not in text else f"not an image of a known kind ({', '.join(FORMATS)})"
+    known = f"not an image of a known kind ({', '.join(FORMATS)}): save it as one of them"
+    return text if "cannot identify" not in text else known

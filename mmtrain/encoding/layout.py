@@ -12,65 +12,29 @@ as the template writes it last, and its end.
 """
 
 import functools
-import itertools
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from mmtrain.encoding.calls import check_plain, length_without_end, shared_reply, shows_all
 from mmtrain.encoding.messages import as_messages, as_tools
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.reasoning import check_reasoning, opens, rewrites_reasoning
-from mmtrain.encoding.stand_ins import (
-    STAND_IN,
-    Form,
-    TurnForm,
-    numbered,
-    stand_in,
-    stand_ins,
-    turn_form,
-    words_of,
+from mmtrain.encoding.skeleton import (
+    Answer,
+    Piece,
+    Skeleton,
+    check_shown,
+    filled,
+    hidden_reasoning,
+    in_skeleton,
+    is_whole,
+    starts_of,
 )
+from mmtrain.encoding.stand_ins import STAND_IN, Form, numbered, stand_ins, turn_form, words_of
 from mmtrain.records.chat import Conversation, SampleError
 from mmtrain.records.reasoning import CLOSE, OPEN
-from mmtrain.safe_text import shown
-
-Kind = Literal["template", "words", "calls", "image"]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of the rendered text: the template's own, words or calls of a turn, or the placeholder of an image."""
-
-    kind: Kind
-    text: str
-    turn: int
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Where an assistant's turn lies in the pieces of a skeleton.
-
-    `border`: (piece, character) at which inference's prompt ends; what follows is the model's to write.
-    `end`: (piece, character) after the token that ends the turn; None where the template writes none.
-    `other_end`: the template ends a reply that others follow by another token, which does not stop generation: nothing
-    of its end is trained on there, and nothing is put in its place.
-    """
-
-    border: tuple[int, int]
-    words_end: int
-    end: tuple[int, int] | None
-    other_end: bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Skeleton:
-    """What the template writes for a form of conversation; the text of a words piece is its number, not words."""
-
-    pieces: tuple[Piece, ...]
-    answers: dict[int, Answer]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,7 +89,7 @@ class Layout:
         """
         skeleton = self.skeleton(form)
         whole = self._render(as_messages(conversation.messages), tools=as_tools(conversation))
-        return _filled(skeleton.pieces, words_of(conversation, form), whole), skeleton
+        return filled(skeleton.pieces, words_of(conversation, form), whole), skeleton
 
     def lay_out_alone(self, conversation: Conversation, form: Form) -> tuple[list[Piece], Skeleton]:
         """The same for its last turn, after the prompt that inference would give for it."""
@@ -135,8 +99,8 @@ class Layout:
             raise SampleError(self.fault(form) or str(error)) from None
         messages, tools = as_messages(conversation.messages), as_tools(conversation)
         pieces, asked = alone.skeleton.pieces, self._render(messages[:-1], add_generation_prompt=True, tools=tools)
-        prompt = _filled(pieces[: alone.num_prompt], words, asked)
-        tail = _filled(alone.closing, words, self._render(messages, tools=tools))[alone.num_before :]
+        prompt = filled(pieces[: alone.num_prompt], words, asked)
+        tail = filled(alone.closing, words, self._render(messages, tools=tools))[alone.num_before :]
         between = pieces[alone.num_prompt : len(pieces) - len(tail)]
         own = [replace(piece, text=words[int(piece.text)]) if piece.kind == "words" else piece for piece in between]
         return [*prompt, *own, *tail], alone.skeleton
@@ -173,7 +137,7 @@ class Layout:
         answers = {
             turn: self._answer(pieces, turn, *reply)
             for turn, reply in replies.items()
-            if _is_whole(form.turns[turn], [piece.kind for piece in pieces if piece.turn == turn])
+            if is_whole(form.turns[turn], [piece.kind for piece in pieces if piece.turn == turn])
         }
         return Skeleton(tuple(pieces), answers)
 
@@ -186,7 +150,7 @@ class Layout:
         check_reasoning(prompt, last, turn)
         before = self._split(prompt, Form(form.turns[:-1], form.tools), 0)
         after = self._split(closing, form, turn)
-        own, hidden = [], _hidden(after, form, turn)
+        own, hidden = [], hidden_reasoning(after, form, turn)
         if last.calls or (hidden is not None and last.marks is None):
             raise SampleError(
                 f"the model's chat template does not show all of turn {turn + 1} as inference would see it"
@@ -210,7 +174,7 @@ class Layout:
     def _with_calls(self, pieces: list[Piece], turn: int, prompt_length: int, reply: str) -> list[Piece]:
         """`pieces` with a piece for the calls of `turn`, whose reply with its end is `reply`, where words do not follow
         them: what the template writes after the words of the turn, or after the prompt."""
-        starts = _starts(pieces)
+        starts = starts_of(pieces)
         own = [i for i, piece in enumerate(pieces) if piece.kind == "words" and piece.turn == turn]
         start = starts[own[-1] + 1] if own else prompt_length
         stop = prompt_length + length_without_end(reply, self._processor.tokenizer)
@@ -249,7 +213,7 @@ class Layout:
                 pieces.append(Piece("image", match.group(), turn))
         if at < len(whole):
             pieces.append(Piece("template", whole[at:], turn))
-        _check_shown(pieces, form, first)
+        check_shown(pieces, form, first)
         if num_images != len(image_turns):
             raise SampleError(
                 f"the model's chat template writes {num_images} placeholders for {len(image_turns)} images"
@@ -257,7 +221,7 @@ class Layout:
         return pieces
 
     def _answer(self, pieces: list[Piece], turn: int, prompt_length: int, closing: str) -> Answer:
-        starts = _starts(pieces)
+        starts = starts_of(pieces)
         own = [i for i, piece in enumerate(pieces) if piece.kind in ("words", "calls") and piece.turn == turn]
         first, last = own[0], own[-1]
         if prompt_length > starts[first]:
@@ -265,7 +229,7 @@ class Layout:
         border = max(i for i in range(first + 1) if starts[i] <= prompt_length)
         after, end, other_end = last + 1, None, False
         if after < len(pieces) and pieces[after].kind == "template":
-            length, other_end = self._end(pieces[after].text, closing.rpartition(_in_skeleton(pieces[last]))[2])
+            length, other_end = self._end(pieces[after].text, closing.rpartition(in_skeleton(pieces[last]))[2])
             end = (after, length) if length else None
         return Answer((border, prompt_length - starts[border]), last, end, other_end)
 
@@ -289,62 +253,3 @@ class Layout:
         while match := tokenizer.traits.special_tokens.match(text, at):
             at = match.end()
             yield at, tokenizer.id_of(match.group()) in tokenizer.traits.eos_ids
-
-
-def _in_skeleton(piece: Piece) -> str:
-    return stand_in(int(piece.text)) if piece.kind == "words" else piece.text
-
-
-def _starts(pieces: list[Piece]) -> list[int]:
-    """Where each piece begins in the skeleton's text, and where the last one ends."""
-    return list(itertools.accumulate((len(_in_skeleton(piece)) for piece in pieces), initial=0))
-
-
-def _is_whole(form: TurnForm, kinds: list[Kind]) -> bool:
-    """Whether the pieces of a turn have all its texts: templates leave the reasoning of earlier turns out."""
-    return kinds.count("words") == form.num_texts and (form.num_texts > 0 or "calls" in kinds)
-
-
-def _check_shown(pieces: Sequence[Piece], form: Form, first: int) -> None:
-    """Raises SampleError unless the texts from turn `first` on are among the pieces, and none of all twice."""
-    seen = [int(piece.text) for piece in pieces if piece.kind == "words"]
-    missing = [turn for n, (turn, is_reasoning) in enumerate(numbered(form)) if n not in seen and not is_reasoning]
-    said = "the model's chat template does not show every text of the conversation exactly once"
-    if lost := [turn for turn in missing if turn >= first]:
-        raise SampleError(f"{said}: one of turn {lost[0] + 1} ({form.turns[lost[0]].role}) is missing")
-    if len(seen) > len(set(seen)):
-        raise SampleError(said)
-
-
-def _hidden(pieces: list[Piece], form: Form, turn: int) -> int | None:
-    """The stand-in for the reasoning of a turn that is not among the pieces."""
-    seen = {piece.text for piece in pieces if piece.kind == "words"}
-    numbers = (number for number, found in enumerate(numbered(form)) if found == (turn, True))
-    return next((number for number in numbers if str(number) not in seen), None)
-
-
-def _filled(skeleton: Sequence[Piece], words: Sequence[str], whole: str) -> list[Piece]:
-    """The pieces with words in the place of numbers. Raises SampleError unless they are the rendered text `whole`."""
-    pieces, at = [], 0
-    for i, piece in enumerate(skeleton):
-        text = piece.text
-        if piece.kind == "words":
-            following = skeleton[i + 1].text if i + 1 < len(skeleton) and skeleton[i + 1].kind != "words" else ""
-            text = _as_rendered(words[int(piece.text)], following, whole, at)
-        if not whole.startswith(text, at):
-            raise SampleError(f"the model's chat template rewrites the conversation near {shown(whole[at : at + 40])}")
-        pieces.append(Piece(piece.kind, text, piece.turn))
-        at += len(text)
-    if at != len(whole):
-        raise SampleError(f"the model's chat template adds {shown(whole[at : at + 40])} to the conversation")
-    return pieces
-
-
-def _as_rendered(words: str, following: str, whole: str, at: int) -> str:
-    """The words as they stand in `whole` at `at`: as written, trimmed, or escaped as in JSON."""
-    trimmed = (strip(words, of) for of in (None, "\n") for strip in (str.lstrip, str.rstrip, str.strip))
-    escaped = (json.dumps(text, ensure_ascii=False)[1:-1] for text in (words,))
-    for variant in itertools.chain((words,), trimmed, escaped):  # mostly the first: the others are made when needed
-        if whole.startswith(variant + following, at):
-            return variant
-    raise SampleError(f"the model's chat template changes the text {shown(words, 40)}")

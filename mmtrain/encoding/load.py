@@ -10,11 +10,11 @@ from mmtrain.encoding.family_trial import try_family
 from mmtrain.encoding.fast_template import chat_template, through_wrapper
 from mmtrain.encoding.processor import ChatProcessor, make_processor
 from mmtrain.encoding.processor_settings import ProcessorSettings
-from mmtrain.encoding.template_trial import MAX_CHARACTERS, try_template
+from mmtrain.encoding.template_trial import try_template
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
-from mmtrain.regular_files import open_regular
 from mmtrain.safe_text import shown, visible
+from mmtrain.text_files import read_text
 
 _NONE = ProcessorSettings()
 _ORDINARY_TEXT = ("The quick brown fox jumps over the lazy dog.", "What is 12 + 30? It is 42!")
@@ -48,13 +48,7 @@ def processor_of(model: Model, tried: bool = False) -> ChatProcessor:
 def read_template(file: Path) -> str:
     """The text of a file with a chat template. Raises UserError where there is none in it."""
     name = visible(str(file))
-    try:
-        with open_regular(file) as opened:
-            text = opened.read(MAX_CHARACTERS * 4 + 1).decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{name}: it cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{name}: it is not UTF-8 text: expected a chat template in Jinja") from None
+    text = read_text(file, name)
     if not text.strip():
         raise UserError(f"{name}: it is empty: expected a chat template in Jinja")
     return text
@@ -66,7 +60,10 @@ def _check_tokenizer(tokenizer: Any) -> None:
         ids = tokenizer.encode(text, add_special_tokens=False)
         back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if back.strip() != text:
-            raise UserError(f"the tokenizer does not give back ordinary text: {shown(text)} came back as {shown(back)}")
+            missing = "" if back.strip() else "; is tokenizer.json missing?"
+            raise UserError(
+                f"the tokenizer does not give back ordinary text: {shown(text)} came back as {shown(back)}{missing}"
+            )
 
 
 def _named(path: str, settings: ProcessorSettings, reason: str) -> str:

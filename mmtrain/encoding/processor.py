@@ -8,7 +8,8 @@ import PIL.Image
 
 from mmtrain.encoding.directory import DirectoryParts
 from mmtrain.encoding.fast_template import chat_template, renderer
-from mmtrain.encoding.image_processor import TYPE_KEYS, ImageProcessor, ImageTokens
+from mmtrain.encoding.image_processor import ImageProcessor, ImageTokens
+from mmtrain.encoding.image_runner import TYPE_KEYS
 from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.encoding.template import ChatTemplate, image_frame, probe_template
 from mmtrain.encoding.tokenizer import Tokenizer
@@ -107,7 +108,7 @@ def make_processor(parts: DirectoryParts) -> ChatProcessor:
     """The processor, probed. Raises UserError or SampleError where training on what it makes would be wrong."""
     family = parts.processor
     image_token = None if family is None else family.image_token
-    tokenizer = Tokenizer(parts.tokenizer, parts.eos_ids, image_token)
+    tokenizer = Tokenizer(parts.tokenizer, parts.eos_ids, family)
     source = chat_template(tokenizer.wrapped, family)
     render = renderer(tokenizer.wrapped, source)
     traits = probe_template(source, render, image_token)

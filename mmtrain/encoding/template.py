@@ -125,7 +125,8 @@ def _find_text_roles(render: Render) -> frozenset[str]:
     for roles in ((), ("assistant",), ("user",), ("user", "assistant")):
         if _shows(render, frozenset(roles), "user", "assistant", failures=failures):
             return frozenset(roles)
-    raise UserError(f"the chat template does not show a user's words: {'; '.join(failures) or 'they are dropped'}")
+    why = "; ".join(dict.fromkeys(failures)) or "they are dropped"
+    raise UserError(f"the chat template does not show a user's words: {why}")
 
 
 def _shows(render: Render, text_roles: frozenset[str], *turns: str, failures: list[str] | None = None) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from mmtrain.encoding.directory import load_image_processor, model_directory, processor_class
+from mmtrain.encoding.image_runner import widened
 from mmtrain.errors import UserError
 from mmtrain.safe_text import one_line
 
@@ -52,11 +53,7 @@ class TowerProcessor:
     def image_inputs(self, images: Sequence[PIL.Image.Image]) -> dict[str, Tensor]:
         """The tensors of images, one row for each."""
         made = self.images(images=list(images), return_tensors="pt")
-        return {
-            key: value.float() if value.is_floating_point() else value
-            for key, value in made.items()
-            if isinstance(value, Tensor)
-        }
+        return {key: widened(value) for key, value in made.items() if isinstance(value, Tensor)}
 
 
 def load_tower_processor(path: str, image_settings: Mapping[str, Any]) -> TowerProcessor:

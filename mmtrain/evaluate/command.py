@@ -7,7 +7,7 @@ from typing import Any
 
 from mmtrain.config import Config
 from mmtrain.errors import UserError
-from mmtrain.evaluate.evaluation import Evaluation
+from mmtrain.evaluate.evaluation import ModelScoring
 from mmtrain.evaluate.models import BASE
 from mmtrain.evaluate.report import image_verdict, print_comparison, print_report
 from mmtrain.generate.questions import questions_of
@@ -21,7 +21,7 @@ from mmtrain.scoring.statistics import per_token
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class PerplexityOptions:
     """What the command line says besides the config."""
 
     adapter: Path | None = None
@@ -37,21 +37,21 @@ class Options:
         return [path for path in dict.fromkeys((*alone, *self.compare)) if path != BASE]
 
 
-def eval_perplexity(config: Config, options: Options) -> None:
+def eval_perplexity(config: Config, options: PerplexityOptions) -> None:
     """Evaluate or compare, and print. Raises UserError for what the user can fix."""
-    evaluation = Evaluation(config, options.data, options.adapters)
+    evaluation = ModelScoring(config, options.data, options.adapters)
     row: Any = _compare(evaluation, options.compare) if options.compare else figures(evaluation, options)
     if not evaluation.is_main:
         return
     show(row, options.json, print_comparison if options.compare else print_report)
 
 
-def perplexity_figures(config: Config, options: Options) -> dict[str, Any]:
+def perplexity_figures(config: Config, options: PerplexityOptions) -> dict[str, Any]:
     """Every figure of one model on `data.eval`. Raises UserError as above."""
-    return figures(Evaluation(config, options.data, options.adapters), options)
+    return figures(ModelScoring(config, options.data, options.adapters), options)
 
 
-def figures(evaluation: Evaluation, options: Options) -> dict[str, Any]:
+def figures(evaluation: ModelScoring, options: PerplexityOptions) -> dict[str, Any]:
     """Every figure of one model, as `--json` prints them."""
     path = str(options.adapter) if options.adapter is not None else None
     with evaluation.model(path) as model:
@@ -70,7 +70,7 @@ def figures(evaluation: Evaluation, options: Options) -> dict[str, Any]:
         }
 
 
-def _placed(evaluation: Evaluation, index: int, nll: float) -> dict[str, Any]:
+def _placed(evaluation: ModelScoring, index: int, nll: float) -> dict[str, Any]:
     """A sample by its place, with its first trained reply and the question to it."""
     own = evaluation.eval_samples
     conversation = own.samples.records.conversation(index)
@@ -79,7 +79,7 @@ def _placed(evaluation: Evaluation, index: int, nll: float) -> dict[str, Any]:
     return {"place": place, "nll": nll, "question": first.text, "reference": first.reference}
 
 
-def _images(evaluation: Evaluation, model: LoadedModel, right: Scores) -> dict[str, Any]:
+def _images(evaluation: ModelScoring, model: LoadedModel, right: Scores) -> dict[str, Any]:
     """What the right images are worth against others, grey ones and none, over the samples that can be changed."""
     found: dict[str, Any] = {}
     for change in CHANGES:
@@ -97,7 +97,7 @@ def _images(evaluation: Evaluation, model: LoadedModel, right: Scores) -> dict[s
     return {**found, "verdict": image_verdict(found)}
 
 
-def _compare(evaluation: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
+def _compare(evaluation: ModelScoring, names: Sequence[str]) -> list[dict[str, Any]]:
     """A row for each model, with its paired difference and its divergence from the first."""
     rows: list[dict[str, Any]] = []
     first: Scores | None = None

@@ -5,23 +5,21 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from mmtrain.config import Config
-from mmtrain.config.data_section import EvalSource
 from mmtrain.dataset.plan import Indices
 from mmtrain.encoding.load import processor_of
-from mmtrain.errors import UserError
 from mmtrain.evaluate.models import BASE, ComparedModels, find_models
 from mmtrain.model.adapter import say_other_processor
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.changed_images import Change
 from mmtrain.scoring.distributions import NUM_COLUMNS, Distributions
-from mmtrain.scoring.eval_samples import EvalSamples
+from mmtrain.scoring.eval_samples import EvalSamples, sources_to_evaluate
 from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.scoring.scorer import Scorer
 from mmtrain.scoring.scores import Scores
 
 
-class Evaluation:
+class ModelScoring:
     """The samples of a config's evaluation sources, and the scores of models on them."""
 
     def __init__(self, config: Config, data: Sequence[str] = (), adapters: Sequence[str] = ()) -> None:
@@ -30,9 +28,7 @@ class Evaluation:
         Raises UserError where a model or a sample cannot be used.
         """
         config.objective.check_command("eval perplexity", "chat", "eval retrieval")
-        sources: Sequence[EvalSource] = [EvalSource(path=path) for path in data] or config.data.eval
-        if not sources:
-            raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")
+        sources = sources_to_evaluate(config, data)
         found = find_models(adapters, config.model)
         runtime = Runtime(config.model.dtype, device=config.run.device)
         self.is_main = runtime.is_main

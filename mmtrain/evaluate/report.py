@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmtrain.safe_text import shortened, visible
+from mmtrain.safe_text import counted, shortened, visible
 from mmtrain.scoring.results import figure_table, say
 
 _NAME_WIDTH = 22
@@ -94,7 +94,7 @@ def _calibration_plot(bins: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         bar = ["█" if place < round(one["accuracy"] * _BAR) else " " for place in range(_BAR)]
         bar[mark] = "│"
         low, high = one["range"]
-        yield f"  {low:.1f} to {high:.1f} {''.join(bar)} {one['accuracy']:>6.1%}  {_count(one['num_tokens'], 'token')}"
+        yield f"  {low:.1f} to {high:.1f} {''.join(bar)} {one['accuracy']:>6.1%}  {counted(one['num_tokens'], 'token')}"
 
 
 def image_verdict(images: Mapping[str, Any]) -> str:
@@ -104,7 +104,7 @@ def image_verdict(images: Mapping[str, Any]) -> str:
         return "whether the model uses the images is not known: no image could be swapped for another"
     low, high = swapped["interval"]
     few = swapped["num_samples"]
-    doubt = f"; only {_count(few, 'sample')}: too few to be sure" if few < _FEW_SAMPLES else ""
+    doubt = f"; only {counted(few, 'sample')}: too few to be sure" if few < _FEW_SAMPLES else ""
     nats = f"{_signless(swapped['nats_per_token'])} nats per token"
     interval = f"95 % interval {_signless(low)} to {_signless(high)}"
     if low < _NOTHING:
@@ -123,7 +123,7 @@ def _head(row: Mapping[str, Any]) -> Iterator[str]:
     yield _line("mean of samples", f"{row['sample_nll']:.4f}", "nats per token, each sample counting the same")
     yield _line("bits per byte", "–" if bits is None else f"{bits:.4f}", "of the answers in UTF-8")
     yield _line("token accuracy", f"{row['token_accuracy']:.2%}", "of the supervised tokens were the most likely")
-    yield _line("supervised tokens", f"{row['num_supervised']:,}", f"in {_count(row['num_samples'], 'sample')}")
+    yield _line("supervised tokens", f"{row['num_supervised']:,}", f"in {counted(row['num_samples'], 'sample')}")
 
 
 def _line(name: str, value: str, more: str) -> str:
@@ -180,10 +180,6 @@ def _number(value: float) -> str:
 
 def _range(limits: Iterable[str]) -> str:
     return " to ".join(limits)
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number:,} {name}{'s' * (number != 1)}"
 
 
 def _sentence(text: str) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from mmtrain.config.data_section import Source
 from mmtrain.dataset.hashes import digest, model_fingerprints
-from mmtrain.errors import UserError
 from mmtrain.generate.answers_file import AnswersFile, Row
 from mmtrain.generate.over_processes import known_to_all
 from mmtrain.generate.questions import Questions
@@ -17,7 +16,7 @@ from mmtrain.generate.sampling import Sampling
 from mmtrain.generate.target import Loaded, Target
 from mmtrain.model.adapter import CONFIG, WEIGHTS
 from mmtrain.progress import Progress
-from mmtrain.records.chat import SampleError
+from mmtrain.records.chat import refused_at
 from mmtrain.records.data_files import find_data_files
 from mmtrain.safe_text import visible
 
@@ -35,8 +34,7 @@ def answer_all(loaded: Loaded, data: Sequence[str], output: Path, batch_size: in
     questions = Questions([Source(path=path) for path in data], loaded.encoder, drops_reasoning)
     made_with = _made_with(loaded.target, data, batch_size, sampling)
     answers = AnswersFile(output, made_with) if runtime.is_main else None
-    found = runtime.from_first("answers", lambda: json.dumps(sorted(answers.done if answers else ())))
-    done = frozenset(json.loads(found))
+    done = frozenset(runtime.from_first("answers", lambda: sorted(answers.done if answers else ())))
     if done:
         progress.say(f"{visible(str(output))}: {len(done):,} of {len(questions):,} answers are there")
     batches = [list(batch) for batch in batched(len(questions), batch_size) if not done.issuperset(batch)]
@@ -61,10 +59,8 @@ def _rows_of_all(loaded: Loaded, sampling: Sampling, questions: Questions, batch
 
 def _replies(loaded: Loaded, sampling: Sampling, questions: Questions, numbers: Sequence[int]) -> list[Reply]:
     prompts = [questions.prompt(number) for number in numbers]
-    try:
+    with refused_at(f"{questions.place(numbers[0])} and the {len(numbers) - 1} after it"):
         return loaded.generator.replies(prompts, sampling, seed=sampling.seed + numbers[0])
-    except SampleError as error:
-        raise UserError(f"{questions.place(numbers[0])} and the {len(numbers) - 1} after it: {error}") from None
 
 
 def _row(questions: Questions, number: int, reply: Reply) -> Row:

@@ -10,7 +10,7 @@ from mmtrain.errors import UserError
 from mmtrain.generate.prompts import prompt_for
 from mmtrain.generate.sampling import Sampling
 from mmtrain.generate.target import Loaded
-from mmtrain.records.chat import Conversation, Image, Message, Part, SampleError, Text
+from mmtrain.records.chat import Conversation, Image, Message, Part, Text, refused_at
 from mmtrain.regular_files import open_regular
 from mmtrain.safe_text import visible
 
@@ -34,11 +34,9 @@ class Chat:
         asked; the chat is then as it was."""
         parts: list[Part] = [*images, *([Text(question)] if question else [])]
         asked = (*self._messages, Message("user", tuple(parts)))
-        try:
+        with refused_at("generate"):
             prompt = prompt_for(self._loaded.encoder, Conversation(asked), Path())
             (reply,) = self._loaded.generator.replies([prompt], self._sampling)
-        except SampleError as error:
-            raise UserError(f"generate: {error}") from None
         said = Message("assistant", (Text(reply.text),)) if reply.text else None
         self._messages = (*asked, said) if said else self._messages  # templates refuse empty replies
         return reply.text

@@ -11,12 +11,12 @@ from mmtrain.generate.prompts import prompt_for
 from mmtrain.generate.replies import batched
 from mmtrain.generate.sampling import Sampling
 from mmtrain.generate.target import Loaded, find_target, load_target
-from mmtrain.records.chat import Conversation, Message, SampleError, Text
+from mmtrain.records.chat import Conversation, Message, Text, refused_at
 from mmtrain.runtime.processes import Runtime
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class GenerateOptions:
     """What the command line says."""
 
     path: str
@@ -42,26 +42,24 @@ class Options:
             raise UserError("generate: --image and --system are for a question or a chat, not for --data: remove them")
 
 
-def replies(options: Options, questions: Sequence[str]) -> list[str]:
+def replies(options: GenerateOptions, questions: Sequence[str]) -> list[str]:
     """The reply to each question, all about the same images. Raises UserError for what the user can fix."""
     options.sampling.check()
     images = [read_image(path) for path in options.images]
     loaded = _loaded(options)
     system = () if options.system is None else (Message("system", (Text(options.system),)),)
     found: list[str] = []
-    try:
+    with refused_at("generate"):
         asked = [Conversation((*system, Message("user", (*images, Text(one))))) for one in questions]
         prompts = [prompt_for(loaded.encoder, conversation, Path()) for conversation in asked]
         for batch in batched(len(prompts), options.batch_size):
             seed = options.sampling.seed + batch[0]
             made = loaded.generator.replies([prompts[number] for number in batch], options.sampling, seed)
             found += [reply.text for reply in made]
-    except SampleError as error:
-        raise UserError(f"generate: {error}") from None
     return found
 
 
-def generate(options: Options) -> None:
+def generate(options: GenerateOptions) -> None:
     """Write the answers, or chat. Raises UserError for what the user can fix."""
     images = [read_image(path) for path in options.images]
     loaded = _loaded(options)
@@ -72,7 +70,7 @@ def generate(options: Options) -> None:
         loaded.runtime.close()
 
 
-def _loaded(options: Options) -> Loaded:
+def _loaded(options: GenerateOptions) -> Loaded:
     target = find_target(options.path, options.base, options.dtype)
     runtime = Runtime(target.dtype)
     if runtime.num_processes > 1 and options.output is None:

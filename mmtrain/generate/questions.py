@@ -7,7 +7,7 @@ from mmtrain.config.data_section import Source
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.errors import UserError
 from mmtrain.generate.prompts import is_asked, prompt_for, prompts_for_all
-from mmtrain.records.chat import Conversation, SampleError
+from mmtrain.records.chat import Conversation, SampleError, refused_at
 from mmtrain.records.record_set import RecordSet
 
 
@@ -70,10 +70,8 @@ class Questions:
     def prompt(self, number: int) -> Encoded:
         """Raises UserError naming the place where the record or an image has changed meanwhile."""
         question = self.questions[number]
-        try:
+        with refused_at(self.place(number)):
             return self._prompts(question.sample)[question.prompt]
-        except SampleError as error:
-            raise UserError(f"{self.place(number)}: {error}") from None
 
     def _turns(self, conversation: Conversation) -> list[int]:
         messages = conversation.messages

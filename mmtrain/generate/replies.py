@@ -7,21 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from mmtrain.dataset.batch import Batch, make_batch
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.errors import UserError
 from mmtrain.generate.prompts import trained_end
 from mmtrain.generate.sampling import Sampling
+from mmtrain.model.components import base_model
 from mmtrain.model.transfer import on_device
 
 ANY_LENGTH = 10**9
@@ -74,7 +68,7 @@ class Generator:
         With `sharded` all processes must ask for as many batches, with one `max_new_tokens`, and greedily.
         `alone`: whether the model takes one prompt with images at a time; called before the first batch of several. By
         default only where their images cannot be laid out together."""
-        self._model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._model = base_model(model)
         self._autocast, self.max_positions, self._on_token, self._sharded = autocast, max_positions, on_token, sharded
         self._processor = encoder.processor
         self._alone = alone or (lambda: not encoder.processor.lays_out_together)

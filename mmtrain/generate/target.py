@@ -1,29 +1,27 @@
 """What `mmtrain generate` is asked to run: the directory of a run, of an adapter or of a model."""
 
 import functools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
+from mmtrain.config.load import config_of_run
 from mmtrain.config.schema import Config, Labels, Model
-from mmtrain.config.yaml_file import read_yaml
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor, processor_of
 from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.encoding.saved_processor import saved_settings
 from mmtrain.errors import UserError
 from mmtrain.generate.replies import ANY_LENGTH, Generator
-from mmtrain.model.adapter import CONFIG, find_adapter, find_model, load_adapter, read_adapter
+from mmtrain.model.adapter import CONFIG, base_of, find_adapter, find_model, load_adapter, read_adapter
 from mmtrain.model.load import length_limit, load_model
 from mmtrain.model.packing_trial import try_rows
 from mmtrain.progress import Progress
 from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
-from mmtrain.safe_text import one_line, visible
+from mmtrain.safe_text import visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +70,7 @@ def find_target(path: str, base: str | None = None, dtype: str | None = None) ->
     adapter = find_adapter(folder)
     if adapter is not None:
         quantization = None if config is None else config.model.quantization
-        return Target(base or _named_base(adapter), adapter, labels, dtype, quantization)
+        return Target(base_of(adapter, base), adapter, labels, dtype, quantization)
     if base is not None:
         raise UserError(f"--base: {visible(path)} has no {CONFIG}: --base is for the directory of an adapter")
     model = find_model(folder)
@@ -83,27 +81,12 @@ def find_target(path: str, base: str | None = None, dtype: str | None = None) ->
     return Target(path, None, labels, dtype)
 
 
-def _named_base(adapter: Path) -> str:
-    try:
-        base = json.loads((adapter / CONFIG).read_bytes()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        base = None
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{visible(str(adapter / CONFIG))}: it names no base model: give it as --base MODEL")
-    return base
-
-
 def _config_of_run(folder: Path) -> Config | None:
     """The config of the run in `folder`, or of the one that saved its adapter or model there; None where there is no
     run."""
     run = folder.parent if folder.name in ("adapter", "model", "best") else folder
     file = run / "config.yaml"
-    if not (run / "checkpoints").is_dir() or not file.is_file():
-        return None
-    try:
-        return Config.model_validate(read_yaml(file)[0])
-    except ValidationError as error:
-        raise UserError(f"{visible(str(file))}: not the config of a run: {one_line(error)}") from None
+    return config_of_run(file) if (run / "checkpoints").is_dir() and file.is_file() else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from mmtrain.errors import UserError
 from mmtrain.model.load import length_limit, model_structure
 from mmtrain.records.chat import SampleError
 from mmtrain.records.record_set import RecordSet
-from mmtrain.runtime.device import find_device
+from mmtrain.runtime.device import find_device, has_bfloat16
 
 NUM_ENCODED = 200
 """Samples of each source that are encoded, evenly spaced, to find how long they are."""
@@ -59,7 +59,8 @@ def survey(model: str, train: str, evaluation: str | None, chat_template: str | 
         if not own:
             raise UserError([f"{path}: none of the samples that were tried can be used", *faults])
         lengths += own
-    with_gpu = find_device("auto", "float32").type == "cuda"
+    device = find_device("auto", "float32")
+    with_gpu = device.type == "cuda"
     return Survey(
         num_samples=sizes[0],
         longest=max(lengths),
@@ -68,7 +69,7 @@ def survey(model: str, train: str, evaluation: str | None, chat_template: str | 
         max_positions=length_limit(model, _ANY_LENGTH).num_tokens,
         num_parameters=sum(parameter.numel() for parameter in model_structure(model).parameters()),
         gpu_memory=torch.cuda.get_device_properties(0).total_memory if with_gpu else None,
-        has_bfloat16=with_gpu and torch.cuda.get_device_capability(0) >= (8, 0),
+        has_bfloat16=with_gpu and has_bfloat16(device),
     )
 
 

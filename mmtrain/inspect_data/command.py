@@ -1,19 +1,17 @@
 """`mmtrain inspect-data`: what the data of a config is made of, as text, JSON or a page."""
 
-import json
 from pathlib import Path
 
-from rich.console import Console
-
+from mmtrain.command_output import check_page, plain_console, print_json, write_page
 from mmtrain.config import Config
 from mmtrain.dataset.shard_order import first_file
 from mmtrain.encoding.load import processor_of
-from mmtrain.errors import UserError, storage_faults
+from mmtrain.errors import UserError
 from mmtrain.inspect_data.overlap import find_overlap
 from mmtrain.inspect_data.report import DataReport, overlap_lines
 from mmtrain.inspect_labels.audit import audit
 from mmtrain.progress import Progress
-from mmtrain.safe_text import shown, visible
+from mmtrain.safe_text import visible
 
 
 def inspect_data(config: Config, as_json: bool, html: Path | None) -> int:
@@ -25,15 +23,13 @@ def inspect_data(config: Config, as_json: bool, html: Path | None) -> int:
         raise UserError(
             "inspect-data is for chats; `mmtrain inspect-labels CONFIG --all` checks the pairs of a contrastive config"
         )
-    if html is not None and (html.is_dir() or not html.absolute().parent.is_dir()):
-        raise UserError(f"--html {shown(html)}: expected the name of a file in a folder that exists")
+    check_page(html)
     report = _report(first_file(config, Progress().say))
     if html is not None:
-        with storage_faults(f"--html {shown(html)}: it cannot be written"):
-            html.write_text(report.page(), encoding="utf-8", newline="\n")
+        write_page(html, report.page())
         print(f"wrote {visible(str(html))}")
     elif as_json:
-        print(json.dumps(report.row()))
+        print_json(report.row())
     else:
         _print(report)
     return 1 if report.num_faults else 0
@@ -49,7 +45,7 @@ def _report(config: Config) -> DataReport:
 
 
 def _print(report: DataReport) -> None:
-    console = Console(highlight=False, emoji=False, markup=False)
+    console = plain_console()
     for split in report.splits:
         split.print(console)
         console.print()

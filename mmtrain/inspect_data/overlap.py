@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from mmtrain.config import Config
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import StoredSamples
-from mmtrain.dataset.selection import content_keys, sample_keys
+from mmtrain.dataset.selection import image_keys, sample_keys
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.inspect_labels.selected_samples import open_selected
 from mmtrain.progress import Progress
@@ -49,4 +49,4 @@ def find_overlap(config: Config, processor: ChatProcessor, progress: Progress) -
 def _images(samples: StoredSamples, used: Indices) -> set[bytes]:
     """A SHA-256 of each image."""
     with_images = used[samples.store.num_images[used] > 0]
-    return {key for keys in content_keys(samples, with_images.tolist()).values() for key in keys}
+    return {key for keys in image_keys(samples, with_images.tolist()).values() for key in keys}

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mmtrain.inspect_data.overlap import Overlap
-from mmtrain.inspect_labels.audit import AuditReport
-from mmtrain.report.chart import Chart, category_chart
+from mmtrain.inspect_labels.audit_report import AuditReport
+from mmtrain.report.chart import Chart, bar_chart
 from mmtrain.report.environment import page_template
 
 
@@ -50,7 +50,7 @@ def _charts(row: dict[str, Any]) -> list[Chart]:
         ("Images", "pixels of the longer side", row["image_histogram"]),
     )
     return [
-        category_chart(title, unit, [f"{one['from']:,}–{one['to']:,}" for one in bins], [one["count"] for one in bins])
+        bar_chart(title, unit, [(one["from"], one["to"]) for one in bins], [one["count"] for one in bins])
         for title, unit, bins in wanted
         if bins
     ]

@@ -3,187 +3,26 @@
 Samples are encoded and checked once, when they are stored for training. The audit reads that store.
 """
 
-import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text as Plain
 
 from mmtrain.checks.findings import REFUSED, Finding
 from mmtrain.config import Config
 from mmtrain.config.data_section import Source
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.samples import StoredSamples
-from mmtrain.dataset.selection import Selected
+from mmtrain.dataset.selection import Selected, equal_samples
 from mmtrain.encoding.encode import Encoder
-from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.load import processor_of
-from mmtrain.errors import grouped
+from mmtrain.inspect_labels.audit_report import AuditReport, SourceReport
 from mmtrain.inspect_labels.selected_samples import open_selected, selected_sources
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.progress import Progress
-from mmtrain.records.chat import Conversation, Text
 
 TOO_LONG = "too long"
-_NUM_LONGEST, _NUM_DUPLICATES, _NUM_SHOWN = 10, 10, 20
-
-
-def _digest(conversation: Conversation, images: list[FoundImage], with_bytes: bool = False) -> bytes:
-    """A hash of the text and of the images' sizes and numbers of bytes; with `with_bytes` also of the bytes."""
-    made = hashlib.blake2b(digest_size=16)
-    for message in conversation.messages:
-        texts = [part.text if isinstance(part, Text) else None for part in message.parts]
-        other = (message.weight, message.reasoning, message.calls)
-        made.update(repr((message.role, message.train, texts, *other)).encode())
-    made.update(repr(conversation.tools).encode())
-    for image in images:
-        data = image.source
-        if with_bytes:
-            data = data.read_bytes() if isinstance(data, Path) else data
-            made.update(hashlib.sha256(data).digest())
-        num_bytes = data.stat().st_size if isinstance(data, Path) else len(data)
-        made.update(repr((image.size, num_bytes)).encode())
-    return made.digest()
-
-
-@dataclass(slots=True)
-class SourceReport:
-    """The counts of one source of the config."""
-
-    path: str
-    num_samples: int = 0
-    num_refused: int = 0
-    num_tokens: int = 0
-    num_supervised: int = 0
-    num_images: int = 0
-    num_faults: int = 0
-
-
-_COUNTS = [name for name in SourceReport.__slots__ if name != "path"]
-
-
-@dataclass(slots=True)
-class AuditReport:
-    """The results of the audit of one split. Places are `file:line`."""
-
-    split: str
-    sources: list[SourceReport]
-    num_records: int = 0
-    """Fewer than samples where the replies of a conversation are trained on in sequences of their own."""
-    lengths: Counter[int] = field(default_factory=Counter)
-    image_sides: Counter[int] = field(default_factory=Counter)  # the longer side of each image
-    longest: list[tuple[int, str]] = field(default_factory=list)
-    """(number of tokens, place), the longest first."""
-    num_duplicates: int = 0
-    """Samples that are the same as an earlier one."""
-    duplicates: list[list[str]] = field(default_factory=list)  # the places of the first groups
-    faults: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    """By kind, (place, reason) in the order of the samples."""
-    notes: Counter[str] = field(default_factory=Counter)
-    first_notes: dict[str, tuple[str, str]] = field(default_factory=dict)
-    left_out: Counter[str] = field(default_factory=Counter)
-    """Samples that the config does not select, by the reason. They are in no other count."""
-    roles: Counter[str] = field(default_factory=Counter)
-    """How many turns of these samples have each role."""
-    shapes: Counter[str] = field(default_factory=Counter)
-    """How many of the samples that are not refused have each shape of record."""
-
-    @property
-    def num_faults(self) -> int:
-        return sum(map(len, self.faults.values()))
-
-    def total(self, name: str) -> int:
-        return sum(getattr(source, name) for source in self.sources)
-
-    def row(self) -> dict[str, Any]:
-        """The report as one JSON object."""
-        tokens = self.total("num_tokens")
-        return {
-            "split": self.split,
-            "num_records": self.num_records,
-            **{name: self.total(name) for name in _COUNTS},
-            "supervised_share": self.total("num_supervised") / tokens if tokens else 0.0,
-            "sources": [{name: getattr(source, name) for name in ("path", *_COUNTS)} for source in self.sources],
-            "length_histogram": histogram(self.lengths),
-            "image_histogram": histogram(self.image_sides),
-            "longest": [{"num_tokens": length, "place": place} for length, place in self.longest],
-            "num_duplicates": self.num_duplicates,
-            "duplicates": self.duplicates,
-            "faults": {kind: list(map(_named, found)) for kind, found in self.faults.items()},
-            "notes": dict(self.notes),
-            "left_out": dict(self.left_out),
-            "roles": dict(self.roles),
-            "shapes": dict(self.shapes),
-        }
-
-    def print(self, console: Console) -> None:
-        """Print the report in 80 columns."""
-        table = Table(box=None, pad_edge=False, title=f"Audit of data.{self.split}", title_justify="left")
-        table.add_column("source", overflow="fold", max_width=26)
-        for name in ("samples", "refused", "tokens", "trained on", "images", "faults"):
-            table.add_column(name, justify="right", no_wrap=True)
-        everything = SourceReport("all", *map(self.total, _COUNTS))
-        for source in [*self.sources, everything] if len(self.sources) > 1 else self.sources:
-            samples, refused, tokens, supervised, images, faults = (getattr(source, name) for name in _COUNTS)
-            counts = [f"{count:,}" for count in (samples, refused, tokens, images, faults)]
-            counts.insert(3, f"{supervised / tokens if tokens else 0:.1%}")
-            table.add_row(Plain(Path(source.path).name), *counts)
-        console.print(table)
-        for line in self._lines():
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def _lines(self) -> Iterator[str]:
-        if self.num_records < self.total("num_samples"):
-            yield f"\n{self.num_records:,} conversations gave {self.total('num_samples'):,} sequences"
-        if self.shapes:
-            yield f"\nRead as {', '.join(f'{shape} ({count:,})' for shape, count in self.shapes.most_common())}"
-        if self.roles:
-            yield f"Turns: {', '.join(f'{role} ({count:,})' for role, count in self.roles.most_common())}"
-        yield from bars("Tokens of a sample", histogram(self.lengths))
-        yield from bars("Longer side of an image, in pixels", histogram(self.image_sides))
-        yield "\nLongest samples" if self.longest else ""
-        yield from (f"  {length:>9,} tokens  {place}" for length, place in self.longest)
-        if self.num_duplicates:
-            yield f"\n{self.num_duplicates:,} samples are the same as an earlier one, such as"
-            yield from (f"  {' = '.join(places[:3])}{' …' if len(places) > 3 else ''}" for places in self.duplicates)
-        for why, count in self.left_out.items():
-            yield f"\nLeft out: {count:,} {why}"
-        for kind, count in self.notes.items():
-            yield f"\nNote: {kind}: {count:,} times, first at\n  {': '.join(self.first_notes[kind])}"
-        for kind, found in self.faults.items():
-            yield f"\nFault: {kind}: {len(found):,} times"
-            lines = grouped([f"{place}: {reason}" for place, reason in found])
-            yield from (f"  {line}" for line in lines[:_NUM_SHOWN])
-            if len(lines) > _NUM_SHOWN:
-                yield f"  and {len(lines) - _NUM_SHOWN:,} more"
-        yield f"\n{self.num_faults:,} faults" if self.faults else "\nNo faults"
-
-
-def _named(found: tuple[str, str]) -> dict[str, str]:
-    return {"place": found[0], "reason": found[1]}
-
-
-def histogram(counts: Counter[int]) -> list[dict[str, int]]:
-    """Bins between powers of two; `from` and `to` are both in the bin. Empty bins between others are included."""
-    bins: Counter[int] = Counter()
-    for value, count in counts.items():
-        bins[value.bit_length()] += count
-    numbers = range(min(bins), max(bins) + 1) if bins else range(0)
-    return [{"from": 2**number // 2, "to": 2**number - 1, "count": bins[number]} for number in numbers]
-
-
-def bars(title: str, bins: list[dict[str, int]]) -> Iterator[str]:
-    most = max((one["count"] for one in bins), default=0)
-    yield f"\n{title}" if bins else ""
-    for one in bins:
-        label = f"{one['from']:,}-{one['to']:,}"
-        yield f"  {label:>17} {one['count']:>11,} {'#' * -(-30 * one['count'] // most)}"
+_NUM_LONGEST, _NUM_DUPLICATES = 10, 10
 
 
 class _Counting:
@@ -193,7 +32,7 @@ class _Counting:
         self.report = AuditReport(split, [SourceReport(source.path) for source in sources])
         self.report.num_records = len(np.unique(samples.store.records))
         self._samples = samples
-        self._same: dict[bytes, list[int]] = {}
+        self._encoded: list[int] = []
         for kind, note in samples.store.notes.items():
             self.report.notes[kind] = note.count
             self.report.first_notes[kind] = (str(samples.place(note.first)), note.reason)
@@ -234,28 +73,17 @@ class _Counting:
             conversation = self._samples.records.conversation(index)
             report.shapes[conversation.shape] += 1
             report.roles.update(message.role for message in conversation.messages)
-            self._same.setdefault(self._digest(index), []).append(index)
+            self._encoded.append(index)
         return found
 
     def finish(self) -> AuditReport:
-        """The report, with equal samples. The bytes of images are read only if everything else is equal."""
-        report = self.report
-        for indices in self._same.values():
-            for group in self._same_bytes(indices) if len(indices) > 1 else ():
-                report.num_duplicates += len(group) - 1
-                report.duplicates.append([str(self._samples.place(index)) for index in group])
-        del report.duplicates[_NUM_DUPLICATES:]
-        return report
-
-    def _same_bytes(self, indices: list[int]) -> list[list[int]]:
-        groups: dict[bytes, list[int]] = {}
-        for index in indices:
-            groups.setdefault(self._digest(index, with_bytes=True), []).append(index)
-        return [group for group in groups.values() if len(group) > 1]
-
-    def _digest(self, index: int, with_bytes: bool = False) -> bytes:
-        images = [span.image for span in self._samples.encoded(index).images]
-        return _digest(self._samples.records.conversation(index), images, with_bytes)
+        """The report, with equal samples."""
+        groups = equal_samples(self._samples, self._encoded)
+        self.report.num_duplicates = sum(len(group) - 1 for group in groups)
+        self.report.duplicates = [
+            [str(self._samples.place(index)) for index in group] for group in groups[:_NUM_DUPLICATES]
+        ]
+        return self.report
 
 
 def audit(

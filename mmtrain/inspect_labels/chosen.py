@@ -7,7 +7,8 @@ import numpy as np
 
 from mmtrain.checks.findings import REFUSED
 from mmtrain.config import Config
-from mmtrain.dataset.encode_all import ChunkEncoder, EncodingSpec
+from mmtrain.dataset.encode_all import ChunkEncoder
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.samples import FreshSamples, StoredSamples
 from mmtrain.dataset.store import find_store
 from mmtrain.encoding.load import processor_of

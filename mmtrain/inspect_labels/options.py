@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class LabelsOptions:
     """The options of the command line."""
 
     split: str = "train"

@@ -5,61 +5,53 @@ no script except `page.js`.
 """
 
 import base64
+import functools
 import hashlib
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 
-import jinja2
 import PIL.Image
 from markupsafe import Markup, escape
 
-from mmtrain.inspect_labels.page_tokens import Cell, Turn, turns_of, visible
-from mmtrain.inspect_labels.pixels import Pixels, keeps_shape, resized
+from mmtrain.command_output import page_environment
+from mmtrain.encoding.thumbnails import data_uri
+from mmtrain.inspect_labels.page_tokens import Cell, Turn, is_visible, turns_of
+from mmtrain.inspect_labels.pixels import Pixels, resized
 from mmtrain.inspect_labels.view import ImageView, SampleView
 from mmtrain.records.chat import SampleError
+from mmtrain.safe_text import counted
 
 Losses = Mapping[int, Mapping[int, float]]
 
 FULL_SHADE = 6.0
 """Nats at which a token has the full shade: a probability of 1 in 400. Fixed, so that pages can be compared."""
 NUM_SURPRISING = 20
-_SAVED_SIDE, _PNG_PIXELS = 1024, 256 * 256
+_SAVED_SIDE = 1024
+"""Pixels: the longer side of an image on the page."""
 _WHITE_SPACE = {" ": "s", "\n": "n", "\t": "b"}  # the classes that page.css draws as signs
 
 
 @dataclass(frozen=True, slots=True)
-class _Sample:
+class _ShownSample:
     view: SampleView
     turns: tuple[Turn, ...]
     losses: Mapping[int, float]
 
 
-def write_page(
-    path: Path,
-    views: Sequence[SampleView],
-    losses: Losses | None = None,
-    title: str = "What the model is trained on",
-    pixels: Pixels = resized,
-) -> None:
-    """Write `views` to `path` as one page.
+def page_of_samples(views: Sequence[SampleView], losses: Losses | None = None, pixels: Pixels = resized) -> str:
+    """The page that shows `views`.
 
     `losses[index][position]` is the negative log-likelihood (nats) of that supervised token. `pixels` makes the image
-    that the vision encoder sees, at its used size. The default shows an image whose shape the model's processor
-    changes (by cropping, padding or stretching) whole, without a grid.
+    that the vision encoder sees; one that is not of the used size is shown without a grid.
     """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"drawn": _drawn, "plain": _plain, "count": _count, "shade": _shade, "data_uri": _data_uri}
-    script = _resource("page.js")
-    samples = [_Sample(view, turns_of(view), (losses or {}).get(view.index, {})) for view in views]
-    page = environment.from_string(_resource("page.html")).render(
-        title=title,
-        style=Markup(_resource("page.css")),
+    environment = page_environment("mmtrain.inspect_labels")
+    environment.filters |= {"drawn": _drawn, "plain": _plain, "count": counted, "shade": _shade}
+    environment.filters["data_uri"] = functools.partial(data_uri, side=_SAVED_SIDE)
+    script = resources.files(__package__).joinpath("page.js").read_text(encoding="utf-8")
+    samples = [_ShownSample(view, turns_of(view), (losses or {}).get(view.index, {})) for view in views]
+    return environment.get_template("page.html").render(
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         full_shade=FULL_SHADE if losses is not None else None,
@@ -67,16 +59,10 @@ def write_page(
         surprising=_surprising(samples),
         exp=math.exp,
         seen=lambda image: _made_or_reason(image, pixels),
-        keeps_shape=keeps_shape if pixels is resized else lambda image: True,
     )
-    path.write_text(page, encoding="utf-8", newline="\n")
 
 
-def _resource(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _surprising(samples: Sequence[_Sample]) -> list[tuple[float, str, Cell]]:
+def _surprising(samples: Sequence[_ShownSample]) -> list[tuple[float, str, Cell]]:
     """(loss, name of the sample, token) of the supervised tokens with the highest losses; those that are not finite
     are first."""
     found = [
@@ -102,18 +88,14 @@ def _drawn(text: str) -> Markup:
 def _character(character: str) -> Markup:
     if character in _WHITE_SPACE:
         return Markup(f'<i class="{_WHITE_SPACE[character]}">{character}</i>')
-    if not visible(character):
+    if not is_visible(character):
         return Markup(f'<i class="c" data-c="U+{ord(character):04X}"></i>')
     return escape(character)
 
 
 def _plain(text: str) -> str:
     """`text` on one line, invisible characters as escapes: for attributes and names."""
-    return "".join(c if visible(c) else c.encode("unicode_escape").decode() for c in text)
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number:,} {name}{'' if number == 1 else 's'}"
+    return "".join(c if is_visible(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 def _shade(loss: float) -> float:
@@ -128,12 +110,3 @@ def _made_or_reason(image: ImageView, pixels: Pixels) -> PIL.Image.Image | str:
         return pixels(image)
     except SampleError as error:
         return str(error)
-
-
-def _data_uri(image: PIL.Image.Image) -> str:
-    image = image.copy()
-    image.thumbnail((_SAVED_SIDE, _SAVED_SIDE), PIL.Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    kind = "png" if image.width * image.height <= _PNG_PIXELS else "jpeg"
-    image.save(buffer, kind, quality=88, subsampling=0)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

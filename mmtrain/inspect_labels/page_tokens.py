@@ -26,11 +26,11 @@ class Cell:
     @property
     def shows_all(self) -> bool:
         """Whether the drawn text is the token's text, with every character visible."""
-        return not self.name and self.text == self.token.text and all(map(visible, self.text))
+        return not self.name and self.text == self.token.text and all(map(is_visible, self.text))
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TokenRun:
     """Neighbouring tokens of one span and one turn, or an image."""
 
     span: SpanView
@@ -47,7 +47,7 @@ class Run:
 class Turn:
     number: int
     message: Message
-    runs: tuple[Run, ...]
+    runs: tuple[TokenRun, ...]
 
 
 def turns_of(view: SampleView) -> tuple[Turn, ...]:
@@ -56,21 +56,21 @@ def turns_of(view: SampleView) -> tuple[Turn, ...]:
     return tuple(Turn(turn, view.conversation.messages[turn], tuple(runs)) for turn, runs in by_turn)
 
 
-def visible(character: str) -> bool:
+def is_visible(character: str) -> bool:
     category = unicodedata.category(character)
     return character in JOINERS or (category[0] != "C" and category not in ("Zl", "Zp"))
 
 
-def _runs(view: SampleView) -> Iterator[Run]:
+def _runs(view: SampleView) -> Iterator[TokenRun]:
     turns = _turn_numbers(view.tokens)
     images = {image.start: image for image in view.images}
     for span in view.spans:
         if span.start in images:
-            yield Run(span, turns[span.start], (), images[span.start])
+            yield TokenRun(span, turns[span.start], (), images[span.start])
             continue
         cells = divide_text(view.tokens[span.start : span.end], span.text)
         for turn, group in groupby(cells, key=lambda cell: turns[cell.token.position]):
-            yield Run(span, turn, tuple(group))
+            yield TokenRun(span, turn, tuple(group))
 
 
 def _turn_numbers(tokens: Sequence[TokenView]) -> list[int]:

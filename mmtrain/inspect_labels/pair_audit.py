@@ -3,13 +3,10 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from mmtrain.config import Config
 from mmtrain.config.data_section import Source
@@ -18,11 +15,10 @@ from mmtrain.contrastive.pair_samples import PairSamples, read_pairs
 from mmtrain.contrastive.relation import relate
 from mmtrain.dataset.plan import Plan
 from mmtrain.dataset.validate import FaultPolicy
-from mmtrain.errors import UserError, grouped
-from mmtrain.inspect_labels.audit import bars, histogram
+from mmtrain.errors import UserError
+from mmtrain.inspect_labels.audit_report import NUM_SHOWN, bars, fault_lines, histogram, print_audit
 from mmtrain.progress import Progress
 
-_NUM_SHOWN = 20
 _EVERYTHING = FaultPolicy("drop", "skip", 10**9)
 """Leaves out whatever cannot be used, so that all of it is seen."""
 
@@ -52,33 +48,23 @@ class PairAudit:
             "num_faults": len(self.faults),
             "faults": [{"place": place, "reason": reason} for place, reason in self.faults],
             "notes": {
-                kind: {"count": len(places), "places": places[:_NUM_SHOWN]} for kind, places in self.notes.items()
+                kind: {"count": len(places), "places": places[:NUM_SHOWN]} for kind, places in self.notes.items()
             },
         }
 
     def print(self, console: Console) -> None:
         """Print the report in 80 columns."""
-        table = Table(box=None, pad_edge=False, title=f"Audit of data.{self.split}", title_justify="left")
-        table.add_column("source", overflow="fold", max_width=40)
-        for name in ("pairs", "used", "faults"):
-            table.add_column(name, justify="right")
-        for source in self.sources:
-            counts = (source[name] for name in ("num_pairs", "num_used", "num_faults"))
-            table.add_row(Text(Path(source["path"]).name), *(f"{count:,}" for count in counts))
-        console.print(table)
-        for line in self._lines():
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        titles = ("pairs", "used", "faults")
+        rows = [(source["path"], *(f"{source[f'num_{name}']:,}" for name in titles)) for source in self.sources]
+        print_audit(self.split, titles, rows, self._lines(), console)
 
     def _lines(self) -> Iterator[str]:
         yield f"\n{self.num_items:,} distinct items"
         yield from bars("Tokens of an item", histogram(self.lengths))
         for kind, places in self.notes.items():
             yield f"\nNote: {kind}: {len(places):,} pairs, first at\n  {places[0]}"
-        lines = grouped([f"{place}: {reason}" for place, reason in self.faults])
-        yield f"\n{len(self.faults):,} faults" if lines else "\nNo faults"
-        yield from (f"  {line}" for line in lines[:_NUM_SHOWN])
-        if len(lines) > _NUM_SHOWN:
-            yield f"  and {len(lines) - _NUM_SHOWN:,} more"
+        yield f"\n{len(self.faults):,} faults" if self.faults else "\nNo faults"
+        yield from fault_lines(self.faults)
 
 
 def audit_pairs(config: Config, split: str, embedder: Embedder, progress: Progress) -> PairAudit:
@@ -86,7 +72,7 @@ def audit_pairs(config: Config, split: str, embedder: Embedder, progress: Progre
     sources: Sequence[Source] = config.data.train if split == "train" else config.data.eval
     others: Sequence[Source] = config.data.eval if split == "train" else config.data.train
     if not sources:
-        raise UserError(f"data.{split}: there is no source to audit")
+        raise UserError(f"data.{split}: there are no sources in the config")
     samples = _read(config, sources, embedder, progress)
     faults = [*samples.skipped, *(samples.dropped if config.data.too_long == "error" else ())]
     report = PairAudit(
@@ -108,9 +94,7 @@ def audit_pairs(config: Config, split: str, embedder: Embedder, progress: Progre
 
 
 def _read(config: Config, sources: Sequence[Source], embedder: Embedder, progress: Progress) -> PairSamples:
-    data = config.data
-    limit, ignored = embedder.limit(data.max_length), frozenset(data.ignore_fields)
-    return read_pairs(sources, embedder, limit, _EVERYTHING, ignored, data.decode_images, progress)
+    return read_pairs(sources, embedder, config.data, progress, _EVERYTHING)
 
 
 def _counts(sources: Sequence[Source], samples: PairSamples, faulty: Sequence[int]) -> list[dict[str, Any]]:

@@ -1,24 +1,21 @@
 """`mmtrain inspect-labels` for pairs: shows what is compared in a step, or checks all pairs."""
 
-import json
-
-from rich.console import Console
-
+from mmtrain.command_output import plain_console, print_json, write_page
 from mmtrain.config import Config
 from mmtrain.contrastive.load import load_embedder
-from mmtrain.errors import StorageError, UserError
-from mmtrain.inspect_labels.options import Options
+from mmtrain.errors import UserError
+from mmtrain.inspect_labels.options import LabelsOptions
 from mmtrain.inspect_labels.pair_step import PairStep
 from mmtrain.inspect_labels.pair_terminal import print_step
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
-from mmtrain.safe_text import shown, visible
+from mmtrain.safe_text import visible
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 
 _NUM_ROWS, _NUM_ROWS_OF_PAGE = 12, 64
 
 
-def inspect_pairs(config: Config, options: Options) -> int:
+def inspect_pairs(config: Config, options: LabelsOptions) -> int:
     """Show steps, or check all pairs. Returns the exit code: 1 if a pair has a fault, 0 otherwise."""
     for name in ("tokens", "losses", "adapter"):
         if getattr(options, name):
@@ -31,35 +28,32 @@ def inspect_pairs(config: Config, options: Options) -> int:
 
         report = audit_pairs(config, options.split, embedder, progress)
         if options.json:
-            print(json.dumps(report.row(), ensure_ascii=False))
+            print_json(report.row())
         else:
-            report.print(Console(highlight=False, emoji=False, markup=False))
+            report.print(plain_console())
         return 1 if report.faults else 0
     steps = _steps(config, options, PairDataset(config, embedder, progress))
     _show(steps, options)
     return 0
 
 
-def _show(steps: list[tuple[PairStep, list[int]]], options: Options) -> None:
+def _show(steps: list[tuple[PairStep, list[int]]], options: LabelsOptions) -> None:
     if options.html is not None:
-        from mmtrain.inspect_labels.pair_page import write_page
+        from mmtrain.inspect_labels.pair_page import page_of_steps
 
-        try:
-            write_page(options.html, steps)
-        except OSError as error:
-            raise StorageError(f"--html {shown(options.html)}: cannot be written: {error.strerror}") from None
+        write_page(options.html, page_of_steps(steps))
         print(f"wrote {visible(str(options.html))}: {len(steps)} step{'s' * (len(steps) != 1)}")
         return
-    console = Console(highlight=False, emoji=False, markup=False)
+    console = plain_console()
     for step, rows in steps:
         if options.json:
             for row in rows:
-                print(json.dumps(step.row(row), ensure_ascii=False))
+                print_json(step.row(row))
         else:
             print_step(step, rows, console)
 
 
-def _steps(config: Config, options: Options, dataset: PairDataset) -> list[tuple[PairStep, list[int]]]:
+def _steps(config: Config, options: LabelsOptions, dataset: PairDataset) -> list[tuple[PairStep, list[int]]]:
     """The steps of the first epoch that have the samples asked for, or the first one, and which queries to show."""
     num_rows = options.num or (_NUM_ROWS if options.html is None else _NUM_ROWS_OF_PAGE)
     every = _first_epoch(config, options.split, dataset)

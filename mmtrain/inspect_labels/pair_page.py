@@ -1,15 +1,13 @@
 """Steps of contrastive training as one HTML page that needs no network: a matrix with the items on its sides."""
 
 from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from mmtrain.command_output import page_environment
 from mmtrain.encoding.images import decode
 from mmtrain.encoding.thumbnails import data_uri
-from mmtrain.inspect_labels.pair_step import CELLS, PairStep, columns_shown, summary
+from mmtrain.inspect_labels.pair_step import CELLS, PairStep, columns_shown, summary_lines
 from mmtrain.records.chat import SampleError
 
 _SHOWN_SIDE = 96
@@ -17,17 +15,15 @@ _SHOWN_SIDE = 96
 _MOST_COLUMNS = 256
 
 
-def write_page(path: Path, steps: Sequence[tuple[PairStep, Sequence[int]]]) -> None:
-    """Write the rows of each step to `path`. All text of samples is escaped. Raises OSError."""
-    template = resources.files(__package__).joinpath("pair_page.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(template).render(
+def page_of_steps(steps: Sequence[tuple[PairStep, Sequence[int]]]) -> str:
+    """The page with these rows of each step. All text of samples is escaped."""
+    template = page_environment("mmtrain.inspect_labels").get_template("pair_page.html")
+    return template.render(
         steps=[(step, rows, columns_shown(step, rows, _MOST_COLUMNS)) for step, rows in steps],
         cells=CELLS,
-        summary=summary,
+        summary=summary_lines,
         item=_item,
     )
-    path.write_text(page, encoding="utf-8", newline="\n")
 
 
 def _item(step: PairStep, number: int, name: str) -> Markup:

@@ -91,7 +91,7 @@ def columns_shown(step: PairStep, rows: Sequence[int], most: int) -> list[int]:
     return sorted([*sorted(linked), *others][:most])
 
 
-def summary(step: PairStep) -> Iterator[str]:
+def summary_lines(step: PairStep) -> Iterator[str]:
     """What the step is, in a few lines."""
     queries, documents = step.cells.shape
     yield f"Step {step.number:,}: {len(step.indices):,} pairs, {queries:,} distinct queries, {documents:,} documents"

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from mmtrain.inspect_labels.pair_step import CELLS, PairStep, columns_shown, summary
+from mmtrain.inspect_labels.pair_step import CELLS, PairStep, columns_shown, summary_lines
 from mmtrain.safe_text import shortened, visible
 
 SIGNS = {"positive": "+", "negative": "·", "neither": "="}
@@ -17,7 +17,7 @@ LEGEND = "+ positive   · negative   = neither: the query itself, or of its grou
 
 def print_step(step: PairStep, rows: Sequence[int], console: Console) -> None:
     """Print the matrix of these rows, then each query with its positives and what is left out."""
-    for line in summary(step):
+    for line in summary_lines(step):
         console.print(Text(line))
     console.print()
     columns = columns_shown(step, rows, _MOST_COLUMNS)

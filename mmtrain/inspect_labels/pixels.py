@@ -35,12 +35,12 @@ def seen_pixels(processor: ChatProcessor) -> Pixels:
 def resized(image: ImageView) -> PIL.Image.Image:
     """The image at its used size, or as it is in the file where the processor changes its shape."""
     decoded = decode(image.found)
-    if keeps_shape(image):
+    if _keeps_shape(image):
         return decoded.resize(image.tokens.used_size, PIL.Image.Resampling.BICUBIC)
     return decoded
 
 
-def keeps_shape(image: ImageView) -> bool:
+def _keeps_shape(image: ImageView) -> bool:
     """Whether the used size has the image's own shape, rounded to whole cells of the grid or by 3 %."""
     (width, height), (used_width, used_height) = image.found.size, image.tokens.used_size
     columns, rows = image.tokens.grid or (used_width, used_height)

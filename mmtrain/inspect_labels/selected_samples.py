@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmtrain.config import Config
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.selection import Selected, SelectedSources, select

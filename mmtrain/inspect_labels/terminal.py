@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmtrain.inspect_labels.view import ImageView, SampleView, SpanView, TokenView
-from mmtrain.safe_text import visible
+from mmtrain.safe_text import counted, visible
 
 SUPERVISED = "▌"
 """Marks lines that are trained on, also without colour."""
@@ -20,7 +20,7 @@ def print_sample(view: SampleView, console: Console, losses: Mapping[int, float]
     """Print the conversation by turns, then pairs of input and target that show the shift by one."""
     share = view.num_supervised / len(view.tokens)
     console.print(Text(f"{visible(str(view.place))} · sample {view.name}", style="bold", overflow="fold"))
-    images = f", {len(view.images)} image{'s' * (len(view.images) != 1)}" if view.images else ""
+    images = f", {counted(len(view.images), 'image')}" if view.images else ""
     shape = f", read as {view.conversation.shape}" if view.conversation.shape else ""
     console.print(
         f"{len(view.tokens)} tokens, {view.num_supervised} trained on ({share:.1%}){images}{shape}", style="dim"

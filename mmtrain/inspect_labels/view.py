@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mmtrain.checks.findings import IGNORED
 from mmtrain.dataset.samples import FreshSamples, StoredSamples
 from mmtrain.encoding.encode import Encoder, Traced
 from mmtrain.encoding.image_processor import ImageTokens
@@ -15,7 +16,6 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation
 from mmtrain.records.sources.place import Place
 
-IGNORED = -100
 TokenKind = Literal["text", "special", "image"]
 
 

@@ -1,10 +1,10 @@
 """`mmtrain inspect-model`: prints what was found in a model directory."""
 
-import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 
+from mmtrain.command_output import print_json
 from mmtrain.inspect_model.find import ImagesFound, ModelFound, TemplateFound, find
 from mmtrain.inspect_model.trainable_components import ComponentFound
 from mmtrain.progress import Progress
@@ -20,7 +20,7 @@ def inspect_model(path: str, as_json: bool, chat_template: str | None = None) ->
     """
     found = find(path, Progress().say, chat_template)
     if as_json:
-        print(json.dumps(asdict(found), ensure_ascii=False))
+        print_json(asdict(found))
     else:
         print("\n".join(lines(found)))
 

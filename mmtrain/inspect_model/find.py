@@ -16,6 +16,7 @@ from mmtrain.model.image_cache.features import find_fields
 from mmtrain.model.load import load_model
 from mmtrain.model.packing_trial import try_rows
 from mmtrain.records.chat import Conversation, Message, Role, SampleError, Text
+from mmtrain.runtime.device import has_bfloat16
 from mmtrain.runtime.processes import Runtime
 
 SIZES = ((336, 336), (1000, 1000))
@@ -62,12 +63,14 @@ class ModelFound:
 
 
 def find(path: str, say: Callable[[str], None], chat_template: str | None = None) -> ModelFound:
-    """Load the model at `path`, in the dtype that a config has by default, and try it.
+    """Load the model at `path`, in the dtype that a config has by default (float32 where the device lacks it), and try
+    it.
 
     `chat_template`: the file with the chat template in place of the model's own. `say` is given the
     lines of what falls back. Raises UserError where the model cannot be trained at all.
     """
-    dtype = Model(path=path).dtype
+    gpu = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = Model(path=path).dtype if has_bfloat16(gpu) else "float32"
     processor, runtime = load_processor(path, ProcessorSettings(chat_template)), Runtime(dtype)
     model = load_model(path, dtype, processor)
     family = probe_family(model, processor, say)

@@ -6,11 +6,11 @@ from typing import Any
 
 from peft import PeftModel
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import new_folder
 from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.errors import UserError, storage_faults
+from mmtrain.errors import UserError
 from mmtrain.merge.comparison import Comparison
 from mmtrain.merge.source import MergeSource, find_source, samples_of_run
 from mmtrain.merge.stored import MAX_MERGED, MAX_ROUNDED, check_weights, name_of, stored_dtype, write
@@ -45,12 +45,9 @@ def merge(path: Path, output: Path, base: str | None = None) -> None:
     merged = merge_weights(adapted)
     difference = comparison.check(merged, MAX_MERGED)
     cast(merged, dtype)
-    with storage_faults(f"{name}: it cannot be written"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_path(output) as made:
-            write(made, merged, source, processor)
-            rounded = _check_written(made, merged, processor, comparison)
-            move_into_place(output, made)
+    with new_folder(output) as made:
+        write(made, merged, source, processor)
+        rounded = _check_written(made, merged, processor, comparison)
     what = f"{len(samples)} samples of the run" if samples else "random samples"
     progress.say(
         f"saved {name} in {name_of(dtype)}; on {what} its logits differ from base + adapter by {difference:.1e} before "

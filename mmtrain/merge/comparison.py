@@ -27,14 +27,7 @@ class Comparison:
 
     def check(self, model: Any, limit: float) -> float:
         """The relative difference (L2) of the logits of `model`. Raises UserError if it exceeds `limit`."""
-        expected = torch.cat(self._expected)
-        relative = float((torch.cat(self._logits(model)) - expected).norm() / expected.norm())
-        if not relative <= limit:
-            raise UserError(
-                f"the merged model's logits differ by {relative:.1e} from those of base + adapter, over the {limit:g} "
-                "of rounding: nothing is saved; serve the base model with the adapter instead"
-            )
-        return relative
+        return check_difference(torch.cat(self._logits(model)), torch.cat(self._expected), limit, "logits")
 
     @torch.no_grad()
     def _logits(self, model: Any) -> list[Tensor]:
@@ -44,3 +37,14 @@ class Comparison:
             model(**make_inputs(batch), logits_to_keep=batch.supervised).logits.flatten(0, -2).float()
             for batch in self._batches
         ]
+
+
+def check_difference(found: Tensor, expected: Tensor, limit: float, what: str) -> float:
+    """The relative difference (L2) of the merged model's `what`. Raises UserError if it exceeds `limit`."""
+    relative = float((found - expected).norm() / expected.norm())
+    if not relative <= limit:
+        raise UserError(
+            f"the merged model's {what} differ by {relative:.1e} from those of base + adapter, over the {limit:g} of "
+            "rounding: nothing is saved; use the base model with the adapter instead"
+        )
+    return relative

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 
+from mmtrain.config.load import config_of_run
 from mmtrain.config.schema import Config
-from mmtrain.config.yaml_file import read_yaml
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.samples import FreshSamples
 from mmtrain.dataset.shard_order import first_file
 from mmtrain.encoding.directory import is_dual_encoder
@@ -18,7 +17,7 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.encoding.saved_processor import saved_settings
 from mmtrain.errors import UserError
-from mmtrain.model.adapter import CONFIG, Adapter, named_base, read_adapter
+from mmtrain.model.adapter import Adapter, base_of, read_adapter
 from mmtrain.model.load import length_limit, load_config
 from mmtrain.records.chat import SampleError
 from mmtrain.safe_text import one_line, visible
@@ -59,19 +58,9 @@ def find_source(path: Path, base: str | None) -> MergeSource:
         raise UserError(f"{visible(str(path / 'model'))}: a complete model was trained, there is nothing to merge")
     adapter = read_adapter(path)
     run = next((one for one in (path, adapter.folder.parent) if (one / "config.yaml").is_file()), None)
-    config = None if run is None else _read_config(run / "config.yaml")
-    named = named_base(adapter) if config is None else config.model.path
-    if base is None and named is None:
-        raise UserError(f"{visible(str(adapter.folder / CONFIG))}: it names no base model: give it as --base MODEL")
-    return MergeSource(adapter, base or str(named), run, config)
-
-
-def _read_config(file: Path) -> Config:
-    """Without the check of paths: the data may have moved since the run."""
-    try:
-        return Config.model_validate(read_yaml(file)[0])
-    except ValidationError as error:
-        raise UserError(f"{visible(str(file))}: not the config of a run: {one_line(error)}") from None
+    config = None if run is None else config_of_run(run / "config.yaml")
+    named = None if config is None else config.model.path
+    return MergeSource(adapter, base_of(adapter.folder, base or named), run, config)
 
 
 def samples_of_run(source: MergeSource, processor: ChatProcessor, say: Callable[[str], None]) -> list[Encoded]:

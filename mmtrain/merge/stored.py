@@ -2,16 +2,17 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from mmtrain.encoding.directory import copy_processor, files_in, model_directory
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.tower_processor import TowerProcessor
 from mmtrain.errors import UserError
 from mmtrain.merge.source import MergeSource
-from mmtrain.merge.weights import GENERATION, save
 from mmtrain.model.load import auto_class, load_config
+from mmtrain.model.weight_files import GENERATION, differing_weights, save_weights
 from mmtrain.safe_text import shown, visible
 from mmtrain.train.model_card import merged_card
 
@@ -21,16 +22,6 @@ MAX_MERGED = 1e-4
 MAX_ROUNDED = {torch.float32: MAX_MERGED, torch.bfloat16: 0.1, torch.float16: 0.1}
 """The same after the weights were rounded once to the type in which they are stored. Measured in bfloat16: 6e-3."""
 _ALSO_COPIED = (GENERATION, "LICENSE*", "NOTICE*")
-
-
-class Processor(Protocol):
-    """What is saved of a processor."""
-
-    @property
-    def given_template(self) -> str | None: ...
-
-    @property
-    def image_settings(self) -> Any: ...
 
 
 def stored_dtype(base: str) -> torch.dtype:
@@ -53,9 +44,9 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def write(folder: Path, merged: Any, source: MergeSource, processor: Processor) -> None:
+def write(folder: Path, merged: Any, source: MergeSource, processor: ChatProcessor | TowerProcessor) -> None:
     """Write all files of the merged model, also those that are the base model's."""
-    save(merged, folder)
+    save_weights(merged, folder)
     base = model_directory(source.base)
     copy_processor(base, folder, processor.given_template, processor.image_settings)
     for file in files_in(base, _ALSO_COPIED):
@@ -67,11 +58,6 @@ def write(folder: Path, merged: Any, source: MergeSource, processor: Processor) 
 
 def check_weights(saved: Any, merged: Any) -> None:
     """Raises UserError unless every weight of `saved`, which was loaded back, is that of `merged`."""
-    expected, found = merged.state_dict(), saved.state_dict()
-    wrong = [name for name in expected.keys() | found.keys() if not _equal(expected.get(name), found.get(name))]
+    wrong = differing_weights(saved, merged)
     if wrong:
-        raise UserError(f"loaded back, {len(wrong)} weights are not the merged ones, such as {shown(min(wrong))}")
-
-
-def _equal(one: Tensor | None, two: Tensor | None) -> bool:
-    return one is not None and two is not None and torch.equal(one, two)
+        raise UserError(f"loaded back, {len(wrong)} weights are not the merged ones, such as {shown(wrong[0])}")

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import new_folder
 from mmtrain.contrastive.sentence_folder import FILES
 from mmtrain.contrastive.towers import Towers
 from mmtrain.encoding.tower_processor import TowerProcessor, load_tower_processor
-from mmtrain.errors import UserError, storage_faults
+from mmtrain.merge.comparison import check_difference
 from mmtrain.merge.source import MergeSource
 from mmtrain.merge.stored import MAX_MERGED, MAX_ROUNDED, check_weights, name_of, write
 from mmtrain.merge.weights import cast, merge_weights
@@ -27,43 +26,30 @@ def merge_towers(source: MergeSource, output: Path, dtype: torch.dtype, progress
 
     Raises UserError, and leaves nothing at `output`, if the result has other embeddings.
     """
-    name, processor = visible(str(output)), load_tower_processor(source.base, source.processor_settings.image_processor)
+    processor = load_tower_processor(source.base, source.processor_settings.image_processor)
     progress.say("merging in float32")
     towers = _towers(load_weights(source.base, "float32"), processor)
     adapted = load_adapter(towers.model, source.adapter)  # which changes the model of `towers` in place
     expected = towers.probe()
     merged = merge_weights(adapted)
-    difference = _check(towers.probe(), expected, MAX_MERGED)
+    difference = check_difference(towers.probe(), expected, MAX_MERGED, "embeddings")
     cast(merged, dtype)
-    with storage_faults(f"{name}: it cannot be written"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_path(output) as made:
-            write(made, merged, source, processor)
-            _copy_sentence_files(source.adapter.folder, made)
-            saved = load_weights(str(made), name_of(dtype))
-            check_weights(saved, merged)
-            rounded = _check(_towers(saved.float(), processor).probe(), expected, MAX_ROUNDED[dtype])
-            move_into_place(output, made)
+    with new_folder(output) as made:
+        write(made, merged, source, processor)
+        _copy_sentence_files(source.adapter.folder, made)
+        saved = load_weights(str(made), name_of(dtype))
+        check_weights(saved, merged)
+        found = _towers(saved.float(), processor).probe()
+        rounded = check_difference(found, expected, MAX_ROUNDED[dtype], "embeddings")
     progress.say(
-        f"saved {name} in {name_of(dtype)}; its embeddings of random images and texts differ from base + adapter by "
-        f"{difference:.1e} before and {rounded:.1e} after the cast (relative, computed in float32)"
+        f"saved {visible(str(output))} in {name_of(dtype)}; its embeddings of random images and texts differ from "
+        f"base + adapter by {difference:.1e} before and {rounded:.1e} after the cast (relative, computed in float32)"
     )
     progress.say("transformers and others load it like the base model")
 
 
 def _towers(model: Any, processor: TowerProcessor) -> Towers:
     return Towers(model, processor, nullcontext)
-
-
-def _check(found: Tensor, expected: Tensor, limit: float) -> float:
-    """The relative difference (L2) of embeddings. Raises UserError if it exceeds `limit`."""
-    relative = float((found - expected).norm() / expected.norm())
-    if not relative <= limit:
-        raise UserError(
-            f"the merged model's embeddings differ by {relative:.1e} from those of base + adapter, over the {limit:g} "
-            "of rounding: nothing is saved; use the base model with the adapter instead"
-        )
-    return relative
 
 
 def _copy_sentence_files(adapter: Path, folder: Path) -> None:

@@ -1,24 +1,18 @@
-"""The weights of a merged model: merged in float32, cast once, saved as transformers saves a model."""
+"""The weights of a merged model: merged in float32, and cast once."""
 
 import warnings
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from torch import nn
-from transformers import GenerationConfig
 from transformers.utils.logging import ERROR, get_verbosity, set_verbosity
 
-from mmtrain.errors import UserError, system_error
-from mmtrain.model.weight_files import MAX_SHARD
+from mmtrain.errors import UserError
 from mmtrain.safe_text import one_line
-
-GENERATION = "generation_config.json"
 
 
 def dequantized(model: Any) -> Any:
@@ -77,13 +71,3 @@ def cast(model: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
     for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
         config.dtype = dtype
-
-
-def save(model: Any, folder: Path) -> None:
-    """Write config and weights in safetensors files of at most MAX_SHARD. Raises OSError."""
-    model.generation_config = GenerationConfig()  # transformers refuses to write some that it reads
-    try:
-        model.save_pretrained(folder, max_shard_size=MAX_SHARD)
-    except SafetensorError as error:
-        raise system_error(error) or error from None
-    (folder / GENERATION).unlink(missing_ok=True)  # the base model's is copied, if it has one

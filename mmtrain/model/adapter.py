@@ -4,7 +4,6 @@ peft downloads from the hub if a directory is missing, reads pickle, runs any re
 weights do not fit. Here everything is checked before peft gets it.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftModelForCausalLM, PeftModelForFeatureExtraction, set_peft_model_state_dict
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel, set_peft_model_state_dict
 from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,6 +21,8 @@ from torch import Tensor
 from mmtrain.config.schema import Model
 from mmtrain.encoding.saved_processor import differences
 from mmtrain.errors import UserError
+from mmtrain.model.tune import peft_task
+from mmtrain.model.weight_files import read_json
 from mmtrain.safe_text import one_line, shown, visible
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -118,8 +119,7 @@ def load_adapter(model: Any, adapter: Adapter, name: str = "default") -> PeftMod
         if isinstance(model, PeftModel):
             model.add_adapter(name, adapter.config)
         else:
-            generates = hasattr(model, "prepare_inputs_for_generation")
-            wrapper = PeftModelForCausalLM if generates else PeftModelForFeatureExtraction
+            wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[peft_task(model)]
             model = wrapper(model, adapter.config, adapter_name=name)
         loaded = set_peft_model_state_dict(model, adapter.weights, adapter_name=name)
     except KeyError as error:  # a module that was trained in full has no weights in the file
@@ -197,9 +197,19 @@ def find_adapter_folder(path: Path) -> Path:
     )
 
 
-def named_base(adapter: Adapter) -> str | None:
-    """The base model that the adapter's config names, if it names one."""
-    named = json.loads((adapter.folder / CONFIG).read_bytes()).get("base_model_name_or_path")
+def base_of(adapter: Path, given: str | None) -> str:
+    """The base model of the adapter in a directory: `given`, or the one that it names. Raises UserError."""
+    base = given or named_base(adapter)
+    if base is None:
+        raise UserError(f"{visible(str(adapter / CONFIG))}: it names no base model: give it as --base MODEL")
+    return base
+
+
+def named_base(adapter: Path) -> str | None:
+    """The base model that the config of the adapter in a directory names, if it names one. Raises UserError where the
+    config is not JSON."""
+    config = read_json(adapter / CONFIG)
+    named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     return named if isinstance(named, str) and named else None
 
 
@@ -224,11 +234,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_config(file: Path, weights: dict[str, Tensor]) -> LoraConfig:
-    where = visible(str(file))
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {one_line(error)}") from None
+    where, found = visible(str(file)), read_json(file)
     if not isinstance(found, dict):
         raise UserError(f"{where}: expected an object of keys, not {shown(found)}")
     _check_others(where, found)

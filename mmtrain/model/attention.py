@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mmtrain.dataset.batch import Batch
@@ -107,20 +107,21 @@ def _attention(
     if packed_row.ends is not None:
         query, key, value = autocast(query, key, value)
         if fits_varlen(query, key, value):
-            return _varlen(packed_row.ends, max(lengths), query, key, value, scaling, window), None
+            seen = (-1 if window is None else window - 1, 0)
+            return varlen(query, key, value, packed_row.ends, max(lengths), scaling, seen), None
     if _in_blocks(query, value) and (window is None or max(lengths) <= window):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return BlockAttention.apply(query, key, value, scale, lengths), None  # type: ignore[no-untyped-call]
     parts = zip(*(torch.split(tensor, list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
     out = torch.cat([_causal(q, k, v, scaling, window) for q, k, v in parts], dim=2)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 def fits_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `varlen_attn` supports these tensors: one 16-bit type, and one head width, at most 256 and a multiple of
-    8."""
+    8, but not from 200 to 224, whose backward pass some GPUs lack (8.6, 8.9 and 12.x)."""
     width, dtype = query.shape[-1], query.dtype
-    is_narrow = dtype in (torch.float16, torch.bfloat16) and width <= 256 and width % 8 == 0
+    is_narrow = dtype in (torch.float16, torch.bfloat16) and (width <= 192 or 224 < width <= 256) and width % 8 == 0
     return is_narrow and key.dtype == value.dtype == dtype and value.shape[-1] == width
 
 
@@ -138,22 +139,17 @@ def _in_blocks(query: Tensor, value: Tensor) -> bool:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    """One sample. With a sliding window a token attends to itself and the `window` - 1 tokens before it."""
+    """One sample. With a sliding window a token attends to itself and the `window` - 1 tokens before it.
+
+    On CUDA the float32 kernel that stores no probabilities takes as many key heads as query heads.
+    """
     length = query.shape[2]
+    key, value = (repeat_kv(tensor, query.shape[1] // tensor.shape[1]) for tensor in (key, value))
     if window is None or length <= window:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
     back = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
     mask = (back >= 0) & (back < window)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
-
-
-def _varlen(
-    ends: Tensor, longest: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
-) -> Tensor:
-    """All samples in one kernel, which takes (length, heads, width)."""
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    left = -1 if window is None else window - 1
-    return varlen(q, k, v, ends, longest, scaling, (left, 0))[None]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
 
 
 def varlen(
@@ -165,12 +161,14 @@ def varlen(
     scaling: float | None,
     window: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    """`varlen_attn` of query (length, heads, width), key and value (length, key heads, width), within the stretches
-    between `ends` (1 + stretches,) int32; `window`: how many tokens before and after are seen, -1 all."""
+    """(1, length, heads, width) `varlen_attn` of query (1, heads, length, width), key and value (1, key heads, length,
+    width), within the stretches between `ends` (1 + stretches,) int32; `window`: how many tokens before and after are
+    seen, -1 all."""
     grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _HAS_GQA_FLAG else {}
-    out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=window, **grouped)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window, **grouped)
     assert isinstance(out, Tensor)
-    return out
+    return out[None]
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

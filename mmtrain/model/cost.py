@@ -61,7 +61,7 @@ def cost_model(model: Any, family: Family, tune: Tune) -> CostModel:
     at_labels = sum(passes["language"] * num_weights(weight) + _own(weight) for weight in matrices)
     return CostModel(
         token=products["language"] - at_labels,
-        token_pair=3.0 * _depth(text) * _width(text),
+        token_pair=3.0 * sum(_width(text.per_layer_config[layer]) for layer in range(text.num_hidden_layers)),
         image_token=patches * (products["vision"] + windows * attention) + products["projector"],
         image_token_pair=full * patches**2 * attention,
         supervised=2.0 * head.numel() + _own(head) + at_labels,
@@ -96,10 +96,6 @@ def _passes(tune: Tune) -> dict[str, float]:
     passes["language"] = 2.0
     passes["projector"] = max(passes["projector"], passes["vision"])
     return passes
-
-
-def _depth(config: Any) -> int:
-    return int(config.num_hidden_layers)
 
 
 def _width(config: Any) -> int:

@@ -18,7 +18,7 @@ from mmtrain.dataset.batch import Batch
 from mmtrain.errors import UserError
 from mmtrain.model.components import base_name
 from mmtrain.model.family import Family
-from mmtrain.model.kernels.masks import Dropped, Mask, Rows, gpu_kernel
+from mmtrain.model.kernels.masks import Mask, MaskedInput, RowOrigins, gpu_kernel
 
 MASKS = "philox4x64-10"
 """What the masks of a run are made by. Another name: a run with dropout cannot resume to the same result."""
@@ -31,7 +31,7 @@ class DropoutContext:
         self._seed = seed
         self._step = 0
         self._batch: Batch | None = None
-        self._rows: dict[tuple[str, int], Rows] = {}
+        self._rows: dict[tuple[str, int], RowOrigins] = {}
 
     @contextmanager
     def at(self, step: int, batch: Batch) -> Iterator[None]:
@@ -57,7 +57,9 @@ class DropoutContext:
                 "depend on the micro-batch; set it to 0"
             )
         if (component, num_rows) not in self._rows:
-            self._rows[component, num_rows] = Rows(num_rows, tuple(_spans(self._batch, component, grid_key, num_rows)))
+            self._rows[component, num_rows] = RowOrigins(
+                num_rows, tuple(_spans(self._batch, component, grid_key, num_rows))
+            )
         key = hashlib.blake2b(f"{self._seed} {module}".encode(), digest_size=8).digest()
         return Mask(p, int.from_bytes(key, "little"), self._step, self._rows[component, num_rows])
 
@@ -75,7 +77,7 @@ class SampleDropout(nn.Module):
         mask = mask_of(self, len(rows))
         if mask is None:
             return x
-        return Dropped.apply(rows, mask).view(x.shape)  # type: ignore[no-untyped-call, no-any-return]
+        return MaskedInput.apply(rows, mask).view(x.shape)  # type: ignore[no-untyped-call, no-any-return]
 
     def mask(self, num_rows: int) -> Mask | None:
         """What is dropped of an input of `num_rows` rows: the positions of the text, or those of the images' patches or

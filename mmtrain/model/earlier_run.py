@@ -94,7 +94,7 @@ def _has(values: Mapping[str, torch.Tensor], name: str, value: torch.Tensor) -> 
 
 def _check_base(adapter: Adapter, path: str) -> None:
     """Raises UserError if the adapter was trained on a model with other weights, where that model is still there."""
-    named = named_base(adapter)
+    named = named_base(adapter.folder)
     if named is None or not Path(named).is_dir() or not Path(path).is_dir() or Path(named).samefile(path):
         return
     if digest(files_in(Path(named), ["*.safetensors"])) != digest(files_in(Path(path), ["*.safetensors"])):

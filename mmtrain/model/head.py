@@ -21,7 +21,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from mmtrain.model.kernels.products import product
 from mmtrain.model.planned_device import kind_of
-from mmtrain.safe_text import one_line
+from mmtrain.safe_text import error_line
 
 TOKEN_BLOCK = 512
 """Tokens whose logits exist at once. With fewer, the weights are read more often, which is slow on the CPU."""
@@ -152,7 +152,7 @@ def find_head_kind(model: Any, say: Callable[[str], None]) -> HeadKind:
         try:
             logits = model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False).logits
         except Exception as error:  # a family that requires more than text can raise anything
-            say(f"head: all logits at once, the model fails on one token: {type(error).__name__}: {one_line(error)}")
+            say(f"head: all logits at once, the model fails on one token: {error_line(error)}")
             return "own"
     return "plain" if _is_only(logits, given) else "own"
 

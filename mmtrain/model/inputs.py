@@ -4,12 +4,12 @@ import inspect
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from mmtrain.dataset.batch import Batch, Segment
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.attention import KEYWORD, PackedRow, install_attention
+from mmtrain.model.components import base_model
 from mmtrain.model.image_cache.features import ImageFeatures
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.transfer import all_on_device
@@ -34,7 +34,7 @@ class InputMaker:
         vision: VisionInputs | None = None,
     ) -> None:
         self.features = features
-        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        model = base_model(model)
         self._model = model
         self._vision = vision or VisionInputs(model)
         self._get_rope_index = getattr(model.base_model, "get_rope_index", None)
@@ -56,7 +56,7 @@ class InputMaker:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         inputs["position_ids"] = self._positions(batch)
         if not batch.packed:
-            inputs["attention_mask"] = _padding_mask(batch)
+            inputs["attention_mask"] = batch.padding_mask()
         elif self.attends_by_sample:
             inputs[KEYWORD] = PackedRow.of(batch, device)
             inputs["attention_mask"] = _READY_MASK
@@ -123,11 +123,3 @@ def _num_axes(config: Any) -> int:
     """The axes of a model's M-RoPE: as many as its rotary dimensions are divided into, or time, height and width."""
     settings = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return len(settings.get("mrope_section") or (0, 0, 0))
-
-
-def _padding_mask(batch: Batch) -> Tensor:
-    """(rows, length) 1 at the tokens of samples, 0 at padding."""
-    mask = torch.zeros_like(batch.input_ids)
-    for segment in batch.segments:
-        mask[segment.row, segment.start : segment.start + segment.length] = 1
-    return mask

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import (
@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.logging import ERROR, disable_progress_bar, get_verbosity, set_tqdm_hook, set_verbosity
 
+from mmtrain.config.schema import Model
 from mmtrain.config.tune_section import ComponentModules
 from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.directory import is_dual_encoder, model_directory, takes_images
@@ -26,38 +27,24 @@ from mmtrain.errors import UserError
 from mmtrain.model.head import accept_positions
 from mmtrain.model.quantization import (
     check_installed,
-    check_not_stored_quantized,
     check_quantized,
+    dequantize_stored,
     quantization_config,
     stand_in_for_quantized,
 )
 from mmtrain.model.weight_files import check_finite_files, check_weight_files, is_finite
-from mmtrain.safe_text import one_line, shown
+from mmtrain.safe_text import error_line, one_line, shown
 
 _log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 _NONE = ComponentModules()
 
 
-class LoadModel(Protocol):
-    """What gives a base model: `load_model`, or `load_without_weights`."""
-
-    def __call__(
-        self,
-        path: str,
-        dtype: str,
-        processor: ChatProcessor,
-        device: torch.device,
-        tick: Callable[[], None],
-        quantization: str | None,
-        named: ComponentModules,
-    ) -> Any: ...
-
-
 def load_config(path: str) -> Any:
     """The model's configuration. Raises UserError where config.json is broken or of an unknown model."""
+    directory = model_directory(path)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a broken file makes transformers raise anything
         raise UserError(f"{path}: the model's config cannot be loaded: {one_line(error)}") from None
 
@@ -66,38 +53,30 @@ def auto_class(config: Any) -> Any:
     """The class of transformers that loads a model with this configuration."""
     if is_dual_encoder(config):
         return AutoModel
-    if not takes_images(config):
-        return AutoModelForCausalLM
-    is_image_text = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if is_image_text else AutoModelForMultimodalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForMultimodalLM if takes_images(config) else AutoModelForCausalLM
 
 
 def model_structure(path: str) -> Any:
     """The model without its weights: every tensor is on the meta device, which stores no values."""
+    with torch.device("meta"):
+        return _new_model(path)
+
+
+def _new_model(path: str, **settings: Any) -> Any:
+    """The model with new weights. Raises UserError where its configuration is broken."""
     config = load_config(path)
     try:
-        with torch.device("meta"):
-            return auto_class(config).from_config(config).eval()
+        return auto_class(config).from_config(config, **settings).eval()
     except Exception as error:  # a broken config makes transformers raise anything
-        raise UserError(f"{path}: the model cannot be made: {type(error).__name__}: {one_line(error)}") from None
+        raise UserError(f"{path}: the model cannot be made: {error_line(error)}") from None
 
 
-def load_without_weights(
-    path: str,
-    dtype: str,
-    processor: ChatProcessor,
-    device: torch.device = _CPU,
-    tick: Callable[[], None] = lambda: None,
-    quantization: str | None = None,
-    named: ComponentModules = _NONE,
-) -> Any:
+def load_without_weights(settings: Model) -> Any:
     """The model as `load_model` gives it, with new weights of which none is read. For `WithoutValues`."""
-    config = load_config(path)
-    try:
-        model = auto_class(config).from_config(config, dtype=getattr(torch, dtype)).eval()
-    except Exception as error:  # a broken config makes transformers raise anything
-        raise UserError(f"{path}: the model cannot be made: {type(error).__name__}: {one_line(error)}") from None
-    if quantization is not None:
+    model = _new_model(settings.path, dtype=getattr(torch, settings.dtype))
+    if settings.quantization is not None:
         stand_in_for_quantized(model)
     return model
 
@@ -105,7 +84,7 @@ def load_without_weights(
 def length_limit(path: str, max_length: int) -> LengthLimit:
     """The longest sample: `max_length` tokens, or fewer if the model has fewer positions."""
     positions = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
-    if positions and positions < max_length:
+    if positions and 0 < positions < max_length:
         return LengthLimit(positions, "the model's positions, max_position_embeddings in its config.json")
     return LengthLimit(max_length, "data.max_length")
 
@@ -165,7 +144,7 @@ def _from_pretrained(
             path,
             # without a map weights stay mapped from the file where their type is the file's, so processes share them;
             # quantized ones would go to a GPU
-            device_map=None if device.type == "cpu" and not settings else {"": device},
+            device_map=None if device.type == "cpu" and "quantization_config" not in settings else {"": device},
             dtype=getattr(torch, dtype),
             local_files_only=True,
             trust_remote_code=False,
@@ -177,7 +156,7 @@ def _from_pretrained(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a broken directory makes transformers raise anything
-        raise UserError(f"{path}: the model cannot be loaded: {type(error).__name__}: {one_line(error)}") from None
+        raise UserError(f"{path}: the model cannot be loaded: {error_line(error)}") from None
     finally:
         set_verbosity(verbosity)
         set_tqdm_hook(hook)
@@ -270,8 +249,10 @@ def load_weights(
     """
     config = load_config(path)
     _check_files(config, path)
-    check_not_stored_quantized(config, quantization, path)
+    is_stored_quantized = dequantize_stored(config, quantization, path)
     settings = {} if quantization is None else _quantized(path, config, quantization, dtype, named)
+    if is_stored_quantized:
+        settings["config"] = config
     model, info = _from_pretrained(auto or auto_class(config), path, dtype, device, tick, **settings)
     _check_finite(model, path, tick)
     unused = sorted(info["unexpected_keys"])

@@ -6,12 +6,15 @@ layers with a name under which peft looks for experts.
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 
 from mmtrain.config.tune_section import Lora, Tune
@@ -57,11 +60,17 @@ def targets_of(model: Any, components: Components, component: str, lora: Lora) -
     if lora.targets is None:
         modules, weights, unknown = found.by_default, [*found.experts, *found.named_as_experts], []
     else:
-        named = [*found.linear, *found.experts, *found.routers]
+        named = [*found.linear, *found.experts, *found.routers, *found.lost]
         chosen = {name for name in named if any(_ends_with(name, target) for target in lora.targets)}
         modules = [name for name in found.linear if name in chosen and name not in found.named_as_experts]
         weights = [name for name in (*found.experts, *found.named_as_experts, *found.routers) if name in chosen]
         unknown = [target for target in lora.targets if not any(_ends_with(name, target) for name in named)]
+        lost = [name for name in found.lost if name in chosen]
+        if lost:
+            raise UserError(
+                f"tune.{component}: peft would not load the adapters of {len(lost)} layers again, such as {lost[0]}: "
+                "name other layers in `targets`"
+            )
     targets = Targets(modules, _run_alone(model, map(found.weight_of, weights)) if lora.variant != "dora" else [])
     if unknown or not targets:
         names = ", ".join(sorted({_last(name) for name in (*found.linear, *found.experts)})) or "none"
@@ -80,9 +89,13 @@ def without_adapter(model: Any, components: Components, tune: Tune) -> Iterator[
         if not isinstance(mode, Lora) or mode.targets is not None:
             continue
         found = _Weights(model, components, component)
-        if found.refused:
-            kinds = ", ".join(sorted({_last(name) for name in found.refused}))
-            yield f"tune.{component}: no adapter on {len(found.refused)} linear layers that peft refuses: {kinds}"
+        for names, what in (
+            (found.refused, "linear layers that peft refuses"),
+            (found.lost, "layers that peft would not load again"),
+        ):
+            if names:
+                kinds = ", ".join(sorted({_last(name) for name in names}))
+                yield f"tune.{component}: no adapter on {len(names)} {what}: {kinds}"
         weights = [found.weight_of(name) for name in (*found.experts, *found.named_as_experts)]
         adapted = [] if mode.variant == "dora" else _run_alone(model, weights)
         left_out = [name for name in weights if name not in adapted]
@@ -110,17 +123,31 @@ class _Weights:
         routers = [name for name, module in own.items() if name not in owners and _is_router(name, module, sizes)]
         self.routers = [name for name in routers if name not in self.linear]
         """Those that are no linear layers."""
-        by_last = {last: _way(model.config, last) for last in {_last(name) for name in self.linear}}
+        by_last = _ways(model.config, {_last(name) for name in self.linear})
         ways = {name: by_last[_last(name)] for name in self.linear}
         ways |= {name: None for name, way in ways.items() if way == "weight" and is_quantized(own[name])}
+        layers = {name: name for name, way in ways.items() if way == "layer"}
+        self.lost = _not_loaded_again(model, layers | {name: name.rpartition(".")[0] for name in self.experts})
+        """Those that peft would not load again."""
+        ways |= dict.fromkeys(layers.keys() & self.lost)
+        self.experts = [name for name in self.experts if name not in self.lost]
         self.named_as_experts = [name for name, way in ways.items() if way == "weight"]
-        self.refused = [name for name, way in ways.items() if way is None]
+        self.refused = [name for name, way in ways.items() if way is None and name not in self.lost]
         left_out = {components.head_name, *routers}
         self.by_default = [name for name, way in ways.items() if way == "layer" and name not in left_out]
 
     def weight_of(self, name: str) -> str:
         """The name of the parameter that gets the adapter."""
         return name if name in self.experts else f"{name}.weight"
+
+
+def _not_loaded_again(model: Any, owners: dict[str, str]) -> list[str]:
+    """Those of the weights whose adapters peft would load under another name than it saves them: some rules that
+    transformers has for the names of older checkpoints also match today's. `owners`: the module of each weight."""
+    saved = {name: f"base_model.model.{owner}.lora_A.weight" for name, owner in owners.items()}
+    tensors = dict.fromkeys(saved.values(), torch.empty(1, 1))
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(target_modules=[]), tensors)
+    return [name for name, key in saved.items() if key not in loaded]
 
 
 def _is_router(name: str, module: nn.Module, sizes: set[int]) -> bool:
@@ -131,35 +158,38 @@ def _is_router(name: str, module: nn.Module, sizes: set[int]) -> bool:
     return _ROUTER.search(".".join(name.split(".")[-2:])) is not None
 
 
-def _way(config: Any, name: str) -> str | None:
-    """How peft puts an adapter on a linear layer of this name in a model with this configuration: on the "layer", only
+def _ways(config: Any, names: set[str]) -> dict[str, str | None]:
+    """How peft puts adapters on linear layers of these names in a model with this configuration: on the "layer", only
     on its "weight", or, None, not at all, such as on a layer whose weight a recurrent family takes in a kernel of its
     own, where an adapter would have no effect."""
-    if _is_made(config, name, LoraConfig(target_modules=[name], r=1)):
-        return "layer"
-    by_weight = LoraConfig(target_modules=[], target_parameters=[f"{name}.weight"], r=1)
-    return "weight" if _is_made(config, name, by_weight) else None
+    if _num_made(config, names, LoraConfig(target_modules=sorted(names), r=1)) == len(names):
+        return dict.fromkeys(names, "layer")
+    if len(names) > 1:
+        return {name: way for one in names for name, way in _ways(config, {one}).items()}
+    by_weight = LoraConfig(target_modules=[], target_parameters=[f"{name}.weight" for name in names], r=1)
+    return dict.fromkeys(names, "weight" if _num_made(config, names, by_weight) else None)
 
 
-def _is_made(config: Any, name: str, lora: LoraConfig) -> bool:
-    """Tried on a module with this configuration and a layer of this name. The random state does not change: the initial
-    weights of the real adapters follow from it."""
+def _num_made(config: Any, names: Iterable[str], lora: LoraConfig) -> int:
+    """How many adapters peft puts on a module with this configuration and layers of these names; 0 where it refuses.
+    The random state does not change: the initial weights of the real adapters follow from it."""
     probe = nn.Module()
     object.__setattr__(probe, "config", config)
-    with torch.random.fork_rng([]):
-        probe.add_module(name, nn.Linear(1, 1))
+    with torch.random.fork_rng([]), warnings.catch_warnings(action="ignore"):
+        for name in names:
+            probe.add_module(name, nn.Linear(1, 1))
         try:
             inject_adapter_in_model(lora, probe)
         except ValueError:
-            return False
-    return True
+            return 0
+    return sum(isinstance(module, LoraLayer) for module in probe.modules())
 
 
 def patterns_are_rewritten(config: Any) -> bool:
     """Whether peft makes a list of last names of a pattern of full names: it does where names have changed since
     adapters were trained with transformers 4."""
     lora = LoraConfig(target_modules="^(?:layer)$", r=1)
-    _is_made(config, "layer", lora)
+    _num_made(config, ["layer"], lora)
     return not isinstance(lora.target_modules, str)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 META = torch.device("meta")
 
@@ -30,9 +31,9 @@ class MetaResults:
             return func(*args, **kwargs)
         if known is None:
             out = func(*args, **kwargs)
-            self._known[key] = _described(out)
+            self._known[key] = tree_map_only(Tensor, on_meta, out)
             return out
-        return args[0] if writes_first(func) else _made(known)
+        return args[0] if writes_first(func) else tree_map_only(Tensor, on_meta, known)
 
 
 @functools.cache
@@ -60,14 +61,6 @@ def _key(value: Any) -> Any:
     return type(value), value
 
 
-def _described(out: Any) -> Any:
-    if isinstance(out, Tensor):
-        return tuple(out.shape), out.stride(), out.dtype
-    return [_described(own) for own in out] if isinstance(out, list | tuple) else out
-
-
-def _made(known: Any) -> Any:
-    if isinstance(known, tuple):
-        shape, stride, dtype = known
-        return torch.empty_strided(shape, stride, dtype=dtype, device=META)
-    return [_made(own) for own in known] if isinstance(known, list) else known
+def on_meta(value: Tensor) -> Tensor:
+    """A tensor of the same shape and type that stores nothing and shares nothing."""
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=META)

@@ -11,7 +11,7 @@ import io
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmtrain.dataset.batch import make_batch
 from mmtrain.encoding.encode import Encoded, ImageSpan
-from mmtrain.encoding.image_processor import TYPE_KEYS
+from mmtrain.encoding.image_runner import TYPE_KEYS
 from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
@@ -29,7 +29,7 @@ from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.planned_device import kind_of
 from mmtrain.model.quantized_weights import num_weights
-from mmtrain.safe_text import one_line
+from mmtrain.safe_text import error_line
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Largest relative difference (L2) of the logits of a section of a sample that counts as rounding.
@@ -50,6 +50,8 @@ _ALONE = 2
 """If padded rows differ by more than this many tolerances, samples go through the model one at a time."""
 _NUM_TOKENS = (60, 24)
 """Text tokens of the two samples."""
+_NUM_REPLACED = 6
+"""Text tokens at the end of a sample that are replaced, to try whether what is before them changes."""
 _NUM_BEFORE = 5
 """Text tokens before the image. Each section is compared separately, so a leak over only a few tokens is noticed."""
 _NUM_COMPARED = 32
@@ -84,7 +86,7 @@ def try_rows(model: Any, processor: ChatProcessor, dtype: torch.dtype, packing: 
     except Exception as error:  # a family that is not supported can raise anything
         given = ", ".join(f"model.image_processor.{key}" for key in processor.image_settings)
         hint = f"; {given} may not fit the model" if given else ""
-        raise UserError(f"the model cannot be run on a trial batch: {_named(error)}{hint}") from error
+        raise UserError(f"the model cannot be run on a trial batch: {error_line(error)}{hint}") from error
     if not all(torch.isfinite(logits).all() for logits in first + second):
         raise UserError("the logits of the model are not finite on a trial batch: its weights or its dtype are wrong")
     if other > _REFUSED * trial.tolerance:
@@ -92,12 +94,17 @@ def try_rows(model: Any, processor: ChatProcessor, dtype: torch.dtype, packing: 
             f"the positions or token types that mmtrain gives this model change its logits by {other:.0%} from those "
             "that it computes on its own: this family is not supported"
         )
+    if trial.looks_ahead(second) > trial.tolerance:
+        raise UserError(
+            "this is not a causal language model: its logits at a token change with the tokens after it; expected a "
+            "model that generates text token by token"
+        )
     if not processor.lays_out_together:
         return RowsFound("the images of this model are laid out for one sample at a time", alone=True)
     try:
         padded = _difference(trial.logits([0, 1], packing=False), first + second)
     except Exception as error:
-        return RowsFound(f"this model takes one sample at a time: padded rows raise {_named(error)}", alone=True)
+        return RowsFound(f"this model takes one sample at a time: padded rows raise {error_line(error)}", alone=True)
     if padded > _ALONE * trial.tolerance:
         found = f"in padded rows its logits differ by {padded:.0%} from those of each sample alone"
         return RowsFound(f"this model takes one sample at a time: {found}", alone=True)
@@ -114,7 +121,7 @@ def _packing_fault(trial: "_Trial", first: list[Tensor], second: list[Tensor], p
         packed = max(_difference(forward, first + second), _difference(backward, second + first))
         leaked = trial.leaked(forward)
     except Exception as error:
-        return f"this model cannot run packed rows: {_named(error)}"
+        return f"this model cannot run packed rows: {error_line(error)}"
     if packed > max(trial.tolerance, _ROUNDING * padded):
         return f"in a packed row the logits of this model differ by {packed:.0%} from those of each sample alone"
     if leaked > trial.tolerance:
@@ -122,13 +129,8 @@ def _packing_fault(trial: "_Trial", first: list[Tensor], second: list[Tensor], p
     return None
 
 
-def _named(error: Exception) -> str:
-    message = one_line(error)
-    return message if message == type(error).__name__ else f"{type(error).__name__}: {message}"
-
-
 class _Trial:
-    """A model, two random samples of it, and two more of the same lengths."""
+    """A model, two random samples of it, two more of the same lengths, and the second with other tokens at its end."""
 
     def __init__(self, model: Any, processor: ChatProcessor, dtype: torch.dtype) -> None:
         self._model, self._processor, self._dtype = model, processor, dtype
@@ -142,6 +144,8 @@ class _Trial:
         self._samples = [
             sample for seed in (0, 1) for sample in random_samples(model, processor, (first, second), seed)
         ]
+        own, other = self._samples[1], self._samples[3]
+        self._samples.append(replace(own, ids=np.append(own.ids[:-_NUM_REPLACED], other.ids[-_NUM_REPLACED:])))
 
     def logits(self, order: Sequence[int], packing: bool) -> list[Tensor]:
         """(num_compared, vocabulary) float32 for each section of the samples, in this order."""
@@ -167,6 +171,13 @@ class _Trial:
             logits = self._model(**inputs, logits_to_keep=keep.to(device)).logits
         sizes = [int(sample.supervised[section].sum()) for sample in samples for section in _sections(sample)]
         return list(torch.split(logits.flatten(0, -2).float(), sizes))
+
+    def looks_ahead(self, second: list[Tensor]) -> float:
+        """The change of `second`, the logits of the second sample, before its last tokens if these are replaced. As in
+        `leaked` there is no rounding but with experts."""
+        replaced = int(self._samples[1].supervised[-_NUM_REPLACED:].sum())
+        changed = self.logits([4], packing=False)
+        return _difference(*([*found[:-1], found[-1][:-replaced]] for found in (changed, second)))
 
     def leaked(self, row: list[Tensor]) -> float:
         """The change of the logits of each sample of the packed `row` if the other sample is replaced.

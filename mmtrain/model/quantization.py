@@ -6,10 +6,13 @@ Dettmers et al. 2023, "QLoRA: Efficient finetuning of quantized LLMs", section 3
 
 import importlib.metadata
 import importlib.util
+import inspect
+import logging
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from mmtrain.config.tune_section import ComponentModules
 from mmtrain.errors import UserError
@@ -18,6 +21,7 @@ from mmtrain.model.quantized_stand_in import stand_in
 from mmtrain.model.quantized_weights import is_quantized
 from mmtrain.safe_text import shown
 
+_log = logging.getLogger(__name__)
 _PACKAGE = "bitsandbytes"
 BLOCK_SIZE = 64
 """Weights that share a scale, as bitsandbytes groups them by default."""
@@ -38,20 +42,25 @@ def quantizer(quantization: str) -> str:
     return f"{quantization}, blocks of {BLOCK_SIZE}, double quantization, {_PACKAGE} {version}"
 
 
-def check_not_stored_quantized(config: Any, quantization: str | None, path: str) -> None:
-    """Raises UserError where the weights of the model directory are quantized already.
+def dequantize_stored(config: Any, quantization: str | None, path: str) -> bool:
+    """Whether the weights are stored quantized. If so, `config` then says that they are dequantized as they are read:
+    kernels for them compute no gradients.
 
-    Other methods than bitsandbytes' are left to transformers, as long as nothing is to be quantized again.
+    Raises UserError where transformers cannot dequantize them, or they are to be quantized again.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is None:
-        return
+        return False
     method = str(stored.get("quant_method") or _PACKAGE) if isinstance(stored, dict) else _PACKAGE
-    if quantization is not None or method == _PACKAGE:
+    settings = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    if quantization is not None or settings is None or "dequantize" not in inspect.signature(settings).parameters:
         raise UserError(
             f"{path}: the weights are stored quantized ({shown(method)}): expected the original model; "
             "give that one, with `model.quantization: nf4` to quantize it while it is loaded"
         )
+    stored["dequantize"] = True
+    _log.info("%s: the weights are stored quantized (%s): dequantized while they are read", path, shown(method))
+    return True
 
 
 def quantization_config(skeleton: Any, dtype: torch.dtype, named: ComponentModules) -> Any:

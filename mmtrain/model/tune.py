@@ -97,8 +97,7 @@ def kept_frozen(model: Any, components: Components, tune: Tune) -> Iterator[str]
 def _with_adapters(model: Any, loras: dict[str, Lora], targets: dict[str, Targets], saved: list[str]) -> PeftModel:
     """`model` with adapters on `targets` and a trainable copy of the modules `saved`. Raises UserError."""
     try:
-        task = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION"
-        adapted = get_peft_model(model, _lora_config(model.config, loras, targets, saved, task))
+        adapted = get_peft_model(model, _lora_config(model.config, loras, targets, saved, peft_task(model)))
     except (ValueError, NotImplementedError) as error:  # such as a layer that a family computes in its own kernel
         keys = ", ".join(f"tune.{component}" for component in loras)
         raise UserError(f"{keys}: peft refuses it: {one_line(error)}; name other layers in `targets`") from None
@@ -110,6 +109,11 @@ def _with_adapters(model: Any, loras: dict[str, Lora], targets: dict[str, Target
     if isinstance(config.target_parameters, set):
         config.target_parameters = sorted(config.target_parameters) or None
     return adapted
+
+
+def peft_task(model: Any) -> str:
+    """What peft calls the task of a base model: of one that generates text, or of an encoder."""
+    return "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION"
 
 
 def target_name(name: str, layer: LoraLayer) -> str:

@@ -24,9 +24,10 @@ from transformers.masking_utils import sdpa_mask
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.raw_pixels import Normalization, find_normalization
 from mmtrain.model.attention import autocast, fits_varlen, has_varlen, varlen
-from mmtrain.model.image_cache.features import base_model, given_to_decoder
+from mmtrain.model.components import base_model
+from mmtrain.model.image_cache.features import given_to_decoder
 from mmtrain.model.transfer import all_on_device
-from mmtrain.safe_text import one_line
+from mmtrain.safe_text import error_line
 
 NAME = "mmtrain_flash_images"
 _SEEN = "seen_by_kernel"
@@ -111,35 +112,29 @@ def _normalization(processor: ChatProcessor, device: torch.device, say: Callable
 def _prepared(
     plain: VisionInputs, computed: VisionInputs, processor: ChatProcessor, say: Callable[[str], None]
 ) -> VisionInputs:
-    model, tower = computed.model, computed.tower
     try:
-        expected, _ = _trial(model, processor, plain)
+        trial = _Trial(plain, processor)
     except Exception as error:  # a family that is not supported can raise anything; training reports it
-        say(f"vision: its trial failed with {type(error).__name__}: {one_line(error)}")
+        say(f"vision: its trial failed with {error_line(error)}")
         return plain
-    for line in _changed_attention(model, tower, processor, plain, expected):
-        say(line)
-    fault = _fault(model, processor, computed, expected)
-    if fault:
-        say(f"vision: what follows from the sizes of images is computed on the GPU, because {fault}")
-    return plain if fault else computed
+    if why := _why_attention_stays(trial, computed.tower):
+        say(f"vision: attention goes image by image and window by window, because {why}")
+    if why := trial.fault(computed):
+        say(f"vision: what follows from the sizes of images is computed on the GPU, because {why}")
+        return plain
+    return computed
 
 
-def _changed_attention(
-    model: Any, tower: Any, processor: ChatProcessor, plain: VisionInputs, expected: list[Tensor]
-) -> list[str]:
-    """Change it where that passes; the line that says why it does not."""
+def _why_attention_stays(trial: "_Trial", tower: Any) -> str | None:
+    """Change the attention of `tower` where that passes; the reason where it is tried and does not."""
     if tower.config._attn_implementation != "sdpa":
-        return []
-    seen: list[bool] = []
+        return None
     _set_attention(tower, NAME)
-    fault = _fault(model, processor, plain, expected, seen)
+    fault, seen = trial.fault(trial.plain), trial.seen
     if not fault and seen and all(seen):
-        return []
+        return None
     _set_attention(tower, "sdpa")
-    if not fault:
-        fault = "the GPU has no kernel for its type or width of heads" if seen else None
-    return [f"vision: attention goes image by image and window by window, because {fault}"] if fault else []
+    return fault or ("the GPU has no kernel for its type or width of heads" if seen else None)
 
 
 def _set_attention(tower: Any, name: str) -> None:
@@ -149,35 +144,39 @@ def _set_attention(tower: Any, name: str) -> None:
         config._attn_implementation = name
 
 
-def _fault(
-    model: Any, processor: ChatProcessor, inputs: VisionInputs, expected: list[Tensor], seen: list[bool] | None = None
-) -> str | None:
-    """Why the decoder is not given the same; None where it is."""
-    try:
-        found, calls = _trial(model, processor, inputs)
-    except Exception as error:
-        return f"the trial failed with {type(error).__name__}: {one_line(error)}"
-    if seen is not None:
-        seen += calls
-    if [value.shape for value in found] != [value.shape for value in expected]:
-        return "the decoder is given other tensors"
-    furthest = max(map(_difference, found, expected))
-    return f"the decoder is given values that differ by {furthest:.0%}" if not furthest <= _TOLERANCE else None
+class _Trial:
+    """What the decoder is given for images of noise as `plain` places them, compared with other ways."""
 
+    def __init__(self, plain: VisionInputs, processor: ChatProcessor) -> None:
+        self.plain, self._processor = plain, processor
+        self.seen: list[bool] = []
+        """What `_SEEN` lists after the last run."""
+        self._expected = self._run(plain)
 
-def _trial(model: Any, processor: ChatProcessor, inputs: VisionInputs) -> tuple[list[Tensor], list[bool]]:
-    """What the decoder is given for images of noise, and the gradient of their pixels; and what `_SEEN` lists."""
-    noise = np.random.default_rng(0)
-    images = [PIL.Image.fromarray(noise.integers(0, 256, (h, w, 3), np.uint8)) for w, h in _SIZES]
-    made, ids = processor.image_inputs([images])
-    placed, seen = inputs(made), list[bool]()
-    pixels = [v.requires_grad_() for k, v in placed.items() if k.startswith("pixel") and v.is_floating_point()]
-    with torch.enable_grad():
-        given = given_to_decoder(model, ids, placed | {_SEEN: seen})
-        out = [value for value in given if value.requires_grad]
-        outer = [torch.cos(torch.arange(value.numel(), device=value.device)).view_as(value) for value in out]
-        gradients = torch.autograd.grad(out, pixels, [o.to(v) for o, v in zip(outer, out, strict=True)])
-    return [value.detach() for value in (*given, *gradients)], seen
+    def fault(self, inputs: VisionInputs) -> str | None:
+        """Why the decoder is not given the same; None where it is."""
+        try:
+            found = self._run(inputs)
+        except Exception as error:
+            return f"the trial failed with {error_line(error)}"
+        if [value.shape for value in found] != [value.shape for value in self._expected]:
+            return "the decoder is given other tensors"
+        furthest = max(map(_difference, found, self._expected))
+        return f"the decoder is given values that differ by {furthest:.0%}" if not furthest <= _TOLERANCE else None
+
+    def _run(self, inputs: VisionInputs) -> list[Tensor]:
+        """What the decoder is given, and the gradient of the pixels."""
+        noise, self.seen = np.random.default_rng(0), []
+        images = [PIL.Image.fromarray(noise.integers(0, 256, (h, w, 3), np.uint8)) for w, h in _SIZES]
+        made, ids = self._processor.image_inputs([images])
+        placed = inputs(made)
+        pixels = [v.requires_grad_() for k, v in placed.items() if k.startswith("pixel") and v.is_floating_point()]
+        with torch.enable_grad():
+            given = given_to_decoder(inputs.model, ids, placed | {_SEEN: self.seen})
+            out = [value for value in given if value.requires_grad]
+            outer = [torch.cos(torch.arange(value.numel(), device=value.device)).view_as(value) for value in out]
+            gradients = torch.autograd.grad(out, pixels, [o.to(v) for o, v in zip(outer, out, strict=True)])
+        return [value.detach() for value in (*given, *gradients)]
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
@@ -214,8 +213,7 @@ def _attention(
         rows = [sdpa_attention_forward(module, *own, None, dropout, scaling, **kwargs)[0] for own in each]
         return torch.cat(rows, dim=1), None
     longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else max_length_q
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return varlen(q, k, v, cu_seq_lens_q, longest, scaling)[None], None
+    return varlen(query, key, value, cu_seq_lens_q, longest, scaling), None
 
 
 AttentionInterface.register(NAME, _attention)

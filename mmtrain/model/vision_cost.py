@@ -17,7 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model.image_cache.features import base_model, given_to_decoder
+from mmtrain.model.components import base_model
+from mmtrain.model.image_cache.features import given_to_decoder
 from mmtrain.model.transfer import all_on_device
 from mmtrain.safe_text import one_line
 

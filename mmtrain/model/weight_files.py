@@ -1,13 +1,15 @@
-"""Checks the weight files of a model directory before transformers reads them: complete, safetensors, inside it."""
+"""The weight files of a model directory: checked before transformers reads them, and written."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import GenerationConfig
 
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, system_error
 from mmtrain.safe_text import one_line, shown, visible
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -16,6 +18,7 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Types of weights by their names in safetensors files; integers are no weights."""
 MAX_SHARD = "5GB"
 """The largest file of weights that is written, as the hub's own models have it."""
+GENERATION = "generation_config.json"
 
 
 def check_weight_files(directory: Path) -> None:
@@ -60,9 +63,34 @@ def check_finite_files(directory: Path) -> None:
                     )
 
 
+def save_weights(model: Any, folder: Path) -> None:
+    """Write config and weights in files of at most MAX_SHARD, without settings of generation. Raises OSError."""
+    model.generation_config = GenerationConfig()  # transformers refuses to write some that it reads
+    try:
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD)
+    except SafetensorError as error:
+        raise system_error(error) or error from None
+    (folder / GENERATION).unlink(missing_ok=True)
+
+
+def differing_weights(model: Any, other: Any) -> list[str]:
+    """The names of the weights that only one of two models has, or that are not the same bits."""
+    own, others = model.state_dict(), other.state_dict()
+    same = {name for name in own.keys() & others.keys() if torch.equal(own[name], others[name])}
+    return sorted((own.keys() | others.keys()) - same)
+
+
 def is_finite(weight: Tensor) -> bool:
     """Whether no value of `weight`, which has some, is NaN or infinite."""
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(weight))
+
+
+def read_json(file: Path) -> Any:
+    """The value in a file of a model or an adapter. Raises UserError where it is not JSON."""
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{visible(str(file))}: not JSON: {one_line(error)}") from None
 
 
 def _names(directory: Path) -> list[str]:
@@ -78,16 +106,16 @@ def _missing(directory: Path) -> str:
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         return f"no {_SINGLE}, only {shown(pickles[0])}, a pickle, which may run code: save the model as safetensors"
-    return f"no weights: expected {_SINGLE} or {_INDEX}"
+    others = [
+        path.name for path in sorted(directory.iterdir()) if path.suffix in (".safetensors", ".gguf") and path.is_file()
+    ]
+    found = f", found {shown(others[0])}" if others else ""
+    return f"no weights: expected {_SINGLE} or {_INDEX} with the files that it lists{found}"
 
 
 def _indexed(index: Path) -> list[str]:
     """The names of the files that an index lists. Raises UserError if it is broken or one of the files is missing."""
-    where = visible(str(index))
-    try:
-        found = json.loads(index.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {one_line(error)}") from None
+    where, found = visible(str(index)), read_json(index)
     weights = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
         raise UserError(f"{where}: expected weight_map, an object from names of weights to names of files")

@@ -8,7 +8,7 @@ number is zero. So trials at the start of a run (kernels, packing, the image cac
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mmtrain.model.live_memory import LiveMemory
-from mmtrain.model.meta_results import META, MetaResults, writes_first
+from mmtrain.model.meta_results import META, MetaResults, on_meta, writes_first
 
 _aten: Any = torch.ops.aten
 _INDEXED = {_aten.index, _aten.index_put, _aten.index_put_}
@@ -89,7 +90,7 @@ class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if _is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
-        given = list(_tensors((args, kwargs)))
+        given = _tensors((args, kwargs))
         if any(isinstance(tensor, TensorWithoutValues) for tensor in given):
             return self._shape_only(func, args, kwargs, given[0])
         if not given and _makes_unknown(func, args, kwargs):
@@ -119,9 +120,9 @@ class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0].shape == args[1].shape and args[0].dtype == args[1].dtype
         if operator in _INDEXED:
             args = (args[0], [index for own in args[1] for index in _as_positions(own)], *args[2:])
-        own_args, own_kwargs = _map(self._shape_of, args), _on_meta(_map(self._shape_of, kwargs))
+        own_args, own_kwargs = tree_map_only(Tensor, self._shape_of, (args, kwargs))
         try:
-            out = self._results.of(func, own_args, own_kwargs)
+            out = self._results.of(func, own_args, _on_meta(own_kwargs))
         except NotImplementedError as error:  # what torch raises where a shape depends on values
             raise NeedsValuesError(f"{func} of this model depends on the values of its input") from error
         if writes_first(func):
@@ -130,24 +131,20 @@ class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return return_and_correct_aliasing(func, args, kwargs, out)  # type: ignore[no-untyped-call]
         return self._keep(out)
 
-    def _shape_of(self, value: Any) -> Any:
+    def _shape_of(self, value: Tensor) -> Tensor:
         if isinstance(value, TensorWithoutValues):
             return value.shape_only
-        if isinstance(value, Tensor):
-            self.memory.keep(value)
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=META)
-        return value
+        self.memory.keep(value)
+        return on_meta(value)
 
     def _keep(self, out: Any) -> Any:
         """The result of a meta kernel, as the program gets it."""
 
-        def made(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
+        def made(value: Tensor) -> TensorWithoutValues:
             self.memory.keep(value)
             return TensorWithoutValues(value)
 
-        return _map(made, out)
+        return tree_map_only(Tensor, made, out)
 
 
 @functools.cache
@@ -180,21 +177,6 @@ def _as_positions(index: Tensor | None) -> list[Tensor | None]:
     return list(index.nonzero().unbind(1))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any) -> list[Tensor]:
     """Every tensor in nested lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for own in value:
-            yield from _tensors(own)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-
-
-def _map(change: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with `change` applied to everything in its lists and dicts."""
-    if isinstance(value, list | tuple):
-        return type(value)([_map(change, own) for own in value])
-    if isinstance(value, dict):
-        return {name: _map(change, own) for name, own in value.items()}
-    return change(value)
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -1,30 +1,25 @@
 """`mmtrain plan`: every figure, and their output."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
-from mmtrain.config import Config
+from mmtrain.command_output import plain_console, print_json
+from mmtrain.config import GIB, Config
 from mmtrain.dataset.shard_order import first_file
 from mmtrain.encoding.load import processor_of
 from mmtrain.errors import UserError
 from mmtrain.plan.memory import cpu_memory, gpu_memory
-from mmtrain.plan.pairs import pair_figures, pair_lines
+from mmtrain.plan.pairs import NUM_STEPS, least_time, pair_figures, pair_lines
 from mmtrain.plan.report import print_lines, print_plan
 from mmtrain.plan.structure import Structure, structure_of
 from mmtrain.plan.waiting import Simulation, Step
 from mmtrain.progress import Progress
 from mmtrain.runtime.device import find_device
-from mmtrain.scoring.image_cache import GIB, caches_features
-from mmtrain.train.ceiling import matmul_rate
+from mmtrain.scoring.image_cache import caches_features
 from mmtrain.train.dataset import Dataset
-
-_NUM_STEPS = 50
-"""Steps that are cut to find waiting and padding, evenly spaced over the first epoch."""
 
 
 def plan(config: Config, processes: str, as_json: bool) -> None:
@@ -38,9 +33,9 @@ def plan(config: Config, processes: str, as_json: bool) -> None:
         figures = _chat_figures(config, device, is_elsewhere, counts, progress)
     else:
         figures = pair_figures(config, device, counts, progress)
-    console = Console(highlight=False, emoji=False, markup=False)
+    console = plain_console()
     if as_json:
-        print(json.dumps(figures, allow_nan=False))
+        print_json(figures)
     elif is_chat:
         print_plan(figures, console)
     else:
@@ -91,8 +86,7 @@ def _data(dataset: Dataset) -> dict[str, int]:
 def _steps(config: Config, dataset: Dataset, structure: Structure, counts: Sequence[int]) -> dict[str, Any]:
     packing = config.run.packing is not False  # auto: the trial at the start is taken to pass
     simulation = Simulation(config.run, dataset.checked, structure.costs, packing)
-    numbers = np.unique(np.linspace(1, dataset.plan.steps_per_epoch, _NUM_STEPS).astype(int)).tolist()
-    steps = [simulation.step(dataset.plan.step(number)) for number in numbers]
+    steps = [simulation.step(dataset.plan.step(number)) for number in dataset.plan.some_steps(NUM_STEPS)]
     wanted = config.run.microbatches
     waiting = {n: simulation.waiting(steps, n) for n in counts if wanted == "auto" or wanted % n == 0}
     return {
@@ -129,7 +123,6 @@ def _disk(config: Config, dataset: Dataset, structure: Structure) -> dict[str, A
 
 
 def _time(config: Config, dataset: Dataset, structure: Structure, device: torch.device) -> dict[str, Any]:
-    """The operations that no run can avoid, at the measured rate of a large matrix product on `device`."""
     checked, plan = dataset.checked, dataset.plan
     epochs = dataset.num_steps / plan.steps_per_epoch
     cached = structure.costs.with_cached_features if caches_features(config, 1) else structure.costs
@@ -139,5 +132,4 @@ def _time(config: Config, dataset: Dataset, structure: Structure, device: torch.
         return 2.0 * float(costs.of(*of).sum()) * plan.epoch_samples / len(checked.used)
 
     operations = min(epochs, 1.0) * epoch(structure.costs) + max(epochs - 1.0, 0.0) * epoch(cached)
-    rate = matmul_rate(device, getattr(torch, config.model.dtype))
-    return {"operations": operations, "rate": rate, "device": device.type, "seconds": operations / rate}
+    return least_time(operations, device, getattr(torch, config.model.dtype))

@@ -5,15 +5,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mmtrain.config import Config
+from mmtrain.config import GIB, Config
 from mmtrain.config.tune_section import Full, Lora
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.errors import UserError
 from mmtrain.progress import Progress
-from mmtrain.safe_text import one_line
-from mmtrain.train.checkpointing import GIB, available, with_checkpointing
+from mmtrain.train.checkpointing import available, peak_or_fault, with_checkpointing
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.peak_memory import PeakMemory, predict_peak
+from mmtrain.train.peak_memory import PeakMemory
 
 CARDS = {"24 GB": 23.5, "48 GB": 44.4, "80 GB": 79.1, "141 GB": 139.7}
 """GiB that torch finds on such a GPU; of several with the same name the least."""
@@ -22,7 +20,7 @@ _ROUNDED = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MemoryRow:
     """The memory of one GPU under some keys of the config."""
 
     checkpointing: bool
@@ -43,24 +41,21 @@ def gpu_memory(
     config: Config, dataset: Dataset, processor: ChatProcessor, num_processes: int, progress: Progress
 ) -> dict[str, Any]:
     """The rows of the table, and the longest micro-batch; or the reason why the memory cannot be predicted."""
-    rows: list[Row] = []
+    rows: list[MemoryRow] = []
     weights = 0
     longest = int(dataset.checked.num_tokens.max())
-    try:
-        for own in _variants(config):
-            found = predict_peak(own, dataset, processor, "cuda", 1, progress)
-            quantization = own.model.quantization
-            weights = found.weights if not rows else weights
-            if config.run.weights == "replicate" or num_processes == 1:
-                rows.append(_row(own, found, longest, 1))
-            if num_processes > 1 and quantization is None:
-                rows.append(_row(own, found, longest, num_processes))
-            if set(rows[0].fits) == set(CARDS):
-                break  # nothing has to be changed
-    except UserError:
-        raise
-    except Exception as error:  # an unusual family can raise anything without values
-        return {"fault": f"{type(error).__name__}: {one_line(error)}"}
+    for own in _variants(config):
+        predicted = peak_or_fault(own, dataset, processor, "cuda", 1, progress)
+        if isinstance(predicted, str):
+            return {"fault": predicted}
+        found = predicted
+        weights = found.weights if not rows else weights
+        if config.run.weights == "replicate" or num_processes == 1:
+            rows.append(_row(own, found, longest, 1))
+        if num_processes > 1 and own.model.quantization is None:
+            rows.append(_row(own, found, longest, num_processes))
+        if set(rows[0].fits) == set(CARDS):
+            break  # nothing has to be changed
     return {
         "microbatch_tokens": found.num_tokens,
         "microbatch_images": found.num_images,
@@ -81,7 +76,7 @@ def _variants(config: Config) -> Iterator[Config]:
         yield with_checkpointing(quantized, True)
 
 
-def _row(config: Config, found: PeakMemory, longest: int, num_processes: int) -> Row:
+def _row(config: Config, found: PeakMemory, longest: int, num_processes: int) -> MemoryRow:
     peak = found.peak if num_processes == 1 else found.sharded(num_processes)
     activations = found.peak - found.weights - 3 * found.trainable
     largest = {}
@@ -91,7 +86,7 @@ def _row(config: Config, found: PeakMemory, longest: int, num_processes: int) ->
         largest[name] = tokens if tokens >= longest else None
     fits = [name for name, size in CARDS.items() if peak <= available(size * GIB)]
     checkpointing = config.run.activation_checkpointing is True
-    return Row(checkpointing, config.model.quantization, num_processes, peak, fits, largest)
+    return MemoryRow(checkpointing, config.model.quantization, num_processes, peak, fits, largest)
 
 
 def cpu_memory(
@@ -101,13 +96,10 @@ def cpu_memory(
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if weight_bytes > total:
         return {"fault": f"the weights alone need {weight_bytes / GIB:.1f} of this machine's {total / GIB:.1f} GiB"}
-    try:
-        plain = with_checkpointing(config, config.run.activation_checkpointing is True)
-        found = predict_peak(plain, dataset, processor, "cpu", 1, progress)
-    except UserError:
-        raise
-    except Exception as error:  # an unusual family can raise anything without values
-        return {"fault": f"{type(error).__name__}: {one_line(error)}"}
+    plain = with_checkpointing(config, config.run.activation_checkpointing is True)
+    found = peak_or_fault(plain, dataset, processor, "cpu", 1, progress)
+    if isinstance(found, str):
+        return {"fault": found}
     return {
         "peak": found.peak,
         "total": total,

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmtrain.config import Config
 from mmtrain.contrastive.load import load_embedder
-from mmtrain.plan.report import size_text
+from mmtrain.plan.report import size_text, time_lines, waiting_line
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.ceiling import matmul_rate
@@ -15,9 +16,8 @@ from mmtrain.train.checkpoint import checkpoint_bytes
 from mmtrain.train.contrastive.learner import make_contrastive_learner
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.contrastive.step import ContrastiveLearner
-from mmtrain.train.summary import duration
 
-_NUM_STEPS = 50
+NUM_STEPS = 50
 """Steps that are cut, evenly spaced over the first epoch."""
 
 
@@ -32,7 +32,6 @@ def pair_figures(config: Config, device: str, counts: Sequence[int], progress: P
     learner = make_contrastive_learner(config, embedder, dataset, runtime, progress)
     items = dataset.train.items
     steps = _steps(config, dataset, learner, counts)
-    operations, rate = steps["operations"] * dataset.num_steps, matmul_rate(runtime.device, learner.model.dtype)
     return {
         "data": {
             "pairs": len(dataset.used),
@@ -43,17 +42,18 @@ def pair_figures(config: Config, device: str, counts: Sequence[int], progress: P
         },
         "steps": steps,
         "disk": {"checkpoint": checkpoint_bytes(learner.model), "num_checkpoints": config.run.keep_checkpoints + 1},
-        "time": {
-            "operations": operations,
-            "rate": rate,
-            "device": runtime.device.type,
-            "seconds": operations / rate,
-        },
+        "time": least_time(steps["operations"] * dataset.num_steps, runtime.device, learner.model.dtype),
     }
 
 
+def least_time(operations: float, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The time of operations that no run can avoid, at the measured rate of a large matrix product on `device`."""
+    rate = matmul_rate(device, dtype)
+    return {"operations": operations, "rate": rate, "device": device.type, "seconds": operations / rate}
+
+
 def _steps(config: Config, dataset: PairDataset, learner: ContrastiveLearner, counts: Sequence[int]) -> dict[str, Any]:
-    numbers = np.unique(np.linspace(1, dataset.plan.steps_per_epoch, _NUM_STEPS).astype(int)).tolist()
+    numbers = dataset.plan.some_steps(NUM_STEPS)
     cuts = [learner.cuts.of(number) for number in numbers]
     return {
         "steps": dataset.num_steps,
@@ -90,11 +90,9 @@ def pair_lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "tokens", f"the longest item has {data['longest']:,}"
     yield "steps", f"{steps['steps']:,} of {steps['batch_size']:,} pairs, {steps['steps_per_epoch']:,} an epoch"
     yield "", f"{steps['items']:.4g} distinct items and {steps['microbatches']:.3g} micro-batches a step on one process"
-    waiting = "  ".join(f"{count:,}: {share:.1%}" for count, share in steps["waiting"].items())
-    yield "waiting", f"{waiting}  (processes: their time spent waiting)"
+    yield waiting_line(steps)
     total = disk["checkpoint"] * disk["num_checkpoints"]
     yield "disk", f"{size_text(total)} checkpoints ({disk['num_checkpoints']} x {size_text(disk['checkpoint'])})"
-    yield "time", f"at least {duration(time['seconds'])} in one process on this machine's {time['device']}: a roofline,"
-    yield "", f"{time['operations']:.2e} operations at {time['rate']:.2e} per second, as measured;"
+    yield from time_lines(time)
     yield "", "what run.graph_memory_gib does not keep is computed once more"
     yield "memory", "not predicted; run.microbatch_tokens and run.graph_memory_gib limit it"

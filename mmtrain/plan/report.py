@@ -1,13 +1,15 @@
 """The figures of `mmtrain plan` for a person, in 80 columns."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from mmtrain.config import GIB
 from mmtrain.plan.memory import CARDS
-from mmtrain.train.checkpointing import GIB, RESERVED_BYTES, RESERVED_SHARE
+from mmtrain.train.checkpointing import RESERVED_BYTES, RESERVED_SHARE
 from mmtrain.train.summary import duration
 
 
@@ -35,14 +37,24 @@ def _lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "", f"{steps['microbatches']:.3g} micro-batches a step on one process"
     padding = f"rows of one sample each would be {steps['padding_of_rows']:.1%} padding"
     yield "packing", f"on: {padding}" if steps["packing"] else f"off: {padding}"
-    waiting = "  ".join(f"{count:,}: {share:.1%}" for count, share in steps["waiting"].items())
-    yield "waiting", f"{waiting}  (processes: their time spent waiting)"
+    yield waiting_line(steps)
     total = disk["checkpoint"] * disk["num_checkpoints"]
     each = f"{disk['num_checkpoints']} x {size_text(disk['checkpoint'])}"
     yield "disk", f"{size_text(total)} checkpoints ({each}), {size_text(disk['encoded_samples'])} encoded samples"
     if disk["image_features"]:
         on_disk = size_text(disk["image_features_on_disk"])
         yield "", f"{on_disk} of {size_text(disk['image_features'])} image features (run.image_cache.disk_gib)"
+    yield from time_lines(time)
+
+
+def waiting_line(steps: Mapping[str, Any]) -> tuple[str, str]:
+    """The time that processes wait for each other, for each number of them."""
+    waiting = "  ".join(f"{count:,}: {share:.1%}" for count, share in steps["waiting"].items())
+    return "waiting", f"{waiting}  (processes: their time spent waiting)"
+
+
+def time_lines(time: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The least time that the run takes, and what it follows from."""
     yield "time", f"at least {duration(time['seconds'])} in one process on this machine's {time['device']}: a roofline,"
     yield "", f"{time['operations']:.2e} operations at {time['rate']:.2e} per second, as measured"
 
@@ -77,11 +89,17 @@ def _print_gpu(memory: Mapping[str, Any], console: Console) -> None:
     console.print()
     for title, text in zip(("fits", *[""] * len(CARDS)), _fitting(memory["rows"]), strict=False):
         console.print(f"{title:<10} {text}", soft_wrap=True)
-    console.print(
-        f"{'estimate':<10} of what a GPU's kernels allocate, counted on shapes without a GPU;\n"
-        f"{'':<10} {size_text(RESERVED_BYTES)} and {RESERVED_SHARE:.0%} of a card are left for workspaces and "
-        "fragmentation"
-    )
+    for title, text in itertools.zip_longest(("estimate",), _estimate(memory), fillvalue=""):
+        console.print(f"{title:<10} {text}", soft_wrap=True)
+
+
+def _estimate(memory: Mapping[str, Any]) -> Iterator[str]:
+    """Where the figures come from, and what they leave out."""
+    yield "of what a GPU's kernels allocate, counted on shapes without a GPU;"
+    yield f"{size_text(RESERVED_BYTES)} and {RESERVED_SHARE:.0%} of a card are left for workspaces and fragmentation"
+    if any(row["shards"] > 1 for row in memory["rows"]):
+        yield "peaks of sharded weights are computed from the others by a formula;"
+        yield f"each micro-batch gathers {size_text(memory['weights'])} of weights twice: not in the time"
 
 
 def _fitting(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -3,8 +3,8 @@
 import functools
 import os
 import zipfile
+from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
@@ -20,11 +20,20 @@ def is_archive(path: Path) -> bool:
     return path.suffix.lower() in _ENDINGS and not path.is_dir()
 
 
-class Archive(Protocol):
+class Archive(ABC):
+    """An opened archive. Its file is closed when nothing needs it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open_regular(path)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):  # it could be opened
+            self._file.close()
+
+    @abstractmethod
     def read(self, name: str, max_size: int) -> bytes | None:
         """The bytes of the member `name`, None if there is none. Raises SampleError if they cannot be read, or are more
         than `max_size`."""
-        ...
 
 
 def open_archive(path: Path) -> Archive:
@@ -46,18 +55,7 @@ def _normal(name: str) -> str:
     return str(PurePosixPath(name.replace("\\", "/")))
 
 
-class _Opened:
-    """A file that is closed when nothing needs it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open_regular(path)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):  # it could be opened
-            self._file.close()
-
-
-class _Tar(_Opened):
+class _Tar(Archive):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._index = tar_index(path)
@@ -68,7 +66,7 @@ class _Tar(_Opened):
         return None if number is None else self._index.content(number, self._file, max_size)
 
 
-class _Zip(_Opened):
+class _Zip(Archive):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:

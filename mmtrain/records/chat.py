@@ -1,7 +1,11 @@
 """A conversation as plain data: every record format is read into it, and the encoder sees nothing else."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from mmtrain.errors import UserError
 
 Role = Literal["system", "user", "assistant", "tool"]
 Messages = list[dict[str, Any]]
@@ -10,6 +14,15 @@ Messages = list[dict[str, Any]]
 
 class SampleError(Exception):
     """The reason why a sample cannot be used. The caller adds the file and the line."""
+
+
+@contextmanager
+def refused_at(place: object) -> Iterator[None]:
+    """Turn a SampleError inside into a UserError that begins with `place`."""
+    try:
+        yield
+    except SampleError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

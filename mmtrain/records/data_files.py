@@ -34,6 +34,16 @@ _OTHER_THINGS = frozenset(_OTHER.split())
 """Endings of files that are plainly not records."""
 _ABOUT = ("license", "licence", "readme", "notice", "copying", "citation", "changelog", "authors", "contributing")
 """Beginnings of the names of files about the data."""
+_REMEDIES = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save the table as CSV in UTF-8"),
+    ".zip": "unpack it; images can stay in it, see `root`",
+    **dict.fromkeys((".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"), "unpack it"),
+    ".txt": "name it .csv or .tsv if it is a table",
+    ".pq": "name it .parquet",
+}
+"""By the ending of a file that is not read, what to do."""
+_JUNK = ("thumbs.db", "desktop.ini", "__macosx")
+"""What file managers leave in folders."""
 _EXPECTED = "expected .json, .jsonl, .csv, .tsv (or one of them with .gz, .zst), .parquet, .arrow or .tar"
 
 
@@ -52,10 +62,12 @@ def find_data_files(path: str, split: str | None = None) -> list[Path]:
         found = sorted(Path(name) for name in glob.glob(path, recursive=True) if not Path(name).is_dir())
     if not found:
         tried = "" if here.is_absolute() else f" (looked for {visible(str(Path.cwd() / here))})"
-        raise UserError(f"{visible(path)}: there is no file of records{tried}: {_EXPECTED}")
+        images = here.is_dir() and any(file.suffix.lower() in (".jpg", ".png") for file in here.rglob("*"))
+        hint = "; docs/data.md says how to write one for images" if images else ""
+        raise UserError(f"{visible(path)}: there is no file of records{tried}: {_EXPECTED}{hint}")
     wrong = [file for file in found if not _is_read(file)]
     if wrong:
-        raise UserError([f"{visible(str(file))}: not a file of records: {_EXPECTED}" for file in wrong])
+        raise UserError([f"{visible(str(file))}: not a file of records: {_remedy(file)}" for file in wrong])
     if split is not None:
         return _of_split(found, here, split)
     several = sorted({name for file in found for name in _splits(file, here)})
@@ -64,6 +76,10 @@ def find_data_files(path: str, split: str | None = None) -> list[Path]:
             f"{visible(path)}: it has the splits {', '.join(map(shown, several))}: set `split` to one of them"
         )
     return found
+
+
+def _remedy(file: Path) -> str:
+    return _REMEDIES.get(file.suffix.lower(), _EXPECTED)
 
 
 def _of_split(files: list[Path], here: Path, split: str) -> list[Path]:
@@ -111,7 +127,7 @@ def _collect(folder: Path, found: list[Path], faults: list[str], split: str | No
                 found += _saved_to_disk(each)
         return
     for file in sorted(folder.iterdir()):
-        if file.name.startswith(".") or file.name in _INFOS:
+        if file.name.startswith(".") or file.name in _INFOS or file.name.lower() in _JUNK:
             continue
         if file.is_dir():
             if not file.is_symlink():  # a link may lead back

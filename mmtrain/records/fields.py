@@ -1,42 +1,82 @@
-"""Columns of a source mapped to the keys of a record, as its `fields` say."""
+"""Columns of a source mapped to the keys of a record, as its `fields` and its `prompt` say."""
 
 import string
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from mmtrain.config.data_section import Source
 from mmtrain.records.chat import SampleError
 from mmtrain.records.record_keys import Record
 from mmtrain.safe_text import shown
 
+_IMAGE_FOLDER = {"file_name": "image", "file_names": "images"}
+"""The columns of `metadata.csv` and the like that name images, as in the ImageFolder of `datasets`."""
+
+
+def with_fields(record: Any, spec: Source, file: Path) -> Any:
+    """`record`, read from `file`, with the keys that `spec` gives it. Raises SampleError where a column is missing."""
+    record = map_fields(record, spec.fields)
+    if not isinstance(record, dict):
+        return record
+    if file.name.partition(".")[0] == "metadata" and not ("image" in record or "images" in record):
+        record = {_IMAGE_FOLDER.get(key, key): value for key, value in record.items()}
+    if spec.prompt is None:
+        return record
+    if "prompt" in record:
+        raise SampleError("both the record and the source have a `prompt`: keep one")
+    return record | {"prompt": spec.prompt}
+
 
 def map_fields(record: Any, fields: Mapping[str, str]) -> Any:
-    """`record` with the keys of `fields`, each filled from its column or from a template such as `{context}\\n{q}`.
+    """`record` with the keys of `fields`, each filled from its column, from something in it (`answers.0`,
+    `body.messages`), or from a template such as `{context}\\n{q}`.
 
-    The columns used are removed, all others stay. Raises SampleError where a column is missing.
+    The columns used are removed, all others stay, also those of which something was used. Raises SampleError where a
+    column is missing.
     """
     if not fields or not isinstance(record, dict):
         return record
     used: set[str] = set()
     made = {key: _value(record, source, used) for key, source in fields.items()}
-    if both := sorted(key for key in made if key in record and key not in used):
+    if both := sorted(key for key in made if key in record and key not in used and not _is_within(fields[key], key)):
         raise SampleError(f"`fields` gives {shown(both[0])}, which the record has too: rename or ignore one")
     return {key: value for key, value in record.items() if key not in used} | made
 
 
+def _is_within(source: str, key: str) -> bool:
+    return source.startswith(f"{key}.")
+
+
 def _value(record: Record, source: str, used: set[str]) -> Any:
-    pieces = list(string.Formatter().parse(source)) if "{" in source else [("", source, "", None)]
-    columns = [name for _, name, _, _ in pieces if name is not None]
-    if missing := [name for name in columns if name not in record]:
-        raise SampleError(f"`fields` names the column {shown(missing[0])}, which is not in the record")
-    used.update(columns)
     if "{" not in source:
-        return record[source]
-    return "".join(before + ("" if name is None else _words(record[name], name)) for before, name, _, _ in pieces)
+        return _column(record, source, used)
+    return "".join(
+        before + ("" if name is None else _words(_column(record, name, used), name, spec or ""))
+        for before, name, spec, _ in string.Formatter().parse(source)
+    )
 
 
-def _words(value: Any, column: str) -> str:
+def _column(record: Record, name: str, used: set[str]) -> Any:
+    if name in record:
+        used.add(name)
+        return record[name]
+    found: Any = record
+    for step in name.split("."):
+        if isinstance(found, list) and step.isdecimal() and int(step) < len(found):
+            found = found[int(step)]
+        elif isinstance(found, dict) and step in found:
+            found = found[step]
+        else:
+            raise SampleError(f"`fields` names the column {shown(name)}, which is not in the record")
+    return found
+
+
+def _words(value: Any, column: str, spec: str) -> str:
     if value is None:
         return ""
-    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
-        return str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return format(value, spec)
+    if isinstance(value, str):
+        return value.rjust(int(spec), "0") if spec else value
     raise SampleError(f"the column {shown(column)} of a template must be text or a whole number, not {shown(value)}")

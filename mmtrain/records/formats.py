@@ -12,13 +12,7 @@ from typing import Any
 from mmtrain.records.chat import Conversation, Image, Message, Part, Role, SampleError, Text
 from mmtrain.records.image_values import as_image, only
 from mmtrain.records.marks import Mark, find_mark, mark_called, split_at_paths
-from mmtrain.records.record_keys import (
-    Record,
-    check_keys,
-    check_no_image_is_lost,
-    refuse_keys,
-    without_keys,
-)
+from mmtrain.records.record_keys import Record, check_keys, check_no_image_is_lost, refuse_keys, without_keys
 from mmtrain.records.shapes import Shape, as_list, named_shape, recognise
 from mmtrain.records.tools import (
     RECORD_KEYS,
@@ -30,7 +24,7 @@ from mmtrain.records.tools import (
     tools_of,
     with_calls,
 )
-from mmtrain.safe_text import shown
+from mmtrain.safe_text import counted, shown
 
 MAX_TEXT = 4_000_000
 """Characters of text in one record: about a million tokens, for which a tokenizer takes about a GB of memory."""
@@ -44,6 +38,7 @@ _ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
     "model": "assistant",
     **dict.fromkeys(RESULT_ROLES, "tool"),
 }
@@ -52,6 +47,7 @@ _WEIGHTS = ("weight", "loss_weight", "loss_scale")
 _TRAIN_KEYS = (*_SWITCHES, *_WEIGHTS)
 _MAX_WEIGHT = 1000
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_PLAIN_KEYS = frozenset({"role", "content"})
 _SYSTEM_KEYS = ("system", "system_prompt")
 _IMAGE_KEYS = ("images", "image")
 _TEXT_TYPES = ("text", "input_text", "output_text")
@@ -81,7 +77,8 @@ def read_record(
     images = _ImageList(record, shape, turns, image_mark, "</img>" not in ignored)
     messages = images.placed([_message(turn, number, images) for number, turn in enumerate(turns, start=1)])
     if (system := _one_of(record, _SYSTEM_KEYS)) is not None:
-        messages.insert(0, Message("system", (Text(_text(system, "system")),)))
+        content = system if isinstance(system, list) else _text(system, "system")
+        messages.insert(0, _message({"role": "system", "content": content}, 0, images))
     if not messages:
         raise SampleError("there are no turns")
     conversation = Conversation(tuple(messages), shape.name, images.are_unmarked, tools_of(record))
@@ -147,12 +144,12 @@ class _ImageList:
         """`messages`, with images without a place put first in the first turn of the user."""
         if not self.are_unmarked:
             if self._num_marks != len(self._images) and self.mark is not None:
-                marks = _count(self._num_marks, f"{self.mark.text} mark")
-                raise SampleError(f"{marks} but {_count(len(self._images), 'image')}")
+                marks = counted(self._num_marks, f"{self.mark.text} mark")
+                raise SampleError(f"{marks} but {counted(len(self._images), 'image')}")
             return messages
         first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
         if first is None:
-            raise SampleError(f"{_count(len(self._images), 'image')} but no turn of the user")
+            raise SampleError(f"{counted(len(self._images), 'image')} but no turn of the user")
         asked = messages[first]
         filled = replace(asked, parts=(*self._images, *asked.parts))
         return [*messages[:first], filled, *messages[first + 1 :]]
@@ -182,6 +179,8 @@ def _message(turn: Record, number: int, images: _ImageList) -> Message:
         raise SampleError(f"an image in a turn of the {role}: only the user's turns can have images")
     if role == "assistant" and not calls and not any(isinstance(part, Text) and part.text.strip() for part in parts):
         raise SampleError("an assistant turn without text")
+    if turn.keys() <= _PLAIN_KEYS:
+        return Message(role, parts)
     reasoning = _text(_one_of(turn, _REASONING_KEYS) or "", "the reasoning")
     _check_role(turn, number, role, {"calls": bool(calls), "reasoning": bool(reasoning)})
     name, call_id = (_text(turn.get(key) or "", key) or None for key in ("name", "tool_call_id"))
@@ -226,11 +225,11 @@ def _weight(turn: Record, role: Role) -> float:
 
 def _part(part: Any, images: _ImageList) -> Part:
     """One entry of a content list."""
-    kind = part.get("type") if isinstance(part, dict) else None
+    kind = part.get("type", _only_key(part)) if isinstance(part, dict) else None
     if kind in _TEXT_TYPES:
         return Text(_text(only(part, ("text", "value")), "text"))
     if kind in _IMAGE_TYPES:
-        keys = ("image_url" if kind == "input_image" else kind, "path", "url", "value")
+        keys = ("image_url" if kind == "input_image" else kind, "path", "url", "value", "base64")
         source = part.get("source")  # Anthropic's; otherwise it is metadata
         return images.of_part(only(part, (*keys, "source") if isinstance(source, dict) else keys), part.get("index"))
     raise SampleError(f"a part of type {shown(kind)}: expected 'text', 'image_url' or 'image'")
@@ -240,7 +239,13 @@ def _image_values(record: Record) -> list[Any]:
     value = _one_of(record, _IMAGE_KEYS)
     if isinstance(value, str) and value.startswith("["):
         value = as_list(value, "images")
-    return value if isinstance(value, list) else [] if value is None else [value]
+    given = value if isinstance(value, list) else [value]
+    return [image for image in given if image not in (None, "")]
+
+
+def _only_key(part: Record) -> str | None:
+    """The type of a part without `type`: `{"image": path}` or `{"text": words}`, as in Qwen-VL and Bedrock."""
+    return next((kind for kind in (*_TEXT_TYPES, *_IMAGE_TYPES) if part.keys() == {kind}), None)
 
 
 def _one_of(record: Record, keys: Sequence[str]) -> Any:
@@ -257,7 +262,3 @@ def _text(value: Any, key: str) -> str:
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
         raise SampleError("text with half of a surrogate pair: it is not valid Unicode")
     return value
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -11,9 +11,11 @@ from mmtrain.records.record_keys import IMAGE_KEYS, refuse_keys, unknown_keys
 from mmtrain.safe_text import shown
 
 _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
+_URL_SAFE = str.maketrans("-_", "+/")
+"""The other alphabet of base64, without characters that have a meaning in an address."""
 _MIN_BASE64 = 48
 """Characters from which on a text can be an image in base64: no image is smaller."""
-_BASE64_OF_IMAGE = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0AK|UD[1-6])[A-Za-z0-9+/\s]*={0,2}\s*")
+_BASE64_OF_IMAGE = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0AK|UD[1-6])[A-Za-z0-9+/_\s-]*={0,2}\s*")
 """The beginning of JPEG, PNG, GIF, WebP, BMP, TIFF and PPM in base64. A path has a dot, which base64 lacks."""
 
 
@@ -54,7 +56,7 @@ def _from_object(value: dict[str, Any]) -> Image:
 
 def _decoded(text: str, what: str) -> bytes:
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode("".join(text.split()).translate(_URL_SAFE), validate=True)
     except (ValueError, binascii.Error):
         raise SampleError(f"{what} that is not base64") from None
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from mmtrain.records.chat import SampleError
 from mmtrain.safe_text import shown
+from mmtrain.text_files import NOT_UTF8
 
 MAX_RECORD = 32 * 2**20
 """The most bytes of one record. Parsing needs at most 30 times as much memory."""
@@ -27,7 +28,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not JSON: write null")
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
@@ -38,10 +39,20 @@ def parse_json(line: bytes) -> Any:
     try:
         return DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError:
-        raise SampleError("not UTF-8 text") from None
+        raise SampleError(NOT_UTF8) from None
     except json.JSONDecodeError as error:
         raise SampleError(f"not JSON: {error.msg} at column {error.colno}") from None
     except ValueError as error:
         raise SampleError(f"not JSON: {error}") from None
     except RecursionError:
         raise SampleError("not JSON that can be read: nested too deeply") from None
+
+
+def parsed_value(value: Any, name: str) -> Any:
+    """`value`, or what it is the JSON text of, as tables have it. `name` says what it is. Raises SampleError."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value.encode("utf-8", "surrogatepass"))
+    except SampleError as error:
+        raise SampleError(f"{shown(name, 60)}: {error}") from None

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 
 from mmtrain.records.chat import SampleError
 
-MARKS = ("<image>", "<img>", "<IMG_CONTEXT>", "<|image|>", "[IMG]", "<ImageHere>", "<image_1>")
+MARKS = (
+    *("<image>", "<img>", "<IMG_CONTEXT>", "<|image|>", "[IMG]", "<ImageHere>", "<image_placeholder>"),
+    *("<|vision_start|><|image_pad|><|vision_end|>", "<start_of_image>", "<image_1>"),
+)
 """Those that are found by themselves, the most common first; the last stands for all with a number."""
 _WITH_PATH = re.compile(r"<img>([^<>\n]{1,4096})</img>")
-_NUMBERED = re.compile(r"<image_(\d{1,6})>")
+_NUMBERED = re.compile(r"<\|?image[_ -]?(\d{1,6})\|?>")
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ class Item:
     def content_key(self, image_hashes: Sequence[str]) -> str:
         """The SHA-256 of the text, the instruction and `image_hashes`, the SHA-256 of each image's bytes, in order.
 
-        Items with the same key are one item. `dataset.pair_items.content_keys` hashes the images.
+        Items with the same key are one item. `dataset.pair_items.item_keys` hashes the images.
         """
         if len(image_hashes) != len(self.images):
             raise ValueError(f"{len(image_hashes)} hashes for {len(self.images)} images")

@@ -19,11 +19,20 @@ source sources data_source dataset dataset_name data_name subset split origin fi
 license licence copyright author annotator version model model_name generator meta metadata
 timestamp time date datetime created created_at create_time updated_at update_time
 category categories subcategory task task_type task_name type domain topic topics tag tags keyword keywords
-language lang difficulty width height width_list height_list
+language lang difficulty width height width_list height_list cache_control
 """
-METADATA = frozenset(_NAMES.split())
+METADATA = frozenset([*_NAMES.split(), "__index_level_0__", "Unnamed: 0", ""])
+"""The last three are the numbers of rows that pandas writes."""
+_PREFERENCES = (
+    "preference pairs are not trained on: to train on the preferred reply, map it with `fields` of the source"
+)
+_REASONS = {
+    "mask": "it means opposite things in different tools: give the turn 'train': true or false instead",
+    **dict.fromkeys(("chosen", "rejected", "rejected_response", "preferred_output"), _PREFERENCES),
+}
+"""Why some keys are refused that mean something in other tools."""
 _TEXT_KEYS = frozenset({"type", "text", "value"})
-_OF_IMAGE = frozenset({"type", "path", "url", "value", "index", "detail"})
+_OF_IMAGE = frozenset({"type", "path", "url", "value", "index", "detail", "base64"})
 _PART_KEYS = {
     "text": _TEXT_KEYS,
     "input_text": _TEXT_KEYS,
@@ -39,21 +48,16 @@ _SUFFIX = r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|avif|heic|mp4|avi|mov|mkv|webm|w
 _MEDIA = re.compile(rf"data:(image|video|audio)/|.*{_SUFFIX}$", re.IGNORECASE)
 
 
-def without_keys(record: Record, ignored: Set[str]) -> Record:
-    """A copy of `record` without the keys `ignored`, in the record, its turns and the parts of their content."""
-    return {key: _without(value, ignored, 2) for key, value in record.items() if key not in ignored}
+def without_keys(record: Record, ignored: Set[str], depth: int = 2) -> Record:
+    """A copy of `record` without the keys `ignored`, in the record, its turns and the parts of their content, which are
+    objects in lists `depth` times inside it."""
+    return {key: _without(value, ignored, depth) for key, value in record.items() if key not in ignored}
 
 
 def _without(value: Any, ignored: Set[str], depth: int) -> Any:
-    if isinstance(value, list):
-        return [_without_in_object(item, ignored, depth) for item in value]
-    return value
-
-
-def _without_in_object(item: Any, ignored: Set[str], depth: int) -> Any:
-    if not isinstance(item, dict):
-        return item
-    return {k: _without(v, ignored, depth - 1) if depth > 1 else v for k, v in item.items() if k not in ignored}
+    if not depth or not isinstance(value, list):
+        return value
+    return [without_keys(item, ignored, depth - 1) if isinstance(item, dict) else item for item in value]
 
 
 def check_keys(record: Record, understood: Set[str], turns: Iterable[Record], of_turn: Set[str]) -> None:
@@ -75,11 +79,18 @@ def refuse_keys(lost: list[tuple[str, Any]]) -> None:
         return
     names = ", ".join(name for name, _ in lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
     hint = "only text, and images under 'image' or 'images', are read: " if any(_is_media(v) for _, v in lost) else ""
+    if reason := why_refused(name.partition(" of ")[0].strip("'") for name, _ in lost):
+        hint = f"{reason}. Otherwise "
     what, them = ("the key", "it") if len(lost) == 1 else ("the keys", "them")
     raise SampleError(
         f"{what} {names} {'is' if len(lost) == 1 else 'are'} not understood: {hint}remove {them}, or name {them} in "
         f"data.ignore_fields to train without {them}"
     )
+
+
+def why_refused(keys: Iterable[str]) -> str | None:
+    """Why one of these keys is refused, where other tools have a meaning for it."""
+    return next((_REASONS[key] for key in keys if key in _REASONS), None)
 
 
 def unknown_keys(found: Record, understood: Set[str]) -> list[tuple[str, Any]]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mmtrain.config.data_section import Source
 from mmtrain.records.archives import is_archive, open_archive
 from mmtrain.records.chat import Conversation, SampleError
-from mmtrain.records.fields import map_fields
+from mmtrain.records.fields import with_fields
 from mmtrain.records.formats import read_record
 from mmtrain.records.pairs import Pair, read_pair
 from mmtrain.records.reasoning import without_reasoning
@@ -47,34 +47,20 @@ class RecordSet:
     """
 
     def __init__(
-        self, sources: Sequence[Source], ignored: Set[str] = frozenset(), drops_reasoning: bool = False
+        self,
+        sources: Sequence[Source],
+        ignored: Set[str] = frozenset(),
+        drops_reasoning: bool = False,
+        files: Sequence[OpenFile] | None = None,
     ) -> None:
         """`ignored`: keys of records that need not be understood. `drops_reasoning`: replies are read without it.
+        `files`: the files of the sources that are read; None: all.
 
         Raises UserError where a source cannot be read.
         """
         self._ignored, self._drops_reasoning = ignored, drops_reasoning
         self.num_sources = len(sources)
-        self._open(
-            [
-                OpenFile(records, source, number)
-                for number, source in enumerate(sources)
-                for records in open_records(source.path, source.split)
-            ]
-        )
-
-    @classmethod
-    def of_files(
-        cls, files: Sequence[OpenFile], ignored: Set[str] = frozenset(), drops_reasoning: bool = False
-    ) -> "RecordSet":
-        """The records of some files only, as in `__init__`."""
-        made = cls((), ignored, drops_reasoning)
-        made.num_sources = 1 + max(file.source for file in files)
-        made._open(files)
-        return made
-
-    def _open(self, files: Sequence[OpenFile]) -> None:
-        self._files = files
+        self._files = _open(sources) if files is None else files
         self._rows: tuple[Counts, Counts] | None = None
         for path in self.archives:
             open_archive(path)  # a broken one is found now
@@ -151,12 +137,14 @@ class RecordSet:
         record, spec = self._record(index)
         if spec.format != "auto":
             raise SampleError(f"`format: {spec.format}` is a format of conversations: pairs are recognised without it")
+        if spec.prompt is not None:
+            raise SampleError("`prompt` of the source is for conversations: pairs need none")
         return read_pair(record, spec.group, self._ignored, spec.image_mark)
 
     def _record(self, index: int) -> tuple[Any, Source]:
-        """The record of a sample with the keys that `fields` gives it, and its source."""
+        """The record of a sample with the keys that its source gives it, and the source."""
         file, local = self._find(index)
-        return map_fields(file.records.record(local), file.spec.fields), file.spec
+        return with_fields(file.records.record(local), file.spec, file.records.path), file.spec
 
     def _find(self, index: int) -> tuple[OpenFile, int]:
         record = self.record(index)
@@ -165,6 +153,14 @@ class RecordSet:
         return file, record - (self._ends[number] - len(file.records))
 
 
+def _open(sources: Sequence[Source]) -> list[OpenFile]:
+    return [
+        OpenFile(records, source, number)
+        for number, source in enumerate(sources)
+        for records in open_records(source.path, source.split)
+    ]
+
+
 def _reading(spec: Source) -> str:
     """What decides how a record of the source is read, as text."""
-    return json.dumps([spec.format, sorted(spec.fields.items()), spec.image_mark])
+    return json.dumps([spec.format, sorted(spec.fields.items()), spec.image_mark, spec.prompt])

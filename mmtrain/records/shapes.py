@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmtrain.records.chat import SampleError
-from mmtrain.records.json_text import parse_json
-from mmtrain.records.record_keys import Record
+from mmtrain.records.json_text import parsed_value
+from mmtrain.records.record_keys import Record, why_refused
 from mmtrain.safe_text import shown
 
 Turns = Callable[[Record], list[Record]]
@@ -28,29 +28,42 @@ class Shape:
     """Whether marks in the text stand for images; otherwise only the parts of a turn are images."""
 
 
+_TURN_NAMES = (("from", "role"), ("speaker", "role"), ("value", "content"), ("text", "content"))
+_SPEAKERS = {"system": "system", "user": "user", "human": "user", "input": "user"} | dict.fromkeys(
+    ("assistant", "gpt", "output"), "assistant"
+)
+"""Keys of an object that has the texts of one or two speakers in place of `role` and `content`."""
+
+
 def _list_of_turns(key: str) -> Turns:
-    """`from` and `value`, as in LLaVA and ShareGPT, or `role` and `content`."""
-    return lambda record: [_renamed(turn) for turn in _objects(record.get(key), key)]
+    """`role` and `content`, or `from` and `value` as in LLaVA and ShareGPT, or the texts of two speakers: `user` and
+    `assistant` as in the_cauldron, `human` and `assistant` as in ms-swift, `input` and `output` as in XTuner."""
+    return lambda record: [
+        found for n, turn in enumerate(_objects(record.get(key), key), 1) for found in _turns_of(turn, n)
+    ]
+
+
+def _turns_of(turn: Record, number: int) -> list[Record]:
+    named = _renamed(turn)
+    if "role" in named:
+        return [named]
+    said = {key: role for key, role in _SPEAKERS.items() if turn.get(key) is not None}
+    if not said or len(set(said.values())) < len(said):
+        keys = ", ".join(shown(key, 20) for key in list(turn)[:4]) or "no keys"
+        raise SampleError(f"turn {number} has {keys}, expected 'role' and 'content', or 'from' and 'value'")
+    more = {key: value for key, value in turn.items() if key not in said}
+    last = list(said)[-1]
+    return [{"role": role, "content": turn[key], **(more if key == last else {})} for key, role in said.items()]
 
 
 def _renamed(turn: Record) -> Record:
     named = dict(turn)
-    for old, new in (("from", "role"), ("value", "content")):
+    for old, new in _TURN_NAMES:
         if old in named and new not in named:
             named[new] = named.pop(old)
+    if isinstance(role := named.get("role"), str):
+        named["role"] = role.lower()
     return named
-
-
-def _mantis_or_pairs(record: Record) -> list[Record]:
-    """`conversation`: turns as in Mantis, or pairs of `human` and `assistant` as in ms-swift."""
-    turns: list[Record] = []
-    for turn in _objects(record["conversation"], "conversation"):
-        if "human" in turn and "assistant" in turn:
-            more = {key: value for key, value in turn.items() if key not in ("human", "assistant")}
-            turns += [_asked(turn["human"]), {**_said(turn["assistant"]), **more}]
-        else:
-            turns.append(_renamed(turn))
-    return turns
 
 
 def _gemini(record: Record) -> list[Record]:
@@ -90,13 +103,14 @@ def _alpaca(reply: str) -> Turns:
         prompt = f"{instruction}\n{more}" if isinstance(instruction, str) and isinstance(more, str) and more else None
         if prompt is None and more not in (None, ""):
             raise SampleError(f"'input' must be text next to an instruction, not {shown(more)}")
-        return [*_history(record), _asked(instruction if prompt is None else prompt), _said(record[reply])]
+        asked = _asked(instruction if prompt is None else prompt)
+        return [*_history(record), asked, _said(_one_text(record[reply], reply))]
 
     return turns
 
 
 def _one_reply(prompt: str, reply: str) -> Turns:
-    return lambda record: [*_history(record), _asked(record[prompt]), _said(record[reply])]
+    return lambda record: [*_history(record), _asked(record[prompt]), _said(_one_text(record[reply], reply))]
 
 
 def _prompt_and_completion(record: Record) -> list[Record]:
@@ -116,6 +130,21 @@ def _history(record: Record) -> list[Record]:
     return turns
 
 
+def _one_text(value: Any, key: str) -> Any:
+    """A reply. Raises SampleError for several texts, which are other answers to the same question, and for a number,
+    which may stand for a class."""
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value):
+        raise SampleError(
+            f"{shown(key)} has {len(value)} texts: name one with `fields` of the source: {{{key}: {key}.0}}"
+        )
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise SampleError(
+            f"{shown(key)} must be text, not {shown(value)}: if the number is the reply, set `fields` of the source: "
+            f'{{{key}: "{{{key}}}"}}'
+        )
+    return value
+
+
 def _asked(content: Any) -> Record:
     return {"role": "user", "content": content}
 
@@ -127,16 +156,17 @@ def _said(content: Any) -> Record:
 def as_list(value: Any, key: str) -> list[Any]:
     """`value`, a list or the JSON text of one, as tables have it. Raises SampleError if it is neither."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = parse_json(value.encode("utf-8", "surrogatepass"))
-        except SampleError as error:
-            raise SampleError(f"{shown(key)}: {error}") from None
+        value = parsed_value(value, key)
     if not isinstance(value, list):
         raise SampleError(f"{shown(key)} must be a list, not {shown(value)}")
     return value
 
 
 def _objects(value: Any, key: str) -> list[Record]:
+    """A list of objects, also as an object of lists of the same length: so `datasets` stores some."""
+    columns = list(value.values()) if isinstance(value, dict) else []
+    if all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
+        value = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
     turns = as_list(value, key)
     if not all(isinstance(turn, dict) for turn in turns):
         raise SampleError(f"{shown(key)} must be a list of objects")
@@ -149,7 +179,8 @@ SHAPES = (
     Shape("messages", ("messages", "images"), _list_of_turns("messages")),
     Shape("messages", ("messages", "image"), _list_of_turns("messages")),
     Shape("openai", ("messages",), _list_of_turns("messages"), has_marks=False),
-    Shape("conversation", ("conversation",), _mantis_or_pairs),
+    Shape("conversation", ("conversation",), _list_of_turns("conversation")),
+    Shape("texts", ("texts",), _list_of_turns("texts")),
     Shape("gemini", ("contents",), _gemini, ("systemInstruction", "system_instruction"), has_marks=False),
     Shape("alpaca", ("instruction", "output"), _alpaca("output"), ("input", *_HISTORY)),
     Shape("alpaca", ("instruction", "response"), _alpaca("response"), ("input", *_HISTORY)),
@@ -158,6 +189,8 @@ SHAPES = (
     Shape("prompt", ("prompt", "completion"), _prompt_and_completion, _HISTORY),
     Shape("prompt", ("prompt", "response"), _one_reply("prompt", "response"), _HISTORY),
     Shape("input", ("input", "output"), _one_reply("input", "output"), _HISTORY),
+    Shape("caption", ("prompt", "caption"), _one_reply("prompt", "caption")),
+    Shape("caption", ("prompt", "text"), _one_reply("prompt", "text")),
 )
 SHAPE_NAMES = tuple(dict.fromkeys(shape.name for shape in SHAPES))
 
@@ -167,10 +200,37 @@ def recognise(record: Record) -> Shape:
     for shape in SHAPES:
         if all(record.get(key) is not None for key in shape.needs):
             return shape
-    keys = ", ".join(shown(key, 20) for key in list(record)[:6])
-    raise SampleError(
-        f"no known format: found {keys or 'no keys'}, expected 'messages', 'conversations', a question and its answer "
-        "or the like: see docs/data.md, or map the columns with `fields` of the source"
+    given = {key: value for key, value in record.items() if value is not None}
+    keys = ", ".join(shown(key, 20) for key in list(given)[:6])
+    raise SampleError(f"no known format: found {keys or 'no keys with a value'}; {_remedy(given)}")
+
+
+def _remedy(keys: Record) -> str:
+    """What to do about a record with these keys, which is of no known shape."""
+    if reason := why_refused(keys):
+        return reason
+    for key, value in keys.items():
+        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+            if "role" in _renamed(value[0]):
+                return f"its turns are read with `fields` of the source: {{conversations: {shown(key)}}}"
+            if "question" not in keys:
+                return (
+                    f"if {shown(key)} are the records, write them to a file: docs/data.md has a script for COCO and VQA"
+                )
+    if "question" in keys and "answers" in keys:
+        return "name one of the answers with `fields` of the source: {answer: answers.0}, and ignore the others by name"
+    if "caption" in keys or "text" in keys:
+        return (
+            'a text without a question: set `prompt` of the source to what the user asks, such as "Describe the image."'
+        )
+    plain = {key.strip().lower(): key for key in keys}
+    for shape in SHAPES:
+        if all(key in plain for key in shape.needs):
+            mapped = ", ".join(f"{key}: {shown(plain[key])}" for key in shape.needs if plain[key] != key)
+            return f"they are read with `fields` of the source: {{{mapped}}}"
+    return (
+        "expected 'messages', 'conversations', a question and its answer or the like: see docs/data.md, or map the "
+        "columns with `fields` of the source"
     )
 
 

@@ -1,30 +1,21 @@
-"""Where the members of a tar file lie: found once, then kept in the user's cache as long as it is used.
+"""Where the members of a tar file lie: found once, then kept in the user's cache."""
 
-A cached index is an .npz file, whose name is a hash of the tar file's path and version. It is written whole or not at
-all, and its checksums are verified when it is read.
-"""
-
-import functools
-import hashlib
 import os
 import tarfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from mmtrain.atomic_files import move_into_place, temporary_path
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
+from mmtrain.records.index_cache import CachedIndex
 from mmtrain.regular_files import open_regular
 from mmtrain.safe_text import one_line, shown, visible
-from mmtrain.user_cache import cache_folder, file_version, remove_unused, used
 
-_FORMAT = 1
-"""Raised with every change of what is stored."""
+_KIND = "tar 2"
 _WORTH_KEEPING = 1000
 """Members from which on finding them takes longer than reading the cache."""
 
@@ -65,46 +56,15 @@ class TarIndex:
 def tar_index(path: Path) -> TarIndex:
     """The index of the tar file `path`. Raises OSError, and UserError if it is not a plain, whole tar file."""
     with open_regular(path) as file:
-        cached = cache_folder() / "tar" / f"{_key(path)}.npz"
-        if (index := _cached(path, cached)) is not None:
-            return index
+        cached = CachedIndex(path, _KIND)
+        if (stored := cached.load()) is not None:
+            return TarIndex(path, **stored)
         found = _members(path, file)
     names = np.frombuffer(b"".join(os.fsencode(name) + b"\0" for name, _, _ in found), np.uint8)
     offsets, sizes = np.array([one[1:] for one in found], np.int64).reshape(-1, 2).T
     if len(found) >= _WORTH_KEEPING:
-        with suppress(OSError):  # a cache that cannot be written only costs time
-            _write(cached, names, offsets, sizes)
+        cached.store(names=names, offsets=offsets, sizes=sizes)
     return TarIndex(path, names, offsets, sizes)
-
-
-def _cached(path: Path, cached: Path) -> TarIndex | None:
-    # a damaged file raises anything
-    with suppress(Exception), cached.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-        index = TarIndex(path, stored["names"], stored["offsets"], stored["sizes"])
-        if stored["offsets"].shape == stored["sizes"].shape == (len(index),):
-            used(cached)
-            return index
-    return None
-
-
-def _key(path: Path) -> str:
-    named = f"{_FORMAT} {file_version(path)} {path.resolve()}"
-    return hashlib.sha256(os.fsencode(named)).hexdigest()[:32]
-
-
-def _write(path: Path, names: npt.NDArray[np.uint8], offsets: Ints, sizes: Ints) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_unused(path.parent)
-    with temporary_path(path, str(os.getpid())) as made:
-        with made.open("wb") as file:
-            np.savez(file, names=names, offsets=offsets, sizes=sizes)
-        move_into_place(path, made, durable=False)
-
-
-@functools.cache
-def _remove_unused(folder: Path) -> None:
-    """Once in a process: it may make the indices of thousands of files."""
-    remove_unused(folder)
 
 
 def _members(path: Path, file: BinaryIO) -> list[tuple[str, int, int]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmtrain.records.chat import SampleError, ToolCall
-from mmtrain.records.json_text import parse_json
+from mmtrain.records.json_text import parsed_value
 from mmtrain.records.record_keys import Record, refuse_keys, unknown_keys
 from mmtrain.safe_text import shown
 
@@ -39,7 +39,7 @@ def tools_of(record: Record) -> tuple[str, ...]:
     given = [key for key in RECORD_KEYS if record.get(key) not in _EMPTY]
     if len(given) > 1:
         raise SampleError("both 'tools' and 'functions' are given: keep one")
-    found = _parsed(record[given[0]], given[0]) if given else []
+    found = parsed_value(record[given[0]], given[0]) if given else []
     if not isinstance(found, list):
         raise SampleError(f"{shown(given[0])} must be a list, not {shown(found)}")
     return tuple(_tool(tool) for one in found for tool in _declared(one))
@@ -157,7 +157,7 @@ def _joined(before: Record, turn: Record) -> Record:
 
 def _calls_in(content: Any) -> list[Any]:
     """The calls that the content of a turn is: an object, a list of them, or the JSON text of either."""
-    found = _parsed(content, "a call")
+    found = parsed_value(content, "a call")
     return found if isinstance(found, list) else [found]
 
 
@@ -168,7 +168,7 @@ def _with_responses(turn: Record, responses: Any) -> Iterator[Record]:
         yield rest
     elif turn.get("content") not in _EMPTY:
         raise SampleError("a turn has both 'content' and 'tool_responses': keep one")
-    for response in _parsed(responses, "tool_responses"):
+    for response in parsed_value(responses, "tool_responses"):
         if not isinstance(response, dict) or ("response" in response) == ("content" in response):
             raise SampleError(f"one of 'tool_responses' must have a 'name' and a 'response', not {shown(response)}")
         refuse_keys(unknown_keys(response, _OF_RESPONSE))
@@ -180,7 +180,7 @@ def _with_responses(turn: Record, responses: Any) -> Iterator[Record]:
 def _list_of_calls(value: Any) -> list[Any]:
     if value in _EMPTY:
         return []
-    found = _parsed(value, "tool_calls")
+    found = parsed_value(value, "tool_calls")
     if not isinstance(found, list):
         raise SampleError(f"'tool_calls' must be a list, not {shown(found)}")
     return found
@@ -196,23 +196,13 @@ def _call(call: Any) -> ToolCall:
         [key for one in ([call] if function is call else [call, function]) for key in unknown_keys(one, _OF_CALL)]
     )
     given, number = function.get("arguments"), call.get("id")
-    arguments = {} if given in (None, "") else _parsed(given, f"the arguments of {name}")
+    arguments = {} if given in (None, "") else parsed_value(given, f"the arguments of {name}")
     if not isinstance(arguments, dict):
         raise SampleError(f"the arguments of {shown(name, 40)} must be an object, not {shown(arguments)}")
     if number is not None and not isinstance(number, str):
         raise SampleError(f"the 'id' of a call must be text, not {shown(number)}")
     text = _as_json(arguments)
     return ToolCall(name, given if isinstance(given, str) and given else text, number or None)
-
-
-def _parsed(value: Any, what: str) -> Any:
-    """`value`, or what it is the JSON text of."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_json(value.encode("utf-8", "surrogatepass"))
-    except SampleError as error:
-        raise SampleError(f"{shown(what, 60)}: {error}") from None
 
 
 def _as_json(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -95,35 +95,23 @@ def line_chart(title: str, series: Sequence[Series], unit: str = "", allow_log: 
     )
 
 
-def bar_chart(title: str, x_label: str, edges: Sequence[int], counts: Sequence[int]) -> Chart:
-    """A histogram: `counts[i]` values from `edges[i]` up to but not including `edges[i + 1]`."""
-    x_ticks, x_scale = _linear_axis(edges[0], edges[-1], _LEFT, WIDTH - _RIGHT, tight=True)
+def bar_chart(title: str, x_label: str, ranges: Sequence[tuple[int, int]], counts: Sequence[int]) -> Chart:
+    """A bar for each range of whole numbers, first to last, all of the same width; of many ranges some are written."""
     y_ticks, y_scale = _linear_axis(0, max(counts), HEIGHT - _BOTTOM, _TOP)
-    bars = [
-        Bar(
-            x_scale(low), y_scale(count), max(x_scale(high) - x_scale(low) - 1, 0.5), y_scale(0) - y_scale(count), label
-        )
-        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
-        for label in [f"{low:,} to {high - 1:,}: {count:,}"]
-        if count
-    ]
-    return Chart(title, x_label, x_ticks, y_ticks, bars=tuple(bars))
-
-
-def category_chart(title: str, x_label: str, labels: Sequence[str], counts: Sequence[int]) -> Chart:
-    """A bar for each label, all of the same width; of many labels some are written."""
-    y_ticks, y_scale = _linear_axis(0, max(counts), HEIGHT - _BOTTOM, _TOP)
-    width = (WIDTH - _RIGHT - _LEFT) / len(labels)
-    bars = []
-    for i, (name, count) in enumerate(zip(labels, counts, strict=True)):
-        x, y = round(_LEFT + i * width + 1, 1), y_scale(count)
-        bars += [Bar(x, y, max(round(width - 2, 1), 0.5), y_scale(0) - y, f"{name}: {count:,}")] if count else []
-    every = -(-len(labels) // 6)
-    ticks = [Tick(round(_LEFT + (i + 0.5) * width, 1), name) for i, name in enumerate(labels) if i % every == 0]
+    width = (WIDTH - _RIGHT - _LEFT) / len(ranges)
+    every = -(-len(ranges) // 6)
+    bars, ticks = [], []
+    for i, ((first, last), count) in enumerate(zip(ranges, counts, strict=True)):
+        left, name = _LEFT + i * width, f"{first:,}–{last:,}"
+        if count:
+            y, label = y_scale(count), f"{name}: {count:,}"
+            bars.append(Bar(round(left + 1, 1), y, max(round(width - 2, 1), 0.5), y_scale(0) - y, label))
+        if i % every == 0:
+            ticks.append(Tick(round(left + width / 2, 1), name))
     return Chart(title, x_label, tuple(ticks), y_ticks, bars=tuple(bars))
 
 
-def number(value: float) -> str:
+def short_number(value: float) -> str:
     """A figure in few characters: 98,210 or 1.246 or 3.2e-05."""
     if value and abs(value) < 1e-3:
         return f"{value:.2g}"
@@ -132,19 +120,19 @@ def number(value: float) -> str:
 
 def _short(value: float) -> str:
     """A figure next to an axis, where there is room for seven characters: 98,210 or 1e+06."""
-    return f"{value:.3g}" if abs(value) >= 1e6 else number(value)
+    return f"{value:.3g}" if abs(value) >= 1e6 else short_number(value)
 
 
 def _finite(series: Series) -> Series:
     kept = np.isfinite(series.values)
-    return Series(series.name, series.steps[kept], series.values[kept], series.style, series.marked, series.run)
+    return replace(series, steps=series.steps[kept], values=series.values[kept])
 
 
 def _drawn(series: Series, x_scale: _Scale, y_scale: _Scale) -> Line:
     places = [(x_scale(x), y_scale(y)) for x, y in zip(series.steps, series.values, strict=True)]
     path = "M" + "L".join(f"{x:g} {y:g}" for x, y in places)
     labels = [
-        f"{series.name}, step {step:,.0f}: {number(value)}"
+        f"{series.name}, step {step:,.0f}: {short_number(value)}"
         for step, value in zip(series.steps, series.values, strict=True)
     ]
     is_marked = series.marked or len(places) == 1

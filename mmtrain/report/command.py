@@ -1,10 +1,10 @@
 """`mmtrain report`: one HTML page about one or several runs, or their figures as JSON."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmtrain.command_output import print_json
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.report.compare import differing_keys
 from mmtrain.report.page import REPORT, write_report
@@ -18,7 +18,7 @@ def report(runs: Sequence[Path], output: Path | None, as_json: bool) -> None:
     Raises UserError where one is no run, and StorageError.
     """
     if as_json:
-        print(json.dumps(figures([read_run(run) for run in runs])))
+        print_json(figures([read_run(run) for run in runs]))
         return
     path = output or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT))
     name = visible(str(path))
@@ -32,10 +32,7 @@ def report(runs: Sequence[Path], output: Path | None, as_json: bool) -> None:
 
 def figures(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """What `--json` prints."""
-    return {
-        "runs": [_figures(run) for run in runs],
-        "differing": dict(differing_keys([run.config for run in runs])),
-    }
+    return {"runs": [_figures(run) for run in runs], "differing": dict(differing_keys([run.config for run in runs]))}
 
 
 def _figures(run: RunRecord) -> dict[str, Any]:

@@ -1,11 +1,9 @@
-"""Templates of pages with charts: text is escaped, and an unknown name is an error."""
+"""Templates of pages with charts."""
 
-from importlib import resources
+from jinja2 import Template
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
-from markupsafe import Markup
-
-from mmtrain.report.chart import number
+from mmtrain.command_output import page_environment
+from mmtrain.report.chart import short_number
 from mmtrain.train.summary import duration
 
 NUM_COLORS = 6
@@ -13,18 +11,8 @@ NUM_COLORS = 6
 
 
 def page_template(package: str) -> Template:
-    """The template page.html of a package. It may import `chart_of` from chart.html, and `style` is the style sheet."""
-
-    def load(name: str) -> str:
-        return _resource(__package__ if name == "chart.html" else package, name)
-
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(load)
-    )
-    environment.filters |= {"number": number, "count": "{:,}".format, "duration": duration}
-    environment.globals |= {"num_colors": NUM_COLORS, "style": Markup(_resource(__package__, "page.css"))}
+    """The template page.html of a package, which may use chart.html and page.css of this one."""
+    environment = page_environment(package, "mmtrain.report")
+    environment.filters |= {"number": short_number, "count": "{:,}".format, "duration": duration}
+    environment.globals |= {"num_colors": NUM_COLORS}
     return environment.get_template("page.html")
-
-
-def _resource(package: str, name: str) -> str:
-    return resources.files(package).joinpath(name).read_text(encoding="utf-8")

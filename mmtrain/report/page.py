@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmtrain.atomic_files import move_into_place, temporary_path
-from mmtrain.report.chart import number
+from mmtrain.atomic_files import write_text
+from mmtrain.report.chart import short_number
 from mmtrain.report.compare import differing_keys
 from mmtrain.report.environment import page_template
 from mmtrain.report.read import Row, RunRecord, read_run
 from mmtrain.report.run_charts import charts, length_chart
 from mmtrain.report.series import column, smoothed
-from mmtrain.train.summary import duration, rows_of
+from mmtrain.train.metrics import rows_of
+from mmtrain.train.summary import duration
 
 REPORT = "report.html"
 NUM_ANSWERS = 12
@@ -29,9 +30,7 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
         answers=_answers(records[0]) if len(records) == 1 else [],
         length_chart=length_chart,
     )
-    with temporary_path(path) as made:
-        made.write_text(page, encoding="utf-8", newline="\n")
-        move_into_place(path, made, durable=False)
+    write_text(path, page, durable=False)
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str]]:
@@ -46,8 +45,8 @@ def _tiles(run: RunRecord) -> list[tuple[str, str]]:
     _, losses = column(run.steps, "loss")
     if len(losses):
         averages = smoothed(losses)
-        tiles.append(("loss", f"{number(losses[0])} → {number(averages[-1])}"))
-    tiles += [(f"perplexity, {one.name}", f"{number(one.first)} → {number(one.last)}") for one in found.evals]
+        tiles.append(("loss", _change(losses[0], averages[-1])))
+    tiles += [(f"perplexity, {one.name}", _change(one.first, one.last)) for one in found.evals]
     for way in found.retrieval:
         tiles.append((f"recall@1, {way.direction.replace('_', ' ')}, {way.name}", f"{way.first:.1%} → {way.last:.1%}"))
     for name, rows in run.answers.items():
@@ -56,6 +55,10 @@ def _tiles(run: RunRecord) -> list[tuple[str, str]]:
         if score is not None and blind is not None:
             tiles.append((f"{last['metric']}, {name}", f"{score:.1%} (blind {blind:.1%})"))
     return tiles
+
+
+def _change(first: float, last: float) -> str:
+    return f"{short_number(first)} → {short_number(last)}"
 
 
 def _answers(run: RunRecord) -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ from mmtrain.config.yaml_file import read_yaml
 from mmtrain.errors import UserError
 from mmtrain.safe_text import visible
 from mmtrain.train.folder import FACTS
-from mmtrain.train.metrics import METRICS, is_step
-from mmtrain.train.summary import RunSummary, rows_of, summarize
+from mmtrain.train.metrics import METRICS, is_step, rows_of
+from mmtrain.train.summary import RunSummary, summarize
 
 Row = dict[str, Any]
 
@@ -18,7 +18,7 @@ NUM_DROPPED_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
+class DroppedSamples:
     """The samples that a run left out."""
 
     number: int
@@ -44,7 +44,7 @@ class RunRecord:
     """Rows of answers generated during training, by evaluation set."""
     retrieval: dict[str, tuple[Row, ...]]
     """Rows of retrieval in a contrastive run, by evaluation set."""
-    dropped: Dropped
+    dropped: DroppedSamples
 
 
 def read_run(path: Path) -> RunRecord:
@@ -88,10 +88,10 @@ def _read_json(path: Path) -> Row:
     return found if isinstance(found, dict) else {}
 
 
-def _dropped(path: Path) -> Dropped:
+def _dropped(path: Path) -> DroppedSamples:
     number, first = 0, []
     for row in rows_of(path):
         number += 1
         if number <= NUM_DROPPED_SHOWN:
             first.append(row)
-    return Dropped(number, tuple(first))
+    return DroppedSamples(number, tuple(first))

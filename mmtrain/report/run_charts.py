@@ -1,6 +1,7 @@
 """The charts of one or several runs."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -30,7 +31,8 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
 
 def length_chart(lengths: Row) -> Chart:
     """How long the samples of a set are."""
-    return bar_chart("Lengths of samples", "tokens", lengths["edges"], lengths["counts"])
+    ranges = [(low, high - 1) for low, high in pairwise(lengths["edges"])]
+    return bar_chart("Lengths of samples", "tokens", ranges, lengths["counts"])
 
 
 def _of_steps(runs: Sequence[RunRecord], key: str) -> list[Series]:

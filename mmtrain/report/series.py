@@ -1,7 +1,7 @@
 """Series of a run's figures over its steps, smoothed, and thinned for a plot without losing its extremes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -44,16 +44,16 @@ def num_averaged(num_steps: int) -> int:
     return max(1, min(MAX_AVERAGED, num_steps // 10))
 
 
-def thinned(series: Series, num: int = NUM_BUCKETS) -> Series:
-    """The series with at most two points for each of `num` buckets: those of the lowest and the highest value."""
-    if len(series.values) <= 2 * num:
+def thinned(series: Series) -> Series:
+    """The series with at most two points for each bucket: those of the lowest and the highest value."""
+    if len(series.values) <= 2 * NUM_BUCKETS:
         return series
     kept: set[int] = {0, len(series.values) - 1}
-    for bucket in np.array_split(np.arange(len(series.values)), num):
+    for bucket in np.array_split(np.arange(len(series.values)), NUM_BUCKETS):
         values = series.values[bucket]
         kept |= {int(bucket[values.argmin()]), int(bucket[values.argmax()])}
     chosen = np.array(sorted(kept))
-    return Series(series.name, series.steps[chosen], series.values[chosen], series.style, series.marked, series.run)
+    return replace(series, steps=series.steps[chosen], values=series.values[chosen])
 
 
 def column(rows: Sequence[dict[str, float]], key: str) -> tuple[Values, Values]:

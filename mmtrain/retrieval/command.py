@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from peft import PeftModel
 
+from mmtrain.command_output import check_page
 from mmtrain.config import Config
-from mmtrain.config.data_section import EvalSource
 from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.load import load_embedder
 from mmtrain.errors import UserError
@@ -19,11 +19,12 @@ from mmtrain.retrieval.report import print_report
 from mmtrain.retrieval.zero_shot import read_classes
 from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import visible
-from mmtrain.scoring.results import check_page, show
+from mmtrain.scoring.eval_samples import sources_to_evaluate
+from mmtrain.scoring.results import show
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class RetrievalOptions:
     """What the command line says besides the config."""
 
     adapter: Path | None = None
@@ -35,18 +36,18 @@ class Options:
     json: bool = False
 
 
-def eval_retrieval(config: Config, options: Options) -> None:
+def eval_retrieval(config: Config, options: RetrievalOptions) -> None:
     """Embed, rank and print. Raises UserError for what the user can fix."""
     row, evaluation = retrieval_figures(config, options)
-    from mmtrain.retrieval.page import write_page
+    from mmtrain.retrieval.page import page_of_retrieval
 
-    show(row, options.json, print_report, options.html, lambda path: write_page(path, row, evaluation.content))
+    show(row, options.json, print_report, options.html, lambda found: page_of_retrieval(found, evaluation.content))
 
 
-def retrieval_figures(config: Config, options: Options) -> tuple[dict[str, Any], RetrievalEvaluation]:
+def retrieval_figures(config: Config, options: RetrievalOptions) -> tuple[dict[str, Any], RetrievalEvaluation]:
     """Every figure, as `--json` prints them, and what they were computed from. Raises UserError as above."""
-    sources = [EvalSource(path=path) for path in options.data] or list(config.data.eval)
-    _check(config, options, sources)
+    _check(config, options)
+    sources = sources_to_evaluate(config, options.data)
     classes = None if options.classes is None else read_classes(options.classes, options.templates)
     runtime = Runtime(config.model.dtype, device=config.run.device)
     if runtime.num_processes > 1:
@@ -62,10 +63,8 @@ def retrieval_figures(config: Config, options: Options) -> tuple[dict[str, Any],
         return evaluation.figures(own, evaluation.embed(base)), evaluation
 
 
-def _check(config: Config, options: Options, sources: list[EvalSource]) -> None:
+def _check(config: Config, options: RetrievalOptions) -> None:
     config.objective.check_command("eval retrieval", "contrastive", "eval answers or eval perplexity")
-    if not sources:
-        raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")
     if options.compare is not None and options.adapter is None:
         raise UserError("--compare base: there is nothing to compare with the base model: give --adapter too")
     if options.templates and options.classes is None:

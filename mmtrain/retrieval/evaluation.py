@@ -15,10 +15,9 @@ from mmtrain.contrastive.embedder import Embedder, EncodedItem
 from mmtrain.contrastive.pair_samples import PairSamples, read_pairs
 from mmtrain.contrastive.relation import relate
 from mmtrain.dataset.plan import Indices
-from mmtrain.dataset.validate import FaultPolicy
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
-from mmtrain.records.chat import SampleError
+from mmtrain.records.chat import SampleError, refused_at
 from mmtrain.retrieval.figures import Direction, directions, figures
 from mmtrain.retrieval.item_content import ItemContent
 from mmtrain.retrieval.zero_shot import Classes, labels, zero_shot_figures
@@ -50,16 +49,7 @@ class RetrievalEvaluation:
         classes: Classes | None = None,
     ) -> None:
         """`embedder` encodes the items. Raises UserError where a sample cannot be used."""
-        data = config.data
-        self.samples: PairSamples = read_pairs(
-            sources,
-            embedder,
-            embedder.limit(data.max_length),
-            FaultPolicy.of(data),
-            frozenset(data.ignore_fields),
-            data.decode_images,
-            progress,
-        )
+        self.samples: PairSamples = read_pairs(sources, embedder, config.data, progress)
         self._max_tokens = config.run.microbatch_tokens
         self._progress = progress
         self._names = [source.name or Path(source.path).name for source in sources]
@@ -91,10 +81,8 @@ class RetrievalEvaluation:
 
     def _embed_items(self, embedder: Embedder, share: tuple[int, int]) -> torch.Tensor:
         samples = self.samples
-        try:
+        with refused_at("eval retrieval"):
             return embed_all(embedder, samples.items, samples.loaded, self._max_tokens, self._progress, share)
-        except SampleError as error:
-            raise UserError(f"eval retrieval: {error}") from None
 
     def _embed_classes(self, embedder: Embedder) -> torch.Tensor:
         items = self._class_items

@@ -1,7 +1,6 @@
 """The figures of `eval retrieval` as one HTML page without network access, with the most confused items in images."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mmtrain.encoding.images import decode
@@ -16,11 +15,11 @@ _SHOWN_SIDE = 256
 _ENDS = ("query", "right", "wrong")
 
 
-def write_page(path: Path, row: Mapping[str, Any], content: ItemContent) -> None:
-    """Write what `row`, made by `figures`, has to `path`. All text of samples is escaped. Raises OSError."""
+def page_of_retrieval(row: Mapping[str, Any], content: ItemContent) -> str:
+    """The page of what `row`, made by `figures`, has. All text of samples is escaped."""
     ways = directions_of(row)
     shown = {one[end]["number"] for found in ways.values() for one in found["most_confused"] for end in _ENDS}
-    page = render(
+    return render(
         __package__,
         ways=ways,
         titles=DIRECTIONS,
@@ -29,7 +28,6 @@ def write_page(path: Path, row: Mapping[str, Any], content: ItemContent) -> None
         row=row,
         images={number: _images(content, number) for number in shown},
     )
-    path.write_text(page, encoding="utf-8", newline="\n")
 
 
 def _images(content: ItemContent, number: int) -> list[str]:

@@ -18,10 +18,10 @@ from mmtrain.contrastive.relation import Numbers
 from mmtrain.dataset.plan import Indices
 from mmtrain.errors import UserError
 from mmtrain.records.pairs import Item
-from mmtrain.regular_files import open_regular
 from mmtrain.retrieval.metrics import means, metrics_of
 from mmtrain.retrieval.ranking import Pairs, rank_positives
 from mmtrain.safe_text import shown, visible
+from mmtrain.text_files import read_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,7 @@ class Classes:
 def read_classes(path: Path, templates: Sequence[str]) -> Classes:
     """The classes of a text file with one on each line. Raises UserError where one cannot be used."""
     where = f"--classes {visible(str(path))}"
-    try:
-        with open_regular(path) as file:
-            lines = file.read().decode("utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: it is not UTF-8 text: save it with one class on each line") from None
-    names = [line.strip() for line in lines if line.strip()]
+    names = [line.strip() for line in read_text(path, where).splitlines() if line.strip()]
     if len(names) < 2 or len(set(names)) < len(names):
         raise UserError(f"{where}: expected at least two different classes, one on each line")
     if wrong := [template for template in templates if template.count("{}") != 1]:

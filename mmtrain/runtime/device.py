@@ -11,6 +11,7 @@ import torch.utils.deterministic
 
 from mmtrain.dataset.batch import Batch
 from mmtrain.errors import DeviceMemoryError, UserError
+from mmtrain.progress import Progress
 from mmtrain.safe_text import one_line
 
 _AMPERE = (8, 0)
@@ -18,57 +19,75 @@ _AMPERE = (8, 0)
 _DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 _DIRECT_DRIVER = 550
 """The first NVIDIA driver that reports correctly that cards of the RTX 40 series cannot copy to each other."""
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "STATUS_ALLOC_FAILED", "'out of memory'")
+"""In errors of torch's allocator on the CPU, of CUDA, of cuBLAS and cuDNN, and of NCCL."""
 
 
 def find_device(wanted: str, dtype: str, local_index: int = 0) -> torch.device:
     """The device of the process with `local_index` on its machine, for `run.device` and `model.dtype`.
 
-    Raises UserError, in one line, where that device is missing or cannot do what is asked of it.
+    `auto`: an NVIDIA GPU if torch finds one, else the CPU; a GPU that is then not used is one line on standard error.
+    Raises UserError, in one line, where the device is missing or cannot do what is asked of it.
     """
-    kind = _found_kind() if wanted == "auto" else wanted
-    if kind == "cuda":
-        return _check_gpu(dtype, local_index, is_named=wanted == "cuda")
-    if kind == "mps":
-        return _check_mps(is_named=wanted == "mps")
-    if kind != "cpu":
-        raise UserError(
-            f"run.device: this machine has a device of kind {kind}, which mmtrain does not support: set cpu"
-        )
-    return torch.device("cpu")
+    if wanted == "auto":
+        wanted, reason = _automatic()
+        if reason and local_index == 0:
+            Progress().say(f"device: cpu, because {reason}")
+    if wanted == "cuda":
+        return _check_gpu(dtype, local_index)
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise UserError("run.device: mps: torch finds no such device; set run.device to auto or cpu")
+    return torch.device(wanted)
 
 
-def _found_kind() -> str:
-    return "cpu" if (found := torch.accelerator.current_accelerator(check_available=True)) is None else found.type
+def _automatic() -> tuple[str, str]:
+    """What `auto` means on this machine, and why it is not the GPU that the machine has."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        is_missed = _DRIVER_VERSION.is_file()
+        return "cpu", "torch finds no GPU although there is an NVIDIA driver: run nvidia-smi" if is_missed else ""
+    if found.type == "cuda" and torch.version.hip is None:
+        return "cuda", ""
+    if found.type not in ("cuda", "mps"):
+        return "cpu", f"mmtrain does not support devices of kind {found.type}"
+    name = "ROCm" if found.type == "cuda" else "MPS"
+    return "cpu", f"mmtrain is not tested on {name}; run.device={found.type} tries it"
 
 
-def _check_gpu(dtype: str, local_index: int, is_named: bool) -> torch.device:
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16 without converting every value."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _AMPERE
+
+
+def _check_gpu(dtype: str, local_index: int) -> torch.device:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         why = "torch finds no GPU or no driver" if built else "this build of torch has no CUDA"
         raise UserError(f"run.device: cuda: {why}; set run.device to auto or cpu, or install what is missing")
-    if torch.version.hip is not None and not is_named:
-        raise UserError("run.device: mmtrain is not tested on ROCm: set run.device to cuda to try it, or to cpu")
     count = torch.cuda.device_count()
     if local_index >= count:
         raise UserError(f"process {local_index} of this machine has no GPU: there are {count}; start fewer processes")
     device = torch.device("cuda", local_index)
-    capability = torch.cuda.get_device_capability(device)
-    if dtype == "bfloat16" and capability < _AMPERE:
-        major, minor = capability
+    try:
+        _compute_on(device)
+    except RuntimeError as error:  # a card that this build has no code for, or that others have filled or reserved
+        raise UserError(
+            f"run.device: {torch.cuda.get_device_name(device)} cannot be used: {one_line(error, 160)}: free it, "
+            "install a build of torch for it, or set run.device to cpu"
+        ) from None
+    if dtype == "bfloat16" and not has_bfloat16(device):
+        major, minor = torch.cuda.get_device_capability(device)
         raise UserError(
             f"model.dtype: {torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and bfloat16 "
-            "needs 8.0 or higher: set model.dtype to float32"
+            "needs 8.0 or higher: set model.dtype (without a config: --dtype) to float32"
         )
-    torch.cuda.set_device(device)
     return device
 
 
-def _check_mps(is_named: bool) -> torch.device:
-    if not torch.backends.mps.is_available():
-        raise UserError("run.device: mps: torch finds no such device; set run.device to auto or cpu")
-    if not is_named:
-        raise UserError("run.device: mmtrain is not tested on MPS: set run.device to mps to try it, or to cpu")
-    return torch.device("mps")
+def _compute_on(device: torch.device) -> None:
+    """The first operation on a GPU, which is from now on the one of this process. Raises RuntimeError."""
+    torch.cuda.set_device(device)
+    torch.ones(1, device=device).item()
 
 
 def check_exchange(device: torch.device, environment: MutableMapping[str, str]) -> None:
@@ -115,7 +134,7 @@ def device_faults(doing: Callable[[], str], remedy: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise DeviceMemoryError(f"{doing()}: out of memory{_peak()}: {remedy}") from None
     except RuntimeError as error:
-        if "DefaultCPUAllocator" in str(error):
+        if any(words in str(error) for words in _OUT_OF_MEMORY):
             raise DeviceMemoryError(f"{doing()}: out of memory: {remedy}") from None
         if "does not have a deterministic implementation" not in str(error):
             raise

@@ -1,7 +1,4 @@
-"""Processes and nodes: whether this process is one of many already, and if not, starting them.
-
-With environment.py the only module that reads the environment.
-"""
+"""Processes and nodes: whether this process is one of many already, and if not, starting them."""
 
 import logging
 import os
@@ -10,13 +7,13 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmtrain.errors import FINAL_CODES, STOP_SIGNALS, PeerError, UserError
 from mmtrain.parent_death import end_with_parent
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.agent.server.api import RunResult
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 
 _OURS = "MMTRAIN_LAUNCHED"
 SHUTDOWN_SECONDS = 600
@@ -24,7 +21,7 @@ SHUTDOWN_SECONDS = 600
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class LaunchOptions:
     """How many processes there are to be, and where the nodes meet."""
 
     processes: int | None
@@ -89,23 +86,70 @@ def num_local_gpus(device: str) -> int:
     """GPUs of this machine that a run on `device` (`run.device`) uses."""
     import torch
 
-    return torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    is_used = device == "cuda" or (device == "auto" and torch.version.hip is None)
+    return torch.cuda.device_count() if is_used else 0
 
 
-def launch(layout: Layout, processes: int, words: Sequence[str]) -> int:
+def launch(options: LaunchOptions, processes: int, words: Sequence[str]) -> int:
     """Run `mmtrain words…` in `processes` processes on this node through torch's elastic agent; gives the exit code.
 
     Workers that die are started again, at most `max_restarts` times, and resume from the newest checkpoint; exits
     that another start would not help (`FINAL_CODES`) are final.
     """
-    from torch.distributed.elastic.agent.server.api import WorkerGroup, WorkerSpec
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    logging.disable(logging.CRITICAL)  # our own lines report what the agent logs of its workers
+    address = _own_address(options.rendezvous)
+    os.environ |= {
+        _OURS: str(os.getpid()),
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # shared, it would hold what an earlier start left
+    }
+    interface = _interface(address)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    spec = WorkerSpec(
+        role="mmtrain",
+        local_world_size=processes,
+        rdzv_handler=_rendezvous(options, address),
+        entrypoint=sys.executable,
+        args=("-m", "mmtrain", *words),
+        max_restarts=options.max_restarts,
+        local_addr=address,
+    )
+    try:
+        result = _agent(spec).run()
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return _cause(result) if result.is_failed() else 0
+
+
+def _rendezvous(options: LaunchOptions, address: str) -> Any:
+    """Where the agents of all nodes meet."""
     from torch.distributed.elastic.rendezvous import RendezvousParameters
     from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+    parameters = RendezvousParameters(
+        backend="c10d",
+        endpoint=options.rendezvous or "localhost:0",
+        run_id="mmtrain",
+        min_nodes=options.nodes,
+        max_nodes=options.nodes,
+        local_addr=address,
+        is_host=options.node_rank == 0,
+        join_timeout=900,
+    )
+    return get_rendezvous_handler(parameters)
+
+
+def _agent(spec: "WorkerSpec") -> Any:
+    """torch's agent of this node, which does not start workers again after exits that are final."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+
     class Agent(LocalElasticAgent):
-        def _monitor_workers(self, worker_group: WorkerGroup) -> "RunResult":
+        def _monitor_workers(self, worker_group: "WorkerGroup") -> "RunResult":
             result: RunResult = super()._monitor_workers(worker_group)
             if result.is_failed():
                 code = _cause(result)
@@ -115,41 +159,7 @@ def launch(layout: Layout, processes: int, words: Sequence[str]) -> int:
                     _say(f"a process ended (exit code {code}): starting again from the newest checkpoint")
             return result
 
-    logging.disable(logging.CRITICAL)  # our own lines report what the agent logs of its workers
-    address = _own_address(layout.rendezvous)
-    os.environ |= {
-        _OURS: str(os.getpid()),
-        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # shared, it would hold what an earlier start left
-    }
-    interface = _interface(address)
-    if interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    rendezvous = RendezvousParameters(
-        backend="c10d",
-        endpoint=layout.rendezvous or "localhost:0",
-        run_id="mmtrain",
-        min_nodes=layout.nodes,
-        max_nodes=layout.nodes,
-        local_addr=address,
-        is_host=layout.node_rank == 0,
-        join_timeout=900,
-    )
-    spec = WorkerSpec(
-        role="mmtrain",
-        local_world_size=processes,
-        rdzv_handler=get_rendezvous_handler(rendezvous),
-        entrypoint=sys.executable,
-        args=("-m", "mmtrain", *words),
-        max_restarts=layout.max_restarts,
-        local_addr=address,
-    )
-    agent = Agent(spec, DefaultLogsSpecs(), exit_barrier_timeout=30, shutdown_timeout=SHUTDOWN_SECONDS)
-    try:
-        result = agent.run()
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    return _cause(result) if result.is_failed() else 0
+    return Agent(spec, DefaultLogsSpecs(), exit_barrier_timeout=30, shutdown_timeout=SHUTDOWN_SECONDS)
 
 
 def launch_again(processes: int) -> int | None:
@@ -158,7 +168,7 @@ def launch_again(processes: int) -> int | None:
     if takes_part() or processes == 1:
         return None
     quiet()
-    return launch(Layout(processes, max_restarts=0), processes, sys.argv[1:])
+    return launch(LaunchOptions(processes, max_restarts=0), processes, sys.argv[1:])
 
 
 def _cause(result: "RunResult") -> int:

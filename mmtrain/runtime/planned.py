@@ -1,6 +1,7 @@
 """The runtime of a run that is only planned: it meets no other process and changes nothing of this one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,6 @@ class PlannedRuntime(Runtime):
     def wait(self) -> None:
         """Nothing to wait for."""
 
-    def from_first(self, key: str, make: Callable[[], str]) -> str:
+    def from_first(self, key: str, make: Callable[[], Any]) -> Any:
         self._tick()
         return make()

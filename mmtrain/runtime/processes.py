@@ -1,6 +1,7 @@
-"""Devices, precision and processes: with `launch` the only room that asks the environment about them."""
+"""The device, precision and processes of a run, as the environment gives them."""
 
 import datetime
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -176,22 +177,22 @@ class Runtime:
             with self._together():
                 dist.barrier()
 
-    def from_first(self, key: str, make: Callable[[], str]) -> str:
-        """What `make` gives in the first process; the others wait at the store, which a collective's timeout spares."""
-        if self.num_processes == 1:
-            return make()
+    def from_first(self, key: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives in the first process, as JSON keeps it, with paths as text; the others wait at the store,
+        which a collective's timeout spares."""
         if self.is_main:
-            found = make()
-            self._store.set(key, found)
-            return found
+            found = json.dumps(make(), default=str)
+            if self.num_processes > 1:
+                self._store.set(key, found)
+            return json.loads(found)
         doing = self.activity.phase
         self.activity.set("waiting")
         with self._together():  # the first process may hold the store: with it, it is gone
             while not self._store.check([key]):
                 time.sleep(0.05)
-            found = str(self._store.get(key).decode())
+            found = self._store.get(key)
         self.activity.set(doing)
-        return found
+        return json.loads(found)
 
     @contextmanager
     def _together(self) -> Iterator[None]:

@@ -10,14 +10,12 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.adapter import Adapter, load_adapter
 from mmtrain.model.components import is_as_loaded
 from mmtrain.model.family import probe_family
-from mmtrain.model.load import load_model
 from mmtrain.model.root import Root
 from mmtrain.model.vision import prepare_vision
 from mmtrain.progress import Progress
-from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.image_cache import input_maker, make_store
-from mmtrain.scoring.loaded_model import LoadedModel, image_loader
+from mmtrain.scoring.loaded_model import LoadedModel, image_loader, load_base
 from mmtrain.scoring.packing import choose_rows
 
 
@@ -38,18 +36,7 @@ class AdaptedModels:
     ) -> None:
         self._processor, self._runtime, self._progress, self._adapters = processor, runtime, progress, adapters
         self._config = config
-        settings = config.model
-        with loading_faults():
-            self._model = load_model(
-                settings.path,
-                settings.dtype,
-                processor,
-                runtime.device,
-                runtime.activity.tick,
-                settings.quantization,
-                config.tune.components,
-            )
-        self._model.requires_grad_(False)
+        self._model = load_base(config, processor, runtime).requires_grad_(False)
         self._family = probe_family(self._model, processor, progress.say, config.tune.components)
         with runtime.autocast():
             self._vision = prepare_vision(self._model, processor, runtime.device, progress.say)

@@ -5,16 +5,25 @@ from dataclasses import dataclass
 
 from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.plan import Indices
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.selection import SelectedSources
 from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, check_samples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.errors import UserError
 from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
 from mmtrain.scoring.changed_images import Change, ChangedImages, encodable
+
+
+def sources_to_evaluate(config: Config, data: Sequence[str]) -> Sequence[EvalSource]:
+    """The files `data`, or without any the sources of `data.eval`. Raises UserError where there are none either."""
+    sources = [EvalSource(path=path) for path in data] or config.data.eval
+    if not sources:
+        raise UserError("data.eval: there are no sources in the config; give some, or --data FILE")
+    return sources
 
 
 @dataclass(frozen=True, slots=True)

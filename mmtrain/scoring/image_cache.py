@@ -9,7 +9,7 @@ import PIL
 import transformers
 
 from mmtrain import __version__
-from mmtrain.config import Config
+from mmtrain.config import GIB, Config
 from mmtrain.config.tune_section import Frozen
 from mmtrain.dataset.hashes import model_fingerprints
 from mmtrain.encoding.processor import ChatProcessor
@@ -23,8 +23,6 @@ from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.user_cache import cache_folder
 
-GIB = 2**30
-
 
 def caches_features(config: Config, num_processes: int) -> bool:
     """Whether training caches features, as far as the config says: frozen components give the same every time.
@@ -35,8 +33,9 @@ def caches_features(config: Config, num_processes: int) -> bool:
     frozen = isinstance(tune.vision, Frozen) and isinstance(tune.projector, Frozen)
     if tune.components.language:  # they may be modules that make features
         frozen = frozen and isinstance(tune.language, Frozen)
-    sharded = run.weights == "shard" and num_processes > 1
-    return frozen and not sharded and max(run.image_cache.memory_gib, run.image_cache.disk_gib) > 0
+    return (
+        frozen and not run.is_sharded(num_processes) and max(run.image_cache.memory_gib, run.image_cache.disk_gib) > 0
+    )
 
 
 def make_store(config: Config, runtime: Runtime, progress: Progress) -> FeatureStore | None:
@@ -83,10 +82,10 @@ def _encodes_together(config: Config, runtime: Runtime) -> bool:
 
 def _model_key(config: Config, runtime: Runtime, progress: Progress) -> str:
     """A SHA-256 over all that decides the bits of an image's features besides the image."""
-    files = runtime.from_first("features", lambda: json.dumps(model_fingerprints(config.model.path, progress.tick)))
+    files = runtime.from_first("features", lambda: model_fingerprints(config.model.path, progress.tick))
     settings = {"image_processor": config.model.image_processor}
     versions = {"mmtrain": __version__, "transformers": transformers.__version__, "pillow": PIL.__version__}
     made_by = {"dtype": config.model.dtype, "threads": runtime.num_threads, **runtime.kernels, **versions, **settings}
     if _encodes_together(config, runtime):
         made_by["images"] = "together"
-    return hashlib.sha256(json.dumps([json.loads(files), made_by], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([files, made_by], sort_keys=True).encode()).hexdigest()

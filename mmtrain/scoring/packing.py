@@ -1,6 +1,5 @@
 """How samples share micro-batches and rows: what the config says, and what the model can."""
 
-import json
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from mmtrain.runtime.processes import Runtime
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowChoice:
     """How samples go through a model."""
 
     packing: bool
@@ -26,7 +25,7 @@ class Rows:
 
 def choose_rows(
     model: Any, processor: ChatProcessor, config: Config, runtime: Runtime, say: Callable[[str], None]
-) -> Rows:
+) -> RowChoice:
     """Try `model`, as it is computed and before its weights are sharded, in the first process, and decide for all.
 
     `say` is given the line that says why `auto` does not pack, or why samples go through the model one at a time.
@@ -34,13 +33,13 @@ def choose_rows(
     """
     wanted, dtype = config.run.packing, getattr(torch, config.model.dtype)
 
-    def tried() -> str:
-        return json.dumps(astuple(try_rows(model, processor, dtype, packing=wanted is not False)))
+    def tried() -> tuple[Any, ...]:
+        return astuple(try_rows(model, processor, dtype, packing=wanted is not False))
 
-    found = RowsFound(*json.loads(runtime.from_first("packing", tried)))
+    found = RowsFound(*runtime.from_first("packing", tried))
     if found.fault is None:
-        return Rows(wanted is not False, alone=False)
+        return RowChoice(wanted is not False, alone=False)
     if wanted is True:
         raise UserError(f"run.packing: {found.fault}; expected false or auto for this model")
     say(f"packing: off, {found.fault}")
-    return Rows(packing=False, alone=found.alone)
+    return RowChoice(packing=False, alone=found.alone)

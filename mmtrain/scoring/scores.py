@@ -34,5 +34,8 @@ class Scores:
 
     def of(self, indices: Ints) -> "Scores":
         """The rows of the samples `indices` alone."""
-        own = np.isin(self.sample, indices)
-        return Scores(**{field.name: getattr(self, field.name)[own] for field in fields(self)})
+        return self.rows(np.isin(self.sample, indices))
+
+    def rows(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> "Scores":
+        """Some of the rows, by a mask or in this order."""
+        return Scores(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})

@@ -9,7 +9,6 @@ interval. A figure per token is a ratio of two sums over samples, and both sums 
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -147,10 +146,8 @@ def mean_by_sample(samples: Ints, values: Floats) -> tuple[float, tuple[float, f
 
     `samples`: the sample of each value. Where `values` are differences of two measurements the interval is paired.
     """
-    inverse = np.unique(samples, return_inverse=True)[1]
-    columns = [np.bincount(inverse, weights=values), np.bincount(inverse)]
-    drawn_sum, drawn_count = _resampled(np.stack(columns, axis=1)).T
-    return float(values.mean()), _interval(drawn_sum / drawn_count)
+    found = per_token(samples, values, np.ones(len(values)))
+    return found["mean"], tuple(found["interval"])
 
 
 def _supervised(scores: Scores) -> Scores:
@@ -159,7 +156,7 @@ def _supervised(scores: Scores) -> Scores:
     Raises UserError where there are none, and NonFiniteError where one has no finite nll.
     """
     order = np.lexsort((scores.answer, scores.sample))
-    scores = _take(scores, order[scores.num_supervised[order] > 0])
+    scores = scores.rows(order[scores.num_supervised[order] > 0])
     if not len(scores.sample):
         raise UserError(
             "eval: nothing is supervised: no sample has a supervised token, at least one is needed; "
@@ -169,10 +166,6 @@ def _supervised(scores: Scores) -> Scores:
         number = scores.sample[~np.isfinite(scores.nll)][0]
         raise NonFiniteError(f"eval: the loss of sample {number} is not a finite number; check the model's weights")
     return scores
-
-
-def _take(scores: Scores, rows: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> Scores:
-    return Scores(**{field.name: getattr(scores, field.name)[rows] for field in fields(scores)})
 
 
 def _per_sample(scores: Scores, *columns: Floats | Ints) -> Floats:
@@ -206,7 +199,7 @@ def _figures(scores: Scores) -> dict[str, float]:
 
 def _groups(scores: Scores, masks: Iterable[tuple[str, npt.NDArray[np.bool_]]]) -> Groups:
     """The figures of every group that has an answer."""
-    return {name: _figures(_take(scores, mask)) for name, mask in masks if mask.any()}
+    return {name: _figures(scores.rows(mask)) for name, mask in masks if mask.any()}
 
 
 def _perplexity(nll: float) -> float:

@@ -7,11 +7,12 @@ import torch
 from mmtrain.model.kernels.products import product
 
 _SIDE = {"cpu": 1024, "cuda": 8192}
-_REPEATS = 6
+_REPEATS, _SECONDS = 6, 0.05
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second (2 n³ for n x n matrices) of the fastest of a few products in `dtype`, after a warm-up.
+    """Operations a second (2 n³ for n x n matrices) of the fastest of a few products in `dtype`, after a warm-up:
+    as many as begin within `_SECONDS`, at most `_REPEATS`.
 
     Computed by the library that training uses: the rate of a slower one would make its share look larger. With this
     process's number of threads; on a machine that others use too it is what they leave.
@@ -19,14 +20,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     side = _SIDE.get(device.type, 4096)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product(a, b)
-    best = float("inf")
-    for _ in range(_REPEATS):
+    taken: list[float] = []
+    while len(taken) < _REPEATS and sum(taken) < _SECONDS:
         _synchronize(device)
         start = time.perf_counter()
         product(a, b)
         _synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * side**3 / best
+        taken.append(time.perf_counter() - start)
+    return 2.0 * side**3 / min(taken)
 
 
 def _synchronize(device: torch.device) -> None:

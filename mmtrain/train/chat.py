@@ -12,7 +12,7 @@ from mmtrain.runtime.processes import Runtime
 from mmtrain.train.chat_evaluations import make_evaluations
 from mmtrain.train.checkpointing import decided_learner
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.evaluations import Evaluation
+from mmtrain.train.evaluations import RunEvaluation
 from mmtrain.train.export import export
 from mmtrain.train.facts import write_facts
 from mmtrain.train.report import start_report
@@ -29,23 +29,20 @@ class ChatObjective:
         self.data = Dataset(config, self._processor, progress)
 
     @cached_property
-    def _learner(self) -> Learner:
+    def learner(self) -> Learner:
         return decided_learner(self._config, self.data, self._processor, self._runtime, self._progress)
 
-    def load(self) -> Learner:
-        return self._learner
-
     def write_facts(self) -> None:
-        write_facts(self._config, self.data, self._learner)
+        write_facts(self._config, self.data, self.learner)
 
     def steps(self) -> StepCuts:
-        return StepCuts(self.data, self._learner, self._config.run, self.data.stream)
+        return StepCuts(self.data, self.learner, self._config.run, self.data.stream)
 
-    def evaluations(self) -> list[Evaluation]:
-        return make_evaluations(self._config, self.data, self._learner, self._progress)
+    def evaluations(self) -> list[RunEvaluation]:
+        return make_evaluations(self._config, self.data, self.learner, self._progress)
 
     def report(self) -> Iterator[str | Table]:
-        return start_report(self._config, self.data, self._learner)
+        return start_report(self._config, self.data, self.learner)
 
     def export(self, name: str | None = None, step: int | None = None) -> str:
-        return export(self._learner, self._config, self.data, name, step)
+        return export(self.learner, self._config, self.data, name, step)

@@ -13,13 +13,13 @@ from mmtrain.progress import Progress
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.eval_answers import AnswersEvaluation
 from mmtrain.train.eval_perplexity import PerplexityEvaluation
-from mmtrain.train.evaluations import Evaluation
+from mmtrain.train.evaluations import RunEvaluation
 from mmtrain.train.step import Learner
 
 
-def make_evaluations(config: Config, dataset: Dataset, learner: Learner, progress: Progress) -> list[Evaluation]:
+def make_evaluations(config: Config, dataset: Dataset, learner: Learner, progress: Progress) -> list[RunEvaluation]:
     """Those of a run, in order."""
-    found: list[Evaluation] = [PerplexityEvaluation(config, one, learner, progress) for one in dataset.eval]
+    found: list[RunEvaluation] = [PerplexityEvaluation(config, one, learner, progress) for one in dataset.eval]
     answers, runtime = config.run.eval_answers, learner.runtime
     if answers is None:
         return found

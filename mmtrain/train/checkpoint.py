@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmtrain.atomic_files import flush, move_into_place, temporary_path
+from mmtrain.atomic_files import flush, replacing
 from mmtrain.dataset.hashes import sha256_of
 from mmtrain.errors import NoCheckpointError, StorageError, UserError, storage_faults, system_error
 from mmtrain.safe_text import shown
@@ -99,14 +99,13 @@ class CheckpointFolder:
             self._folder.mkdir(parents=True, exist_ok=True)
             flush(self._folder.parent)
             self.sweep()
-            with temporary_path(target) as made:
+            with replacing(target) as made:
                 made.mkdir()
                 _write_tensors(content.weights, made / "trainable.safetensors")
                 _write_tensors(content.moments, made / "optimizer.safetensors")
                 (made / "state.json").write_text(json.dumps(state, indent=2))
                 sums = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
                 (made / _MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=2))
-                move_into_place(target, made)
         fault = _fault(target)
         if fault is not None:
             raise StorageError(f"{target}: read back, {fault}: the disk did not keep what was written")

@@ -1,22 +1,20 @@
 """Decides whether the activations of layers are stored or computed again: `run.activation_checkpointing: auto`."""
 
-import json
 from typing import Any
 
 import torch
 
-from mmtrain.config import Config
+from mmtrain.config import GIB, Config
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
-from mmtrain.safe_text import one_line
+from mmtrain.safe_text import error_line
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.learner import make_learner
 from mmtrain.train.peak_memory import PeakMemory, predict_peak
 from mmtrain.train.step import Learner
 
-GIB = 2**30
 RESERVED_BYTES, RESERVED_SHARE = 1.0 * GIB, 0.05
 """What is kept free of a GPU's memory: CUDA's own context and the workspaces of libraries, and a share that an
 allocator loses to fragmentation."""
@@ -27,10 +25,21 @@ def available(total_bytes: float) -> float:
     return total_bytes * (1 - RESERVED_SHARE) - RESERVED_BYTES
 
 
+def peak_or_fault(
+    config: Config, dataset: Dataset, processor: ChatProcessor, kind: str, num_processes: int, progress: Progress
+) -> PeakMemory | str:
+    """What `predict_peak` gives, or in one line why the memory cannot be predicted. Raises UserError."""
+    try:
+        return predict_peak(config, dataset, processor, kind, num_processes, progress)
+    except UserError:
+        raise
+    except Exception as error:  # an unusual family can raise anything without values
+        return error_line(error)
+
+
 def peak_of(found: PeakMemory, config: Config, num_processes: int) -> int:
     """The predicted peak, with the weights sharded if the config says so."""
-    is_sharded = config.run.weights == "shard" and num_processes > 1
-    return found.sharded(num_processes) if is_sharded else found.peak
+    return found.sharded(num_processes) if config.run.is_sharded(num_processes) else found.peak
 
 
 def decided_learner(
@@ -55,11 +64,11 @@ def decide_checkpointing(
         return with_checkpointing(config, False)
     count = runtime.num_processes
 
-    def decide() -> str:
+    def decide() -> tuple[bool, str]:
         total = torch.cuda.get_device_properties(runtime.device).total_memory
-        return json.dumps(_decision(config, dataset, processor, count, total, progress))
+        return _decision(config, dataset, processor, count, total, progress)
 
-    is_on, why = json.loads(runtime.from_first("activation checkpointing", decide))
+    is_on, why = runtime.from_first("activation checkpointing", decide)
     progress.say(f"activation checkpointing: {'on' if is_on else 'off'}, {why}")
     return with_checkpointing(config, is_on)
 
@@ -75,13 +84,11 @@ def _decision(
     """Whether it is on, and why."""
     seed: Any = torch.random.get_rng_state()
     try:
-        found = predict_peak(config, dataset, processor, "cuda", count, progress)
-    except UserError:
-        raise
-    except Exception as error:  # an unusual family can raise anything without values
-        return True, f"because its memory cannot be predicted: {type(error).__name__}: {one_line(error)}"
+        found = peak_or_fault(config, dataset, processor, "cuda", count, progress)
     finally:
         torch.random.set_rng_state(seed)
+    if isinstance(found, str):
+        return True, f"because its memory cannot be predicted: {found}"
     peak = peak_of(found, config, count)
     fits = peak <= available(total)
     return not fits, (

@@ -10,7 +10,7 @@ import numpy as np
 
 from mmtrain.config import Config
 from mmtrain.config.schema import Train
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.plan import Indices, Plan
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.selection import SelectedSources
@@ -22,6 +22,7 @@ from mmtrain.errors import UserError
 from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
 from mmtrain.train.eval_sets import eval_sources, make_eval_sets
+from mmtrain.train.folder import dropped_row
 from mmtrain.train.watched import chat_names, check_watched
 
 
@@ -109,10 +110,7 @@ class Dataset:
         sets = [] if self.stream else [(self.train, self.checked)]
         sets += [(one.samples, one.checked) for one in self.eval]
         return [
-            {"file": str(place.file), "line": place.line, "place": str(place), "reason": reason}
-            for samples, checked in sets
-            for index, reason in checked.left_out
-            for place in [samples.place(index)]
+            dropped_row(samples.place(index), reason) for samples, checked in sets for index, reason in checked.left_out
         ]
 
     @property

@@ -8,7 +8,7 @@ from mmtrain.answers.figures import verdict
 from mmtrain.answers.filled import FilledBatches
 from mmtrain.answers.judged import JUDGED, JudgedAnswers
 from mmtrain.answers.question_set import QuestionSet, Replies
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import write_text
 from mmtrain.config.run_section import EvalAnswers
 from mmtrain.errors import storage_faults
 from mmtrain.generate.over_processes import known_to_all
@@ -109,9 +109,7 @@ class AnswersEvaluation:
             lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
             rows = [row for row in map(json.loads, lines) if row["source"] != self.name]
             rows += [self._example(number, judged, reply) for number, reply in replies.items()]
-            with temporary_path(path) as made:
-                made.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-                move_into_place(path, made, durable=False)
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), durable=False)
 
     def _example(self, number: int, judged: JudgedAnswers, reply: Reply) -> dict[str, Any]:
         question = self._questions.questions[number]

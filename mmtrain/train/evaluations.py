@@ -13,7 +13,7 @@ from mmtrain.train.metrics import MetricsFile
 from mmtrain.train.watched import History
 
 
-class Evaluation(Protocol):
+class RunEvaluation(Protocol):
     """What is evaluated on one set, again and again."""
 
     kind: str
@@ -34,7 +34,7 @@ class Evaluations:
 
     def __init__(
         self,
-        each: Sequence[Evaluation],
+        each: Sequence[RunEvaluation],
         history: History,
         config: Config,
         num_steps: int,
@@ -64,7 +64,7 @@ class Evaluations:
             return self._run(step, self._each)
         return stop_signal
 
-    def _run(self, step: int, due: Sequence[Evaluation]) -> int | None:
+    def _run(self, step: int, due: Sequence[RunEvaluation]) -> int | None:
         runtime = self._runtime
         done = self._history.after(step)
         for one in due:

@@ -3,6 +3,8 @@
 What was saved is loaded back and must give the same logits.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import replacing
 from mmtrain.config import Config
 from mmtrain.dataset.batch import Batch, Loader
 from mmtrain.encoding.directory import copy_processor, model_directory
@@ -27,8 +29,8 @@ from mmtrain.train.model_card import model_card
 from mmtrain.train.step import Learner
 
 MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 3e-2}
-"""Largest relative difference (L2) of the logits once loaded back. In float32 it is 0 wherever kernels repeat
-themselves; in bfloat16 peft rounds components trained in full to the base model's type as it loads them."""
+"""Largest relative difference (L2) of the logits or embeddings once loaded back. In float32 it is 0 wherever kernels
+repeat themselves; in bfloat16 peft rounds components trained in full to the base model's type as it loads them."""
 
 
 def export(learner: Learner, config: Config, dataset: Dataset, name: str | None = None, step: int | None = None) -> str:
@@ -42,25 +44,16 @@ def export(learner: Learner, config: Config, dataset: Dataset, name: str | None 
     model, runtime = learner.model, learner.runtime
     is_adapter = isinstance(model, PeftModel)
     target = Path(config.run.output_dir) / (name or ("adapter" if is_adapter else "model"))
-    dtype = getattr(torch, config.model.dtype)
-    weights = _whole_weights(model, is_adapter, dtype) if learner.sharded else None
+    weights = _whole_weights(model, is_adapter, getattr(torch, config.model.dtype)) if learner.sharded else None
     if not runtime.is_main:
         return ""
-    if not is_adapter and weights is None:
-        for parameter in model.parameters():  # `model.to` would drop the imaginary part of complex buffers
-            parameter.data = parameter.data.to(dtype)
-    with storage_faults(f"{target}: it cannot be written"), temporary_path(target) as made:
-        if is_adapter and Path(config.model.path).is_dir():  # to be found from any directory
-            model.peft_config["default"].base_model_name_or_path = str(Path(config.model.path).resolve())
-        # peft would ask the hub whether the vocabulary has grown, and save the base model's head where it has LoRA
-        settings = {"save_embedding_layers": False} if is_adapter else {}
-        model.save_pretrained(made, state_dict=weights, **settings)
+    with storage_faults(f"{target}: it cannot be written"), replacing(target) as made:
+        save(model, config, made, weights)
         own = learner.processor
         copy_processor(model_directory(config.model.path), made, own.given_template, own.image_settings)
         loader, quantization = auto_class(model.config).__name__, config_as_code(model)
         card = model_card(config, loader, is_adapter, dataset.num_trained, quantization, step)
         (made / "README.md").write_text(card, encoding="utf-8")
-        move_into_place(target, made)
     if weights is not None:
         _check_equal(target, model, weights)
         return f"saved {target}; read back, every weight is the one that was trained"
@@ -72,6 +65,33 @@ def export(learner: Learner, config: Config, dataset: Dataset, name: str | None 
             f"{target}: loaded back, its logits differ by {difference:.1e} from the trained model's: do not use it"
         )
     return f"saved {target}; loaded back, its logits differ by {difference:.1e} (relative)"
+
+
+def save(model: Any, config: Config, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write an adapter or a model as peft or transformers does. `weights`: those to write; None: those of `model`, cast
+    to `model.dtype` if it is written whole. Raises OSError."""
+    if isinstance(model, PeftModel):
+        if Path(config.model.path).is_dir():  # to be found from any directory
+            model.peft_config["default"].base_model_name_or_path = str(Path(config.model.path).resolve())
+        # else peft would ask the hub whether the vocabulary has grown, and save the base model's head where it has LoRA
+        model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+        return
+    if weights is None:
+        for parameter in model.parameters():  # `model.to` would drop the imaginary part of complex buffers
+            parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
+    model.save_pretrained(folder, state_dict=weights)
+
+
+@contextmanager
+def as_saved(model: PeftModel, folder: Path) -> Iterator[None]:
+    """Inside, `model` computes with the adapter in `folder`."""
+    model.load_adapter(str(folder), adapter_name="saved", torch_device=str(model.device))
+    model.set_adapter("saved")
+    try:
+        yield
+    finally:
+        model.set_adapter("default")
+        model.delete_adapter("saved")
 
 
 def _whole_weights(model: Any, is_adapter: bool, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -100,11 +120,8 @@ def _difference(learner: Learner, target: Path, config: Config, batch: Batch) ->
     model = learner.model
     before = _logits(model, learner, learner.make_inputs, batch)
     if isinstance(model, PeftModel):
-        model.load_adapter(str(target), adapter_name="saved", torch_device=str(model.device))
-        model.set_adapter("saved")
-        after = _logits(model, learner, learner.make_inputs, batch)
-        model.set_adapter("default")
-        model.delete_adapter("saved")
+        with as_saved(model, target):
+            after = _logits(model, learner, learner.make_inputs, batch)
     else:
         saved = load_model(str(target), config.model.dtype, learner.processor, model.device)
         after = _logits(saved, learner, InputMaker(saved, learner.processor), batch)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import write_text
 from mmtrain.config import Config
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.selection import find_duplicates
@@ -26,9 +26,8 @@ MAX_COMPARED = 200_000
 def write_facts(config: Config, dataset: Dataset, learner: Learner) -> None:
     """Write the file into the directory of the run. Raises StorageError."""
     path = Path(config.run.output_dir) / FACTS
-    with storage_faults(f"{path}: it cannot be written"), temporary_path(path) as made:
-        made.write_text(json.dumps(_facts(config, dataset, learner), indent=1) + "\n", encoding="utf-8")
-        move_into_place(path, made)
+    with storage_faults(f"{path}: it cannot be written"):
+        write_text(path, json.dumps(_facts(config, dataset, learner), indent=1) + "\n")
 
 
 def _facts(config: Config, dataset: Dataset, learner: Learner) -> dict[str, Any]:
@@ -66,7 +65,7 @@ def _set_facts(sources: Sequence[str], samples: StoredSamples, checked: CheckedS
 def _num_duplicates(samples: StoredSamples, checked: CheckedSamples) -> int | None:
     """Samples that are used and the same as an earlier one; None where finding them would delay the first step."""
     used = checked.used
-    return len(find_duplicates(samples, used)) if len(used) <= MAX_COMPARED else None
+    return len(find_duplicates(samples, used.tolist())) if len(used) <= MAX_COMPARED else None
 
 
 def _bins(low: int, high: int) -> list[int]:

@@ -10,9 +10,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import write_text
+from mmtrain.config import Config
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.file_locks import try_lock
+from mmtrain.records.sources.place import Place
 from mmtrain.runtime.launch import is_restart, may_write
 from mmtrain.safe_text import visible
 
@@ -22,6 +24,11 @@ FACTS = "facts.json"
 _LOCK = ".lock"
 _FINISHED = "finished.json"
 _DROPPED = "dropped.jsonl"
+_CONFIG = "config.yaml"
+_METRICS = "metrics.jsonl"
+_FOLDERS = ("checkpoints", "adapter", "model", BEST, "answers", "trackers", "stacks")
+_FILES = (_METRICS, _DROPPED, "report.html", FACTS, _FINISHED)
+"""What a run writes besides its config, and `start_over` deletes."""
 
 
 @contextmanager
@@ -57,17 +64,40 @@ def locked(output_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reserved(output_dir: Path, fresh: bool = False, node_rank: int = 0) -> Iterator[None]:
-    """Hold the directory's lock in the first process of the run, unless its launcher holds it already. `fresh`: delete
+def reserved(config: Config, fresh: bool = False, node_rank: int = 0) -> Iterator[None]:
+    """Hold the lock of the run's directory in its first process, unless its launcher holds it already. `fresh`: delete
     what an earlier run left, unless this process has been started again after a fault.
 
-    Raises what `locked` and `start_over` raise.
+    Raises UserError where files of the user would be overwritten or deleted, and what `locked` and `start_over` raise.
     """
-    writes = may_write(node_rank)
+    writes, output_dir = may_write(node_rank), Path(config.run.output_dir)
+    if writes:
+        _check_not_the_users(output_dir)
+        if fresh:
+            _check_not_needed(config, output_dir)
     with locked(output_dir) if writes else nullcontext():
         if fresh and writes and not is_restart():
             start_over(output_dir)
         yield
+
+
+def _check_not_the_users(output_dir: Path) -> None:
+    """Raises UserError where no run was in `output_dir`, and it has something that a run would write or delete."""
+    if any((output_dir / name).exists() for name in (_LOCK, _METRICS, FACTS)):
+        return
+    there = [name for name in (_CONFIG, *_FOLDERS, *_FILES) if (output_dir / name).exists()]
+    if there:
+        name = visible(str(output_dir))
+        raise UserError(f"run.output_dir: {name} has {there[0]}, which is not of a run: name a new directory")
+
+
+def _check_not_needed(config: Config, output_dir: Path) -> None:
+    """Raises UserError where the run starts from what `start_over` deletes."""
+    for key, path in (("model.path", config.model.path), ("model.adapter", config.model.adapter)):
+        if path is not None and Path(path).resolve().is_relative_to(output_dir.resolve()):
+            raise UserError(
+                f"{key}: {visible(path)} is in run.output_dir, which --fresh deletes: name another run.output_dir"
+            )
 
 
 def is_locked(output_dir: Path) -> bool:
@@ -92,10 +122,10 @@ def _holder(path: Path) -> str:
 
 def start_over(output_dir: Path) -> None:
     """Delete what an earlier run left in `output_dir`, and nothing else."""
-    for name in ("checkpoints", "adapter", "model", BEST, "answers", "trackers", "stacks"):
+    for name in _FOLDERS:
         shutil.rmtree(output_dir / name, ignore_errors=True)
     with storage_faults(f"{visible(str(output_dir))}: an earlier run cannot be deleted"):
-        for name in ("metrics.jsonl", _DROPPED, "report.html", FACTS, _FINISHED):
+        for name in _FILES:
             (output_dir / name).unlink(missing_ok=True)
 
 
@@ -114,9 +144,8 @@ def finished_step(output_dir: Path) -> int | None:
 def write_finished(output_dir: Path, step: int) -> None:
     """Note that everything of the run up to `step` is exported."""
     path = output_dir / _FINISHED
-    with storage_faults(f"{path}: it cannot be written"), temporary_path(path) as made:
-        made.write_text(json.dumps({"step": step}), encoding="utf-8")
-        move_into_place(path, made)
+    with storage_faults(f"{path}: it cannot be written"):
+        write_text(path, json.dumps({"step": step}))
 
 
 def write_inputs(output_dir: Path, config: str, dropped: Sequence[dict[str, Any]], step: int = 0) -> None:
@@ -124,14 +153,18 @@ def write_inputs(output_dir: Path, config: str, dropped: Sequence[dict[str, Any]
     added until `step` stay."""
     with storage_faults(f"{output_dir}: the config cannot be written"):
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.yaml").write_text(config, encoding="utf-8")
+        (output_dir / _CONFIG).write_text(config, encoding="utf-8")
         path = output_dir / _DROPPED
         rows = [*dropped, *_appended(path, step)]
-        with temporary_path(path) as made:
-            made.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            move_into_place(path, made)
-        if not rows:
-            path.unlink()
+        if rows:
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            path.unlink(missing_ok=True)
+
+
+def dropped_row(place: Place, reason: str) -> dict[str, Any]:
+    """What dropped.jsonl says about a sample."""
+    return {"file": str(place.file), "line": place.line, "place": str(place), "reason": reason}
 
 
 def append_dropped(output_dir: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -6,11 +6,14 @@ processes: the same bits.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from mmtrain.runtime.processes import Runtime
+
+Microbatch = TypeVar("Microbatch")
 CHUNK = 2**24
 """Values of a gradient that are exchanged at once: it limits the memory for those of all other processes."""
 
@@ -52,6 +55,27 @@ def sum_running(parameters: Sequence[torch.nn.Parameter], processes: Processes) 
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+
+
+def accumulate_tree(
+    parameters: Sequence[torch.nn.Parameter],
+    microbatches: Sequence[Microbatch],
+    backward: Callable[[Microbatch], None],
+    runtime: Runtime,
+) -> None:
+    """Let `backward` add the gradients of each micro-batch, and put their sum over all processes into the parameters,
+    added by `sum_tree`."""
+    left = list(microbatches)
+
+    def leaf() -> Tensor:
+        for parameter in parameters:
+            parameter.grad = None
+        backward(left.pop(0))
+        if not left:  # what follows the last one is the exchange
+            runtime.activity.set("gradients")
+        return flatten(parameters)
+
+    put_back(sum_tree(len(left), leaf, runtime), parameters)
 
 
 def sum_tree(leaves: int, leaf: Callable[[], Tensor], processes: Processes) -> Tensor:

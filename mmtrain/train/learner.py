@@ -1,10 +1,14 @@
 """The model that is trained, on its device, with its optimizer."""
 
+from collections.abc import Callable
+from typing import Any
+
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.errors import UserError
 from mmtrain.model.cost import cost_model
 from mmtrain.model.kernels.install import install
-from mmtrain.model.load import LoadModel, compile_layers, load_model
+from mmtrain.model.load import compile_layers
 from mmtrain.model.root import Root
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
@@ -14,14 +18,18 @@ from mmtrain.scoring.loaded_model import image_loader
 from mmtrain.scoring.packing import choose_rows
 from mmtrain.train.optimizer import make_optimizer
 from mmtrain.train.step import Learner
-from mmtrain.train.trainable import is_sharded, make_trainable
+from mmtrain.train.trainable import make_trainable
 
 
 def make_learner(
-    config: Config, processor: ChatProcessor, runtime: Runtime, progress: Progress, load: LoadModel = load_model
+    config: Config,
+    processor: ChatProcessor,
+    runtime: Runtime,
+    progress: Progress,
+    load: Callable[[], Any] | None = None,
 ) -> Learner:
     """Load the model, add its trainable parameters, and decide how it is computed; `progress` says what was decided.
-    `load` gives the base model.
+    `load`: as in `make_trainable`.
 
     Packing and the image cache are tried before the weights are sharded or the layers compiled.
     """
@@ -30,11 +38,16 @@ def make_learner(
     made = make_trainable(config, processor, runtime, progress, load)
     model, settings = made.model, config.run
     root = Root(model)
-    sharded = is_sharded(config, runtime)
+    sharded = settings.is_sharded(runtime.num_processes)
     if settings.kernels == "auto":
         progress.say(install(model, runtime.device, progress.tick).line)
     costs = cost_model(made.base, made.family, config.tune)
     rows = choose_rows(model, processor, config, runtime, progress.say)
+    if sharded and rows.alone and processor.images is not None:
+        raise UserError(
+            "run.weights: shard needs an image in every micro-batch, and this model takes one sample at a time: "
+            "expected replicate"
+        )
     store = make_store(config, runtime, progress) if caches_features(config, runtime.num_processes) else None
     make_inputs = input_maker(model, processor, config, runtime, store, made.vision, progress.say)
     if settings.compile:

@@ -17,7 +17,7 @@ from mmtrain.train.ceiling import matmul_rate
 from mmtrain.train.checkpointer import Checkpointer
 from mmtrain.train.evaluations import Evaluations
 from mmtrain.train.metrics import MetricsFile, open_metrics
-from mmtrain.train.objective import Objective
+from mmtrain.train.objective import TrainingObjective
 from mmtrain.train.optimizer import rate_factor, set_rate
 from mmtrain.train.report import StepReporter, early_line
 from mmtrain.train.resume import Resume
@@ -31,10 +31,12 @@ OnStep = Callable[[dict[str, Any]], None]
 class TrainingLoop:
     """Takes steps, and evaluates and saves after those where that is due."""
 
-    def __init__(self, config: Config, objective: Objective, checkpointer: Checkpointer, progress: Progress) -> None:
+    def __init__(
+        self, config: Config, objective: TrainingObjective, checkpointer: Checkpointer, progress: Progress
+    ) -> None:
         self._config, self._objective = config, objective
         self._checkpointer, self._progress = checkpointer, progress
-        self._data, self._learner, self._steps = objective.data, objective.load(), objective.steps()
+        self._data, self._learner, self._steps = objective.data, objective.learner, objective.steps()
         dtype, runtime = getattr(torch, config.model.dtype), self._learner.runtime
         self._ceiling = matmul_rate(runtime.device, dtype) * runtime.num_processes
 

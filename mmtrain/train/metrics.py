@@ -3,12 +3,12 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from mmtrain.atomic_files import flush
+from mmtrain.atomic_files import write_text
 from mmtrain.config import Config
 from mmtrain.errors import storage_faults
 from mmtrain.train.trackers import Trackers
@@ -34,13 +34,10 @@ class MetricsFile:
         self._also = also
         if not active:
             return
-        kept = [line for line in _lines(path) if _step_of(line) <= step]
+        kept = _rows_until(path, step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
         with storage_faults(f"{path}: it cannot be written"):
-            temporary.write_text("".join(kept), encoding="utf-8")
-            flush(temporary)
-            temporary.replace(path)
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -86,17 +83,15 @@ def is_step(row: dict[str, Any]) -> bool:
 
 def evaluations_until(path: Path, step: int) -> tuple[dict[str, Any], ...]:
     """The rows of evaluations up to `step` in the metrics at `path`."""
-    rows = [json.loads(line) for line in _lines(path) if _step_of(line) <= step]
-    return tuple(row for row in rows if not is_step(row))
+    return tuple(row for row in _rows_until(path, step) if not is_step(row))
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file that a run may be writing to: a half-written one is left out."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
-def _step_of(line: str) -> float:
-    """The step of a row; a half-written last row counts as later than any."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    return [row for row in rows_of(path) if row["step"] <= step]

@@ -10,7 +10,7 @@ from mmtrain import __version__
 from mmtrain.config import Config
 from mmtrain.config.yaml_file import dump_yaml
 from mmtrain.safe_text import visible
-from mmtrain.train.metrics import METRICS, is_step
+from mmtrain.train.metrics import METRICS, is_step, rows_of
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CACHED = re.compile(r"models--([A-Za-z0-9][\w.-]*?)--([\w.-]+)")
@@ -180,8 +180,7 @@ def figure_lines(config: Config, run: Path, step: int | None = None) -> Iterator
     yield f"- trained on: {names}"
     if config.model.adapter is not None:
         yield "- started from the trained weights of an earlier run"
-    path = run / METRICS
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    rows = list(rows_of(run / METRICS))
     steps = [row for row in rows if is_step(row) and (step is None or row["step"] <= step)]
     if not steps:  # the file was deleted before the run was resumed
         return

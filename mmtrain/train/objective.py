@@ -1,6 +1,7 @@
 """What the run, the loop and checkpoints need of an objective. They do not know which one is trained."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,13 +9,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from mmtrain.contrastive.pair_samples import PairSamples
 from mmtrain.dataset.plan import Indices, Plan
+from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.stream import Stream
 from mmtrain.model.tune import ComponentReport
-from mmtrain.records.record_set import RecordSet
-from mmtrain.records.sources.place import Place
 from mmtrain.runtime.processes import Runtime
-from mmtrain.train.evaluations import Evaluation
+from mmtrain.train.evaluations import RunEvaluation
 
 
 class Trained(Protocol):
@@ -51,25 +52,18 @@ class Trained(Protocol):
         """After each update of the weights."""
 
 
-class Cut(Protocol):
+@dataclass(frozen=True, slots=True)
+class Cut:
     """One step: its samples, and the micro-batches, some perhaps empty, that this process computes."""
 
-    @property
-    def samples(self) -> tuple[int, ...]: ...
-
-    @property
-    def own(self) -> Sequence[Sequence[Any]]: ...
-
-    @property
-    def count(self) -> float: ...
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """The step's sizes in its row of metrics.jsonl; one of them is `num_tokens`."""
-
-    @property
-    def operations(self) -> float:
-        """What it must compute, over all processes: a multiplication and an addition are two."""
+    samples: tuple[int, ...]
+    own: tuple[tuple[Any, ...], ...]
+    count: float
+    """What the loss is divided by: the sum of the weights of its supervised tokens, or its pairs."""
+    figures: dict[str, int]
+    """The step's sizes in its row of metrics.jsonl; one of them is `num_tokens`."""
+    operations: float
+    """What it must compute, over all processes: a multiplication and an addition are two."""
 
 
 class Steps(Protocol):
@@ -83,20 +77,12 @@ class Steps(Protocol):
         """The batches of this process's micro-batches that are not empty, of the steps `first` to `last`."""
 
 
-class Samples(Protocol):
-    """The training samples by index."""
-
-    @property
-    def records(self) -> RecordSet: ...
-
-    def place(self, index: int) -> Place: ...
-
-
 class RunData(Protocol):
     """What a run is trained on, checked."""
 
     @property
-    def train(self) -> Samples: ...
+    def train(self) -> StoredSamples | PairSamples:
+        """The training samples by index."""
 
     @property
     def stream(self) -> Stream | None:
@@ -128,21 +114,22 @@ class RunData(Protocol):
     def dropped_rows(self) -> list[dict[str, Any]]: ...
 
 
-class Objective(Protocol):
+class TrainingObjective(Protocol):
     """An objective over the data of one config."""
 
     @property
     def data(self) -> RunData: ...
 
-    def load(self) -> Trained:
-        """Load the model, add its trainable parameters, and decide how it is computed. Called before the rest."""
+    @property
+    def learner(self) -> Trained:
+        """The model with its trainable parameters, and how it is computed: loaded when it is first asked for."""
 
     def write_facts(self) -> None:
         """Write what was found about data and model into the directory of the run, for reports."""
 
     def steps(self) -> Steps: ...
 
-    def evaluations(self) -> list[Evaluation]: ...
+    def evaluations(self) -> list[RunEvaluation]: ...
 
     def report(self) -> Iterator[str | Table]:
         """What is printed before the first step."""

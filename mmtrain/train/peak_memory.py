@@ -9,10 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mmtrain.config import Config
-from mmtrain.config.run_section import ImageCache
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.live_memory import LiveMemory
 from mmtrain.model.load import load_without_weights
@@ -31,7 +28,7 @@ _BLOCKS = {"cuda": 512}
 """Bytes that an allocator rounds up to, by kind of device."""
 _NUM_STEPS = 200
 """Steps of the first epoch whose micro-batches are compared, evenly spaced."""
-_NO_CACHE = ImageCache(memory_gib=1e-9, disk_gib=0.0)
+_NO_CACHE = {"memory_gib": 1e-9, "disk_gib": 0.0}
 """Image features are computed as with a cache, and none is kept: on a GPU they are in host memory."""
 
 Microbatch = tuple[int, ...]
@@ -73,7 +70,7 @@ def predict_peak(
     config = _as_planned(config)
     runtime = PlannedRuntime(config.model.dtype, num_processes, progress.tick)
     with planned_on(kind, counting), counting:
-        learner = make_learner(config, processor, runtime, quiet, load_without_weights)
+        learner = make_learner(config, processor, runtime, quiet, lambda: load_without_weights(config.model))
         first, longest = _microbatches(StepCuts(dataset, learner, config.run), dataset, learner.packing)
         weights = memory.num_bytes
         memory.reset()
@@ -94,12 +91,12 @@ def predict_peak(
 
 def _as_planned(config: Config) -> Config:
     """Without what changes no memory on a GPU, or cannot be run without values."""
-    checkpointing = config.run.activation_checkpointing is True
+    checkpointing, cache = config.run.activation_checkpointing is True, config.run.image_cache
     changes = {
         "weights": "replicate",
         "compile": False,
         "activation_checkpointing": checkpointing,
-        "image_cache": _NO_CACHE if max(config.run.image_cache.model_dump().values()) else config.run.image_cache,
+        "image_cache": cache.model_copy(update=_NO_CACHE) if max(cache.model_dump().values()) else cache,
     }
     run, model = config.run.model_copy(update=changes), config.model.model_copy(update={"adapter": None})
     return config.model_copy(update={"run": run, "model": model})
@@ -109,8 +106,7 @@ def _microbatches(cuts: StepCuts, dataset: Dataset, packing: bool) -> tuple[Micr
     """The first one, and the one with the most tokens, padding included; of equal ones the one with the most of
     images."""
     checked = dataset.checked
-    steps = np.unique(np.linspace(1, dataset.plan.steps_per_epoch, _NUM_STEPS).astype(int)).tolist()
-    every = [own for step in steps for own in cuts.of_all(step) if own]
+    every = [own for step in dataset.plan.some_steps(_NUM_STEPS) for own in cuts.of_all(step) if own]
     every.append((int(checked.num_tokens.argmax()),))
 
     def size(own: Sequence[int]) -> tuple[int, int]:

@@ -61,19 +61,11 @@ def find_resume(
     before = _flat(state["config"]) | renamed
     changed = [key for key in _changed(before, now) if not _may_change(key, config)]
     longer = _longer(state, config, num_steps)
-    refused = [key for key in changed if not _among(key, accept) and not (longer and key in _LENGTH)]
-    if refused:
-        raise UserError(
-            [
-                *(f"{key}: {_change(key, before, now)}, which changes the result" for key in refused),
-                f"{checkpoint}: the run cannot resume from here: undo the change, take another run.output_dir, start "
-                f"over with --fresh, or resume all the same with {_accepting(refused)}",
-            ]
-        )
-    accepted = [f"step {state['step']}: {key}: {_change(key, before, now)}" for key in changed]
-    for key, line in zip(changed, accepted, strict=True):
-        if not (longer and key in _LENGTH):
-            progress.say(f"accepted: {line}")
+    unaccepted = [key for key in changed if not (longer and key in _LENGTH)]
+    if refused := [key for key in unaccepted if not _among(key, accept)]:
+        raise UserError(_refusal(checkpoint, refused, before, now))
+    for key in unaccepted:
+        progress.say(f"accepted: {_accepted(state, key, before, now)}")
     if longer:
         progress.say(longer)
     progress.say(f"continuing from {checkpoint}")
@@ -81,7 +73,20 @@ def find_resume(
     others = [f"{key} {old[key]} → {layout[key]}" for key in layout if key in old and old[key] != layout[key]]
     if others:
         progress.say(f"the result is the same within rounding, its bits may differ: {', '.join(others)}")
-    return Resume(checkpoint, int(state["step"]), (*state["accepted"], *accepted), stream=state.get("stream"))
+    accepted = (*state["accepted"], *(_accepted(state, key, before, now) for key in changed))
+    return Resume(checkpoint, int(state["step"]), accepted, stream=state.get("stream"))
+
+
+def _refusal(checkpoint: Path, refused: Sequence[str], before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        *(f"{key}: {_change(key, before, now)}, which changes the result" for key in refused),
+        f"{checkpoint}: the run cannot resume from here: undo the change, take another run.output_dir, start over with "
+        f"--fresh, or resume all the same with {_accepting(refused)}",
+    ]
+
+
+def _accepted(state: dict[str, Any], key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    return f"step {state['step']}: {key}: {_change(key, before, now)}"
 
 
 def _longer(state: dict[str, Any], config: Config, num_steps: Callable[[Train], int]) -> str:

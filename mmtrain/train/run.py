@@ -12,7 +12,7 @@ from mmtrain.train.checkpointer import Checkpointer
 from mmtrain.train.contrastive.objective import ContrastiveObjective
 from mmtrain.train.folder import write_inputs
 from mmtrain.train.loop import OnStep, TrainingLoop
-from mmtrain.train.objective import Objective
+from mmtrain.train.objective import TrainingObjective
 from mmtrain.train.outputs import write_outputs
 from mmtrain.train.preconditions import check_preconditions
 from mmtrain.train.report import finished_line
@@ -53,7 +53,7 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
     if runtime.is_main:
         write_inputs(output_dir, dump_config(config), data.dropped_rows(), resume.step)
     activity.set("loading the model")
-    learner = objective.load()
+    learner = objective.learner
     if runtime.is_main:
         objective.write_facts()
     checkpointer = Checkpointer(checkpoints, state, learner, progress)
@@ -69,6 +69,6 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
     return True
 
 
-def _objective(config: Config, runtime: Runtime, progress: Progress) -> Objective:
+def _objective(config: Config, runtime: Runtime, progress: Progress) -> TrainingObjective:
     made = ChatObjective if config.objective.kind == "chat" else ContrastiveObjective
     return made(config, runtime, progress)

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from mmtrain.command_output import plain_console
 from mmtrain.errors import UserError
 from mmtrain.safe_text import visible
 from mmtrain.train.folder import is_locked
@@ -25,7 +25,7 @@ def print_runs(folder: Path) -> None:
         column.justify = "right"
     for run in runs:
         table.add_row(visible(run.name), *_figures(run))
-    Console(highlight=False, emoji=False, markup=False).print(table)
+    plain_console().print(table)
 
 
 def _folders_in(folder: Path) -> list[Path]:

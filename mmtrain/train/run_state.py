@@ -1,6 +1,5 @@
 """What a checkpoint records about its run, found by one process and known to all."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -34,12 +33,7 @@ class RunState:
 
     def resume(self, data: RunData, checkpoints: CheckpointFolder, accept: Sequence[str], progress: Progress) -> Resume:
         """Where the run resumes, found by the first process and reported to all. Raises what `find_resume` raises."""
-
-        def find() -> str:
-            found = self._find(data, checkpoints, accept, progress)
-            return json.dumps(asdict(found), default=str)
-
-        found = json.loads(self._runtime.from_first("resume", find))
+        found = self._runtime.from_first("resume", lambda: asdict(self._find(data, checkpoints, accept, progress)))
         self._stream = data.stream
         if data.stream is not None and found["stream"] is not None:
             data.stream.start(StreamState.of(found["stream"]))

@@ -1,7 +1,7 @@
 """One optimizer step: law 1 in code."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.shard import reshard, whole
 from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.train.checkpoint import trainable_parameters
-from mmtrain.train.gradients import branch_of, flatten, put_back, sum_running, sum_tree
+from mmtrain.train.gradients import accumulate_tree, branch_of, sum_running
 from mmtrain.train.lost_gradients import LostGradients, backward
 from mmtrain.train.objective import Trained
 
@@ -67,10 +67,16 @@ def accumulate_gradients(
     stop.
     """
     runtime, parameters = learner.runtime, list(trainable_parameters(learner.model).values())
+    nlls: list[Tensor] = []
+
+    def compute(batch: Batch | None) -> None:
+        nlls.append(_backward(learner, batch, sum_weights, step))
+
     if learner.exact:
-        nlls = _accumulate_tree(learner, list(parameters), batches, sum_weights, step)
+        accumulate_tree(parameters, list(batches), compute, runtime)
     else:
-        nlls = [_backward(learner, batch, sum_weights, step) for batch in batches]
+        for batch in batches:
+            compute(batch)
         runtime.activity.set("gradients")
         if not learner.sharded:
             sum_running(parameters, runtime)
@@ -81,29 +87,6 @@ def accumulate_gradients(
         sums, stop_signal = runtime.agree(branch_of(own)[None])
         total = sums[0]
     return total / sum_weights, stop_signal
-
-
-def _accumulate_tree(
-    learner: Learner,
-    parameters: list[torch.nn.Parameter],
-    batches: Iterable[Batch | None],
-    sum_weights: float,
-    step: int,
-) -> list[Tensor]:
-    nlls: list[Tensor] = []
-    every = list(batches)
-    remaining: Iterator[Batch | None] = iter(every)
-
-    def leaf() -> Tensor:
-        for parameter in parameters:
-            parameter.grad = None
-        nlls.append(_backward(learner, next(remaining), sum_weights, step))
-        if len(nlls) == len(every):  # what follows the last one is the exchange
-            learner.runtime.activity.set("gradients")
-        return flatten(parameters)
-
-    put_back(sum_tree(len(every), leaf, learner.runtime), parameters)
-    return nlls
 
 
 def _backward(learner: Learner, batch: Batch | None, sum_weights: float, step: int) -> Tensor:

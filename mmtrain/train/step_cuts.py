@@ -2,11 +2,9 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 from mmtrain.config.run_section import Run
-from mmtrain.dataset.batch import Batch, Samples
+from mmtrain.dataset.batch import Batch
 from mmtrain.dataset.microbatches import cut_step
 from mmtrain.dataset.stream import Stream
 from mmtrain.dataset.validate import SampleSizes
@@ -14,46 +12,8 @@ from mmtrain.errors import UserError
 from mmtrain.model.cost import Values
 from mmtrain.runtime.shard import Filled
 from mmtrain.train.dataset import Dataset
+from mmtrain.train.objective import Cut
 from mmtrain.train.step import Learner
-
-
-@dataclass(frozen=True, slots=True)
-class StepCut:
-    """One step: its samples, and the micro-batches, some perhaps empty, that this process computes."""
-
-    samples: tuple[int, ...]
-    own: tuple[tuple[int, ...], ...]
-    num_tokens: int
-    num_supervised: int
-    sum_weights: float
-    """Of its supervised tokens; their number where each counts 1."""
-    operations: float
-    """What it must compute, over all processes: a multiplication and an addition are two."""
-
-    @property
-    def count(self) -> float:
-        return self.sum_weights
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """The step's sizes in its row of metrics.jsonl."""
-        return {"num_tokens": self.num_tokens, "num_supervised": self.num_supervised}
-
-
-class StepSamples(Protocol):
-    """Which samples each step has: those of a data set, or of a stream."""
-
-    @property
-    def train(self) -> Samples: ...
-
-    @property
-    def steps_per_epoch(self) -> int | None:
-        """None where it is not known."""
-
-    def step(self, number: int) -> list[int]:
-        """The samples of a step, counted from 1."""
-
-    def sizes(self, samples: list[int]) -> SampleSizes: ...
 
 
 class StepCuts:
@@ -61,7 +21,7 @@ class StepCuts:
 
     def __init__(self, dataset: Dataset, learner: Learner, settings: Run, stream: Stream | None = None) -> None:
         """`stream`: has the samples in place of the data set."""
-        self._samples: StepSamples = stream or dataset
+        self._samples: Dataset | Stream = stream or dataset
         self._learner, self._settings = learner, settings
         self._filled = Filled(dataset.train, dataset.checked) if learner.sharded else None
         self.of = functools.lru_cache(maxsize=256)(self._cut)
@@ -91,7 +51,7 @@ class StepCuts:
         )
         return [tuple(samples[i] for i in cut) for cut in cuts]
 
-    def _cut(self, step: int) -> StepCut:
+    def _cut(self, step: int) -> Cut:
         samples, runtime = self._samples.step(step), self._learner.runtime
         sizes = self._samples.sizes(samples)
         every = self.of_all(step)
@@ -99,8 +59,9 @@ class StepCuts:
         own = every[runtime.index * share : (runtime.index + 1) * share]
         if self._filled is not None:
             own = list(map(self._filled.fill, own))
-        counts = int(sizes.num_tokens.sum()), int(sizes.num_supervised.sum()), float(sizes.sum_weights.sum())
-        return StepCut(tuple(samples), tuple(own), *counts, 2.0 * float(self._cost(step, sizes).sum()))
+        figures = {"num_tokens": int(sizes.num_tokens.sum()), "num_supervised": int(sizes.num_supervised.sum())}
+        operations = 2.0 * float(self._cost(step, sizes).sum())
+        return Cut(tuple(samples), tuple(own), float(sizes.sum_weights.sum()), figures, operations)
 
     def _cost(self, step: int, sizes: SampleSizes) -> Values:
         """(num_samples,)"""

@@ -7,7 +7,7 @@ import torch
 from mmtrain.dataset.stream import Stream, StreamedWindow
 from mmtrain.errors import UserError
 from mmtrain.runtime.processes import Runtime
-from mmtrain.train.folder import append_dropped
+from mmtrain.train.folder import append_dropped, dropped_row
 
 
 def begin_step(stream: Stream, step: int, runtime: Runtime, output_dir: Path) -> None:
@@ -19,11 +19,7 @@ def begin_step(stream: Stream, step: int, runtime: Runtime, output_dir: Path) ->
         if runtime.num_processes > 1:
             _check_equal(window, runtime)
         if runtime.is_main:
-            rows = [
-                {"file": str(place.file), "line": place.line, "place": str(place), "reason": reason, "step": step}
-                for place, reason in window.left_out()
-            ]
-            append_dropped(output_dir, rows)
+            append_dropped(output_dir, [dropped_row(*one) | {"step": step} for one in window.left_out()])
 
 
 def _check_equal(window: StreamedWindow, runtime: Runtime) -> None:

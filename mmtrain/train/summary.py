@@ -1,38 +1,26 @@
 """What a run has done so far, from the files in its directory. Imports no torch, so that a list of runs is quick."""
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmtrain.train.folder import finished_step, is_exported
-from mmtrain.train.metrics import METRICS, is_step
+from mmtrain.train.metrics import METRICS, is_step, rows_of
 
 
 @dataclass(frozen=True, slots=True)
-class EvalSummary:
-    """The evaluations of one set."""
-
-    name: str
-    first: float
-    """Perplexity."""
-    last: float
-    best: float
-    best_step: int
-
-
-@dataclass(frozen=True, slots=True)
-class AnswersSummary:
-    """The answers to questions of one set during the run, by the metric of the set."""
+class SetSummary:
+    """One figure of an evaluation set during the run."""
 
     name: str
     metric: str
+    """`perplexity`, or that of the answers to its questions."""
     first: float
     last: float
     best: float
     best_step: int
-    blind: float
+    blind: float = 0.0
     """Of the best blind answers."""
     verdict: str | None = None
     """Whether the last answers beat blind guessing, in words; None for a run of an earlier version."""
@@ -61,11 +49,11 @@ class RunSummary:
     """0 for a contrastive run."""
     seconds: float
     """The time that the steps took, without evaluations and saving."""
-    evals: tuple[EvalSummary, ...]
+    evals: tuple[SetSummary, ...]
     is_finished: bool
     num_pairs: int = 0
     """0 for any other run."""
-    answers: tuple[AnswersSummary, ...] = ()
+    answers: tuple[SetSummary, ...] = ()
     retrieval: tuple[RetrievalSummary, ...] = ()
 
 
@@ -88,15 +76,6 @@ def summarize(run: Path) -> RunSummary:
     )
 
 
-def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file that a run may be writing to: a half-written last one is left out."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
-
-
 def _by_set(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -105,23 +84,26 @@ def _by_set(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, list[dict[st
     return found
 
 
-def _answers_summary(name: str, rows: list[dict[str, Any]]) -> AnswersSummary:
-    metric = rows[-1]["metric"]
-    scores = [row["metrics"].get(metric, 0.0) for row in rows]
-    best = max(range(len(rows)), key=lambda i: scores[i])
-    blind, words = rows[-1]["blind"][metric], rows[-1].get("verdict")
-    return AnswersSummary(name, metric, scores[0], scores[-1], scores[best], rows[best]["step"], blind, words)
+def _summary(name: str, metric: str, rows: list[dict[str, Any]], values: Sequence[float], sign: int) -> SetSummary:
+    """`values`: of the metric in `rows`; the best is the lowest of them times `sign`."""
+    best = min(range(len(rows)), key=lambda i: sign * values[i])
+    return SetSummary(name, metric, values[0], values[-1], values[best], rows[best]["step"])
+
+
+def _eval_summary(name: str, rows: list[dict[str, Any]]) -> SetSummary:
+    return _summary(name, "perplexity", rows, [row["perplexity"] for row in rows], 1)
+
+
+def _answers_summary(name: str, rows: list[dict[str, Any]]) -> SetSummary:
+    metric, last = rows[-1]["metric"], rows[-1]
+    found = _summary(name, metric, rows, [row["metrics"].get(metric, 0.0) for row in rows], -1)
+    return replace(found, blind=last["blind"][metric], verdict=last.get("verdict"))
 
 
 def _directions(name: str, rows: list[dict[str, Any]]) -> Iterator[RetrievalSummary]:
     for key, last in rows[-1].items():
         if "_to_" in key:
             yield RetrievalSummary(name, key, rows[0][key]["recall@1"], last["recall@1"])
-
-
-def _eval_summary(name: str, rows: list[dict[str, Any]]) -> EvalSummary:
-    best = min(rows, key=lambda row: float(row["perplexity"]))
-    return EvalSummary(name, rows[0]["perplexity"], rows[-1]["perplexity"], best["perplexity"], best["step"])
 
 
 def duration(seconds: float) -> str:

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import write_text
 from mmtrain.config import Config
 from mmtrain.errors import UserError
 from mmtrain.runtime.environment import keep_trackers_in
-from mmtrain.safe_text import one_line
+from mmtrain.safe_text import error_line
 
 FOLDER = "trackers"
 _IDS = "ids.json"
@@ -66,7 +66,7 @@ class Trackers:
             do()
         except Exception as error:  # a library of others can raise anything
             self._open.pop(name, None)
-            self._say(f"warning: {name} gets no more figures: {type(error).__name__}: {one_line(error)}")
+            self._say(f"warning: {name} gets no more figures: {error_line(error)}")
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -104,9 +104,7 @@ def _id_of(folder: Path, tracker: str, make: Callable[[], str]) -> str:
     ids: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if tracker not in ids:
         ids[tracker] = make()
-        with temporary_path(path) as made:
-            made.write_text(json.dumps(ids), encoding="utf-8")
-            move_into_place(path, made)
+        write_text(path, json.dumps(ids))
     return ids[tracker]
 
 

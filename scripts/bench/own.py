@@ -44,11 +44,11 @@ def main() -> None:
             raise Enough
         watch.begin()
 
-    def built(path: str, dtype: str, processor: Any, *others: Any) -> Any:
-        return build_model(path, dtype, settings["device"], settings["seed"]).eval()
+    def built(*_: Any) -> Any:
+        return build_model(config.model.path, config.model.dtype, settings["device"], settings["seed"]).eval()
 
     if settings["built"]:  # its weights were never saved, so nothing can load them
-        trainable.load_model = built  # type: ignore[attr-defined, assignment]
+        trainable.load_base = built  # type: ignore[attr-defined, assignment]
     with contextlib.suppress(Enough):
         run.train(config, on_step=on_step)
     result_path.write_text(json.dumps({"rows": watch.rows, "matmul_rate": watch.rows[0]["ceiling"]}))

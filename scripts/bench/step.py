@@ -103,7 +103,7 @@ def _measured(shape: str, data: Path) -> str:
     counting = WithoutValues(memory)
     with planned_on("cuda", counting), counting:
         runtime = PlannedRuntime("bfloat16", 1, lambda: None)
-        learner = make_learner(config, processor, runtime, QUIET, load_without_weights)
+        learner = make_learner(config, processor, runtime, QUIET, lambda: load_without_weights(config.model))
         memory.reset()
         samples = dataset.checked
         with _Roofline() as roofline:

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.answers.metrics import METRICS
 from mmtrain.api import load_config, train
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import write_text
 from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
-from mmtrain.evaluate.evaluation import Evaluation
+from mmtrain.evaluate.evaluation import ModelScoring
 from mmtrain.evaluate.models import BASE as BASE_MODEL
 from mmtrain.generate.target import Target, find_target, load_target
 from mmtrain.progress import QUIET
@@ -77,9 +77,7 @@ def run_one(
         "eval": _evaluate(config, list(config.data.eval), path, setting.mode),
         "other": _evaluate(config, [EvalSource(path=str(other))], path, setting.mode),
     }
-    with temporary_path(result_path(work, setting)) as made:
-        made.write_text(json.dumps(result), encoding="utf-8")
-        move_into_place(result_path(work, setting), made)
+    write_text(result_path(work, setting), json.dumps(result))
 
 
 def _train(config: Config) -> dict[str, Any]:
@@ -108,7 +106,7 @@ def _evaluate(config: Config, sources: list[EvalSource], run: str | None, mode: 
     """For each answer its sample, loss, tokens, divergence from the base model, and for each question whether the
     generated answer is right."""
     config = config.model_copy(update={"data": config.data.model_copy(update={"eval": tuple(sources)})})
-    evaluation = Evaluation(config, adapters=[run] if run is not None else [])
+    evaluation = ModelScoring(config, adapters=[run] if run is not None else [])
     name = BASE_MODEL if run is None else run
     with evaluation.model(name) as model:
         scores = evaluation.scores(model)
@@ -117,7 +115,7 @@ def _evaluate(config: Config, sources: list[EvalSource], run: str | None, mode: 
     target = Target(settings.path, None, config.labels, settings.dtype) if run is None else find_target(run)
     loaded = load_target(target, Runtime(settings.dtype, device=config.run.device))
     asked = AnswerEvaluation(config, sources, loaded.encoder.processor, QUIET, "exact_match")
-    replies = asked.all_replies(loaded.generator, loaded.runtime, "answers", 32, None)
+    replies = asked.ask(loaded.generator, loaded.runtime, "answers", 32, None)
     right = [METRICS["exact_match"].score(replies[i].text, one.reference) for i, one in enumerate(asked.questions)]
     return {
         "sample": scores.sample.tolist(),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fake_cuda import full_depth
+from fake_cuda import full_depth, whole_runs
 from fake_cuda.device import FakeDevice
 from mmtrain.config.schema import Config
 from mmtrain.encoding.load import load_processor
@@ -74,6 +74,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         return dict(memory(case))
     if "full_depth" in case:
         return full_depth.run(case["full_depth"])
+    if "sections" in case:
+        return whole_runs.run(case)
     with tempfile.TemporaryDirectory() as name:
         config = _config(case, Path(name))
         expected = [_gradients(*_learner(config, "cpu"), samples) for samples in STEPS.values()]

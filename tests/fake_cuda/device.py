@@ -1,5 +1,6 @@
 """Tensors on the fake device, and what torch's Python module knows of it."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ class FakeTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return _compute(func, args, kwargs or {})
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """That of the values: the wrapper's own has no address."""
+        return self.content.untyped_storage()
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -115,6 +120,11 @@ def _cpu_generator(generator: torch.Generator) -> torch.Generator:
     return made
 
 
+def _number(value: FakeTensor) -> Any:
+    """What torch reads of a tensor among other numbers, below Python's dispatch."""
+    return value if value.ndim else value.item()
+
+
 def install(capability: tuple[int, int] = (9, 0)) -> None:
     """Have torch's Python module report one such device; to be called once, in a process that has loaded it."""
     answers: dict[str, Any] = {
@@ -125,6 +135,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
         "current_device": 0,
         "get_device_name": "a fake device",
         "get_device_capability": capability,
+        "get_device_properties": SimpleNamespace(total_memory=2**34),
         "max_memory_allocated": 0,
         "memory_allocated": 0,
         "memory_reserved": 0,
@@ -136,6 +147,8 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "_lazy_init": None,
     }
+    make = torch.tensor
+    torch.tensor = lambda data, *args, **kwargs: make(tree_map_only(FakeTensor, _number, data), *args, **kwargs)
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch._C._set_only_lift_cpu_tensors(True)

@@ -125,7 +125,7 @@ def refused_sharded_case(world: World, rank: int) -> list[str]:
     """The same where the weights are sharded: nothing can be saved, and that is said where a step is lost."""
     folder, config = world.new_folder(), with_images(world)
     more = ("train.steps=8", "run.checkpoint_every=100", "run.weights=shard")
-    nth = (17, 9)[rank]  # in the middle of the steps: the first process also decodes images of the trial of packing
+    nth = (24, 9)[rank]  # in the middle of the steps: the first process also decodes images of the trial of packing
     refused = patch("mmtrain.dataset.image_process.decode", "refuse", folder / "done", nth=nth)
     group = world.server.start(folder, world.words(folder, *more, config=config), 2, {rank: [refused]})
     try:

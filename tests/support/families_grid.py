@@ -174,7 +174,7 @@ GRID = {
                 "layer_types": ["sliding_attention", "full_attention"],
                 "hidden_size_per_layer_input": 8,
                 "vocab_size_per_layer_input": "vocabulary",
-                "global_head_dim": 16,
+                "global_head_dim": 32,
             },
             "vision_config": VISION
             | {

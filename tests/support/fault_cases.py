@@ -36,15 +36,15 @@ class Phase:
 
 PHASES = {
     "checking": Phase("mmtrain.train.dataset.check_samples", "checking the data", 0),
-    "loading": Phase("mmtrain.train.trainable.load_model", "loading the model", 0),
-    "data": Phase("mmtrain.dataset.batch.Future.result", "step 3, data", 3, step=3),
+    "loading": Phase("mmtrain.train.trainable.load_base", "loading the model", 0),
+    "data": Phase("mmtrain.dataset.ahead.Future.result", "step 3, data", 3, step=3),
     "forward": Phase(NLL, "step 3, forward", 3, step=3),
     "gradients": Phase(NLL, "step 3, gradients", 3, step=3, holder="other"),
     "evaluating": Phase("mmtrain.scoring.scorer.Scorer._answers", "step 2, evaluating", 2, step=2),
     "saving": Phase(
         "mmtrain.train.checkpoint.save_file", "step 2, saving", 2, 2, "first", waiting="step 2, awaiting the save"
     ),
-    "exporting": Phase("mmtrain.train.run.export", "step 4, exporting", 4, holder="first", waiting="step 4, waiting"),
+    "exporting": Phase("mmtrain.train.chat.export", "step 4, exporting", 4, holder="first", waiting="step 4, waiting"),
 }
 
 

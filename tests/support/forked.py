@@ -4,6 +4,7 @@ Run as a program this is that server. A process is given what to patch in itself
 stopped until it is released and a fault comes exactly where it is wanted, without guessing how long anything takes.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -241,9 +242,12 @@ if __name__ == "__main__":
     from mmtrain.runtime import launch
 
     launch.quiet()
+    gc.disable()
     for module in PRELOADED:
         importlib.import_module(module)
     importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
+    gc.freeze()  # a collection in a forked process would copy the memory that they share
+    gc.enable()
     mine = _serve()
     if mine is not None:
         _become(mine)

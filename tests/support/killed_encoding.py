@@ -14,7 +14,7 @@ from typing import Any
 
 from mmtrain.config.data_section import Source
 from mmtrain.dataset import encode_all, store, store_pieces
-from mmtrain.dataset.encode_all import EncodingSpec
+from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.progress import Progress, Task

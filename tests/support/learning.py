@@ -10,7 +10,7 @@ from torch import Tensor
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
 from mmtrain.encoding.load import processor_of
-from mmtrain.evaluate.evaluation import Evaluation
+from mmtrain.evaluate.evaluation import ModelScoring
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.progress import QUIET
 from mmtrain.runtime.processes import Runtime
@@ -62,6 +62,6 @@ def relative_l2(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def scores_of(config: Config, data: Sequence[str] = ()) -> Scores:
     """The base model's scores on `data`, or on the config's evaluation sources."""
-    evaluation = Evaluation(config, data)
+    evaluation = ModelScoring(config, data)
     with evaluation.model(None) as model:
         return evaluation.scores(model)

@@ -88,7 +88,7 @@ class ThreadRuntime:
     def gather(self, values: Tensor) -> Tensor:
         return torch.stack(self._exchange.all_of(self.index, values))
 
-    def from_first(self, key: str, make: Callable[[], str]) -> str:
+    def from_first(self, key: str, make: Callable[[], Any]) -> Any:
         return make()
 
     def agree(self, values: Tensor) -> tuple[Tensor, int | None]:

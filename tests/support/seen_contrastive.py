@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+from torch import nn
 
 from mmtrain.config.schema import Config
 from mmtrain.contrastive.embedder import EncodedItem
@@ -58,15 +59,19 @@ def loss(config: Config) -> float:
     return round(_after_a_step(config)[1], 4)
 
 
+def _is_trained(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and parameter.requires_grad
+
+
 def scale(config: Config) -> tuple[float, bool]:
     """What multiplies cosines, and whether it is trained."""
     found = _after_a_step(config)[0].embedder.scale
-    return round(float(found.value), 3), found.is_trained
+    return round(float(found.value), 3), _is_trained(found.parameter)
 
 
 def bias(config: Config) -> tuple[float, bool]:
     found = _after_a_step(config)[0].embedder.bias
-    return round(float(found.value), 3), found.is_trained
+    return round(float(found.value), 3), _is_trained(found.parameter)
 
 
 def num_trained_values(config: Config) -> int:

@@ -129,6 +129,8 @@ class Pic(PicPreTrained):
             position_ids = 2 * torch.arange(input_ids.shape[1])[None]
         if self.config.variant == "looks back":  # one token sees the one before it, whatever the masks say
             embeddings = embeddings + 0.5 * nn.functional.pad(embeddings, (0, 0, 1, -1))
+        if self.config.variant == "looks ahead":
+            embeddings = embeddings + 0.5 * nn.functional.pad(embeddings, (0, 0, -1, 1))
         if self.config.variant == "running mean":  # the same over all tokens before it
             counts = torch.arange(1, embeddings.shape[1] + 1, dtype=embeddings.dtype)[:, None]
             embeddings = embeddings + embeddings.cumsum(1) / counts
@@ -209,6 +211,8 @@ class PicProcessor(ProcessorMixin):  # type: ignore[misc]
         images, text, *rest = super().prepare_inputs_layout(images=images, text=text, **others)
         if self.style == "images first" and text is not None:
             text = ["<<pic>>" * one.count("<<pic>>") + one.replace("<<pic>>", "") for one in text]
+        if self.style == "token first" and text is not None:
+            text = ["<|endoftext|>" + one for one in text]
         if self.style == "adds a word" and text is not None:
             text = ["so " + one for one in text]
         return images, text, *rest

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -34,6 +35,7 @@ from mmtrain import cli
 from support import builders
 from torture import WORK
 
+gc.freeze()  # a garbage collection in a child would copy the memory that it shares with this process
 LORA = {"mode": "lora", "rank": 4, "alpha": 8.0}
 TUNE = {"vision": LORA, "projector": {"mode": "full"}, "language": {**LORA, "dropout": 0.1}}
 ADAPTER = "adapter/adapter_model.safetensors"

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from mmtrain.dataset.image_inputs import Features, ImageInputs
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
+from mmtrain.model.components import base_model
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.transfer import PinnedMemory, all_on_device
-from mmtrain.safe_text import one_line
+from mmtrain.safe_text import error_line
 
 _KEYWORD = "mm_encoder_outputs"
 _SIZES = ((112, 84), (84, 168))
@@ -31,9 +31,9 @@ in float32; if images are confused, the difference is about 1."""
 _LOW_TOLERANCE = 0.1
 """The same for types of fewer bits."""
 
-Layout = str | tuple["Layout", ...]
+Joining = str | tuple["Joining", ...]
 """How the fields of single images are joined: the `rows` of tensors or the `images` of lists one after another, or a
-list with a layout for each of its items."""
+list with a joining for each of its items."""
 
 
 Place = Callable[[dict[str, Tensor]], dict[str, Any]]
@@ -45,7 +45,7 @@ class Fields:
     """The fields of image features that a model's forward reads."""
 
     kind: type
-    layouts: dict[str, Layout]
+    joinings: dict[str, Joining]
     can_be_split: bool = False
     """Whether what is computed of several images at once is that of each, one after another."""
 
@@ -53,15 +53,16 @@ class Fields:
         """The tensors of each image, by path, from the features of images with so many placeholders. Raises ValueError
         if they cannot be taken apart."""
         each: list[dict[str, Tensor]] = [{} for _ in num_placeholders]
-        for name, layout in self.layouts.items():
-            for own, value in zip(each, _split(layout, getattr(output, name), num_placeholders), strict=True):
+        for name, joining in self.joinings.items():
+            for own, value in zip(each, _split(joining, getattr(output, name), num_placeholders), strict=True):
                 own |= _flat(value, name)
         return each
 
     def join(self, each: Sequence[dict[str, Tensor]]) -> Any:
         """The features of several images, as the model's own output type. `each` has the tensors of one image."""
         values = {
-            name: _join(layout, [_nested(tensors, name) for tensors in each]) for name, layout in self.layouts.items()
+            name: _join(joining, [_nested(tensors, name) for tensors in each])
+            for name, joining in self.joinings.items()
         }
         return self.kind(**values)
 
@@ -143,7 +144,7 @@ def find_fields(model: Any, processor: ChatProcessor) -> Fields | str:
     try:
         return _found_fields(base, processor, token_id)
     except Exception as error:  # an unusual family can raise anything; its images are then given as pixels
-        return f"its trial failed with {type(error).__name__}: {one_line(error)}"
+        return f"its trial failed with {error_line(error)}"
 
 
 def _found_fields(model: Any, processor: ChatProcessor, token_id: int) -> Fields | str:
@@ -160,13 +161,13 @@ def _found_fields(model: Any, processor: ChatProcessor, token_id: int) -> Fields
     given_to_decoder(model, ids, others | {_KEYWORD: {"image": read}})
     with torch.enable_grad():
         outputs = [_output(model, image.inputs, place) for image in alone]
-    layouts = {
-        name: _layout(value, [getattr(output, name) for output in outputs])
+    joinings = {
+        name: _joining(value, [getattr(output, name) for output in outputs])
         for name in read.names
         if (value := getattr(joint, name)) is not None
     }
-    fields = Fields(type(joint), layouts)
-    tensors = [dict(item for name in layouts for item in _flat(getattr(output, name), name)) for output in outputs]
+    fields = Fields(type(joint), joinings)
+    tensors = [dict(item for name in joinings for item in _flat(getattr(output, name), name)) for output in outputs]
     if any(value.requires_grad for own in tensors for value in own.values()):
         return "the features depend on trainable weights"
     if (rows := [_num_rows(own) for own in tensors]) != (counts := [image.num_placeholders for image in alone]):
@@ -243,11 +244,6 @@ def _placing(model: Any) -> Place:
     return lambda inputs: all_on_device(inputs, model.device)
 
 
-def base_model(model: Any) -> Any:
-    """`model` without the wrapper of its adapters."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def _output(model: Any, inputs: dict[str, Tensor], place: Place) -> Any:
     """The output of vision tower and projector for the images in `inputs`."""
     takes = inspect.signature(model.get_image_features).parameters
@@ -275,32 +271,32 @@ def _nested(tensors: dict[str, Tensor], path: str) -> Any:
     return [_nested(tensors, f"{path}.{index}") for index in sorted(indices)]
 
 
-def _layout(joint: Any, alone: Sequence[Any]) -> Layout:
+def _joining(joint: Any, alone: Sequence[Any]) -> Joining:
     """How `joint` is joined from `alone`. Raises ValueError if it is not."""
     if isinstance(joint, Tensor):
         return "rows"
     if len(joint) == sum(map(len, alone)):
         return "images"
-    return tuple(_layout(inner, own) for inner, *own in zip(joint, *alone, strict=True))
+    return tuple(_joining(inner, own) for inner, *own in zip(joint, *alone, strict=True))
 
 
-def _join(layout: Layout, values: Sequence[Any]) -> Any:
-    if layout == "rows":
+def _join(joining: Joining, values: Sequence[Any]) -> Any:
+    if joining == "rows":
         return torch.cat(list(values))
-    if layout == "images":
+    if joining == "images":
         return tuple(inner for value in values for inner in value)
-    return [_join(inner, own) for inner, *own in zip(layout, *values, strict=True)]
+    return [_join(inner, own) for inner, *own in zip(joining, *values, strict=True)]
 
 
-def _split(layout: Layout, value: Any, shares: Sequence[int]) -> list[Any]:
+def _split(joining: Joining, value: Any, shares: Sequence[int]) -> list[Any]:
     """The inverse of `_join`; rows in proportion to `shares`."""
     if len(shares) == 1:
         return [value]
-    if layout == "rows":
+    if joining == "rows":
         return list(torch.split(value, [len(value) * share // sum(shares) for share in shares]))
-    if layout == "images":
+    if joining == "images":
         return [(inner,) for inner in value]
-    parts = [_split(inner, own, shares) for inner, own in zip(layout, value, strict=True)]
+    parts = [_split(inner, own, shares) for inner, own in zip(joining, value, strict=True)]
     return [list(own) for own in zip(*parts, strict=True)]
 
 

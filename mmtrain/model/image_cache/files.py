@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import replacing
 from mmtrain.dataset.image_inputs import Features
 
 _SCAN_SHARE = 8
@@ -67,9 +67,8 @@ class FeatureFolder:
                 self._stop(f"{self._limit / 2**30:,.1f} GiB (run.image_cache.disk_gib) are full")
                 return
             self._folder.mkdir(parents=True, exist_ok=True)
-            with temporary_path(path, str(os.getpid())) as made:
+            with replacing(path, str(os.getpid()), durable=False) as made:  # it is checked when it is read
                 made.write_bytes(raw)
-                move_into_place(path, made, durable=False)  # it is checked when it is read
         except OSError as error:
             self._stop(error.strerror or str(error))
 

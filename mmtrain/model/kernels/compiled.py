@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmtrain.model.planned_device import planned_kernels
-from mmtrain.safe_text import one_line
+from mmtrain.safe_text import error_line
 
 _VARIANTS = 64
 """Most variants of a formula: one for each combination of widths, dtypes and layouts that a model has."""
@@ -61,7 +61,7 @@ def compile_fault(device: torch.device) -> str | None:
         found, expected = compiled(_small_formula)(x), _small_formula(x)
         return None if torch.allclose(found, expected, rtol=1e-5, atol=1e-6) else "compiled code gives wrong values"
     except Exception as error:  # no Triton, no C compiler, or anything that they raise
-        return f"{type(error).__name__}: {one_line(error)}"
+        return error_line(error)
 
 
 def _small_formula(x: Tensor) -> Tensor:

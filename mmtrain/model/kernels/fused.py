@@ -4,7 +4,6 @@ One forward pass of the decoder shows which normalization gives the input of an 
 contains both shows that nothing else uses its result.
 """
 
-import re
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from mmtrain.model.kernels.linear import is_frozen
 from mmtrain.model.kernels.mlp import NormedMLP, Projection
 from mmtrain.model.kernels.norms import RMSNorm
 from mmtrain.model.kernels.products import ROW_MULTIPLE
-from mmtrain.model.kernels.trial import Kernel, Trials, example_ids, kernel_of, undisturbed
+from mmtrain.model.kernels.trial import Kernel, Trials, example_ids, first_calls, kernel_of, layer_of, undisturbed
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def fuse_mlps(decoder: Any, trials: Trials) -> None:
     if not mlps:
         return
     try:
-        run = _Run(decoder, mlps)
+        run = _TrialRun(decoder, mlps)
     except Exception:  # the decoder requires more than ids
         return
     for name in run.order:
@@ -101,9 +100,9 @@ def fuse_mlps(decoder: Any, trials: Trials) -> None:
             kernel = Fused(_gated(mlp))
             trials.install(mlp, {"": kernel}, (kernel.example(mlp),))
     for name in run.order[-1:]:
-        last, layer = decoder.get_submodule(name), re.match(r".*?\.\d+(?=\.)", name)
-        if layer is not None and isinstance(kernel_of(last), Fused) and run.is_needed_by_row(last):
-            compute_at_predicting(decoder.get_submodule(layer[0]), last)
+        last, layer = decoder.get_submodule(name), layer_of(name)
+        if layer != name and isinstance(kernel_of(last), Fused) and run.is_needed_by_row(last):
+            compute_at_predicting(decoder.get_submodule(layer), last)
 
 
 def _can_be_fused(module: nn.Module) -> bool:
@@ -118,7 +117,7 @@ def _gated(mlp: nn.Module) -> Gated:
     return kernel
 
 
-def _fuse_with_norm(run: "_Run", name: str, trials: Trials) -> bool:
+def _fuse_with_norm(run: "_TrialRun", name: str, trials: Trials) -> bool:
     norm_name = run.norm_before.get(name)
     if norm_name is None:
         return False
@@ -140,7 +139,7 @@ def _common_parent(name: str, other: str) -> str:
     return name
 
 
-class _Run:
+class _TrialRun:
     """One forward pass of the decoder on random ids: the order of its MLPs that are called once, and their inputs."""
 
     def __init__(self, decoder: Any, mlps: list[str]) -> None:
@@ -148,8 +147,9 @@ class _Run:
         self.order: list[str] = []
         self.norm_before: dict[str, str] = {}
         """For each MLP the norm that gave its input and was called only once."""
-        self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        """The arguments of the modules around the MLPs."""
+        around = {name.rsplit(".", i)[0] for name in mlps for i in range(1, name.count(".") + 1)}
+        self.calls = first_calls(decoder, around)
+        """Those of the modules around the MLPs."""
         self._given: dict[int, tuple[str, Tensor]] = {}
         """The results of the norms, by identity."""
         self._count: Counter[str] = Counter()
@@ -174,12 +174,11 @@ class _Run:
 
     def _watch(self, mlps: list[str]) -> None:
         norms = [name for name, module in self.decoder.named_modules() if isinstance(kernel_of(module), RMSNorm)]
-        around = {name.rsplit(".", i)[0] for name in mlps for i in range(1, name.count(".") + 1)}
         with ExitStack() as hooks:
-            for names, hook in ((norms, self._saw_norm), (mlps, self._saw_mlp), (around, self._saw_call)):
+            for names, hook in ((norms, self._saw_norm), (mlps, self._saw_mlp)):
                 for name in names:
                     module = self.decoder.get_submodule(name)
-                    hooks.callback(module.register_forward_hook(partial(hook, name), with_kwargs=True).remove)
+                    hooks.enter_context(module.register_forward_hook(partial(hook, name), with_kwargs=True))
             self._hidden()
         self.order = [name for name in self.order if self._count[name] == 1]
         self.norm_before = {mlp: norm for mlp, norm in self.norm_before.items() if self._count[norm] == 1}
@@ -193,6 +192,3 @@ class _Run:
         self.order.append(name)
         if args and id(args[0]) in self._given:
             self.norm_before[name] = self._given[id(args[0])][0]
-
-    def _saw_call(self, name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        self.calls.setdefault(name, (args, kwargs))

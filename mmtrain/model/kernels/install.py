@@ -1,7 +1,6 @@
 """Installs kernels in a model, wherever one passes its trial."""
 
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from mmtrain.model.kernels.linear import linear_kernel
 from mmtrain.model.kernels.norms import RMSNorm, norm_kernels
 from mmtrain.model.kernels.patches import patch_kernel
 from mmtrain.model.kernels.rotary import CompiledRotary, compile_rotary
-from mmtrain.model.kernels.trial import Kernel, Trials, kernel_of
+from mmtrain.model.kernels.trial import Kernel, Trials, kernel_of, layer_of
 from mmtrain.model.kernels.ungated import ungated_kernels
 
 
@@ -84,15 +83,9 @@ def _report(model: Any, device: torch.device) -> KernelReport:
     num_rotary = sum(isinstance(kernel, CompiledRotary) for kernel in kernels)
     return KernelReport(
         num_layers=getattr(decoder.config, "num_hidden_layers", 0),
-        num_fused=len({_layer(name) for name in fused}),
+        num_fused=len({layer_of(name) for name in fused}),
         num_norms=num_norms,
         num_others=len(kernels) - num_norms - num_rotary - len(fused),
         num_rotary=num_rotary,
         compiling=description(device),
     )
-
-
-def _layer(name: str) -> str:
-    """`name` up to and with its first number."""
-    found = re.match(r".*?\.\d+(?=\.)", name)
-    return name if found is None else found[0]

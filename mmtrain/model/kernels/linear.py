@@ -45,7 +45,7 @@ def _inner(down: Any, x: Tensor, rows: Tensor, mask: Mask | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Linear(Kernel):
+class FastLinear(Kernel):
     """W x + b by the fastest library."""
 
     def compute(self, module: Any, x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def linear_kernel(module: nn.Module) -> Kernel | None:
     """The kernel to try on `module`; None if it is not a linear layer."""
     if is_adapted_linear(module):
         return AdaptedLinear() if _has_one_adapter(module) else None
-    return Linear() if type(module) is nn.Linear else None
+    return FastLinear() if type(module) is nn.Linear else None
 
 
 def is_adapted_linear(module: nn.Module) -> bool:

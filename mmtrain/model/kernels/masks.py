@@ -28,12 +28,12 @@ _Drop = Callable[[Tensor, Tensor, int, int, int, float, int], Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class RowOrigins:
     """Of which sample and position each row of a module's input is."""
 
     num_rows: int
     spans: tuple[tuple[int, int, int], ...]
-    """(sample, first row, last row + 1), each from the sample's first position on. Rows outside lose nothing."""
+    """(sample, first row, last row + 1), each from the sample's first position on. RowOrigins outside lose nothing."""
     _on_device: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> Tensor:
@@ -56,7 +56,7 @@ class Mask:
     key: int
     """64 bits"""
     step: int
-    rows: Rows
+    rows: RowOrigins
     selected: Tensor | None = None
     """(num_selected,) the rows that the module sees; None: all."""
 
@@ -92,7 +92,7 @@ class Mask:
         return _LEVELS / (_LEVELS - self._threshold)
 
 
-def _dropped(rows: Rows, width: int, key: int, step: int, threshold: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _dropped(rows: RowOrigins, width: int, key: int, step: int, threshold: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """(num_rows, width) which values are dropped."""
     num_blocks = -(-width // PER_COUNTER)
     found = np.zeros((rows.num_rows, num_blocks * PER_COUNTER), np.bool_)
@@ -117,7 +117,7 @@ def gpu_kernel(device: torch.device) -> _Drop | None:
     try:
         from mmtrain.model.kernels.masks_triton import drop
 
-        rows, x = Rows(5, ((3, 1, 4), (7, 4, 5))), torch.ones(5, 72, device=device)
+        rows, x = RowOrigins(5, ((3, 1, 4), (7, 4, 5))), torch.ones(5, 72, device=device)
         found = drop(x, rows.on(device), _TRIED_KEY, 9, _LEVELS // 4, 2.0, PER_COUNTER)
         expected = torch.from_numpy(_dropped(rows, x.shape[1], _TRIED_KEY, 9, _LEVELS // 4))
         return drop if torch.equal(found == 0, expected.to(device)) else None
@@ -125,7 +125,7 @@ def gpu_kernel(device: torch.device) -> _Drop | None:
         return None
 
 
-class Dropped(torch.autograd.Function):
+class MaskedInput(torch.autograd.Function):
     """x (rows, width) under a mask, which is made again in the backward pass."""
 
     @staticmethod

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtrain.model.kernels.compiled import compiled, is_compiled
-from mmtrain.model.kernels.trial import Kernel, Trials, example_ids, undisturbed
+from mmtrain.model.kernels.trial import Kernel, Trials, first_calls
 
 _NAME = re.compile(r"apply_.*rot.*")
 
@@ -39,7 +39,7 @@ def compile_rotary(decoder: Any, trials: Trials) -> None:
         return
     kernels = {name: kernel for name, module in decoder.named_modules() if (kernel := rotary_kernel(module))}
     try:
-        calls = _calls(decoder, kernels)
+        calls = first_calls(decoder, kernels)
     except Exception:  # the decoder requires more than ids
         return
     for name, call in calls.items():
@@ -78,23 +78,3 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return fast(query, key, cos, *others, **options)
 
     return call
-
-
-def _calls(decoder: Any, names: Any) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The arguments of the modules with these names in one forward pass of the decoder on random ids."""
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-    def saw(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls.setdefault(name, (args, kwargs))
-
-    handles = [
-        decoder.get_submodule(name).register_forward_pre_hook(functools.partial(saw, name), with_kwargs=True)
-        for name in names
-    ]
-    try:
-        with undisturbed(decoder), torch.no_grad():
-            decoder(input_ids=example_ids(decoder), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls

@@ -4,9 +4,11 @@ Random input goes forward and backward through the module, without its kernels a
 of the input and the gradients of the trainable parameters are compared.
 """
 
+import functools
+import re
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -73,6 +75,32 @@ def example_ids(decoder: Any) -> Tensor:
     size = decoder.get_input_embeddings().num_embeddings
     ids = noise(1, ROW_MULTIPLE).abs().mul(1e6).long().remainder(size)
     return ids.to(next(decoder.parameters()).device)
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a module."""
+
+
+def first_calls(decoder: Any, names: Iterable[str]) -> dict[str, Call]:
+    """The first call of each of these modules in one forward pass of `decoder` on random ids."""
+    calls: dict[str, Call] = {}
+
+    def saw(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.setdefault(name, (args, kwargs))
+
+    with ExitStack() as hooks:
+        for name in names:
+            hook = functools.partial(saw, name)
+            hooks.enter_context(decoder.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+        with undisturbed(decoder), torch.no_grad():
+            decoder(input_ids=example_ids(decoder), use_cache=False)
+    return calls
+
+
+def layer_of(name: str) -> str:
+    """`name` of a module up to and with its first number, which is that of its layer; all of it where it has none."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return name if found is None else found[0]
 
 
 class Trials:

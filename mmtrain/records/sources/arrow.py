@@ -26,8 +26,14 @@ class _Recent:
 
     def __init__(self, max_size: int) -> None:
         self._found: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self._room = max_size
+        self._max_size = self._room = max_size
         self._lock = threading.Lock()
+
+    def limit(self, max_size: int) -> None:
+        """Keep at most that much from the next `put` on."""
+        with self._lock:
+            self._room += max_size - self._max_size
+            self._max_size = max_size
 
     def take(self, key: Hashable) -> Any:
         """What was put under `key` and is no longer there then, None if there is nothing."""
@@ -52,6 +58,11 @@ _BATCHES = _Recent(2**27)
 _READERS = _Recent(16)
 """Readers that are in the middle of a row group: (the number of the next batch, the reader)."""
 _NUMBERS = itertools.count()
+
+
+def read_in_order() -> None:
+    """For a process that reads rows in their order: 16 MiB of them stay in memory."""
+    _BATCHES.limit(2**24)
 
 
 class ParquetFile:

@@ -28,15 +28,10 @@ def open_plain(path: Path) -> BinaryIO:
     try:
         with file:
             return _unpacked(path, file)
-    except (UserError, MemoryError):
-        raise
-    except OSError as error:
-        if not isinstance(error, gzip.BadGzipFile):
-            raise
-        reason = one_line(error)
     except Exception as error:  # each library has its own errors
-        reason = one_line(error)
-    raise UserError(f"{visible(str(path))}: not a whole {path.suffix} file: {reason}")
+        if isinstance(error, UserError | MemoryError | OSError) and not isinstance(error, gzip.BadGzipFile):
+            raise
+        raise UserError(f"{visible(str(path))}: not a whole {path.suffix} file: {one_line(error)}") from None
 
 
 def _unpacked(path: Path, file: BinaryIO) -> BinaryIO:

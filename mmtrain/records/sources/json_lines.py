@@ -19,7 +19,7 @@ class JsonlFile:
     def __init__(self, path: Path) -> None:
         """Raises OSError, and UserError for a compressed file that is broken."""
         self.path = path
-        self._index = LineIndex(path)
+        self._index = LineIndex(path, "lines 1")
 
     def __len__(self) -> int:
         return len(self._index)
@@ -36,13 +36,29 @@ _TAIL = 4096
 _BEGINS_A_LIST = re.compile(rb"\s*\[\s*(\{|$)")
 
 
+def has_json_lines(path: Path) -> bool:
+    """Whether a file named as one of a list has a record on each line, as `to_json` of `datasets` writes it.
+
+    Raises OSError and UserError.
+    """
+    with open_plain(path) as file:
+        first = file.readline(MAX_RECORD).removeprefix(b"\xef\xbb\xbf")
+    try:
+        return first.startswith(b"{") and bool(parse_json(first))
+    except SampleError:
+        return False
+
+
 def is_json_list(path: Path) -> bool:
-    """Whether a file named as one of lines is one JSON list of objects. Raises OSError and UserError.
+    """Whether a file named as one of lines is one JSON list of objects, or an object over several lines. Raises OSError
+    and UserError.
 
     A list on the first of several lines is a record: a conversation as a bare list of messages.
     """
     with open_plain(path) as file:
         first = file.readline(MAX_RECORD).removeprefix(b"\xef\xbb\xbf")
+        if first.strip() == b"{":
+            return True
         if not _BEGINS_A_LIST.match(first):
             return False
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))

@@ -11,6 +11,7 @@ from mmtrain.records.json_text import DECODER, MAX_RECORD, parse_json, too_long
 from mmtrain.records.sources.line_index import OffsetIndex, first_offset
 from mmtrain.records.sources.place import Place
 from mmtrain.safe_text import visible
+from mmtrain.text_files import NOT_UTF8
 
 _BLOCK = 2**20
 _SPACE = " \t\r\n"
@@ -24,7 +25,7 @@ class JsonFile:
     def __init__(self, path: Path) -> None:
         """Raises OSError, and UserError with the line of what is wrong."""
         self.path = path
-        self._index = _ListIndex(path)
+        self._index = _ListIndex(path, "list 1")
 
     def __len__(self) -> int:
         return len(self._index.offsets)
@@ -43,9 +44,10 @@ class JsonFile:
 class _ListIndex(OffsetIndex):
     def _scan(self, file: BinaryIO) -> int:
         text = _Text(file, visible(str(self.path)))
-        if text.skip_space() != "[":
+        if (first := text.skip_space()) != "[":
             text.check_utf8(text.characters, is_whole=False)
-            raise text.fault("expected a JSON list of records; a file with one record on each line is .jsonl", 1)
+            found = ", found an object: write the list in it to a file (docs/data.md has a script for COCO and VQA)"
+            raise text.fault(f"expected a JSON list of records, or one on each line{found if first == '{' else ''}", 1)
         following = text.skip_space(1)
         while following != "]":
             self._add(text.offset, text.line())
@@ -128,7 +130,7 @@ class _Text:
             if not characters.isascii():
                 codecs.getincrementaldecoder("utf-8")().decode(characters.encode("latin-1"), is_whole)
         except UnicodeDecodeError:
-            raise self.fault("not UTF-8 text") from None
+            raise self.fault(NOT_UTF8) from None
 
     def fault(self, reason: str, line: int | None = None) -> UserError:
         """`line`: that of the current character if it is None."""

@@ -9,22 +9,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from mmtrain.records.chat import SampleError
+from mmtrain.records.index_cache import CachedIndex
 from mmtrain.records.json_text import MAX_RECORD, too_long
 from mmtrain.records.sources.compressed import COMPRESSED, open_plain
+
+_WORTH_KEEPING = 100_000
+"""Records from which on finding them takes longer than reading the cache."""
 
 
 class OffsetIndex(ABC):
     """Records read by their offset. Each ends where the next one begins."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises OSError, and UserError for a file that cannot be read as its kind says."""
+    def __init__(self, path: Path, kind: str) -> None:
+        """`kind` says in the cache how the file is read; raised with every change of that.
+
+        Raises OSError, and UserError for a file that cannot be read as its kind says.
+        """
         self.path = path
         self.offsets = array("Q")
-        self.lines = array("L")
+        self.lines = array("Q")
         file = open_plain(path)
         try:
-            self._end = self._scan(file)
+            cached = CachedIndex(path, kind)
+            end = self._stored(cached)
+            self._end = self._scan(file) if end is None else end
         except BaseException:
             file.close()
             raise
@@ -32,6 +43,18 @@ class OffsetIndex(ABC):
         """The content of a compressed file; another is opened again when it is read."""
         if self._unpacked is None:
             file.close()
+        if end is None and len(self) >= _WORTH_KEEPING:
+            offsets, lines = (np.frombuffer(each, np.uint64) for each in (self.offsets, self.lines))
+            cached.store(offsets=offsets, lines=lines, end=np.array(self._end))
+
+    def _stored(self, cached: CachedIndex) -> int | None:
+        """Take the records from the cache, and return where the last one ends; None where they are not there."""
+        stored = cached.load()
+        if stored is None:
+            return None
+        self.offsets.frombytes(stored["offsets"].tobytes())
+        self.lines.frombytes(stored["lines"].tobytes())
+        return int(stored["end"])
 
     @abstractmethod
     def _scan(self, file: BinaryIO) -> int:
@@ -62,13 +85,13 @@ class OffsetIndex(ABC):
 class LineIndex(OffsetIndex):
     """Records of one or more whole lines each. Blank lines are left out."""
 
-    def __init__(self, path: Path, opens: Callable[[bytes], bool] = lambda chunk: False) -> None:
+    def __init__(self, path: Path, kind: str, opens: Callable[[bytes], bool] = lambda chunk: False) -> None:
         """`opens`: whether a piece of a line opens or closes what makes the next line part of the same record.
 
         Raises OSError, and UserError for a compressed file that is broken.
         """
         self._opens = opens
-        super().__init__(path)
+        super().__init__(path, kind)
 
     def _scan(self, file: BinaryIO) -> int:
         offset = first_offset(file)

@@ -8,11 +8,15 @@ from mmtrain.records.data_files import find_data_files
 from mmtrain.records.sources.arrow import ArrowFile, ParquetFile
 from mmtrain.records.sources.compressed import plain_suffix
 from mmtrain.records.sources.delimited import DelimitedFile
-from mmtrain.records.sources.json_lines import JsonlFile, is_json_list
+from mmtrain.records.sources.json_lines import JsonlFile, has_json_lines, is_json_list
 from mmtrain.records.sources.json_list import JsonFile
 from mmtrain.records.sources.place import RecordFile
 from mmtrain.records.sources.tar import TarFile
 from mmtrain.safe_text import visible
+
+
+def _json(path: Path) -> RecordFile:
+    return JsonlFile(path) if has_json_lines(path) else JsonFile(path)
 
 
 def _json_lines(path: Path) -> RecordFile:
@@ -20,7 +24,7 @@ def _json_lines(path: Path) -> RecordFile:
 
 
 _KINDS: dict[str, Callable[[Path], RecordFile]] = {
-    ".json": JsonFile,
+    ".json": _json,
     ".jsonl": _json_lines,
     ".jsonlines": _json_lines,
     ".ndjson": _json_lines,

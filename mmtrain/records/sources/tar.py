@@ -2,7 +2,7 @@
 
 `KEY.json` is the record. Where it names no image, the other members of the key that are images are its images, in the
 order of the shard; an image that it names is taken from the shard if it is there. `KEY.txt` in its place is the
-record's `text`, as shards of images and captions have it. Nothing is unpacked.
+record's `text`, as shards of images and captions have it, and next to it says nothing else. Nothing is unpacked.
 """
 
 import itertools
@@ -57,15 +57,21 @@ def _parsed(content: dict[str, bytes]) -> Any:
     """The record of a key, removed from `content`."""
     records = [name for name in content if _suffix(name) == ".json"]
     texts = [name for name in content if _suffix(name) == ".txt"]
-    if not records and len(texts) == 1:
-        try:
-            return {"text": content.pop(texts[0]).decode("utf-8").strip()}
-        except UnicodeDecodeError:
-            raise SampleError(f"the member {shown(texts[0])} is not UTF-8") from None
-    if len(records) != 1:
+    if len(records) > 1 or (not records and len(texts) != 1):
         names = ", ".join(shown(name, 40) for name in list(content)[:4])
         raise SampleError(f"{len(records)} .json members of the key, expected one: {names}")
-    return parse_json(content.pop(records[0]))
+    record = parse_json(content.pop(records[0])) if records else {}
+    if not texts or not isinstance(record, dict):
+        return record
+    try:
+        text = content.pop(texts[0]).decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise SampleError(f"the member {shown(texts[0])} is not UTF-8") from None
+    if isinstance(caption := record.get("caption", record.get("text")), str) and caption.strip() == text:
+        return record
+    if "text" in record:
+        raise SampleError(f"the member {shown(texts[0])} is another text than that of the record: leave it out")
+    return record | {"text": text}
 
 
 def _suffix(name: str) -> str:

@@ -4,7 +4,6 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from mmtrain.contrastive.relation import Numbers, Relation, relate
 from mmtrain.dataset.microbatches import cut_step
 from mmtrain.dataset.plan import Plan
 from mmtrain.train.contrastive.pair_dataset import PairDataset
+from mmtrain.train.objective import Cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,27 +28,13 @@ Microbatch = tuple[ItemBatch, ...]
 """At most one batch of each kind: their gradients are added as one."""
 
 
-@dataclass(frozen=True, slots=True)
-class PairCut:
-    """One step: its samples, its distinct items, and the micro-batches, some perhaps empty, of this process."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairCut(Cut):
+    """One step, what is compared in it, and the micro-batches of this process."""
 
-    samples: tuple[int, ...]
     items: Numbers
     """(num_items,) the numbers of all distinct items of the step, ascending"""
     relation: Relation
-    own: tuple[Microbatch, ...]
-    num_tokens: int
-    operations: float
-    """What it must compute, over all processes: a multiplication and an addition are two."""
-
-    @property
-    def count(self) -> float:
-        return len(self.samples)
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """The step's sizes in its row of metrics.jsonl."""
-        return {"num_tokens": self.num_tokens, "num_pairs": len(self.samples), "num_items": len(self.items)}
 
     def rows(self, numbers: Sequence[int]) -> Numbers:
         """The positions of these items among the step's."""
@@ -95,16 +81,18 @@ class PairCuts:
         return relate([self._samples.pairs[index] for index in self._plan.step(step)])
 
     def _cut(self, step: int) -> PairCut:
-        relation = self._relation(step)
+        samples, relation = tuple(self._plan.step(step)), self._relation(step)
         numbers = np.union1d(relation.queries, relation.documents)
         items = [self._samples.items[number] for number in numbers]
+        num_tokens = sum(item.row_tokens for item in items)
         return PairCut(
-            tuple(self._plan.step(step)),
-            numbers,
-            relation,
-            self.of_all(step, self._num_processes)[self._index],
-            sum(item.row_tokens for item in items),
-            6.0 * sum(item.cost for item in items),
+            samples=samples,
+            own=self.of_all(step, self._num_processes)[self._index],
+            count=len(samples),
+            figures={"num_tokens": num_tokens, "num_pairs": len(samples), "num_items": len(items)},
+            operations=6.0 * sum(item.cost for item in items),
+            items=numbers,
+            relation=relation,
         )
 
     def _batches(self, kind: Kind, numbers: Sequence[int], multiple: int) -> list[ItemBatch]:

@@ -1,6 +1,5 @@
 """Retrieval on an evaluation set during a run."""
 
-import json
 from typing import Any
 
 from mmtrain.config import Config
@@ -27,7 +26,7 @@ class RetrievalDuringRun:
         if embeddings is None:
             return None
         key = f"retrieval {self.name} {step}"
-        found: dict[str, Any] = json.loads(runtime.from_first(key, lambda: json.dumps(self._figures(embeddings))))
+        found: dict[str, Any] = runtime.from_first(key, lambda: self._figures(embeddings))
         return found
 
     def _figures(self, embeddings: Embeddings) -> dict[str, Any]:

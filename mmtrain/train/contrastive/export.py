@@ -6,13 +6,12 @@ What was saved is loaded back and must give the same embeddings and the same sca
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from mmtrain.atomic_files import move_into_place, temporary_path
+from mmtrain.atomic_files import replacing
 from mmtrain.config import Config
 from mmtrain.contrastive.embedder import Embedder, EncodedItem
 from mmtrain.contrastive.load import reloaded
@@ -23,9 +22,7 @@ from mmtrain.train.contrastive.card import embedder_card
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.contrastive.sentence_export import add_sentence_files
 from mmtrain.train.contrastive.step import ContrastiveLearner
-
-MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 3e-2}
-"""Largest relative difference (L2) of the embeddings once loaded back."""
+from mmtrain.train.export import MAX_DIFFERENCE, as_saved, save
 
 
 def export(
@@ -42,14 +39,13 @@ def export(
     target = Path(config.run.output_dir) / (name or ("adapter" if is_adapter else "model"))
     tolerance = MAX_DIFFERENCE[config.model.dtype]
     items = _first_items(dataset)
-    with storage_faults(f"{target}: it cannot be written"), temporary_path(target) as made:
-        _save(model, config, made)
+    with storage_faults(f"{target}: it cannot be written"), replacing(target) as made:
+        save(model, config, made)
         own = learner.embedder.processor
         copy_processor(model_directory(config.model.path), made, own.given_template, own.image_settings)
         before = _embeddings(learner.embedder, items)
         found = add_sentence_files(made, learner, config, dataset, items, before, tolerance)
         (made / "README.md").write_text(_card(learner, config, dataset, found.is_written, step), encoding="utf-8")
-        move_into_place(target, made)
     after = _loaded_back(learner, target, config, items)
     difference = max(_distance(one, other) for one, other in zip(after, before, strict=True))
     if not difference <= tolerance:
@@ -57,19 +53,6 @@ def export(
             f"{target}: loaded back, its embeddings differ by {difference:.1e} from the trained model's: do not use it"
         )
     return f"saved {target}; loaded back, its embeddings differ by {difference:.1e} (relative); {found.line}"
-
-
-def _save(model: Any, config: Config, folder: Path) -> None:
-    if not isinstance(model, PeftModel):
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
-        model.save_pretrained(folder)
-        return
-    if Path(config.model.path).is_dir():  # to be found from any directory
-        model.peft_config["default"].base_model_name_or_path = str(Path(config.model.path).resolve())
-    model.save_pretrained(
-        folder, save_embedding_layers=False
-    )  # peft would ask the hub whether the vocabulary has grown
 
 
 def _card(
@@ -104,12 +87,8 @@ def _loaded_back(
 ) -> list[Tensor]:
     embedder, model = learner.embedder, learner.model
     if isinstance(model, PeftModel):
-        model.load_adapter(str(target), adapter_name="saved", torch_device=str(learner.runtime.device))
-        model.set_adapter("saved")
-        found = _embeddings(embedder, items)
-        model.set_adapter("default")
-        model.delete_adapter("saved")
-        return found
+        with as_saved(model, target):
+            return _embeddings(embedder, items)
     return _embeddings(reloaded(embedder, str(target), config, learner.runtime), items)
 
 

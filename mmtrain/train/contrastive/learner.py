@@ -1,7 +1,12 @@
 """The embedder that is trained, with its optimizer."""
 
+import functools
+
+import torch
+
 from mmtrain.config import Config
 from mmtrain.contrastive.embedder import Embedder
+from mmtrain.contrastive.load import set_trained
 from mmtrain.contrastive.loss import LossSettings
 from mmtrain.model.kernels.install import install
 from mmtrain.progress import Progress
@@ -11,20 +16,22 @@ from mmtrain.train.contrastive.embedding_cache import EmbeddingCache
 from mmtrain.train.contrastive.graphs import GraphMemory
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.contrastive.step import ContrastiveLearner
-from mmtrain.train.contrastive.trainable import make_trainable
 from mmtrain.train.lost_gradients import LostGradients
 from mmtrain.train.optimizer import make_optimizer
-
-GIB = 2**30
+from mmtrain.train.trainable import add_trainable
 
 
 def make_contrastive_learner(
     config: Config, embedder: Embedder, dataset: PairDataset, runtime: Runtime, progress: Progress
 ) -> ContrastiveLearner:
-    """The embedder's model with its trainable parameters, and how its steps are computed."""
-    dropout, reports = make_trainable(config, embedder, runtime, progress)
-    model = embedder.model
+    """The embedder's model with its trainable parameters, whose initial weights follow from the seed alone, and how its
+    steps are computed."""
     settings, run = config.objective, config.run
+    torch.manual_seed(config.train.seed)
+    numbers = functools.partial(set_trained, config, embedder)
+    model, reports, dropout = add_trainable(config, embedder.model, embedder.family, runtime, progress, numbers)
+    embedder.model = model.to(runtime.device)
+    embedder.scale.limit(settings.temperature_max)
     if run.kernels == "auto":
         progress.say(install(model, runtime.device, progress.tick).line)
         embedder.leave_out_rows()

@@ -14,8 +14,8 @@ from mmtrain.train.contrastive.evaluations import RetrievalDuringRun
 from mmtrain.train.contrastive.export import export
 from mmtrain.train.contrastive.learner import make_contrastive_learner
 from mmtrain.train.contrastive.pair_dataset import PairDataset
-from mmtrain.train.contrastive.step import ContrastiveLearner, Loaded
-from mmtrain.train.evaluations import Evaluation
+from mmtrain.train.contrastive.step import ContrastiveLearner, LoadedItems
+from mmtrain.train.evaluations import RunEvaluation
 from mmtrain.train.report import bits_lines, component_lines, weights_line
 
 
@@ -28,23 +28,20 @@ class ContrastiveObjective:
         self.data = PairDataset(config, self._embedder, progress)
 
     @cached_property
-    def _learner(self) -> ContrastiveLearner:
+    def learner(self) -> ContrastiveLearner:
         return make_contrastive_learner(self._config, self._embedder, self.data, self._runtime, self._progress)
-
-    def load(self) -> ContrastiveLearner:
-        return self._learner
 
     def write_facts(self) -> None:
         """There are none: lengths of pairs are no lengths of samples."""
 
     def steps(self) -> "ContrastiveSteps":
-        return ContrastiveSteps(self._learner)
+        return ContrastiveSteps(self.learner)
 
-    def evaluations(self) -> list[Evaluation]:
-        return [RetrievalDuringRun(self._config, name, one, self._learner) for name, one in self.data.eval.items()]
+    def evaluations(self) -> list[RunEvaluation]:
+        return [RetrievalDuringRun(self._config, name, one, self.learner) for name, one in self.data.eval.items()]
 
     def report(self) -> Iterator[str | Table]:
-        learner = self._learner
+        learner = self.learner
         yield from component_lines(learner.component_reports)
         yield self.data.summary()
         yield weights_line(learner)
@@ -52,7 +49,7 @@ class ContrastiveObjective:
         yield self._embedder.description
 
     def export(self, name: str | None = None, step: int | None = None) -> str:
-        return export(self._learner, self._config, self.data, name, step)
+        return export(self.learner, self._config, self.data, name, step)
 
 
 class ContrastiveSteps:
@@ -64,5 +61,5 @@ class ContrastiveSteps:
     def of(self, step: int) -> PairCut:
         return self._learner.cuts.of(step)
 
-    def batches(self, first: int, last: int) -> Iterator[Loaded]:
+    def batches(self, first: int, last: int) -> Iterator[LoadedItems]:
         return self._learner.batches(first, last)

@@ -9,12 +9,12 @@ from mmtrain.config import Config
 from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.pair_samples import read_pairs
 from mmtrain.dataset.plan import Indices, Plan
-from mmtrain.dataset.validate import FaultPolicy
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
 from mmtrain.train.dataset import num_steps
 from mmtrain.train.eval_sets import eval_sources
+from mmtrain.train.folder import dropped_row
 from mmtrain.train.watched import check_watched, retrieval_names
 
 
@@ -27,11 +27,10 @@ class PairDataset:
     stream = None
 
     def __init__(self, config: Config, embedder: Embedder, progress: Progress) -> None:
-        data, self.template = config.data, embedder.template
-        limit, policy, ignored = embedder.limit(data.max_length), FaultPolicy.of(data), frozenset(data.ignore_fields)
+        self.template = embedder.template
         faults: list[str] = []
         with _collected(faults), progress.task("checking train"):
-            self.train = read_pairs(data.train, embedder, limit, policy, ignored, data.decode_images, progress)
+            self.train = read_pairs(config.data.train, embedder, config.data, progress)
         self.eval: dict[str, RetrievalEvaluation] = {}
         for name, source in eval_sources(config).items():
             with _collected(faults), progress.task(f"checking evaluation set {name}"):
@@ -56,10 +55,9 @@ class PairDataset:
     def dropped_rows(self) -> list[dict[str, Any]]:
         """A row for each pair that is left out by `data.too_long: drop` or `data.on_fault: skip`."""
         return [
-            {"file": str(place.file), "line": place.line, "place": str(place), "reason": reason}
+            dropped_row(samples.place(index), reason)
             for samples in (self.train, *(one.samples for one in self.eval.values()))
             for index, reason in samples.left_out
-            for place in [samples.place(index)]
         ]
 
     @property

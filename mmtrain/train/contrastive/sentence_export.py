@@ -15,6 +15,7 @@ from mmtrain.contrastive.sentence_folder import delete_sentence_files, name_proc
 from mmtrain.contrastive.sentence_reading import sentence_embedding
 from mmtrain.encoding.directory import model_directory, processor_class
 from mmtrain.encoding.images import decode
+from mmtrain.model.components import base_model
 from mmtrain.safe_text import one_line
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.contrastive.step import ContrastiveLearner
@@ -69,7 +70,7 @@ def _difference(
     embeddings: Sequence[Tensor],
 ) -> float:
     pair = dataset.train.records.pair(int(dataset.used[0]))
-    model: Any = learner.model.get_base_model() if isinstance(learner.model, PeftModel) else learner.model
+    model: Any = base_model(learner.model)
     found = []
     for item, encoded, expected in zip(pair.items, items, embeddings, strict=False):
         images = [decode(span.image) for span in encoded.encoded.images]

@@ -5,7 +5,7 @@ which depends on no cut. A second pass computes the gradients of the weights, mi
 Gao et al. 2021), except where the graph of the first pass was kept. Dropout drops the same in both.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,10 @@ from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.contrastive.cuts import ItemBatch, Microbatch, PairCut, PairCuts
 from mmtrain.train.contrastive.embedding_cache import EmbeddingCache
 from mmtrain.train.contrastive.graphs import GraphMemory
-from mmtrain.train.gradients import flatten, put_back, sum_running, sum_tree
+from mmtrain.train.gradients import accumulate_tree, sum_running
 from mmtrain.train.lost_gradients import LostGradients, backward
 
-Loaded = tuple[tuple[ItemBatch, Batch], ...]
+LoadedItems = tuple[tuple[ItemBatch, Batch], ...]
 """A micro-batch with its tensors."""
 
 
@@ -60,11 +60,11 @@ class ContrastiveLearner:
     def items(self) -> Sequence[EncodedItem]:
         return self.samples.items
 
-    def batches(self, first: int, last: int) -> Iterator[Loaded]:
+    def batches(self, first: int, last: int) -> Iterator[LoadedItems]:
         """The tensors of this process's micro-batches of the steps `first` to `last`, made ahead."""
         return in_order(self.load, self.cuts.microbatches(first, last), _num_bytes)
 
-    def load(self, microbatch: Microbatch) -> Loaded:
+    def load(self, microbatch: Microbatch) -> LoadedItems:
         """Items whose embeddings are cached are left out."""
         needed = [ItemBatch(one.kind, tuple(n for n in one.numbers if n not in self.cache)) for one in microbatch]
         return tuple((one, self.tensors(one)) for one in needed if one.numbers)
@@ -83,7 +83,7 @@ class ContrastiveLearner:
         with torch.no_grad():
             return compute(), None
 
-    def accumulate(self, batches: Iterable[Loaded | None], count: float, step: int) -> tuple[Tensor, int | None]:
+    def accumulate(self, batches: Iterable[LoadedItems | None], count: float, step: int) -> tuple[Tensor, int | None]:
         return accumulate_gradients(self, batches, step)
 
     def updated(self) -> None:
@@ -91,7 +91,7 @@ class ContrastiveLearner:
         self.embedder.scale.limit(self.temperature_max)
 
 
-def _num_bytes(loaded: Loaded) -> int:
+def _num_bytes(loaded: LoadedItems) -> int:
     return sum(batch.num_bytes for _, batch in loaded)
 
 
@@ -109,7 +109,7 @@ class _Embedded:
 
 
 def accumulate_gradients(
-    learner: ContrastiveLearner, batches: Iterable[Loaded | None], step: int
+    learner: ContrastiveLearner, batches: Iterable[LoadedItems | None], step: int
 ) -> tuple[Tensor, int | None]:
     """Put the gradients of the step's loss into the parameters, over all micro-batches (None: an empty one) and all
     processes.
@@ -128,7 +128,7 @@ def accumulate_gradients(
             _second_pass(learner, one, gradients[cut.rows(one.batch.numbers)], step)
 
     if learner.exact:
-        _sum_tree(learner, parameters, first, second)
+        accumulate_tree(parameters, first, second, runtime)
     else:
         for each in first:
             second(each)
@@ -139,7 +139,7 @@ def accumulate_gradients(
     return found.loss, runtime.agree(torch.zeros(0, dtype=torch.float64))[1]
 
 
-def _first_pass(learner: ContrastiveLearner, loaded: Loaded, step: int) -> list[_Embedded]:
+def _first_pass(learner: ContrastiveLearner, loaded: LoadedItems, step: int) -> list[_Embedded]:
     learner.runtime.activity.set("forward")
     found = []
     for batch, inputs in loaded:
@@ -190,20 +190,3 @@ def _of_weights(learner: ContrastiveLearner) -> list[nn.Parameter]:
     """The trainable parameters of which every process has only its own items' gradients."""
     numbers = {id(one.parameter) for one in (learner.embedder.scale, learner.embedder.bias)}
     return [value for value in trainable_parameters(learner.model).values() if id(value) not in numbers]
-
-
-def _sum_tree(
-    learner: ContrastiveLearner,
-    parameters: list[nn.Parameter],
-    first: Sequence[list[_Embedded]],
-    second: Callable[[list[_Embedded]], None],
-) -> None:
-    remaining = iter(first)
-
-    def leaf() -> Tensor:
-        for parameter in parameters:
-            parameter.grad = None
-        second(next(remaining))
-        return flatten(parameters)
-
-    put_back(sum_tree(len(first), leaf, learner.runtime), parameters)

@@ -11,7 +11,7 @@ from mmtrain.safe_text import shown
 
 
 @dataclass(frozen=True, slots=True)
-class AskedQuestion:
+class ScoredQuestion:
     """One question with its reference, and how its answers are scored."""
 
     sample: int
@@ -25,7 +25,7 @@ class AskedQuestion:
 
 def choose_metrics(
     questions: Sequence[Question], sources: Sequence[str], configured: Mapping[str, str | None]
-) -> tuple[list[AskedQuestion], dict[str, str]]:
+) -> tuple[list[ScoredQuestion], dict[str, str]]:
     """The questions with the metrics of their sources, and for each source why it has its metric.
 
     `sources`: the source of each question; `configured`: the metric of each source, None where it is to be found from
@@ -41,13 +41,13 @@ def choose_metrics(
         if own:
             chosen[name], reasons[name] = find_metric(own) if metric is None else (metric, "as configured")
     asked = [
-        AskedQuestion(question.sample, name, question.text, reply_of(question.reference or ""), chosen[name])
+        ScoredQuestion(question.sample, name, question.text, reply_of(question.reference or ""), chosen[name])
         for question, name in zip(questions, sources, strict=True)
     ]
     return asked, reasons
 
 
-def check_forms(questions: Sequence[AskedQuestion], places: Sequence[str]) -> None:
+def check_forms(questions: Sequence[ScoredQuestion], places: Sequence[str]) -> None:
     """Raises UserError with every reference that its metric cannot compare."""
     faults = []
     for question, place in zip(questions, places, strict=True):

@@ -1,6 +1,6 @@
-"""Which runs of a laid out conversation are encoded in one go, and which of them are trained on.
+"""Which stretches of a laid out conversation are encoded in one go, and which of them are trained on.
 
-A run ends where inference's prompt ends, where a trained answer ends, at an image, and around a special token that
+A fragment ends where inference's prompt ends, where a trained answer ends, at an image, and around a special token that
 stands literally in the words. It also ends around the template's own special tokens that take nothing of the text
 next to them, where every tokenizer parts its text anyway: what stands between the words is the same in every sample
 then, and need not be encoded again.
@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mmtrain.encoding.layout import Piece, Skeleton
+from mmtrain.encoding.skeleton import Piece, Skeleton
 
-Kind = Literal["text", "literal", "image"]
+FragmentKind = Literal["text", "literal", "image"]
 Bounds = dict[int, list[tuple[int, int]]]
 """Of some pieces: (first character, last character + 1) of stretches in them."""
 
@@ -33,10 +33,10 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class Fragment:
     """Spans that are encoded in one go: text, or one literal special token, or one image."""
 
-    kind: Kind
+    kind: FragmentKind
     spans: tuple[Span, ...]
     supervised: bool = False
     ends_turn: bool = False
@@ -48,7 +48,7 @@ class Segment:
         return "".join([span.text(pieces) for span in self.spans])
 
 
-class Segmenter:
+class Fragmenter:
     """Cuts conversations for one model and one choice of labels."""
 
     def __init__(self, special_tokens: re.Pattern[str], parting_tokens: re.Pattern[str], end_of_turn: bool) -> None:
@@ -56,8 +56,8 @@ class Segmenter:
         self._end_of_turn = end_of_turn
         self._of_form = functools.lru_cache(maxsize=4096)(self._of_skeleton)
 
-    def cut(self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...]) -> Sequence[Segment]:
-        """The segments of `pieces`, which follow `skeleton`; `trained` are the turns that are trained on.
+    def cut(self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...]) -> Sequence[Fragment]:
+        """The fragments of `pieces`, which follow `skeleton`; `trained` are the turns that are trained on.
 
         Ordinary words do not change where the cuts lie: conversations of one form share theirs.
         """
@@ -66,21 +66,21 @@ class Segmenter:
             return self._non_empty(pieces, skeleton, trained, literal)
         return self._of_form(skeleton, trained)
 
-    def _of_skeleton(self, skeleton: Skeleton, trained: tuple[int, ...]) -> tuple[Segment, ...]:
+    def _of_skeleton(self, skeleton: Skeleton, trained: tuple[int, ...]) -> tuple[Fragment, ...]:
         return self._non_empty(skeleton.pieces, skeleton, trained, {})
 
     def _non_empty(
         self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...], literal: Bounds
-    ) -> tuple[Segment, ...]:
+    ) -> tuple[Fragment, ...]:
         return tuple(
-            replace(segment, has_words=any(pieces[span.piece].kind in ("words", "calls") for span in segment.spans))
-            for segment in self._segments(pieces, skeleton, trained, literal)
-            if segment.spans or segment.ends_turn
+            replace(fragment, has_words=any(pieces[span.piece].kind in ("words", "calls") for span in fragment.spans))
+            for fragment in self._fragments(pieces, skeleton, trained, literal)
+            if fragment.spans or fragment.ends_turn
         )
 
-    def _segments(
+    def _fragments(
         self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...], literal: Bounds
-    ) -> Iterator[Segment]:
+    ) -> Iterator[Fragment]:
         turns_on = {skeleton.answers[turn].border for turn in trained}
         turns_off: dict[tuple[int, int], bool] = {}
         for turn in trained:
@@ -96,20 +96,20 @@ class Segmenter:
         for kind, piece, start, end in _atoms(pieces, {*turns_on, *turns_off, *parted}, literal):
             span = Span(piece, start, end if end < len(pieces[piece].text) else None)
             if (piece, start) in turns_on or (piece, start) in parted or kind != "text":
-                yield Segment("text", tuple(run), on)
+                yield Fragment("text", tuple(run), on)
                 run = []
             on = on or (piece, start) in turns_on
             if kind == "text":
                 run.append(span)
             else:
-                yield Segment(kind, (span,), on and kind != "image")
+                yield Fragment(kind, (span,), on and kind != "image")
             if (piece, end) in turns_off:
-                yield Segment("text", tuple(run), on, ends_turn=turns_off[piece, end])
+                yield Fragment("text", tuple(run), on, ends_turn=turns_off[piece, end])
                 run, on = [], False
             elif (piece, end) in parted:
-                yield Segment("text", tuple(run), on)
+                yield Fragment("text", tuple(run), on)
                 run = []
-        yield Segment("text", tuple(run), on)
+        yield Fragment("text", tuple(run), on)
 
     def _around_parting(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
         """(piece, character) before the first and after the last parting token of each of the template's pieces."""
@@ -137,7 +137,7 @@ class Segmenter:
 
 def _atoms(
     pieces: Sequence[Piece], cuts: set[tuple[int, int]], literal: Bounds
-) -> Iterator[tuple[Kind, int, int, int]]:
+) -> Iterator[tuple[FragmentKind, int, int, int]]:
     """(kind, piece, start, end) of the stretches between two cuts."""
     for i, piece in enumerate(pieces):
         if piece.kind == "image" or not piece.text:  # a turn can begin or end at words that were trimmed away

@@ -1,0 +1,56 @@
+"""How commands give what they found besides text: as JSON, and as HTML pages."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from rich.console import Console
+
+from mmtrain.errors import StorageError, UserError
+from mmtrain.safe_text import shown
+
+
+def plain_console(stderr: bool = False) -> Console:
+    """Prints text as it is: nothing in it is read as markup or highlighted."""
+    return Console(stderr=stderr, highlight=False, emoji=False, markup=False)
+
+
+def print_json(row: Any) -> None:
+    """One JSON object on a line. A number that is not finite is null, and what standard output cannot encode, such as
+    a file name that is not UTF-8, is escaped."""
+    line = json.dumps(row, ensure_ascii=False)
+    if "NaN" in line or "Infinity" in line:
+        row = json.loads(line, parse_constant=lambda name: None)
+        line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(row)
+    print(line)
+
+
+def check_page(path: Path | None) -> None:
+    """Raises UserError, before anything is computed, where a page cannot be written to `path`."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"--html {shown(path)}: that is a folder: name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--html {shown(path)}: there is no folder {shown(path.absolute().parent)}: create it first")
+
+
+def page_environment(*packages: str) -> Environment:
+    """Loads templates from the files of these packages, and base.html. All text is escaped; an unknown name is an
+    error."""
+    loader = ChoiceLoader([PackageLoader(package, "") for package in (*packages, "mmtrain")])
+    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=loader)
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write what `--html` asks for. Raises StorageError."""
+    try:
+        path.write_text(page, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise StorageError(f"--html {shown(path)}: it cannot be written: {error.strerror}") from None

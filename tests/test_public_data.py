@@ -1,0 +1,195 @@
+"""Files as public data sets have them: each becomes the right conversation, or one line says what to write."""
+
+import base64
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+from pydantic import ValidationError
+
+from mmtrain.config.data_section import TrainSource
+from mmtrain.encoding.images import find_image
+from mmtrain.errors import UserError
+from mmtrain.records.chat import Image, SampleError
+from mmtrain.records.record_set import RecordSet
+
+TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+IMAGE = io.BytesIO()
+PIL.Image.new("RGB", (40, 30), "red").save(IMAGE, "PNG")
+PNG = IMAGE.getvalue()
+PROMPT = {"prompt": "Q"}
+
+
+def text(*rows: Any) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def shard(**members: bytes) -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(f"0.{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return content.getvalue()
+
+
+def parquet(row: dict[str, Any]) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    content = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist([row]), content)
+    return content.getvalue()
+
+
+def said(source: TrainSource, ignored: frozenset[str]) -> str:
+    """The turns of the only conversation, with `<>` for each image that is found."""
+    records = RecordSet([source], ignored)
+    assert len(records) == 1
+    found = records.conversation(0)
+    for image in found.images:
+        find_image(image, records.roots(0))
+    turns = ("".join("<>" if isinstance(part, Image) else part.text for part in turn.parts) for turn in found.messages)
+    return " | ".join(turns)
+
+
+Variant = tuple[str, bytes | Callable[[], bytes], dict[str, Any], str]
+"""The name of a file, its content, what the source says about it, and the turns or words of the refusal."""
+
+READ: dict[str, Variant] = {
+    "the_cauldron": (
+        "a.parquet",
+        lambda: parquet({"images": [{"bytes": PNG}], "texts": [{"user": "Q", "assistant": "A", "source": "AI2D"}]}),
+        {},
+        "<>Q | A",
+    ),
+    "ImageFolder with captions": ("metadata.csv", b"file_name,text\na.png,A\n", PROMPT, "<>Q | A"),
+    "ImageFolder with chats": ("metadata.jsonl", text({"file_name": "a.png", "messages": TURNS}), {}, "<>Q | A"),
+    "Donut": (
+        "metadata.jsonl",
+        text({"file_name": "a.png", "ground_truth": '{"gt_parse": 1}'}),
+        {"prompt": "Q", "fields": {"completion": "ground_truth"}},
+        '<>Q | {"gt_parse": 1}',
+    ),
+    "Flickr8k": ("captions.csv", b'image,caption\na.png,"A, B"\n', PROMPT, "<>Q | A, B"),
+    "Flickr30k": (
+        "results.csv",
+        b"image_name| comment_number| comment\na.png| 0| A\n",
+        {"prompt": "Q", "fields": {"image": "image_name", "caption": "comment"}, "ignore": ["comment_number"]},
+        "<>Q | A",
+    ),
+    "a table that pandas wrote": ("a.csv", b",question,answer\n0,Q,A\n", {}, "Q | A"),
+    "a table with semicolons": ("a.csv", b"question;answer\nQ, R;A\n", {}, "Q, R | A"),
+    "a table with tabs": ("a.csv", b"question\tanswer\nQ\tA\n", {}, "Q | A"),
+    "base64 for addresses in TSV": (
+        "a.tsv",
+        b"question\tanswer\timage\nQ\tA\t" + base64.urlsafe_b64encode(PNG) + b"\n",
+        {},
+        "<>Q | A",
+    ),
+    "img2dataset": (
+        "a.tar",
+        shard(jpg=PNG, txt=b"A", json=text({"caption": "A", "key": "0", "width": 40})),
+        PROMPT,
+        "<>Q | A",
+    ),
+    "images and texts in a shard": ("a.tar", shard(jpg=PNG, txt=b"A"), PROMPT, "<>Q | A"),
+    "lines in a .json": ("a.json", text({"messages": TURNS}), {}, "Q | A"),
+    "OpenAI's batches": (
+        "a.jsonl",
+        text({"custom_id": "1", "body": {"model": "m", "messages": TURNS}}),
+        {"fields": {"messages": "body.messages"}, "ignore": ["body"]},
+        "Q | A",
+    ),
+    "Label Studio": (
+        "a.json",
+        text([{"id": 1, "data": {"image": "a.png"}, "annotations": [{"result": [{"value": {"text": ["A"]}}]}]}]),
+        {
+            "fields": {"image": "data.image", "caption": "annotations.0.result.0.value.text.0"},
+            "ignore": ["data", "annotations"],
+            "prompt": "Q",
+        },
+        "<>Q | A",
+    ),
+    "several answers": (
+        "a.jsonl",
+        text({"question": "Q", "answers": ["A", "B"], "image_id": 7}),
+        {
+            "fields": {"answer": "answers.0", "image": "{image_id:03}.png", "question": "question"},
+            "ignore": ["answers"],
+        },
+        "<>Q | A",
+    ),
+    "an answer that is a number": (
+        "a.jsonl",
+        text({"question": "Q", "answer": 3}),
+        {"fields": {"answer": "{answer}"}},
+        "Q | 3",
+    ),
+    "backslashes": ("a.jsonl", text({"question": "Q", "answer": "A", "image": "deep\\b.png"}), {}, "<>Q | A"),
+    "decomposed letters": ("a.jsonl", text({"question": "Q", "answer": "A", "image": "u\u0308.png"}), {}, "<>Q | A"),
+    "no image in a list": ("a.jsonl", text({"messages": TURNS, "images": [None]}), {}, "Q | A"),
+    "MMMU's marks": (
+        "a.jsonl",
+        text({"question": "See <image 1>.", "answer": "A", "image": "a.png"}),
+        {},
+        "See <>. | A",
+    ),
+}
+
+REFUSED: dict[str, Variant] = {
+    "two tables of VQA": ("a.json", b'{\n"questions": [{"id": 1}]}', {}, "docs/data.md has a script for COCO and VQA"),
+    "records over several lines": ("a.jsonl", b'{\n"question": "Q",\n"answer": "A"}\n', {}, "found an object"),
+    "a workbook": ("a.xlsx", b"PK", {}, "save the table as CSV in UTF-8"),
+    "UTF-16": ("a.csv", "question,answer\nQ,A\n".encode("utf-16"), {}, "save the file as UTF-8"),
+    "NaN": ("a.jsonl", b'{"question": "Q", "answer": NaN}\n', {}, "NaN is not JSON: write null"),
+    "captions without a question": ("metadata.csv", b"file_name,text\na.png,A\n", {}, "set `prompt` of the source"),
+    "a prompt twice": ("a.jsonl", text({"prompt": "P", "completion": "A"}), PROMPT, "have a `prompt`: keep one"),
+    "a missing entry": (
+        "a.jsonl",
+        text({"a": [1]}),
+        {"fields": {"answer": "a.3"}},
+        "'a.3', which is not in the record",
+    ),
+    "another text in a shard": (
+        "a.tar",
+        shard(txt=b"B", json=text({"text": "A", "prompt": "Q"})),
+        {},
+        "'0.txt' is another text than that of the record",
+    ),
+    "an image of another kind": (
+        "a.jsonl",
+        text({"question": "Q", "answer": "A", "image": "a.heic"}),
+        {},
+        "not an image of a known kind (JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM): save it as one of them",
+    ),
+    "a format in a template": ("a.jsonl", b"{}", {"fields": {"image": "{a:>9}"}}, "expected the name of a column"),
+}
+
+
+def found(folder: Path, variant: Variant) -> str:
+    name, content, spec, _ = variant
+    (folder / "deep").mkdir()
+    for image in ("a.png", "007.png", "deep/b.png", "ü.png"):
+        (folder / image).write_bytes(PNG)
+    (folder / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content())
+    keys = {key: value for key, value in spec.items() if key != "ignore"}
+    return said(TrainSource(path=str(folder / name), **keys), frozenset(spec.get("ignore", ())))
+
+
+@pytest.mark.parametrize("name", READ)
+def test_public_data_is_read(tmp_path: Path, name: str) -> None:
+    assert found(tmp_path, READ[name]) == READ[name][3]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_says_what_to_write(tmp_path: Path, name: str) -> None:
+    with pytest.raises((SampleError, UserError, ValidationError)) as caught:
+        found(tmp_path, REFUSED[name])
+    assert REFUSED[name][3] in str(caught.value)
