@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from mmtrain.config import Config
+from mmtrain.config import GIB, Config
 from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.load import set_trained
 from mmtrain.contrastive.loss import LossSettings
