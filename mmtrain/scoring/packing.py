@@ -43,13 +43,3 @@ def choose_rows(
         raise UserError(f"run.packing: {found.fault}; expected false or auto for this model")
     say(f"packing: off, {found.fault}")
     return RowChoice(packing=False, alone=found.alone)
-
-
-def check_can_be_sharded(rows: RowChoice, processor: ChatProcessor) -> None:
-    """Raises UserError where the weights of a model cannot be sharded: all processes need an image in each
-    micro-batch, and one with a single sample may have none."""
-    if rows.alone and processor.images is not None:
-        raise UserError(
-            "run.weights: shard needs an image in every micro-batch, and this model takes one sample at a time: "
-            "expected replicate"
-        )
