@@ -240,7 +240,7 @@ def test_the_host_waits_a_few_times_in_a_step_of_a_whole_run(name: str, ask: Ask
 def _without_times(row: dict[str, Any]) -> dict[str, float]:
     """The numbers of a row of metrics.jsonl by path, without times and memory."""
     left_out = ("seconds", "mfu", "peak_memory")
-    found = {}
+    found: dict[str, float] = {}
     for key, value in row.items():
         if isinstance(value, dict):
             found |= {f"{key}.{name}": number for name, number in _without_times(value).items()}
