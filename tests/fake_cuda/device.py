@@ -72,7 +72,7 @@ class FakeDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return _compute(func, args, kwargs or {})
 
 
-class ReadNumbers(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class ReadNumbers(TorchFunctionMode):
     """While it is active `torch.tensor` takes lists with tensors of the fake device, which it reads below Python's
     dispatch."""
 
