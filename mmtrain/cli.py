@@ -98,7 +98,7 @@ def train(
             from mmtrain.train.folder import reserved
 
             args = [str(config), *(overrides or []), *(f"--accept-change={key}" for key in accept_change or [])]
-            with reserved(Path(loaded.run.output_dir), fresh, node_rank):
+            with reserved(loaded, fresh, node_rank):
                 raise typer.Exit(launch.launch(options, num_local, ["train", *args]))
     api.train(loaded, fresh, accept_change or [])
 

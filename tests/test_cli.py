@@ -76,7 +76,8 @@ def test_python_m_mmtrain_refuses_with_exit_code_2_on_stderr_alone(tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "overrides", "lines"),
     [
-        ("", [], 3),
+        ("", [], 1),
+        ("{}\n", [], 3),
         ("modle: 1\n", [], 4),
         ("a: [\n", [], 1),
         ("", ["train.steps=x"], 4),

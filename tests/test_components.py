@@ -14,6 +14,8 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    LagunaConfig,
+    LagunaForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
 )
@@ -193,6 +195,26 @@ def test_layers_that_peft_refuses_are_left_out_by_default() -> None:
     assert report.num_modules == 6  # in_proj, x_proj and dt_proj of two layers
 
 
+def test_layers_whose_adapter_peft_would_load_under_another_name_get_none() -> None:
+    """A rule of transformers for an older name, `mlp.shared_expert.`, also matches today's `mlp.shared_experts`."""
+    sizes = DECODER_SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = LagunaForCausalLM(
+        LagunaConfig(**sizes, layer_types=["full_attention"] * DECODER_SIZES["num_hidden_layers"])
+    )
+    tune = Tune.model_validate({"language": LORA})
+    lost = {name for name, m in model.named_modules() if "shared_experts." in name and isinstance(m, nn.Linear)}
+    (line,) = without_adapter(model, Components(model), tune)
+    kinds = "down_proj, gate_proj, up_proj"
+    assert line == f"tune.language: no adapter on {len(lost)} layers that peft would not load again: {kinds}"
+    targets = targets_of(model, Components(model), "language", Lora(mode="lora"))
+    assert not lost.intersection(targets.modules)
+    assert any(name.endswith("mlp.down_proj") for name in targets.modules)
+    with pytest.raises(
+        UserError, match=r"peft would not load the adapters of \d layers again, such as .*shared_experts"
+    ):
+        targets_of(model, Components(model), "language", Lora(mode="lora", targets=("gate_proj",)))
+
+
 def test_a_router_that_inherits_from_a_linear_layer_gets_no_adapter() -> None:
     sizes = DECODER_SIZES | {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 32}
     model = Llama4ForCausalLM(Llama4TextConfig(**sizes))
@@ -251,7 +273,10 @@ def test_a_vision_tower_that_is_not_found_can_be_named(
     expected = {name: Components(model).component_of(name) for name, _ in model.named_parameters()}
     monkeypatch.setattr(model, "get_encoder", lambda modality: None)
     model.config.vision_config = deepcopy(model.config.vision_config)
-    with pytest.raises(UserError, match=r"vision tower was not found: name its modules, such as tune\.components="):
+    with pytest.raises(
+        UserError,
+        match=r"name its modules in tune\.components, such as tune\.components=.\{vision: \[model\.visual\]\}",
+    ):
         Components(model)
     named = Components(model, ComponentModules(vision=("model.visual",)))
     assert {name: named.component_of(name) for name, _ in model.named_parameters()} == expected

@@ -74,7 +74,7 @@ SAVES_NOTHING = (2, 4)
 """Steps of these runs before which nothing was evaluated or saved."""
 WHOLE_WAITS = {"pairs": 9}
 """The most waits of such a step; of other runs 5. In float32 the vision tower attends window by window."""
-QUICK = ("float32", "bfloat16")
+QUICK = ("float32",)
 NAMES = [pytest.param(name, marks=() if name in QUICK else SLOW) for name in CASES]
 TRAINED_TOWER = ("projector and vision",)
 PADDED = ("padded", "gemma3")
@@ -216,6 +216,7 @@ def test_the_kernels_of_a_step_of_a_deep_model(name: str, ask: Ask) -> None:
 
 
 @SLOW
+@pytest.mark.slow("whole runs on the fake GPU")
 @pytest.mark.parametrize("name", WHOLE_RUNS)
 def test_a_whole_run_on_the_gpu_reports_what_it_does_on_the_cpu(name: str, ask: Ask) -> None:
     case = ask(name)
@@ -229,6 +230,7 @@ def test_a_whole_run_on_the_gpu_reports_what_it_does_on_the_cpu(name: str, ask: 
 
 
 @SLOW
+@pytest.mark.slow("whole runs on the fake GPU")
 @pytest.mark.parametrize("name", WHOLE_RUNS)
 def test_the_host_waits_a_few_times_in_a_step_of_a_whole_run(name: str, ask: Ask) -> None:
     """Once for the loss, and for what transformers asks about the images of the step's one micro-batch."""

@@ -71,9 +71,10 @@ class Inference:
 
     def _input(self, text: str) -> tuple[str, bool]:
         """A rendered text as the tokenizer is given it, and whether that adds its special tokens: a processor's does,
-        unless the text starts with the BOS."""
+        and may put text of its own first, unless the text starts with the BOS."""
         tokenizer, images = self._processor.tokenizer, self._processor.images
         if images is not None:  # some families write another token for the placeholder
             text = text.replace(images.token, images.placeholder)
-        has_bos = tokenizer.traits.bos and text.startswith(tokenizer.traits.bos)
-        return text, images is not None and not has_bos
+        if images is None or (tokenizer.traits.bos and text.startswith(tokenizer.traits.bos)):
+            return text, False
+        return tokenizer.traits.processor_text + text, True

@@ -145,6 +145,8 @@ def load_parts(
                 "use `mmtrain train` with objective.kind: contrastive, and `mmtrain eval retrieval`"
             )
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        if tokenizer.pad_token is None:  # processors pad; what they add is taken off again
+            tokenizer.pad_token = tokenizer.eos_token
         settings = image_settings or {}
         processor = _family_processor(directory, config, tokenizer, settings) if takes_images(config) else None
         eos_ids = _eos_ids(directory, config)
@@ -170,9 +172,11 @@ def load_parts(
 
 
 def takes_images(config: Any) -> bool:
-    """Whether a model with this configuration takes images: those that take sound too have a list of their own."""
-    in_lists = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
-    return type(config) in in_lists[0] or (type(config) in in_lists[1] and hasattr(config, "vision_config"))
+    """Whether a model with this configuration takes images: those that take sound too have a list of their own, and
+    some of the list for images are text models."""
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return hasattr(config, "vision_config") or hasattr(config, "image_token_id")
+    return type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and hasattr(config, "vision_config")
 
 
 def is_dual_encoder(config: Any) -> bool:

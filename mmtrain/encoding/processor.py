@@ -108,7 +108,7 @@ def make_processor(parts: DirectoryParts) -> ChatProcessor:
     """The processor, probed. Raises UserError or SampleError where training on what it makes would be wrong."""
     family = parts.processor
     image_token = None if family is None else family.image_token
-    tokenizer = Tokenizer(parts.tokenizer, parts.eos_ids, image_token)
+    tokenizer = Tokenizer(parts.tokenizer, parts.eos_ids, family)
     source = chat_template(tokenizer.wrapped, family)
     render = renderer(tokenizer.wrapped, source)
     traits = probe_template(source, render, image_token)

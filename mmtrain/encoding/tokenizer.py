@@ -37,23 +37,26 @@ class TokenizerTraits:
     anchors: tuple[str, ...]
     """Texts, shortest first, after which a text gets the ids that it has in the middle of a longer one."""
     prefix_ids: tuple[int, ...]
-    """What the tokenizer puts before any text (such as BOS) and the template does not."""
+    """What inference puts before any text (such as BOS) and the template does not."""
+    processor_text: str
+    """The text of what in it the family's processor puts there, not the tokenizer."""
 
 
 def probe_tokenizer(
-    wrapped: Any, encode: Callable[[str], list[int]], eos_ids: frozenset[int], image_token: str | None
+    wrapped: Any, encode: Callable[[str], list[int]], eos_ids: frozenset[int], family: Any | None
 ) -> TokenizerTraits:
     """The traits of `wrapped`, a tokenizer of transformers, whose ids of a text are `encode(text)`.
 
-    `eos_ids` end generation besides the tokenizer's own end token; `image_token` is the text that stands for an image.
+    `eos_ids` end generation besides the tokenizer's own end token; `family`: the processor of a model with images.
     Raises UserError where a text cannot be encoded in pieces.
     """
     tokens = wrapped.added_tokens_decoder
     added = {id_: token.content for id_, token in tokens.items()}
     eos_ids = eos_ids | ({wrapped.eos_token_id} - {None})
     specials = {token.content for token in tokens.values() if token.special}
-    specials |= {added[id_] for id_ in eos_ids if id_ in added} | ({image_token} - {None})
+    specials |= {added[id_] for id_ in eos_ids if id_ in added} | (set() if family is None else {family.image_token})
     special_tokens = _any_of(specials)
+    prefix, processor_text = ([], "") if family is None else _find_prefix(wrapped, family, encode("word"))
     parting = {t.content for t in tokens.values() if not (t.lstrip or t.rstrip or t.single_word)}
     return TokenizerTraits(
         added=added,
@@ -66,7 +69,8 @@ def probe_tokenizer(
         parting_tokens=_any_of(parting & specials),
         swallowing_ids=frozenset(id_ for id_, token in tokens.items() if token.rstrip),
         anchors=_find_anchors(encode),
-        prefix_ids=() if image_token is None else _find_prefix(wrapped, encode("word")),
+        prefix_ids=tuple(prefix),
+        processor_text=processor_text,
     )
 
 
@@ -84,11 +88,20 @@ def _find_anchors(encode: Callable[[str], list[int]]) -> tuple[str, ...]:
     raise UserError("the tokenizer cannot encode a text in pieces: it is not supported")
 
 
-def _find_prefix(wrapped: Any, bare: list[int]) -> tuple[int, ...]:
-    """What precedes the ids `bare` of "word" where the tokenizer adds special tokens."""
-    whole: list[int] = wrapped.encode("word", add_special_tokens=True)
-    prefix = whole[: len(whole) - len(bare)] if whole[len(whole) - len(bare) :] == bare else []
-    return tuple(prefix or whole[: whole.index(bare[0])])
+def _find_prefix(wrapped: Any, family: Any, bare: list[int]) -> tuple[list[int], str]:
+    """What inference puts before the ids `bare` of "word", and as text what of it is not the tokenizer's: some
+    processors put a token before every text."""
+    own = _before(bare, wrapped.encode("word", add_special_tokens=True))
+    try:
+        prefix = _before(bare, list(family(text=["word"])["input_ids"][0]))
+    except Exception:  # a family that takes no text without an image can raise anything
+        prefix = own
+    return prefix, wrapped.decode(prefix[len(own) :]) if prefix[: len(own)] == own else ""
+
+
+def _before(bare: list[int], whole: list[int]) -> list[int]:
+    start = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), None)
+    return whole[: whole.index(bare[0]) if start is None else start]
 
 
 def _any_of(texts: Collection[str]) -> re.Pattern[str]:
@@ -99,14 +112,14 @@ def _any_of(texts: Collection[str]) -> re.Pattern[str]:
 class Tokenizer:
     """Turns text into ids and back, as inference does."""
 
-    def __init__(self, wrapped: Any, eos_ids: frozenset[int], image_token: str | None) -> None:
+    def __init__(self, wrapped: Any, eos_ids: frozenset[int], family: Any | None) -> None:
         """See `probe_tokenizer`; `wrapped` is shared with nobody that uses it at the same time."""
         self.wrapped = without_padding(wrapped)
         """The tokenizer of transformers."""
         # `split_special_tokens` is a state of the tokenizer, which threads share: each of the two keeps one state
         literal = copy.deepcopy(self.wrapped)
         self._encoders = [text_encoder(self.wrapped, literal=False), text_encoder(literal, literal=True)]
-        self.traits = probe_tokenizer(self.wrapped, self._encoders[False], eos_ids, image_token)
+        self.traits = probe_tokenizer(self.wrapped, self._encoders[False], eos_ids, family)
         self._head = functools.cache(self._encode)
         self._decode = text_decoder(self.wrapped)
         self.encode_for_inference = inference_encoder(self.wrapped)

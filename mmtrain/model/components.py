@@ -29,7 +29,13 @@ class Components:
         found. Raises UserError where the model has no module or parameter of such a name, or no vision tower."""
         by_name = _by_component(model, named)
         names = {id(module): name for name, module in model.named_modules()}
-        self.head_name = names[id(model.get_output_embeddings())]
+        head = model.get_output_embeddings()
+        if head is None:
+            raise UserError(
+                f"{type(model).__name__} does not say which module is its head: get_output_embeddings() gives none; "
+                "this family is not supported"
+            )
+        self.head_name = names[id(head)]
         self._roots: dict[str, str] = {"": "language"}
         vision = _vision_tower(model, named)
         if vision is not None:
@@ -45,7 +51,7 @@ class Components:
                 self._roots[f"{names[id(vision)]}.{name}"] = "projector"
         if _is_inside(names[id(vision)], names[id(decoder)]):
             depth = names[id(decoder)].count(".") + 2  # the child of the decoder that the tower is in
-            self._roots[".".join(names[id(vision)].split(".")[:depth])] = "projector"
+            self._roots.setdefault(".".join(names[id(vision)].split(".")[:depth]), "projector")
         towers = [getattr(model.config, key, None) for key in model.config.sub_configs if "vision" in key]
         for name, module in _siblings(model, decoder, names):
             if name not in self._roots and any(True for _ in module.parameters()):
@@ -101,20 +107,34 @@ def _by_component(model: Any, named: ComponentModules) -> dict[str, str]:
 
 def _vision_tower(model: Any, named: ComponentModules) -> nn.Module | None:
     """The module that encodes images, None for a text-only model."""
-    if getattr(model.config, "vision_config", None) is None:
+    config = _vision_config(model.config)
+    if config is None:
         return None
     tower = model.get_encoder(modality="image")
     if tower is None or tower is model or tower is model.get_decoder():
-        tower = next((m for m in model.modules() if getattr(m, "config", None) is model.config.vision_config), None)
+        tower = next((m for m in model.modules() if getattr(m, "config", None) is config), None)
     if tower is None and named.vision:
         tower = model.get_submodule(named.vision[0])
     if tower is None:
+        names = {id(module): name for name, module in model.named_modules()}
+        near = [
+            name for name, _ in _siblings(model, model.get_decoder(), names) if name != names[id(model.get_decoder())]
+        ]
         raise UserError(
-            "the model's vision tower was not found: name its modules, "
-            "such as tune.components='{vision: [model.vision], projector: [model.projector]}'"
+            "the model's vision tower was not found: name its modules in tune.components, such as "
+            f"tune.components='{{vision: [{near[0] if near else 'model.vision'}]}}'"
         )
     assert isinstance(tower, nn.Module)
     return tower
+
+
+def _vision_config(config: Any) -> Any:
+    """That of the module that encodes images; where none is called so, the first that is of neither text nor sound."""
+    own = getattr(config, "vision_config", None)
+    if own is not None or not hasattr(config, "image_token_id"):
+        return own
+    others = (getattr(config, key) for key in config.sub_configs if not re.search("text|audio", key))
+    return next(others, None)
 
 
 def _is_inside(name: str, outer: str) -> bool:

@@ -42,8 +42,9 @@ _NONE = ComponentModules()
 
 def load_config(path: str) -> Any:
     """The model's configuration. Raises UserError where config.json is broken or of an unknown model."""
+    directory = model_directory(path)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a broken file makes transformers raise anything
         raise UserError(f"{path}: the model's config cannot be loaded: {one_line(error)}") from None
 
@@ -52,10 +53,9 @@ def auto_class(config: Any) -> Any:
     """The class of transformers that loads a model with this configuration."""
     if is_dual_encoder(config):
         return AutoModel
-    if not takes_images(config):
-        return AutoModelForCausalLM
-    is_image_text = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if is_image_text else AutoModelForMultimodalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForMultimodalLM if takes_images(config) else AutoModelForCausalLM
 
 
 def model_structure(path: str) -> Any:

@@ -181,5 +181,16 @@ TEXT_ONLY = {
     "ernie4_5_moe": _chatml(
         model_type="ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=1
     ),
+    "gemma4_text": _chatml(
+        model_type="gemma4_text",
+        vocab_size_per_layer_input="vocabulary",
+        hidden_size_per_layer_input=8,
+        global_head_dim=32,
+        **_SLIDING,
+    ),
+    "afmoe": _chatml(model_type="afmoe", num_local_experts=4, **_SLIDING, **_EXPERTS),
+    "laguna": _chatml(
+        model_type="laguna", layer_types=["full_attention"] * 2, shared_expert_intermediate_size=32, **_EXPERTS
+    ),
     **{name: _chatml(model_type=name) for name in _WITHOUT_SETTINGS},
 }

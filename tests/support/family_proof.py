@@ -133,7 +133,10 @@ def _tune(name: str, mode: dict[str, Any]) -> dict[str, Any]:
     has_linear = {
         components.component_of(key) for key, module in model.named_modules() if isinstance(module, nn.Linear)
     }
-    return {part: mode if part in has_linear else {"mode": "full"} for part in COMPONENTS}
+    present = [
+        part for part in COMPONENTS if any(components.component_of(key) == part for key, _ in model.named_parameters())
+    ]
+    return {part: mode if part in has_linear else {"mode": "full"} for part in present}
 
 
 def plain(name: str) -> Any:

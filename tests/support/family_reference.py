@@ -18,11 +18,12 @@ from mmtrain.records.chat import Conversation, Image, Message, Text
 from support.families_grid import GRID
 from support.families_more import MORE
 from support.families_other import OTHER
+from support.families_recent import RECENT
 from support.families_text import TEXT_ONLY
 from support.families_tile import TILE
 from support.family_models import Family, make_family
 
-FAMILIES: dict[str, Family] = {**GRID, **TILE, **MORE, **OTHER, **TEXT_ONLY}
+FAMILIES: dict[str, Family] = {**GRID, **TILE, **MORE, **OTHER, **RECENT, **TEXT_ONLY}
 
 IMAGES = {"square.png": (64, 64), "wide.png": (120, 50)}
 _SQUARE, _WIDE = (Image(name) for name in IMAGES)

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from mmtrain.config import Config
+from mmtrain.config import GIB, Config
 from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.load import set_trained
 from mmtrain.contrastive.loss import LossSettings
@@ -52,7 +52,7 @@ def make_contrastive_learner(
         dropout=dropout,
         lost_gradients=LostGradients(model, embedder.components),
         component_reports=reports,
-        graph_memory=GraphMemory(model, run.graph_memory_gib * 2**30),
-        cache=EmbeddingCache(caches, run.image_cache.memory_gib * 2**30),
+        graph_memory=GraphMemory(model, run.graph_memory_gib * GIB),
+        cache=EmbeddingCache(caches, run.image_cache.memory_gib * GIB),
         exact=run.microbatches != "auto",
     )
