@@ -56,9 +56,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
             train(_on("cuda", config), on_step=on_step)
             ended = [_command(words, folder) for words in case.get("commands", ())]
-        facts = json.loads((folder / "cuda" / "facts.json").read_text())
         return {
-            "device": facts["device"],
             "expected": expected,
             "found": _rows(folder / "cuda"),
             "waits": waits,
