@@ -14,6 +14,8 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    LagunaConfig,
+    LagunaForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
 )
@@ -191,6 +193,26 @@ def test_layers_that_peft_refuses_are_left_out_by_default() -> None:
     assert list(without_adapter(mamba, Components(mamba), tune)) == [refused]
     _, (report,) = prepared(mamba, tune)
     assert report.num_modules == 6  # in_proj, x_proj and dt_proj of two layers
+
+
+def test_layers_whose_adapter_peft_would_load_under_another_name_get_none() -> None:
+    """A rule of transformers for an older name, `mlp.shared_expert.`, also matches today's `mlp.shared_experts`."""
+    sizes = DECODER_SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = LagunaForCausalLM(
+        LagunaConfig(**sizes, layer_types=["full_attention"] * DECODER_SIZES["num_hidden_layers"])
+    )
+    tune = Tune.model_validate({"language": LORA})
+    lost = {name for name, m in model.named_modules() if "shared_experts." in name and isinstance(m, nn.Linear)}
+    (line,) = without_adapter(model, Components(model), tune)
+    kinds = "down_proj, gate_proj, up_proj"
+    assert line == f"tune.language: no adapter on {len(lost)} layers that peft would not load again: {kinds}"
+    targets = targets_of(model, Components(model), "language", Lora(mode="lora"))
+    assert not lost.intersection(targets.modules)
+    assert any(name.endswith("mlp.down_proj") for name in targets.modules)
+    with pytest.raises(
+        UserError, match=r"peft would not load the adapters of \d layers again, such as .*shared_experts"
+    ):
+        targets_of(model, Components(model), "language", Lora(mode="lora", targets=("gate_proj",)))
 
 
 def test_a_router_that_inherits_from_a_linear_layer_gets_no_adapter() -> None:

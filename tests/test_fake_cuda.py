@@ -74,7 +74,7 @@ SAVES_NOTHING = (2, 4)
 """Steps of these runs before which nothing was evaluated or saved."""
 WHOLE_WAITS = {"pairs": 9}
 """The most waits of such a step; of other runs 5. In float32 the vision tower attends window by window."""
-QUICK = ("float32", "bfloat16")
+QUICK = ("float32",)
 NAMES = [pytest.param(name, marks=() if name in QUICK else SLOW) for name in CASES]
 TRAINED_TOWER = ("projector and vision",)
 PADDED = ("padded", "gemma3")
@@ -155,6 +155,13 @@ def test_nothing_is_copied_from_memory_that_is_not_pinned(name: str, ask: Ask) -
         assert not step["pageable"]
 
 
+def test_attention_in_float32_stores_no_probabilities(ask: Ask) -> None:
+    """The model has fewer key heads than query heads, for which torch would choose its plain formula."""
+    kernels = ask("float32")["first"]["text"]["by_kernel"]
+    assert "_scaled_dot_product_efficient_attention" in kernels
+    assert "_softmax" not in kernels
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_pixels_are_copied_in_8_bits(name: str, ask: Ask) -> None:
     assert ask(name)["pixels"] == ([] if name in NO_IMAGES else ["torch.uint8"])
@@ -219,7 +226,7 @@ def test_the_kernels_of_a_step_of_a_deep_model(name: str, ask: Ask) -> None:
 @pytest.mark.parametrize("name", WHOLE_RUNS)
 def test_a_whole_run_on_the_gpu_reports_what_it_does_on_the_cpu(name: str, ask: Ask) -> None:
     case = ask(name)
-    assert case["device"] == "cuda"
+    assert all(map(sum, (step.values() for step in case["waits"])))  # it was on the GPU
     assert len(case["found"]) == len(case["expected"])
     for found, expected in zip(case["found"], case["expected"], strict=True):
         assert _without_times(found) == pytest.approx(_without_times(expected), rel=1e-3, abs=1e-6)
@@ -240,7 +247,7 @@ def test_the_host_waits_a_few_times_in_a_step_of_a_whole_run(name: str, ask: Ask
 def _without_times(row: dict[str, Any]) -> dict[str, float]:
     """The numbers of a row of metrics.jsonl by path, without times and memory."""
     left_out = ("seconds", "mfu", "peak_memory")
-    found = {}
+    found: dict[str, float] = {}
     for key, value in row.items():
         if isinstance(value, dict):
             found |= {f"{key}.{name}": number for name, number in _without_times(value).items()}

@@ -88,7 +88,13 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize(("kind", "tune"), TUNES)
+@pytest.mark.parametrize(
+    ("kind", "tune"),
+    [
+        pytest.param(kind, tune, marks=() if kind == "qwen2_5_vl" else pytest.mark.slow("other kinds of models"))
+        for kind, tune in TUNES
+    ],
+)
 def test_the_merged_model_is_base_and_adapter_in_plain_transformers(
     kind: str, tune: dict[str, Any], make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """A model that mmtrain's tests did not know when it was written: it trains exactly, or one line says why not."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from support.learning import ALL_FULL, relative_l2, step_of
 from support.unknown_model import PicForAllLogits, PicForConditionalGeneration, make_unknown
 
 TALKS = [conversation_of(case) for case in CASES]
+MORE = pytest.mark.slow("more models that nobody knows")
 
 
 @pytest.fixture
@@ -81,12 +83,13 @@ def reference(
     [
         ("plain", "plain", True),
         ("plain", "framed", True),
-        ("plain", "spaced", True),
-        ("scaled head", "plain", True),
+        pytest.param("plain", "spaced", True, marks=MORE),
+        pytest.param("plain", "token first", True, marks=MORE),
+        pytest.param("scaled head", "plain", True, marks=MORE),
         ("capped head", "framed", True),
-        ("no positions", "plain", True),  # only distances count in its attention
+        pytest.param("no positions", "plain", True, marks=MORE),  # only distances count in its attention
         ("fixed shift", "plain", True),  # a parameter that the class itself does not train
-        ("running mean", "plain", False),
+        pytest.param("running mean", "plain", False, marks=MORE),
         ("looks back", "plain", False),
         ("neighbours", "plain", False),  # one sample at a time
     ],
@@ -136,6 +139,25 @@ def test_a_model_that_always_makes_all_logits_trains_exactly(config: Config, tmp
         assert_exact(config, tmp_path, packs=True)
     finally:
         AutoModelForImageTextToText.register(type_of(config), PicForConditionalGeneration, exist_ok=True)
+
+
+def test_a_tokenizer_without_a_padding_token_trains_exactly(config: Config, tmp_path: Path) -> None:
+    settings = make_unknown(tmp_path / "model") / "tokenizer_config.json"
+    known = json.loads(settings.read_text())
+    settings.write_text(json.dumps(known | {"pad_token": None}))
+    learner, trained = started(config), Dataset(config, load_processor(config.model.path), QUIET)
+    used = trained.checked.used.tolist()
+    loss, _ = reference(config, [trained.train.encoded(index) for index in used], inputs_of(config, tmp_path))
+    assert step_of(learner, trained, [used], False)[0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_sharded_weights_of_a_model_that_takes_one_sample_at_a_time_are_refused(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_unknown(tmp_path / "model", "neighbours")
+    monkeypatch.setattr("mmtrain.train.learner.is_sharded", lambda *_: True)
+    with pytest.raises(UserError, match=r"run\.weights: shard .* takes one sample at a time: expected replicate"):
+        started(config)
 
 
 def type_of(config: Config) -> Any:

@@ -145,6 +145,8 @@ def load_parts(
                 "use `mmtrain train` with objective.kind: contrastive, and `mmtrain eval retrieval`"
             )
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        if tokenizer.pad_token is None:  # processors pad; what they add is taken off again
+            tokenizer.pad_token = tokenizer.eos_token
         settings = image_settings or {}
         processor = _family_processor(directory, config, tokenizer, settings) if takes_images(config) else None
         eos_ids = _eos_ids(directory, config)

@@ -12,7 +12,7 @@ import torch.utils.deterministic
 from mmtrain.dataset.batch import Batch
 from mmtrain.errors import DeviceMemoryError, UserError
 from mmtrain.progress import Progress
-from mmtrain.safe_text import one_line, visible
+from mmtrain.safe_text import one_line
 
 _AMPERE = (8, 0)
 """The first compute capability whose multipliers take bfloat16; older cards convert every value to float32 and back."""

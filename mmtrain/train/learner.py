@@ -42,6 +42,8 @@ def make_learner(
         progress.say(install(model, runtime.device, progress.tick).line)
     costs = cost_model(made.base, made.family, config.tune)
     rows = choose_rows(model, processor, config, runtime, progress.say)
+    if sharded:
+        rows.check_sharded(processor)
     store = make_store(config, runtime, progress) if caches_features(config, runtime.num_processes) else None
     make_inputs = input_maker(model, processor, config, runtime, store, made.vision, progress.say)
     if settings.compile:

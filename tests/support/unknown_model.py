@@ -211,6 +211,8 @@ class PicProcessor(ProcessorMixin):  # type: ignore[misc]
         images, text, *rest = super().prepare_inputs_layout(images=images, text=text, **others)
         if self.style == "images first" and text is not None:
             text = ["<<pic>>" * one.count("<<pic>>") + one.replace("<<pic>>", "") for one in text]
+        if self.style == "token first" and text is not None:
+            text = ["<|endoftext|>" + one for one in text]
         if self.style == "adds a word" and text is not None:
             text = ["so " + one for one in text]
         return images, text, *rest
