@@ -155,6 +155,13 @@ def test_nothing_is_copied_from_memory_that_is_not_pinned(name: str, ask: Ask) -
         assert not step["pageable"]
 
 
+def test_attention_in_float32_stores_no_probabilities(ask: Ask) -> None:
+    """The model has fewer key heads than query heads, for which torch would choose its plain formula."""
+    kernels = ask("float32")["first"]["text"]["by_kernel"]
+    assert "_scaled_dot_product_efficient_attention" in kernels
+    assert "_softmax" not in kernels
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_pixels_are_copied_in_8_bits(name: str, ask: Ask) -> None:
     assert ask(name)["pixels"] == ([] if name in NO_IMAGES else ["torch.uint8"])
@@ -216,11 +223,10 @@ def test_the_kernels_of_a_step_of_a_deep_model(name: str, ask: Ask) -> None:
 
 
 @SLOW
-@pytest.mark.slow("whole runs on the fake GPU")
 @pytest.mark.parametrize("name", WHOLE_RUNS)
 def test_a_whole_run_on_the_gpu_reports_what_it_does_on_the_cpu(name: str, ask: Ask) -> None:
     case = ask(name)
-    assert case["device"] == "cuda"
+    assert all(map(sum, (step.values() for step in case["waits"])))  # it was on the GPU
     assert len(case["found"]) == len(case["expected"])
     for found, expected in zip(case["found"], case["expected"], strict=True):
         assert _without_times(found) == pytest.approx(_without_times(expected), rel=1e-3, abs=1e-6)
@@ -230,7 +236,6 @@ def test_a_whole_run_on_the_gpu_reports_what_it_does_on_the_cpu(name: str, ask: 
 
 
 @SLOW
-@pytest.mark.slow("whole runs on the fake GPU")
 @pytest.mark.parametrize("name", WHOLE_RUNS)
 def test_the_host_waits_a_few_times_in_a_step_of_a_whole_run(name: str, ask: Ask) -> None:
     """Once for the loss, and for what transformers asks about the images of the step's one micro-batch."""
