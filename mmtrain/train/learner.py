@@ -5,7 +5,6 @@ from typing import Any
 
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.errors import UserError
 from mmtrain.model.cost import cost_model
 from mmtrain.model.kernels.install import install
 from mmtrain.model.load import compile_layers
@@ -18,7 +17,7 @@ from mmtrain.scoring.loaded_model import image_loader
 from mmtrain.scoring.packing import choose_rows
 from mmtrain.train.optimizer import make_optimizer
 from mmtrain.train.step import Learner
-from mmtrain.train.trainable import make_trainable
+from mmtrain.train.trainable import check_can_shard, make_trainable
 
 
 def make_learner(
@@ -43,11 +42,8 @@ def make_learner(
         progress.say(install(model, runtime.device, progress.tick).line)
     costs = cost_model(made.base, made.family, config.tune)
     rows = choose_rows(model, processor, config, runtime, progress.say)
-    if sharded and rows.alone and processor.images is not None:
-        raise UserError(
-            "run.weights: shard needs an image in every micro-batch, and this model takes one sample at a time: "
-            "expected replicate"
-        )
+    if sharded:
+        check_can_shard(rows.alone, processor)
     store = make_store(config, runtime, progress) if caches_features(config, runtime.num_processes) else None
     make_inputs = input_maker(model, processor, config, runtime, store, made.vision, progress.say)
     if settings.compile:
