@@ -36,7 +36,7 @@ def train(config: "Config", fresh: bool = False, accept_change: Sequence[str] = 
     from mmtrain.train.run import train as run
 
     folder = Path(config.run.output_dir)
-    with reserved(folder, fresh):
+    with reserved(config, fresh):
         if run(config, accept_change):
             report_after_run(folder)
     return folder

@@ -1,5 +1,6 @@
 """`mmtrain config`: commands about a config alone, and the arguments that several commands have."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,8 @@ Processes = Annotated[int, typer.Option(min=1, max=1024, help="Processes on this
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Report every fault of a config, with its line; exit code 2 if it has one."""
     load_config(config, overrides or [])
-    print(f"{visible(str(config))}: no faults; `mmtrain inspect-labels {visible(str(config))} --all` checks the data")
+    name = visible(str(config))
+    print(f"{name}: no faults; `mmtrain inspect-labels {shlex.quote(name)} --all` checks the data")
 
 
 @config_app.command()

@@ -204,8 +204,8 @@ def test_an_index_that_nobody_uses_any_more_is_removed(large: Path, tmp_path: Pa
     contents(other)  # it is in use again
     index_cache._remove_unused.cache_clear()  # as in another process
     contents(make_tar(tmp_path / "third.tar", {f"{number}.txt": b"?" for number in range(3)}))
-    kept = [index_cache.CachedIndex(path, tar_index._KIND)._path for path in (other, tmp_path / "third.tar")]
-    assert set(folder.iterdir()) == set(kept)
+    used = [index_cache.CachedIndex(path, tar_index._KIND)._path for path in (other, tmp_path / "third.tar")]
+    assert set(folder.iterdir()) == set(used)
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "empty", "a folder"])

@@ -782,6 +782,12 @@ def test_strange_overrides_are_taken_or_refused_in_plain_lines(
 
 # --- the merged config ---
 
+
+def test_the_dumped_config_of_a_run_with_held_out_samples_is_read_again(tmp_path: Path, text: str) -> None:
+    config = load(tmp_path, text, "data.eval={from: train, share: 0.1}")
+    assert load(tmp_path, dump_config(config)) == config
+
+
 WORDS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="$"), min_size=1, max_size=20),
     st.sampled_from(["1e-4", "09", "010", ".5e3", "no", "null", "~", "true", "=", "<<", "1:30", "2001-01-01", "\x85"]),

@@ -44,45 +44,54 @@ def _own_cache_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def files(tmp_path: Path, model_dirs: dict[str, Path]) -> None:
-    """The files that the tables name, in the working directory."""
+@pytest.fixture(scope="module")
+def folder_of_files(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path]) -> Path:
+    """The files that the tables name."""
+    folder = tmp_path_factory.mktemp("files")
     for kind, path in model_dirs.items():
-        (tmp_path / kind).symlink_to(path)
-    rows = mixed_rows(tmp_path, with_images=False)
-    write_jsonl(tmp_path / "eight.jsonl", rows)
-    write_jsonl(tmp_path / "three.jsonl", rows[:3])
-    write_jsonl(tmp_path / "splits" / "train.jsonl", rows[:1])
+        (folder / kind).symlink_to(path)
+    rows = mixed_rows(folder, with_images=False)
+    write_jsonl(folder / "eight.jsonl", rows)
+    write_jsonl(folder / "three.jsonl", rows[:3])
+    write_jsonl(folder / "splits" / "train.jsonl", rows[:1])
     for number in range(2):
-        write_jsonl(tmp_path / "splits" / "data" / f"test-{number}.jsonl", rows[:1])
-    write_jsonl(tmp_path / "mixed.jsonl", mixed_rows(tmp_path, with_images=True))
+        write_jsonl(folder / "splits" / "data" / f"test-{number}.jsonl", rows[:1])
+    write_jsonl(folder / "mixed.jsonl", mixed_rows(folder, with_images=True))
     turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "one"}]
     turns += [{"role": "user", "content": "b?"}, {"role": "assistant", "content": "two"}]
-    write_jsonl(tmp_path / "turns.jsonl", [{"messages": turns}])
-    (tmp_path / "dashes.jinja").write_text(
+    write_jsonl(folder / "turns.jsonl", [{"messages": turns}])
+    (folder / "dashes.jinja").write_text(
         "{% for m in messages %}- {{ m.content }}<|endoftext|>\n{% endfor %}{% if add_generation_prompt %}- {% endif %}"
     )
     reasoned = [turns[0], {"role": "assistant", "content": "<think>hm</think>one"}, *turns[2:]]
-    write_jsonl(tmp_path / "reasoned.jsonl", [{"messages": reasoned}])
-    write_jsonl(tmp_path / "extra.jsonl", [{"messages": turns, "bbox": [1, 2]}])
+    write_jsonl(folder / "reasoned.jsonl", [{"messages": reasoned}])
+    write_jsonl(folder / "extra.jsonl", [{"messages": turns, "bbox": [1, 2]}])
     llava = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "one"}]
-    write_jsonl(tmp_path / "llava.jsonl", [{"conversations": llava}])
+    write_jsonl(folder / "llava.jsonl", [{"conversations": llava}])
     faulty = [{"question": question, "answer": "one"} for question in ("a?", 5, "b?")]
-    write_jsonl(tmp_path / "faulty.jsonl", faulty)
-    write_jsonl(tmp_path / "twice.jsonl", [{"question": "a?", "answer": "one"}] * 2)
-    write_jsonl(tmp_path / "columns.jsonl", [{"q": "a?", "a": "one"}])
-    write_jsonl(tmp_path / "caption.jsonl", [{"caption": "one"}])
-    write_jsonl(tmp_path / "pairs.jsonl", [{"query": "a", "positive": "b", "topic": 7, "brand_id": "b"}])
+    write_jsonl(folder / "faulty.jsonl", faulty)
+    write_jsonl(folder / "twice.jsonl", [{"question": "a?", "answer": "one"}] * 2)
+    write_jsonl(folder / "columns.jsonl", [{"q": "a?", "a": "one"}])
+    write_jsonl(folder / "caption.jsonl", [{"caption": "one"}])
+    write_jsonl(folder / "pairs.jsonl", [{"query": "a", "positive": "b", "topic": 7, "brand_id": "b"}])
     image = [{"role": "user", "content": "<image>a?"}, {"role": "assistant", "content": "one"}]
     for name in ("small", "large", "broken"):
-        write_jsonl(tmp_path / name / "one.jsonl", [{"messages": image, "images": ["0.png"]}])
+        write_jsonl(folder / name / "one.jsonl", [{"messages": image, "images": ["0.png"]}])
     marked = {"query": "<pic> [IMG] <img> a?", "response": "one", "images": ["0.png"]}
-    write_jsonl(tmp_path / "small" / "marked.jsonl", [marked])
-    PIL.Image.new("RGB", (64, 64)).save(tmp_path / "small" / "0.png")
-    PIL.Image.new("RGB", (128, 128)).save(tmp_path / "large" / "0.png")
-    content = (tmp_path / "small" / "0.png").read_bytes()
+    write_jsonl(folder / "small" / "marked.jsonl", [marked])
+    PIL.Image.new("RGB", (64, 64)).save(folder / "small" / "0.png")
+    PIL.Image.new("RGB", (128, 128)).save(folder / "large" / "0.png")
+    content = (folder / "small" / "0.png").read_bytes()
     middle = content.index(b"IDAT") + 4
-    (tmp_path / "broken" / "0.png").write_bytes(content[:middle] + bytes(8) + content[middle + 8 :])
+    (folder / "broken" / "0.png").write_bytes(content[:middle] + bytes(8) + content[middle + 8 :])
+    return folder
+
+
+@pytest.fixture
+def files(folder_of_files: Path, tmp_path: Path) -> None:
+    """Them, in the working directory."""
+    for path in folder_of_files.iterdir():
+        (tmp_path / path.name).symlink_to(path)
 
 
 def config_with(kind: str, keys: dict[str, Any]) -> Config:

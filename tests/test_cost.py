@@ -67,7 +67,13 @@ def first_inputs(base: Any) -> int:
     return sum(weight.numel() for name, weight in weights if weight.ndim == 2 and "lora_B" not in name)
 
 
-@pytest.mark.parametrize("name", TUNES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("language lora", "mixed") else pytest.mark.slow("more ways to train"))
+        for name in TUNES
+    ],
+)
 def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Callable[..., Config]) -> None:
     """Within 6 % (measured: 5.6, where vision and projector are trainable); the first layer's only input is images."""
     if kind == "text" and name not in ("language lora", "all full"):

@@ -22,7 +22,7 @@ def with_dropout(tune: dict[str, Any], dropout: float) -> dict[str, Any]:
     return {part: {**mode, "dropout": dropout} if mode["mode"] == "lora" else mode for part, mode in tune.items()}
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow("without dropout")), 0.1])
 def test_no_cut_changes_loss_or_gradient(kind: str, dropout: float, make_config: Callable[..., Config]) -> None:
     tune = with_dropout(MIXED if kind != "text" else {"language": LORA}, dropout)
     learner, dataset = learner_for(make_config(kind, tune))

@@ -2,12 +2,14 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mmtrain.config.schema import Config
 from mmtrain.errors import MAX_SIMILAR, StorageError, UserError, grouped, storage_faults
-from mmtrain.train.folder import locked, start_over
+from mmtrain.train.folder import locked, reserved, start_over
 from mmtrain.train.resume import _accepting
 
 
@@ -95,6 +97,50 @@ def test_the_lock_of_a_file_system_without_locks_is_not_taken_for_another_run(
     monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.raises(UserError, match="does not lock files"), locked(tmp_path / "run"):
         pytest.fail("it was locked")
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "model/config.json", "adapter/mine.txt", "checkpoints/a", "report.html"]
+)
+def test_files_of_the_user_are_neither_overwritten_nor_deleted(
+    name: str, fresh: bool, make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = make_config("text", output_dir=str(tmp_path / "out"))
+    own = tmp_path / "out" / name
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    (tmp_path / "out" / "notes.txt").touch()
+    first = name.partition("/")[0]
+    with pytest.raises(UserError, match=f"out has {first}, which is not of a run: name a new"), reserved(config, fresh):
+        pytest.fail("it was taken")
+    assert own.read_text() == "mine"
+    own.unlink()
+    if own.parent.name != "out":
+        own.parent.rmdir()
+    with reserved(config, fresh):
+        own.parent.mkdir(exist_ok=True)
+        own.write_text("of the run")
+    with reserved(config, fresh):  # now a run was there
+        assert own.exists() == (not fresh or name == "config.yaml")
+
+
+@pytest.mark.parametrize("key", ["path", "adapter"])
+def test_starting_over_does_not_delete_what_the_run_starts_from(
+    key: str, make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = make_config("text", output_dir=str(tmp_path / "out"))
+    inside = tmp_path / "out" / "model"
+    with reserved(config):
+        inside.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(inside)
+    config = config.model_copy(update={"model": config.model.model_copy(update={key: str(link)})})
+    with pytest.raises(UserError, match=rf"^model\.{key}: .*link is in run.output_dir"), reserved(config, fresh=True):
+        pytest.fail("it was taken")
+    assert inside.is_dir()
+    with reserved(config):
+        assert inside.is_dir()
 
 
 def test_starting_over_where_nothing_can_be_deleted_is_reported(

@@ -29,6 +29,7 @@ from support.builders import SHAPES, TINY, write_jsonl
 from support.learning import LORA, scores_of
 
 MakeConfig = Callable[..., Config]
+MORE_CUTS = [(1, True), (4096, True), (1, False), (150, False)]
 
 
 def with_eval(config: Config, *paths: str) -> Config:
@@ -58,8 +59,10 @@ def plain_sums(config: Config) -> dict[int, tuple[float, int, int]]:
     return found
 
 
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("microbatch_tokens", [1, 150, 4096])
+@pytest.mark.parametrize(
+    ("microbatch_tokens", "packing"),
+    [(150, True), (4096, False), *(pytest.param(*one, marks=pytest.mark.slow("more cuts")) for one in MORE_CUTS)],
+)
 def test_scores_equal_plain_forwards_whatever_the_cut(
     kind: str, packing: bool, microbatch_tokens: int, make_config: MakeConfig
 ) -> None:

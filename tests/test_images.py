@@ -358,10 +358,17 @@ before = peak()
 decode(find_image(Image(sys.argv[2]), Path(sys.argv[1])))
 print(peak() - before)
 """
+OTHER_FORMATS = pytest.mark.slow("a process for each format")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
-@pytest.mark.parametrize(("kind", "limit"), [("png", 12), ("webp", 22), ("gif", 12), ("tiff", 12)])
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [
+        ("png", 12),
+        *(pytest.param(kind, limit, marks=OTHER_FORMATS) for kind, limit in (("webp", 22), ("gif", 12), ("tiff", 12))),
+    ],
+)
 def test_a_transparent_image_is_decoded_without_whole_copies(tmp_path: Path, kind: str, limit: int) -> None:
     """The documented bound of `MAX_PIXELS`, in bytes a pixel; whole copies took 17 to 28."""
     image = PIL.Image.new("RGBA", (3_000, 2_000), (1, 2, 3, 4))

@@ -56,7 +56,7 @@ def load(families: dict[str, Path]) -> Load:
     return loaded
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow("the other type"))])
 @pytest.mark.parametrize("name", sorted(PACKS | LEAKS))
 def test_the_trial_finds_which_models_can_share_a_row(name: str, dtype: str, load: Load) -> None:
     model, processor = load(name, dtype)

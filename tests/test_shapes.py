@@ -258,6 +258,8 @@ FAULTS: dict[str, tuple[Any, str]] = {
         {"question": "Q", "answer": ["A", "B"]},
         "name one with `fields` of the source: {answer: answer.0}",
     ),
+    "a text and images of a shard": ({"text": "A", "images": [{"bytes": b"x"}]}, "set `prompt` of the source"),
+    "answers of VQA": ({"question": "Q", "answers": [{"answer": "A"}]}, "{answer: answers.0.answer}"),
     "a list of answers": ({"question": "Q", "answers": ["A", "B"]}, "{answer: answers.0}"),
     "a caption alone": ({"image": "a.png", "caption": "A"}, "set `prompt` of the source"),
     "other names of keys": ({"Question": "Q", " answer": "A"}, "{question: 'Question', answer: ' answer'}"),

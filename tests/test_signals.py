@@ -1,5 +1,6 @@
 """Signals, faults and launchers, a few of each: tests/torture has them all. And what judges and sums, by hand."""
 
+import functools
 import itertools
 import signal
 import threading
@@ -233,8 +234,8 @@ class Meeting:
 
         def work(index: int) -> None:
             own = iter(leaves[index * share : (index + 1) * share])
-            member = SimpleNamespace(num_processes=self.num_processes, gather=lambda part: self._gather(index, part))
-            member.sum = None
+            gather = functools.partial(self._gather, index)
+            member: Any = SimpleNamespace(num_processes=self.num_processes, gather=gather)
             found[index] = sum_tree(share, lambda: next(own).clone(), member)
 
         threads = [threading.Thread(target=work, args=(index,)) for index in range(self.num_processes)]

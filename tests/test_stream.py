@@ -205,6 +205,7 @@ def windows_alive() -> int:
     return sum(type(one) is StreamedWindow for one in gc.get_objects())
 
 
+@pytest.mark.slow("hundreds of windows")
 def test_memory_is_bounded(open_stream: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few windows are alive at a time, and the images of a chunk of records."""
     for number in range(30):

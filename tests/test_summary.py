@@ -85,6 +85,8 @@ def test_the_summary_of_a_contrastive_run_has_its_retrieval(tmp_path: Path) -> N
 def test_a_run_without_evaluations_can_be_asked_next(tmp_path: Path) -> None:
     run = run_with(tmp_path / "one", STEPS, "adapter")
     assert list(end_report(run))[-1] == f"next: mmtrain generate {run} -i"
+    run = run_with(tmp_path / "of mine", STEPS, "adapter")
+    assert list(end_report(run))[-1] == f"next: mmtrain generate '{run}' -i"
     run = run_with(tmp_path / "two", STEPS, "model")
     assert list(end_report(run))[-2].startswith(f"model: {run}/model, ")
 

@@ -25,6 +25,7 @@ from support.learning import ALL_FULL, relative_l2, step_of
 from support.unknown_model import PicForAllLogits, PicForConditionalGeneration, make_unknown
 
 TALKS = [conversation_of(case) for case in CASES]
+MORE = pytest.mark.slow("more models that nobody knows")
 
 
 @pytest.fixture
@@ -83,13 +84,13 @@ def reference(
     [
         ("plain", "plain", True),
         ("plain", "framed", True),
-        ("plain", "spaced", True),
-        ("plain", "token first", True),
-        ("scaled head", "plain", True),
+        pytest.param("plain", "spaced", True, marks=MORE),
+        pytest.param("plain", "token first", True, marks=MORE),
+        pytest.param("scaled head", "plain", True, marks=MORE),
         ("capped head", "framed", True),
-        ("no positions", "plain", True),  # only distances count in its attention
+        pytest.param("no positions", "plain", True, marks=MORE),  # only distances count in its attention
         ("fixed shift", "plain", True),  # a parameter that the class itself does not train
-        ("running mean", "plain", False),
+        pytest.param("running mean", "plain", False, marks=MORE),
         ("looks back", "plain", False),
         ("neighbours", "plain", False),  # one sample at a time
     ],

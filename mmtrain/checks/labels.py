@@ -53,6 +53,7 @@ class _FoldedSample:
     labels: list[int]
     spans: list[_Span]
     prompts: Prompts
+    form: FormKey
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -102,7 +103,8 @@ class Checker:
         found = list(_wrong_labels(ids, labels))
         folded_ids, folded, faults = self._fold(list(ids), list(labels), sizes)
         made = self.prompts([conversation])[0] if prompts is None else prompts
-        found += faults + self._turns(_FoldedSample(conversation, folded_ids, folded, _spans(folded), made))
+        sample = _FoldedSample(conversation, folded_ids, folded, _spans(folded), made, form_key(conversation))
+        found += faults + self._turns(sample)
         found += unmatched_marks(conversation.messages, self._marks)
         found += literal_specials(conversation.messages, self._processor)
         found += placed_images(conversation)
@@ -137,8 +139,7 @@ class Checker:
 
     def _trained(self, messages: tuple[Message, ...]) -> list[int]:
         turns = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
-        turns = turns[-1:] if self._train_on == "last" else turns
-        return [turn for turn in turns if messages[turn].train]
+        return [turn for turn in (turns[-1:] if self._train_on == "last" else turns) if messages[turn].train]
 
     def _turns(self, sample: _FoldedSample) -> list[Finding]:
         """Matches the supervised spans with the turns that are to be trained on, and checks them."""
@@ -228,7 +229,7 @@ class Checker:
 
     def _without_added_ends(self, sample: _FoldedSample, end: int, trained: list[int]) -> list[int]:
         """ids[:end] without the end tokens that were added after trained replies because the template has none."""
-        frames = [self._frame(sample.conversation, turn) for turn in trained]
+        frames = [self._frame(sample, turn) for turn in trained]
         if all(frame.end or frame.other_end for frame in frames):
             return sample.ids[:end]
         eos = self._processor.tokenizer.traits.eos_id
@@ -241,7 +242,7 @@ class Checker:
         if not spans:
             yield Finding(NO_TEXT, True, f"{name}: nothing of {shown(message.text)} is trained on")
             return
-        frame = self._frame(sample.conversation, turn)
+        frame = self._frame(sample, turn)
         labels = [label for span in spans for label in sample.labels[slice(*span)]]
         num_end = self._num_end(labels, frame)
         has_end = num_end > 0
@@ -314,13 +315,13 @@ class Checker:
         prompt = self._inference.rendered(sample.conversation, turn, begun=True)
         return _normal(self._inference.rendered(sample.conversation, end)[len(prompt) :])
 
-    def _frame(self, conversation: Conversation, turn: int) -> ReplyFrame:
+    def _frame(self, sample: _FoldedSample, turn: int) -> ReplyFrame:
         """What the template writes around the reply of `turn`: the same in every conversation of its form."""
-        key = form_key(conversation), turn
+        key = sample.form, turn
         if key not in self._frames:
             if len(self._frames) >= _MAX_FRAMES:
                 self._frames.clear()
-            self._frames[key] = reply_frame(self._processor, form_of(conversation), turn)
+            self._frames[key] = reply_frame(self._processor, form_of(sample.conversation), turn)
         return self._frames[key]
 
 

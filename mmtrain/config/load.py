@@ -144,4 +144,4 @@ def _paths(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         for i, source in enumerate(sources if isinstance(sources, list) else []):
             for key in ("path", "root") if isinstance(source, dict) else ():
                 named = source.get(key) if isinstance(source.get(key), list) else [source.get(key)]
-                yield from ((("data", section, i, key), path) for path in named if isinstance(path, str))
+                yield from ((("data", section, i, key), path) for path in named if path and isinstance(path, str))

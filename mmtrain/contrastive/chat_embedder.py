@@ -18,7 +18,6 @@ from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.images import Roots
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.attention import KEYWORD
-from mmtrain.model.components import Components
 from mmtrain.model.family import Family
 from mmtrain.model.head import hidden_states
 from mmtrain.model.inputs import InputMaker
@@ -52,10 +51,11 @@ class ChatEmbedder:
         """`limit` gives the model's own limit, or `max_length` where that is lower. `say` is given the lines of what is
         slower than it could be on a GPU."""
         self.model, self.processor, self.family = model, processor, family
+        self.components = family.components
         self.packing, self.alone = rows.packing, rows.alone
-        self._leaves_out_rows = False
         with autocast():
             vision = prepare_vision(model, processor, model.device, say)
+        self._leaves_out_rows = False
         self._encoder, self._make_inputs = Encoder(processor), InputMaker(model, processor, None, vision)
         self.template = processor.template.source
         self._pooling, self._autocast = pooling, autocast
@@ -68,10 +68,6 @@ class ChatEmbedder:
             raise tried
         with torch.no_grad():
             self.width = self.embed(make_batch([0], [tried.encoded], processor, rows.packing), _KIND).shape[1]
-
-    @property
-    def components(self) -> Components:
-        return self.family.components
 
     @property
     def description(self) -> str:

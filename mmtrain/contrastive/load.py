@@ -52,7 +52,7 @@ def load_towers(config: Config, runtime: Runtime) -> Towers:
         model = load_weights(path, config.model.dtype, runtime.device, runtime.activity.tick)
     try:
         towers = Towers(model, processor, runtime.autocast)
-        check_vocabulary(path, processor.tokenizer, model.get_submodule(towers.text_tower).get_input_embeddings())
+        check_vocabulary(path, processor.tokenizer, towers.word_embeddings)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return towers
@@ -62,7 +62,7 @@ def load_chat_embedder(config: Config, runtime: Runtime, progress: Progress) -> 
     """A model of chats. Raises UserError where it cannot be used."""
     path, pooling, dtype = config.model.path, config.objective.pooling, config.model.dtype
     if pooling == "family":
-        raise UserError("objective.pooling: family is for dual encoders: set it to last or mean")
+        raise UserError(f"objective.pooling: family is for dual encoders, and {path} is none: set it to last or mean")
     processor = processor_of(config.model)
     with loading_faults():
         model = load_model(path, dtype, processor, runtime.device, runtime.activity.tick)

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmtrain.contrastive.embedder import EncodedItem, Kind, SentenceModules, no_labels
 from mmtrain.contrastive.pooled_rows import PooledRows, check_pooled, find_pooled_rows
@@ -55,22 +55,31 @@ class Towers:
         self._pads_to_limit = False
         self._pooled: dict[Kind, PooledRows] = {}
         self._image_takes = frozenset(inspect.signature(model.get_image_features).parameters)
-        with torch.no_grad():
-            images = processor.image_inputs([_noise(0), _noise(1)])
-            self._image_tokens = max(1, sum(v.numel() for v in self._taken(images).values()) // 2 // _VALUES_PER_TOKEN)
-            self._costs = self._tower_costs()
-            self._pads_to_limit = self._depends_on_padding()
-            texts = self.embed(self._text_batch(_TEXTS), "text")
-            of_images = self.embed(self._images(images), "image")
-            if texts.shape != of_images.shape:
-                raise UserError(
-                    f"the model's embeddings of texts and images are of {texts.shape[1]} and "
-                    f"{of_images.shape[1]} values: this family is not supported"
-                )
-            self.width = texts.shape[1]
-            cosines = F.normalize(texts, dim=1) @ F.normalize(of_images, dim=1).T
-            self.scale, self.bias = find_multipliers(model, lambda: self._own_logits(images), cosines)
-            self._check(cosines, self._own_logits(images))
+        try:
+            self._try()
+        except UserError:
+            raise
+        except Exception as error:  # a family that embeds in another way can raise anything
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"the model does not embed texts and images as dual encoders do: {reason}") from None
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        images = self.processor.image_inputs([_noise(0), _noise(1)])
+        self._image_tokens = max(1, sum(v.numel() for v in self._taken(images).values()) // 2 // _VALUES_PER_TOKEN)
+        self._costs = self._tower_costs()
+        self._pads_to_limit = self._depends_on_padding()
+        texts = self.embed(self._text_batch(_TEXTS), "text")
+        of_images = self.embed(self._images(images), "image")
+        if texts.shape != of_images.shape:
+            raise UserError(
+                f"the model's embeddings of texts and images are of {texts.shape[1]} and "
+                f"{of_images.shape[1]} values: this family is not supported"
+            )
+        self.width = texts.shape[1]
+        cosines = F.normalize(texts, dim=1) @ F.normalize(of_images, dim=1).T
+        self.scale, self.bias = find_multipliers(self.model, lambda: self._own_logits(images), cosines)
+        self._check(cosines, self._own_logits(images))
 
     @property
     def family(self) -> Family:
@@ -86,9 +95,12 @@ class Towers:
         )
 
     @property
-    def text_tower(self) -> str:
-        """The name of its module."""
-        return next(name for name in self.components.roots("language"))
+    def word_embeddings(self) -> nn.Embedding:
+        """Those of the text tower; not every family says where they are."""
+        tower = self.model.get_submodule(next(iter(self.components.roots("language"))))
+        return max(
+            (own for own in tower.modules() if isinstance(own, nn.Embedding)), key=lambda own: own.num_embeddings
+        )
 
     def encode(self, items: Sequence[tuple[Item, Roots]]) -> list[EncodedItem | SampleError]:
         ids = iter(self.processor.text_ids([item.text for item, _ in items if item.text is not None]))

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 from mmtrain.config import load_config
@@ -57,7 +58,8 @@ def init(model: str, train: str, evaluation: str | None, output: Path, chat_temp
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
     load_config(output)
-    progress.say(f"wrote {name}; next: mmtrain inspect-labels {name} --all, then mmtrain train {name}")
+    word = shlex.quote(name)
+    progress.say(f"wrote {name}; next: mmtrain inspect-labels {word} --all, then mmtrain train {word}")
 
 
 def config_text(

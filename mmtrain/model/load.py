@@ -42,8 +42,9 @@ _NONE = ComponentModules()
 
 def load_config(path: str) -> Any:
     """The model's configuration. Raises UserError where config.json is broken or of an unknown model."""
+    directory = model_directory(path)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a broken file makes transformers raise anything
         raise UserError(f"{path}: the model's config cannot be loaded: {one_line(error)}") from None
 

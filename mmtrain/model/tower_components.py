@@ -17,7 +17,9 @@ class TowerComponents(Components):
 
     def __init__(self, model: Any) -> None:
         self.head_name = ""
-        text, vision = (_with_config(model, getattr(model.config, f"{name}_config")) for name in ("text", "vision"))
+        text, vision = (
+            _with_config(model, getattr(model.config, f"{name}_config", None)) for name in ("text", "vision")
+        )
         self._roots = {"": "projector", text: "language", vision: "vision"}
         tower = model.get_submodule(text)
         self._roots |= {f"{text}.{name}": "projector" for name, child in tower.named_children() if is_linear(child)}
@@ -32,6 +34,6 @@ class TowerComponents(Components):
 def _with_config(model: Any, config: Any) -> str:
     """The name of the outermost module of `model` with a configuration of this kind."""
     found = [name for name, module in model.named_modules() if type(getattr(module, "config", None)) is type(config)]
-    if not found:
+    if config is None or not found:
         raise UserError("the towers of the model were not found: this family of models is not supported")
     return str(found[0])

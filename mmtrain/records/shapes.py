@@ -205,24 +205,27 @@ def recognise(record: Record) -> Shape:
     raise SampleError(f"no known format: found {keys or 'no keys with a value'}; {_remedy(given)}")
 
 
+def _objects_in(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
 def _remedy(keys: Record) -> str:
     """What to do about a record with these keys, which is of no known shape."""
     if reason := why_refused(keys):
         return reason
-    for key, value in keys.items():
-        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-            if "role" in _renamed(value[0]):
-                return f"its turns are read with `fields` of the source: {{conversations: {shown(key)}}}"
-            if "question" not in keys:
-                return (
-                    f"if {shown(key)} are the records, write them to a file: docs/data.md has a script for COCO and VQA"
-                )
-    if "question" in keys and "answers" in keys:
-        return "name one of the answers with `fields` of the source: {answer: answers.0}, and ignore the others by name"
     if "caption" in keys or "text" in keys:
         return (
             'a text without a question: set `prompt` of the source to what the user asks, such as "Describe the image."'
         )
+    if "question" in keys and "answers" in keys:
+        first = "answers.0.answer" if _objects_in(keys["answers"]) else "answers.0"
+        return f"name one with `fields` of the source: {{answer: {first}}}, and 'answers' in data.ignore_fields"
+    for key, value in keys.items():
+        if key in ("images", "prompt") or not _objects_in(value):
+            continue
+        if "role" in _renamed(value[0]):
+            return f"its turns are read with `fields` of the source: {{conversations: {shown(key)}}}"
+        return f"if {shown(key)} are the records, write them to a file: docs/data.md has a script for COCO and VQA"
     plain = {key.strip().lower(): key for key in keys}
     for shape in SHAPES:
         if all(key in plain for key in shape.needs):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.atomic_files import write_text
+from mmtrain.config import Config
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.file_locks import try_lock
 from mmtrain.records.sources.place import Place
@@ -23,6 +24,11 @@ FACTS = "facts.json"
 _LOCK = ".lock"
 _FINISHED = "finished.json"
 _DROPPED = "dropped.jsonl"
+_CONFIG = "config.yaml"
+_METRICS = "metrics.jsonl"
+_FOLDERS = ("checkpoints", "adapter", "model", BEST, "answers", "trackers", "stacks")
+_FILES = (_METRICS, _DROPPED, "report.html", FACTS, _FINISHED)
+"""What a run writes besides its config, and `start_over` deletes."""
 
 
 @contextmanager
@@ -58,17 +64,40 @@ def locked(output_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reserved(output_dir: Path, fresh: bool = False, node_rank: int = 0) -> Iterator[None]:
-    """Hold the directory's lock in the first process of the run, unless its launcher holds it already. `fresh`: delete
+def reserved(config: Config, fresh: bool = False, node_rank: int = 0) -> Iterator[None]:
+    """Hold the lock of the run's directory in its first process, unless its launcher holds it already. `fresh`: delete
     what an earlier run left, unless this process has been started again after a fault.
 
-    Raises what `locked` and `start_over` raise.
+    Raises UserError where files of the user would be overwritten or deleted, and what `locked` and `start_over` raise.
     """
-    writes = may_write(node_rank)
+    writes, output_dir = may_write(node_rank), Path(config.run.output_dir)
+    if writes:
+        _check_not_the_users(output_dir)
+        if fresh:
+            _check_not_needed(config, output_dir)
     with locked(output_dir) if writes else nullcontext():
         if fresh and writes and not is_restart():
             start_over(output_dir)
         yield
+
+
+def _check_not_the_users(output_dir: Path) -> None:
+    """Raises UserError where no run was in `output_dir`, and it has something that a run would write or delete."""
+    if any((output_dir / name).exists() for name in (_LOCK, _METRICS, FACTS)):
+        return
+    there = [name for name in (_CONFIG, *_FOLDERS, *_FILES) if (output_dir / name).exists()]
+    if there:
+        name = visible(str(output_dir))
+        raise UserError(f"run.output_dir: {name} has {there[0]}, which is not of a run: name a new directory")
+
+
+def _check_not_needed(config: Config, output_dir: Path) -> None:
+    """Raises UserError where the run starts from what `start_over` deletes."""
+    for key, path in (("model.path", config.model.path), ("model.adapter", config.model.adapter)):
+        if path is not None and Path(path).resolve().is_relative_to(output_dir.resolve()):
+            raise UserError(
+                f"{key}: {visible(path)} is in run.output_dir, which --fresh deletes: name another run.output_dir"
+            )
 
 
 def is_locked(output_dir: Path) -> bool:
@@ -93,10 +122,10 @@ def _holder(path: Path) -> str:
 
 def start_over(output_dir: Path) -> None:
     """Delete what an earlier run left in `output_dir`, and nothing else."""
-    for name in ("checkpoints", "adapter", "model", BEST, "answers", "trackers", "stacks"):
+    for name in _FOLDERS:
         shutil.rmtree(output_dir / name, ignore_errors=True)
     with storage_faults(f"{visible(str(output_dir))}: an earlier run cannot be deleted"):
-        for name in ("metrics.jsonl", _DROPPED, "report.html", FACTS, _FINISHED):
+        for name in _FILES:
             (output_dir / name).unlink(missing_ok=True)
 
 
@@ -124,7 +153,7 @@ def write_inputs(output_dir: Path, config: str, dropped: Sequence[dict[str, Any]
     added until `step` stay."""
     with storage_faults(f"{output_dir}: the config cannot be written"):
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.yaml").write_text(config, encoding="utf-8")
+        (output_dir / _CONFIG).write_text(config, encoding="utf-8")
         path = output_dir / _DROPPED
         rows = [*dropped, *_appended(path, step)]
         if rows:

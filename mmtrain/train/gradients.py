@@ -6,7 +6,7 @@ processes: the same bits.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,16 +16,6 @@ from mmtrain.runtime.processes import Runtime
 Microbatch = TypeVar("Microbatch")
 CHUNK = 2**24
 """Values of a gradient that are exchanged at once: it limits the memory for those of all other processes."""
-
-
-class Processes(Protocol):
-    """What is needed of the runtime."""
-
-    num_processes: int
-
-    def sum(self, values: Tensor) -> Tensor: ...
-
-    def gather(self, values: Tensor) -> Tensor: ...
 
 
 def is_exact(microbatches: int, num_processes: int) -> bool:
@@ -45,13 +35,13 @@ def put_back(values: Tensor, parameters: Sequence[torch.nn.Parameter]) -> None:
         parameter.grad = gradient.view_as(parameter)
 
 
-def sum_running(parameters: Sequence[torch.nn.Parameter], processes: Processes) -> None:
+def sum_running(parameters: Sequence[torch.nn.Parameter], runtime: Runtime) -> None:
     """Sum the gradients of all processes, in one flat reduction.
 
     A missing gradient is zero, with one process as with many: to AdamW, which skips what has none, they differ.
     """
-    if processes.num_processes > 1:
-        put_back(processes.sum(flatten(parameters)), parameters)
+    if runtime.num_processes > 1:
+        put_back(runtime.sum(flatten(parameters)), parameters)
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -78,7 +68,7 @@ def accumulate_tree(
     put_back(sum_tree(len(left), leaf, runtime), parameters)
 
 
-def sum_tree(leaves: int, leaf: Callable[[], Tensor], processes: Processes) -> Tensor:
+def sum_tree(leaves: int, leaf: Callable[[], Tensor], runtime: Runtime) -> Tensor:
     """(n,) the sum of `leaf()` (n,), called `leaves` times in order by each process, in a binary tree over all.
 
     A branch over n leaves is the sum of the branches over its first n // 2 and its other leaves; a process's leaves
@@ -89,9 +79,9 @@ def sum_tree(leaves: int, leaf: Callable[[], Tensor], processes: Processes) -> T
         return leaf() if count == 1 else branch(count // 2).add_(branch(count - count // 2))
 
     own = branch(leaves)
-    if processes.num_processes == 1:
+    if runtime.num_processes == 1:
         return own
-    return torch.cat([branch_of(processes.gather(chunk)) for chunk in torch.split(own, CHUNK)])
+    return torch.cat([branch_of(runtime.gather(chunk)) for chunk in torch.split(own, CHUNK)])
 
 
 def branch_of(leaves: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from mmtrain.scoring.loaded_model import image_loader
 from mmtrain.scoring.packing import choose_rows
 from mmtrain.train.optimizer import make_optimizer
 from mmtrain.train.step import Learner
-from mmtrain.train.trainable import check_can_shard, make_trainable
+from mmtrain.train.trainable import make_trainable
 
 
 def make_learner(
@@ -43,7 +43,7 @@ def make_learner(
     costs = cost_model(made.base, made.family, config.tune)
     rows = choose_rows(model, processor, config, runtime, progress.say)
     if sharded:
-        check_can_shard(rows.alone, processor)
+        rows.check_sharded(processor)
     store = make_store(config, runtime, progress) if caches_features(config, runtime.num_processes) else None
     make_inputs = input_maker(model, processor, config, runtime, store, made.vision, progress.say)
     if settings.compile:

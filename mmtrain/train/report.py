@@ -1,5 +1,6 @@
 """What a run prints: how it is executed, before the first step, how its steps go, and a summary at the end."""
 
+import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -107,7 +108,7 @@ def serving_lines(config: Config) -> Iterator[str]:
     reasons += ["the variant is dora"] if any(mode.variant == "dora" for mode in loras.values()) else []
     reasons += [f"{name} has LoRA" for name in loras if name != "language"]
     if loras and reasons:
-        merged = f"mmtrain merge {visible(config.run.output_dir)} -o DIR"
+        merged = f"mmtrain merge {shlex.quote(visible(config.run.output_dir))} -o DIR"
         yield f"serving: vLLM does not serve this adapter ({', '.join(reasons)}); after the run: {merged}"
 
 
@@ -136,14 +137,15 @@ def end_report(run: Path) -> Iterator[str]:
         )
     saved = "adapter" if (run / "adapter").is_dir() else "model"
     yield f"{saved}: {name}/{saved}, metrics: {name}/{METRICS}, config: {name}/config.yaml"
+    config, word = shlex.quote(f"{name}/config.yaml"), shlex.quote(name)
     if found.num_pairs:
         if found.retrieval:
-            yield f"next: mmtrain eval retrieval {name}/config.yaml --adapter {name}"
+            yield f"next: mmtrain eval retrieval {config} --adapter {word}"
         return
     if saved == "adapter" and found.evals:
-        yield f"next: mmtrain eval answers {name}/config.yaml --adapter {name}"
+        yield f"next: mmtrain eval answers {config} --adapter {word}"
     else:
-        yield f"next: mmtrain generate {name} -i"
+        yield f"next: mmtrain generate {word} -i"
 
 
 def early_line(config: Config, history: History, step: int) -> str:

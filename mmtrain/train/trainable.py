@@ -9,7 +9,6 @@ import torch
 
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.errors import UserError
 from mmtrain.model.adapter import say_other_processor
 from mmtrain.model.dropout import DropoutContext, install_dropout
 from mmtrain.model.earlier_run import start_from_run
@@ -86,12 +85,3 @@ def add_trainable(
     dropout = DropoutContext(config.train.seed)
     install_dropout(model, family, config.tune, dropout, runtime.device, progress.say)
     return model, reports, dropout
-
-
-def check_can_shard(alone: bool, processor: ChatProcessor) -> None:
-    """Raises UserError where a micro-batch of text cannot be given an image; `alone`: it has one sample."""
-    if alone and processor.images is not None:
-        raise UserError(
-            "run.weights: shard needs an image in every micro-batch, and this model takes one sample at a time: "
-            "expected replicate"
-        )
