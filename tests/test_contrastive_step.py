@@ -190,6 +190,10 @@ def graphs(config: Config, num_bytes: float) -> GraphMemory:
     return GraphMemory(learner_of(config, Exchange(1), 0).model, num_bytes)
 
 
+def test_activations_that_are_computed_again_give_the_same_gradients(make: Callable[..., Config]) -> None:
+    assert_equal(step_of(make(run={"activation_checkpointing": True})), dense(make()))
+
+
 @pytest.mark.parametrize("block", [1, 5, 64])
 def test_no_block_of_the_loss_changes_the_gradients(block: int, make: Callable[..., Config]) -> None:
     config = make()

@@ -216,11 +216,10 @@ def test_the_kernels_of_a_step_of_a_deep_model(name: str, ask: Ask) -> None:
 
 
 @SLOW
-@pytest.mark.slow("whole runs on the fake GPU")
 @pytest.mark.parametrize("name", WHOLE_RUNS)
 def test_a_whole_run_on_the_gpu_reports_what_it_does_on_the_cpu(name: str, ask: Ask) -> None:
     case = ask(name)
-    assert case["device"] == "cuda"
+    assert all(map(sum, (step.values() for step in case["waits"])))  # it was on the GPU
     assert len(case["found"]) == len(case["expected"])
     for found, expected in zip(case["found"], case["expected"], strict=True):
         assert _without_times(found) == pytest.approx(_without_times(expected), rel=1e-3, abs=1e-6)
@@ -230,7 +229,6 @@ def test_a_whole_run_on_the_gpu_reports_what_it_does_on_the_cpu(name: str, ask: 
 
 
 @SLOW
-@pytest.mark.slow("whole runs on the fake GPU")
 @pytest.mark.parametrize("name", WHOLE_RUNS)
 def test_the_host_waits_a_few_times_in_a_step_of_a_whole_run(name: str, ask: Ask) -> None:
     """Once for the loss, and for what transformers asks about the images of the step's one micro-batch."""

@@ -19,22 +19,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.validate import CheckedSamples
 from mmtrain.encoding.encode import Encoded
-from mmtrain.errors import UserError
 from mmtrain.model.quantized_weights import num_bytes
 from mmtrain.records.sources.place import Place
 
 FILLER = -1
 """The number of the sample without weight."""
-
-
-def check_rows(alone: bool, takes_images: bool) -> None:
-    """Raises UserError where samples go through the model one at a time, so that no sample without weight can give a
-    micro-batch of text an image."""
-    if alone and takes_images:
-        raise UserError(
-            "run.weights: shard needs an image in every micro-batch, and this model takes one sample at a time: "
-            "expected replicate"
-        )
 
 
 def shard(root: nn.Module, device: torch.device) -> None:

@@ -22,6 +22,14 @@ class RowChoice:
     alone: bool
     """A micro-batch has one sample."""
 
+    def check_sharded(self, processor: ChatProcessor) -> None:
+        """Raises UserError where the model cannot be trained so with sharded weights."""
+        if self.alone and processor.images is not None:
+            raise UserError(
+                "run.weights: shard needs an image in every micro-batch, and this model takes one sample at a time: "
+                "expected replicate"
+            )
+
 
 def choose_rows(
     model: Any, processor: ChatProcessor, config: Config, runtime: Runtime, say: Callable[[str], None]

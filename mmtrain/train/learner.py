@@ -11,7 +11,7 @@ from mmtrain.model.load import compile_layers
 from mmtrain.model.root import Root
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
-from mmtrain.runtime.shard import check_rows, shard
+from mmtrain.runtime.shard import shard
 from mmtrain.scoring.image_cache import caches_features, input_maker, make_store
 from mmtrain.scoring.loaded_model import image_loader
 from mmtrain.scoring.packing import choose_rows
@@ -43,7 +43,7 @@ def make_learner(
     costs = cost_model(made.base, made.family, config.tune)
     rows = choose_rows(model, processor, config, runtime, progress.say)
     if sharded:
-        check_rows(rows.alone, processor.images is not None)
+        rows.check_sharded(processor)
     store = make_store(config, runtime, progress) if caches_features(config, runtime.num_processes) else None
     make_inputs = input_maker(model, processor, config, runtime, store, made.vision, progress.say)
     if settings.compile:

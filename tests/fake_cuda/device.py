@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -71,6 +72,16 @@ class FakeDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return _compute(func, args, kwargs or {})
 
 
+class ReadNumbers(TorchFunctionMode):
+    """While it is active `torch.tensor` takes lists with tensors of the fake device, which it reads below Python's
+    dispatch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.tensor:
+            args = tree_map_only(FakeTensor, lambda value: value if value.ndim else value.item(), args)
+        return func(*args, **kwargs or {})
+
+
 def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
         return func.decompose(*args, **kwargs)  # made of others, which arrive here one by one
@@ -120,11 +131,6 @@ def _cpu_generator(generator: torch.Generator) -> torch.Generator:
     return made
 
 
-def _number(value: FakeTensor) -> Any:
-    """What torch reads of a tensor among other numbers, below Python's dispatch."""
-    return value if value.ndim else value.item()
-
-
 def install(capability: tuple[int, int] = (9, 0)) -> None:
     """Have torch's Python module report one such device; to be called once, in a process that has loaded it."""
     answers: dict[str, Any] = {
@@ -147,8 +153,6 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "_lazy_init": None,
     }
-    make = torch.tensor
-    torch.tensor = lambda data, *args, **kwargs: make(tree_map_only(FakeTensor, _number, data), *args, **kwargs)
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch._C._set_only_lift_cpu_tensors(True)

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import PIL.Image
 from typer.testing import CliRunner
 
-from fake_cuda.device import FakeDevice
+from fake_cuda.device import FakeDevice, ReadNumbers
 from mmtrain.cli import app
 from mmtrain.config.schema import Config
 from mmtrain.train import ceiling
@@ -47,7 +47,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         config = _config(case, folder)
         train(_on("cpu", config))
         expected = _rows(folder / "cpu")
-        with FakeDevice(), Meter(hidden=HIDDEN) as meter, patch.dict(ceiling._SIDE, cuda=64):  # type: ignore[no-untyped-call]
+        with ReadNumbers(), FakeDevice(), Meter(hidden=HIDDEN) as meter, patch.dict(ceiling._SIDE, cuda=64):  # type: ignore[no-untyped-call]
             waits: list[dict[str, int]] = []
 
             def on_step(row: dict[str, Any]) -> None:
@@ -56,9 +56,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
             train(_on("cuda", config), on_step=on_step)
             ended = [_command(words, folder) for words in case.get("commands", ())]
-        facts = json.loads((folder / "cuda" / "facts.json").read_text())
         return {
-            "device": facts["device"],
             "expected": expected,
             "found": _rows(folder / "cuda"),
             "waits": waits,

@@ -1,6 +1,7 @@
 """Published tokenizers and chat templates of a few families, where they are at hand."""
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,16 @@ from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.model.load import load_config
 from support.builders import SHARED
-from support.family_reference import FIXED_DATE, as_messages, conversations, directory, own_inputs, without_video
+from support.family_reference import (
+    FAMILIES,
+    FIXED_DATE,
+    as_messages,
+    conversations,
+    directory,
+    home,
+    own_inputs,
+    without_video,
+)
 
 WHOLE, TEMPLATE = "tokenizer and template", "template"
 REAL = {
@@ -22,6 +32,8 @@ REAL = {
     "chat_templates_trl/qwen2_5_vl.jinja": "qwen2_5_vl",
     "chat_templates_trl/idefics3.jinja": "idefics3",
     "chat_templates_trl/llava_next.jinja": "llava_next",
+    "chat_templates_trl/llama3.jinja": "llama",
+    "minimind-v_tiny_tokenizer": "qwen3",
 }
 """The family of published files. A template alone is tried with the tiny tokenizer."""
 
@@ -43,7 +55,7 @@ def is_whole(published: str) -> bool:
 def other_ids(published: str, root: Path) -> list[str]:
     """The cases whose ids are not those that transformers makes with the published files."""
     name, file = REAL[published], real_files(published)
-    path, template = (str(file), None) if is_whole(published) else (str(directory(name)), str(file))
+    path, template = (str(_with_config(published)), None) if is_whole(published) else (str(directory(name)), str(file))
     encoder = Encoder(load_processor(path, ProcessorSettings(template)))
     return [
         case
@@ -52,7 +64,23 @@ def other_ids(published: str, root: Path) -> list[str]:
     ]
 
 
+@cache
+def _with_config(published: str) -> Path:
+    """The published files, with the configuration of the tiny model where they have none."""
+    files = real_files(published)
+    if (files / "config.json").is_file():
+        return files
+    folder = home() / files.name
+    shutil.copytree(files, folder, copy_function=shutil.copyfile)
+    shutil.copyfile(directory(REAL[published]) / "config.json", folder / "config.json")
+    return folder
+
+
 def _own_ids(published: str, messages: list[dict[str, Any]]) -> list[int]:
+    if is_whole(published) and not FAMILIES[REAL[published]].images:
+        tokenizer = AutoTokenizer.from_pretrained(real_files(published))
+        texts = [m | {"content": "".join(part["text"] for part in m["content"])} for m in messages]
+        return list(tokenizer.apply_chat_template(texts, return_dict=False))
     if is_whole(published):
         made = _processor(real_files(published)).apply_chat_template(messages, tokenize=True, return_dict=True)
         return list(made["input_ids"][0])

@@ -26,12 +26,14 @@ class Ungated(Kernel):
     down: str
 
     def compute(self, module: Any, x: Tensor) -> Tensor:
-        """The MLP of x (..., width), or 0 in the rows that the module's `select_rows` leaves out."""
+        """The MLP of x (..., width). The rows that the module's `select_rows` leaves out are 0, or where no gradient is
+        computed not a number: what depends on them shows it."""
         tokens, select = x.flatten(0, -2), getattr(module, "select_rows", None)
         if select is None:
             return self._of(module, tokens).view_as(x)
         rows = select(x)
-        out = InRows.apply(self._of(module, tokens[rows]), rows, len(tokens))  # type: ignore[no-untyped-call]
+        others = 0.0 if torch.is_grad_enabled() else torch.nan
+        out = InRows.apply(self._of(module, tokens[rows]), rows, len(tokens), others)  # type: ignore[no-untyped-call]
         return out.view_as(x)  # type: ignore[no-any-return]
 
     def _of(self, module: Any, x: Tensor) -> Tensor:
@@ -88,20 +90,19 @@ class ActivatedProduct(torch.autograd.Function):
 
 
 class InRows(torch.autograd.Function):
-    """(num_rows, width) with x in some rows, `at`. The others are 0, or not a number where no gradient is computed.
+    """(num_rows, width) with x in some rows, `at`, and a number in the others.
 
     Raises RuntimeError in the backward pass where another row has a gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, at: Tensor, num_rows: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, at: Tensor, num_rows: int, others: float) -> Tensor:
         ctx.save_for_backward(at)
-        others = 0.0 if ctx.needs_input_grad[0] else torch.nan
         return x.new_full((num_rows, x.shape[-1]), others).index_copy_(0, at, x)
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
         (at,) = ctx.saved_tensors
         if outer[0].index_fill(0, at, 0).any():
             raise RuntimeError("the embeddings depend on rows that were left out of an MLP: set run.kernels to off")
-        return outer[0][at], None, None
+        return outer[0][at], None, None, None

@@ -34,7 +34,8 @@ def make_contrastive_learner(
     embedder.scale.limit(settings.temperature_max)
     if run.kernels == "auto":
         progress.say(install(model, runtime.device, progress.tick).line)
-        embedder.leave_out_rows()
+        if run.activation_checkpointing is not True:  # the rows are not known where activations are computed again
+            embedder.leave_out_rows()
     symmetric = embedder.symmetric if settings.symmetric == "auto" else settings.symmetric
     frozen = frozenset(kind for kind in embedder.kinds if embedder.is_frozen(kind))
     caches = frozen if run.image_cache.memory_gib > 0 else frozenset[str]()
