@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmtrain.errors import grouped
+from mmtrain.safe_text import counted
 
 NUM_SHOWN = 20
 """Faults of a kind that are printed."""
@@ -115,11 +116,11 @@ class AuditReport:
         for why, count in self.left_out.items():
             yield f"\nLeft out: {count:,} {why}"
         for kind, count in self.notes.items():
-            yield f"\nNote: {kind}: {count:,} times, first at\n  {': '.join(self.first_notes[kind])}"
+            yield f"\nNote: {kind}: {counted(count, 'time')}, first at\n  {': '.join(self.first_notes[kind])}"
         for kind, found in self.faults.items():
-            yield f"\nFault: {kind}: {len(found):,} times"
+            yield f"\nFault: {kind}: {counted(len(found), 'time')}"
             yield from fault_lines(found)
-        yield f"\n{self.num_faults:,} faults" if self.faults else "\nNo faults"
+        yield f"\n{counted(self.num_faults, 'fault')}" if self.faults else "\nNo faults"
 
 
 def print_audit(

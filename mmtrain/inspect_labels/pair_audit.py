@@ -18,6 +18,7 @@ from mmtrain.dataset.validate import FaultPolicy
 from mmtrain.errors import UserError
 from mmtrain.inspect_labels.audit_report import NUM_SHOWN, bars, fault_lines, histogram, print_audit
 from mmtrain.progress import Progress
+from mmtrain.safe_text import counted
 
 _EVERYTHING = FaultPolicy("drop", "skip", 10**9)
 """Leaves out whatever cannot be used, so that all of it is seen."""
@@ -62,8 +63,8 @@ class PairAudit:
         yield f"\n{self.num_items:,} distinct items"
         yield from bars("Tokens of an item", histogram(self.lengths))
         for kind, places in self.notes.items():
-            yield f"\nNote: {kind}: {len(places):,} pairs, first at\n  {places[0]}"
-        yield f"\n{len(self.faults):,} faults" if self.faults else "\nNo faults"
+            yield f"\nNote: {kind}: {counted(len(places), 'pair')}, first at\n  {places[0]}"
+        yield f"\n{counted(len(self.faults), 'fault')}" if self.faults else "\nNo faults"
         yield from fault_lines(self.faults)
 
 
