@@ -19,7 +19,6 @@ from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.records.chat import Conversation, SampleError
 from mmtrain.records.record_set import RecordSet
-from mmtrain.records.sources.arrow import read_in_order
 
 _CHUNK = 256
 _MANY = 16_000
@@ -178,9 +177,8 @@ _of_worker: list[ChunkEncoder] = []  # the one of this process, where it is a wo
 
 
 def _start_worker(spec: EncodingSpec) -> None:
-    read_in_order()
     processor = load_processor(spec.model_path, spec.settings, tried=True)
-    _of_worker[:] = [ChunkEncoder(spec, spec.records(), processor, num_threads=1)]
+    _of_worker[:] = [ChunkEncoder(spec, spec.records_in_order(), processor, num_threads=1)]
 
 
 def _encode_in_worker(indices: range) -> EncodedChunk:
