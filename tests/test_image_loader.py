@@ -195,3 +195,34 @@ def test_what_is_made_ahead_is_bounded_in_bytes(size: int, ahead: int) -> None:
     assert [next(made) for _ in range(20)] == list(range(20))
     assert len(wanted) == 20 + ahead
     made.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the children of a process are found in /proc")
+def test_workers_end_with_the_process_that_they_work_for() -> None:
+    words = "import time; from mmtrain.dataset.workers import map_in_processes; "
+    words += "list(map_in_processes(time.sleep, [600] * 4, 2, time.sleep, (0,), 'time'))"
+    with subprocess.Popen([sys.executable, "-c", words]) as main:
+        found: list[int] = []
+        until = time.monotonic() + 120
+        while len(found) < 3 and time.monotonic() < until:  # the fork server and two workers
+            time.sleep(0.2)
+            found = [pid for pid in descendants(main.pid) if "forkserver" in command_of(pid)]
+        os.kill(main.pid, signal.SIGKILL)
+    assert len(found) == 3
+    until = time.monotonic() + 120
+    while any(command_of(pid) for pid in found) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert [command_of(pid) for pid in found] == [""] * 3
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [one for child in children for one in (child, *descendants(child))]
+
+
+def command_of(pid: int) -> str:
+    """Empty where the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""

@@ -4,8 +4,10 @@ import gc
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -61,9 +63,16 @@ def map_in_processes(
 
 def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     end_with_parent()
+    if (main := multiprocessing.parent_process()) is not None:  # the parent may be the fork server, which lives longer
+        threading.Thread(target=_end_after, args=(main,), daemon=True).start()
     torch.set_num_threads(1)  # each worker has a core of its own
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     start(*arguments)
+
+
+def _end_after(main: Any) -> None:
+    main.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(frozen=True, slots=True)
