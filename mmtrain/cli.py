@@ -2,10 +2,12 @@
 
 import gc
 import io
+import signal
 import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Literal
 
 import typer
@@ -181,15 +183,31 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     # peft uses deprecated names of transformers: a user cannot act on these warnings
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    interrupts = _noted_interrupts()
     try:
         app()
-    except UserError as error:
+    except (KeyboardInterrupt, Exception) as error:
+        if interrupts or isinstance(error, KeyboardInterrupt):
+            print("mmtrain: interrupted", file=sys.stderr)
+            sys.exit(130)
+        if not isinstance(error, UserError):
+            raise
         lines = [] if error.already_reported else grouped(error.faults)
         for line in lines[:MAX_LINES_SHOWN]:
             print(f"mmtrain: {line}", file=sys.stderr)
         if len(lines) > MAX_LINES_SHOWN:
             print(f"mmtrain: and {len(lines) - MAX_LINES_SHOWN:,} more", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("mmtrain: interrupted", file=sys.stderr)
-        sys.exit(130)
+
+
+def _noted_interrupts() -> list[int]:
+    """A list that has an item after Ctrl-C: a library that is being imported can turn it into an error of its own."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, note)
+    return noted

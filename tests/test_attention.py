@@ -261,3 +261,24 @@ def test_attention_of_other_kinds_is_left_alone() -> None:
         SimpleNamespace(_attn_implementation="sdpa", layer_types=["full_attention", "chunked_attention"]),
     ):
         assert not install_attention(SimpleNamespace(get_decoder=lambda config=config: SimpleNamespace(config=config)))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_key_heads_are_repeated_where_a_sample_is_computed_alone(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA torch would choose its plain formula in float32, which stores all probabilities."""
+    query, key, value = (torch.randn(1, heads, 5, 16) for heads in (4, 2, 2))
+    computed, shapes = F.scaled_dot_product_attention, list[tuple[int, ...]]()
+
+    def seen(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        shapes.extend((key.shape, value.shape))
+        assert "enable_gqa" not in options
+        return computed(query, key, value, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    found = attention._causal(query, key, value, None, window)
+    assert shapes == [query.shape] * 2
+    mask = torch.ones(5, 5).tril() * (1 if window is None else torch.ones(5, 5).triu(1 - window))
+    scores = (query @ key.repeat_interleave(2, 1).transpose(2, 3) / 4).masked_fill(mask == 0, -torch.inf)
+    assert torch.allclose(found, scores.softmax(-1) @ value.repeat_interleave(2, 1), atol=1e-6)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,25 @@ def test_config_schema_prints_the_json_schema(
     assert (code, err) == (0, "")
     assert schema["$schema"].startswith("https://json-schema.org/")
     assert list(schema["properties"]) == ["model", "tune", "data", "objective", "labels", "train", "run"]
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_ends_with_130_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def importing() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ModuleNotFoundError("Could not import module 'AutoImageProcessor'") from None
+
+    monkeypatch.setattr(cli, "app", importing)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, out, err = run_main(monkeypatch, capsys)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (code, out, err) == (130, "", "mmtrain: interrupted\n")
 
 
 def test_an_interrupt_ends_with_130_and_no_traceback(

@@ -441,6 +441,19 @@ def test_what_is_said_of_other_tools_names_keys_that_exist_and_none_of_theirs_hi
     assert sorted(set(INSTEAD) & {path.rpartition(".")[2] for path in paths} - {"adapter"}) == []
 
 
+def test_the_page_about_other_tools_shows_a_config_that_is_read_and_keys_that_are_named() -> None:
+    page = (ROOT / "docs" / "other-tools.md").read_text(encoding="utf-8")
+    theirs, ours = (yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S))
+    config = Config.model_validate(ours)
+    assert set(theirs) - set(INSTEAD) == {"output_dir", "learning_rate"}  # found by their places
+    assert config.model.path == theirs["model_name_or_path"]
+    assert config.tune.language.model_dump()["rank"] == theirs["lora_rank"]
+    accumulated = theirs["per_device_train_batch_size"] * theirs["gradient_accumulation_steps"]
+    assert (config.train.epochs, config.train.batch_size) == (theirs["num_train_epochs"], accumulated)
+    assert (config.data.max_length, config.data.eval[0].share) == (theirs["cutoff_len"], theirs["val_size"])
+    assert (config.train.learning_rate, config.train.schedule) == (theirs["learning_rate"], theirs["lr_scheduler_type"])
+
+
 def _valid_paths(schema: dict[str, Any]) -> set[str]:
     """Every key path of the schema of a config, with those of all kinds of a section."""
 

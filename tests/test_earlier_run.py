@@ -68,7 +68,7 @@ def test_an_adapter_is_continued_with_a_fresh_optimizer(tune: dict[str, Any], ma
     config = with_eval(make_config("qwen2_5_vl", tune, steps=3))
     earlier = trained(config)
     run = trained(after(config, earlier))
-    assert evaluations(run)[0] == pytest.approx(evaluations(earlier)[-1], rel=1e-6)
+    assert evaluations(run)[0] == pytest.approx(evaluations(earlier)[-1], rel=1e-5)
     model = started(after(config, earlier)).model
     found, expected = get_peft_model_state_dict(model, save_embedding_layers=False), weights_in(earlier / "adapter")
     assert found.keys() == expected.keys()
@@ -91,7 +91,7 @@ def test_a_component_trained_in_full_goes_on_next_to_new_adapters(make_config: M
     config = with_eval(make_config("llava", PROJECTOR, steps=3))
     earlier = trained(config)
     run = trained(after(config, earlier, BOTH))
-    assert evaluations(run)[0] == pytest.approx(evaluations(earlier)[-1], rel=1e-6)
+    assert evaluations(run)[0] == pytest.approx(evaluations(earlier)[-1], rel=1e-5)
     model = started(after(config, earlier, BOTH)).model
     complete = AutoModelForImageTextToText.from_pretrained(earlier / "model").state_dict()
     found = {name: value for name, value in model.named_parameters() if ".modules_to_save." in name}

@@ -155,13 +155,6 @@ def test_nothing_is_copied_from_memory_that_is_not_pinned(name: str, ask: Ask) -
         assert not step["pageable"]
 
 
-def test_attention_in_float32_stores_no_probabilities(ask: Ask) -> None:
-    """The model has fewer key heads than query heads, for which torch would choose its plain formula."""
-    kernels = ask("float32")["first"]["text"]["by_kernel"]
-    assert "_scaled_dot_product_efficient_attention" in kernels
-    assert "_softmax" not in kernels
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_pixels_are_copied_in_8_bits(name: str, ask: Ask) -> None:
     assert ask(name)["pixels"] == ([] if name in NO_IMAGES else ["torch.uint8"])

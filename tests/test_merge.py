@@ -21,6 +21,7 @@ from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.merge import command, stored
 from mmtrain.merge.command import merge
+from mmtrain.merge.source import find_source
 from mmtrain.model import weight_files
 from mmtrain.model.weight_files import save_weights
 from mmtrain.records.record_set import RecordSet
@@ -117,6 +118,17 @@ def test_the_merged_model_is_base_and_adapter_in_plain_transformers(
 
 
 @pytest.mark.slow("trains and merges a model")
+def test_the_base_model_of_a_run_is_found_from_another_directory(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("text", steps=1)
+    (tmp_path / "base").symlink_to(config.model.path)
+    monkeypatch.chdir(tmp_path)
+    run = trained(config.model_copy(update={"model": config.model.model_copy(update={"path": "base"})}))
+    monkeypatch.chdir("/")
+    assert Path(find_source(run, None).base).samefile(config.model.path)
+
+
 def test_weights_are_cast_once_to_the_type_of_the_base_model(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("qwen2_5_vl", MIXED, steps=3)
     run = trained(config)

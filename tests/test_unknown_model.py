@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mmtrain.config.run_section import Run
 from mmtrain.config.schema import Config
 from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.load import load_processor
@@ -155,7 +156,7 @@ def test_sharded_weights_of_a_model_that_takes_one_sample_at_a_time_are_refused(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_unknown(tmp_path / "model", "neighbours")
-    monkeypatch.setattr("mmtrain.train.learner.is_sharded", lambda *_: True)
+    monkeypatch.setattr(Run, "is_sharded", lambda *_: True)
     with pytest.raises(UserError, match=r"run\.weights: shard .* takes one sample at a time: expected replicate"):
         started(config)
 

@@ -14,6 +14,7 @@ from mmtrain.records.chat import Conversation
 from mmtrain.records.formats import read_record
 from mmtrain.records.reasoning import without_reasoning
 from mmtrain.records.record_set import OpenFile, RecordSet
+from mmtrain.records.sources.arrow import read_in_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,11 @@ class EncodingSpec:
     def records(self, files: Sequence[OpenFile] | None = None) -> RecordSet:
         """The records of these files of the sources; None: of all. Raises UserError where one cannot be read."""
         return RecordSet(self.sources, frozenset(self.ignored), self.drops_reasoning, files)
+
+    def records_in_order(self) -> RecordSet:
+        """All, for a process that reads them in their order: few rows of tables stay in its memory."""
+        read_in_order()
+        return self.records()
 
     def read(self, record: Mapping[str, Any]) -> Conversation:
         """The conversation of a record that stands in no file. Raises SampleError where it is none."""

@@ -17,7 +17,7 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.encoding.saved_processor import saved_settings
 from mmtrain.errors import UserError
-from mmtrain.model.adapter import Adapter, base_of, read_adapter
+from mmtrain.model.adapter import Adapter, base_of, named_base, read_adapter
 from mmtrain.model.load import length_limit, load_config
 from mmtrain.records.chat import SampleError
 from mmtrain.safe_text import one_line, visible
@@ -59,8 +59,9 @@ def find_source(path: Path, base: str | None) -> MergeSource:
     adapter = read_adapter(path)
     run = next((one for one in (path, adapter.folder.parent) if (one / "config.yaml").is_file()), None)
     config = None if run is None else config_of_run(run / "config.yaml")
+    own = named_base(adapter.folder)  # an absolute path; that in the config can be relative to another directory
     named = None if config is None else config.model.path
-    return MergeSource(adapter, base_of(adapter.folder, base or named), run, config)
+    return MergeSource(adapter, base_of(adapter.folder, base or own or named), run, config)
 
 
 def samples_of_run(source: MergeSource, processor: ChatProcessor, say: Callable[[str], None]) -> list[Encoded]:

@@ -199,11 +199,11 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def _reach(model: Any) -> int:
-    """The longest window or chunk of tokens that the config names and a sample can exceed."""
+    """The longest window, chunk or choice of tokens that the config names and a sample can exceed."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or float("inf")
-    named = [value for key, value in config.to_dict().items() if re.search("window|chunk", key) and type(value) is int]
-    return max((value for value in named if value < limit), default=0)
+    named = (value for key, value in config.to_dict().items() if re.search("window|chunk|topk", key))
+    return max((value for value in named if type(value) is int and value < limit), default=0)
 
 
 def _longest(model: Any) -> int:
