@@ -216,4 +216,4 @@ def test_a_pair_that_is_alone_in_its_step_is_noted(clip: Path) -> None:
     write("train.jsonl", [{"query": f"q{i}", "positive": f"p{i}"} for i in range(5)])
     row = json.loads(run(clip, "--all", "--json").stdout)  # 5 pairs in steps of 4: the last one is alone
     assert row["notes"]["no negative in its step"]["count"] == 1
-    assert "no negative in its step: 1 pairs" in run(clip, "--all").output
+    assert "no negative in its step: 1 pair," in run(clip, "--all").output
