@@ -27,6 +27,8 @@ from mmtrain.contrastive.relation import Numbers, Relation
 LossKind = Literal["infonce", "sigmoid"]
 BLOCK_VALUES = 2**21
 """Similarities that exist at once."""
+_DOUBLE_ROWS = 256
+"""Embeddings that exist in float64 at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +221,7 @@ class _Sums:
 
     def gradients(self, loss: Tensor, bias: Tensor) -> LossGradients:
         of_scale = torch.zeros((), dtype=torch.float64, device=loss.device)
-        for block in _blocks(len(self.queries), self.queries.shape[1], None):
-            of_scale += (self._of_queries[block].double() * self.queries[block].double()).sum()
+        for of_query, query in zip(self._of_queries.split(_DOUBLE_ROWS), self.queries.split(_DOUBLE_ROWS), strict=True):
+            of_scale += (of_query.double() * query.double()).sum()
         of_queries, of_documents = self._of_queries.mul_(self._scale), self._of_documents.mul_(self._scale)
         return LossGradients(loss, of_queries, of_documents, of_scale, bias)
