@@ -226,8 +226,13 @@ def test_every_family_and_loss(name: str, loss: str, make: Callable[..., Config]
     if loss == "sigmoid" and not name.startswith("siglip"):
         objective["bias"] = -10.0
     config = make(name, objective=objective, run={"microbatch_tokens": 100})
+    plain = make(name, objective=objective, run={"microbatch_tokens": 100, "kernels": "off"})
+    expected = dense(config)
     # random weights without the norms' own statistics grow with every layer, and rounding with them
-    assert_equal(step_of(config, 2), dense(config), 1e-5 if name == "align" else 2e-6)
+    tolerance = 1e-5 if name == "align" else 2e-6
+    assert_equal(step_of(plain, 2), expected, tolerance)
+    # kernels round differently, and the gradient of the scale is a small sum of large numbers: measured 2.6e-6
+    assert_equal(step_of(config, 2), expected, max(tolerance, 5e-6))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
