@@ -4,6 +4,7 @@ What is expected is written out in the tables. `seen.py` has what is looked at.
 """
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -91,7 +92,10 @@ def folder_of_files(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[s
 def files(folder_of_files: Path, tmp_path: Path) -> None:
     """Them, in the working directory."""
     for path in folder_of_files.iterdir():
-        (tmp_path / path.name).symlink_to(path)
+        if path.is_symlink() or path.is_file():
+            (tmp_path / path.name).symlink_to(path)
+        else:  # files of a folder may not lead out of it
+            shutil.copytree(path, tmp_path / path.name)
 
 
 def config_with(kind: str, keys: dict[str, Any]) -> Config:

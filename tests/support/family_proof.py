@@ -41,9 +41,10 @@ from support.family_reference import (
 )
 from support.learning import LORA, relative_l2, step_of
 
-EXACT, LOOSE, ROUNDED = 1e-5, 5e-5, 5e-3
+EXACT, LOOSE, ROUNDED = 1e-5, 1e-4, 5e-3
 """The largest relative difference of the loss in float32, of all gradients as one vector and of its norm (plain
-transformers in float32 is 8e-6 off itself in float64 for Gemma 4), and of the loss in bfloat16."""
+transformers in float32 is 8e-6 off itself in float64 for Gemma 4; Qwen3.5-MoE was between 1.5e-6 and 5.2e-5 in
+several runs), and of the loss in bfloat16."""
 
 
 @dataclass

@@ -49,7 +49,8 @@ class FastLinear(Kernel):
     """W x + b by the fastest library."""
 
     def compute(self, module: Any, x: Tensor) -> Tensor:
-        if kind_of(x.device) != "cpu" or not x.dtype == module.weight.dtype == torch.float32:
+        is_float32 = x.dtype == module.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        if kind_of(x.device) != "cpu" or not is_float32:
             return F.linear(x, module.weight, module.bias)
         rows = x.reshape(-1, x.shape[-1])
         return WeightProduct.apply(rows, module.weight, module.bias).view(*x.shape[:-1], -1)  # type: ignore[no-untyped-call, no-any-return]
