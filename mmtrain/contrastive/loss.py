@@ -221,7 +221,8 @@ class _Sums:
 
     def gradients(self, loss: Tensor, bias: Tensor) -> LossGradients:
         of_scale = torch.zeros((), dtype=torch.float64, device=loss.device)
-        for of_query, query in zip(self._of_queries.split(_DOUBLE_ROWS), self.queries.split(_DOUBLE_ROWS), strict=True):
-            of_scale += (of_query.double() * query.double()).sum()
+        for start in range(0, len(self.queries), _DOUBLE_ROWS):
+            rows = slice(start, start + _DOUBLE_ROWS)
+            of_scale += (self._of_queries[rows].double() * self.queries[rows].double()).sum()
         of_queries, of_documents = self._of_queries.mul_(self._scale), self._of_documents.mul_(self._scale)
         return LossGradients(loss, of_queries, of_documents, of_scale, bias)
