@@ -72,6 +72,7 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
     return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
+@pytest.mark.slow("models are composed")
 @pytest.mark.parametrize(("tower", "projector"), COMBINATIONS)
 def test_every_weight_of_both_parts_is_carried_over_to_the_bit(
     tower: str, projector: str, parts: dict[str, Path], compose_once: Callable[[str, str], Path]

@@ -413,6 +413,7 @@ def test_a_chat_template_is_for_models_of_chats(make: Make, folder: Path, tmp_pa
     assert fingerprints(config, data, lambda: None)["model.template"] == sha256(embedder.template.encode()).hexdigest()
 
 
+@pytest.mark.slow("several runs")
 def test_images_stay_where_the_text_has_them(folder: Path, tmp_path: Path) -> None:
     """Two images in one item, one before and one within the text."""
     objective = {"scale": 20.0, "pooling": "last"}

@@ -158,6 +158,7 @@ def test_the_number_follows_from_the_seconds_of_loading_and_of_use(loading: floa
     assert num_processes([Taken(loading / 2, using / 2, 0.0)] * 2, limit=8) == expected
 
 
+@pytest.mark.slow("waits for processes")
 def test_waiting_counts_from_a_tenth_of_the_time() -> None:
     assert not is_waiting([Taken(loading=9.0, using=9.0, waiting=0.9)] * 2)
     assert is_waiting([Taken(loading=9.0, using=9.0, waiting=1.1)] * 2)

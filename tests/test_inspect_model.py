@@ -155,6 +155,7 @@ PATCHES = {"tiny": 4, "llava": 1, "idefics3": 4, "gemma3": 4, "text": 1}
 """Patches that become one token, from the configs: 2 x 2 are merged; none; 2 x 2 shuffled; 4 x 4 pooled to 4 tokens."""
 
 
+@pytest.mark.slow("a model is loaded and tried")
 @pytest.mark.parametrize("name", PATCHES)
 def test_patches_per_token_are_measured(name: str, directories: dict[str, Path]) -> None:
     processor = load_processor(str(directories[name]))

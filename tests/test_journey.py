@@ -124,6 +124,7 @@ def check_merged(run: str) -> None:
     assert greedy_answers("merged", rows) == expected
 
 
+@pytest.mark.slow("several runs")
 def test_the_journey_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command with few steps."""
     monkeypatch.chdir(tmp_path)

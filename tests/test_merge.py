@@ -129,6 +129,7 @@ def test_the_base_model_of_a_run_is_found_from_another_directory(
     assert Path(find_source(run, None).base).samefile(config.model.path)
 
 
+@pytest.mark.slow("a model is merged")
 def test_weights_are_cast_once_to_the_type_of_the_base_model(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("qwen2_5_vl", MIXED, steps=3)
     run = trained(config)

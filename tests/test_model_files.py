@@ -92,6 +92,7 @@ def test_an_index_that_is_not_one_is_refused(
     check_refused(sharded[0], reason, capfd)
 
 
+@pytest.mark.slow("broken files of models, many of each kind")
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -158,6 +159,7 @@ def change_config(directory: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+@pytest.mark.slow("broken files of models, many of each kind")
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -175,6 +177,7 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(
     check_refused(directory, reason, capfd)
 
 
+@pytest.mark.slow("broken files of models, many of each kind")
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", "{}", '{"model_type": "nope"}', '{"model_type": 3}', '{"model_type": "qwen3", "hidden_size": "x"}'],

@@ -64,6 +64,7 @@ def test_the_trial_finds_which_models_can_share_a_row(name: str, dtype: str, loa
     assert (fault is None) == (name in PACKS), fault
 
 
+@pytest.mark.slow("a model is loaded and tried")
 @pytest.mark.parametrize("name", sorted((PACKS | LEAKS) - {"gemma3"}))  # its images are another matter than a leak
 def test_the_other_sample_of_a_row_changes_logits_only_where_there_is_a_leak(name: str, load: Load) -> None:
     """However much the model rounds: nothing of the sample itself differs."""
@@ -83,6 +84,7 @@ def test_a_model_that_rounds_as_much_in_padded_rows_can_share_a_row(
     assert "each sample alone" in (try_rows(model, processor, torch.bfloat16).fault or "")
 
 
+@pytest.mark.slow("a model is loaded and tried")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "qwen2_5_vl", "mixture"])
 def test_one_token_of_another_sample_is_noticed(
@@ -116,6 +118,7 @@ def test_a_window_too_long_to_try_is_not_taken_on_trust(load: Load, monkeypatch:
     assert try_rows(*load("windows"), torch.float32).fault is None
 
 
+@pytest.mark.slow("a model is loaded and tried")
 @pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_layer_that_does_not_pass_the_row_on_is_noticed(name: str, checkpointing: bool, load: Load) -> None:

@@ -164,6 +164,7 @@ def write_texts(folder: Path, instructions: Sequence[str] = ("",)) -> None:
     (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.mark.slow("a run")
 def test_an_instruction_becomes_the_prompt_of_queries(make: Make, folder: Path) -> None:
     write_texts(folder, ["Find the number."])
     config = make("vlm", "texts.jsonl")

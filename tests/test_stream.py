@@ -368,6 +368,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(
     assert_same(result(config), expected)
 
 
+@pytest.mark.slow("several runs")
 def test_a_run_with_a_fault_in_the_data_resumes_when_it_is_corrected(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -146,6 +146,7 @@ def assert_is_step(config: Config, folder: str, step: int) -> None:
         assert torch.equal(adapter[name.replace(".default", "")], value)
 
 
+@pytest.mark.slow("several runs")
 def test_the_best_checkpoint_is_kept_and_exported(
     evaluated: None, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
