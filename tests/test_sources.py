@@ -430,8 +430,9 @@ def test_records_that_share_a_line_are_distinguished_by_their_number(tmp_path: P
         ("a.jsonl", b'{"a": 1}\n\n{"a": 2}\n', [(1, {"a": 1}), (3, {"a": 2})]),
         ("a.json", b'[{"a": 1},\n{"a": 2}]', [(1, {"a": 1}), (2, {"a": 2})]),
         ("a.csv", b'a\n"1\n"\n2\n', [(2, {"a": "1\n"}), (4, {"a": "2"})]),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2}\n'), [(1, {"a": 1}), (2, {"a": 2})]),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2}\n', mtime=0), [(1, {"a": 1}), (2, {"a": 2})]),
     ],
+    ids=["lines", "list", "table", "compressed"],
 )
 def test_the_index_of_a_large_file_is_made_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, records: list[tuple[int, Any]]
