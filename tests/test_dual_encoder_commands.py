@@ -113,7 +113,7 @@ def test_what_the_class_freezes_stays_frozen_in_full_training(
         model.get_parameter(name).requires_grad_(False)
         return model
 
-    monkeypatch.setattr(contrastive_load, "load_weights", frozen)
+    monkeypatch.setattr("mmtrain.scoring.load.load_weights", frozen)
     tune = dict.fromkeys(("vision", "language", "projector"), FULL)
     full = pair_config(Path(config.model.path), Path(config.data.train[0].path), tmp_path / "run", tune=tune)
     runtime = Runtime("float32", device="cpu")
