@@ -560,7 +560,7 @@ def test_refused_samples_name_the_reason(template: str, turns: list[Turn], reaso
         (None, False, "no chat template"),
         (TEMPLATES["llama3"].text, True, "no placeholder '<image>'"),
         (TEMPLATES["mistral"].text, True, "no placeholder '<image>'"),
-        ("{{ bos_token }}", False, "does not show a user's words"),
+        ("{{ bos_token }}", False, "does not show a user's text"),
         ("{% for m in messages %}{{ m.content | nothing }}{% endfor %}", False, "chat template.*nothing"),
         ("{% for m in messages %}{{ m.content }}", False, "chat template"),
     ],
