@@ -251,4 +251,4 @@ class Stream:
         ):
             path = Path(folder) / "window.safetensors"
             write_chunk(path, join_chunks(list(chunks())))
-            return EncodedStore(path)  # what is mapped stays
+            return EncodedStore(path)  # a file that is mapped into memory can be read after it is deleted

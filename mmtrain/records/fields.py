@@ -52,7 +52,7 @@ def _value(record: Record, source: str, used: set[str]) -> Any:
     if "{" not in source:
         return _column(record, source, used)
     return "".join(
-        before + ("" if name is None else _words(_column(record, name, used), name, spec or ""))
+        before + ("" if name is None else _text(_column(record, name, used), name, spec or ""))
         for before, name, spec, _ in string.Formatter().parse(source)
     )
 
@@ -72,7 +72,7 @@ def _column(record: Record, name: str, used: set[str]) -> Any:
     return found
 
 
-def _words(value: Any, column: str, spec: str) -> str:
+def _text(value: Any, column: str, spec: str) -> str:
     if value is None:
         return ""
     if isinstance(value, int) and not isinstance(value, bool):
