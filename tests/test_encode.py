@@ -255,7 +255,7 @@ def test_an_added_end_does_not_change_what_follows(tokenizer: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("tokenizer", ["metaspace_first", "legacy", "byte_level"])
-def test_a_special_token_in_the_words_is_text(tokenizer: str, tmp_path: Path) -> None:
+def test_a_special_token_in_a_text_is_characters(tokenizer: str, tmp_path: Path) -> None:
     path = make_directory(tmp_path, tokenizer, TEMPLATES["chatml"].text)
     processor = load_processor(str(path), tried=True)
     plain, literal = (Encoder(processor).encode(spoken(word, f"so {word}"), Path()) for word in ("word", "</s>"))

@@ -206,7 +206,7 @@ def test_a_template_that_changes_the_conversation_is_refused(name: str) -> None:
         lay_out(render, *turns)
 
 
-def test_a_prompt_that_reaches_into_the_answer_is_refused() -> None:
+def test_a_prompt_that_reaches_into_the_reply_is_refused() -> None:
     """It ends in `Zq`, with which every stand-in for words begins."""
     with pytest.raises(SampleError, match="writes text of the reply into its prompt"):
         lay_out(plain, *ONE, prompt="assistant:Zq")
