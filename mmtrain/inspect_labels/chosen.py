@@ -46,7 +46,7 @@ def look_at(config: Config, split: str, choose: Callable[[int, Sequence[int]], l
     store = find_store(spec, records, processor)  # if there is one, the very encoding that training reads
     samples: StoredSamples | FreshSamples
     if store is not None:
-        samples = StoredSamples(records.sequences(store.records, store.turns), store)
+        samples = StoredSamples.of(records, store)
         encoded = np.flatnonzero(store.num_tokens)
         indices = [index for record in chosen for index in encoded[store.records[encoded] == record].tolist()]
     elif (chunk.turns < 0).all():
