@@ -223,7 +223,7 @@ def _family_processor(directory: Path, config: Any, tokenizer: Any, settings: Ma
         def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
             return None if isinstance(argument, _Absent) else super().check_argument_for_proper_class(name, argument)
 
-    ImageTextProcessor.__name__ = family.__name__  # it stands in what transformers says of a missing package
+    ImageTextProcessor.__name__ = family.__name__  # transformers names it where a package is missing
     processor = ImageTextProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if not isinstance(getattr(processor, "image_token", None), str):
         raise UserError(f"{family.__name__} has no placeholder for an image in its text: this family is not supported")

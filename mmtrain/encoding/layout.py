@@ -4,7 +4,7 @@ Nothing is searched for in the finished text. The conversation is rendered twice
 unique stand-in, which shows what the template writes around the texts, and once as it is. The texts put into the first
 must give the second, character for character; otherwise the template rewrites a text, and the sample is refused.
 The first rendering depends only on the form of the conversation (roles, kinds of parts, tools and calls) and is cached.
-Tools and calls are in it as they are; where a call lies is found by `encoding/calls.py`.
+Tools and calls are in it as they are; `encoding/calls.py` finds where a call is.
 
 Some templates write a reply in another way once others follow, or begin it in another way than the prompt for it: they
 drop the reasoning of earlier replies, for example. Such a reply is laid out alone: the prompt of inference, the reply

@@ -31,7 +31,7 @@ class Offset(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ReplyBounds:
-    """Where a reply lies in the pieces of a skeleton."""
+    """Where a reply is in the pieces of a skeleton."""
 
     border: Offset
     """Where inference's prompt ends; the model writes what follows."""

@@ -22,7 +22,7 @@ _MAX_IMAGE = 256 * 2**20
 
 
 class TarFile:
-    """The samples of a shard. Where every member lies is found once, when it is opened."""
+    """The samples of a shard. The places of its members are found once, when it is opened."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError, and UserError if it is not a plain, whole tar file."""
