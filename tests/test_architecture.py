@@ -1,4 +1,4 @@
-"""The rules of the house, read from the syntax tree."""
+"""The rules of the architecture, read from the syntax tree."""
 
 import ast
 import re

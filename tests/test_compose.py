@@ -1,4 +1,4 @@
-"""mmtrain compose: both parts as they are, a new projector, and one model that plain transformers loads."""
+"""mmtrain compose: both models unchanged, a new projector, and one model that plain transformers loads."""
 
 import json
 import re

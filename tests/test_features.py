@@ -1,4 +1,4 @@
-"""Kept features of images: the same losses as from pixels, the same bits whatever was missing, nothing stale."""
+"""Cached features of images: the same losses as from pixels, the same bits whatever was missing, nothing stale."""
 
 import errno
 import json

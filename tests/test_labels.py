@@ -1,4 +1,4 @@
-"""What is trained on is the assistant's words and the end of the turn, and the ids are the model's own.
+"""What is trained on is the assistant's reply and the end of the turn, and the ids are the model's own.
 
 References are transformers' `apply_chat_template` and, for what is trained on, the templates' closings written by hand.
 """

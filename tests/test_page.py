@@ -162,7 +162,7 @@ def test_nothing_comes_from_outside(written: tuple[str, Path]) -> None:
     assert "script-src 'sha256-" in policy
 
 
-def test_foreign_text_is_escaped(written: tuple[str, Path]) -> None:
+def test_text_from_outside_is_escaped(written: tuple[str, Path]) -> None:
     text = written[0]
     assert text.count("</script>") == 1
     assert "<img src=x" not in text

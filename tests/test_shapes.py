@@ -1,4 +1,4 @@
-"""Every shape of record × the conversation it becomes, word by word."""
+"""Every shape of record × the conversation it becomes."""
 
 import base64
 import json
