@@ -573,7 +573,7 @@ def test_refused_templates(template: str | None, vision: bool, reason: str, tmp_
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(None, "cannot be read"), (b"\xff{{", "not UTF-8"), (b" \n", "it is empty"), (b"{{ bos_token }}", "user's words")],
+    [(None, "cannot be read"), (b"\xff{{", "not UTF-8"), (b" \n", "it is empty"), (b"{{ bos_token }}", "user's text")],
 )
 def test_refused_files_with_a_template(content: bytes | None, reason: str, tmp_path: Path) -> None:
     path, file = make_directory(tmp_path / "model", "byte_level", TEMPLATES["chatml"].text), tmp_path / "own.jinja"
