@@ -226,11 +226,7 @@ def _without(store: EncodedStore, dropped: list[LeftOut], skipped: list[LeftOut]
         np.bincount(sample_of_image, values, minlength=len(is_used)) for values in (placeholders, placeholders**2)
     )
     of_all = SampleSizes(
-        store.num_tokens,
-        store.num_supervised,
-        store.sum_weights,
-        image_tokens.astype(np.int32),
-        pairs.astype(np.float64),
+        store.num_tokens, store.num_supervised, store.sum_weights, image_tokens.astype(np.int32), pairs
     )
     return CheckedSamples(
         **of_all.where(is_used),
