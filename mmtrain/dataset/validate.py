@@ -226,7 +226,11 @@ def _without(store: EncodedStore, dropped: list[LeftOut], skipped: list[LeftOut]
         np.bincount(sample_of_image, values, minlength=len(is_used)) for values in (placeholders, placeholders**2)
     )
     of_all = SampleSizes(
-        store.num_tokens, store.num_supervised, store.sum_weights, image_tokens.astype(np.int32), pairs
+        store.num_tokens,
+        store.num_supervised,
+        store.sum_weights,
+        image_tokens.astype(np.int32),
+        pairs.astype(np.float64),
     )
     return CheckedSamples(
         **of_all.where(is_used),
