@@ -32,6 +32,7 @@ from mmtrain.checks.findings import (
 from mmtrain.checks.inference import Inference, Prompts
 from mmtrain.checks.reply_frame import FormKey, ReplyFrame, form_key, form_of, reply_frame, texts_of, without_end
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.segments import Known
 from mmtrain.records.chat import Conversation, Message
 from mmtrain.records.reasoning import CLOSE, OPEN
 from mmtrain.safe_text import shown
@@ -80,9 +81,10 @@ class Checker:
         self._decoded = functools.lru_cache(maxsize=4096)(processor.tokenizer.decode)
         """Of the few ids before a reply, which are the same in most samples."""
 
-    def prompts(self, conversations: Sequence[Conversation]) -> list[Prompts]:
-        """What `check` needs of each conversation, all encoded at once: the prompts for its trained turns."""
-        return self._inference.prompts([(one, self._trained(one.messages)) for one in conversations])
+    def prompts(self, conversations: Sequence[Conversation], known: Known) -> list[Prompts]:
+        """What `check` needs of each conversation, all encoded at once: the prompts for its trained turns. `known`: the
+        ids of texts that were encoded before."""
+        return self._inference.prompts([(one, self._trained(one.messages)) for one in conversations], known)
 
     def check(
         self,
@@ -102,7 +104,7 @@ class Checker:
             return [Finding(NO_LABEL, True, "no token of it is trained on")]
         found = list(_wrong_labels(ids, labels))
         folded_ids, folded, faults = self._fold(list(ids), list(labels), sizes)
-        made = self.prompts([conversation])[0] if prompts is None else prompts
+        made = self.prompts([conversation], {})[0] if prompts is None else prompts
         sample = _FoldedSample(conversation, folded_ids, folded, _spans(folded), made, form_key(conversation))
         found += faults + self._turns(sample)
         found += unmatched_marks(conversation.messages, self._marks)
@@ -187,14 +189,14 @@ class Checker:
 
     def _prompt(self, sample: _FoldedSample, turn: int, span: _Span) -> Iterator[Finding]:
         """Checks that the ids before a reply are those that inference would give to the model."""
-        start, expected = span[0], sample.prompts.ids.get(turn)
+        start = span[0]
         actual = sample.ids[:start]
+        if actual == sample.prompts.get(turn):
+            return
+        # made in another way than inference does, or not at all where the template refuses it: the error says why
+        expected = self._inference.ids(self._inference.rendered(sample.conversation, turn, begun=True))
         if actual == expected:
             return
-        if expected is None or turn in sample.prompts.derived:  # None: the template refuses it, and the error says why
-            expected = self._inference.ids(self._inference.rendered(sample.conversation, turn, begun=True))
-            if actual == expected:
-                return
         trained = [earlier for earlier in self._trained(sample.messages) if earlier < turn]
         actual = self._without_added_ends(sample, start, trained)
         added = len(actual) < start

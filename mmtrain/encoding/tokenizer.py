@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmtrain.encoding.fast_template import inference_encoder, text_decoder, text_encoder, without_padding
+from mmtrain.encoding.segments import SegmentEncoder
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.safe_text import shown
@@ -124,6 +125,8 @@ class Tokenizer:
         self._decode = text_decoder(self.wrapped)
         self.encode_for_inference = inference_encoder(self.wrapped)
         """From whole texts, and whether special tokens are added to each, to the ids that inference makes of them."""
+        self.encode_in_segments = SegmentEncoder(self.encode_for_inference, self.traits.parting_tokens)
+        """The same, with the ids of texts that are known."""
 
     def encode(
         self, text: str, after: int | None, literal: bool = False, known: Mapping[str, list[int]] | None = None
