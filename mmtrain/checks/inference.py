@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+
 from mmtrain.checks.earlier_prompts import EarlierPrompts
 from mmtrain.encoding.messages import as_messages, as_tools
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.segments import Known
 from mmtrain.records.chat import Conversation, SampleError
-
 
 Prompts = dict[int, list[int]]
 """By turn of a conversation, the ids of the prompt for it."""

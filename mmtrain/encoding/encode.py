@@ -7,7 +7,7 @@ words, and the token that ends the turn. An image's span is one indivisible run 
 import functools
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,9 +137,7 @@ class Encoder:
         known |= self._encode_words(one[0] for one in laid_out if not isinstance(one, SampleError))
         return [found if isinstance(found, SampleError) else self._try(*found, known) for found in laid_out]
 
-    def _try(
-        self, laid_out: LaidOut, images: Sequence[FoundImage], known: Mapping[str, list[int]]
-    ) -> Encoded | SampleError:
+    def _try(self, laid_out: LaidOut, images: Sequence[FoundImage], known: Known) -> Encoded | SampleError:
         try:
             return self._assemble(laid_out, images, known)[0]
         except SampleError as error:
@@ -148,9 +146,12 @@ class Encoder:
     def _assemble_one(self, laid_out: LaidOut, images: Sequence[FoundImage]) -> tuple[Encoded, list[Placed]]:
         return self._assemble(laid_out, images, self._encode_words([laid_out]))
 
-    def _encode_words(self, laid_out: Iterable[LaidOut]) -> dict[str, list[int]]:
+    def _encode_words(self, laid_out: Iterable[LaidOut]) -> Known:
         """The ids of every text that is a conversation's own, in one call of the tokenizer."""
-        return self.processor.tokenizer.encode_batch({text for one in laid_out for text in _words(one)})
+        anchor = self.processor.tokenizer.anchor
+        return self.processor.tokenizer.encode_batch(
+            {anchor(fragment.context) + text for one in laid_out for fragment, text in _words(one)}
+        )
 
     def trace(self, conversation: Conversation, encoded: Encoded) -> Traced:
         """Where each id of `encoded` comes from. Raises SampleError where the conversation is not encoded so now."""
@@ -199,9 +200,7 @@ class Encoder:
         weights = () if all(weight == 1 for weight in weights) else weights
         return pieces, self._fragmenter.cut(pieces, skeleton, tuple(trained)), weights
 
-    def _assemble(
-        self, laid_out: LaidOut, images: Sequence[FoundImage], known: Mapping[str, list[int]]
-    ) -> tuple[Encoded, list[Placed]]:
+    def _assemble(self, laid_out: LaidOut, images: Sequence[FoundImage], known: Known) -> tuple[Encoded, list[Placed]]:
         """The fragments' ids one after the other. `known`: ids of texts that were encoded before."""
         pieces, fragments, weights = laid_out
         ids: list[int] = list(self._prefix(pieces))
@@ -237,12 +236,14 @@ class Encoder:
         return () if traits.bos and pieces[0].text.startswith(traits.bos) else traits.prefix_ids
 
     def _fragment_ids(
-        self, fragment: Fragment, pieces: Sequence[Piece], after: int | None, known: Mapping[str, list[int]]
+        self, fragment: Fragment, pieces: Sequence[Piece], after: int | None, known: Known
     ) -> Sequence[int]:
         tokenizer = self.processor.tokenizer
         if fragment.has_words:
             literal = fragment.kind == "literal"
-            ids: Sequence[int] = tokenizer.encode(fragment.text(pieces), after, literal, {} if literal else known)
+            ids: Sequence[int] = tokenizer.encode(
+                fragment.text(pieces), after, literal, {} if literal else known, fragment.context
+            )
         else:
             ids = self._constant(fragment.text(pieces), after)
         if fragment.ends_turn:
@@ -265,7 +266,7 @@ class Encoder:
         return owners + [-1] * (num_ids - len(owners))
 
 
-def _words(laid_out: LaidOut) -> Iterator[str]:
-    """The texts of a conversation that are its own."""
+def _words(laid_out: LaidOut) -> Iterator[tuple[Fragment, str]]:
+    """The fragments of a conversation that are its own, with their texts."""
     pieces, fragments, _ = laid_out
-    return (fragment.text(pieces) for fragment in fragments if fragment.has_words and fragment.kind == "text")
+    return ((one, one.text(pieces)) for one in fragments if one.has_words and one.kind == "text")

@@ -43,6 +43,8 @@ class Fragment:
     """An end token that the template lacks is put after it."""
     has_words: bool = True
     """False: its text is the template's alone, the same in every conversation of the form."""
+    context: str = ""
+    """What the template writes between the last parting token and it, where nothing else is there."""
 
     def text(self, pieces: Sequence[Piece]) -> str:
         return "".join([span.text(pieces) for span in self.spans])
@@ -72,11 +74,20 @@ class Fragmenter:
     def _non_empty(
         self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...], literal: Bounds
     ) -> tuple[Fragment, ...]:
-        return tuple(
-            replace(fragment, has_words=any(pieces[span.piece].kind in ("words", "calls") for span in fragment.spans))
-            for fragment in self._fragments(pieces, skeleton, trained, literal)
-            if fragment.spans or fragment.ends_turn
-        )
+        found: list[Fragment] = []
+        context = ""
+        for fragment in self._fragments(pieces, skeleton, trained, literal):
+            if fragment.spans or fragment.ends_turn:
+                has_words = any(pieces[span.piece].kind in ("words", "calls") for span in fragment.spans)
+                found.append(replace(fragment, has_words=has_words, context=context))
+                is_template = fragment.kind == "text" and not has_words
+                context = self._context(context, fragment.text(pieces)) if is_template else ""
+        return tuple(found)
+
+    def _context(self, context: str, text: str) -> str:
+        """The context of what follows `text`, which is the template's and has the context `context`."""
+        ends = [match.end() for match in self._parting_tokens.finditer(text)]
+        return text[ends[-1] :] if ends else context and context + text
 
     def _fragments(
         self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...], literal: Bounds

@@ -29,8 +29,8 @@ class SegmentEncoder:
         self._prefix = functools.cache(self._added_before)
 
     def __call__(self, texts: Sequence[str], adds: bool, known: Known) -> list[list[int]]:
-        """The ids of each text; `adds`: with the special tokens of the tokenizer. `known` has the ids of texts that were
-        encoded before, and gets those of the segments."""
+        """The ids of each text; `adds`: with the special tokens of the tokenizer. `known` has the ids of texts that
+        were encoded before, and gets those of the segments."""
         prefix = self._prefix(adds)
         pieces = [self._split(text) for text in texts] if self._is_exact and prefix is not None else []
         if not pieces or any(self._token_id(token) is None for one in pieces for token in one[1::2]):
