@@ -110,10 +110,10 @@ class ChunkEncoder:
         if row.conversation is None or not isinstance(one, Encoded):
             yield Finding(REFUSED, True, str(one))
             return
-        labels = np.where(one.supervised, one.ids, IGNORED).tolist()
+        labels = np.where(one.supervised, one.ids, IGNORED)
         sizes = [span.image.size for span in one.images]
         try:
-            yield from self._checker.check(one.ids.tolist(), labels, row.conversation, sizes, prompts)
+            yield from self._checker.check(one.ids, labels, row.conversation, sizes, prompts)
         except SampleError as error:
             yield Finding(UNCHECKED, True, str(error))
         for span in one.images:
