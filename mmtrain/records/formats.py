@@ -258,6 +258,8 @@ def _one_of(record: Record, keys: Sequence[str]) -> Any:
 def _text(value: Any, key: str) -> str:
     if not isinstance(value, str):
         raise SampleError(f"{shown(key)} must be text, not {shown(value)}")
-    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        raise SampleError("text with half of a surrogate pair: it is not valid Unicode")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise SampleError("text with half of a surrogate pair: it is not valid Unicode") from None
     return value
