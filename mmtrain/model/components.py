@@ -91,7 +91,7 @@ class Components:
         ):
             raise UserError(
                 f"tune.{component}: {name or 'the model'} has weights of its own next to other components: "
-                "it cannot be trained in full next to LoRA"
+                "it cannot be trained in full next to LoRA; choose lora, or set every trainable component to full"
             )
         for inner, child in module.named_children():
             yield from self._largest(child, f"{name}.{inner}".strip("."), component)
