@@ -138,6 +138,11 @@ def load_parts(directory: Path, given_template: str | None, image_settings: Mapp
                 "a dual encoder, which embeds texts and images and has no chats: expected a chat model; for this one "
                 "use `mmtrain train` with objective.kind: contrastive, and `mmtrain eval retrieval`"
             )
+        if takes_images(config) and getattr(config, "is_encoder_decoder", False):
+            raise UserError(
+                "a model with an encoder for the prompt and a decoder for the reply: expected an image-text model that "
+                "reads the prompt and writes the reply with one language model"
+            )
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         if tokenizer.pad_token is None:  # processors pad; what they add is taken off again
             tokenizer.pad_token = tokenizer.eos_token
