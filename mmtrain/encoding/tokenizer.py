@@ -139,7 +139,7 @@ class Tokenizer:
         _, ids = self._after_anchor(text, after, literal, known or {})
         if literal and len(text) > 1 and not self.traits.special_ids.isdisjoint(ids):
             # an ordinary piece of the vocabulary that is a special token too: take it apart
-            return self.encode(text[0], after, True) + self.encode(text[1:], ids[0], True)
+            return self.encode(text[0], after, literal=True) + self.encode(text[1:], ids[0], literal=True)
         return ids
 
     def encode_batch(self, texts: Collection[str]) -> dict[str, list[int]]:
@@ -156,7 +156,7 @@ class Tokenizer:
 
         The last, because a token that takes the space before a word belongs to the word.
         """
-        anchor, ids = self._after_anchor(text, after, False, {})
+        anchor, ids = self._after_anchor(text, after, literal=False, known={})
         made = self.wrapped(anchor + text, add_special_tokens=False, return_offsets_mapping=True)
         positions = [max(0, start, end - 1) - len(anchor) for start, end in made["offset_mapping"]]
         return positions[len(positions) - len(ids) :]
@@ -186,7 +186,7 @@ class Tokenizer:
             head, ids = self._head(anchor, literal), known.get(anchor + text) or self._encode(anchor + text, literal)
             if ids[: len(head)] == head:
                 return anchor, ids[len(head) :]
-        raise SampleError(f"the tokenizer joins {shown(text)} with whatever stands before it")
+        raise SampleError(f"the tokenizer joins {shown(text)} with whatever is before it")
 
     def _encode(self, text: str, literal: bool = False) -> list[int]:
         return self._encoders[literal](text)
