@@ -45,6 +45,8 @@ def load_towers(config: Config, runtime: Runtime) -> Towers:
         raise UserError(f"objective.pooling: {pooling}: a dual encoder pools in its own way: set it to family")
     if config.model.chat_template is not None:
         raise UserError("model.chat_template: a dual encoder has no chats: remove the key")
+    if config.run.packing is True:
+        raise UserError("run.packing: true: a dual encoder gets a row for each item: set it to auto or false")
     processor = load_tower_processor(path, config.model.image_processor)
     model = load_base(config, None, runtime)
     try:
@@ -58,9 +60,9 @@ def load_towers(config: Config, runtime: Runtime) -> Towers:
 def load_chat_embedder(config: Config, runtime: Runtime, progress: Progress) -> ChatEmbedder:
     """A model of chats. Raises UserError where it cannot be used."""
     path, pooling = config.model.path, config.objective.pooling
+    processor = processor_of(config.model)
     if pooling == "family":
         raise UserError(f"objective.pooling: family is for dual encoders, and {path} is none: set it to last or mean")
-    processor = processor_of(config.model)
     model = load_base(config, processor, runtime)
     family = probe_family(model, processor, progress.say)
     rows = choose_rows(model, processor, config, runtime, progress.say)

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from mmtrain.atomic_files import new_folder
+from mmtrain.atomic_files import check_new, new_folder
 from mmtrain.encoding.directory import is_dual_encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.errors import UserError
 from mmtrain.merge.comparison import Comparison, load_compared
 from mmtrain.merge.source import find_source, samples_of_run
 from mmtrain.merge.stored import MAX_MERGED, MAX_ROUNDED, check_weights, name_of, stored_dtype, write
@@ -24,8 +23,7 @@ def merge(path: Path, output: Path, base: str | None = None) -> None:
     Raises UserError, and leaves nothing at `output`, if they cannot be merged or the result is not the same model.
     """
     name, progress = visible(str(output)), Progress()
-    if output.exists():
-        raise UserError(f"{name}: it exists: give a new directory with -o")
+    check_new(output, "directory")
     source = find_source(path, base)
     dtype = stored_dtype(source.path)
     if is_dual_encoder(load_config(source.path)):
