@@ -12,7 +12,7 @@ from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor, processor_of
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.generate.replies import ANY_LENGTH, Generator
+from mmtrain.generate.replies import Generator
 from mmtrain.model.load import length_limit
 from mmtrain.model.named_model import NamedModel, find_named
 from mmtrain.model.packing_trial import try_rows
@@ -59,7 +59,7 @@ def load_target(target: NamedModel, runtime: Runtime, processor: ChatProcessor |
     processor = processor or load_processor(target.path, target.processor_settings)
     encoder = Encoder(processor, target.labels.train_on, target.labels.end_of_turn)
     model = load_named(target, processor, runtime.device, runtime.activity.tick)
-    limit = length_limit(target.path, ANY_LENGTH).num_tokens
+    limit = length_limit(target.path).num_tokens
 
     @functools.cache
     def alone() -> bool:
