@@ -113,7 +113,7 @@ class Generator:
 
     def _must_divide(self, prompts: Sequence[Encoded]) -> bool:
         """Whether these prompts go through the model one at a time. Not with sharded weights, where every process must
-        run it as often: there whoever asks makes batches of one."""
+        run it as often: there the caller makes batches of one."""
         has_images = any(prompt.images for prompt in prompts)
         return self._sharded is None and len(prompts) > 1 and has_images and self._alone()
 
