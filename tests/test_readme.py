@@ -323,7 +323,10 @@ def test_nothing_shipped_is_too_large() -> None:
 def test_the_project_speaks_of_itself_alone() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     words = re.compile(r"/(?:work|root|home)/\w|artifactory|\bTODO\b|\bFIXME\b")
+    if not listed:
+        pytest.skip("not in a git checkout")
     texts = [ROOT / name for name in listed if name.endswith((".py", ".md", ".yaml", ".toml", ".txt"))]
+    assert len(texts) > 100
     for path in texts:
         if path.is_file() and path != Path(__file__):
             assert not words.search(path.read_text(encoding="utf-8")), path
