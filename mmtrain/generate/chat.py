@@ -71,7 +71,7 @@ def read_image(path: Path) -> Image:
     """The image of a file, wherever it is. Raises UserError where it cannot be read."""
     if path.is_dir():
         raise UserError(
-            f"image {visible(str(path))}: that is a folder: name a file in it; docs/answers.md shows how to ask about all"
+            f"image {visible(str(path))}: that is a folder: name one file; docs/answers.md shows how to ask about all"
         )
     try:
         with open_regular(path) as file:
