@@ -258,7 +258,8 @@ def _one_of(record: Record, keys: Sequence[str]) -> Any:
 
 def _text(value: Any, key: str) -> str:
     if not isinstance(value, str):
-        raise SampleError(f"{shown(key)} must be text, not {shown(value)}")
+        hint = ": write its JSON text, if that is meant" if isinstance(value, dict) else ""
+        raise SampleError(f"{shown(key)} must be text, not {shown(value)}{hint}")
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
         raise SampleError("text with half of a surrogate pair: it is not valid Unicode")
     return value
