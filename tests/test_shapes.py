@@ -260,6 +260,11 @@ FAULTS: dict[str, tuple[Any, str]] = {
         {"question": "Q", "answer": 5},
         """set `fields` of the source: {answer: "{answer}"}""",
     ),
+    "an answer that is an object": (
+        {"question": "Q", "answer": {"total": 5}},
+        """if its JSON text is the reply, set `fields` of the source: {answer: "{answer}"}""",
+    ),
+    "a turn that is an object": ({"messages": [TWO_TURNS[0], {"role": "assistant", "content": {"a": 1}}]}, "JSON text"),
     "several answers": (
         {"question": "Q", "answer": ["A", "B"]},
         "name one with `fields` of the source: {answer: answer.0}",

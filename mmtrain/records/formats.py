@@ -258,7 +258,8 @@ def _one_of(record: Record, keys: Sequence[str]) -> Any:
 
 def _text(value: Any, key: str) -> str:
     if not isinstance(value, str):
-        raise SampleError(f"{shown(key)} must be text, not {shown(value)}")
+        hint = ": write its JSON text, if that is meant" if isinstance(value, dict) else ""
+        raise SampleError(f"{shown(key)} must be text, not {shown(value)}{hint}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
