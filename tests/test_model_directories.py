@@ -112,7 +112,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a template that is cut": (_with("chat_template.jinja", "{% for m in messages %}"), r"chat template"),
     "generation settings that are no JSON": (
         _with("generation_config.json", "{"),
-        r"generation_config\.json is not JSON",
+        r"generation_config\.json: not JSON",
     ),
     "generation settings that are a list": (_with("generation_config.json", "[]"), r"expected an object"),
     "an end that is no id": (_with("generation_config.json", '{"eos_token_id": "</s>"}'), r"eos_token_id is '</s>'"),

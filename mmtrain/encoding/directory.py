@@ -19,10 +19,11 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 
-from mmtrain.encoding.processor_settings import TEMPLATE_FILE, check_image_settings, json_object, write_image_settings
+from mmtrain.encoding.processor_settings import TEMPLATE_FILE, check_image_settings, write_image_settings
 from mmtrain.errors import UserError
 from mmtrain.regular_files import open_regular
 from mmtrain.safe_text import one_line, shown, visible
+from mmtrain.text_files import json_object
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 """How the file begins that git has in place of a large one."""

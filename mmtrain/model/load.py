@@ -38,6 +38,8 @@ from mmtrain.safe_text import error_line, one_line, shown
 
 _log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
+ANY_LENGTH = 10**9
+"""Tokens: no limit."""
 _NONE = ComponentModules()
 
 
@@ -83,7 +85,7 @@ def load_without_weights(settings: Model) -> Any:
     return model
 
 
-def length_limit(path: str, max_length: int) -> LengthLimit:
+def length_limit(path: str, max_length: int = ANY_LENGTH) -> LengthLimit:
     """The longest sample: `max_length` tokens, or fewer if the model has fewer positions."""
     positions = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
     if positions and 0 < positions < max_length:
