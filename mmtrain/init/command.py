@@ -4,6 +4,7 @@ import math
 import shlex
 from pathlib import Path
 
+from mmtrain.atomic_files import check_new
 from mmtrain.config import load_config
 from mmtrain.config.yaml_file import yaml_text
 from mmtrain.encoding.directory import is_dual_encoder
@@ -48,8 +49,7 @@ def init(model: str, train: str, evaluation: str | None, output: Path, chat_temp
     """Write a config for `model` and data to `output`, a new file. `chat_template`: the file with the chat template in
     place of the model's own. Raises UserError if it cannot be used."""
     name, progress = visible(str(output)), Progress()
-    if output.exists():
-        raise UserError(f"{name}: it exists: give another file with -o")
+    check_new(output, "file")
     if is_dual_encoder(load_model_config(model)):
         if chat_template is not None:
             raise UserError("--chat-template: a dual encoder has no chats: leave it out")

@@ -25,6 +25,7 @@ from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.directory import NO_OWN_CODE, is_dual_encoder, model_directory, needs_own_code, takes_images
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
+from mmtrain.model.components import decoder_of
 from mmtrain.model.head import accept_positions
 from mmtrain.model.quantization import (
     check_installed,
@@ -129,7 +130,7 @@ def without_training_settings(model: Any) -> Iterator[None]:
 def compile_layers(model: Any) -> None:
     """Compile the repeated layers of the language model one by one: they share their code, so only the first takes
     time. The number of tokens stays dynamic, because it differs between micro-batches."""
-    for module in model.get_decoder().modules():
+    for module in decoder_of(model).modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)
 
