@@ -144,7 +144,9 @@ def load_parts(
                 "a dual encoder, which embeds texts and images and has no chats: expected a chat model; for this one "
                 "use `mmtrain train` with objective.kind: contrastive, and `mmtrain eval retrieval`"
             )
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, config=config, local_files_only=True, trust_remote_code=False
+        )
         if tokenizer.pad_token is None:  # processors pad; what they add is taken off again
             tokenizer.pad_token = tokenizer.eos_token
         settings = image_settings or {}
