@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from mmtrain import __version__, api
-from mmtrain.config_commands import ConfigPath, Overrides, config_app
+from mmtrain.config_commands import ConfigPath, KeysCommand, Overrides, config_app
 from mmtrain.data_commands import inspect_data, inspect_labels
 from mmtrain.errors import UserError, grouped
 from mmtrain.eval_commands import eval_app
@@ -66,7 +66,7 @@ def init(
     run(model, data, evaluation, output, chat_template)
 
 
-@app.command()
+@app.command(cls=KeysCommand)
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -105,8 +105,8 @@ def train(
     api.train(loaded, fresh, accept_change or [])
 
 
-app.command()(inspect_data)
-app.command()(inspect_labels)
+app.command(cls=KeysCommand)(inspect_data)
+app.command(cls=KeysCommand)(inspect_labels)
 app.command()(inspect_model)
 app.command()(compose)
 app.command()(merge)
@@ -114,7 +114,7 @@ app.command()(merge)
 
 app.command()(runs)
 app.command()(report)
-app.command()(plan)
+app.command(cls=KeysCommand)(plan)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -256,3 +257,32 @@ def test_windows_is_refused_in_one_line() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     expected = "mmtrain: it does not run on Windows: use Linux, or Linux in WSL 2\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (
+            ["train", "c.yaml", "--learning_rate", "1e-4"],
+            "no option '--learning_rate'; .*: did you mean train.lear",
+        ),
+        (
+            ["train", "--learning-rate=1e-4", "c.yaml"],
+            "no option '--learning-rate'; .*: did you mean train.lear",
+        ),
+        (
+            ["eval", "answers", "c.yaml", "--tune.vision.rank", "8"],
+            "no option '--tune.vision.rank'; .*vision.rank",
+        ),
+        (
+            ["plan", "c.yaml", "--lr", "1e-4"],
+            "no option '--lr'; a key of the config is set as KEY=VALUE: use train.lea",
+        ),
+    ],
+)
+def test_an_option_that_is_a_key_of_the_config_says_how_the_key_is_set(
+    words: list[str], hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run_main(monkeypatch, capsys, *words)
+    assert (code, out) == (2, "")
+    assert re.match(f"mmtrain: command line: {hint}", err)

@@ -379,6 +379,19 @@ def test_what_the_model_lacks_is_refused(objective: dict[str, Any], words: str, 
         train(make(objective=objective))
 
 
+def test_a_row_for_several_items_is_refused_with_a_dual_encoder(make: Make) -> None:
+    with pytest.raises(UserError, match=r"run.packing: true: a dual encoder gets a row for each item"):
+        train(make(run={"packing": True}))
+
+
+def test_steps_without_negatives_are_refused(make: Make) -> None:
+    config = make(train={"batch_size": 1, "steps": 1})
+    with pytest.raises(UserError, match=r"no step has a negative, so the loss is 0 and nothing is trained"):
+        train(config)
+    sigmoid = config.objective.model_copy(update={"loss": "sigmoid", "bias": -10.0})
+    train(config.model_copy(update={"objective": sigmoid}))
+
+
 def with_template(config: Config, folder: Path) -> Config:
     """The config with a chat template of its own."""
     given = folder / "given.jinja"

@@ -6,8 +6,9 @@ import re
 import shlex
 from pathlib import Path
 
+from mmtrain.atomic_files import check_new
 from mmtrain.config import load_config
-from mmtrain.errors import UserError, grouped, storage_faults
+from mmtrain.errors import grouped, storage_faults
 from mmtrain.init.survey import Survey, survey
 from mmtrain.progress import Progress
 from mmtrain.safe_text import visible
@@ -48,8 +49,7 @@ def init(model: str, train: str, evaluation: str | None, output: Path, chat_temp
     """Write a config for `model` and data to `output`, a new file. `chat_template`: the file with the chat template in
     place of the model's own. Raises UserError if it cannot be used."""
     name, progress = visible(str(output)), Progress()
-    if output.exists():
-        raise UserError(f"{name}: it exists: give another file with -o")
+    check_new(output, "file")
     found = survey(model, train, evaluation, chat_template)
     for line in grouped(found.faults):
         progress.say(f"warning: {line}")

@@ -6,11 +6,10 @@ from typing import Any
 
 from peft import PeftModel
 
-from mmtrain.atomic_files import new_folder
+from mmtrain.atomic_files import check_new, new_folder
 from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.errors import UserError
 from mmtrain.merge.comparison import Comparison
 from mmtrain.merge.source import MergeSource, find_source, samples_of_run
 from mmtrain.merge.stored import MAX_MERGED, MAX_ROUNDED, check_weights, name_of, stored_dtype, write
@@ -29,8 +28,7 @@ def merge(path: Path, output: Path, base: str | None = None) -> None:
     Raises UserError, and leaves nothing at `output`, if they cannot be merged or the result is not the same model.
     """
     name, progress = visible(str(output)), Progress()
-    if output.exists():
-        raise UserError(f"{name}: it exists: give a new directory with -o")
+    check_new(output, "directory")
     source = find_source(path, base)
     dtype = stored_dtype(source.base)
     if source.is_dual_encoder:
