@@ -256,11 +256,9 @@ def load_weights(
     """
     config = load_config(path)
     _check_files(config, path)
-    is_stored_quantized = dequantize_stored(config, quantization, path)
+    dequantize_stored(config, quantization, path)
     settings = {} if quantization is None else _quantized(path, config, quantization, dtype, named)
-    if is_stored_quantized:
-        settings["config"] = config
-    model, info = _from_pretrained(auto or auto_class(config), path, dtype, device, tick, **settings)
+    model, info = _from_pretrained(auto or auto_class(config), path, dtype, device, tick, config=config, **settings)
     _check_finite(model, path, tick)
     unused = sorted(info["unexpected_keys"])
     if unused:
