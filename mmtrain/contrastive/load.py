@@ -16,11 +16,12 @@ from mmtrain.model.load import (
     check_vocabulary,
     length_limit,
     load_config,
+    load_without_weights,
 )
 from mmtrain.progress import QUIET, Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.load import load_base
-from mmtrain.scoring.packing import choose_rows
+from mmtrain.scoring.packing import RowChoice, choose_rows
 
 
 def load_embedder(config: Config, runtime: Runtime, progress: Progress = QUIET) -> Embedder:
@@ -79,6 +80,20 @@ def reloaded(embedder: Embedder, path: str, config: Config, runtime: Runtime) ->
     """An embedder of the same kind with the model saved at `path`."""
     saved = with_path(config, path)
     return load_towers(saved, runtime) if isinstance(embedder, Towers) else load_chat_embedder(saved, runtime, QUIET)
+
+
+def without_weights(embedder: Embedder, config: Config, runtime: Runtime) -> Embedder:
+    """The embedder of `config`, which was loaded before, with a new model. For `WithoutValues`: no trial is repeated
+    whose result depends on values."""
+    model = load_without_weights(config.model)
+    if isinstance(embedder, Towers):
+        return embedder.with_model(model, runtime.autocast)
+    processor, rows = embedder.processor, RowChoice(embedder.packing, embedder.alone)
+    family, pooling = probe_family(model, processor, QUIET.say), config.objective.pooling
+    assert pooling != "family"
+    made = ChatEmbedder(model, processor, family, rows, pooling, embedder.limit, runtime.autocast, QUIET.say)
+    made.scale, made.bias = embedder.scale, embedder.bias
+    return made
 
 
 def _chosen(name: str, own: Multiplier, setting: str | float) -> Multiplier:

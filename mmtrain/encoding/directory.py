@@ -159,7 +159,9 @@ def load_parts(directory: Path, given_template: str | None, image_settings: Mapp
                 f"a model of the type {config.model_type}, which neither replies in chats nor embeds texts and images "
                 "apart: expected a chat model or a dual encoder"
             )
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, config=config, local_files_only=True, trust_remote_code=False
+        )
         if tokenizer.pad_token is None:  # processors pad; what they add is taken off again
             tokenizer.pad_token = tokenizer.eos_token
         processor = _family_processor(directory, config, tokenizer, image_settings) if takes_images(config) else None

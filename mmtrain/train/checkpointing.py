@@ -1,5 +1,6 @@
 """Decides whether the activations of layers are stored or computed again: `run.activation_checkpointing: auto`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,12 +24,10 @@ def available(total_bytes: float) -> float:
     return total_bytes * (1 - RESERVED_SHARE) - RESERVED_BYTES
 
 
-def peak_or_fault(
-    config: Config, dataset: Dataset, processor: ChatProcessor, kind: str, num_processes: int, progress: Progress
-) -> PeakMemory | str:
-    """What `predict_peak` gives, or in one line why the memory cannot be predicted. Raises UserError."""
+def peak_or_fault(predict: Callable[[], PeakMemory]) -> PeakMemory | str:
+    """What `predict` gives, or in one line why the memory cannot be predicted. Raises UserError."""
     try:
-        return predict_peak(config, dataset, processor, kind, num_processes, progress)
+        return predict()
     except UserError:
         raise
     except Exception as error:  # an unusual family can raise anything without values
@@ -74,7 +73,7 @@ def _decision(
     """Whether it is on, and why."""
     seed: Any = torch.random.get_rng_state()
     try:
-        found = peak_or_fault(config, dataset, processor, "cuda", count, progress)
+        found = peak_or_fault(lambda: predict_peak(config, dataset, processor, "cuda", count, progress))
     finally:
         torch.random.set_rng_state(seed)
     if isinstance(found, str):
