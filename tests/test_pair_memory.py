@@ -78,7 +78,8 @@ def allocated(learner: ContrastiveLearner, steps: Callable[[], Any]) -> int:
         live += int(event.nbytes())
         peak = max(peak, live)
     assert peak > 0
-    return sum(weights.values()) + peak
+    peak += sum(weights.values())
+    return peak
 
 
 def measured(config: Config) -> int:
