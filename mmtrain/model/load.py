@@ -39,6 +39,8 @@ from mmtrain.safe_text import error_line, one_line, shown
 
 _log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
+ANY_LENGTH = 10**9
+"""Tokens: no limit."""
 _NONE = ComponentModules()
 
 
@@ -86,7 +88,7 @@ def load_without_weights(settings: Model) -> Any:
     return model
 
 
-def length_limit(path: str, max_length: int) -> LengthLimit:
+def length_limit(path: str, max_length: int = ANY_LENGTH) -> LengthLimit:
     """The longest sample: `max_length` tokens, or fewer if the model has fewer positions."""
     positions = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
     if positions and 0 < positions < max_length:
@@ -254,11 +256,9 @@ def load_weights(
     """
     config = load_config(path)
     _check_files(config, path)
-    is_stored_quantized = dequantize_stored(config, quantization, path)
+    dequantize_stored(config, quantization, path)
     settings = {} if quantization is None else _quantized(path, config, quantization, dtype, named)
-    if is_stored_quantized:
-        settings["config"] = config
-    model, info = _from_pretrained(auto or auto_class(config), path, dtype, device, tick, **settings)
+    model, info = _from_pretrained(auto or auto_class(config), path, dtype, device, tick, config=config, **settings)
     _check_finite(model, path, tick)
     unused = sorted(info["unexpected_keys"])
     if unused:

@@ -12,9 +12,7 @@ from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import error_line
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.learner import make_learner
 from mmtrain.train.peak_memory import PeakMemory, predict_peak
-from mmtrain.train.step import Learner
 
 RESERVED_BYTES, RESERVED_SHARE = 1.0 * GIB, 0.05
 """What is kept free of a GPU's memory: CUDA's own context and the workspaces of libraries, and a share that an
@@ -39,14 +37,6 @@ def peak_or_fault(predict: Callable[[], PeakMemory]) -> PeakMemory | str:
 def peak_of(found: PeakMemory, config: Config, num_processes: int) -> int:
     """The predicted peak, with the weights sharded if the config says so."""
     return found.sharded(num_processes) if config.run.is_sharded(num_processes) else found.peak
-
-
-def decided_learner(
-    config: Config, dataset: Dataset, processor: ChatProcessor, runtime: Runtime, progress: Progress
-) -> Learner:
-    """`make_learner`, after `decide_checkpointing`."""
-    decided = decide_checkpointing(config, dataset, processor, runtime, progress)
-    return make_learner(decided, processor, runtime, progress)
 
 
 def decide_checkpointing(
