@@ -8,16 +8,14 @@ import torch
 
 from mmtrain.config import GIB, Config
 from mmtrain.encoding.load import processor_of
-from mmtrain.plan.memory import memory_figures
+from mmtrain.plan.memory import memory_figures, of_chats
 from mmtrain.plan.pairs import NUM_STEPS, least_time
 from mmtrain.plan.structure import Structure, structure_of
 from mmtrain.plan.waiting import Simulation, Step
 from mmtrain.progress import Progress
 from mmtrain.runtime.device import find_device
 from mmtrain.scoring.image_cache import caches_features
-from mmtrain.train.checkpointing import peak_or_fault
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.peak_memory import PeakMemory, predict_peak
 
 
 def chat_figures(
@@ -37,10 +35,7 @@ def chat_figures(
     }
     weight_bytes = structure.num_parameters * getattr(torch, config.model.dtype).itemsize
     longest = int(dataset.checked.num_tokens.max())
-
-    def predict(own: Config, kind: str) -> PeakMemory | str:
-        return peak_or_fault(lambda: predict_peak(own, dataset, processor, kind, 1, progress))
-
+    predict = of_chats(dataset, processor, progress)
     with progress.task("counting memory"):
         is_here = device.type == "cpu" and not is_elsewhere
         return figures | memory_figures(config, predict, weight_bytes, longest, max(counts), is_here)
