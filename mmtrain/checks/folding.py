@@ -1,6 +1,7 @@
 """The ids of a sample with each image folded to one placeholder, as its chat template writes it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -8,7 +9,7 @@ import numpy.typing as npt
 from mmtrain.checks.findings import IGNORED, NO_PLACEHOLDERS, PLACEHOLDER, Finding
 from mmtrain.encoding.processor import ChatProcessor
 
-Ids = npt.NDArray[np.int_]
+Ids = npt.NDArray[np.integer[Any]]
 """(num_tokens,) the token ids of a sample, or its labels."""
 
 

@@ -4,12 +4,16 @@ import json
 import math
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 from mmtrain.config import load_config
+from mmtrain.config.data_section import Source
 from mmtrain.errors import UserError, grouped, storage_faults
 from mmtrain.init.survey import Survey, survey
 from mmtrain.progress import Progress
+from mmtrain.records.chat import SampleError
+from mmtrain.records.record_set import RecordSet
 from mmtrain.safe_text import visible
 
 _PLAIN = re.compile(r"[A-Za-z][\w./-]*|[./][\w./-]+")
@@ -44,16 +48,35 @@ run:
 """
 
 
-def init(model: str, train: str, evaluation: str | None, output: Path, chat_template: str | None = None) -> None:
+def needs_prompt(train: str) -> bool:
+    """Whether the first record of the data says what the assistant replies and not to what. Raises UserError."""
+    try:
+        RecordSet([Source(path=train)]).conversation(0)
+    except SampleError:
+        with suppress(SampleError):
+            RecordSet([Source(path=train, prompt="?")]).conversation(0)
+            return True
+    return False
+
+
+def init(
+    model: str,
+    train: str,
+    evaluation: str | None,
+    output: Path,
+    chat_template: str | None = None,
+    prompt: str | None = None,
+) -> None:
     """Write a config for `model` and data to `output`, a new file. `chat_template`: the file with the chat template in
-    place of the model's own. Raises UserError if it cannot be used."""
+    place of the model's own. `prompt`: what the user asks, the same for all samples. Raises UserError if it cannot be
+    used."""
     name, progress = visible(str(output)), Progress()
     if output.exists():
         raise UserError(f"{name}: it exists: give another file with -o")
-    found = survey(model, train, evaluation, chat_template)
+    found = survey(model, train, evaluation, chat_template, prompt)
     for line in grouped(found.faults):
         progress.say(f"warning: {line}")
-    text = config_text(found, model, train, evaluation, output, chat_template)
+    text = config_text(found, model, train, evaluation, output, chat_template, prompt)
     with storage_faults(f"{name}: it cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
@@ -63,7 +86,13 @@ def init(model: str, train: str, evaluation: str | None, output: Path, chat_temp
 
 
 def config_text(
-    found: Survey, model: str, train: str, evaluation: str | None, output: Path, chat_template: str | None = None
+    found: Survey,
+    model: str,
+    train: str,
+    evaluation: str | None,
+    output: Path,
+    chat_template: str | None = None,
+    prompt: str | None = None,
 ) -> str:
     """The config. Chosen from the survey: type and quantization of the weights, lengths, batch size, steps, memory."""
     batch_size = min(32, 2 ** int(math.log2(max(1, found.num_samples / 20))))
@@ -78,8 +107,8 @@ def config_text(
         template="" if chat_template is None else f"  chat_template: {_yaml(chat_template)}\n",
         dtype="bfloat16" if found.has_bfloat16 else "float32",
         quantization="  quantization: nf4              # the weights fill the GPU otherwise\n" if share > 0.6 else "",
-        train=_yaml(train),
-        evaluation=_evaluation(found, evaluation),
+        train=_source(train, prompt),
+        evaluation=_evaluation(found, evaluation, prompt),
         max_length=max_length,
         length_reason=f"{length_reason} {found.longest:,}",
         epochs=epochs,
@@ -99,9 +128,13 @@ def _max_length(found: Survey) -> int:
     return min(found.max_positions, 256 * math.ceil(wanted / 256))
 
 
-def _evaluation(found: Survey, evaluation: str | None) -> str:
+def _source(path: str, prompt: str | None) -> str:
+    return _yaml(path) if prompt is None else f"{{path: {_yaml(path)}, prompt: {_yaml(prompt)}}}"
+
+
+def _evaluation(found: Survey, evaluation: str | None, prompt: str | None) -> str:
     if evaluation is not None:
-        return f"  eval: {_yaml(evaluation)}"
+        return f"  eval: {_source(evaluation, prompt)}"
     share = 0.1 if found.num_samples < 2_000 else min(0.05, 500 / found.num_samples)
     return f"  eval: {{from: train, share: {share:.2g}}}  # held out and not trained on, or the path of a file"
 
