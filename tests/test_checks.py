@@ -249,7 +249,7 @@ def test_planted_faults_of_images(sample: Sample) -> None:
     assert {findings.NO_PLACEHOLDERS, findings.PLACEHOLDER} <= sample.faults
 
 
-def test_reasons_name_the_turn_and_the_words(sample: Sample) -> None:
+def test_reasons_name_the_turn_and_the_text(sample: Sample) -> None:
     other_answer(sample)
     (fault,) = [finding for finding in sample.check() if finding.kind == findings.REPLY]
     assert fault.reason.startswith("turn 4: the labels say ")

@@ -167,6 +167,10 @@ def test_the_trial_at_the_start_says_which_replies_are_alone() -> None:
         "equal the model's own with no image, no image and two replies",
         f"refused with a system turn: {trial.refused['a system turn']}",
     ]
+    assert list(trial.summary()) == [
+        "equal the model's own in 2 of 3 trial conversations, which inspect-model names",
+        f"refused with a system turn: {trial.refused['a system turn']}",
+    ]
 
 
 @pytest.mark.parametrize("name", CASES)

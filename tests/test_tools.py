@@ -329,8 +329,9 @@ def faults(
     train_on: str = "assistant",
 ) -> list[str]:
     labels = np.where(supervised, encoded.ids, IGNORED)
-    checker = Checker(processor, train_on)
-    return [one.kind for one in checker.check(encoded.ids, labels, conversation, ()) if one.is_fault]
+    return [
+        one.kind for one in Checker(processor, train_on).check(encoded.ids, labels, conversation, ()) if one.is_fault
+    ]
 
 
 @pytest.mark.parametrize("name", TOOL_TEMPLATES)
@@ -360,7 +361,7 @@ AGAIN = [{"role": "user", "content": "And now?"}, {"role": "assistant", "content
 TWO = [RESULT, {**RESULT, "content": "7"}]
 
 
-def test_several_calls_follow_the_words_of_their_turn(directories: dict[str, Path]) -> None:
+def test_several_calls_follow_the_text_of_their_turn(directories: dict[str, Path]) -> None:
     record = with_turns(TWO_CALLS, *TWO, {"role": "assistant", "content": "Done."}, *AGAIN)
     processor = processor_of(directories["qwen2.5"])
     encoded = Encoder(processor).encode(read_record(record), Path())
@@ -460,7 +461,7 @@ def test_what_a_template_has_no_place_for_is_refused(
     assert words in str(caught.value)
 
 
-def test_a_result_next_to_calls_in_words_needs_no_place_for_calls(directories: dict[str, Path]) -> None:
+def test_a_result_next_to_calls_in_text_needs_no_place_for_calls(directories: dict[str, Path]) -> None:
     processor = processor_of(directories["chatml"])
     encoded = Encoder(processor).encode(read_record({"messages": [Q, A, {"role": "tool", "content": "5"}, A]}), Path())
     assert trained_texts(processor, encoded) == ["A<|im_end|>"] * 2

@@ -36,6 +36,12 @@ class EncodingTrial:
         for name, reason in self.refused.items():
             yield f"refused with {name}: {reason}"
 
+    def summary(self) -> Iterator[str]:
+        """The same, with the number of those that are equal in place of their names."""
+        num = len(self.equal) + len(self.alone) + len(self.refused)
+        yield f"equal the model's own in {len(self.equal)} of {num} trial conversations, which inspect-model names"
+        yield from list(self.lines())[bool(self.equal) :]
+
 
 @dataclass(frozen=True, slots=True)
 class ChatProcessor:
@@ -118,4 +124,4 @@ def make_processor(parts: DirectoryParts) -> ChatProcessor:
         images = ImageProcessor(family, tokenizer, parts.image_token_id, frame)
     around, end = (("", ""), "") if images is None else (images.traits.text_around, images.traits.text_end)
     template = ChatTemplate(str(source), traits, render, image_token, around, end)
-    return ChatProcessor(tokenizer, template, images, parts.given_template, parts.image_settings)
+    return ChatProcessor(tokenizer, template, images)

@@ -25,7 +25,7 @@ class SegmentEncoder:
         self._encode = encode
         self._split = re.compile(f"({parting_tokens.pattern})").split
         self._is_exact = True
-        self._token = functools.cache(self._tried)
+        self._token_ids = functools.cache(self._tried)
         self._prefix = functools.cache(self._added_before)
 
     def __call__(self, texts: Sequence[str], adds: bool, known: Known) -> list[list[int]]:
@@ -33,7 +33,7 @@ class SegmentEncoder:
         were encoded before, and gets those of the segments."""
         prefix = self._prefix(adds)
         pieces = [self._split(text) for text in texts] if self._is_exact and prefix is not None else []
-        if not pieces or any(not self._token(token) for one in pieces for token in one[1::2]):
+        if not pieces or not all(self._token_ids(token) for one in pieces for token in one[1::2]):
             return self._encode(texts, adds)
         new = [text for text in {text for one in pieces for text in one[::2]} if text not in known]
         known |= zip(new, self._encode(new, False), strict=True)
@@ -46,11 +46,11 @@ class SegmentEncoder:
     def _joined(self, pieces: Sequence[str], prefix: list[int], known: Known) -> list[int]:
         ids = [*prefix, *known[pieces[0]]]
         for token, text in zip(pieces[1::2], pieces[2::2], strict=True):
-            ids += (*self._token(token), *known[text])
+            ids += [*self._token_ids(token), *known[text]]
         return ids
 
     def _tried(self, token: str) -> list[int]:
-        """The id of a token that takes nothing of the text around it, none where it does."""
+        """The id of a token that takes nothing of the text around it; empty where it does."""
         alone, *own = self._encode([token, *_TRIED], False)
         around = self._encode([text + token + text for text in _TRIED], False)
         is_exact = len(alone) == 1 and around == [[*ids, *alone, *ids] for ids in own]

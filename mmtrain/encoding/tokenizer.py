@@ -117,6 +117,8 @@ class Tokenizer:
         """See `probe_tokenizer`; `wrapped` is shared with nobody that uses it at the same time."""
         self.wrapped = without_padding(wrapped)
         """The tokenizer of transformers."""
+        # whose own warning of a long text says nothing of `data.max_length`, which decides
+        self.wrapped.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         # `split_special_tokens` is a state of the tokenizer, which threads share: each of the two keeps one state
         literal = copy.deepcopy(self.wrapped)
         self._encoders = [text_encoder(self.wrapped, literal=False), text_encoder(literal, literal=True)]
@@ -143,7 +145,7 @@ class Tokenizer:
         _, ids = self._after_anchor(text, after, literal, known or {}, context)
         if literal and len(text) > 1 and not self.traits.special_ids.isdisjoint(ids):
             # an ordinary piece of the vocabulary that is a special token too: take it apart
-            return self.encode(text[0], after, True) + self.encode(text[1:], ids[0], True)
+            return self.encode(text[0], after, literal=True) + self.encode(text[1:], ids[0], literal=True)
         return ids
 
     def anchor(self, context: str) -> str:
@@ -164,7 +166,7 @@ class Tokenizer:
 
         The last, because a token that takes the space before a word belongs to the word.
         """
-        anchor, ids = self._after_anchor(text, after, False, {})
+        anchor, ids = self._after_anchor(text, after, literal=False, known={})
         made = self.wrapped(anchor + text, add_special_tokens=False, return_offsets_mapping=True)
         positions = [max(0, start, end - 1) - len(anchor) for start, end in made["offset_mapping"]]
         return positions[len(positions) - len(ids) :]
@@ -196,7 +198,7 @@ class Tokenizer:
             head, ids = self._head(anchor, literal), known.get(anchor + text) or self._encode(anchor + text, literal)
             if ids[: len(head)] == head:
                 return anchor, ids[len(head) :]
-        raise SampleError(f"the tokenizer joins {shown(text)} with whatever stands before it")
+        raise SampleError(f"the tokenizer joins {shown(text)} with whatever is before it")
 
     def _encode(self, text: str, literal: bool = False) -> list[int]:
         return self._encoders[literal](text)

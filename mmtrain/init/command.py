@@ -1,23 +1,24 @@
 """`mmtrain init`: writes a commented config that works at once."""
 
-import json
 import math
-import re
 import shlex
 from contextlib import suppress
 from pathlib import Path
 
+from mmtrain.atomic_files import check_new
 from mmtrain.config import load_config
 from mmtrain.config.data_section import Source
+from mmtrain.config.yaml_file import yaml_text
+from mmtrain.encoding.directory import is_dual_encoder
 from mmtrain.errors import UserError, grouped, storage_faults
+from mmtrain.init.pairs import pair_config_text
 from mmtrain.init.survey import Survey, survey
+from mmtrain.model.load import load_config as load_model_config
 from mmtrain.progress import Progress
 from mmtrain.records.chat import SampleError
 from mmtrain.records.record_set import RecordSet
 from mmtrain.safe_text import visible
 
-_PLAIN = re.compile(r"[A-Za-z][\w./-]*|[./][\w./-]+")
-"""Text that YAML reads as text without quotes."""
 _TEXT = """\
 # Written by `mmtrain init`. `mmtrain config show {output}` prints all keys, docs/config.md explains them.
 
@@ -48,8 +49,11 @@ run:
 """
 
 
-def needs_prompt(train: str) -> bool:
-    """Whether the first record of the data says what the assistant replies and not to what. Raises UserError."""
+def needs_prompt(model: str, train: str) -> bool:
+    """Whether the model chats, and the first record of the data says what it replies and not to what. Raises
+    UserError."""
+    if is_dual_encoder(load_model_config(model)):
+        return False
     try:
         RecordSet([Source(path=train)]).conversation(0)
     except SampleError:
@@ -71,12 +75,17 @@ def init(
     place of the model's own. `prompt`: what the user asks, the same for all samples. Raises UserError if it cannot be
     used."""
     name, progress = visible(str(output)), Progress()
-    if output.exists():
-        raise UserError(f"{name}: it exists: give another file with -o")
-    found = survey(model, train, evaluation, chat_template, prompt)
-    for line in grouped(found.faults):
+    check_new(output, "file")
+    if is_dual_encoder(load_model_config(model)):
+        for option, value in (("--chat-template", chat_template), ("--prompt", prompt)):
+            if value is not None:
+                raise UserError(f"{option}: a dual encoder has no chats: leave it out")
+        text, faults = pair_config_text(model, train, evaluation, output)
+    else:
+        found = survey(model, train, evaluation, chat_template, prompt)
+        text, faults = config_text(found, model, train, evaluation, output, chat_template, prompt), list(found.faults)
+    for line in grouped(faults):
         progress.say(f"warning: {line}")
-    text = config_text(found, model, train, evaluation, output, chat_template, prompt)
     with storage_faults(f"{name}: it cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
@@ -103,8 +112,8 @@ def config_text(
     length_reason = "the longest sample has" if found.is_complete else "the longest of some samples has"
     return _TEXT.format(
         output=visible(str(output)),
-        model=_yaml(model),
-        template="" if chat_template is None else f"  chat_template: {_yaml(chat_template)}\n",
+        model=yaml_text(model),
+        template="" if chat_template is None else f"  chat_template: {yaml_text(chat_template)}\n",
         dtype="bfloat16" if found.has_bfloat16 else "float32",
         quantization="  quantization: nf4              # the weights fill the GPU otherwise\n" if share > 0.6 else "",
         train=_source(train, prompt),
@@ -116,7 +125,7 @@ def config_text(
         num_steps=num_steps,
         batch_size=batch_size,
         warmup_steps=min(20, num_steps // 10),
-        output_dir=_yaml(f"runs/{output.stem}"),
+        output_dir=yaml_text(f"runs/{output.stem}"),
         microbatch_tokens=max(8192 if found.gpu_memory is not None else 2048, max_length),
         every=max(1, num_steps // 5),
     )
@@ -129,7 +138,7 @@ def _max_length(found: Survey) -> int:
 
 
 def _source(path: str, prompt: str | None) -> str:
-    return _yaml(path) if prompt is None else f"{{path: {_yaml(path)}, prompt: {_yaml(prompt)}}}"
+    return yaml_text(path) if prompt is None else f"{{path: {yaml_text(path)}, prompt: {yaml_text(prompt)}}}"
 
 
 def _evaluation(found: Survey, evaluation: str | None, prompt: str | None) -> str:
@@ -137,7 +146,3 @@ def _evaluation(found: Survey, evaluation: str | None, prompt: str | None) -> st
         return f"  eval: {_source(evaluation, prompt)}"
     share = 0.1 if found.num_samples < 2_000 else min(0.05, 500 / found.num_samples)
     return f"  eval: {{from: train, share: {share:.2g}}}  # held out and not trained on, or the path of a file"
-
-
-def _yaml(text: str) -> str:
-    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)

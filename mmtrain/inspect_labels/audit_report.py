@@ -80,7 +80,10 @@ class AuditReport:
             "longest": [{"num_tokens": length, "place": place} for length, place in self.longest],
             "num_duplicates": self.num_duplicates,
             "duplicates": self.duplicates,
-            "faults": {kind: list(map(_named, found)) for kind, found in self.faults.items()},
+            "faults": {
+                kind: [{"place": place, "reason": reason} for place, reason in found]
+                for kind, found in self.faults.items()
+            },
             "notes": dict(self.notes),
             "left_out": dict(self.left_out),
             "roles": dict(self.roles),
@@ -108,7 +111,8 @@ class AuditReport:
             yield f"Turns: {', '.join(f'{role} ({count:,})' for role, count in self.roles.most_common())}"
         yield from bars("Tokens of a sample", histogram(self.lengths))
         yield from bars("Longer side of an image, in pixels", histogram(self.image_sides))
-        yield "\nLongest samples" if self.longest else ""
+        if self.longest:
+            yield "\nLongest samples"
         yield from (f"  {length:>9,} tokens  {place}" for length, place in self.longest)
         if self.num_duplicates:
             yield f"\n{self.num_duplicates:,} samples are the same as an earlier one, such as"
@@ -146,10 +150,6 @@ def fault_lines(faults: Sequence[tuple[str, str]]) -> Iterator[str]:
         yield f"  and {len(lines) - NUM_SHOWN:,} more"
 
 
-def _named(found: tuple[str, str]) -> dict[str, str]:
-    return {"place": found[0], "reason": found[1]}
-
-
 def histogram(counts: Counter[int]) -> list[dict[str, int]]:
     """Bins between powers of two; `from` and `to` are both in the bin. Empty bins between others are included."""
     bins: Counter[int] = Counter()
@@ -161,7 +161,8 @@ def histogram(counts: Counter[int]) -> list[dict[str, int]]:
 
 def bars(title: str, bins: list[dict[str, int]]) -> Iterator[str]:
     most = max((one["count"] for one in bins), default=0)
-    yield f"\n{title}" if bins else ""
+    if bins:
+        yield f"\n{title}"
     for one in bins:
         label = f"{one['from']:,}-{one['to']:,}"
         yield f"  {label:>17} {one['count']:>11,} {'#' * -(-30 * one['count'] // most)}"

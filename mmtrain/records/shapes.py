@@ -121,15 +121,16 @@ def _history(record: Record) -> list[Record]:
 
 
 def _one_text(value: Any, key: str) -> Any:
-    """A reply. Raises SampleError for several texts, which are other answers to the same question, and for a number,
-    which may stand for a class."""
+    """A reply. Raises SampleError for several texts, which are other answers to the same question, for a number, which
+    may stand for a class, and for an object."""
     if isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value):
         raise SampleError(
             f"{shown(key)} has {len(value)} texts: name one with `fields` of the source: {{{key}: {key}.0}}"
         )
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int | dict) and not isinstance(value, bool):
+        reply = "its JSON text" if isinstance(value, dict) else "the number"
         raise SampleError(
-            f"{shown(key)} must be text, not {shown(value)}: if the number is the reply, set `fields` of the source: "
+            f"{shown(key)} must be text, not {shown(value)}: if {reply} is the reply, set `fields` of the source: "
             f'{{{key}: "{{{key}}}"}}'
         )
     return value

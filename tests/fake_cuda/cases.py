@@ -78,7 +78,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         return whole_runs.run(case)
     with tempfile.TemporaryDirectory() as name:
         config = _config(case, Path(name))
-        expected = [_gradients(*_learner(config, "cpu"), samples) for samples in STEPS.values()]
+        on_cpu = _learner(config, "cpu")
+        expected = [_gradients(*on_cpu, samples) for samples in STEPS.values()]
         device = FakeDevice()  # type: ignore[no-untyped-call]
         with device, Meter(hidden=("/torch/", "/fake_cuda/device.py")) as meter:
             learner, dataset = _learner(config, "cuda")
@@ -111,7 +112,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _as_if_compiled(meter: Meter) -> Iterator[None]:
-    """Inside, formulas count as compiled, and `meter` is told of their results alone."""
+    """Inside, formulas count as compiled, and `meter` sees their results alone."""
 
     def in_one_kernel(formula: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
