@@ -117,7 +117,7 @@ def test_a_dual_encoder_gets_a_config_of_pairs(name: str, loss: str, tmp_path: P
 def test_an_existing_file_and_unusable_data_are_refused(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "c.yaml"
     output.write_text("mine")
-    with pytest.raises(UserError, match="it exists: give another file"):
+    with pytest.raises(UserError, match="it exists: give a new file"):
         init(str(TINY), str(data), None, output)
     assert output.read_text() == "mine"
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"messages": []}, {"messages": []}])

@@ -78,7 +78,7 @@ def allocated(learner: ContrastiveLearner, steps: Callable[[], Any]) -> int:
         live += int(event.nbytes())
         peak = max(peak, live)
     assert peak > 0
-    return sum(weights.values()) + peak
+    return int(peak + sum(weights.values()))
 
 
 def measured(config: Config) -> int:

@@ -11,7 +11,7 @@ from mmtrain.config import GIB, Config
 from mmtrain.dataset.shard_order import first_file
 from mmtrain.encoding.load import processor_of
 from mmtrain.errors import UserError
-from mmtrain.plan.memory import memory_figures
+from mmtrain.plan.memory import memory_figures, of_chats
 from mmtrain.plan.pairs import NUM_STEPS, least_time, pair_figures, pair_lines
 from mmtrain.plan.report import print_lines, print_memory, print_plan
 from mmtrain.plan.structure import Structure, structure_of
@@ -19,9 +19,7 @@ from mmtrain.plan.waiting import Simulation, Step
 from mmtrain.progress import Progress
 from mmtrain.runtime.device import find_device
 from mmtrain.scoring.image_cache import caches_features
-from mmtrain.train.checkpointing import peak_or_fault
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.peak_memory import PeakMemory, predict_peak
 
 
 def plan(config: Config, processes: str, as_json: bool) -> None:
@@ -60,10 +58,7 @@ def _chat_figures(
     }
     weight_bytes = structure.num_parameters * getattr(torch, config.model.dtype).itemsize
     longest = int(dataset.checked.num_tokens.max())
-
-    def predict(own: Config, kind: str) -> PeakMemory | str:
-        return peak_or_fault(lambda: predict_peak(own, dataset, processor, kind, 1, progress))
-
+    predict = of_chats(dataset, processor, progress)
     with progress.task("counting memory"):
         is_here = device.type == "cpu" and not is_elsewhere
         return figures | memory_figures(config, predict, weight_bytes, longest, max(counts), is_here)

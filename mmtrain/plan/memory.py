@@ -7,8 +7,11 @@ from typing import Any
 
 from mmtrain.config import GIB, Config
 from mmtrain.config.tune_section import Full, Lora
-from mmtrain.train.checkpointing import available, with_checkpointing
-from mmtrain.train.peak_memory import PeakMemory
+from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.progress import Progress
+from mmtrain.train.checkpointing import available, peak_or_fault, with_checkpointing
+from mmtrain.train.dataset import Dataset
+from mmtrain.train.peak_memory import PeakMemory, predict_peak
 
 CARDS = {"24 GB": 23.5, "48 GB": 44.4, "80 GB": 79.1, "141 GB": 139.7}
 """GiB that torch finds on such a GPU; of several with the same name the least."""
@@ -34,6 +37,11 @@ class MemoryRow:
     """The cards on which it fits."""
     largest: dict[str, int | None]
     """By card the largest `run.microbatch_tokens` that fits, None where the longest sample does not."""
+
+
+def of_chats(dataset: Dataset, processor: ChatProcessor, progress: Progress) -> Predict:
+    """The memory of runs on these chats."""
+    return lambda config, kind: peak_or_fault(lambda: predict_peak(config, dataset, processor, kind, 1, progress))
 
 
 def memory_figures(
