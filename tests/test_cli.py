@@ -286,3 +286,31 @@ def test_an_option_that_is_a_key_of_the_config_says_how_the_key_is_set(
     code, out, err = run_main(monkeypatch, capsys, *words)
     assert (code, out) == (2, "")
     assert re.match(f"mmtrain: command line: {hint}", err)
+
+
+def test_a_line_that_nobody_reads_ends_no_command() -> None:
+    code = (
+        "import sys; from mmtrain.progress import Progress\n"
+        "from mmtrain.runtime.environment import ignore_lost_stderr; ignore_lost_stderr()\n"
+        "Progress().say('one'); print('two', file=sys.stderr, flush=True)\n"
+        "print(sys.stderr.fileno(), sys.stderr.isatty())"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    for lost in (write, os.open("/dev/full", os.O_WRONLY)):
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=lost, text=True, check=True)
+        os.close(lost)
+        assert done.stdout == "2 False\n"
+
+
+def test_output_that_does_not_fit_is_a_storage_error_in_one_line() -> None:
+    words = [sys.executable, "-m", "mmtrain", "config", "schema"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1)
+    assert "standard output: No space left on device; free space" in done.stderr
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.stderr == ""

@@ -35,6 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, server: Server) -> World:
         ("checking", signal.SIGINT, 0),
         ("gradients", signal.SIGTERM, 1),
         ("saving", signal.SIGUSR1, 0),
+        ("evaluating", signal.SIGHUP, 1),
     ],
 )
 def test_a_signal_to_one_ends_all(phase: str, signum: signal.Signals, rank: int, world: World) -> None:

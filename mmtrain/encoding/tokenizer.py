@@ -117,6 +117,8 @@ class Tokenizer:
         """See `probe_tokenizer`; `wrapped` is shared with nobody that uses it at the same time."""
         self.wrapped = without_padding(wrapped)
         """The tokenizer of transformers."""
+        # whose own warning of a long text says nothing of `data.max_length`, which decides
+        self.wrapped.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         # `split_special_tokens` is a state of the tokenizer, which threads share: each of the two keeps one state
         literal = copy.deepcopy(self.wrapped)
         self._encoders = [text_encoder(self.wrapped, literal=False), text_encoder(literal, literal=True)]
