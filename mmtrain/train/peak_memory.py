@@ -47,14 +47,13 @@ class PeakMemory:
     num_tokens: int
     """Of the longest micro-batch."""
     num_images: int
-    largest_block: int
-    """Of the weights of the largest repeated block, such as a layer."""
+    whole: int
+    """Of weights that are whole at a time where the others are sharded."""
 
     def sharded(self, num_processes: int) -> int:
-        """The peak where the weights, their gradients and moments are sharded over so many processes. Two blocks are
-        whole at a time: the one that is computed and the next one, which is being gathered."""
+        """The peak where the weights, their gradients and moments are sharded over so many processes."""
         state = self.weights + 3 * self.trainable
-        return self.peak - state + state // num_processes + 2 * self.largest_block
+        return self.peak - state + state // num_processes + self.whole
 
 
 def predict_peak(
@@ -85,7 +84,7 @@ def predict_peak(
             peak=max(memory.peak, update),
             num_tokens=int(dataset.checked.num_tokens[list(longest)].sum()),
             num_images=int(dataset.train.store.num_images[list(longest)].sum()),
-            largest_block=_largest_block(learner),
+            whole=_whole_at_a_time(learner),
         )
 
 
@@ -125,6 +124,13 @@ def _take_step(
     train_step(learner, learner.batches(dataset.train, microbatches), num_supervised, step, max_grad_norm)
 
 
-def _largest_block(learner: Learner) -> int:
+def _whole_at_a_time(learner: Learner) -> int:
+    """Bytes of the weights outside of repeated blocks, which FSDP2 does not free between the two passes, and of two
+    blocks: the one that is computed and the next one, which is being gathered."""
     blocks: list[Any] = repeated_blocks(learner.model)
-    return max((sum(parameter.nbytes for parameter in block.parameters()) for block in blocks), default=0)
+    sizes = [_num_bytes(block) for block in blocks]
+    return _num_bytes(learner.model) - sum(sizes) + 2 * max(sizes, default=0)
+
+
+def _num_bytes(module: Any) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
