@@ -2,11 +2,12 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mmtrain.errors import storage_faults
+from mmtrain.errors import StorageError, UserError, storage_faults
 from mmtrain.safe_text import visible
 
 
@@ -26,6 +27,25 @@ def replacing(target: Path, writer: str = "", durable: bool = True) -> Iterator[
     finally:
         with suppress(OSError):  # the error that ended the block says more
             _delete(made)
+
+
+def check_writable(target: Path, name: str = "") -> None:
+    """Raises StorageError, before anything is computed, where no file or folder can be made at `target`, whose folder
+    may not be there yet. `name`: what the error calls it."""
+    try:
+        with suppress(FileNotFoundError):
+            target.with_name(f".{target.name}.new").lstat()  # a name that is too long, a folder that is a file
+        tempfile.TemporaryFile(dir=next(one for one in target.absolute().parents if one.exists())).close()
+    except OSError as error:
+        why = f"{error.strerror}; name another path"
+        raise StorageError(f"{name or visible(str(target))}: it cannot be written: {why}") from None
+
+
+def check_new(target: Path, kind: str) -> None:
+    """`check_writable`, and raises UserError where there is something: expected a new `kind`, a directory or a file."""
+    if os.path.lexists(target):
+        raise UserError(f"{visible(str(target))}: it exists: give a new {kind} with -o")
+    check_writable(target)
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The commands. Each imports its modules when it runs, so that `--help` is fast."""
 
+import errno
 import gc
 import io
+import os
 import signal
 import sys
 import warnings
@@ -13,13 +15,13 @@ from typing import Annotated, Literal
 import typer
 
 from mmtrain import __version__, api
-from mmtrain.config_commands import ConfigPath, Overrides, config_app
+from mmtrain.config_commands import ConfigPath, KeysCommand, Overrides, config_app
 from mmtrain.data_commands import inspect_data, inspect_labels
-from mmtrain.errors import UserError, grouped
+from mmtrain.errors import NO_ROOM, StorageError, UserError, grouped
 from mmtrain.eval_commands import eval_app
 from mmtrain.model_commands import compose, inspect_model, merge
 from mmtrain.run_commands import plan, report, runs
-from mmtrain.runtime.environment import set_environment
+from mmtrain.runtime.environment import ignore_lost_stderr, set_environment
 
 MAX_LINES_SHOWN = 100
 
@@ -66,7 +68,7 @@ def init(
     run(model, data, evaluation, output, chat_template)
 
 
-@app.command()
+@app.command(cls=KeysCommand)
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -105,8 +107,8 @@ def train(
     api.train(loaded, fresh, accept_change or [])
 
 
-app.command()(inspect_data)
-app.command()(inspect_labels)
+app.command(cls=KeysCommand)(inspect_data)
+app.command(cls=KeysCommand)(inspect_labels)
 app.command()(inspect_model)
 app.command()(compose)
 app.command()(merge)
@@ -114,7 +116,7 @@ app.command()(merge)
 
 app.command()(runs)
 app.command()(report)
-app.command()(plan)
+app.command(cls=KeysCommand)(plan)
 
 
 @app.command()
@@ -178,6 +180,7 @@ def generate(
 def main() -> None:
     """The entry point. A UserError is printed without a traceback."""
     set_environment()
+    ignore_lost_stderr()
     gc.set_threshold(700, 10, 100)  # with the usual 10 it looks at all that importing torch makes 7 times: a second
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: an odd file name must not make a command fail
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -185,11 +188,17 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     interrupts = _noted_interrupts()
     try:
-        app()
+        try:
+            app()
+        finally:
+            _flush_stdout()
     except (KeyboardInterrupt, Exception) as error:
         if interrupts or isinstance(error, KeyboardInterrupt):
             print("mmtrain: interrupted", file=sys.stderr)
             sys.exit(130)
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            where = repr(error.filename) if error.filename else "standard output"
+            error = StorageError(f"{where}: {error.strerror}; free space and run the same command again")
         if not isinstance(error, UserError):
             raise
         lines = [] if error.already_reported else grouped(error.faults)
@@ -198,6 +207,19 @@ def main() -> None:
         if len(lines) > MAX_LINES_SHOWN:
             print(f"mmtrain: and {len(lines) - MAX_LINES_SHOWN:,} more", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _flush_stdout() -> None:
+    """Write what is left of the output; where nobody reads it or its disk is full, it is not tried again at the exit.
+    Raises OSError."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        if error.errno != errno.EPIPE:
+            raise
 
 
 def _noted_interrupts() -> list[int]:

@@ -1,6 +1,7 @@
 """How commands give what they found besides text: as JSON, and as HTML pages."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 
+from mmtrain.atomic_files import check_writable
 from mmtrain.errors import StorageError, UserError
 from mmtrain.safe_text import shown
 
@@ -35,10 +37,12 @@ def check_page(path: Path | None) -> None:
     """Raises UserError, before anything is computed, where a page cannot be written to `path`."""
     if path is None:
         return
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"--html {shown(path)}: that is a folder: name a file in it")
-    if not path.absolute().parent.is_dir():
+    if not os.path.isdir(path.absolute().parent):
         raise UserError(f"--html {shown(path)}: there is no folder {shown(path.absolute().parent)}: create it first")
+    if not os.path.exists(path):  # what is there, such as /dev/stdout, is written to, not replaced
+        check_writable(path, f"--html {shown(path)}")
 
 
 def page_environment(*packages: str) -> Environment:

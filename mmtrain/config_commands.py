@@ -2,21 +2,21 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from mmtrain.api import load_config
-from mmtrain.safe_text import visible
+from mmtrain.errors import UserError
+from mmtrain.safe_text import shown, visible
 
 config_app = typer.Typer(help="Check or show a config, and the keys that it can have.", no_args_is_help=True)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...", help="Keys of the config to set, such as train.steps=50.", show_default=False
-    ),
+    typer.Argument(metavar="KEY=VALUE", help="Keys of the config to set, such as train.steps=50.", show_default=False),
 ]
 Adapter = Annotated[
     Path | None,
@@ -30,7 +30,24 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Processes = Annotated[int, typer.Option(min=1, max=1024, help="Processes on this machine.")]
 
 
-@config_app.command()
+class KeysCommand(TyperCommand):
+    """A command with `Overrides`: an option that is a key of the config is refused with the way to set it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if type(error).__name__ == "NoSuchOption":  # typer exports no name for it
+                from mmtrain.config.faults import key_of_option
+
+                option = str(getattr(error, "option_name", ""))
+                if instead := key_of_option(option):
+                    how = "a key of the config is set as KEY=VALUE"
+                    raise UserError(f"command line: no option {shown(option)}; {how}: {instead}") from None
+            raise
+
+
+@config_app.command(cls=KeysCommand)
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Report every fault of a config, with its line; exit code 2 if it has one."""
     load_config(config, overrides or [])
@@ -38,7 +55,7 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     print(f"{name}: no faults; `mmtrain inspect-labels {shlex.quote(name)} --all` checks the data")
 
 
-@config_app.command()
+@config_app.command(cls=KeysCommand)
 def show(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print a config with all its keys, also those that have their defaults."""
     from mmtrain.config import dump_config

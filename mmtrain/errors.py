@@ -68,12 +68,13 @@ class Stopped(UserError):
         self.exit_code = 128 + signum
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """Signals that request a clean stop of a run."""
 FINAL_CODES = frozenset({2, 3, 4, 6, 8, 9, *(128 + signum for signum in STOP_SIGNALS)})
 """Exit codes after which a restart does not help: the user must correct something, or requested the stop."""
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What a file system answers where a file does not fit."""
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -83,7 +84,7 @@ def storage_faults(what: str | Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             remedy = "free space and run the same command again"
         elif error.errno in _FORBIDDEN:
             remedy = "allow writing there, or name another folder"

@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 import typer
 
 from mmtrain.api import load_config
-from mmtrain.config_commands import Adapter, ConfigPath, DataFiles, Html, Json, Overrides, Processes
+from mmtrain.config_commands import Adapter, ConfigPath, DataFiles, Html, Json, KeysCommand, Overrides, Processes
 
 eval_app = typer.Typer(help="Measure a model on held-out data.", no_args_is_help=True)
 
 
-@eval_app.command()
+@eval_app.command(cls=KeysCommand)
 def perplexity(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -35,7 +35,7 @@ def perplexity(
     eval_perplexity(loaded, PerplexityOptions(adapter, tuple(compared), tuple(data or ()), images == "all", json))
 
 
-@eval_app.command()
+@eval_app.command(cls=KeysCommand)
 def answers(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -53,7 +53,7 @@ def answers(
     ] = None,
     processes: Processes = 1,
 ) -> None:
-    """How good the answers are, and whether they are better than blind guessing."""
+    """Measure how good the answers are, and whether they are better than blind guessing."""
     from mmtrain.runtime.launch import launch_again
 
     code = launch_again(processes)
@@ -65,7 +65,7 @@ def answers(
     eval_answers(loaded, AnswersOptions(adapter, tuple(data or ()), metric, html, json, batch_size, max_new_tokens))
 
 
-@eval_app.command()
+@eval_app.command(cls=KeysCommand)
 def retrieval(
     config: ConfigPath,
     overrides: Overrides = None,

@@ -77,7 +77,8 @@ def test_the_light_rooms_import_nothing_heavy(name: str) -> None:
 
 FLOORS = [
     ["errors", "safe_text", "regular_files", "file_locks", "parent_death", "progress", "user_cache"],
-    ["atomic_files", "command_output", "text_files"],
+    ["atomic_files", "text_files"],
+    ["command_output"],
     ["config"],
     ["records"],
     ["encoding"],

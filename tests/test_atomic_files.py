@@ -1,10 +1,14 @@
 """Files and folders are replaced as a whole, and nothing temporary stays."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from mmtrain.atomic_files import replacing
+from mmtrain.atomic_files import check_new, check_writable, replacing
+from mmtrain.command_output import check_page
+from mmtrain.errors import UserError
+from mmtrain.report.command import report
 
 
 def write(path: Path, content: str, is_folder: bool) -> None:
@@ -60,3 +64,38 @@ def test_what_a_killed_process_left_is_deleted_first(was_folder: bool, tmp_path:
         assert one != other
         write(one, "one", is_folder=False)
         write(other, "other", is_folder=False)
+
+
+@pytest.mark.parametrize("name", ["/proc/none", "/proc/none/run", "file/run", "loop/run", "x" * 300, "x" * 251])
+def test_what_cannot_be_written_is_refused_before_the_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("loop").symlink_to("loop")
+    for check in (check_writable, check_page, lambda path: check_new(path, "directory")):
+        with pytest.raises(UserError) as caught:
+            check(Path(name))
+        assert len(caught.value.faults) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_what_can_be_written_is_not_refused_and_nothing_is_made(tmp_path: Path) -> None:
+    check_new(tmp_path / "new" / "folder", "directory")
+    check_page(tmp_path / "page.html")
+    check_page(Path("/dev/null"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_that_leads_nowhere_is_something(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match="it exists: give a new directory"):
+        check_new(tmp_path / "link", "directory")
+
+
+def test_a_page_does_not_replace_a_device(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="is not a file"):
+        report([tmp_path], pipe, as_json=False)
+    assert pipe.is_fifo()

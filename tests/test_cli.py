@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -256,3 +257,60 @@ def test_windows_is_refused_in_one_line() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     expected = "mmtrain: it does not run on Windows: use Linux, or Linux in WSL 2\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (
+            ["train", "c.yaml", "--learning_rate", "1e-4"],
+            "no option '--learning_rate'; .*: did you mean train.lear",
+        ),
+        (
+            ["train", "--learning-rate=1e-4", "c.yaml"],
+            "no option '--learning-rate'; .*: did you mean train.lear",
+        ),
+        (
+            ["eval", "answers", "c.yaml", "--tune.vision.rank", "8"],
+            "no option '--tune.vision.rank'; .*vision.rank",
+        ),
+        (
+            ["plan", "c.yaml", "--lr", "1e-4"],
+            "no option '--lr'; a key of the config is set as KEY=VALUE: use train.lea",
+        ),
+    ],
+)
+def test_an_option_that_is_a_key_of_the_config_says_how_the_key_is_set(
+    words: list[str], hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run_main(monkeypatch, capsys, *words)
+    assert (code, out) == (2, "")
+    assert re.match(f"mmtrain: command line: {hint}", err)
+
+
+def test_a_line_that_nobody_reads_ends_no_command() -> None:
+    code = (
+        "import sys; from mmtrain.progress import Progress\n"
+        "from mmtrain.runtime.environment import ignore_lost_stderr; ignore_lost_stderr()\n"
+        "Progress().say('one'); print('two', file=sys.stderr, flush=True)\n"
+        "print(sys.stderr.fileno(), sys.stderr.isatty())"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    for lost in (write, os.open("/dev/full", os.O_WRONLY)):
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=lost, text=True, check=True)
+        os.close(lost)
+        assert done.stdout == "2 False\n"
+
+
+def test_output_that_does_not_fit_is_a_storage_error_in_one_line() -> None:
+    words = [sys.executable, "-m", "mmtrain", "config", "schema"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1)
+    assert "standard output: No space left on device; free space" in done.stderr
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.stderr == ""

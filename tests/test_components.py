@@ -14,16 +14,19 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    Gemma4UnifiedConfig,
     LagunaConfig,
     LagunaForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    ModernBertDecoderConfig,
 )
 
 from mmtrain.config.schema import Config
 from mmtrain.config.tune_section import ComponentModules, Lora, Tune
 from mmtrain.errors import UserError
-from mmtrain.model.components import Components, base_name
+from mmtrain.model.components import Components, base_name, decoder_of
 from mmtrain.model.lora_targets import targets_of, without_adapter
 from mmtrain.model.tune import ComponentReport, apply_tune
 from mmtrain.scoring.image_cache import caches_features
@@ -64,6 +67,27 @@ def test_every_parameter_belongs_to_its_component(kind: str, model_dirs: dict[st
     for name, _ in model.named_parameters():
         expected = next(component for component, pattern in PATTERNS[kind].items() if re.match(pattern, name))
         assert components.component_of(name) == expected, name
+
+
+def test_a_model_without_an_image_encoder_has_a_projector() -> None:
+    config = Gemma4UnifiedConfig(
+        text_config={**DECODER_SIZES, "num_hidden_layers": 1, "layer_types": ["full_attention"]},
+        vision_config={"mm_embed_dim": 8, "output_proj_dims": 8, "patch_size": 2, "mm_posemb_size": 4},
+    )
+    with torch.device("meta"):
+        components = Components(AutoModelForMultimodalLM.from_config(config))
+    assert components.roots("projector") == ["model.embed_vision"]
+    assert components.component_of("model.embed_vision.patch_dense.weight") == "projector"
+    assert components.component_of("model.language_model.layers.0.mlp.up_proj.weight") == "language"
+    assert components.roots("vision") == []
+
+
+def test_a_head_called_decoder_is_not_the_language_model() -> None:
+    config = ModernBertDecoderConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.get_decoder() is model.get_output_embeddings()
+    assert decoder_of(model) is model.model
 
 
 def test_initial_weights_follow_from_the_seed_alone(model_dirs: dict[str, Path]) -> None:

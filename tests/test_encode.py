@@ -266,3 +266,10 @@ def test_a_special_token_in_a_text_is_characters(tokenizer: str, tmp_path: Path)
     traced = Encoder(processor).trace(spoken("</s>", "so </s>"), literal)
     words = [id_ for id_, owner in zip(literal.ids, traced.owners, strict=True) if traced.pieces[owner].kind == "text"]
     assert processor.tokenizer.wrapped.decode(words, clean_up_tokenization_spaces=False).count("</s>") == 2
+
+
+def test_a_long_text_brings_no_warning_of_the_library(chatml: ChatProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = chatml.tokenizer
+    monkeypatch.setattr(tokenizer.wrapped, "model_max_length", 8)
+    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", lambda text: pytest.fail(text))
+    assert len(tokenizer.last_characters("word " * 9, None)) == len(tokenizer.encode("word " * 9, None)) > 8

@@ -20,7 +20,7 @@ from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.answers.figures import figures
 from mmtrain.answers.metrics import METRICS
 from mmtrain.answers.page import page_of_answers
-from mmtrain.answers.report import print_report
+from mmtrain.answers.report import print_report, reference_lines
 from mmtrain.answers.scored_questions import ScoredQuestion
 from mmtrain.cli import app
 from mmtrain.config import dump_config
@@ -117,6 +117,34 @@ def test_surprising_are_the_wrong_answers_that_the_model_is_sure_of() -> None:
     assert [example["index"] for example in row["surprising"]] == [0, 2, 3]
     assert row["surprising"][0]["probability"] == 1
     assert row["num_incomplete"] == 1
+
+
+def test_references_that_repeat_are_classes_with_an_accuracy_each() -> None:
+    answers = ["red"] * 8 + ["blue", "<think>hm</think>blue"] + ["red"] * 3 + ["blue"] * 3 + ["green"] * 4
+    row = judged(asked(COLOURS), model=answers)
+    found = [list(one.values()) for one in row["references"]]
+    assert found == [
+        ["held-out", "red", 10, 0.8, "blue", 2],
+        ["held-out", "blue", 6, 0.5, "red", 3],
+        ["held-out", "green", 4, 1.0, None, 0],
+    ]
+    assert list(reference_lines(row)) == ["held-out: mean over 3 references 76.7%"]
+    assert judged(asked([f"a {n}" for n in range(20)]), model=["a 1"] * 20)["references"] == []
+
+
+def test_the_fields_of_json_have_a_score_each() -> None:
+    references = ['{"id": "A", "lines": [{"price": 1}, {"price": 2.0}], "note": null}', '{"id": "B", "lines": []}']
+    answers = ['```json\n{"id": "A", "lines": [{"price": 1}, {"price": 3}], "vat": 7}\n```', "no JSON"]
+    asked_for = [ScoredQuestion(i, "held-out", "read", text, "json_accuracy") for i, text in enumerate(references)]
+    row = judged(asked_for, model=answers)
+    assert row["references"] == []
+    assert [list(one.values()) for one in row["fields"]] == [
+        ["held-out", "id", 2, 0.5, 0],
+        ["held-out", "lines.*.price", 2, 0.5, 0],
+        ["held-out", "note", 1, 0.0, 0],
+        ["held-out", "vat", 0, None, 1],
+        ["held-out", "lines", 1, 0.0, 0],
+    ]
 
 
 def test_the_report_says_everything() -> None:

@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +17,7 @@ from mmtrain.cli import app
 from mmtrain.config import dump_config
 from mmtrain.config.data_section import Source
 from mmtrain.config.schema import Config
+from mmtrain.config.tune_section import ComponentModules
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
@@ -29,12 +27,14 @@ from mmtrain.generate.command import GenerateOptions, generate
 from mmtrain.generate.prompts import prompt_for
 from mmtrain.generate.questions import Questions
 from mmtrain.generate.sampling import Sampling
-from mmtrain.generate.target import Target, find_target, load_target
+from mmtrain.generate.target import find_target, load_target
+from mmtrain.model.named_model import NamedModel
 from mmtrain.model.packing_trial import RowsFound
 from mmtrain.records.chat import Conversation, Image, Message, Text
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.run import train
 from support.builders import SHAPES, write_jsonl
+from support.forked import Server
 
 MakeConfig = Callable[..., Config]
 SHORT = Sampling(max_new_tokens=4)
@@ -113,20 +113,18 @@ def test_nothing_is_computed_for_answers_that_are_there(
 
 @pytest.mark.slow("runs of two processes")
 def test_two_processes_write_the_same_file_and_continue_it(
-    model_dirs: dict[str, Path], make_config: MakeConfig, tmp_path: Path
+    model_dirs: dict[str, Path], make_config: MakeConfig, tmp_path: Path, server: Server
 ) -> None:
-    """Three batches: one process has none in the second round."""
+    """Three batches: one process has none in the second round. The file is continued by processes that are launched."""
     data, one, two = Path(make_config("llava").data.train[0].path), tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     whole = answers(model_dirs["llava"], data, one, batch_size=4)
-    words = ["--data", str(data), "-o", str(two), "--dtype", "float32", "--batch-size", "4", "--max-new-tokens", "4"]
-    command = [sys.executable, "-m", "mmtrain", "generate", str(model_dirs["llava"]), *words, "--processes", "2"]
-    for num_kept in (0, 5):
-        two.write_text("".join(one.read_text(encoding="utf-8").splitlines(keepends=True)[:num_kept]), encoding="utf-8")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count(": 11 answers") == 1
-        assert [json.loads(line) for line in two.read_text(encoding="utf-8").splitlines()] == whole
+    words = ["generate", str(model_dirs["llava"]), "--data", str(data), "-o", str(two), "--dtype", "float32"]
+    words += ["--batch-size", "4", "--max-new-tokens", "4"]
+    assert server.run(tmp_path / "logs", words, 2).text.count(": 11 answers") == 1
+    assert [json.loads(line) for line in two.read_text(encoding="utf-8").splitlines()] == whole
+    two.write_text("".join(one.read_text(encoding="utf-8").splitlines(keepends=True)[:5]), encoding="utf-8")
+    assert server.run(tmp_path / "logs", [*words, "--processes", "2"]).text.count(": 11 answers") == 1
+    assert [json.loads(line) for line in two.read_text(encoding="utf-8").splitlines()] == whole
 
 
 @pytest.mark.slow("several files of answers")
@@ -188,10 +186,10 @@ def test_a_run_is_found_with_its_adapter_labels_and_dtype(make_config: MakeConfi
     train(config)
     run = Path(config.run.output_dir)
     target = find_target(str(run))
-    assert (target.model, target.adapter) == (config.model.path, run / "adapter")
+    assert (target.path, target.adapter) == (config.model.path, run / "adapter")
     assert (target.labels.train_on, target.dtype) == ("last", "float32")
     other = find_target(str(run / "adapter"), base="other")
-    assert (other.model, other.labels.train_on) == ("other", "last")
+    assert (other.path, other.labels.train_on) == ("other", "last")
     assert find_target(str(run), dtype="bfloat16").dtype == "bfloat16"
     with pytest.raises(UserError, match=r"--base: .* has no adapter_config.json"):
         find_target(config.model.path, base="other")
@@ -201,23 +199,24 @@ def test_the_base_of_a_run_is_quantized_as_it_was_in_training(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = make_config("text").model_dump()
-    config = Config.model_validate(given | {"model": given["model"] | {"quantization": "nf4"}})
+    tune = {"language": {"mode": "lora"}, "components": {"projector": ["model.norm"]}}
+    config = Config.model_validate(given | {"model": given["model"] | {"quantization": "nf4"}, "tune": tune})
     for name in ("checkpoints", "adapter"):
         (tmp_path / name).mkdir()
     (tmp_path / "config.yaml").write_text(dump_config(config))
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
     target = find_target(str(tmp_path))
-    assert (target.model, target.quantization) == ("base", "nf4")
+    assert (target.path, target.quantization) == ("base", "nf4")
     asked: list[Any] = []
 
     def loaded(*args: Any) -> Any:
-        asked.append(args[-1])
+        asked.extend(args[-2:])
         raise UserError("asked for")
 
-    monkeypatch.setattr("mmtrain.generate.target.load_model", loaded)
+    monkeypatch.setattr("mmtrain.scoring.load.load_model", loaded)
     with pytest.raises(UserError, match="asked for"):
-        load_target(replace(target, model=config.model.path, adapter=None), Runtime("float32"))
-    assert asked == ["nf4"]
+        load_target(replace(target, path=config.model.path, adapter=None), Runtime("float32"))
+    assert asked == ["nf4", ComponentModules(projector=("model.norm",))]
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -232,7 +231,7 @@ def test_whether_questions_go_together_is_tried_at_the_first_batch(
 
     monkeypatch.setattr("mmtrain.generate.target.try_rows", trial)
     config = make_config("qwen2_5_vl")
-    loaded = load_target(Target(config.model.path, dtype="float32"), Runtime("float32"))
+    loaded = load_target(NamedModel(config.model.path, dtype="float32"), Runtime("float32"))
     rows: list[int] = []
     loaded.model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -268,7 +267,7 @@ def test_the_model_of_a_full_run_is_found(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     target = find_target(str(tmp_path))
-    assert (target.model, target.adapter) == (str(tmp_path / "model"), None)
+    assert (target.path, target.adapter) == (str(tmp_path / "model"), None)
 
 
 def test_a_chat_remembers_its_turns(

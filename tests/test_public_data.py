@@ -131,6 +131,12 @@ READ: dict[str, Variant] = {
         {"fields": {"answer": "{answer}"}},
         "Q | 3",
     ),
+    "an answer that is an object": (
+        "a.jsonl",
+        text({"question": "Q", "answer": {"total": 1.5, "shop": "Café", "lines": [{"n": None}]}}),
+        {"fields": {"answer": "{answer}"}},
+        'Q | {"total": 1.5, "shop": "Café", "lines": [{"n": null}]}',
+    ),
     "backslashes": ("a.jsonl", text({"question": "Q", "answer": "A", "image": "deep\\b.png"}), {}, "<>Q | A"),
     "decomposed letters": ("a.jsonl", text({"question": "Q", "answer": "A", "image": "u\u0308.png"}), {}, "<>Q | A"),
     "no image in a list": ("a.jsonl", text({"messages": TURNS, "images": [None]}), {}, "Q | A"),

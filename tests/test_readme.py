@@ -249,13 +249,13 @@ def test_the_script_for_folders_of_images_writes_a_table_that_is_read(tmp_path: 
     from mmtrain.records.record_set import RecordSet
 
     (script,) = (block for block in blocks(DATA_PAGE, "python") if "parent.name" in block)
-    for name in ("guinea pig/b, 1.jpg", "cat/a.jpg"):
+    for name in ("guinea pig/b, 1.JPG", "cat/a.png"):
         (tmp_path / "my_data" / name).parent.mkdir(parents=True)
         PIL.Image.new("RGB", (8, 8)).save(tmp_path / "my_data" / name)
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
-    records = RecordSet([Source(path=str(tmp_path / "my_data" / "classes.csv"), prompt="Which?")])
+    records = RecordSet([Source(path=str(tmp_path / "my_data" / "classes.csv"))])
     conversations = [records.conversation(index) for index in range(len(records))]
-    assert [image.name for talk in conversations for image in talk.images] == ["cat/a.jpg", "guinea pig/b, 1.jpg"]
+    assert [image.name for talk in conversations for image in talk.images] == ["cat/a.png", "guinea pig/b, 1.JPG"]
     assert [talk.messages[1].parts for talk in conversations] == [(Text("cat"),), (Text("guinea pig"),)]
 
 
@@ -323,7 +323,10 @@ def test_nothing_shipped_is_too_large() -> None:
 def test_the_project_speaks_of_itself_alone() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     words = re.compile(r"/(?:work|root|home)/\w|artifactory|\bTODO\b|\bFIXME\b")
+    if not listed:
+        pytest.skip("not in a git checkout")
     texts = [ROOT / name for name in listed if name.endswith((".py", ".md", ".yaml", ".toml", ".txt"))]
+    assert len(texts) > 100
     for path in texts:
         if path.is_file() and path != Path(__file__):
             assert not words.search(path.read_text(encoding="utf-8")), path

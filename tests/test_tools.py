@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -327,9 +328,10 @@ def faults(
     conversation: Conversation,
     train_on: str = "assistant",
 ) -> list[str]:
-    ids = encoded.ids.tolist()
-    labels = [id_ if on else IGNORED for id_, on in zip(ids, supervised, strict=True)]
-    return [one.kind for one in Checker(processor, train_on).check(ids, labels, conversation, ()) if one.is_fault]
+    labels = np.where(supervised, encoded.ids, IGNORED)
+    return [
+        one.kind for one in Checker(processor, train_on).check(encoded.ids, labels, conversation, ()) if one.is_fault
+    ]
 
 
 @pytest.mark.parametrize("name", TOOL_TEMPLATES)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mmtrain.answers.breakdown import by_field, by_reference
 from mmtrain.answers.judged import JUDGED, Estimate, JudgedAnswers
 from mmtrain.answers.metrics import METRICS
 from mmtrain.answers.normalize import as_written
@@ -52,6 +53,8 @@ def figures(
         },
         "sources": {name: _source(judged, name, reason) for name, reason in reasons.items()},
         "questions": _questions(judged),
+        "references": by_reference(judged),
+        "fields": by_field(judged),
         "num_incomplete": sum(not reply.is_complete for reply in replies["model"].values()),
         "worst": [_example(judged, places, replies, i) for i in _worst(judged)],
         "surprising": [_example(judged, places, replies, i) for i in _surprising(judged, replies["model"])],

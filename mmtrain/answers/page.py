@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mmtrain.answers.report import KINDS, NO_TEXT, summary_lines
+from mmtrain.answers.report import KINDS, NO_TEXT, reference_lines, summary_lines
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.encoding.images import decode, find_image
 from mmtrain.encoding.thumbnails import data_uri
@@ -18,8 +18,8 @@ def page_of_answers(row: Mapping[str, Any], samples: StoredSamples) -> str:
     """The page of what `row`, made by `figures`, has. All text of samples is escaped."""
     shown = {example["sample"] for key in ("worst", "surprising") for example in row[key]}
     images = {one: _images(samples, one) for one in shown}
-    summary = list(summary_lines(row))
-    return render(__package__, row=row, kinds=KINDS, summary=summary, images=images, no_text=NO_TEXT)
+    lines = {"summary": list(summary_lines(row)), "reference_lines": list(reference_lines(row))}
+    return render(__package__, row=row, kinds=KINDS, images=images, no_text=NO_TEXT, **lines)
 
 
 def _images(samples: StoredSamples, index: int) -> list[str]:

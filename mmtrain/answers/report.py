@@ -19,7 +19,7 @@ KINDS = {
 }
 NO_TEXT = "(no text)"
 """Shown in the place of an empty answer."""
-_NUM_SHOWN = 5
+_NUM_SHOWN, _NUM_ROWS = 5, 40
 
 
 def print_report(row: Mapping[str, Any], console: Console) -> None:
@@ -32,6 +32,14 @@ def print_report(row: Mapping[str, Any], console: Console) -> None:
         console.print()
     if row["questions"]:
         console.print(_question_table(row))
+        console.print()
+    if row["references"]:
+        console.print(_reference_table(row))
+        for line in reference_lines(row):
+            say(line, console)
+        console.print()
+    if row["fields"]:
+        console.print(_field_table(row))
         console.print()
     for key, title in (("worst", "Worst answers"), ("surprising", "Wrong answers that the model is most sure of")):
         if row[key]:
@@ -68,6 +76,31 @@ def _question_table(row: Mapping[str, Any]) -> Table:
     for one in row["questions"]:
         figures = [f"{one['num_answers']:,}", f"{one['model']:.1%}", f"{one['blind']:.1%}"]
         table.add_row(Text(_short(one["question"], 40)), *figures, Text(_short(one["blind_answer"], 20)))
+    return table
+
+
+def reference_lines(row: Mapping[str, Any]) -> Iterator[str]:
+    """For each source the mean over its references, where a rare one counts as much as a frequent one."""
+    for name in row["sources"]:
+        scores = [one["score"] for one in row["references"] if one["source"] == name]
+        if scores:
+            yield f"{visible(name)}: mean over {len(scores):,} references {sum(scores) / len(scores):.1%}"
+
+
+def _reference_table(row: Mapping[str, Any]) -> Table:
+    table = figure_table("reference", "answers", "score", "most frequent wrong answer")
+    for one in row["references"][:_NUM_ROWS]:
+        wrong = "" if one["wrong_answer"] is None else f"{_short(one['wrong_answer'], 24) or NO_TEXT}"
+        wrong += f" ({one['num_wrong_answer']:,})" if wrong else ""
+        table.add_row(Text(_short(one["reference"], 30)), f"{one['num_answers']:,}", f"{one['score']:.1%}", Text(wrong))
+    return table
+
+
+def _field_table(row: Mapping[str, Any]) -> Table:
+    table = figure_table("field", "references", "equal", "only in the answer")
+    for one in row["fields"][:_NUM_ROWS]:
+        share = "–" if one["score"] is None else f"{one['score']:.1%}"
+        table.add_row(Text(_short(one["field"], 40)), f"{one['num_references']:,}", share, f"{one['num_added']:,}")
     return table
 
 

@@ -16,6 +16,8 @@ _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _BOX = re.compile(
     rf"[\[(]{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}[\])]|[\[(]{_NUMBER},{_NUMBER}[\])]\s*,?\s*[\[(]{_NUMBER},{_NUMBER}[\])]"
 )
+FieldPath = tuple[str | int, ...]
+"""The keys and indices that lead to a value of JSON."""
 Box = tuple[float, float, float, float]
 
 
@@ -56,15 +58,20 @@ def json_accuracy(answer: str, reference: str) -> float:
     A field is a value that is neither an object nor a list, by its path. Texts are equal as written, numbers by value.
     An answer that says everything and more is not perfect: what it adds counts as wrong.
     """
-    given, wanted = parsed_json(answer), parsed_json(reference)
-    if given is None or wanted is None:
+    given, wanted = json_fields(answer), json_fields(reference)
+    if not given or not wanted:
         return 0.0
-    one, other = dict(_fields(given)), dict(_fields(wanted))
-    num_equal = sum(bool(path in one and one[path] == value) for path, value in other.items())
-    return num_equal / len(one.keys() | other.keys())
+    num_equal = sum(bool(path in given and given[path] == value) for path, value in wanted.items())
+    return num_equal / len(given.keys() | wanted.keys())
 
 
-def _fields(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+def json_fields(text: str) -> dict[FieldPath, Any]:
+    """The value of each field of a text, comparable with `==`, by its path; empty where the text is not JSON."""
+    value = parsed_json(text)
+    return {} if value is None else dict(_fields(value))
+
+
+def _fields(value: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
     """Each field's path and value; an object or list without any is a field itself."""
     items: Iterable[Any] = (
         value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

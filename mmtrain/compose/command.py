@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from mmtrain.atomic_files import new_folder
+from mmtrain.atomic_files import check_new, new_folder
 from mmtrain.compose.language import Language, load_language, with_image_tokens
 from mmtrain.compose.parts import (
     ProjectorName,
@@ -48,8 +48,7 @@ def compose(options: ComposeOptions) -> None:
     Raises UserError, and leaves nothing there, if the parts do not fit or what was written is not what was composed.
     """
     name, progress = visible(str(options.output)), Progress()
-    if options.output.exists():
-        raise UserError(f"{name}: it exists: give a new directory with -o")
+    check_new(options.output, "directory")
     options = replace(options, vision=directory_of_tower(options.vision))
     dtype = options.dtype or _common_dtype(options)
     tower = load_tower(options.vision, dtype, options.feature_layer)

@@ -120,11 +120,23 @@ def _unknown_key(at: KeyPath, data: dict[str, Any]) -> str:
     valid = _valid_keys(at, data)
     if key in INSTEAD:
         return f"unknown key; {INSTEAD[key]}"
-    if paths := [path for path in _key_paths(Config) if path.rpartition(".")[2] == key]:
-        depth = min(path.count(".") for path in paths)
-        return f"unknown key; did you mean {' or '.join(path for path in paths if path.count('.') == depth)}?"
+    if elsewhere := _paths_of(key):
+        return f"unknown key; {elsewhere}"
     near = difflib.get_close_matches(key[:80], valid, n=1, cutoff=0.6)
     return "unknown key" + (f"; did you mean {shown(near[0])}?" if near else f"; expected one of {', '.join(valid)}")
+
+
+def key_of_option(option: str) -> str:
+    """How to set the key that an option of another tool, such as `--learning_rate`, stands for; empty if none."""
+    key = option.lstrip("-").replace("-", "_").rpartition(".")[2]
+    return INSTEAD.get(key) or _paths_of(key)
+
+
+def _paths_of(key: str) -> str:
+    """The shortest key paths that end in `key`, as a question; empty if there is none."""
+    paths = [path for path in _key_paths(Config) if path.rpartition(".")[2] == key]
+    depth = min((path.count(".") for path in paths), default=0)
+    return f"did you mean {' or '.join(path for path in paths if path.count('.') == depth)}?" if paths else ""
 
 
 def _valid_keys(at: KeyPath, data: dict[str, Any]) -> list[str]:

@@ -12,13 +12,18 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 
-from mmtrain.encoding.processor_settings import TEMPLATE_FILE, check_image_settings, json_object, write_image_settings
+from mmtrain.encoding.processor_settings import TEMPLATE_FILE, check_image_settings, write_image_settings
 from mmtrain.errors import UserError
 from mmtrain.regular_files import open_regular
 from mmtrain.safe_text import one_line, shown, visible
+from mmtrain.text_files import json_object
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 """How the file begins that git has in place of a large one."""
@@ -33,6 +38,12 @@ _PROCESSOR_FILES = (
     "spiece.model",
     "chat_template*",
     "*processor_config.json",
+)
+
+
+NO_OWN_CODE = (
+    "the model needs code that is in its directory, which mmtrain never runs: expected a model of a class that "
+    "transformers has"
 )
 
 
@@ -138,7 +149,19 @@ def load_parts(directory: Path, given_template: str | None, image_settings: Mapp
                 "a dual encoder, which embeds texts and images and has no chats: expected a chat model; for this one "
                 "use `mmtrain train` with objective.kind: contrastive, and `mmtrain eval retrieval`"
             )
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        if takes_images(config) and getattr(config, "is_encoder_decoder", False):
+            raise UserError(
+                "a model with an encoder for the prompt and a decoder for the reply: expected an image-text model that "
+                "reads the prompt and writes the reply with one language model"
+            )
+        if not takes_images(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UserError(
+                f"a model of the type {config.model_type}, which neither replies in chats nor embeds texts and images "
+                "apart: expected a chat model or a dual encoder"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, config=config, local_files_only=True, trust_remote_code=False
+        )
         if tokenizer.pad_token is None:  # processors pad; what they add is taken off again
             tokenizer.pad_token = tokenizer.eos_token
         processor = _family_processor(directory, config, tokenizer, image_settings) if takes_images(config) else None
@@ -146,11 +169,8 @@ def load_parts(directory: Path, given_template: str | None, image_settings: Mapp
     except UserError:
         raise
     except Exception as error:  # a broken directory makes transformers raise anything
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                "the model needs code that is in its directory, which mmtrain never runs: expected a model of a class "
-                "that transformers has"
-            ) from None
+        if needs_own_code(error):
+            raise UserError(NO_OWN_CODE) from None
         kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
         raise UserError(f"the processor cannot be loaded: {kind}{one_line(error)}") from None
     for part in (tokenizer, processor):
@@ -160,6 +180,11 @@ def load_parts(directory: Path, given_template: str | None, image_settings: Mapp
         raise UserError("model.image_processor: this model takes no images: remove the key")
     # the constructor of a processor may add tokens, so the copy is made after it
     return DirectoryParts(copy.deepcopy(tokenizer), processor, eos_ids, _image_token_id(config))
+
+
+def needs_own_code(error: Exception) -> bool:
+    """Whether transformers raised this because it would have to run code of the directory."""
+    return "trust_remote_code" in str(error)
 
 
 def takes_images(config: Any) -> bool:

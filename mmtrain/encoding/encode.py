@@ -7,7 +7,7 @@ ends the turn. An image's span is one indivisible run of ids.
 import functools
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from mmtrain.encoding.fragments import Fragment, Fragmenter
 from mmtrain.encoding.images import FoundImage, Roots, find_image
 from mmtrain.encoding.layout import Layout
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.segments import Known
 from mmtrain.encoding.skeleton import Piece
 from mmtrain.records.chat import Conversation, Message, SampleError
 
@@ -96,9 +97,9 @@ class LaidOut:
     """Of its trained turns; none where all are 1."""
 
     @property
-    def own_texts(self) -> Iterator[str]:
-        """What of it is encoded and is not the template's alone."""
-        return (one.text(self.pieces) for one in self.fragments if one.kind == "text" and not one.is_constant)
+    def own_texts(self) -> Iterator[tuple[Fragment, str]]:
+        """The fragments that are encoded and are not the template's alone, with their texts."""
+        return ((one, one.text(self.pieces)) for one in self.fragments if one.kind == "text" and not one.is_constant)
 
 
 class Encoder:
@@ -136,11 +137,14 @@ class Encoder:
         """`encode`, with images that were found already (or others in their place)."""
         return self._assemble_one(self._lay_out(conversation), images)[0]
 
-    def encode_many(self, conversations: Iterable[tuple[Conversation, Roots]]) -> list[Encoded | SampleError]:
+    def encode_many(
+        self, conversations: Iterable[tuple[Conversation, Roots]], known: Known | None = None
+    ) -> list[Encoded | SampleError]:
         """`encode` of each (conversation, roots), or the reason it cannot be used.
 
-        All texts go through the tokenizer in one call: that takes half as long as one by one.
+        All texts go through the tokenizer in one call: that takes half as long as one by one. `known` gets their ids.
         """
+        known = {} if known is None else known
         laid_out: list[tuple[LaidOut, list[FoundImage]] | SampleError] = []
         for conversation, roots in conversations:
             try:
@@ -148,12 +152,10 @@ class Encoder:
                 laid_out.append((self._lay_out(conversation), images))
             except SampleError as error:
                 laid_out.append(error)
-        known = self._encode_texts(one[0] for one in laid_out if not isinstance(one, SampleError))
+        known |= self._encode_texts(one[0] for one in laid_out if not isinstance(one, SampleError))
         return [found if isinstance(found, SampleError) else self._try(*found, known) for found in laid_out]
 
-    def _try(
-        self, laid_out: LaidOut, images: Sequence[FoundImage], known: Mapping[str, list[int]]
-    ) -> Encoded | SampleError:
+    def _try(self, laid_out: LaidOut, images: Sequence[FoundImage], known: Known) -> Encoded | SampleError:
         try:
             return self._assemble(laid_out, images, known)[0]
         except SampleError as error:
@@ -162,9 +164,12 @@ class Encoder:
     def _assemble_one(self, laid_out: LaidOut, images: Sequence[FoundImage]) -> tuple[Encoded, list[PlacedFragment]]:
         return self._assemble(laid_out, images, self._encode_texts([laid_out]))
 
-    def _encode_texts(self, laid_out: Iterable[LaidOut]) -> dict[str, list[int]]:
+    def _encode_texts(self, laid_out: Iterable[LaidOut]) -> Known:
         """The ids of every text that is a conversation's own, in one call of the tokenizer."""
-        return self.processor.tokenizer.encode_batch({text for one in laid_out for text in one.own_texts})
+        anchor = self.processor.tokenizer.anchor
+        return self.processor.tokenizer.encode_batch(
+            {anchor(fragment.context) + text for one in laid_out for fragment, text in one.own_texts}
+        )
 
     def trace(self, conversation: Conversation, encoded: Encoded) -> Traced:
         """Where each id of `encoded` comes from. Raises SampleError where the conversation is not encoded so now."""
@@ -214,7 +219,7 @@ class Encoder:
         return LaidOut(pieces, self._fragmenter.cut(pieces, skeleton, tuple(trained)), weights)
 
     def _assemble(
-        self, laid_out: LaidOut, images: Sequence[FoundImage], known: Mapping[str, list[int]]
+        self, laid_out: LaidOut, images: Sequence[FoundImage], known: Known
     ) -> tuple[Encoded, list[PlacedFragment]]:
         """The fragments' ids one after the other. `known`: ids of texts that were encoded before."""
         pieces, weights = laid_out.pieces, laid_out.weights
@@ -251,14 +256,15 @@ class Encoder:
         return () if traits.bos and pieces[0].text.startswith(traits.bos) else traits.prefix_ids
 
     def _fragment_ids(
-        self, fragment: Fragment, pieces: Sequence[Piece], after: int | None, known: Mapping[str, list[int]]
+        self, fragment: Fragment, pieces: Sequence[Piece], after: int | None, known: Known
     ) -> Sequence[int]:
         tokenizer = self.processor.tokenizer
         if fragment.is_constant:
             ids: Sequence[int] = self._constant(fragment.text(pieces), after)
         else:
             literal = fragment.kind == "literal"
-            ids = tokenizer.encode(fragment.text(pieces), after, literal, {} if literal else known)
+            known = {} if literal else known
+            ids = tokenizer.encode(fragment.text(pieces), after, literal, known, fragment.context)
         if fragment.ends_turn:
             eos = tokenizer.traits.eos_id
             if eos is None:

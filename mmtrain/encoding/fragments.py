@@ -44,6 +44,8 @@ class Fragment:
     """An end token that the template lacks is put after it."""
     is_constant: bool = False
     """Whether its text is the template's alone, the same in every conversation of the form."""
+    context: str = ""
+    """What the template writes between the last parting token and it, where nothing else is there."""
 
     def text(self, pieces: Sequence[Piece]) -> str:
         return "".join([span.text(pieces) for span in self.spans])
@@ -73,11 +75,23 @@ class Fragmenter:
     def _non_empty(
         self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...], literal: Bounds
     ) -> tuple[Fragment, ...]:
-        return tuple(
-            replace(fragment, is_constant=all(pieces[span.piece].kind in _CONSTANT for span in fragment.spans))
-            for fragment in self._fragments(pieces, skeleton, trained, literal)
-            if fragment.spans or fragment.ends_turn
-        )
+        found: list[Fragment] = []
+        context: str | None = None
+        for fragment in self._fragments(pieces, skeleton, trained, literal):
+            if fragment.spans or fragment.ends_turn:
+                is_constant = all(pieces[span.piece].kind in _CONSTANT for span in fragment.spans)
+                found.append(replace(fragment, is_constant=is_constant, context=context or ""))
+                is_template = fragment.kind == "text" and is_constant
+                context = self._context(context, fragment.text(pieces)) if is_template else None
+        return tuple(found)
+
+    def _context(self, context: str | None, text: str) -> str | None:
+        """The context of what follows `text`, which is the template's and has the context `context`; None: there is
+        something else since the last parting token."""
+        ends = [match.end() for match in self._parting_tokens.finditer(text)]
+        if ends:
+            return text[ends[-1] :]
+        return None if context is None else context + text
 
     def _fragments(
         self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...], literal: Bounds

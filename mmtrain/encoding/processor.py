@@ -36,6 +36,12 @@ class EncodingTrial:
         for name, reason in self.refused.items():
             yield f"refused with {name}: {reason}"
 
+    def summary(self) -> Iterator[str]:
+        """The same, with the number of those that are equal in place of their names."""
+        num = len(self.equal) + len(self.alone) + len(self.refused)
+        yield f"equal the model's own in {len(self.equal)} of {num} trial conversations, which inspect-model names"
+        yield from list(self.lines())[bool(self.equal) :]
+
 
 @dataclass(frozen=True, slots=True)
 class ChatProcessor:

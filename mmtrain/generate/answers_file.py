@@ -24,6 +24,8 @@ class AnswersFile:
         self._name = visible(str(path))
         self.done: set[int] = set()
         """The numbers of the questions that have a row."""
+        with storage_faults(f"{self._name}: it cannot be written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             self._read()
 

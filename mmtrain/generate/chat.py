@@ -69,6 +69,10 @@ def run_chat(chat: Chat, images: list[Image]) -> None:
 
 def read_image(path: Path) -> Image:
     """The image of a file, wherever it is. Raises UserError where it cannot be read."""
+    if path.is_dir():
+        raise UserError(
+            f"image {visible(str(path))}: that is a folder: name one file; docs/answers.md shows how to ask about all"
+        )
     try:
         with open_regular(path) as file:
             return Image(str(path), file.read())

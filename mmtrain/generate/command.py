@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mmtrain.atomic_files import check_writable
 from mmtrain.errors import UserError
 from mmtrain.generate.answer_all import answer_all
 from mmtrain.generate.chat import Chat, read_image, run_chat
@@ -38,6 +39,8 @@ class GenerateOptions:
             raise UserError("generate: expected a question, or -i for a chat, or --data FILE: give one of them")
         if bool(self.data) != (self.output is not None):
             raise UserError("generate: --data FILE and -o FILE go together: give both or none")
+        if self.output is not None:
+            check_writable(self.output)
         if self.data and (self.images or self.system):
             raise UserError("generate: --image and --system are for a question or a chat, not for --data: remove them")
 

@@ -111,7 +111,8 @@ class AuditReport:
             yield f"Turns: {', '.join(f'{role} ({count:,})' for role, count in self.roles.most_common())}"
         yield from bars("Tokens of a sample", histogram(self.lengths))
         yield from bars("Longer side of an image, in pixels", histogram(self.image_sides))
-        yield "\nLongest samples" if self.longest else ""
+        if self.longest:
+            yield "\nLongest samples"
         yield from (f"  {length:>9,} tokens  {place}" for length, place in self.longest)
         if self.num_duplicates:
             yield f"\n{self.num_duplicates:,} samples are the same as an earlier one, such as"
@@ -160,7 +161,8 @@ def histogram(counts: Counter[int]) -> list[dict[str, int]]:
 
 def bars(title: str, bins: list[dict[str, int]]) -> Iterator[str]:
     most = max((one["count"] for one in bins), default=0)
-    yield f"\n{title}" if bins else ""
+    if bins:
+        yield f"\n{title}"
     for one in bins:
         label = f"{one['from']:,}-{one['to']:,}"
         yield f"  {label:>17} {one['count']:>11,} {'#' * -(-30 * one['count'] // most)}"

@@ -1,5 +1,6 @@
 """Columns of a source mapped to the keys of a record, as its `fields` and its `prompt` say."""
 
+import json
 import string
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,4 +77,6 @@ def _text(value: Any, column: str, spec: str) -> str:
         return format(value, spec)
     if isinstance(value, str):
         return value.rjust(int(spec), "0") if spec else value
+    if isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False)
     raise SampleError(f"the column {shown(column)} of a template must be text or a whole number, not {shown(value)}")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmtrain.atomic_files import check_writable
 from mmtrain.command_output import print_json
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.report.compare import differing_keys
@@ -22,8 +23,9 @@ def report(runs: Sequence[Path], output: Path | None, as_json: bool) -> None:
         return
     path = output or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT))
     name = visible(str(path))
-    if path.is_dir():
-        raise UserError(f"--output: {name} is a directory: give the name of a file in it")
+    check_writable(path)
+    if path.exists() and not path.is_file():  # a device would be replaced by a file
+        raise UserError(f"--output: {name} is not a file: give the name of one")
     with storage_faults(f"{name}: the report cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_report(runs, path)

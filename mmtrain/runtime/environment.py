@@ -2,7 +2,10 @@
 
 import logging
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",  # huggingface_hub, and through it transformers and peft, then refuses every request
@@ -28,6 +31,33 @@ def set_environment() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     # peft imports bitsandbytes where it is installed, which then asks for a package of kernels that training cannot use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+class _LossyStderr:
+    """Standard error, of which a line that cannot be written is lost: the terminal or the reader of a pipe is gone, or
+    the disk of a log is full."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def ignore_lost_stderr() -> None:
+    """Let no command fail because its lines on standard error cannot be written, least of all a run that has to save
+    its last step: Ctrl-C also stops the `tee` that reads them."""
+    if sys.stderr is not None:
+        sys.stderr = cast("TextIO", _LossyStderr(sys.stderr))
 
 
 def keep_trackers_in(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -82,6 +83,11 @@ def is_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def ignores_hangup() -> bool:
+    """Whether this process was started to survive its terminal, as `nohup` does."""
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
 def num_local_gpus(device: str) -> int:
     """GPUs of this machine that a run on `device` (`run.device`) uses."""
     import torch
@@ -103,7 +109,7 @@ def launch(options: LaunchOptions, processes: int, words: Sequence[str]) -> int:
     address = _own_address(options.rendezvous)
     os.environ |= {
         _OURS: str(os.getpid()),
-        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGQUIT,SIGUSR1" + ("" if ignores_hangup() else ",SIGHUP"),
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # shared, it would hold what an earlier start left
     }
     interface = _interface(address)

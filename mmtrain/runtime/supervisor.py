@@ -17,6 +17,7 @@ from types import FrameType
 
 from mmtrain.errors import STOP_SIGNALS, PeerError, Stopped, UserError, grouped
 from mmtrain.runtime.activity import IN_STEPS, Activity
+from mmtrain.runtime.launch import ignores_hangup
 from mmtrain.runtime.peers import HANG_CODE, STOP_SECONDS, Peers, Verdict
 
 _REPEAT_SECONDS = 1.0
@@ -53,7 +54,8 @@ class Supervisor:
         self._write.setblocking(False)
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {signum: signal.signal(signum, _only_wake) for signum in STOP_SIGNALS}
+            taken = [signum for signum in STOP_SIGNALS if signum != signal.SIGHUP or not ignores_hangup()]
+            self._handlers = {signum: signal.signal(signum, _only_wake) for signum in taken}
             self._old_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         self._talker.start()
         self._thread.start()

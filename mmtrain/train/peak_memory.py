@@ -5,7 +5,8 @@ longest one, when the optimizer's moments exist. See `model/without_values.py`.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +48,22 @@ class PeakMemory:
     num_tokens: int
     """Of the longest micro-batch."""
     num_images: int
-    whole: int
+    whole: int = 0
     """Of weights that are whole at a time where the others are sharded."""
+    kept: int = 0
+    """Of activations that are kept between the two passes of a contrastive step."""
+
+    @property
+    def activations(self) -> int:
+        """What grows with the micro-batch."""
+        return self.peak - self.weights - 3 * self.trainable - self.kept
+
+    @classmethod
+    def of(cls, model: Any, memory: LiveMemory, kind: str, **sizes: int) -> "PeakMemory":
+        """After steps of `model`, without gradients, that were counted in `memory`."""
+        trainable = sum(parameter.nbytes for parameter in trainable_parameters(model).values())
+        update = memory.num_bytes + trainable + trainable * (kind == "cuda")  # foreach: one copy of all at once
+        return cls(trainable=trainable, peak=max(memory.peak, update), **sizes)
 
     def sharded(self, num_processes: int) -> int:
         """The peak where the weights, their gradients and moments are sharded over so many processes."""
@@ -64,11 +79,10 @@ def predict_peak(
     `progress` is ticked. Raises NeedsValuesError where what the model allocates depends on values, and whatever the
     model raises where it cannot be run. Random states change.
     """
-    memory = LiveMemory(_BLOCKS.get(kind, 1))
-    counting, quiet = WithoutValues(memory), Progress(progress.tick, quiet=True)
+    quiet = Progress(progress.tick, quiet=True)
     config = _as_planned(config)
     runtime = PlannedRuntime(config.model.dtype, num_processes, progress.tick)
-    with planned_on(kind, counting), counting:
+    with counted_on(kind) as memory:
         learner = make_learner(config, processor, runtime, quiet, lambda: load_without_weights(config.model))
         first, longest = _microbatches(StepCuts(dataset, learner, config.run), dataset, learner.packing)
         weights = memory.num_bytes
@@ -76,16 +90,24 @@ def predict_peak(
         for step, microbatches in ((1, [first]), (2, [first, longest])):
             progress.tick()
             _take_step(learner, dataset, microbatches, step, config.train.max_grad_norm)
-        trainable = sum(parameter.nbytes for parameter in trainable_parameters(learner.model).values())
-        update = memory.num_bytes + trainable + trainable * (kind == "cuda")  # foreach: one copy of all at once
-        return PeakMemory(
+        return PeakMemory.of(
+            learner.model,
+            memory,
+            kind,
             weights=weights,
-            trainable=trainable,
-            peak=max(memory.peak, update),
             num_tokens=int(dataset.checked.num_tokens[list(longest)].sum()),
             num_images=int(dataset.train.store.num_images[list(longest)].sum()),
-            whole=_whole_at_a_time(learner),
+            whole=_whole_at_a_time(learner.model),
         )
+
+
+@contextmanager
+def counted_on(kind: str) -> Iterator[LiveMemory]:
+    """Inside, tensors have no values, and their memory on a device of `kind` is counted."""
+    memory = LiveMemory(_BLOCKS.get(kind, 1))
+    counting = WithoutValues(memory)
+    with planned_on(kind, counting), counting:
+        yield memory
 
 
 def _as_planned(config: Config) -> Config:
@@ -124,12 +146,11 @@ def _take_step(
     train_step(learner, learner.batches(dataset.train, microbatches), num_supervised, step, max_grad_norm)
 
 
-def _whole_at_a_time(learner: Learner) -> int:
+def _whole_at_a_time(model: Any) -> int:
     """Bytes of the weights outside of repeated blocks, which FSDP2 does not free between the two passes, and of two
     blocks: the one that is computed and the next one, which is being gathered."""
-    blocks: list[Any] = repeated_blocks(learner.model)
-    sizes = [_num_bytes(block) for block in blocks]
-    return _num_bytes(learner.model) - sum(sizes) + 2 * max(sizes, default=0)
+    sizes = [_num_bytes(block) for block in repeated_blocks(model)]
+    return _num_bytes(model) - sum(sizes) + 2 * max(sizes, default=0)
 
 
 def _num_bytes(module: Any) -> int:

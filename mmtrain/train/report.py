@@ -64,7 +64,7 @@ def _component_table(reports: Sequence[ComponentReport]) -> Table:
 def _trial_lines(learner: Learner) -> Iterator[str]:
     """What the trials at the start found; what falls back has been said."""
     if learner.processor.trial is not None:
-        yield from (f"ids {line}" for line in learner.processor.trial.lines())
+        yield from (f"ids {line}" for line in learner.processor.trial.summary())
     if learner.packing:
         yield "packing: on, packed rows equal samples alone"
 

@@ -14,7 +14,7 @@ from mmtrain.train.checkpoint import CheckpointFolder, read_state
 from support.builders import make_text, mixed_rows, write_jsonl
 from support.forked import Group, Patch, Server, patch, release, until
 
-CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}
+CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130, signal.SIGHUP: 129}
 NLL = "mmtrain.scoring.loaded_model.supervised_nll"
 """Called once for each micro-batch, in the phase `forward`."""
 
