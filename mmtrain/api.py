@@ -43,11 +43,11 @@ def train(config: "Config", fresh: bool = False, accept_change: Sequence[str] = 
 
 
 def encode(config: "Config", records: Sequence[Mapping[str, Any]], root: str | Path = ".") -> "list[Encoded]":
-    """Each record, in any of the shapes of a data file, as training gets it (a record whose replies the chat template
-    rewrites once others follow gives several): `ids`, and `supervised`, which is true for
+    """Each record, in any of the shapes of a data file, as training gets it: `ids`, and `supervised`, which is true for
     the tokens that are trained on; both (num_tokens,). `root` is the folder of the images.
 
-    Raises UserError for a record that cannot be trained on.
+    A record whose replies the chat template rewrites once others follow gives several. Raises UserError for a record
+    that cannot be trained on.
     """
     set_environment()
     from mmtrain.dataset.encoding_spec import EncodingSpec

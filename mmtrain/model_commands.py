@@ -33,7 +33,7 @@ def compose(
     ] = -2,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Cast both parts to this type.", show_default="the type of both"),
+        typer.Option(help="Cast both models to this type.", show_default="the type of both"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides the new weights.")] = 0,
 ) -> None:

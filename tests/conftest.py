@@ -12,6 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     from mmtrain.config.schema import Config
+    from support.forked import Server
 
 gc.disable()
 
@@ -62,6 +63,16 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     assert set(MAKERS) == set(KINDS)
     folder = tmp_path_factory.mktemp("models")
     return {name: make(folder / name) for name, make in MAKERS.items()}
+
+
+@pytest.fixture(scope="session")
+def server() -> "Iterator[Server]":
+    """Runs commands in processes of their own, which need not import anything."""
+    from support.forked import Server
+
+    made = Server()
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -177,7 +177,7 @@ def test_squad_tokens_lose_case_punctuation_and_articles() -> None:
 
 
 @pytest.mark.parametrize(("one", "other", "num"), [("", "", 0), ("", "ab", 2), ("flaw", "lawn", 2), ("ab", "ba", 2)])
-def test_levenshtein(one: str, other: str, num: int) -> None:
+def test_the_edit_distance_is_that_worked_out_by_hand(one: str, other: str, num: int) -> None:
     assert levenshtein(one, other) == levenshtein(other, one) == num
 
 

@@ -1,4 +1,4 @@
-"""The rules of the house, read from the syntax tree."""
+"""The rules of the architecture, read from the syntax tree."""
 
 import ast
 import re
@@ -124,14 +124,14 @@ def test_packages_import_only_from_the_floors_above_them() -> None:
         assert all(floor_of[other] < floor_of[package] for other in others), f"{package} imports {others}"
 
 
-def test_no_module_knows_too_many_others() -> None:
+def test_no_module_imports_too_many_others() -> None:
     for name, tree in MODULES.items():
         known = {module for module in own(imports(tree)) if module != "mmtrain" and module != name}
         known -= {module for module in known if any(other.startswith(f"{module}.") for other in known)}
         assert len(known) <= 15, f"{name}: {len(known)}"
 
 
-def test_there_is_no_import_circle() -> None:
+def test_there_is_no_import_cycle() -> None:
     graph = {name: own(imports(tree)) - {name} for name, tree in MODULES.items()}
     done: set[str] = set()
 
@@ -186,7 +186,7 @@ def test_a_family_is_seen_in_names_attributes_and_strings(code: str) -> None:
     assert names_a_family(ast.parse(code))
 
 
-def test_family_names_stand_in_one_place() -> None:
+def test_family_names_are_in_one_place() -> None:
     """A module tree has names of families, and only `components` reads it; `compose` makes models of one family."""
     assert {name for name, tree in MODULES.items() if names_a_family(tree)} == {
         "mmtrain.model.components",

@@ -70,7 +70,7 @@ def image(num_placeholders: int) -> str:
     return f"<|vision_start|>{'<|image_pad|>' * num_placeholders}<|vision_end|>"
 
 
-def test_counts(images: Path) -> None:
+def test_the_audit_counts_samples_tokens_and_images(images: Path) -> None:
     one = write_jsonl(images / "one.jsonl", [ask("what?", "red"), ask("<image>what?", "a circle", "a.png")])
     two = write_jsonl(images / "two.jsonl", [ask("<image>so?", "blue", "d.png"), ask("why?", "because" * 30)])
     report = audit(config_for(one, two))
@@ -103,7 +103,7 @@ def test_counts(images: Path) -> None:
     assert json.loads(json.dumps(row)) == row
 
 
-def test_duplicates_have_the_same_words_and_the_same_pixels(images: Path) -> None:
+def test_duplicates_have_the_same_tokens_and_the_same_images(images: Path) -> None:
     rows = [
         ask("what?", "red"),
         ask("<image>what?", "red", "a.png"),
@@ -223,7 +223,7 @@ def test_the_number_of_workers_changes_nothing(bad: Path, monkeypatch: pytest.Mo
     assert {"source", "line", "index", "refused"} == rows[0][25].keys()
 
 
-def test_the_other_split(images: Path) -> None:
+def test_the_evaluation_split_is_audited_too(images: Path) -> None:
     path = write_jsonl(images / "one.jsonl", [ask("what?", "red"), ask("so?", "blue")])
     with pytest.raises(UserError, match=r"data\.eval"):
         audit(config_for(path), "eval")

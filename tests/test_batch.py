@@ -1,4 +1,4 @@
-"""The tensors of a micro-batch: where each sample lies, and the order in which the loader gives them."""
+"""The tensors of a micro-batch: where each sample is, and the order in which the loader gives them."""
 
 import threading
 from collections.abc import Iterator, Sequence

@@ -67,13 +67,16 @@ def test_no_token_sees_a_later_one_or_another_sample() -> None:
     assert changed.nonzero()[:, 0].tolist() == list(range(place, sum(LENGTHS[:3])))
 
 
-def test_in_bfloat16_only_what_goes_in_and_comes_out_is_rounded() -> None:
+@pytest.mark.parametrize("under_autocast", [False, True])
+def test_in_bfloat16_only_what_goes_in_and_comes_out_is_rounded(under_autocast: bool) -> None:
     found, expected = (
         [tensor.bfloat16().to(dtype).requires_grad_() for tensor in tensors(2)]
         for dtype in (torch.bfloat16, torch.float64)
     )
     query, key, value = expected
-    own, reference = blocks(*found), written_out(query, key, value, 0.25)
+    with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
+        own = blocks(*found)
+    reference = written_out(query, key, value, 0.25)
     outer = torch.randn(own.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     gradients = torch.autograd.grad(own, found, outer)
     others = torch.autograd.grad(reference, expected, outer.double())

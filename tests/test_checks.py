@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 
@@ -21,6 +22,7 @@ from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.segments import Known
 from mmtrain.records.chat import Conversation, Image, Message, Part, Role, Text
 from mmtrain.records.record_set import RecordSet
 from support.builders import ROOT, SHAPES, TINY, mixed_rows, write_jsonl
@@ -60,7 +62,7 @@ class Sample:
         self.sizes = [span.image.size for span in encoded.images]
 
     def check(self) -> list[Finding]:
-        return self.checker.check(self.ids, self.labels, self.conversation, self.sizes)
+        return self.checker.check(np.array(self.ids), np.array(self.labels), self.conversation, self.sizes)
 
     @property
     def faults(self) -> set[str]:
@@ -247,7 +249,7 @@ def test_planted_faults_of_images(sample: Sample) -> None:
     assert {findings.NO_PLACEHOLDERS, findings.PLACEHOLDER} <= sample.faults
 
 
-def test_reasons_name_the_turn_and_the_words(sample: Sample) -> None:
+def test_reasons_name_the_turn_and_the_text(sample: Sample) -> None:
     other_answer(sample)
     (fault,) = [finding for finding in sample.check() if finding.kind == findings.REPLY]
     assert fault.reason.startswith("turn 4: the labels say ")
@@ -301,9 +303,9 @@ def found_in(path: str, processor: ChatProcessor, train_on: str, end_of_turn: bo
     checker, found = Checker(processor, train_on, end_of_turn), []
     for index in range(min(num, len(samples))):
         encoded = samples.encoded(index)
-        labels = [int(token) if on else IGNORED for token, on in zip(encoded.ids, encoded.supervised, strict=True)]
+        labels = np.where(encoded.supervised, encoded.ids, IGNORED)
         sizes = [span.image.size for span in encoded.images]
-        found += checker.check(encoded.ids.tolist(), labels, samples.records.conversation(index), sizes)
+        found += checker.check(encoded.ids, labels, samples.records.conversation(index), sizes)
     assert len(samples) >= min(num, 8)
     return [finding for finding in found if finding.is_fault]
 
@@ -392,21 +394,21 @@ def test_earlier_prompts_are_those_of_inference(
     ]
     checker, own = Checker(processor), inference.Inference(processor)
     encoded: list[str] = []
-    encode = processor.tokenizer.encode_for_inference
+    encode = processor.tokenizer.encode_in_segments
 
-    def counted(texts: list[str], adds_special_tokens: bool) -> list[list[int]]:
+    def counted(texts: list[str], adds_special_tokens: bool, known: Known) -> list[list[int]]:
         encoded.extend(texts)
-        return encode(texts, adds_special_tokens)
+        return encode(texts, adds_special_tokens, known)
 
-    monkeypatch.setattr(processor.tokenizer, "encode_for_inference", counted)
+    monkeypatch.setattr(processor.tokenizer, "encode_in_segments", counted)
     for one in talks:
         encoded.clear()
-        (prompts,) = checker.prompts([one])
+        (prompts,) = checker.prompts([one], {})
         num_encoded = len(encoded)
-        for turn, ids in prompts.ids.items():
+        for turn, ids in prompts.items():
             assert ids == own.ids(own.rendered(one, turn, begun=True))
         if one is talks[1] and (tokenizer, template) == ("byte_level", "chatml"):
-            assert (num_encoded, set(prompts.derived)) == (1, {1, 3})
+            assert (num_encoded, len(prompts)) == (1, 3)
 
 
 def test_the_checks_do_not_know_the_encoder() -> None:
@@ -424,9 +426,11 @@ def test_the_checks_do_not_know_the_encoder() -> None:
         "mmtrain.checks.findings",
         "mmtrain.checks.content",
         "mmtrain.checks.earlier_prompts",
+        "mmtrain.checks.folding",
         "mmtrain.checks.inference",
         "mmtrain.encoding.messages",
         "mmtrain.encoding.processor",
+        "mmtrain.encoding.segments",
         "mmtrain.checks.reply_frame",
         "mmtrain.safe_text",
     }

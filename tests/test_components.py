@@ -14,16 +14,19 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    Gemma4UnifiedConfig,
     LagunaConfig,
     LagunaForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    ModernBertDecoderConfig,
 )
 
 from mmtrain.config.schema import Config
 from mmtrain.config.tune_section import ComponentModules, Lora, Tune
 from mmtrain.errors import UserError
-from mmtrain.model.components import Components, base_name
+from mmtrain.model.components import Components, base_name, decoder_of
 from mmtrain.model.lora_targets import targets_of, without_adapter
 from mmtrain.model.tune import ComponentReport, apply_tune
 from mmtrain.scoring.image_cache import caches_features
@@ -58,12 +61,33 @@ def prepared(model: Any, tune: Tune) -> tuple[Any, list[ComponentReport]]:
     return apply_tune(model, Components(model), tune)
 
 
-def test_every_parameter_is_of_the_part_it_should_be(kind: str, model_dirs: dict[str, Path]) -> None:
+def test_every_parameter_belongs_to_its_component(kind: str, model_dirs: dict[str, Path]) -> None:
     model = load(kind, model_dirs)
     components = Components(model)
     for name, _ in model.named_parameters():
         expected = next(component for component, pattern in PATTERNS[kind].items() if re.match(pattern, name))
         assert components.component_of(name) == expected, name
+
+
+def test_a_model_without_an_image_encoder_has_a_projector() -> None:
+    config = Gemma4UnifiedConfig(
+        text_config={**DECODER_SIZES, "num_hidden_layers": 1, "layer_types": ["full_attention"]},
+        vision_config={"mm_embed_dim": 8, "output_proj_dims": 8, "patch_size": 2, "mm_posemb_size": 4},
+    )
+    with torch.device("meta"):
+        components = Components(AutoModelForMultimodalLM.from_config(config))
+    assert components.roots("projector") == ["model.embed_vision"]
+    assert components.component_of("model.embed_vision.patch_dense.weight") == "projector"
+    assert components.component_of("model.language_model.layers.0.mlp.up_proj.weight") == "language"
+    assert components.roots("vision") == []
+
+
+def test_a_head_called_decoder_is_not_the_language_model() -> None:
+    config = ModernBertDecoderConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.get_decoder() is model.get_output_embeddings()
+    assert decoder_of(model) is model.model
 
 
 def test_initial_weights_follow_from_the_seed_alone(model_dirs: dict[str, Path]) -> None:
@@ -132,12 +156,14 @@ def test_targets_are_literal_names(model_dirs: dict[str, Path]) -> None:
         ({"projector": {"mode": "full"}}, "the model has no projector component"),
     ],
 )
-def test_nothing_hit_is_an_error(tune: dict[str, Any], reason: str, model_dirs: dict[str, Path]) -> None:
+def test_targets_that_match_nothing_are_an_error(
+    tune: dict[str, Any], reason: str, model_dirs: dict[str, Path]
+) -> None:
     with pytest.raises(UserError, match=re.escape(reason)):
         prepared(load("text", model_dirs), Tune.model_validate(tune))
 
 
-def test_ranks_of_two_parts_may_differ(model_dirs: dict[str, Path]) -> None:
+def test_ranks_of_two_components_may_differ(model_dirs: dict[str, Path]) -> None:
     tune = Tune.model_validate({"vision": {**LORA, "rank": 2, "alpha": 6.0}, "language": {**LORA, "rank": 5}})
     model, _ = prepared(load("llava", model_dirs), tune)
     for name, p in model.named_parameters():
@@ -148,7 +174,7 @@ def test_ranks_of_two_parts_may_differ(model_dirs: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(("variant", "scaling"), [("lora", 2.0), ("rslora", 4.0), ("dora", 2.0)])
-def test_variants(variant: str, scaling: float, model_dirs: dict[str, Path]) -> None:
+def test_each_variant_of_lora_has_its_scaling(variant: str, scaling: float, model_dirs: dict[str, Path]) -> None:
     tune = Tune.model_validate({"language": {**LORA, "variant": variant}})
     model, _ = prepared(load("text", model_dirs), tune)
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
@@ -156,7 +182,7 @@ def test_variants(variant: str, scaling: float, model_dirs: dict[str, Path]) -> 
     assert (variant == "dora") == any("magnitude" in name for name, _ in model.named_parameters())
 
 
-def test_each_part_has_its_rate_and_decay_falls_on_matrices(make_config: Callable[..., Config]) -> None:
+def test_each_component_has_its_rate_and_only_matrices_decay(make_config: Callable[..., Config]) -> None:
     tune = {"projector": {"mode": "full", "learning_rate": 3e-4}, "language": LORA}
     config = make_config("llava", tune, weight_decay=0.1)
     base = AutoModelForImageTextToText.from_pretrained(config.model.path, dtype=torch.float32)

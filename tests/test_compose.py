@@ -1,4 +1,4 @@
-"""mmtrain compose: both parts as they are, a new projector, and one model that plain transformers loads."""
+"""mmtrain compose: both models unchanged, a new projector, and one model that plain transformers loads."""
 
 import json
 import re
@@ -79,7 +79,7 @@ def test_every_weight_of_both_parts_is_carried_over_to_the_bit(
 ) -> None:
     found = weights_in(compose_once(tower, projector))
     vision, language = weights_in(parts[tower]), weights_in(parts["language"])
-    if "logit_scale" in vision:  # of two encoders; the one of text stays behind
+    if "logit_scale" in vision:  # of two encoders; the one of text is left out
         vision = {name: value for name, value in vision.items() if name.startswith("vision_model.")}
     expected = {f"vision_tower.{name.removeprefix('vision_model.')}": value for name, value in vision.items()}
     expected |= {f"language_model.{name}": value for name, value in language.items()}

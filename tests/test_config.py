@@ -182,6 +182,12 @@ ONE_FAULT = [
     ("  hang_timeout: 60", "  microbatches: {a: 1}", "c.yaml:26: run.microbatches: ", ["'auto' or an integer"]),
     ("  hang_timeout: 60", "  microbatches: [1]", "c.yaml:26: run.microbatches: ", ["'auto' or an integer"]),
     ("  learning_rate: 1e-3", "  batch_size: 1" + "0" * 30, "c.yaml:23: train.batch_size: ", ["at most 1,000,000"]),
+    (
+        "  output_dir: runs/try",
+        "  output_dir: runs/try\n  keep_best: loss",
+        "c.yaml:26: run.keep_best: ",
+        ["a figure of an evaluation", "'loss'"],
+    ),
     ("  output_dir: runs/try", '  output_dir: "a\\0b"', "c.yaml:25: run.output_dir: ", ["without a null character"]),
     ("      weight: 1.5", "      weight: 1e7", "c.yaml:13: data.train.0.weight: ", ["at most 1,000,000,"]),
     ("  eval:", "  ignore_fields: bbox\n  eval:", "c.yaml:15: data.ignore_fields: ", ["expected a list, not 'bbox'"]),
@@ -419,6 +425,10 @@ def test_a_key_of_train_under_run_is_refused_with_its_section(tmp_path: Path, te
             "gradient_accumulation_steps=8",
             "gradient_accumulation_steps: unknown key; use train.batch_size, the product",
         ),
+        (
+            "objective.temperature=0.07",
+            "objective.temperature: unknown key; use objective.scale, which is 1 / temperature",
+        ),
         ("trust_remote_code=true", "trust_remote_code: unknown key; remove it: code of a model directory is never run"),
     ],
 )
@@ -434,7 +444,7 @@ def test_what_is_said_of_other_tools_names_keys_that_exist_and_none_of_theirs_hi
     named = {
         word
         for words in INSTEAD.values()
-        for word in re.findall(r"\b(?:model|tune|data|labels|train|run)\.\w+(?:\.\w+)?", words)
+        for word in re.findall(r"\b(?:model|tune|objective|data|labels|train|run)\.\w+(?:\.\w+)?", words)
     }
     assert len(named) > 20
     assert sorted(named - paths) == []

@@ -188,7 +188,7 @@ def test_a_table_whose_first_row_does_not_name_its_columns_is_refused(tmp_path: 
         ("swift_single.csv", [["00000", "11111", "22222"], ["aaaaa", "bbbbb"], ["AAAAA", "BBBBB"]]),
     ],
 )
-def test_a_real_table(file: str, expected: list[list[str]]) -> None:
+def test_a_published_table_is_read(file: str, expected: list[list[str]]) -> None:
     records = RecordSet([Source(path=str(SHARED / "chat_demos/ms_swift_tests" / file))])
     found = [records.conversation(index) for index in range(len(records))]
     assert [[message.text for message in one.messages] for one in found] == expected

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ from support.builders import TINY
 from support.forked import Server
 from support.pair_data import pair_config, write_pairs
 from support.tower_models import TOWERS
-from test_processes import start
 
 LORA = {"mode": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1}
 SMALL = {"train": {"steps": 5, "batch_size": 9}, "run": {"microbatch_tokens": 100, "checkpoint_every": 2}}
@@ -179,13 +178,10 @@ def test_the_watched_figure_is_the_mean_over_the_searches_of_both_directions(mak
 
 
 @pytest.mark.slow("runs of two processes")
-def test_two_processes_keep_the_same_best_checkpoint(make: Make, tmp_path: Path) -> None:
+def test_two_processes_keep_the_same_best_checkpoint(make: Make, tmp_path: Path, server: Server) -> None:
     config = early(make, "retrieval/mrr", {"metric": "retrieval/mrr", "patience": 2}, microbatches=2)
     train(config)
-    data = yaml.safe_load(dump_config(config))
-    data["run"]["output_dir"] = str(tmp_path / "two")
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(data))
-    start(2, "train", str(tmp_path / "two.yaml"))
+    run_in(server, 2, config, tmp_path / "two")
     for file in ("best/model.safetensors", "model/model.safetensors"):
         found, expected = load_file(tmp_path / "two" / file), load_file(Path(config.run.output_dir) / file)
         assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -205,20 +201,12 @@ def test_a_figure_that_is_not_evaluated_is_refused(name: str, near: str, make: M
     assert near in str(refused.value)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.close()
-
-
 def run_in(server: Server, processes: int, config: Config, output: Path) -> Config:
     """Train in so many processes, or resume what is in `output`; the config of that run."""
     data = yaml.safe_load(dump_config(config))
     data["run"]["output_dir"] = str(output)
     output.with_suffix(".yaml").write_text(yaml.safe_dump(data))
-    group = server.start(output.with_suffix(".logs"), ["train", str(output.with_suffix(".yaml"))], processes)
-    assert group.wait(240) == [0] * processes, group.text
+    group = server.run(output.with_suffix(".logs"), ["train", str(output.with_suffix(".yaml"))], processes)
     assert f"on {processes} process" in group.text
     return Config.model_validate(data)
 
@@ -389,6 +377,19 @@ def test_what_does_not_fit_is_refused_by_its_key(sections: dict[str, Any], words
 def test_what_the_model_lacks_is_refused(objective: dict[str, Any], words: str, make: Make) -> None:
     with pytest.raises(UserError, match=words):
         train(make(objective=objective))
+
+
+def test_a_row_for_several_items_is_refused_with_a_dual_encoder(make: Make) -> None:
+    with pytest.raises(UserError, match=r"run.packing: true: a dual encoder gets a row for each item"):
+        train(make(run={"packing": True}))
+
+
+def test_steps_without_negatives_are_refused(make: Make) -> None:
+    config = make(train={"batch_size": 1, "steps": 1})
+    with pytest.raises(UserError, match=r"no step has a negative, so the loss is 0 and nothing is trained"):
+        train(config)
+    sigmoid = config.objective.model_copy(update={"loss": "sigmoid", "bias": -10.0})
+    train(config.model_copy(update={"objective": sigmoid}))
 
 
 def with_template(config: Config, folder: Path) -> Config:

@@ -77,7 +77,7 @@ def dense(config: Config, dtype: torch.dtype = torch.float32) -> Found:
     """One forward of all images and all texts by the model's own modules, each sample on its own with its repetitions,
     and autograd.
 
-    Equal items are told apart by nothing but their content, read from the file anew.
+    Items are distinguished by nothing but their content, read from the file anew.
     """
     config = config.model_copy(update={"run": config.run.model_copy(update={"kernels": "off"})})
     learner = learner_of(config, Exchange(1), 0, dtype)
@@ -159,7 +159,7 @@ def test_no_cut_changes_the_gradients(tokens: int, processes: int, make: Callabl
 @pytest.mark.slow("steps under several settings")
 @pytest.mark.parametrize("processes", [1, pytest.param(3, marks=slow)])
 @pytest.mark.parametrize("tokens", [1, 300])
-def test_with_dropout(tokens: int, processes: int, make: Callable[..., Config]) -> None:
+def test_no_cut_changes_the_gradients_with_dropout(tokens: int, processes: int, make: Callable[..., Config]) -> None:
     tune = {name: {**LORA, "dropout": 0.1} for name in ALL_LORA}
     sections = {"tune": tune, "objective": {"scale": 20.0}}
     expected = dense(make(**sections))

@@ -1,4 +1,4 @@
-"""Samples with faults under a policy: nothing is lost without a word; and commands on records of other containers."""
+"""Samples with faults under a policy: nothing is lost silently; and commands on records of other containers."""
 
 import json
 from pathlib import Path

@@ -69,7 +69,7 @@ def test_logits_of_a_thousand_are_no_trouble(dtype: torch.dtype) -> None:
     assert token_columns(first, second, torch.zeros(3, dtype=torch.long)).isfinite().all()
 
 
-def test_impossible_tokens() -> None:
+def test_tokens_without_probability_add_nothing_or_make_it_infinite() -> None:
     inf = torch.inf
     half, one, all_ = (torch.tensor([row]).log() for row in ([0.5, 0.5, 0], [1.0, 0, 0], [0.25, 0.5, 0.25]))
     assert divergence(one, half).item() == pytest.approx(math.log(2), rel=1e-6)

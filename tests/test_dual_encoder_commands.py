@@ -8,8 +8,9 @@ import PIL.Image
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, CLIPImageProcessorPil
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from typer.testing import CliRunner
 
 from mmtrain.cli import app
@@ -22,7 +23,6 @@ from mmtrain.errors import UserError
 from mmtrain.generate.target import find_target
 from mmtrain.merge import towers
 from mmtrain.merge.command import merge
-from mmtrain.model.load import load_weights
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.run import train
@@ -106,14 +106,15 @@ def test_compose_takes_the_directory_of_a_run(tmp_path: Path) -> None:
 def test_what_the_class_freezes_stays_frozen_in_full_training(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Although transformers makes every weight trainable that it reads from a file."""
     name = "vision_model.embeddings.position_embedding.weight"
+    made = CLIPVisionEmbeddings.__init__
 
-    def frozen(*args: Any) -> Any:
-        model: nn.Module = load_weights(*args)
-        model.get_parameter(name).requires_grad_(False)
-        return model
+    def frozen(self: Any, config: Any) -> None:
+        made(self, config)
+        self.position_embedding.requires_grad_(False)
 
-    monkeypatch.setattr(contrastive_load, "load_weights", frozen)
+    monkeypatch.setattr(CLIPVisionEmbeddings, "__init__", frozen)
     tune = dict.fromkeys(("vision", "language", "projector"), FULL)
     full = pair_config(Path(config.model.path), Path(config.data.train[0].path), tmp_path / "run", tune=tune)
     runtime = Runtime("float32", device="cpu")

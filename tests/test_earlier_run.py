@@ -86,7 +86,7 @@ def test_an_adapter_is_continued_with_a_fresh_optimizer(tune: dict[str, Any], ma
 
 
 @pytest.mark.slow("several runs")
-def test_a_component_trained_in_full_goes_on_next_to_new_adapters(make_config: MakeConfig) -> None:
+def test_a_component_trained_in_full_continues_next_to_new_adapters(make_config: MakeConfig) -> None:
     """The two stages of LLaVA: the projector alone, then the projector and LoRA on the language model."""
     config = with_eval(make_config("llava", PROJECTOR, steps=3))
     earlier = trained(config)
@@ -105,7 +105,9 @@ def test_a_component_trained_in_full_goes_on_next_to_new_adapters(make_config: M
 
 
 @pytest.mark.slow("a run")
-def test_what_is_new_is_said(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_start_says_how_many_tensors_have_earlier_values(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = make_config("text", {"language": LORA | {"targets": ["q_proj"]}}, steps=1)
     earlier = trained(config)
     capsys.readouterr()

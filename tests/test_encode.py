@@ -194,10 +194,10 @@ def test_every_id_is_traced_to_the_text_it_comes_from(chatml: ChatProcessor) -> 
     kinds = [traced.pieces[owner].kind for owner in traced.owners]
     texts = [str(chatml.tokenizer.decode([id_])) for id_ in encoded.ids]
     assert len(traced.owners) == encoded.num_tokens
-    assert "".join(text for text, kind in zip(texts, kinds, strict=True) if kind == "words") == "what?red"
+    assert "".join(text for text, kind in zip(texts, kinds, strict=True) if kind == "text") == "what?red"
     trained = [(text, kind) for text, kind, on in zip(texts, kinds, encoded.supervised, strict=True) if on]
     assert trained[-1] == ("<|im_end|>", "template")
-    assert {kind for _, kind in trained[:-1]} == {"words"}
+    assert {kind for _, kind in trained[:-1]} == {"text"}
 
 
 def test_an_end_that_the_template_lacks_comes_from_no_text(folder: Path, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_an_added_end_does_not_change_what_follows(tokenizer: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("tokenizer", ["metaspace_first", "legacy", "byte_level"])
-def test_a_special_token_in_the_words_is_text(tokenizer: str, tmp_path: Path) -> None:
+def test_a_special_token_in_a_text_is_characters(tokenizer: str, tmp_path: Path) -> None:
     path = make_directory(tmp_path, tokenizer, TEMPLATES["chatml"].text)
     processor = load_processor(str(path), tried=True)
     plain, literal = (Encoder(processor).encode(spoken(word, f"so {word}"), Path()) for word in ("word", "</s>"))
@@ -264,7 +264,7 @@ def test_a_special_token_in_the_words_is_text(tokenizer: str, tmp_path: Path) ->
     trained = processor.tokenizer.wrapped.decode(literal.ids[literal.supervised], clean_up_tokenization_spaces=False)
     assert trained.strip() == "so </s><|im_end|>"
     traced = Encoder(processor).trace(spoken("</s>", "so </s>"), literal)
-    words = [id_ for id_, owner in zip(literal.ids, traced.owners, strict=True) if traced.pieces[owner].kind == "words"]
+    words = [id_ for id_, owner in zip(literal.ids, traced.owners, strict=True) if traced.pieces[owner].kind == "text"]
     assert processor.tokenizer.wrapped.decode(words, clean_up_tokenization_spaces=False).count("</s>") == 2
 
 

@@ -20,6 +20,7 @@ from mmtrain.train.dataset import Dataset
 from mmtrain.train.eval_sets import spread
 from mmtrain.train.run import train
 from support.builders import SHAPES, TINY, write_jsonl
+from support.forked import Server
 from support.learning import LORA, MIXED
 from test_processes import run as run_with_processes
 
@@ -182,11 +183,11 @@ def test_the_samples_are_chosen_by_the_seed_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow("runs of two processes")
-def test_two_processes_give_the_same_answers(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_two_processes_give_the_same_answers(make_config: MakeConfig, tmp_path: Path, server: Server) -> None:
     """One of the two has nothing to ask of the source of one sample."""
     config = with_eval(make_config("text", **SMALL, microbatches=2))
-    one, _ = run_with_processes(config, 1, tmp_path / "one")
-    two, _ = run_with_processes(config, 2, tmp_path / "two")
+    one, _ = run_with_processes(config, 1, tmp_path / "one", server)
+    two, _ = run_with_processes(config, 2, tmp_path / "two", server)
     assert [row for row in one if "answers" in row] == [row for row in two if "answers" in row]
     name = "answers/step-000004.jsonl"
     assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
@@ -195,14 +196,16 @@ def test_two_processes_give_the_same_answers(make_config: MakeConfig, tmp_path: 
 
 @pytest.mark.parametrize("kind", ["tiny", "qwen2_5_vl"])
 @pytest.mark.slow("runs of two processes")
-def test_sharded_weights_give_the_same_answers(kind: str, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_sharded_weights_give_the_same_answers(
+    kind: str, make_config: MakeConfig, tmp_path: Path, server: Server
+) -> None:
     """Before the first step the weights are the same. Batches of one: some have no image, and of the source of one
     sample one process has nothing to ask. Only the tiny model ends its replies, of one to three tokens."""
     ask = {"samples": 64, "every": 3, "batch_size": 1}
     config = shapes_config(tmp_path, **ask) if kind == "tiny" else with_eval(make_config(kind, **SMALL), answers=ask)
-    run_with_processes(config, 1, tmp_path / "one")
+    run_with_processes(config, 1, tmp_path / "one", server)
     sharded = config.run.model_copy(update={"weights": "shard"})
-    two, _ = run_with_processes(config.model_copy(update={"run": sharded}), 2, tmp_path / "two")
+    two, _ = run_with_processes(config.model_copy(update={"run": sharded}), 2, tmp_path / "two", server)
     found, expected = ((tmp_path / name / "answers" / "step-000000.jsonl").read_text() for name in ("two", "one"))
     assert found == expected
     replies = [json.loads(line) for line in found.splitlines()]

@@ -67,8 +67,9 @@ def test_scores_equal_plain_forwards_whatever_the_cut(
     kind: str, packing: bool, microbatch_tokens: int, make_config: MakeConfig
 ) -> None:
     config = with_eval(make_config(kind, packing=packing, microbatch_tokens=microbatch_tokens))
-    scores = scores_of(config)
-    for number, (nll, tokens, right) in plain_sums(config).items():
+    scores, expected = scores_of(config), plain_sums(config)
+    assert set(scores.sample.tolist()) == expected.keys()
+    for number, (nll, tokens, right) in expected.items():
         own = scores.of(scores.sample[scores.sample == number])
         assert own.nll.sum() == pytest.approx(nll, rel=1e-5)
         assert (own.num_supervised.sum(), own.num_right.sum()) == (tokens, right)

@@ -77,9 +77,10 @@ def test_prompts_of_a_batch_get_the_replies_of_plain_transformers_where_each_goe
         assert len(reply.ids) > 1
 
 
-@pytest.mark.parametrize("name", ["paligemma2", "llava_onevision", "qwen3_5"])
+@pytest.mark.parametrize("name", ["paligemma2", "llava_onevision", "qwen3_5", "janus"])
 def test_greedy_replies_are_those_of_plain_transformers(name: str, root: Path) -> None:
-    """Also where a reply follows the prompt in another way than the template writes it, and one reply after another."""
+    """Also where a reply follows the prompt in another way than the template writes it, one reply after another, and
+    where the model's own `generate` leaves out the logits processors."""
     processor = load_processor(str(directory(name)), ProcessorSettings(given_template(name)))
     encoder = Encoder(processor)
     first, second = (conversation_of(case).messages for case in ("one_image", "two_answers"))

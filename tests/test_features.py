@@ -1,4 +1,4 @@
-"""Kept features of images: the same losses as from pixels, the same bits whatever was missing, nothing stale."""
+"""Cached features of images: the same losses as from pixels, the same bits whatever was missing, nothing stale."""
 
 import errno
 import json
@@ -266,7 +266,7 @@ def test_nothing_trainable_is_cached(tune: dict[str, Any], make_config: MakeConf
     assert not is_as_loaded(learner.model, Components(learner.model.get_base_model()), ("vision", "projector"))
 
 
-def test_nothing_is_kept_where_weights_are_spread(make_config: MakeConfig) -> None:
+def test_nothing_is_cached_where_weights_are_sharded(make_config: MakeConfig) -> None:
     config = make_config("llava", LANGUAGE, weights="shard")
     assert caches_features(config, 1)
     assert not caches_features(config, 2)

@@ -174,7 +174,7 @@ def test_a_record_becomes_its_conversation(name: str) -> None:
 
 
 @pytest.mark.parametrize("record_format", ["openai", "messages", "conversations"])
-def test_a_format_can_be_named(record_format: str) -> None:
+def test_a_named_format_is_read(record_format: str) -> None:
     record = {"openai": openai(TEXT_PART), "messages": marked("Q"), "conversations": llava("Q")}[record_format]
     assert read_record(record, record_format) == chat(Text("Q"))
 

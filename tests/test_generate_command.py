@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +32,7 @@ from mmtrain.records.chat import Conversation, Image, Message, Text
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.run import train
 from support.builders import SHAPES, write_jsonl
+from support.forked import Server
 
 MakeConfig = Callable[..., Config]
 SHORT = Sampling(max_new_tokens=4)
@@ -113,20 +111,18 @@ def test_nothing_is_computed_for_answers_that_are_there(
 
 @pytest.mark.slow("runs of two processes")
 def test_two_processes_write_the_same_file_and_continue_it(
-    model_dirs: dict[str, Path], make_config: MakeConfig, tmp_path: Path
+    model_dirs: dict[str, Path], make_config: MakeConfig, tmp_path: Path, server: Server
 ) -> None:
-    """Three batches: one process has none in the second round."""
+    """Three batches: one process has none in the second round. The file is continued by processes that are launched."""
     data, one, two = Path(make_config("llava").data.train[0].path), tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     whole = answers(model_dirs["llava"], data, one, batch_size=4)
-    words = ["--data", str(data), "-o", str(two), "--dtype", "float32", "--batch-size", "4", "--max-new-tokens", "4"]
-    command = [sys.executable, "-m", "mmtrain", "generate", str(model_dirs["llava"]), *words, "--processes", "2"]
-    for num_kept in (0, 5):
-        two.write_text("".join(one.read_text(encoding="utf-8").splitlines(keepends=True)[:num_kept]), encoding="utf-8")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count(": 11 answers") == 1
-        assert [json.loads(line) for line in two.read_text(encoding="utf-8").splitlines()] == whole
+    words = ["generate", str(model_dirs["llava"]), "--data", str(data), "-o", str(two), "--dtype", "float32"]
+    words += ["--batch-size", "4", "--max-new-tokens", "4"]
+    assert server.run(tmp_path / "logs", words, 2).text.count(": 11 answers") == 1
+    assert [json.loads(line) for line in two.read_text(encoding="utf-8").splitlines()] == whole
+    two.write_text("".join(one.read_text(encoding="utf-8").splitlines(keepends=True)[:5]), encoding="utf-8")
+    assert server.run(tmp_path / "logs", [*words, "--processes", "2"]).text.count(": 11 answers") == 1
+    assert [json.loads(line) for line in two.read_text(encoding="utf-8").splitlines()] == whole
 
 
 @pytest.mark.slow("several files of answers")

@@ -67,7 +67,7 @@ def test_what_train_and_eval_share_is_counted(config: Path) -> None:
     assert (train["num_samples"], train["num_images"], train["num_duplicates"]) == (4, 3, 1)
 
 
-def test_the_lines_say_it(config: Path) -> None:
+def test_the_lines_report_the_overlap(config: Path) -> None:
     lines = run(str(config)).output.splitlines()
     assert "Images in both: 1 of 2 in the training data (50.0%) and 2 in the evaluation data" in lines
     assert "Evaluation samples that are also trained on: 1" in lines

@@ -49,7 +49,7 @@ def test_tokens_and_labels_are_those_of_training(kind: str, make_config: MakeCon
         assert [token.position for token in view.tokens] == list(range(len(encoded.ids)))
 
 
-def test_spans_cover_every_token_once_and_hold_the_words_of_their_turn(kind: str, make_config: MakeConfig) -> None:
+def test_spans_cover_every_token_once_and_have_the_text_of_their_turn(kind: str, make_config: MakeConfig) -> None:
     samples = samples_of(make_config(kind))
     for index in range(len(samples)):
         view = view_sample(samples, samples.encoder, index)
@@ -121,7 +121,7 @@ def test_the_terminal_shows_what_is_trained_on_without_colour_in_80_columns(
     assert any("<|im_end|>" in line and "(-100)" in line for line in out.splitlines())
 
 
-def test_words_of_any_script_stay_on_their_line(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_text_of_any_script_stays_on_its_line(make_config: MakeConfig, tmp_path: Path) -> None:
     words = "你好，世界 👩‍🚀 שלום עולם \x1b[31m\tend\n"
     rows = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]}]
     data = write_jsonl(tmp_path / "data" / "any.jsonl", rows)

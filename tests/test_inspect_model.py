@@ -166,7 +166,7 @@ def test_patches_per_token_are_measured(name: str, directories: dict[str, Path])
 
 EVERY_PROBE = [
     *("no image", "no image and two replies", "one image", "one image and two replies", "two images"),
-    *("two images and two replies", "images among the words", "a system turn"),
+    *("two images and two replies", "images within the text", "a system turn"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""What is trained on is the assistant's words and the end of the turn, and the ids are the model's own.
+"""What is trained on is the assistant's reply and the end of the turn, and the ids are the model's own.
 
 References are transformers' `apply_chat_template` and, for what is trained on, the templates' closings written by hand.
 """
@@ -181,7 +181,7 @@ WORDS = {
 @pytest.mark.parametrize("words", WORDS)
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_ids_are_the_templates_own_and_supervised_is_each_answer(
+def test_ids_are_the_templates_own_and_each_reply_is_supervised(
     tokenizer: str, template: str, words: str, root: Path
 ) -> None:
     made, path = TEMPLATES[template], directory(tokenizer, template)
@@ -214,7 +214,7 @@ def nfc(text: str) -> str:
 @pytest.mark.parametrize("answer", ["\n\nred", " red", "  \n red", "\tred"])
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_leading_whitespace_of_an_answer_is_trained_on_after_inferences_prompt(
+def test_leading_whitespace_of_a_reply_is_trained_on_after_inferences_prompt(
     tokenizer: str, template: str, answer: str, root: Path
 ) -> None:
     made, path = TEMPLATES[template], directory(tokenizer, template)
@@ -339,7 +339,7 @@ RECORDS = {
 
 @pytest.mark.parametrize("name", REAL_NAMES)
 @pytest.mark.parametrize("records", RECORDS)
-def test_real_records(name: str, records: str) -> None:
+def test_published_records_are_encoded_as_by_their_template(name: str, records: str) -> None:
     path = real(name)
     file, folder = RECORDS[records]
     if not file.is_file():
@@ -452,7 +452,7 @@ def test_turns_that_are_not_trained_on(tokenizer: str, template: str, root: Path
 @pytest.mark.parametrize("end_of_turn", [True, False])
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("tokenizer", ["byte_level", "metaspace_first", "legacy"])
-def test_answers_in_parts_with_and_without_the_end(
+def test_replies_in_parts_with_and_without_the_end(
     tokenizer: str, template: str, end_of_turn: bool, answer: Any, root: Path
 ) -> None:
     made, path = TEMPLATES[template], directory(tokenizer, template)
@@ -475,7 +475,7 @@ def test_a_question_in_parts_that_is_trimmed_as_a_whole(template: str, root: Pat
     assert encoded.ids.tolist() == own_ids(path, conversation, TEMPLATES[template].parts, root)
 
 
-def test_questions_without_words(root: Path) -> None:
+def test_an_empty_question_is_encoded_as_by_the_template(root: Path) -> None:
     path = directory("byte_level", "chatml")
     conversation = talk(("user", []), ("assistant", "red"), ("user", [""]), ("assistant", "blue"))
     encoded = encoder(path).encode(conversation, root)
@@ -509,7 +509,7 @@ def test_a_closing_of_the_last_turn_that_differs(root: Path) -> None:
     assert single.ids.tolist() == own_ids(path, talk(*TURNS[:2]), False, root)
 
 
-def test_an_empty_thought_before_the_last_answer_is_trained_on(root: Path) -> None:
+def test_an_empty_thought_before_the_last_reply_is_trained_on(root: Path) -> None:
     path = directory("byte_level", "qwen3")
     encoded = encoder(path).encode(talk(*TURNS[:4]), root)
     assert encoded.ids.tolist() == own_ids(path, talk(*TURNS[:4]), False, root)
@@ -533,7 +533,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_template_that_alters_the_words_is_refused(name: str, tmp_path: Path, root: Path) -> None:
+def test_a_template_that_changes_the_text_is_refused(name: str, tmp_path: Path, root: Path) -> None:
     path = make_directory(tmp_path, "byte_level", WRONG[name])
     conversation = talk(("system", "be brief"), ("user", "a < b & c?"), ("assistant", "yes, 'a' is smaller <"))
     with pytest.raises((SampleError, UserError), match="chat template"):
@@ -560,7 +560,7 @@ def test_refused_samples_name_the_reason(template: str, turns: list[Turn], reaso
         (None, False, "no chat template"),
         (TEMPLATES["llama3"].text, True, "no placeholder '<image>'"),
         (TEMPLATES["mistral"].text, True, "no placeholder '<image>'"),
-        ("{{ bos_token }}", False, "does not show a user's words"),
+        ("{{ bos_token }}", False, "does not show a user's text"),
         ("{% for m in messages %}{{ m.content | nothing }}{% endfor %}", False, "chat template.*nothing"),
         ("{% for m in messages %}{{ m.content }}", False, "chat template"),
     ],
@@ -573,7 +573,7 @@ def test_refused_templates(template: str | None, vision: bool, reason: str, tmp_
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(None, "cannot be read"), (b"\xff{{", "not UTF-8"), (b" \n", "it is empty"), (b"{{ bos_token }}", "user's words")],
+    [(None, "cannot be read"), (b"\xff{{", "not UTF-8"), (b" \n", "it is empty"), (b"{{ bos_token }}", "user's text")],
 )
 def test_refused_files_with_a_template(content: bytes | None, reason: str, tmp_path: Path) -> None:
     path, file = make_directory(tmp_path / "model", "byte_level", TEMPLATES["chatml"].text), tmp_path / "own.jinja"

@@ -9,7 +9,7 @@ import pytest
 
 from mmtrain.encoding.calls import check_plain, length_without_end, shared_reply, shows_all
 from mmtrain.encoding.layout import Layout
-from mmtrain.encoding.skeleton import Answer, Piece, Skeleton
+from mmtrain.encoding.skeleton import Offset, Piece, ReplyBounds, Skeleton
 from mmtrain.encoding.template import ChatTemplate, TemplateTraits
 from mmtrain.records.chat import Conversation, Image, Message, SampleError, Text, ToolCall
 
@@ -59,43 +59,43 @@ ONE: list[Turn] = [("user", ["what?"]), ("assistant", ["dog"])]
 TWO: list[Turn] = [*ONE, ("user", ["so"]), ("assistant", ["no"])]
 
 
-def test_pieces_and_answers_of_a_plain_template() -> None:
+def test_pieces_and_bounds_of_replies_of_a_plain_template() -> None:
     turns: list[Turn] = [("user", ["see ", IMAGE, "it"]), ("assistant", ["a ", "dog"]), ("user", [IMAGE, "so"])]
     pieces, skeleton = lay_out(plain, *turns, ("assistant", ["no"]))
     assert pieces == [
         Piece("template", "user:", 0),
-        Piece("words", "see ", 0),
+        Piece("text", "see ", 0),
         Piece("image", "<image>", 0),
-        Piece("words", "it", 0),
+        Piece("text", "it", 0),
         Piece("template", "<end>\nassistant:", 0),
-        Piece("words", "a ", 1),
-        Piece("words", "dog", 1),
+        Piece("text", "a ", 1),
+        Piece("text", "dog", 1),
         Piece("template", "<end>\nuser:", 1),
         Piece("image", "<image>", 2),
-        Piece("words", "so", 2),
+        Piece("text", "so", 2),
         Piece("template", "<end>\nassistant:", 2),
-        Piece("words", "no", 3),
+        Piece("text", "no", 3),
         Piece("template", "<end>\n", 3),
     ]
-    assert skeleton.answers == {
-        1: Answer(border=(5, 0), words_end=6, end=(7, 5), other_end=False),
-        3: Answer(border=(11, 0), words_end=11, end=(12, 5), other_end=False),
+    assert skeleton.replies == {
+        1: ReplyBounds(border=Offset(5, 0), last_piece=6, end=Offset(7, 5), other_end=False),
+        3: ReplyBounds(border=Offset(11, 0), last_piece=11, end=Offset(12, 5), other_end=False),
     }
 
 
-def test_an_answer_begins_where_the_prompt_ends() -> None:
-    """Here one character before its words: the model writes the space."""
+def test_a_reply_begins_where_the_prompt_ends() -> None:
+    """Here one character before its text: the model writes the space."""
     _, skeleton = lay_out(lambda messages: plain(messages).replace("assistant:", "assistant: "), *ONE)
-    border = (2, len("<end>\nassistant:"))
-    assert skeleton.answers == {1: Answer(border, words_end=3, end=(4, 5), other_end=False)}
+    border = Offset(2, len("<end>\nassistant:"))
+    assert skeleton.replies == {1: ReplyBounds(border, last_piece=3, end=Offset(4, 5), other_end=False)}
 
 
-def test_a_reply_without_a_prompt_is_no_answer() -> None:
+def test_a_reply_without_a_prompt_is_not_trained_on() -> None:
     _, skeleton = lay_out(plain, ("assistant", ["hello"]), *TWO[2:])
-    assert list(skeleton.answers) == [2]
+    assert list(skeleton.replies) == [2]
 
 
-def test_a_reply_that_is_rewritten_once_others_follow_is_no_answer() -> None:
+def test_a_reply_that_is_rewritten_once_others_follow_is_not_trained_on_in_the_whole() -> None:
     """Only the last one is begun as the generation prompt begins it."""
 
     def marks_the_last(messages: Any) -> str:
@@ -103,7 +103,7 @@ def test_a_reply_that_is_rewritten_once_others_follow_is_no_answer() -> None:
         return "".join(before) + last.replace("assistant:", "assistant!:")
 
     _, skeleton = lay_out(marks_the_last, *TWO, prompt="assistant!:")
-    assert list(skeleton.answers) == [3]
+    assert list(skeleton.replies) == [3]
 
 
 @pytest.mark.parametrize(
@@ -133,20 +133,20 @@ def test_where_a_reply_ends(others_follow: str, last: str, length: int | None, o
         return text
 
     _, skeleton = lay_out(render, *TWO)
-    first = skeleton.answers[1]
-    assert (first.words_end, first.end, first.other_end) == (3, None if length is None else (4, length), other_end)
+    first = skeleton.replies[1]
+    assert (first.last_piece, first.end, first.other_end) == (3, None if length is None else (4, length), other_end)
 
 
 @pytest.mark.parametrize("reply", ["dog", " dog", "dog ", " dog "])
 @pytest.mark.parametrize("after", ["", " "])
-def test_words_that_are_trimmed_are_what_stands_in_the_text(reply: str, after: str) -> None:
-    """A space that the template writes after them is not theirs."""
+def test_text_that_the_template_trims_is_trained_on_without_its_spaces(reply: str, after: str) -> None:
+    """A space that the template writes after it does not belong to it."""
 
     def trims(messages: Any) -> str:
         return "".join(f"{message['role']}:{words(message).strip()}{after}{END}\n" for message in messages)
 
     pieces, _ = lay_out(trims, ("user", ["what?"]), ("assistant", [reply]))
-    assert pieces[3:] == [Piece("words", "dog", 1), Piece("template", f"{after}{END}\n", 1)]
+    assert pieces[3:] == [Piece("text", "dog", 1), Piece("template", f"{after}{END}\n", 1)]
 
 
 def test_a_mark_of_an_image_is_plain_text_to_a_model_without_images() -> None:
@@ -206,7 +206,7 @@ def test_a_template_that_changes_the_conversation_is_refused(name: str) -> None:
         lay_out(render, *turns)
 
 
-def test_a_prompt_that_reaches_into_the_answer_is_refused() -> None:
+def test_a_prompt_that_reaches_into_the_reply_is_refused() -> None:
     """It ends in `Zq`, with which every stand-in for words begins."""
     with pytest.raises(SampleError, match="writes text of the reply into its prompt"):
         lay_out(plain, *ONE, prompt="assistant:Zq")

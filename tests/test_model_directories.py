@@ -101,6 +101,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         _changed("config.json", model_type="my_vlm", auto_map={"AutoConfig": "code.Config"}),
         r"^the model needs code that is in its directory, which mmtrain never runs",
     ),
+    "a model of other tasks": (_changed("config.json", model_type="vit"), r"^a model of the type vit, which neither"),
     "a template that says the same four times": (
         _with("chat_template.jinja", "{{ raise_exception('no') }}"),
         r"^[^;]*refuses[^;]*no$",

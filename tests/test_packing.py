@@ -29,7 +29,7 @@ from mmtrain.train.dataset import Dataset
 from mmtrain.train.learner import make_learner
 from mmtrain.train.run import train
 from mmtrain.train.step_cuts import StepCuts
-from support.attention_models import TEXT_MODELS, WINDOW, make_gemma3, make_text_family
+from support.attention_models import PRETRAINED, TEXT_MODELS, WINDOW, make_gemma3, make_text_family
 from support.builders import MAKERS
 from support.learning import LORA, learner_for, relative_l2, scores_of, step_of
 
@@ -180,6 +180,28 @@ def test_a_model_that_fails_in_rows_of_several_samples_gets_one(load: Load) -> N
     model.register_forward_pre_hook(lambda module, args, kwargs: _one_row(kwargs["input_ids"]), with_kwargs=True)
     found = try_rows(model, processor, torch.float32)
     assert found == RowsFound("this model takes one sample at a time: padded rows raise ValueError: two rows", True)
+
+
+def test_a_model_whose_frequencies_change_with_the_longest_sample_gets_one_where_samples_are_long(load: Load) -> None:
+    model, processor = load("phi3")
+    found = try_rows(model, processor, torch.float32, longest=PRETRAINED)
+    assert found == RowsFound()
+    found = try_rows(model, processor, torch.float32, longest=4 * PRETRAINED)
+    assert found.alone
+    assert f"a sample of more than {PRETRAINED} tokens changes" in str(found.fault)
+
+
+def test_a_long_sample_changes_the_logits_of_another_in_plain_transformers(load: Load) -> None:
+    """Which is why the model above gets one sample at a time."""
+    ids = torch.arange(PRETRAINED + 1).expand(2, -1) + 1
+    mask = torch.ones_like(ids)
+    mask[0, 20:] = 0
+    model, _ = load("phi3")
+    with torch.no_grad():
+        alone, among = model(ids[:1, :20]).logits, model(ids, attention_mask=mask).logits[:1, :20]
+        shorter = model(ids[:, :-1], attention_mask=mask[:, :-1]).logits[:1, :20]
+    assert torch.allclose(shorter, alone, atol=1e-5)
+    assert not torch.allclose(among, alone, atol=1e-2)
 
 
 def test_logits_that_are_not_finite_are_refused_and_equal_ones_are_no_fault(load: Load) -> None:

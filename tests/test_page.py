@@ -124,7 +124,7 @@ def test_every_token_is_there_with_its_label(views: list[SampleView], written: t
         assert ("sp" in (values["class"] or "").split()) == (token.kind == "special")
 
 
-def test_the_words_are_whole(views: list[SampleView], written: tuple[str, Path]) -> None:
+def test_the_text_of_the_page_is_that_of_the_sample(views: list[SampleView], written: tuple[str, Path]) -> None:
     """What is drawn of a span is its text, save the characters that are drawn as their number."""
     page = Page(written[0])
     for view in views:
@@ -162,7 +162,7 @@ def test_nothing_comes_from_outside(written: tuple[str, Path]) -> None:
     assert "script-src 'sha256-" in policy
 
 
-def test_foreign_text_is_escaped(written: tuple[str, Path]) -> None:
+def test_text_from_outside_is_escaped(written: tuple[str, Path]) -> None:
     text = written[0]
     assert text.count("</script>") == 1
     assert "<img src=x" not in text
@@ -205,7 +205,7 @@ def test_an_image_that_changes_shape_has_no_grid(model_dirs: dict[str, Path], tm
     assert len(Page((tmp_path / "crop.html").read_text(encoding="utf-8")).named("svg")) == 1
 
 
-def test_an_image_that_is_gone_is_said(views: list[SampleView], tmp_path: Path) -> None:
+def test_an_image_that_is_gone_is_reported(views: list[SampleView], tmp_path: Path) -> None:
     image = views[0].images[0]
     assert isinstance(image.found.source, Path)
     moved = image.found.source.rename(tmp_path / "moved.png")

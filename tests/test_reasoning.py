@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -225,11 +226,11 @@ def test_the_checks_find_no_fault_in_it(name: str) -> None:
     own, checker = encoder(template), Checker(encoder(template).processor)
     for _, one in own.sequences(talk(TURNS)):
         encoded = own.encode(one, Path())
-        labels = [id_ if is_own else -100 for id_, is_own in zip(encoded.ids, encoded.supervised, strict=True)]
-        assert checker.check(encoded.ids.tolist(), labels, one, []) == []
+        labels = np.where(encoded.supervised, encoded.ids, -100)
+        assert checker.check(encoded.ids, labels, one, []) == []
         last = max(at for at, label in enumerate(labels) if label >= 0 and label != labels[-1])
-        wrong = [-100 if at == last - 1 else label for at, label in enumerate(labels)]
-        assert any(finding.is_fault for finding in checker.check(encoded.ids.tolist(), wrong, one, []))
+        labels[last - 1] = -100
+        assert any(finding.is_fault for finding in checker.check(encoded.ids, labels, one, []))
 
 
 def test_reasoning_is_taken_from_the_beginning_of_a_text() -> None:

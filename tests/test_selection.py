@@ -43,7 +43,7 @@ def read(*paths: Path, train: Row | None = None, **data: Any) -> Dataset:
     return Dataset(config, load_processor(config.model.path), QUIET)
 
 
-def pictures(folder: Path, *names: str) -> None:
+def draw_images(folder: Path, *names: str) -> None:
     """Images of different colours; names that begin with the same letter are the same file byte for byte."""
     for name in names:
         seed = ord(name[0])
@@ -54,7 +54,7 @@ def pictures(folder: Path, *names: str) -> None:
 
 
 def test_a_duplicate_has_the_same_tokens_and_the_same_image_bytes(tmp_path: Path) -> None:
-    pictures(tmp_path, "a1.png", "a2.png", "b1.png")
+    draw_images(tmp_path, "a1.png", "a2.png", "b1.png")
     rows = [
         qa("red", ("a1.png",)),
         qa("red", ("a2.png",)),  # another file with the same bytes
@@ -152,7 +152,7 @@ def test_the_sides_stay_the_same_in_another_order_with_more_data_and_in_other_fi
 
 def test_samples_with_the_same_image_are_on_one_side(tmp_path: Path) -> None:
     letters = [chr(ord("A") + number) for number in range(26)]
-    pictures(tmp_path, *(f"{letter}{copy}.png" for letter in letters for copy in (1, 2)))
+    draw_images(tmp_path, *(f"{letter}{copy}.png" for letter in letters for copy in (1, 2)))
     rows = [qa(f"{letter} {copy} {i}", (f"{letter}{copy}.png",)) for letter in letters for copy in (1, 2) for i in "xy"]
     links = [("A", "B"), ("C", "D")]
     rows += [qa(f"link {letter}", (f"{letter}1.png", f"{other}2.png")) for letter, other in links]

@@ -1,4 +1,4 @@
-"""Every shape of record × the conversation it becomes, word by word."""
+"""Every shape of record × the conversation it becomes."""
 
 import base64
 import json
@@ -349,7 +349,7 @@ def test_images_can_be_a_list_in_JSON_text() -> None:
 
 
 @pytest.mark.parametrize("mark", ["<image>", "<img>", "<IMG_CONTEXT>", "<|image|>", "[IMG]", "<ImageHere>"])
-def test_a_mark_is_found_by_itself(mark: str) -> None:
+def test_a_mark_is_recognised(mark: str) -> None:
     record = {"query": f"one {mark} two\n{mark}\nthree", "response": "A", "images": ["a", "b"]}
     parts = [Text("one "), Image("a"), Text(" two"), Image("b"), Text("three")]
     found = read_record(record)
@@ -485,7 +485,7 @@ REAL["ms_swift_tests/swift_multi.jsonl"] = REAL["ms_swift_tests/swift_multi.json
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not there")
 @pytest.mark.parametrize("file", REAL)
-def test_a_real_file_of_each_shape(file: str) -> None:
+def test_a_published_file_of_each_shape_is_read(file: str) -> None:
     text = (SHARED / "chat_demos" / file).read_text(encoding="utf-8")
     records = [json.loads(line) for line in text.splitlines()] if file.endswith("jsonl") else json.loads(text)
     assert [read_record(record) for record in records] == REAL[file]

@@ -4,7 +4,6 @@ import functools
 import itertools
 import signal
 import threading
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,12 +25,8 @@ pytestmark = pytest.mark.slow("signals and faults in runs of several processes")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    server = Server()
-    try:
-        yield World(tmp_path_factory.mktemp("signals"), server)
-    finally:
-        server.close()
+def world(tmp_path_factory: pytest.TempPathFactory, server: Server) -> World:
+    return World(tmp_path_factory.mktemp("signals"), server)
 
 
 @pytest.mark.parametrize(

@@ -368,7 +368,7 @@ def report(**changed: Any) -> dict[str, Any]:
     return rows | {"images": None} | changed
 
 
-def test_verdict_in_words() -> None:
+def test_the_verdict_names_what_the_images_are_worth() -> None:
     found = difference(uneven(40, seed=8), uneven(40, seed=8))
     swapped = {**found, "nats_per_token": 0.3, "interval": [0.2, 0.4], "share": 0.25}
     assert image_verdict({"swapped": swapped}) == (

@@ -5,8 +5,6 @@ import gzip
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -16,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -39,8 +36,8 @@ from mmtrain.runtime.processes import Runtime
 from mmtrain.train.run import train
 from mmtrain.train.stream_steps import begin_step
 from support.builders import TINY, write_jsonl
+from support.forked import Server
 from test_containers import parquet, png, shard
-from test_processes import start
 
 MakeConfig = Callable[..., Config]
 Open = Callable[[Config], Stream]
@@ -393,36 +390,38 @@ def test_a_run_with_a_fault_in_the_data_resumes_when_it_is_corrected(
 
 @pytest.mark.slow("several runs in processes of their own")
 @pytest.mark.parametrize("num_rows", [1, 6])
-def test_a_killed_run_ends_with_the_same_bits(num_rows: int, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_killed_run_ends_with_the_same_bits(
+    num_rows: int, make_config: MakeConfig, tmp_path: Path, server: Server
+) -> None:
     config = streamed(make_config, faulty(tmp_path / "shards"), **POLICY)
     run = config.run.model_copy(update={"checkpoint_every": 2})
     killed = config.model_copy(update={"run": run.model_copy(update={"output_dir": str(tmp_path / "killed")})})
     config = config.model_copy(update={"run": run})
     train(config)
     (tmp_path / "killed.yaml").write_text(dump_config(killed))
-    words = [sys.executable, "-m", "mmtrain", "train", str(tmp_path / "killed.yaml")]
+    words = ["train", str(tmp_path / "killed.yaml")]
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None:
-            if metrics.exists() and metrics.read_bytes().count(b"\n") >= num_rows:
-                process.kill()
-            time.sleep(0.001)
-    assert process.returncode == -signal.SIGKILL
-    start(1, "train", str(tmp_path / "killed.yaml"))
+    group = server.start(tmp_path / "logs", words)
+    while group.wait(0) == [None]:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= num_rows:
+            group.send(0, signal.SIGKILL)
+        time.sleep(0.001)
+    assert group.wait() == [-signal.SIGKILL]
+    server.run(tmp_path / "logs", words)
     assert_same(result(killed), result(config))
 
 
 @pytest.mark.slow("runs of two processes")
-def test_two_processes_take_the_steps_of_one(make_config: MakeConfig, folder: Path, tmp_path: Path) -> None:
+def test_two_processes_take_the_steps_of_one(
+    make_config: MakeConfig, folder: Path, tmp_path: Path, server: Server
+) -> None:
     config = streamed(make_config, folder, "qwen2_5_vl")
     exact = config.run.model_copy(update={"microbatches": 2})
     config = config.model_copy(update={"run": exact})
     train(config)
-    data = yaml.safe_load(dump_config(config))
-    data["run"]["output_dir"] = str(tmp_path / "two")
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(data))
-    start(2, "train", str(tmp_path / "two.yaml"))
     other = config.model_copy(update={"run": exact.model_copy(update={"output_dir": str(tmp_path / "two")})})
+    (tmp_path / "two.yaml").write_text(dump_config(other))
+    server.run(tmp_path / "logs", ["train", str(tmp_path / "two.yaml")], 2)
     assert_same(result(other), result(config))
 
 

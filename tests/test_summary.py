@@ -101,7 +101,7 @@ def test_a_row_that_is_being_written_does_not_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3723, "1:02:03")])
-def test_durations(seconds: float, expected: str) -> None:
+def test_a_duration_is_written_as_hours_minutes_and_seconds(seconds: float, expected: str) -> None:
     assert duration(seconds) == expected
 
 

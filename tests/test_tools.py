@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -327,9 +328,10 @@ def faults(
     conversation: Conversation,
     train_on: str = "assistant",
 ) -> list[str]:
-    ids = encoded.ids.tolist()
-    labels = [id_ if on else IGNORED for id_, on in zip(ids, supervised, strict=True)]
-    return [one.kind for one in Checker(processor, train_on).check(ids, labels, conversation, ()) if one.is_fault]
+    labels = np.where(supervised, encoded.ids, IGNORED)
+    return [
+        one.kind for one in Checker(processor, train_on).check(encoded.ids, labels, conversation, ()) if one.is_fault
+    ]
 
 
 @pytest.mark.parametrize("name", TOOL_TEMPLATES)
@@ -359,7 +361,7 @@ AGAIN = [{"role": "user", "content": "And now?"}, {"role": "assistant", "content
 TWO = [RESULT, {**RESULT, "content": "7"}]
 
 
-def test_several_calls_follow_the_words_of_their_turn(directories: dict[str, Path]) -> None:
+def test_several_calls_follow_the_text_of_their_turn(directories: dict[str, Path]) -> None:
     record = with_turns(TWO_CALLS, *TWO, {"role": "assistant", "content": "Done."}, *AGAIN)
     processor = processor_of(directories["qwen2.5"])
     encoded = Encoder(processor).encode(read_record(record), Path())
@@ -459,7 +461,7 @@ def test_what_a_template_has_no_place_for_is_refused(
     assert words in str(caught.value)
 
 
-def test_a_result_next_to_calls_in_words_needs_no_place_for_calls(directories: dict[str, Path]) -> None:
+def test_a_result_next_to_calls_in_text_needs_no_place_for_calls(directories: dict[str, Path]) -> None:
     processor = processor_of(directories["chatml"])
     encoded = Encoder(processor).encode(read_record({"messages": [Q, A, {"role": "tool", "content": "5"}, A]}), Path())
     assert trained_texts(processor, encoded) == ["A<|im_end|>"] * 2

@@ -1,4 +1,4 @@
-"""Tensors without values: shapes, what they take of memory, and what the program is told that asks for a value."""
+"""Tensors without values: shapes, what they take of memory, and what a program gets that asks for a value."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_numbers_that_follow_from_no_weight_are_right() -> None:
         assert table[ids > 1].shape == (2, 5)
 
 
-def test_a_question_about_values_is_answered_so_that_the_program_goes_on() -> None:
+def test_a_question_about_values_is_answered_so_that_the_program_continues() -> None:
     with WithoutValues(LiveMemory()):
         x = torch.randn(3, 2)
         assert torch.equal(x, x + 1)

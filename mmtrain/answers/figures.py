@@ -44,7 +44,7 @@ def figures(
         "num_answers": len(questions),
         "metrics": _means(scores["model"]),
         **{kind: _means(scores[kind]) if kind in others else None for kind in OTHERS},
-        "beats_blind": _is_above(gain),
+        "beats_blind": gain.interval[0] > 0,
         "verdict": verdict(gain),
         "intervals": {
             "metrics": _intervals(scores["model"]),
@@ -71,10 +71,6 @@ def verdict(gain: Estimate) -> str:
     return f"does not beat blind guessing ({more}: {why})"
 
 
-def _is_above(gain: Estimate) -> bool:
-    return gain[1][0] > 0
-
-
 def _by_metric(judged: JudgedAnswers, measure: Callable[[str, str], Estimate | None], kind: str) -> dict[str, Estimate]:
     """What `measure` gives for a kind of answers by each metric that there is."""
     found = {name: measure(kind, name) for name in (*judged.metrics, JUDGED)}
@@ -82,11 +78,11 @@ def _by_metric(judged: JudgedAnswers, measure: Callable[[str, str], Estimate | N
 
 
 def _means(found: Mapping[str, Estimate]) -> dict[str, float]:
-    return {name: mean for name, (mean, _) in found.items()}
+    return {name: one.mean for name, one in found.items()}
 
 
 def _intervals(found: Mapping[str, Estimate]) -> dict[str, list[float]]:
-    return {name: interval for name, (_, interval) in found.items()}
+    return {name: one.interval for name, one in found.items()}
 
 
 def _source(judged: JudgedAnswers, name: str, reason: str) -> dict[str, Any]:
@@ -103,7 +99,7 @@ def _source(judged: JudgedAnswers, name: str, reason: str) -> dict[str, Any]:
         "num_of_other_form": _num_of_other_form(judged, name, metric),
         "means": _means(found),
         "intervals": _intervals(found),
-        "beats_blind": _is_above(gain),
+        "beats_blind": gain.interval[0] > 0,
         "verdict": verdict(gain),
     }
 
@@ -131,8 +127,8 @@ def _questions(judged: JudgedAnswers) -> list[dict[str, Any]]:
                 "source": source,
                 "question": text,
                 "num_answers": count,
-                "model": model[0],
-                "blind": blind[0],
+                "model": model.mean,
+                "blind": blind.mean,
                 "blind_answer": judged.blind[int(np.flatnonzero(of)[0])],
             }
         )

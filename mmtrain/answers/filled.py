@@ -19,9 +19,9 @@ class FilledBatches:
         candidates = [i for i, has_images in enumerate(self._has_images) if has_images or not self._images_needed]
         self._filler = min(candidates, key=lambda number: num_tokens[number])
         self.max_new_tokens = min(questions.max_new_tokens, room)
-        """Of all batches alike."""
+        """The same for all batches."""
 
     def fill(self, batch: list[int]) -> list[int]:
-        """What is added is last."""
+        """`batch`, and a question after it where one is needed."""
         enough = any(self._has_images[number] for number in batch) if self._images_needed else bool(batch)
         return batch if enough else [*batch, self._filler]

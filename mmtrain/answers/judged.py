@@ -1,6 +1,7 @@
 """Answers of several kinds to the same questions (the model's, blind ones, those with other images) as scores."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +18,11 @@ ALWAYS = ("exact_match", "vqa_match")
 JUDGED = "judged"
 """Each answer's score by the metric of its own source: what decides whether a model beats blind guessing."""
 
-Estimate = tuple[float, list[float]]
-"""A mean and its 95 % interval, [low, high]."""
+
+class Estimate(NamedTuple):
+    mean: float
+    interval: list[float]
+    """95 %: [low, high]."""
 
 
 class JudgedAnswers:
@@ -73,7 +77,7 @@ class JudgedAnswers:
         if not there.any():
             return None
         mean, interval = mean_by_sample(self._samples[there], values[there])
-        return mean, list(interval)
+        return Estimate(mean, list(interval))
 
     def in_source(self, name: str) -> Floats:
         """1 for the questions of a source, else 0."""

@@ -31,20 +31,17 @@ def choose_metrics(
     `sources`: the source of each question; `configured`: the metric of each source, None where it is to be found from
     the references.
     """
+    references = [reply_of(question.reference or "") for question in questions]
     chosen, reasons = {}, {}
     for name, metric in configured.items():
-        own = [
-            reply_of(question.reference or "")
-            for question, source in zip(questions, sources, strict=True)
-            if source == name
-        ]
+        own = [reference for reference, source in zip(references, sources, strict=True) if source == name]
         if own:
             chosen[name], reasons[name] = find_metric(own) if metric is None else (metric, "as configured")
-    asked = [
-        ScoredQuestion(question.sample, name, question.text, reply_of(question.reference or ""), chosen[name])
-        for question, name in zip(questions, sources, strict=True)
+    scored = [
+        ScoredQuestion(question.sample, name, question.text, reference, chosen[name])
+        for question, name, reference in zip(questions, sources, references, strict=True)
     ]
-    return asked, reasons
+    return scored, reasons
 
 
 def check_forms(questions: Sequence[ScoredQuestion], places: Sequence[str]) -> None:

@@ -3,7 +3,7 @@ not of the form."""
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mmtrain.answers.normalize import as_written
@@ -73,11 +73,11 @@ def json_fields(text: str) -> dict[FieldPath, Any]:
 
 def _fields(value: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
     """Each field's path and value; an object or list without any is a field itself."""
-    inner = (
-        list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    items: Iterable[Any] = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     )
-    for key, one in inner:
-        yield from _fields(one, (*path, key))
+    inner = [field for key, one in items for field in _fields(one, (*path, key))]
+    yield from inner
     if not inner:
         yield path, as_written(value) if isinstance(value, str) else (type(value) is bool, value)
 

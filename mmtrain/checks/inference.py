@@ -2,22 +2,15 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from mmtrain.checks.earlier_prompts import EarlierPrompts
 from mmtrain.encoding.messages import as_messages, as_tools
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.segments import Known
 from mmtrain.records.chat import Conversation, SampleError
 
-
-@dataclass(frozen=True, slots=True)
-class Prompts:
-    """Prompts for turns of a conversation."""
-
-    ids: dict[int, list[int]] = field(default_factory=dict)
-    """By turn, the ids of the prompt for it."""
-    derived: frozenset[int] = frozenset()
-    """The turns whose prompt follows from that for the last one, and was not encoded."""
+Prompts = dict[int, list[int]]
+"""By turn of a conversation, the ids of the prompt for it."""
 
 
 class Inference:
@@ -38,29 +31,29 @@ class Inference:
         text, adds = self._input(text)
         return self._processor.tokenizer.encode_for_inference([text], adds)[0]
 
-    def prompts(self, asked: Sequence[tuple[Conversation, Sequence[int]]]) -> list[Prompts]:
+    def prompts(self, asked: Sequence[tuple[Conversation, Sequence[int]]], known: Known) -> list[Prompts]:
         """The prompts for some turns of each conversation, all encoded at once; without turns for which the template
-        refuses to write one."""
+        refuses to write one. `known`: the ids of texts that were encoded before."""
         forms = [self._earlier.form(*one) for one in asked]
         found = self._encoded(
-            [(one, turns if form is None else turns[-1:]) for form, (one, turns) in zip(forms, asked, strict=True)]
+            [(one, turns if form is None else turns[-1:]) for form, (one, turns) in zip(forms, asked, strict=True)],
+            known,
         )
         made: list[Prompts] = []
         for form, (_, turns), ids in zip(forms, asked, found, strict=True):
             derived = {} if form is None or turns[-1] not in ids else self._earlier.derived(form, ids[turns[-1]]) or {}
-            made.append(Prompts(derived | ids, frozenset(derived)))
+            made.append(derived | ids)
         return made
 
-    def _encoded(self, asked: Sequence[tuple[Conversation, Sequence[int]]]) -> list[dict[int, list[int]]]:
-        """By turn, the ids of the prompt for it."""
-        found: list[dict[int, list[int]]] = [{} for _ in asked]
+    def _encoded(self, asked: Sequence[tuple[Conversation, Sequence[int]]], known: Known) -> list[Prompts]:
+        found: list[Prompts] = [{} for _ in asked]
         texts: list[tuple[int, int, str, bool]] = []
         for number, (conversation, turns) in enumerate(asked):
             with suppress(SampleError):
                 texts += [(number, turn, *self._prompt(conversation, turn)) for turn in turns]
         for adds in (False, True):
             own = [one for one in texts if one[3] == adds]
-            encoded = self._processor.tokenizer.encode_for_inference([text for _, _, text, _ in own], adds)
+            encoded = self._processor.tokenizer.encode_in_segments([text for _, _, text, _ in own], adds, known)
             for (number, turn, _, _), ids in zip(own, encoded, strict=True):
                 found[number][turn] = ids
         return found

@@ -18,20 +18,20 @@ from mmtrain.checks.findings import (
     IGNORED,
     NO_END,
     NO_LABEL,
-    NO_PLACEHOLDERS,
     NO_TEXT,
     NOT_ITSELF,
     OTHER_END,
     OUTSIDE,
-    PLACEHOLDER,
     PROMPT,
     REPLY,
     WHITE_SPACE,
     Finding,
 )
+from mmtrain.checks.folding import Ids, fold_images
 from mmtrain.checks.inference import Inference, Prompts
 from mmtrain.checks.reply_frame import FormKey, ReplyFrame, form_key, form_of, reply_frame, texts_of, without_end
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.segments import Known
 from mmtrain.records.chat import Conversation, Message
 from mmtrain.records.reasoning import CLOSE, OPEN
 from mmtrain.safe_text import shown
@@ -80,14 +80,15 @@ class Checker:
         self._decoded = functools.lru_cache(maxsize=4096)(processor.tokenizer.decode)
         """Of the few ids before a reply, which are the same in most samples."""
 
-    def prompts(self, conversations: Sequence[Conversation]) -> list[Prompts]:
-        """What `check` needs of each conversation, all encoded at once: the prompts for its trained turns."""
-        return self._inference.prompts([(one, self._trained(one.messages)) for one in conversations])
+    def prompts(self, conversations: Sequence[Conversation], known: Known) -> list[Prompts]:
+        """What `check` needs of each conversation, all encoded at once: the prompts for its trained turns. `known`: the
+        ids of texts that were encoded before."""
+        return self._inference.prompts([(one, self._trained(one.messages)) for one in conversations], known)
 
     def check(
         self,
-        ids: Sequence[int],
-        labels: Sequence[int],
+        ids: Ids,
+        labels: Ids,
         conversation: Conversation,
         sizes: Sequence[tuple[int, int]],
         prompts: Prompts | None = None,
@@ -98,44 +99,19 @@ class Checker:
         are what `prompts` gives for the conversation, made if it is None. Raises SampleError if the template refuses
         the conversation, or the processor the size of an image.
         """
-        if labels.count(IGNORED) == len(labels):
+        if not (labels != IGNORED).any():
             return [Finding(NO_LABEL, True, "no token of it is trained on")]
         found = list(_wrong_labels(ids, labels))
-        folded_ids, folded, faults = self._fold(list(ids), list(labels), sizes)
-        made = self.prompts([conversation])[0] if prompts is None else prompts
-        sample = _FoldedSample(conversation, folded_ids, folded, _spans(folded), made, form_key(conversation))
+        folded_ids, folded, faults = fold_images(ids, labels, sizes, self._processor)
+        made = self.prompts([conversation], {})[0] if prompts is None else prompts
+        spans, form = _spans(folded), form_key(conversation)
+        sample = _FoldedSample(conversation, folded_ids.tolist(), folded.tolist(), spans, made, form)
         found += faults + self._turns(sample)
         found += unmatched_marks(conversation.messages, self._marks)
         found += literal_specials(conversation.messages, self._processor)
         found += placed_images(conversation)
         found += image_notes(sizes, self._processor)
         return list(dict.fromkeys(found))
-
-    def _fold(
-        self, ids: list[int], labels: list[int], sizes: Sequence[tuple[int, int]]
-    ) -> tuple[list[int], list[int], list[Finding]]:
-        """Ids and labels with one placeholder for each image, and the faults of the images' spans."""
-        image_id = self._processor.image_token_id or -1
-        if not sizes and image_id not in labels:
-            return ids, labels, []
-        at, new_ids, new_labels, faults = 0, [], [], []
-        of_images = self._processor.image_tokens(sizes)
-        for number, (size, tokens) in enumerate(zip(sizes, of_images, strict=True), start=1):
-            span = list(tokens.ids)
-            start = _find(ids, span, at)
-            if start is None:
-                reason = f"image {number} of {size[0]}x{size[1]} should be {len(span)} tokens in a row: not found"
-                faults.append(Finding(NO_PLACEHOLDERS, True, reason))
-                continue
-            if supervised := sum(label != IGNORED for label in labels[start : start + len(span)]):
-                faults.append(Finding(PLACEHOLDER, True, f"{supervised} tokens of image {number} are trained on"))
-            new_ids += [*ids[at:start], image_id]
-            new_labels += [*labels[at:start], IGNORED]
-            at = start + len(span)
-        new_ids, new_labels = new_ids + ids[at:], new_labels + labels[at:]
-        if stray := new_labels.count(image_id):
-            faults.append(Finding(PLACEHOLDER, True, f"{stray} placeholders outside every image are trained on"))
-        return new_ids, [IGNORED if label == image_id else label for label in new_labels], faults
 
     def _trained(self, messages: tuple[Message, ...]) -> list[int]:
         turns = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
@@ -187,14 +163,14 @@ class Checker:
 
     def _prompt(self, sample: _FoldedSample, turn: int, span: _Span) -> Iterator[Finding]:
         """Checks that the ids before a reply are those that inference would give to the model."""
-        start, expected = span[0], sample.prompts.ids.get(turn)
+        start = span[0]
         actual = sample.ids[:start]
+        if actual == sample.prompts.get(turn):
+            return
+        # made in another way than inference does, or not at all where the template refuses it: the error says why
+        expected = self._inference.ids(self._inference.rendered(sample.conversation, turn, begun=True))
         if actual == expected:
             return
-        if expected is None or turn in sample.prompts.derived:  # None: the template refuses it, and the error says why
-            expected = self._inference.ids(self._inference.rendered(sample.conversation, turn, begun=True))
-            if actual == expected:
-                return
         trained = [earlier for earlier in self._trained(sample.messages) if earlier < turn]
         actual = self._without_added_ends(sample, start, trained)
         added = len(actual) < start
@@ -325,21 +301,17 @@ class Checker:
         return self._frames[key]
 
 
-def _wrong_labels(ids: Sequence[int], labels: Sequence[int]) -> Iterator[Finding]:
-    given = np.array(labels)
-    if len(wrong := np.flatnonzero((given != np.array(ids)) & (given != IGNORED))):
+def _wrong_labels(ids: Ids, labels: Ids) -> Iterator[Finding]:
+    if len(wrong := np.flatnonzero((labels != ids) & (labels != IGNORED))):
         reason = f"{len(wrong)} labels are not the token they belong to, the first at {wrong[0]}"
         yield Finding(NOT_ITSELF, True, reason)
 
 
-def _spans(labels: list[int]) -> list[_Span]:
-    flags = np.concatenate([[False], np.array(labels) != IGNORED, [False]])
+def _spans(labels: Ids) -> list[_Span]:
+    flags = np.zeros(len(labels) + 2, np.bool_)
+    flags[1:-1] = labels != IGNORED
     borders: list[int] = np.flatnonzero(flags[1:] != flags[:-1]).tolist()
     return list(zip(borders[::2], borders[1::2], strict=True))
-
-
-def _find(ids: list[int], run: list[int], at: int) -> int | None:
-    return next((i for i in range(at, len(ids)) if ids[i] == run[0] and ids[i : i + len(run)] == run), None)
 
 
 def _normal(text: str) -> str:

@@ -21,7 +21,8 @@ full name, such as `tune.language.rank=8`. Unknown keys are refused with their l
 _OTHER_TOOLS = """\
 ## Keys of other tools
 
-The names in LLaMA-Factory, ms-swift, axolotl and TRL. Each is refused with the words next to it.
+The names in LLaMA-Factory, ms-swift, axolotl, TRL, open_clip, sentence-transformers and VLM2Vec. Each is refused with
+the words next to it.
 [Coming from another tool](other-tools.md) shows a whole config.
 """
 _TYPE_WORDS = {

@@ -108,7 +108,7 @@ class Config(Section):
         key = f"model.quantization: {self.model.quantization}"
         if isinstance(self.tune.language, Full):
             raise ValueError(f"{key} is for a frozen language model, and tune.language is full: set it to lora")
-        if not any(isinstance(part, Lora) for part in self.tune.trainable.values()):
+        if not any(isinstance(mode, Lora) for mode in self.tune.trainable.values()):
             raise ValueError(f"{key} needs an adapter to save, and no component has mode: lora; set one to lora")
         if self.run.weights == "shard":
             raise ValueError(f"{key} does not work with run.weights: shard; set it to replicate")

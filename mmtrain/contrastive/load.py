@@ -47,6 +47,8 @@ def load_towers(config: Config, runtime: Runtime) -> Towers:
         raise UserError(f"objective.pooling: {pooling}: a dual encoder pools in its own way: set it to family")
     if config.model.chat_template is not None:
         raise UserError("model.chat_template: a dual encoder has no chats: remove the key")
+    if config.run.packing is True:
+        raise UserError("run.packing: true: a dual encoder gets a row for each item: set it to auto or false")
     processor = load_tower_processor(path, config.model.image_processor)
     with loading_faults():
         model = load_weights(path, config.model.dtype, runtime.device, runtime.activity.tick)
@@ -61,9 +63,9 @@ def load_towers(config: Config, runtime: Runtime) -> Towers:
 def load_chat_embedder(config: Config, runtime: Runtime, progress: Progress) -> ChatEmbedder:
     """A model of chats. Raises UserError where it cannot be used."""
     path, pooling, dtype = config.model.path, config.objective.pooling, config.model.dtype
+    processor = processor_of(config.model)
     if pooling == "family":
         raise UserError(f"objective.pooling: family is for dual encoders, and {path} is none: set it to last or mean")
-    processor = processor_of(config.model)
     with loading_faults():
         model = load_model(path, dtype, processor, runtime.device, runtime.activity.tick)
     family = probe_family(model, processor, progress.say)

@@ -42,6 +42,10 @@ class Relation:
     left_out_columns: Numbers
     """(num_left_out,) positions in `documents`"""
 
+    @property
+    def num_negatives(self) -> int:
+        return len(self.queries) * len(self.documents) - len(self.left_out_rows)
+
 
 def relate(pairs: Sequence[PairItems]) -> Relation:
     """The relation of a step's pairs. Whatever is equal in them is one item, so it cannot be its own negative."""

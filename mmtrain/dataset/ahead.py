@@ -15,7 +15,7 @@ Made = TypeVar("Made")
 
 
 class Pace(Protocol):
-    """How much is made at a time."""
+    """How many are made at a time."""
 
     @property
     def max_threads(self) -> int: ...
@@ -25,18 +25,18 @@ class Pace(Protocol):
         """How many may be made ahead from now on."""
 
     def taken(self, waited: float, used: float) -> None:
-        """One was taken: for how many seconds it was waited for, and for how many the one before it was used."""
+        """Called when one is taken: for how many seconds it was waited for, and the one before it was used."""
 
 
 @dataclass(frozen=True, slots=True)
 class SteadyPace:
-    """As many at every time."""
+    """Always as many."""
 
     max_threads: int = 2
     ahead: int = 4
 
     def taken(self, waited: float, used: float) -> None:
-        """Nothing follows."""
+        """Changes nothing."""
 
 
 STEADY = SteadyPace()
@@ -67,10 +67,10 @@ def in_order(
                     pending.append(pool.submit(make, one))
                 if not pending:
                     return
-                asked = time.perf_counter()
+                waiting_since = time.perf_counter()
                 made = pending.popleft().result()
                 taken = time.perf_counter()
-                pace.taken(taken - asked, asked - used_since)
+                pace.taken(taken - waiting_since, waiting_since - used_since)
                 largest, used_since = max(largest, num_bytes(made)), taken
                 yield made
         finally:

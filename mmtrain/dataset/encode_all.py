@@ -17,6 +17,7 @@ from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.images import spellings
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.segments import Known
 from mmtrain.records.chat import Conversation, SampleError
 from mmtrain.records.record_set import RecordSet
 
@@ -59,14 +60,16 @@ class ChunkEncoder:
         yield rows
 
     def _encode_rows(self, rows: Sequence["_Row"]) -> EncodedChunk:
-        found = self._encode_each(rows)
+        known: Known = {}
+        found = self._encode_each(rows, known)
         encoded = [row.encoded for row in found if isinstance(row.encoded, Encoded)]
         failing = self._failing_images(encoded)
-        prompts = iter(self._checker.prompts([row.conversation for row in found if row.conversation is not None]))
+        asked = [row.conversation for row in found if row.conversation is not None]
+        prompts = iter(self._checker.prompts(asked, known))
         findings = [
             (position, finding)
             for position, row in enumerate(found)
-            for finding in self._findings(row, failing, Prompts() if row.conversation is None else next(prompts))
+            for finding in self._findings(row, failing, {} if row.conversation is None else next(prompts))
         ]
         spans = [span for one in encoded for span in one.images]
         return EncodedChunk(
@@ -79,9 +82,9 @@ class ChunkEncoder:
             ),
         )
 
-    def _encode_each(self, rows: Sequence["_Row"]) -> list["_Row"]:
+    def _encode_each(self, rows: Sequence["_Row"], known: Known) -> list["_Row"]:
         pairs = ((row.conversation, self._records.roots(row.record)) for row in rows if row.conversation is not None)
-        encoded = iter(self._encoder.encode_many(pairs))
+        encoded = iter(self._encoder.encode_many(pairs, known))
         return [
             row if row.conversation is None else _Row(row.record, row.turn, row.conversation, next(encoded))
             for row in rows
@@ -107,10 +110,10 @@ class ChunkEncoder:
         if row.conversation is None or not isinstance(one, Encoded):
             yield Finding(REFUSED, True, str(one))
             return
-        labels = np.where(one.supervised, one.ids, IGNORED).tolist()
+        labels = np.where(one.supervised, one.ids, IGNORED)
         sizes = [span.image.size for span in one.images]
         try:
-            yield from self._checker.check(one.ids.tolist(), labels, row.conversation, sizes, prompts)
+            yield from self._checker.check(one.ids, labels, row.conversation, sizes, prompts)
         except SampleError as error:
             yield Finding(UNCHECKED, True, str(error))
         for span in one.images:

@@ -52,12 +52,12 @@ class EncodingSpec:
         return RecordSet(self.sources, frozenset(self.ignored), self.drops_reasoning, files)
 
     def records_in_order(self) -> RecordSet:
-        """All, for a process that reads them in their order: few rows of tables stay in its memory."""
+        """All records, for a process that reads them in order: few rows of tables stay in its memory."""
         read_in_order()
         return self.records()
 
     def read(self, record: Mapping[str, Any]) -> Conversation:
-        """The conversation of a record that stands in no file. Raises SampleError where it is none."""
+        """The conversation of a record that is in no file. Raises SampleError where it is none."""
         found = read_record(dict(record), "auto", frozenset(self.ignored))
         return without_reasoning(found) if self.drops_reasoning else found
 

@@ -16,6 +16,11 @@ class StoredSamples:
     records: RecordSet
     store: EncodedStore
 
+    @classmethod
+    def of(cls, records: RecordSet, store: EncodedStore) -> "StoredSamples":
+        """The samples that all of `records` were encoded to."""
+        return cls(records.sequences(store.records, store.turns), store)
+
     def __len__(self) -> int:
         return len(self.records)
 

@@ -65,9 +65,8 @@ def open_store(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor,
         storage_faults("the encoded samples can be written neither to the user's cache nor as temporary files"),
         tempfile.TemporaryDirectory(prefix="mmtrain-", ignore_cleanup_errors=True) as temporary,
     ):
-        return _find_or_make(
-            Path(temporary), name, encode, progress.tick
-        )  # what is mapped stays until the process ends
+        # a file that is mapped into memory can be read after it is deleted
+        return _find_or_make(Path(temporary), name, encode, progress.tick)
 
 
 def find_store(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor) -> EncodedStore | None:
@@ -90,10 +89,11 @@ def _name(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor, tick
         "labels": [spec.train_on, spec.end_of_turn, spec.drops_reasoning],
         "ignored": spec.ignored,
         "decoded": [spec.decode_images, PIL.__version__],
-        "records": digest([path for path, _, _ in records.files], tick),
+        "records": digest([file.path for file in records.files], tick),
         "archives": digest(records.archives, tick),
         "files": [
-            [str(path.resolve()), [str(root.resolve()) for root in roots], kind] for path, roots, kind in records.files
+            [str(file.path.resolve()), [str(root.resolve()) for root in file.roots], file.reading]
+            for file in records.files
         ],
     }
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]

@@ -38,11 +38,11 @@ from mmtrain.dataset.encoded_chunk import (
 from mmtrain.user_cache import Version, file_version
 
 _TYPES = {
-    **dict.fromkeys(("sum_weights",), "F64"),
-    **dict.fromkeys(("image_versions",), "I64"),
+    "sum_weights": "F64",
+    "image_versions": "I64",
     **dict.fromkeys(("records", "turns", "num_tokens", "num_supervised", "num_images", "num_weights"), "I32"),
     **dict.fromkeys(("spans", "ids"), "I32"),
-    **dict.fromkeys(("weights",), "F32"),
+    "weights": "F32",
     **dict.fromkeys(("supervised", "image_is_used"), "BOOL"),
     **dict.fromkeys(("image_paths", "faults"), "U8"),
 }

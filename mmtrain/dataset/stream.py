@@ -222,7 +222,7 @@ class Stream:
     def _checked(self, window: Window, before: StreamState) -> StreamedWindow:
         records = self._spec.records(window.files)
         store = self._encoded(ChunkEncoder(self._spec, records, self._processor), window.records)
-        samples = StoredSamples(records.sequences(store.records, store.turns), store)
+        samples = StoredSamples.of(records, store)
         policy = replace(
             self._policy, read_before=before.num_read, skipped_before=before.num_skipped, epochs=1 + window.start.epoch
         )
@@ -251,4 +251,4 @@ class Stream:
         ):
             path = Path(folder) / "window.safetensors"
             write_chunk(path, join_chunks(list(chunks())))
-            return EncodedStore(path)  # what is mapped stays
+            return EncodedStore(path)  # a file that is mapped into memory can be read after it is deleted

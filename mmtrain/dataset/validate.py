@@ -142,8 +142,7 @@ def check_samples(
     """
     policy = policy or FaultPolicy()
     records = spec.records()
-    store = open_store(spec, records, processor, progress)
-    samples = StoredSamples(records.sequences(store.records, store.turns), store)
+    samples = StoredSamples.of(records, open_store(spec, records, processor, progress))
     checked = check_stored(samples, limit, policy)
     if not checked.num_tokens.any():
         raise nothing_left(samples.records, list(checked.dropped), list(checked.skipped))

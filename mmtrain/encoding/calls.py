@@ -1,7 +1,7 @@
-"""Where the calls of a reply lie in the text that a chat template makes.
+"""Where the calls of a reply are in the text that a chat template makes.
 
 What a template makes of a call is not known beforehand: JSON, tags, a token before it. It is all that the template
-writes between the words of the reply, or the end of inference's prompt, and the token that ends the reply.
+writes between the text of the reply, or the end of inference's prompt, and the token that ends the reply.
 """
 
 import re
@@ -44,7 +44,7 @@ def shows_all(text: str, calls: Sequence[ToolCall]) -> bool:
 
 
 def check_plain(texts: Sequence[str], tokenizer: Tokenizer) -> None:
-    """Raises SampleError where a special token stands in a tool or a call: the model would take it for its own."""
+    """Raises SampleError where a special token is in a tool or a call: the model would take it for its own."""
     for text in texts:
         if match := tokenizer.traits.special_tokens.search(text):
             raise SampleError(f"{shown(match.group())} in a tool or a call is a special token of the model: remove it")

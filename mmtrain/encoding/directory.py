@@ -5,14 +5,18 @@ import functools
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 
 from mmtrain.encoding.processor_settings import TEMPLATE_FILE, check_image_settings, json_object, write_image_settings
@@ -36,6 +40,12 @@ _PROCESSOR_FILES = (
 )
 
 
+NO_OWN_CODE = (
+    "the model needs code that is in its directory, which mmtrain never runs: expected a model of a class that "
+    "transformers has"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class DirectoryParts:
     """What a chat processor is made from."""
@@ -47,10 +57,6 @@ class DirectoryParts:
     eos_ids: frozenset[int]
     """Every id that ends generation."""
     image_token_id: int | None
-    given_template: str | None = None
-    """The chat template in place of the model's own."""
-    image_settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings in place of the image processor's own."""
 
 
 def model_directory(path: str) -> Path:
@@ -131,9 +137,7 @@ def copy_processor(source: Path, target: Path, given_template: str | None, image
     (target / TEMPLATE_FILE).write_text(given_template, encoding="utf-8")
 
 
-def load_parts(
-    directory: Path, given_template: str | None = None, image_settings: Mapping[str, Any] | None = None
-) -> DirectoryParts:
+def load_parts(directory: Path, given_template: str | None, image_settings: Mapping[str, Any]) -> DirectoryParts:
     """The parts of a chat processor; `given_template` and `image_settings` are in place of the model's own.
 
     Raises UserError with transformers' reason where the directory is broken or names code of its own."""
@@ -144,31 +148,40 @@ def load_parts(
                 "a dual encoder, which embeds texts and images and has no chats: expected a chat model; for this one "
                 "use `mmtrain train` with objective.kind: contrastive, and `mmtrain eval retrieval`"
             )
+        if takes_images(config) and getattr(config, "is_encoder_decoder", False):
+            raise UserError(
+                "a model with an encoder for the prompt and a decoder for the reply: expected an image-text model that "
+                "reads the prompt and writes the reply with one language model"
+            )
+        if not takes_images(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UserError(
+                f"a model of the type {config.model_type}, which neither replies in chats nor embeds texts and images "
+                "apart: expected a chat model or a dual encoder"
+            )
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         if tokenizer.pad_token is None:  # processors pad; what they add is taken off again
             tokenizer.pad_token = tokenizer.eos_token
-        settings = image_settings or {}
-        processor = _family_processor(directory, config, tokenizer, settings) if takes_images(config) else None
+        processor = _family_processor(directory, config, tokenizer, image_settings) if takes_images(config) else None
         eos_ids = _eos_ids(directory, config)
     except UserError:
         raise
     except Exception as error:  # a broken directory makes transformers raise anything
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                "the model needs code that is in its directory, which mmtrain never runs: expected a model of a class "
-                "that transformers has"
-            ) from None
+        if needs_own_code(error):
+            raise UserError(NO_OWN_CODE) from None
         kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
         raise UserError(f"the processor cannot be loaded: {kind}{one_line(error)}") from None
     for part in (tokenizer, processor):
         if part is not None and given_template is not None:
             part.chat_template = given_template
-    if settings and processor is None:
+    if image_settings and processor is None:
         raise UserError("model.image_processor: this model takes no images: remove the key")
     # the constructor of a processor may add tokens, so the copy is made after it
-    return DirectoryParts(
-        copy.deepcopy(tokenizer), processor, eos_ids, _image_token_id(config), given_template, settings
-    )
+    return DirectoryParts(copy.deepcopy(tokenizer), processor, eos_ids, _image_token_id(config))
+
+
+def needs_own_code(error: Exception) -> bool:
+    """Whether transformers raised this because it would have to run code of the directory."""
+    return "trust_remote_code" in str(error)
 
 
 def takes_images(config: Any) -> bool:
@@ -223,7 +236,7 @@ def _family_processor(directory: Path, config: Any, tokenizer: Any, settings: Ma
         def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
             return None if isinstance(argument, _Absent) else super().check_argument_for_proper_class(name, argument)
 
-    ImageTextProcessor.__name__ = family.__name__  # it stands in what transformers says of a missing package
+    ImageTextProcessor.__name__ = family.__name__  # transformers names it where a package is missing
     processor = ImageTextProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if not isinstance(getattr(processor, "image_token", None), str):
         raise UserError(f"{family.__name__} has no placeholder for an image in its text: this family is not supported")

@@ -1,14 +1,15 @@
 """A conversation as token ids, with the supervised flag made while they are laid out.
 
-Supervised is what the model must write: from the place where inference's prompt ends to the end of the answer's
-words, and the token that ends the turn. An image's span is one indivisible run of ids.
+Supervised is what the model must write: from the end of inference's prompt to the end of the reply, and the token that
+ends the turn. An image's span is one indivisible run of ids.
 """
 
 import functools
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from mmtrain.encoding.fragments import Fragment, Fragmenter
 from mmtrain.encoding.images import FoundImage, Roots, find_image
 from mmtrain.encoding.layout import Layout
 from mmtrain.encoding.processor import ChatProcessor
+from mmtrain.encoding.segments import Known
 from mmtrain.encoding.skeleton import Piece
 from mmtrain.records.chat import Conversation, Message, SampleError
 
@@ -77,10 +79,27 @@ class Traced:
     an end of turn that the template lacks."""
 
 
-Placed = tuple[Fragment, int, int]
-"""A fragment and the positions of its ids: ids[start:end]."""
-LaidOut = tuple[list[Piece], Sequence[Fragment], tuple[float, ...]]
-"""The pieces of a conversation, its fragments, and the weights of its trained turns, none where all are 1."""
+class PlacedFragment(NamedTuple):
+    """A fragment and the positions of its ids: ids[start:end]."""
+
+    fragment: Fragment
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class LaidOut:
+    """A conversation as pieces of text."""
+
+    pieces: list[Piece]
+    fragments: Sequence[Fragment]
+    weights: tuple[float, ...]
+    """Of its trained turns; none where all are 1."""
+
+    @property
+    def own_texts(self) -> Iterator[tuple[Fragment, str]]:
+        """The fragments that are encoded and are not the template's alone, with their texts."""
+        return ((one, one.text(self.pieces)) for one in self.fragments if one.kind == "text" and not one.is_constant)
 
 
 class Encoder:
@@ -118,11 +137,14 @@ class Encoder:
         """`encode`, with images that were found already (or others in their place)."""
         return self._assemble_one(self._lay_out(conversation), images)[0]
 
-    def encode_many(self, conversations: Iterable[tuple[Conversation, Roots]]) -> list[Encoded | SampleError]:
+    def encode_many(
+        self, conversations: Iterable[tuple[Conversation, Roots]], known: Known | None = None
+    ) -> list[Encoded | SampleError]:
         """`encode` of each (conversation, roots), or the reason it cannot be used.
 
-        All words go through the tokenizer in one call: that takes half as long as one by one.
+        All texts go through the tokenizer in one call: that takes half as long as one by one. `known` gets their ids.
         """
+        known = {} if known is None else known
         laid_out: list[tuple[LaidOut, list[FoundImage]] | SampleError] = []
         for conversation, roots in conversations:
             try:
@@ -130,28 +152,29 @@ class Encoder:
                 laid_out.append((self._lay_out(conversation), images))
             except SampleError as error:
                 laid_out.append(error)
-        known = self._encode_words(one[0] for one in laid_out if not isinstance(one, SampleError))
+        known |= self._encode_texts(one[0] for one in laid_out if not isinstance(one, SampleError))
         return [found if isinstance(found, SampleError) else self._try(*found, known) for found in laid_out]
 
-    def _try(
-        self, laid_out: LaidOut, images: Sequence[FoundImage], known: Mapping[str, list[int]]
-    ) -> Encoded | SampleError:
+    def _try(self, laid_out: LaidOut, images: Sequence[FoundImage], known: Known) -> Encoded | SampleError:
         try:
             return self._assemble(laid_out, images, known)[0]
         except SampleError as error:
             return error
 
-    def _assemble_one(self, laid_out: LaidOut, images: Sequence[FoundImage]) -> tuple[Encoded, list[Placed]]:
-        return self._assemble(laid_out, images, self._encode_words([laid_out]))
+    def _assemble_one(self, laid_out: LaidOut, images: Sequence[FoundImage]) -> tuple[Encoded, list[PlacedFragment]]:
+        return self._assemble(laid_out, images, self._encode_texts([laid_out]))
 
-    def _encode_words(self, laid_out: Iterable[LaidOut]) -> dict[str, list[int]]:
+    def _encode_texts(self, laid_out: Iterable[LaidOut]) -> Known:
         """The ids of every text that is a conversation's own, in one call of the tokenizer."""
-        return self.processor.tokenizer.encode_batch({text for one in laid_out for text in _words(one)})
+        anchor = self.processor.tokenizer.anchor
+        return self.processor.tokenizer.encode_batch(
+            {anchor(fragment.context) + text for one in laid_out for fragment, text in one.own_texts}
+        )
 
     def trace(self, conversation: Conversation, encoded: Encoded) -> Traced:
         """Where each id of `encoded` comes from. Raises SampleError where the conversation is not encoded so now."""
-        pieces, fragments, weights = self._lay_out(conversation)
-        made, placed = self._assemble_one((pieces, fragments, weights), [span.image for span in encoded.images])
+        laid_out = self._lay_out(conversation)
+        made, placed = self._assemble_one(laid_out, [span.image for span in encoded.images])
         same_flags = np.array_equal(made.supervised, encoded.supervised) and made.weights == encoded.weights
         if not (np.array_equal(made.ids, encoded.ids) and same_flags):
             raise SampleError("what is stored for training is not what the encoder makes of the sample now")
@@ -160,8 +183,8 @@ class Encoder:
             owners += [-1] * (start - len(owners))
             last = next((i for i in reversed(range(start)) if owners[i] >= 0), None)
             after = None if last is None else int(encoded.ids[last])
-            owners += self._owners(fragment, pieces, end - start, after)
-        return Traced(encoded, tuple(pieces), tuple(owners))
+            owners += self._owners(fragment, laid_out.pieces, end - start, after)
+        return Traced(encoded, tuple(laid_out.pieces), tuple(owners))
 
     def trained_turns(self, messages: Sequence[Message]) -> list[int]:
         """Which turns are trained on. Raises SampleError where there is none."""
@@ -193,29 +216,29 @@ class Encoder:
             raise SampleError(self._layout.fault(form) or several)
         weights = tuple(float(np.float32(conversation.messages[turn].weight)) for turn in trained)
         weights = () if all(weight == 1 for weight in weights) else weights
-        return pieces, self._fragmenter.cut(pieces, skeleton, tuple(trained)), weights
+        return LaidOut(pieces, self._fragmenter.cut(pieces, skeleton, tuple(trained)), weights)
 
     def _assemble(
-        self, laid_out: LaidOut, images: Sequence[FoundImage], known: Mapping[str, list[int]]
-    ) -> tuple[Encoded, list[Placed]]:
+        self, laid_out: LaidOut, images: Sequence[FoundImage], known: Known
+    ) -> tuple[Encoded, list[PlacedFragment]]:
         """The fragments' ids one after the other. `known`: ids of texts that were encoded before."""
-        pieces, fragments, weights = laid_out
+        pieces, weights = laid_out.pieces, laid_out.weights
         ids: list[int] = list(self._prefix(pieces))
         supervised = [False] * len(ids)
         after: int | None = None
         spans: list[ImageSpan] = []
-        placed: list[Placed] = []
+        placed: list[PlacedFragment] = []
         if not images and self.processor.needs_image:
             raise SampleError("the model's processor takes no conversation without an image")
         of_images = self.processor.image_tokens([image.size for image in images])
-        for fragment in fragments:
+        for fragment in laid_out.fragments:
             if fragment.kind == "image":
                 image, tokens = images[len(spans)], of_images[len(spans)]
                 spans.append(ImageSpan(image, len(ids), len(tokens.ids), tokens.num_placeholders))
                 new: Sequence[int] = tokens.ids
             else:
                 new = self._fragment_ids(fragment, pieces, after, known)
-            placed.append((fragment, len(ids), len(ids) + len(new)))
+            placed.append(PlacedFragment(fragment, len(ids), len(ids) + len(new)))
             ids += new
             text = new[:-1] if fragment.ends_turn else new
             after = text[-1] if text else after  # an end that the template lacks does not change what follows
@@ -233,14 +256,15 @@ class Encoder:
         return () if traits.bos and pieces[0].text.startswith(traits.bos) else traits.prefix_ids
 
     def _fragment_ids(
-        self, fragment: Fragment, pieces: Sequence[Piece], after: int | None, known: Mapping[str, list[int]]
+        self, fragment: Fragment, pieces: Sequence[Piece], after: int | None, known: Known
     ) -> Sequence[int]:
         tokenizer = self.processor.tokenizer
-        if fragment.has_words:
-            literal = fragment.kind == "literal"
-            ids: Sequence[int] = tokenizer.encode(fragment.text(pieces), after, literal, {} if literal else known)
+        if fragment.is_constant:
+            ids: Sequence[int] = self._constant(fragment.text(pieces), after)
         else:
-            ids = self._constant(fragment.text(pieces), after)
+            literal = fragment.kind == "literal"
+            known = {} if literal else known
+            ids = tokenizer.encode(fragment.text(pieces), after, literal, known, fragment.context)
         if fragment.ends_turn:
             eos = tokenizer.traits.eos_id
             if eos is None:
@@ -259,9 +283,3 @@ class Encoder:
         last = self.processor.tokenizer.last_characters(text, after) if text else []
         owners = [fragment.spans[min(bisect_right(ends, position), len(ends) - 1)].piece for position in last]
         return owners + [-1] * (num_ids - len(owners))
-
-
-def _words(laid_out: LaidOut) -> Iterator[str]:
-    """The texts of a conversation that are its own."""
-    pieces, fragments, _ = laid_out
-    return (fragment.text(pieces) for fragment in fragments if fragment.has_words and fragment.kind == "text")

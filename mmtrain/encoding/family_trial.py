@@ -59,21 +59,21 @@ def try_family(processor: ChatProcessor) -> EncodingTrial:
 
 
 def _probes(processor: ChatProcessor) -> Iterator[_Probe]:
-    question, answer = Text("What is it?"), Message("assistant", (Text(processor.template.reply("A cat.")),))
+    question, reply = Text("What is it?"), Message("assistant", (Text(processor.template.reply("A cat.")),))
     plain = Message("user", (question,))
     first, second = (Message("user", (Image(f"probe {n}"), question)) for n in range(2))
     both = Message("user", (*first.parts, *second.parts))
     among = Message("user", (Text("This"), Image("probe 0"), Text("and what is it?\n")))
     last = Message("user", (Image("probe 1"), Text("\nAnd this?")))
-    yield _Probe("no image", Conversation((plain, answer)))
-    yield _Probe("no image and two replies", Conversation((plain, answer) * 2))
+    yield _Probe("no image", Conversation((plain, reply)))
+    yield _Probe("no image and two replies", Conversation((plain, reply) * 2))
     if processor.images is not None:
-        yield _Probe("one image", Conversation((first, answer)))
-        yield _Probe("one image and two replies", Conversation((first, answer, plain, answer)))
-        yield _Probe("two images", Conversation((both, answer)))
-        yield _Probe("two images and two replies", Conversation((first, answer, second, answer)))
-        yield _Probe("images among the words", Conversation((among, answer, last, answer)))
-    yield _Probe("a system turn", Conversation((Message("system", (Text("Be brief."),)), plain, answer)))
+        yield _Probe("one image", Conversation((first, reply)))
+        yield _Probe("one image and two replies", Conversation((first, reply, plain, reply)))
+        yield _Probe("two images", Conversation((both, reply)))
+        yield _Probe("two images and two replies", Conversation((first, reply, second, reply)))
+        yield _Probe("images within the text", Conversation((among, reply, last, reply)))
+    yield _Probe("a system turn", Conversation((Message("system", (Text("Be brief."),)), plain, reply)))
 
 
 def _found_images(conversation: Conversation) -> list[FoundImage]:

@@ -1,9 +1,9 @@
 """Which stretches of a laid out conversation are encoded in one go, and which of them are trained on.
 
-A fragment ends where inference's prompt ends, where a trained answer ends, at an image, and around a special token that
-stands literally in the words. It also ends around the template's own special tokens that take nothing of the text
-next to them, where every tokenizer parts its text anyway: what stands between the words is the same in every sample
-then, and need not be encoded again.
+A fragment ends where inference's prompt ends, where a trained reply ends, at an image, and around a special token that
+is literally in a text of the conversation. It also ends around the template's own special tokens that take nothing of
+the text next to them, where every tokenizer parts its text anyway: what is between the conversation's texts is then the
+same in every sample, and need not be encoded again.
 """
 
 import functools
@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mmtrain.encoding.skeleton import Piece, Skeleton
+from mmtrain.encoding.skeleton import Offset, Piece, Skeleton
 
 FragmentKind = Literal["text", "literal", "image"]
 Bounds = dict[int, list[tuple[int, int]]]
 """Of some pieces: (first character, last character + 1) of stretches in them."""
+_CONSTANT = ("template", "image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,10 @@ class Fragment:
     supervised: bool = False
     ends_turn: bool = False
     """An end token that the template lacks is put after it."""
-    has_words: bool = True
-    """False: its text is the template's alone, the same in every conversation of the form."""
+    is_constant: bool = False
+    """Whether its text is the template's alone, the same in every conversation of the form."""
+    context: str = ""
+    """What the template writes between the last parting token and it, where nothing else is there."""
 
     def text(self, pieces: Sequence[Piece]) -> str:
         return "".join([span.text(pieces) for span in self.spans])
@@ -59,7 +62,7 @@ class Fragmenter:
     def cut(self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...]) -> Sequence[Fragment]:
         """The fragments of `pieces`, which follow `skeleton`; `trained` are the turns that are trained on.
 
-        Ordinary words do not change where the cuts lie: conversations of one form share theirs.
+        Ordinary text does not change where the cuts are: conversations of one form share theirs.
         """
         literal = self._literal_specials(pieces)
         if literal or any(not piece.text for piece in pieces):
@@ -72,62 +75,72 @@ class Fragmenter:
     def _non_empty(
         self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...], literal: Bounds
     ) -> tuple[Fragment, ...]:
-        return tuple(
-            replace(fragment, has_words=any(pieces[span.piece].kind in ("words", "calls") for span in fragment.spans))
-            for fragment in self._fragments(pieces, skeleton, trained, literal)
-            if fragment.spans or fragment.ends_turn
-        )
+        found: list[Fragment] = []
+        context = ""
+        for fragment in self._fragments(pieces, skeleton, trained, literal):
+            if fragment.spans or fragment.ends_turn:
+                is_constant = all(pieces[span.piece].kind in _CONSTANT for span in fragment.spans)
+                found.append(replace(fragment, is_constant=is_constant, context=context))
+                is_template = fragment.kind == "text" and is_constant
+                context = self._context(context, fragment.text(pieces)) if is_template else ""
+        return tuple(found)
+
+    def _context(self, context: str, text: str) -> str:
+        """The context of what follows `text`, which is the template's and has the context `context`."""
+        ends = [match.end() for match in self._parting_tokens.finditer(text)]
+        return text[ends[-1] :] if ends else context and context + text
 
     def _fragments(
         self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...], literal: Bounds
     ) -> Iterator[Fragment]:
-        turns_on = {skeleton.answers[turn].border for turn in trained}
-        turns_off: dict[tuple[int, int], bool] = {}
+        turns_on = {skeleton.replies[turn].border for turn in trained}
+        turns_off: dict[Offset, bool] = {}
         for turn in trained:
-            answer = skeleton.answers[turn]
-            if answer.end is not None and self._end_of_turn:
-                turns_off[answer.end] = False
+            reply = skeleton.replies[turn]
+            if reply.end is not None and self._end_of_turn:
+                turns_off[reply.end] = False
             else:
-                is_added = self._end_of_turn and not answer.other_end
-                turns_off[answer.words_end, len(pieces[answer.words_end].text)] = is_added
+                is_added = self._end_of_turn and not reply.other_end
+                turns_off[Offset(reply.last_piece, len(pieces[reply.last_piece].text))] = is_added
         parted = set(self._around_parting(pieces))
         on = False
         run: list[Span] = []
-        for kind, piece, start, end in _atoms(pieces, {*turns_on, *turns_off, *parted}, literal):
-            span = Span(piece, start, end if end < len(pieces[piece].text) else None)
-            if (piece, start) in turns_on or (piece, start) in parted or kind != "text":
+        for kind, piece, first, last in _atoms(pieces, {*turns_on, *turns_off, *parted}, literal):
+            start, end = Offset(piece, first), Offset(piece, last)
+            span = Span(piece, first, last if last < len(pieces[piece].text) else None)
+            if start in turns_on or start in parted or kind != "text":
                 yield Fragment("text", tuple(run), on)
                 run = []
-            on = on or (piece, start) in turns_on
+            on = on or start in turns_on
             if kind == "text":
                 run.append(span)
             else:
                 yield Fragment(kind, (span,), on and kind != "image")
-            if (piece, end) in turns_off:
-                yield Fragment("text", tuple(run), on, ends_turn=turns_off[piece, end])
+            if end in turns_off:
+                yield Fragment("text", tuple(run), on, ends_turn=turns_off[end])
                 run, on = [], False
-            elif (piece, end) in parted:
+            elif end in parted:
                 yield Fragment("text", tuple(run), on)
                 run = []
         yield Fragment("text", tuple(run), on)
 
-    def _around_parting(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
-        """(piece, character) before the first and after the last parting token of each of the template's pieces."""
+    def _around_parting(self, pieces: Sequence[Piece]) -> Iterator[Offset]:
+        """Before the first and after the last parting token of each of the template's pieces."""
         for i, piece in enumerate(pieces):
             matches = list(self._parting_tokens.finditer(piece.text)) if piece.kind == "template" else []
             if matches:
-                yield i, matches[0].start()
-                yield i, matches[-1].end()
+                yield Offset(i, matches[0].start())
+                yield Offset(i, matches[-1].end())
 
     def _literal_specials(self, pieces: Sequence[Piece]) -> Bounds:
-        """Where special tokens stand in words, or come about where words meet: these stay characters."""
+        """Where special tokens are in the conversation's texts, or arise where texts meet: these stay characters."""
         whole = "".join([piece.text for piece in pieces])
         matches = [match.span() for match in self._special_tokens.finditer(whole)]
         found: Bounds = {}
         start = 0
         for i, piece in enumerate(pieces):
             end = start + len(piece.text)
-            if piece.kind == "words":
+            if piece.kind == "text":
                 for first, last in matches:
                     if first < end and last > start:
                         found.setdefault(i, []).append((max(first, start) - start, min(last, end) - start))
@@ -135,12 +148,10 @@ class Fragmenter:
         return found
 
 
-def _atoms(
-    pieces: Sequence[Piece], cuts: set[tuple[int, int]], literal: Bounds
-) -> Iterator[tuple[FragmentKind, int, int, int]]:
+def _atoms(pieces: Sequence[Piece], cuts: set[Offset], literal: Bounds) -> Iterator[tuple[FragmentKind, int, int, int]]:
     """(kind, piece, start, end) of the stretches between two cuts."""
     for i, piece in enumerate(pieces):
-        if piece.kind == "image" or not piece.text:  # a turn can begin or end at words that were trimmed away
+        if piece.kind == "image" or not piece.text:  # a turn can begin or end at a text that was trimmed away
             yield ("image" if piece.kind == "image" else "text"), i, 0, len(piece.text)
             continue
         spans = literal.get(i, [])

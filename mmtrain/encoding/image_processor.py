@@ -65,15 +65,16 @@ def _probe_images(runner: ImageRunner) -> ImageTraits:
     if runner.token_id not in ids:
         raise UserError(f"the image processor lays out no placeholder {shown(runner.processor.image_token)}")
     grid_key = next((key for key in inputs if key.endswith("_thw")), None)
-    patch = None if grid_key is None else int(runner.processor.image_processor.patch_size)
-    num_pixels = _num_pixels(inputs) if patch is None else patch**2 * int(inputs[str(grid_key)].prod())
+    shape = _pixel_shape(inputs)
+    num_pixels = 0 if shape is None else math.prod(shape) // shape[-3]
+    if grid_key is not None:
+        num_pixels = int(runner.processor.image_processor.patch_size) ** 2 * int(inputs[grid_key].prod())
     count = sum(id_ == runner.token_id for id_ in ids)
-    per_token = num_pixels / count if num_pixels else None
     types = runner.token_types()
     return ImageTraits(
         text_around=runner.text_around(ids),
         grid_key=grid_key,
-        pixels_per_token=per_token,
+        pixels_per_token=num_pixels / count if num_pixels else None,
         by_sample=_is_by_sample(runner),
         text_end=runner.text_end(),
         needs_image=runner.needs_image(),
@@ -111,10 +112,10 @@ def _are_together(runner: ImageRunner) -> bool:
     return set(inputs) <= set(of_images)
 
 
-def _num_pixels(inputs: dict[str, Any]) -> int | None:
+def _pixel_shape(inputs: dict[str, Any]) -> tuple[int, ...] | None:
+    """(..., colours, height, width); None where the pixels are patches without a position."""
     shapes = [tuple(value.shape) for key, value in inputs.items() if key.startswith("pixel_values")]
-    is_image = bool(shapes) and len(shapes[0]) >= 4  # (..., colours, height, width), not patches
-    return math.prod(shapes[0]) // shapes[0][-3] if is_image else None
+    return shapes[0] if shapes and len(shapes[0]) >= 4 else None
 
 
 class ImageProcessor:
@@ -189,9 +190,8 @@ class ImageProcessor:
             _, rows, columns = (int(number) for number in inputs[self.traits.grid_key][0])
             patch, merge = int(self.processor.image_processor.patch_size), math.isqrt(rows * columns // count)
             return (columns * patch, rows * patch), (columns // merge, rows // merge)
-        shapes = [tuple(value.shape) for key, value in inputs.items() if key.startswith("pixel_values")]
-        if not shapes or len(shapes[0]) < 4:  # patches without a position
+        shape = _pixel_shape(inputs)
+        if shape is None:
             return size, None
-        height, width = shapes[0][-2:]
-        side = math.isqrt(count)
+        (height, width), side = shape[-2:], math.isqrt(count)
         return (width, height), (side, side) if side * side == count and width == height else None

@@ -16,7 +16,7 @@ from mmtrain.safe_text import one_line
 
 PROBE_SIZE = (64, 64)
 """(width, height)"""
-BLANK = PIL.Image.new("RGB", PROBE_SIZE)
+_BLANK = PIL.Image.new("RGB", PROBE_SIZE)
 TYPE_KEYS = ("mm_token_type_ids", "token_type_ids")
 """Tensors that say which tokens are of images, or of replies."""
 TEXT_KEYS = ("input_ids", "attention_mask", *TYPE_KEYS, "labels")
@@ -66,8 +66,7 @@ class ImageRunner:
         """What the processor writes after the text of a sample with an image."""
         if self.separator is None:
             return ""
-        made = self.processor(text=[self._text([BLANK])], images=[[BLANK]], **_OPTIONS)
-        ids: list[int] = made["input_ids"][0].tolist()
+        ids: list[int] = self._one_image()["input_ids"][0].tolist()
         return self.tokenizer.decode(ids[len(ids) - ids[::-1].index(self.separator) :])
 
     def needs_image(self) -> bool:
@@ -79,8 +78,12 @@ class ImageRunner:
 
     def token_types(self) -> dict[str, Tensor]:
         """The types of the tokens of a sample with an image, by the names of `TYPE_KEYS`."""
-        made = self.processor(text=[self._text([BLANK])], images=[[BLANK]], **_OPTIONS)
+        made = self._one_image()
         return {key: made[key] for key in TYPE_KEYS if key in made}
+
+    def _one_image(self) -> Any:
+        """What the processor makes of a sample with a blank image."""
+        return self.processor(text=[self._text([_BLANK])], images=[[_BLANK]], **_OPTIONS)
 
     def _text(self, images: Sequence[PIL.Image.Image]) -> str:
         separator = "" if self.separator is None else self.tokenizer.traits.added[self.separator]

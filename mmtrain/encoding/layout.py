@@ -1,10 +1,10 @@
-"""A conversation laid out as text by the model's own chat template, with every word's place known.
+"""A conversation laid out as text by the model's own chat template, with the place of each of its texts known.
 
 Nothing is searched for in the finished text. The conversation is rendered twice: once with each text replaced by a
-unique stand-in, which shows what the template writes around the words, and once as it is. Words put into the first
-must give the second, character for character; otherwise the template rewrites the words, and the sample is refused.
-The first rendering depends only on the form of the conversation (roles, kinds of parts, tools and calls) and is kept.
-Tools and calls are in it as they are; where a call lies is found by `encoding/calls.py`.
+unique stand-in, which shows what the template writes around the texts, and once as it is. The texts put into the first
+must give the second, character for character; otherwise the template rewrites a text, and the sample is refused.
+The first rendering depends only on the form of the conversation (roles, kinds of parts, tools and calls) and is cached.
+Tools and calls are in it as they are; `encoding/calls.py` finds where a call is.
 
 Some templates write a reply in another way once others follow, or begin it in another way than the prompt for it: they
 drop the reasoning of earlier replies, for example. Such a reply is laid out alone: the prompt of inference, the reply
@@ -22,8 +22,9 @@ from mmtrain.encoding.messages import as_messages, as_tools
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.reasoning import check_reasoning, opens, rewrites_reasoning
 from mmtrain.encoding.skeleton import (
-    Answer,
+    Offset,
     Piece,
+    ReplyBounds,
     Skeleton,
     check_shown,
     filled,
@@ -32,7 +33,7 @@ from mmtrain.encoding.skeleton import (
     is_whole,
     starts_of,
 )
-from mmtrain.encoding.stand_ins import STAND_IN, Form, numbered, stand_ins, turn_form, words_of
+from mmtrain.encoding.stand_ins import STAND_IN, Form, numbered, stand_ins, texts_of, turn_form
 from mmtrain.records.chat import Conversation, SampleError
 from mmtrain.records.reasoning import CLOSE, OPEN
 
@@ -47,7 +48,7 @@ class _Alone:
     closing: tuple[Piece, ...]
     """What the template writes for the conversation with the reply."""
     num_before: int
-    """Pieces of `closing` before the words of the reply."""
+    """Pieces of `closing` before the text of the reply."""
 
 
 class Layout:
@@ -80,29 +81,29 @@ class Layout:
     def is_together(self, form: Form, turns: Collection[int]) -> bool:
         """Whether these replies can be trained on in one sequence: each is written there as inference would see it."""
         found = self._whole(form)
-        return not isinstance(found, str) and all(turn in found.answers for turn in turns)
+        return not isinstance(found, str) and all(turn in found.replies for turn in turns)
 
     def lay_out(self, conversation: Conversation, form: Form) -> tuple[list[Piece], Skeleton]:
         """The pieces of the rendered text and the skeleton they follow. `form` is that of the conversation.
 
-        Raises SampleError where the template refuses the conversation or rewrites its words.
+        Raises SampleError where the template refuses the conversation or rewrites its texts.
         """
         skeleton = self.skeleton(form)
         whole = self._render(as_messages(conversation.messages), tools=as_tools(conversation))
-        return filled(skeleton.pieces, words_of(conversation, form), whole), skeleton
+        return filled(skeleton.pieces, texts_of(conversation, form), whole), skeleton
 
     def lay_out_alone(self, conversation: Conversation, form: Form) -> tuple[list[Piece], Skeleton]:
         """The same for its last turn, after the prompt that inference would give for it."""
         try:
-            alone, words = self._alone(form), words_of(conversation, form)
+            alone, texts = self._alone(form), texts_of(conversation, form)
         except SampleError as error:
             raise SampleError(self.fault(form) or str(error)) from None
         messages, tools = as_messages(conversation.messages), as_tools(conversation)
         pieces, asked = alone.skeleton.pieces, self._render(messages[:-1], add_generation_prompt=True, tools=tools)
-        prompt = filled(pieces[: alone.num_prompt], words, asked)
-        tail = filled(alone.closing, words, self._render(messages, tools=tools))[alone.num_before :]
+        prompt = filled(pieces[: alone.num_prompt], texts, asked)
+        tail = filled(alone.closing, texts, self._render(messages, tools=tools))[alone.num_before :]
         between = pieces[alone.num_prompt : len(pieces) - len(tail)]
-        own = [replace(piece, text=words[int(piece.text)]) if piece.kind == "words" else piece for piece in between]
+        own = [replace(piece, text=texts[int(piece.text)]) if piece.kind == "text" else piece for piece in between]
         return [*prompt, *own, *tail], alone.skeleton
 
     def _try_skeleton(self, form: Form) -> Skeleton | str:
@@ -134,12 +135,12 @@ class Layout:
                     continue
                 pieces = self._with_calls(pieces, turn, len(prompt), closing)
             replies[turn] = len(prompt), closing
-        answers = {
-            turn: self._answer(pieces, turn, *reply)
+        bounds = {
+            turn: self._bounds(pieces, turn, *reply)
             for turn, reply in replies.items()
             if is_whole(form.turns[turn], [piece.kind for piece in pieces if piece.turn == turn])
         }
-        return Skeleton(tuple(pieces), answers)
+        return Skeleton(tuple(pieces), bounds)
 
     def _lone_skeleton(self, form: Form) -> _Alone:
         conversation, turn = stand_ins(form), len(form.turns) - 1
@@ -156,13 +157,13 @@ class Layout:
                 f"the model's chat template does not show all of turn {turn + 1} as inference would see it"
             )
         if last.marks is not None and hidden is not None:
-            own = [Piece("words", str(hidden), turn), Piece("template", last.marks.close, turn)]
+            own = [Piece("text", str(hidden), turn), Piece("template", last.marks.close, turn)]
             if not opens(prompt):
                 own.insert(0, Piece("template", last.marks.opening, turn))
-        num_before = next(i for i, piece in enumerate(after) if piece.kind == "words" and piece.turn == turn)
+        num_before = next(i for i, piece in enumerate(after) if piece.kind == "text" and piece.turn == turn)
         pieces = [*before, *own, *after[num_before:]]
-        answer = self._answer(pieces, turn, len(prompt), closing)
-        return _Alone(Skeleton(tuple(pieces), {turn: answer}), len(before), tuple(after), num_before)
+        bounds = self._bounds(pieces, turn, len(prompt), closing)
+        return _Alone(Skeleton(tuple(pieces), {turn: bounds}), len(before), tuple(after), num_before)
 
     def _check_tools(self, form: Form, with_tools: str, without_tools: str) -> None:
         if form.tools and with_tools == without_tools:
@@ -172,10 +173,10 @@ class Layout:
         check_plain([*form.tools, *texts], self._processor.tokenizer)
 
     def _with_calls(self, pieces: list[Piece], turn: int, prompt_length: int, reply: str) -> list[Piece]:
-        """`pieces` with a piece for the calls of `turn`, whose reply with its end is `reply`, where words do not follow
-        them: what the template writes after the words of the turn, or after the prompt."""
+        """`pieces` with a piece for the calls of `turn`, whose reply with its end is `reply`, where no text follows
+        them: what the template writes after the text of the turn, or after the prompt."""
         starts = starts_of(pieces)
-        own = [i for i, piece in enumerate(pieces) if piece.kind == "words" and piece.turn == turn]
+        own = [i for i, piece in enumerate(pieces) if piece.kind == "text" and piece.turn == turn]
         start = starts[own[-1] + 1] if own else prompt_length
         stop = prompt_length + length_without_end(reply, self._processor.tokenizer)
         at = max(i for i in range(len(pieces)) if starts[i] <= start)
@@ -190,7 +191,7 @@ class Layout:
         return [*pieces[:at], *(piece for piece in cut if piece.text), *pieces[at + 1 :]]
 
     def _split(self, whole: str, form: Form, first: int) -> list[Piece]:
-        """A rendered text in pieces; the text of a words piece is the number of its stand-in.
+        """A rendered text in pieces; a piece of a turn's text has the number of its stand-in.
 
         Raises SampleError unless all the texts from turn `first` on are there exactly once. Reasoning may be missing.
         """
@@ -206,7 +207,7 @@ class Layout:
             at = match.end()
             if match.group(1) is not None:
                 turn = numbers[int(match.group(1))][0]
-                pieces.append(Piece("words", match.group(1), turn))
+                pieces.append(Piece("text", match.group(1), turn))
             else:
                 turn = image_turns[num_images] if num_images < len(image_turns) else turn
                 num_images += 1
@@ -220,9 +221,9 @@ class Layout:
             )
         return pieces
 
-    def _answer(self, pieces: list[Piece], turn: int, prompt_length: int, closing: str) -> Answer:
+    def _bounds(self, pieces: list[Piece], turn: int, prompt_length: int, closing: str) -> ReplyBounds:
         starts = starts_of(pieces)
-        own = [i for i, piece in enumerate(pieces) if piece.kind in ("words", "calls") and piece.turn == turn]
+        own = [i for i, piece in enumerate(pieces) if piece.kind in ("text", "calls") and piece.turn == turn]
         first, last = own[0], own[-1]
         if prompt_length > starts[first]:
             raise SampleError("the model's chat template writes text of the reply into its prompt")
@@ -230,8 +231,8 @@ class Layout:
         after, end, other_end = last + 1, None, False
         if after < len(pieces) and pieces[after].kind == "template":
             length, other_end = self._end(pieces[after].text, closing.rpartition(in_skeleton(pieces[last]))[2])
-            end = (after, length) if length else None
-        return Answer((border, prompt_length - starts[border]), last, end, other_end)
+            end = Offset(after, length) if length else None
+        return ReplyBounds(Offset(border, prompt_length - starts[border]), last, end, other_end)
 
     def _end(self, following: str, closing: str) -> tuple[int, bool]:
         """Characters of `following`, the template's text after a reply, that its end takes, 0 where there is none; and

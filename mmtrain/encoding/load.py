@@ -34,7 +34,12 @@ def load_processor(path: str, settings: ProcessorSettings = _NONE, tried: bool =
         template = chat_template(parts.tokenizer, parts.processor)
         if not tried:
             try_template(template, through_wrapper(parts.tokenizer, template))
-        processor = replace(make_processor(parts), origin=(path, settings))
+        processor = replace(
+            make_processor(parts),
+            given_template=given,
+            image_settings=settings.image_processor,
+            origin=(path, settings),
+        )
         return processor if tried else replace(processor, trial=try_family(processor))
     except (UserError, SampleError) as error:
         raise UserError(f"{_named(path, settings, str(error))}: {error}") from None

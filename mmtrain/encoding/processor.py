@@ -124,4 +124,4 @@ def make_processor(parts: DirectoryParts) -> ChatProcessor:
         images = ImageProcessor(family, tokenizer, parts.image_token_id, frame)
     around, end = (("", ""), "") if images is None else (images.traits.text_around, images.traits.text_end)
     template = ChatTemplate(str(source), traits, render, image_token, around, end)
-    return ChatProcessor(tokenizer, template, images, parts.given_template, parts.image_settings)
+    return ChatProcessor(tokenizer, template, images)

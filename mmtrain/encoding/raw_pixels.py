@@ -43,7 +43,7 @@ class Normalization:
 
 
 def find_normalization(processor: ChatProcessor) -> Normalization | str:
-    """The normalization of a model's image processor, or why its pixels must be made by itself."""
+    """The normalization of a model's image processor, or why only the image processor can normalize its pixels."""
     if processor.images is None:
         return "this model takes no images"
     noise = np.random.default_rng(0)
@@ -78,7 +78,7 @@ def _equal(own: Any, other: Any) -> bool:
 
 
 def _candidates(own: Any, pixels: Tensor) -> Iterator[Normalization]:
-    """The ways in which colours may lie in a tensor: on an axis of their own, or one after another in the last one."""
+    """The layouts that colours may have in a tensor: on an axis of their own, or one after another in the last one."""
     scale = float(own.rescale_factor) if own.do_rescale else 1.0
     mean, std = (own.image_mean, own.image_std) if own.do_normalize else (0.0, 1.0)
     colours = [torch.tensor(value, dtype=torch.float32).expand(3) for value in (mean, std)]

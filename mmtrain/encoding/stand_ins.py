@@ -76,8 +76,8 @@ def turn_form(message: Message, splits_reasoning: bool) -> TurnForm:
     return TurnForm(message.role, own, message.calls, message.name, message.call_id)
 
 
-def words_of(conversation: Conversation, form: Form) -> list[str]:
-    """The words of the conversation by the number of their stand-in."""
+def texts_of(conversation: Conversation, form: Form) -> list[str]:
+    """The texts of the conversation by the number of their stand-in."""
     found: list[str] = []
     for message, turn in zip(conversation.messages, form.turns, strict=True):
         if message.reasoning:

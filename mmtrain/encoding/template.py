@@ -41,7 +41,7 @@ def probe_template(source: str | None, render: Render, image_token: str | None) 
     """The traits of the template `source`, whose text is made by `render`.
 
     `image_token` is the text that stands for an image, None for a model that takes none. Raises UserError where there
-    is no template, and where it drops a user's words or images.
+    is no template, and where it drops a user's text or images.
     """
     if not source:
         raise UserError(
@@ -53,7 +53,7 @@ def probe_template(source: str | None, render: Render, image_token: str | None) 
     text_roles = tried[0] if tried else roles
     if image_token is not None:
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "probe"}]}
-        if _rendered(render, MessageForm(text_roles).apply([turn]), False).count(image_token) != 1:
+        if _rendered(render, MessageForm(text_roles).apply([turn])).count(image_token) != 1:
             raise UserError(f"the chat template writes no placeholder {shown(image_token)} for an image")
     prompt, reasoning_key = _find_generation_prompt(render, text_roles), _find_reasoning_key(render, text_roles)
     form = _find_call_form(render, text_roles)
@@ -61,12 +61,12 @@ def probe_template(source: str | None, render: Render, image_token: str | None) 
 
 
 def _find_reasoning_key(render: Render, text_roles: frozenset[str]) -> str | None:
-    words = "Zq-reasoning-qZ"
+    reasoning = "Zq-reasoning-qZ"
     for key in _REASONING_KEYS:
         form = MessageForm(text_roles, reasoning_key=key)
-        turns = form.apply([_probe_turn("user"), {**_probe_turn("assistant"), REASONING: words}])
+        turns = form.apply([_probe_turn("user"), {**_probe_turn("assistant"), REASONING: reasoning}])
         with suppress(SampleError):
-            if _rendered(render, turns, False).count(words) == 1:
+            if _rendered(render, turns).count(reasoning) == 1:
                 return key
     return None
 
@@ -85,9 +85,9 @@ def _find_call_form(render: Render, text_roles: frozenset[str]) -> MessageForm:
     for arguments, more in product(forms, ((), ("tool",))):
         form = MessageForm(text_roles.union(more), arguments)
         with suppress(SampleError):
-            text = _rendered(render, form.apply([_probe_turn("user"), called, result]), False)
+            text = _rendered(render, form.apply([_probe_turn("user"), called, result]))
             is_printed_as_data = _UNKNOWN in text or "{'" in text or r"\"" in text
-            are_shown = name in text and text.count(argument) == text.count(_probe_words("tool")) == 1
+            are_shown = name in text and text.count(argument) == text.count(_probe_text("tool")) == 1
             if are_shown and not is_printed_as_data:
                 return form
     takes_text = not _shows(render, text_roles, "user", "assistant", "tool")
@@ -100,7 +100,7 @@ def image_frame(render: Render, traits: TemplateTraits, image_token: str, specia
     content = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
     turn = {"role": "user", "content": content}
     try:
-        text = _rendered(render, traits.form.apply([turn]), False)
+        text = _rendered(render, traits.form.apply([turn]))
     except SampleError:
         return "", ""
     found = re.search(f"({special.pattern})?{re.escape(image_token)}({special.pattern})?", text)
@@ -110,7 +110,7 @@ def image_frame(render: Render, traits: TemplateTraits, image_token: str, specia
 def _find_generation_prompt(render: Render, text_roles: frozenset[str]) -> str | None:
     question = MessageForm(text_roles).apply([_probe_turn("user")])
     try:
-        bare, prompt = _rendered(render, question, False), _rendered(render, question, True)
+        bare, prompt = _rendered(render, question), _rendered(render, question, add_generation_prompt=True)
     except SampleError:
         return None
     return prompt.removeprefix(bare) if prompt.startswith(bare) else None
@@ -126,29 +126,31 @@ def _find_text_roles(render: Render) -> frozenset[str]:
         if _shows(render, frozenset(roles), "user", "assistant", failures=failures):
             return frozenset(roles)
     why = "; ".join(dict.fromkeys(failures)) or "they are dropped"
-    raise UserError(f"the chat template does not show a user's words: {why}")
+    raise UserError(f"the chat template does not show a user's text: {why}")
 
 
 def _shows(render: Render, text_roles: frozenset[str], *turns: str, failures: list[str] | None = None) -> bool:
-    """Whether the template shows the words of each role in `turns` once; why it refuses goes into `failures`."""
+    """Whether the template shows the text of each role in `turns` once; why it refuses goes into `failures`."""
     try:
-        text = _rendered(render, MessageForm(text_roles).apply([_probe_turn(role) for role in turns]), False)
+        text = _rendered(render, MessageForm(text_roles).apply([_probe_turn(role) for role in turns]))
     except SampleError as error:
         if failures is not None:
             failures.append(str(error))
         return False
-    return _UNKNOWN not in text and all(text.count(_probe_words(role)) == 1 for role in turns)
+    return _UNKNOWN not in text and all(text.count(_probe_text(role)) == 1 for role in turns)
 
 
-def _probe_words(role: str) -> str:
+def _probe_text(role: str) -> str:
     return f"Zq-{role}-qZ"
 
 
 def _probe_turn(role: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": _probe_words(role), "unknown_key": _UNKNOWN}]}
+    return {"role": role, "content": [{"type": "text", "text": _probe_text(role), "unknown_key": _UNKNOWN}]}
 
 
-def _rendered(render: Render, messages: Messages, add_generation_prompt: bool, tools: Tools | None = None) -> str:
+def _rendered(
+    render: Render, messages: Messages, add_generation_prompt: bool = False, tools: Tools | None = None
+) -> str:
     try:
         return render(messages, add_generation_prompt, tools)
     except Exception as error:  # a template can raise anything; its message is for the user

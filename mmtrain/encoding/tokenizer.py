@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmtrain.encoding.fast_template import inference_encoder, text_decoder, text_encoder, without_padding
+from mmtrain.encoding.segments import Known, SegmentEncoder
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.safe_text import shown
@@ -126,39 +127,46 @@ class Tokenizer:
         self._decode = text_decoder(self.wrapped)
         self.encode_for_inference = inference_encoder(self.wrapped)
         """From whole texts, and whether special tokens are added to each, to the ids that inference makes of them."""
+        self.encode_in_segments = SegmentEncoder(self.encode_for_inference, self.traits.parting_tokens)
+        """The same, with the ids of texts that are known."""
 
     def encode(
-        self, text: str, after: int | None, literal: bool = False, known: Mapping[str, list[int]] | None = None
+        self, text: str, after: int | None, literal: bool = False, known: Known | None = None, context: str = ""
     ) -> list[int]:
         """Ids of `text` as they are in the middle of a longer text, after the token `after` (None: at the start).
 
         `literal`: special tokens in the text are ordinary characters. Tokenizers that put a space before whatever
         they are given (SentencePiece) get something to begin with that is taken off again. `known` is what
-        `encode_batch` gave of texts among which this one may be.
+        `encode_batch` gave of texts among which this one may be, after the `anchor` of `context`: the text between the
+        last token that takes nothing of what follows it, and this text.
         """
         if not text:
             return []
-        _, ids = self._after_anchor(text, after, literal, known or {})
+        _, ids = self._after_anchor(text, after, literal, known or {}, context)
         if literal and len(text) > 1 and not self.traits.special_ids.isdisjoint(ids):
             # an ordinary piece of the vocabulary that is a special token too: take it apart
-            return self.encode(text[0], after, True) + self.encode(text[1:], ids[0], True)
+            return self.encode(text[0], after, literal=True) + self.encode(text[1:], ids[0], literal=True)
         return ids
 
-    def encode_batch(self, texts: Collection[str]) -> dict[str, list[int]]:
-        """The ids of each text as `encode` looks for them first, in half the time; none without a native part."""
+    def anchor(self, context: str) -> str:
+        """What `encode` puts before a text first, and takes off again: the context, so that the ids of both are those
+        that inference makes of them, where the tokenizer puts nothing of its own before a text."""
+        return self.traits.anchors[0] or context
+
+    def encode_batch(self, texts: Collection[str]) -> Known:
+        """The ids of each text with its anchor, in half the time; none without a native part."""
         native = getattr(self.wrapped, "backend_tokenizer", None)
         if native is None:
             return {}
-        anchored = [self.traits.anchors[0] + text for text in texts]
-        found = native.encode_batch_fast(anchored, add_special_tokens=False)
-        return {text: one.ids for text, one in zip(anchored, found, strict=True)}
+        found = native.encode_batch_fast(list(texts), add_special_tokens=False)
+        return {text: one.ids for text, one in zip(texts, found, strict=True)}
 
     def last_characters(self, text: str, after: int | None) -> list[int]:
         """The position in `text` of the last character that each of the ids of `encode(text, after)` stands for.
 
         The last, because a token that takes the space before a word belongs to the word.
         """
-        anchor, ids = self._after_anchor(text, after, False, {})
+        anchor, ids = self._after_anchor(text, after, literal=False, known={})
         made = self.wrapped(anchor + text, add_special_tokens=False, return_offsets_mapping=True)
         positions = [max(0, start, end - 1) - len(anchor) for start, end in made["offset_mapping"]]
         return positions[len(positions) - len(ids) :]
@@ -175,7 +183,7 @@ class Tokenizer:
         return self._decode(list(ids))
 
     def _after_anchor(
-        self, text: str, after: int | None, literal: bool, known: Mapping[str, list[int]]
+        self, text: str, after: int | None, literal: bool, known: Known, context: str = ""
     ) -> tuple[str, list[int]]:
         """An anchor that leaves `text` as it would be in the middle, and the ids of `text` after it."""
         traits = self.traits
@@ -184,11 +192,13 @@ class Tokenizer:
             anchors = [""]
         elif after in traits.added and not literal and (after in traits.swallowing_ids or anchors[0]):
             anchors = [traits.added[after]]
+        elif context and not literal:
+            anchors = [self.anchor(context), *anchors]
         for anchor in anchors:
             head, ids = self._head(anchor, literal), known.get(anchor + text) or self._encode(anchor + text, literal)
             if ids[: len(head)] == head:
                 return anchor, ids[len(head) :]
-        raise SampleError(f"the tokenizer joins {shown(text)} with whatever stands before it")
+        raise SampleError(f"the tokenizer joins {shown(text)} with whatever is before it")
 
     def _encode(self, text: str, literal: bool = False) -> list[int]:
         return self._encoders[literal](text)

@@ -109,7 +109,7 @@ class Generator:
         with self._autocast(), _own_settings(self._model):
             made = generate() if self._sharded is None else self._sharded.inside(generate)
         new = [self._own(ids) for ids in made[:, length:].tolist()]
-        found = confidence.means([len(ids) for ids in new]) if is_greedy else [None] * len(new)
+        found = confidence.means([len(ids) for ids in new])
         return [self.reply(ids, mean) for ids, mean in zip(new, found, strict=True)]
 
     def _must_divide(self, prompts: Sequence[Encoded]) -> bool:
@@ -172,8 +172,11 @@ class _Confidence(LogitsProcessor):  # type: ignore[misc]
         self._steps.append(scores.float().log_softmax(-1).amax(-1))
         return scores
 
-    def means(self, lengths: Sequence[int]) -> list[float]:
-        """For each row the mean over its first steps, as many as `lengths` says."""
+    def means(self, lengths: Sequence[int]) -> list[float | None]:
+        """For each row the mean over its first steps, as many as `lengths` says; None where nothing was noted: it was
+        not asked for, or a model's own `generate` passes no logits on."""
+        if not self._steps:
+            return [None] * len(lengths)
         found: list[list[float]] = torch.stack(self._steps, dim=1).tolist()
         return [sum(own[:length]) / max(1, length) for own, length in zip(found, lengths, strict=True)]
 

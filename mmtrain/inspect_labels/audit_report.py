@@ -80,7 +80,10 @@ class AuditReport:
             "longest": [{"num_tokens": length, "place": place} for length, place in self.longest],
             "num_duplicates": self.num_duplicates,
             "duplicates": self.duplicates,
-            "faults": {kind: list(map(_named, found)) for kind, found in self.faults.items()},
+            "faults": {
+                kind: [{"place": place, "reason": reason} for place, reason in found]
+                for kind, found in self.faults.items()
+            },
             "notes": dict(self.notes),
             "left_out": dict(self.left_out),
             "roles": dict(self.roles),
@@ -145,10 +148,6 @@ def fault_lines(faults: Sequence[tuple[str, str]]) -> Iterator[str]:
     yield from (f"  {line}" for line in lines[:NUM_SHOWN])
     if len(lines) > NUM_SHOWN:
         yield f"  and {len(lines) - NUM_SHOWN:,} more"
-
-
-def _named(found: tuple[str, str]) -> dict[str, str]:
-    return {"place": found[0], "reason": found[1]}
 
 
 def histogram(counts: Counter[int]) -> list[dict[str, int]]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmtrain.checks.findings import REFUSED
 from mmtrain.config import Config
 from mmtrain.dataset.encode_all import ChunkEncoder
 from mmtrain.dataset.encoding_spec import EncodingSpec
@@ -22,7 +21,8 @@ from mmtrain.records.chat import SampleError
 
 @dataclass(frozen=True, slots=True)
 class ChosenSamples:
-    """`samples` are the whole set, `views` those chosen samples that can be encoded."""
+    """`samples`: the whole set where it is stored, otherwise the chosen ones; `views`: the chosen ones that can be
+    encoded."""
 
     samples: StoredSamples | FreshSamples
     processor: ChatProcessor
@@ -42,19 +42,15 @@ def look_at(config: Config, split: str, choose: Callable[[int, Sequence[int]], l
     records, encoder = spec.records(), spec.encoder(processor)
     chosen = choose(len(records), _used(config, split, processor, len(records)))
     chunk = ChunkEncoder(spec, records, processor).encode(chosen)
-    refused = {fault.index for fault in chunk.faults if fault.kind == REFUSED}
     store = find_store(spec, records, processor)  # if there is one, the very encoding that training reads
     samples: StoredSamples | FreshSamples
     if store is not None:
-        samples = StoredSamples(records.sequences(store.records, store.turns), store)
+        samples = StoredSamples.of(records, store)
         encoded = np.flatnonzero(store.num_tokens)
         indices = [index for record in chosen for index in encoded[store.records[encoded] == record].tolist()]
-    elif (chunk.turns < 0).all():
-        samples = FreshSamples(records, encoder)
-        indices = [record for number, record in enumerate(chosen) if number not in refused]
     else:
         samples = FreshSamples(records.sequences(chunk.records, chunk.turns), encoder)
-        indices = [index for index in range(len(samples)) if index not in refused]
+        indices = np.flatnonzero(chunk.num_tokens).tolist()
     try:
         views = tuple(view_sample(samples, encoder, index) for index in indices)
     except SampleError as error:

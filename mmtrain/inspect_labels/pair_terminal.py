@@ -34,7 +34,7 @@ def print_step(step: PairStep, rows: Sequence[int], console: Console) -> None:
 
 
 def _ruler(columns: Sequence[int]) -> str:
-    """The number of every tenth document that is shown."""
+    """The number of every tenth of the documents that are shown."""
     line = ""
     for at in range(0, len(columns), 10):
         line = line.ljust(at) + f"D{columns[at] + 1}"

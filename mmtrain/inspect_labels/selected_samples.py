@@ -36,7 +36,7 @@ def open_selected(config: Config, split: str, processor: ChatProcessor, progress
     spec = EncodingSpec.of(config, selected.sources)
     records = spec.records()
     store = open_store(spec, records, processor, progress)
-    samples = StoredSamples(records.sequences(store.records, store.turns), store)
+    samples = StoredSamples.of(records, store)
     limit = length_limit(config.model.path, config.data.max_length)
     possible = np.flatnonzero((store.num_tokens > 0) & (store.num_tokens <= limit.num_tokens))
     possible = np.setdiff1d(possible, [fault.index for fault in store.faults])

@@ -125,5 +125,5 @@ def _reply_end(processor: ChatProcessor) -> str | None:
     form = layout.form(conversation)
     lay_out = layout.lay_out if layout.is_together(form, [1]) else layout.lay_out_alone
     skeleton = lay_out(conversation, form)[1]
-    end = skeleton.answers[1].end
+    end = skeleton.replies[1].end
     return None if end is None else skeleton.pieces[end[0]].text[: end[1]]

@@ -33,28 +33,30 @@ class ComponentFound:
 def find_components(path: str, model: Any, components: Components) -> Iterator[ComponentFound]:
     """The components of `model`, the base model in the directory `path`, in the order of `tune`."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    present = [part for part in COMPONENTS if any(components.component_of(name) == part for name in sizes)]
-    for part in present:
-        own = {name: size for name, size in sizes.items() if components.component_of(name) == part}
-        adapted = _adapted(model, components, part)
+    present = [
+        component for component in COMPONENTS if any(components.component_of(name) == component for name in sizes)
+    ]
+    for component in present:
+        own = {name: size for name, size in sizes.items() if components.component_of(name) == component}
+        adapted = _adapted(model, components, component)
         bare = [size for name, size in own.items() if not adapted & {name, name.rpartition(".")[0]}]
-        others = [other for other in present if other != part and _adapted(model, components, other)]
-        modes = {name: _refusal(path, tune) for name, tune in _tunes(part, others).items()}
-        yield ComponentFound(part, components.roots(part), sum(own.values()), len(adapted), sum(bare), modes)
+        others = [other for other in present if other != component and _adapted(model, components, other)]
+        modes = {name: _refusal(path, tune) for name, tune in _tunes(component, others).items()}
+        yield ComponentFound(component, components.roots(component), sum(own.values()), len(adapted), sum(bare), modes)
 
 
-def _adapted(model: Any, components: Components, part: str) -> set[str]:
+def _adapted(model: Any, components: Components, component: str) -> set[str]:
     """The names of what LoRA adapts in a component: linear layers, and weights of experts."""
     try:
-        return set(targets_of(model, components, part, Lora(mode="lora")))
+        return set(targets_of(model, components, component, Lora(mode="lora")))
     except UserError:  # it has none
         return set()
 
 
-def _tunes(part: str, others: list[str]) -> dict[str, dict[str, Any]]:
+def _tunes(component: str, others: list[str]) -> dict[str, dict[str, Any]]:
     """The ways to train a component: alone, and in full next to LoRA of another."""
-    ways = {"lora": {part: _LORA}, "full": {part: _FULL}}
-    return ways | ({"full next to lora": {part: _FULL, others[-1]: _LORA}} if others else {})
+    ways = {"lora": {component: _LORA}, "full": {component: _FULL}}
+    return ways | ({"full next to lora": {component: _FULL, others[-1]: _LORA}} if others else {})
 
 
 def _refusal(path: str, tune: dict[str, Any]) -> str | None:

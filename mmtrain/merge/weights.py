@@ -70,4 +70,5 @@ def cast(model: Any, dtype: torch.dtype) -> None:
         if not any(part in name for part in kept):
             parameter.data = parameter.data.to(dtype)
     for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
-        config.dtype = dtype
+        if config is not None:  # such as that of a part for sound which the model does not have
+            config.dtype = dtype

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from mmtrain.dataset.batch import Batch
+from mmtrain.model.components import decoder_of
 from mmtrain.model.kernels.block_attention import BlockAttention
 from mmtrain.model.planned_device import kind_of, planned_kernels
 from mmtrain.model.transfer import on_device
@@ -71,7 +72,7 @@ def has_varlen(device: torch.device) -> bool:
 def install_attention(model: Any) -> bool:
     """Give the language model attention by samples. Returns False if its attention is of a kind that this cannot
     replace."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     config = decoder.config
     if config._attn_implementation == NAME:
         return True

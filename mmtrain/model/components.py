@@ -37,26 +37,30 @@ class Components:
             )
         self.head_name = names[id(head)]
         self._roots: dict[str, str] = {"": "language"}
-        vision = _vision_tower(model, named)
-        if vision is not None:
-            self._find(model, vision, names)
+        if _vision_config(model.config) is not None:
+            self._find(model, _vision_tower(model, named), names)
         self._roots |= by_name
 
-    def _find(self, model: Any, vision: nn.Module, names: dict[int, str]) -> None:
+    def _find(self, model: Any, vision: nn.Module | None, names: dict[int, str]) -> None:
         head = model.get_output_embeddings()
-        decoder = model.get_decoder()
-        self._roots = {names[id(head)]: "language", names[id(decoder)]: "language", names[id(vision)]: "vision"}
-        for name, _ in vision.named_children():
-            if name in _INNER_PROJECTORS:
-                self._roots[f"{names[id(vision)]}.{name}"] = "projector"
-        if _is_inside(names[id(vision)], names[id(decoder)]):
-            depth = names[id(decoder)].count(".") + 2  # the child of the decoder that the tower is in
-            self._roots.setdefault(".".join(names[id(vision)].split(".")[:depth]), "projector")
+        decoder = decoder_of(model)
+        self._roots = {names[id(head)]: "language", names[id(decoder)]: "language"}
+        if vision is not None:
+            self._add_tower(names[id(vision)], vision, names[id(decoder)])
         towers = [getattr(model.config, key, None) for key in model.config.sub_configs if "vision" in key]
         for name, module in _siblings(model, decoder, names):
             if name not in self._roots and any(True for _ in module.parameters()):
                 is_tower = any(config is getattr(module, "config", model) for config in towers)
                 self._roots[name] = "vision" if is_tower else "projector"
+
+    def _add_tower(self, name: str, vision: nn.Module, decoder: str) -> None:
+        self._roots[name] = "vision"
+        for child, _ in vision.named_children():
+            if child in _INNER_PROJECTORS:
+                self._roots[f"{name}.{child}"] = "projector"
+        if _is_inside(name, decoder):
+            depth = decoder.count(".") + 2  # the child of the decoder that the tower is in
+            self._roots.setdefault(".".join(name.split(".")[:depth]), "projector")
 
     def component_of(self, name: str) -> str:
         """The component of the module or parameter with this name in the base model."""
@@ -87,10 +91,16 @@ class Components:
         ):
             raise UserError(
                 f"tune.{component}: {name or 'the model'} has weights of its own next to other components: "
-                "it cannot be trained in full next to LoRA"
+                "it cannot be trained in full next to LoRA; choose lora, or set every trainable component to full"
             )
         for inner, child in module.named_children():
             yield from self._largest(child, f"{name}.{inner}".strip("."), component)
+
+
+def decoder_of(model: Any) -> Any:
+    """The language model without its head. Some families call the head `decoder`, and then `get_decoder` gives it."""
+    found = model.get_decoder()
+    return model.base_model if found is model.get_output_embeddings() else found
 
 
 def _by_component(model: Any, named: ComponentModules) -> dict[str, str]:
@@ -106,23 +116,23 @@ def _by_component(model: Any, named: ComponentModules) -> dict[str, str]:
 
 
 def _vision_tower(model: Any, named: ComponentModules) -> nn.Module | None:
-    """The module that encodes images, None for a text-only model."""
+    """The module that encodes images; None where no module but the language model has layers, so pixels are only
+    projected."""
     config = _vision_config(model.config)
-    if config is None:
-        return None
     tower = model.get_encoder(modality="image")
-    if tower is None or tower is model or tower is model.get_decoder():
+    if tower is None or tower is model or tower is decoder_of(model):
         tower = next((m for m in model.modules() if getattr(m, "config", None) is config), None)
     if tower is None and named.vision:
         tower = model.get_submodule(named.vision[0])
     if tower is None:
         names = {id(module): name for name, module in model.named_modules()}
-        near = [
-            name for name, _ in _siblings(model, model.get_decoder(), names) if name != names[id(model.get_decoder())]
-        ]
+        decoder = decoder_of(model)
+        others = {name: module for name, module in _siblings(model, decoder, names) if module is not decoder}
+        if not any(isinstance(inner, nn.ModuleList) for module in others.values() for inner in module.modules()):
+            return None
         raise UserError(
             "the model's vision tower was not found: name its modules in tune.components, such as "
-            f"tune.components='{{vision: [{near[0] if near else 'model.vision'}]}}'"
+            f"tune.components='{{vision: [{next(iter(others))}]}}'"
         )
     assert isinstance(tower, nn.Module)
     return tower

@@ -43,14 +43,15 @@ def probe_family(
 
     If a slower head is used, `say` prints the reason in one line. Raises UserError if a component is not found.
     """
-    patches = _patches_per_token(model.config, processor)
+    patches, components = _patches_per_token(model.config, processor), Components(model, named)
+    has_tower = bool(components.roots("vision"))
     return Family(
-        components=Components(model, named),
+        components=components,
         head_kind=find_head_kind(model, say),
         grid_key=processor.grid_key,
         patches_per_token=patches,
         expert_shares=expert_shares(model),
-        image_attention=image_attention(model, processor, patches, say),
+        image_attention=image_attention(model, processor, patches, say) if has_tower else (0.0, 0.0),
     )
 
 

@@ -21,9 +21,10 @@ from transformers.utils.logging import ERROR, disable_progress_bar, get_verbosit
 from mmtrain.config.schema import Model
 from mmtrain.config.tune_section import ComponentModules
 from mmtrain.dataset.validate import LengthLimit
-from mmtrain.encoding.directory import is_dual_encoder, model_directory, takes_images
+from mmtrain.encoding.directory import NO_OWN_CODE, is_dual_encoder, model_directory, needs_own_code, takes_images
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
+from mmtrain.model.components import decoder_of
 from mmtrain.model.head import accept_positions
 from mmtrain.model.quantization import (
     check_installed,
@@ -46,7 +47,8 @@ def load_config(path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a broken file makes transformers raise anything
-        raise UserError(f"{path}: the model's config cannot be loaded: {one_line(error)}") from None
+        reason = NO_OWN_CODE if needs_own_code(error) else f"the model's config cannot be loaded: {one_line(error)}"
+        raise UserError(f"{path}: {reason}") from None
 
 
 def auto_class(config: Any) -> Any:
@@ -125,7 +127,7 @@ def without_training_settings(model: Any) -> Iterator[None]:
 def compile_layers(model: Any) -> None:
     """Compile the repeated layers of the language model one by one: they share their code, so only the first takes
     time. The number of tokens stays dynamic, because it differs between micro-batches."""
-    for module in model.get_decoder().modules():
+    for module in decoder_of(model).modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)
 

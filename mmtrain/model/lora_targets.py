@@ -67,11 +67,10 @@ def targets_of(model: Any, components: Components, component: str, lora: Lora) -
         unknown = [target for target in lora.targets if not any(_ends_with(name, target) for name in named)]
         lost = [name for name in found.lost if name in chosen]
         if lost:
-            raise UserError(
-                f"tune.{component}: peft would not load the adapters of {len(lost)} layers again, such as {lost[0]}: "
-                "name other layers in `targets`"
-            )
+            raise _not_loadable(component, lost, "name other layers in `targets`")
     targets = Targets(modules, _run_alone(model, map(found.weight_of, weights)) if lora.variant != "dora" else [])
+    if not targets and found.lost:
+        raise _not_loadable(component, found.lost, "set mode: full")
     if unknown or not targets:
         names = ", ".join(sorted({_last(name) for name in (*found.linear, *found.experts)})) or "none"
         what = f"no linear layer is called {', '.join(unknown)}" if unknown else "no layer gets LoRA by default"
@@ -80,6 +79,12 @@ def targets_of(model: Any, components: Components, component: str, lora: Lora) -
             "name some of them in `targets`, or set mode: full"
         )
     return targets
+
+
+def _not_loadable(component: str, lost: list[str], remedy: str) -> UserError:
+    return UserError(
+        f"tune.{component}: peft would not load the adapters of {len(lost)} layers again, such as {lost[0]}: {remedy}"
+    )
 
 
 def without_adapter(model: Any, components: Components, tune: Tune) -> Iterator[str]:

@@ -29,6 +29,7 @@ from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.planned_device import kind_of
 from mmtrain.model.quantized_weights import num_weights
+from mmtrain.model.rotary_trial import length_that_changes, rotary_calls
 from mmtrain.safe_text import error_line
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -72,8 +73,11 @@ class RowsFound:
     """One at a time: several affect each other even in padded rows."""
 
 
-def try_rows(model: Any, processor: ChatProcessor, dtype: torch.dtype, packing: bool = True) -> RowsFound:
-    """How samples can go through `model`. With `packing` False only padded rows are tried.
+def try_rows(
+    model: Any, processor: ChatProcessor, dtype: torch.dtype, packing: bool = True, longest: int = 0
+) -> RowsFound:
+    """How samples can go through `model`, the longest of which has `longest` tokens. With `packing` False only padded
+    rows are tried.
 
     `model` is in eval mode, on the device that runs it; `dtype` is that of its matrix products. Neither the model nor
     the random state changes. Raises UserError if a sample alone fails, or if its logits are not those of the model
@@ -81,7 +85,8 @@ def try_rows(model: Any, processor: ChatProcessor, dtype: torch.dtype, packing: 
     """
     try:
         trial = _Trial(model, processor, dtype)
-        first, second = trial.logits([0], packing=False), trial.logits([1], packing=False)
+        with rotary_calls(model) as calls:
+            first, second = trial.logits([0], packing=False), trial.logits([1], packing=False)
         other = max(_difference(first, trial.plain_logits(0)), _difference(second, trial.plain_logits(1)))
     except Exception as error:  # a family that is not supported can raise anything
         given = ", ".join(f"model.image_processor.{key}" for key in processor.image_settings)
@@ -99,6 +104,11 @@ def try_rows(model: Any, processor: ChatProcessor, dtype: torch.dtype, packing: 
             "this is not a causal language model: its logits at a token change with the tokens after it; expected a "
             "model that generates text token by token"
         )
+    length = length_that_changes(calls, longest)
+    if length is not None:
+        reason = f"a sample of more than {length - 1:,} tokens changes the rotary frequencies of the others"
+        way_out = f"with data.max_length={length - 1} they are computed together"
+        return RowsFound(f"this model takes one sample at a time: {reason}; {way_out}", alone=True)
     if not processor.lays_out_together:
         return RowsFound("the images of this model are laid out for one sample at a time", alone=True)
     try:

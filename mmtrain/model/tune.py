@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
 
@@ -49,7 +51,7 @@ def apply_tune(model: Any, components: Components, tune: Tune) -> tuple[Any, lis
     loras = {component: mode for component, mode in tune.trainable.items() if isinstance(mode, Lora)}
     fulls = [component for component, mode in tune.trainable.items() if isinstance(mode, Full)]
     targets = {component: targets_of(model, components, component, lora) for component, lora in loras.items()}
-    found = _never_trained(model, components)
+    found = _never_trained(model, components) if fulls else {}
     never_trained = {name for component in fulls for name in found.get(component, ())}
     model.requires_grad_(False)
     if loras:
@@ -72,25 +74,27 @@ def apply_tune(model: Any, components: Components, tune: Tune) -> tuple[Any, lis
 
 
 def _never_trained(model: Any, components: Components) -> dict[str, list[str]]:
-    """By component, the parameters that the model's own class does not train, such as fixed positions. `model` is as it
-    was loaded: where all of it is frozen, nothing is known of them."""
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    if len(frozen) == len(list(model.parameters())):
-        return {}
+    """By component, the parameters that the class of `model`, a base model, does not train, such as fixed positions.
+    A new model without values shows them: transformers makes all weights trainable that it reads from a file."""
+    with torch.device("meta"), torch.random.fork_rng([]):
+        new = type(model)(deepcopy(model.config))
     found: dict[str, list[str]] = {}
-    for name in frozen:
-        found.setdefault(components.component_of(name), []).append(name)
+    for name, parameter in new.named_parameters():
+        if not parameter.requires_grad:
+            found.setdefault(components.component_of(name), []).append(name)
     return found
 
 
 def kept_frozen(model: Any, components: Components, tune: Tune) -> Iterator[str]:
-    """Lines about weights of `model`, a base model as it was loaded, that stay frozen though their component is trained
-    in full."""
-    for component, names in _never_trained(model, components).items():
-        if isinstance(tune.trainable.get(component), Full):
+    """Lines about weights of `model`, a base model, that stay frozen though their component is trained in full."""
+    fulls = [component for component, mode in tune.trainable.items() if isinstance(mode, Full)]
+    found = _never_trained(model, components) if fulls else {}
+    for component in fulls:
+        names = sorted(found.get(component, ()))
+        if names:
             yield (
                 f"tune.{component}: {len(names)} weights stay frozen, as in the model's own class: "
-                f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
+                f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
             )
 
 

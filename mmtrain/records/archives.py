@@ -46,7 +46,8 @@ def open_archive(path: Path) -> Archive:
 
 @functools.lru_cache(maxsize=16)
 def _opened(path: Path, version: object, process: int) -> Archive:
-    """`version` and `process`: what is open is of a file as it was, and a descriptor has one position for all."""
+    """Cached by `version`, because a file that has changed is opened again, and by `process`, because processes that
+    share a descriptor share its position."""
     return _Zip(path) if path.suffix.lower() == ".zip" else _Tar(path)
 
 

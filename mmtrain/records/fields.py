@@ -40,20 +40,17 @@ def map_fields(record: Any, fields: Mapping[str, str]) -> Any:
         return record
     used: set[str] = set()
     made = {key: _value(record, source, used) for key, source in fields.items()}
-    if both := sorted(key for key in made if key in record and key not in used and not _is_within(fields[key], key)):
+    left = {key for key in made if not fields[key].startswith(f"{key}.")}  # `body: body.text` takes its own place
+    if both := sorted(left & record.keys() - used):
         raise SampleError(f"`fields` gives {shown(both[0])}, which the record has too: rename or ignore one")
     return {key: value for key, value in record.items() if key not in used} | made
-
-
-def _is_within(source: str, key: str) -> bool:
-    return source.startswith(f"{key}.")
 
 
 def _value(record: Record, source: str, used: set[str]) -> Any:
     if "{" not in source:
         return _column(record, source, used)
     return "".join(
-        before + ("" if name is None else _words(_column(record, name, used), name, spec or ""))
+        before + ("" if name is None else _text(_column(record, name, used), name, spec or ""))
         for before, name, spec, _ in string.Formatter().parse(source)
     )
 
@@ -73,7 +70,7 @@ def _column(record: Record, name: str, used: set[str]) -> Any:
     return found
 
 
-def _words(value: Any, column: str, spec: str) -> str:
+def _text(value: Any, column: str, spec: str) -> str:
     if value is None:
         return ""
     if isinstance(value, int) and not isinstance(value, bool):

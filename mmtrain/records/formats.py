@@ -60,8 +60,8 @@ def read_record(
     """The conversation in one parsed record.
 
     `record_format`: the name of a shape, or `auto`. `ignored`: keys of records, turns and content parts to ignore.
-    `image_mark`: the text that stands for an image, found by itself if it is None. Raises SampleError with the reason
-    if the record is not a conversation, or has a key that is neither understood nor metadata.
+    `image_mark`: the text that stands for an image, None: recognised. Raises SampleError with the reason if the record
+    is not a conversation, or has a key that is neither understood nor metadata.
     """
     if isinstance(record, list) and record and all(isinstance(turn, dict) for turn in record):
         record = {"messages": record}
@@ -150,8 +150,7 @@ class _ImageList:
         first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
         if first is None:
             raise SampleError(f"{counted(len(self._images), 'image')} but no turn of the user")
-        asked = messages[first]
-        filled = replace(asked, parts=(*self._images, *asked.parts))
+        filled = replace(messages[first], parts=(*self._images, *messages[first].parts))
         return [*messages[:first], filled, *messages[first + 1 :]]
 
 
@@ -197,7 +196,7 @@ def _check_role(turn: Record, number: int, role: Role, of_assistant: dict[str, b
 
 
 def _length(conversation: Conversation) -> int:
-    """The characters of its text, in words, calls and tools."""
+    """The characters of its texts, calls and tools."""
     texts = [text for message in conversation.messages for text in (message.text, message.reasoning)]
     calls = [call for message in conversation.messages for call in message.calls]
     return sum(map(len, [*texts, *conversation.tools, *(text for one in calls for text in (one.name, one.arguments))]))
@@ -244,7 +243,7 @@ def _image_values(record: Record) -> list[Any]:
 
 
 def _only_key(part: Record) -> str | None:
-    """The type of a part without `type`: `{"image": path}` or `{"text": words}`, as in Qwen-VL and Bedrock."""
+    """The type of a part without `type`: `{"image": path}` or `{"text": text}`, as in Qwen-VL and Bedrock."""
     return next((kind for kind in (*_TEXT_TYPES, *_IMAGE_TYPES) if part.keys() == {kind}), None)
 
 
@@ -260,6 +259,8 @@ def _text(value: Any, key: str) -> str:
     if not isinstance(value, str):
         hint = ": write its JSON text, if that is meant" if isinstance(value, dict) else ""
         raise SampleError(f"{shown(key)} must be text, not {shown(value)}{hint}")
-    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        raise SampleError("text with half of a surrogate pair: it is not valid Unicode")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise SampleError("text with half of a surrogate pair: it is not valid Unicode") from None
     return value

@@ -1,4 +1,4 @@
-"""Where the records of a file lie: found once, then kept in the user's cache as long as it is used.
+"""Where the records of a file are: found once, then kept in the user's cache as long as it is used.
 
 A cached index is an .npz file, whose name is a hash of the indexed file's path and version. It is written whole or not
 at all, and its checksums are verified when it is read.

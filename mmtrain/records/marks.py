@@ -13,7 +13,7 @@ MARKS = (
     *("<image>", "<img>", "<IMG_CONTEXT>", "<|image|>", "[IMG]", "<ImageHere>", "<image_placeholder>"),
     *("<|vision_start|><|image_pad|><|vision_end|>", "<start_of_image>", "<image_1>"),
 )
-"""Those that are found by themselves, the most common first; the last stands for all with a number."""
+"""Those that are recognised, the most common first; the last stands for all with a number."""
 _WITH_PATH = re.compile(r"<img>([^<>\n]{1,4096})</img>")
 _NUMBERED = re.compile(r"<\|?image[_ -]?(\d{1,6})\|?>")
 
@@ -29,21 +29,21 @@ class Mark:
         """The texts between the marks, and for each mark its number (from 1), 0 where it has none."""
         at, after_mark = 0, False
         for match in self.pattern.finditer(text):
-            yield from _trimmed(text[at : match.start()], after_mark, True)
+            yield from _trimmed(text[at : match.start()], after_mark, before_mark=True)
             yield int(match[1]) if self.pattern.groups else 0
             at, after_mark = match.end(), True
-        yield from _trimmed(text[at:], after_mark, False)
+        yield from _trimmed(text[at:], after_mark, before_mark=False)
 
 
 def split_at_paths(text: str) -> Iterator[str]:
-    """The texts before, between and after `<img>path</img>`, the old form of Qwen-VL, and the paths: by turns, texts
-    first."""
+    """The texts before, between and after `<img>path</img>`, the old form of Qwen-VL, and the paths: alternating, a
+    text first."""
     pieces = _WITH_PATH.split(text)
     for number, piece in enumerate(pieces):
         if number % 2:
             yield piece
         else:
-            yield "".join(_trimmed(piece, number > 0, number < len(pieces) - 1))
+            yield "".join(_trimmed(piece, after_mark=number > 0, before_mark=number < len(pieces) - 1))
 
 
 def _trimmed(text: str, after_mark: bool, before_mark: bool) -> Iterator[str]:

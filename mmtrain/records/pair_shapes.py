@@ -6,15 +6,20 @@ A shape is a row of `PAIR_SHAPES` and one function. Each item comes out as a rec
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmtrain.records.chat import SampleError
 from mmtrain.records.record_keys import IMAGE_KEYS, Record, refuse_keys, unknown_keys
 from mmtrain.records.shapes import as_list
 from mmtrain.safe_text import shown
 
-Items = tuple[Record, list[Record], list[Record]]
-"""The query, its positives and its negatives."""
+
+class Items(NamedTuple):
+    """The items of a pair, each as a record."""
+
+    query: Record
+    positives: list[Record]
+    negatives: list[Record]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +30,7 @@ class PairShape:
     also: tuple[str, ...] = ()
     """Other keys that it understands."""
     image_mark: str | None = None
-    """The mark that its texts have for an image, if it is none of those that are found by themselves."""
+    """The mark that its texts have for an image, if it is none of those that are recognised."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -64,20 +69,20 @@ def _item(value: Any) -> Record:
 
 
 def _image_text(image: str, text: str) -> Callable[[Record], Items]:
-    return lambda record: (_record(None, record[image]), [_record(one) for one in _listed(record[text])], [])
+    return lambda record: Items(_record(None, record[image]), [_record(one) for one in _listed(record[text])], [])
 
 
 def _query(query: str, positive: str, negative: str) -> Callable[[Record], Items]:
     """The `instruction` of the record is the query's."""
 
     def items(record: Record) -> Items:
-        asked = _item(record[query])
+        found = _item(record[query])
         if record.get("instruction") is not None:
-            if asked["system"] is not None:
+            if found["system"] is not None:
                 raise SampleError("both the record and its query have an 'instruction': keep one")
-            asked["system"] = record["instruction"]
+            found["system"] = record["instruction"]
         positives, negatives = _listed(record[positive]), _listed(record.get(negative))
-        return asked, [_item(one) for one in positives], [_item(one) for one in negatives]
+        return Items(found, [_item(one) for one in positives], [_item(one) for one in negatives])
 
     return items
 
@@ -85,10 +90,10 @@ def _query(query: str, positive: str, negative: str) -> Callable[[Record], Items
 def _ms_swift(record: Record) -> Items:
     """`positive_messages` and `positive_images` have one list for each item, and the negatives as well."""
     query = {"messages": record["messages"], "images": record.get("images")}
-    return query, _talks(record, "positive"), _talks(record, "negative")
+    return Items(query, _conversations(record, "positive"), _conversations(record, "negative"))
 
 
-def _talks(record: Record, side: str) -> list[Record]:
+def _conversations(record: Record, side: str) -> list[Record]:
     messages = as_list(record.get(f"{side}_messages") or [], f"{side}_messages")
     images = as_list(record.get(f"{side}_images") or [[]] * len(messages), f"{side}_images")
     if len(images) != len(messages):
@@ -100,13 +105,13 @@ def _talks(record: Record, side: str) -> list[Record]:
 
 def _vlm2vec(record: Record) -> Items:
     query = _record(record.get("qry"), record.get("qry_image_path"))
-    return query, _columns(record, "pos_text", "pos_image_path"), _columns(record, "neg_text", "neg_image_path")
+    return Items(query, _columns(record, "pos_text", "pos_image_path"), _columns(record, "neg_text", "neg_image_path"))
 
 
 def _vlm2vec_eval(record: Record) -> Items:
     """The first target matches the query, the others do not."""
     targets = _columns(record, "tgt_text", "tgt_img_path")
-    return _record(record.get("qry_text"), record.get("qry_img_path")), targets[:1], targets[1:]
+    return Items(_record(record.get("qry_text"), record.get("qry_img_path")), targets[:1], targets[1:])
 
 
 def _columns(record: Record, text_key: str, image_key: str) -> list[Record]:

@@ -67,8 +67,8 @@ def read_pair(
     """The pair in one parsed record.
 
     `group`: the key whose value is the pair's group. `ignored`: keys of records and items to ignore. `image_mark`: the
-    text that stands for an image, found by itself if it is None. Raises SampleError with the reason if the record is
-    not a pair, or has a key that is neither understood nor metadata.
+    text that stands for an image, None: recognised. Raises SampleError with the reason if the record is not a pair, or
+    has a key that is neither understood nor metadata.
     """
     if not isinstance(record, dict):
         raise SampleError(f"expected an object, not {shown(record)}")
@@ -77,14 +77,13 @@ def read_pair(
     shape = recognise_pair(record)
     understood = {*shape.keys, *({group} if group else ())}
     check_keys(record, understood, (), frozenset())
-    query, positives, negatives = shape.items(record)
-    mark = image_mark or shape.image_mark
-    if not positives:
+    items, mark = shape.items(record), image_mark or shape.image_mark
+    if not items.positives:
         raise SampleError("there is no positive: a query needs at least one item that matches it")
     pair = Pair(
-        _item(query, "the query", mark),
-        tuple(_item(one, f"positive {number}", mark) for number, one in enumerate(positives, start=1)),
-        tuple(_item(one, f"negative {number}", mark) for number, one in enumerate(negatives, start=1)),
+        _item(items.query, "the query", mark),
+        tuple(_item(one, f"positive {number}", mark) for number, one in enumerate(items.positives, start=1)),
+        tuple(_item(one, f"negative {number}", mark) for number, one in enumerate(items.negatives, start=1)),
         name,
     )
     if not any(item.images for item in pair.items):

@@ -7,7 +7,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,16 @@ class OpenFile:
     def roots(self) -> tuple[Path, ...]:
         """The folders and archives that image paths are relative to."""
         return tuple(map(Path, self.spec.roots)) or (self.records.path.parent,)
+
+
+class SourceFile(NamedTuple):
+    """A file of records of a source, by what decides its content."""
+
+    path: Path
+    roots: tuple[Path, ...]
+    """Where its images are."""
+    reading: str
+    """How its records are read."""
 
 
 class RecordSet:
@@ -88,9 +98,9 @@ class RecordSet:
         return None if turn < 0 else turn
 
     @property
-    def files(self) -> list[tuple[Path, tuple[Path, ...], str]]:
-        """Each file of records, where its images are, and how its records are read, in order."""
-        return [(file.records.path, file.roots, _reading(file.spec)) for file in self._files]
+    def files(self) -> list[SourceFile]:
+        """In order."""
+        return [SourceFile(file.records.path, file.roots, _reading(file.spec)) for file in self._files]
 
     @property
     def archives(self) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Where the members of a tar file lie: found once, then kept in the user's cache."""
+"""Where the members of a tar file are: found once, then cached in the user's cache."""
 
 import os
 import tarfile

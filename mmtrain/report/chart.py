@@ -129,15 +129,13 @@ def _finite(series: Series) -> Series:
 
 
 def _drawn(series: Series, x_scale: _Scale, y_scale: _Scale) -> Line:
-    places = [(x_scale(x), y_scale(y)) for x, y in zip(series.steps, series.values, strict=True)]
-    path = "M" + "L".join(f"{x:g} {y:g}" for x, y in places)
-    labels = [
-        f"{series.name}, step {step:,.0f}: {short_number(value)}"
+    points = tuple(
+        (x_scale(step), y_scale(value), f"{series.name}, step {step:,.0f}: {short_number(value)}")
         for step, value in zip(series.steps, series.values, strict=True)
-    ]
-    is_marked = series.marked or len(places) == 1
-    points = [(x, y, label) for (x, y), label in zip(places, labels, strict=True)] if is_marked else []
-    return Line(series.name, path, tuple(points), series.style, series.run)
+    )
+    path = "M" + "L".join(f"{x:g} {y:g}" for x, y, _ in points)
+    is_marked = series.marked or len(points) == 1
+    return Line(series.name, path, points if is_marked else (), series.style, series.run)
 
 
 def _linear_axis(

@@ -41,11 +41,8 @@ def _of_steps(runs: Sequence[RunRecord], key: str) -> list[Series]:
         steps, values = _speed(run) if key == "speed" else column(run.steps, key)
         if len(runs) == 1:
             found.append(Series("each step", steps, values, "faint", run=number))
-        found.append(
-            Series(
-                _named(run, runs, f"average of {num_averaged(len(values))} steps"), steps, smoothed(values), run=number
-            )
-        )
+        title = _named(run, runs, f"average of {num_averaged(len(values))} steps")
+        found.append(Series(title, steps, smoothed(values), run=number))
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 from mmtrain.config import Config
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
+from mmtrain.model.load import length_limit
 from mmtrain.model.packing_trial import RowsFound, try_rows
 from mmtrain.runtime.processes import Runtime
 
@@ -40,9 +41,10 @@ def choose_rows(
     Raises UserError where `run.packing` is true and the samples of a row affect each other.
     """
     wanted, dtype = config.run.packing, getattr(torch, config.model.dtype)
+    longest = length_limit(config.model.path, config.data.max_length).num_tokens
 
     def tried() -> tuple[Any, ...]:
-        return astuple(try_rows(model, processor, dtype, packing=wanted is not False))
+        return astuple(try_rows(model, processor, dtype, wanted is not False, longest))
 
     found = RowsFound(*runtime.from_first("packing", tried))
     if found.fault is None:

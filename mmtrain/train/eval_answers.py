@@ -57,7 +57,7 @@ class AnswersEvaluation:
             "metric": self._questions.questions[0].metric,
             "metrics": _means(judged, "model"),
             "blind": _means(judged, "blind"),
-            "beats_blind": gain[1][0] > 0,
+            "beats_blind": gain.interval[0] > 0,
             "verdict": verdict(gain),
         }
 

@@ -21,7 +21,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (SCRIPTS, os.environ.get
 
 from bench import balance, compare, contrastive, growth, loader, step  # noqa: E402
 
-PARTS = {
+COMMANDS = {
     "growth": growth.main,
     "contrastive": contrastive.main,
     "balance": balance.main,
@@ -32,11 +32,11 @@ PARTS = {
 
 def main() -> None:
     words = sys.argv[1:]
-    part = PARTS.get(words[0]) if words else None
-    if part is None:
+    command = COMMANDS.get(words[0]) if words else None
+    if command is None:
         compare.main(words)
     else:
-        part(words[1:])
+        command(words[1:])
 
 
 if __name__ == "__main__":

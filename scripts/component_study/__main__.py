@@ -3,7 +3,7 @@
     python scripts/component_study CONFIG [KEY=VALUE...] --other FILE [OPTION...]
 
 CONFIG is a config of mmtrain with `data.eval`; its `tune` and `run.output_dir` are replaced. Every non-empty set of
-vision, projector and language is trained, by LoRA and in full. With the first seed each learning rate is tried; the
+vision, projector and language is trained, with LoRA and in full. With the first seed each learning rate is tried; the
 one with the lowest evaluation loss gets the other seeds. For a seed, all runs have the same data, steps and order of
 samples.
 

@@ -111,7 +111,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _as_if_compiled(meter: Meter) -> Iterator[None]:
-    """Inside, formulas count as compiled, and `meter` is told of their results alone."""
+    """Inside, formulas count as compiled, and `meter` sees their results alone."""
 
     def in_one_kernel(formula: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

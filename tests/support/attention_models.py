@@ -19,6 +19,8 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     Qwen3NextConfig,
@@ -29,6 +31,8 @@ from support.builders import DECODER_SIZES, TINY, copy_text_tokenizer, randomize
 
 WINDOW = 80
 """Tokens of a sliding window: more than the text of a sample that is tried where there is no window."""
+PRETRAINED = 128
+"""Tokens of the longest sample with the first set of rotary frequencies."""
 
 
 def _sizes(**others: Any) -> dict[str, Any]:
@@ -73,6 +77,12 @@ def _linear_attention() -> Any:
     return Qwen3NextForCausalLM(Qwen3NextConfig(**_sizes(layer_types=kinds, **heads, **experts, **others)))
 
 
+def _two_frequencies() -> Any:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [8.0] * 8}
+    sizes = _sizes(rope_parameters=rope, max_position_embeddings=8 * PRETRAINED, pad_token_id=0)
+    return Phi3ForCausalLM(Phi3Config(**sizes, original_max_position_embeddings=PRETRAINED))
+
+
 TEXT_MODELS: dict[str, Callable[[], Any]] = {
     "llama": _llama,
     "mixture": _mixture,
@@ -81,6 +91,7 @@ TEXT_MODELS: dict[str, Callable[[], Any]] = {
     "mamba": _recurrent,
     "lfm2": _convolution,
     "qwen3_next": _linear_attention,
+    "phi3": _two_frequencies,
 }
 
 

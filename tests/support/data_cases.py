@@ -114,7 +114,7 @@ def refused_case(world: World, rank: int) -> list[str]:
     expected = world.new_folder()
     for where in (folder, expected):
         again = world.server.start(where / "again", world.words(where, *more, config=config))
-        faults += [] if again.wait() == [0] else [f"it does not go on: {again.text[-1500:]}"]
+        faults += [] if again.wait() == [0] else [f"it does not resume: {again.text[-1500:]}"]
     found, other = (where / "run" / "adapter" / "adapter_model.safetensors" for where in (folder, expected))
     if found.read_bytes() != other.read_bytes():
         faults.append("another adapter than that of a run without the fault")

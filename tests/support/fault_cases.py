@@ -96,7 +96,7 @@ class World:
         group = self.server.start(folder / "again", self.words(folder, *more), processes)
         if group.wait() != [0] * processes:
             group.end()
-            return [f"going on ended otherwise than with 0: {group.text[-600:]}"]
+            return [f"the resumed run ended otherwise than with 0: {group.text[-600:]}"]
         faults = self.check_same(folder, *more)
         shutil.rmtree(folder)
         return faults
@@ -245,7 +245,7 @@ def stop_case(world: World, processes: int, rank: int, delay: float, timeout: fl
             faults.append(f"stacks: {stacks}")
         group.send(rank, signal.SIGCONT)
         if None in group.wait(30):
-            faults.append("woken up, the stopped one goes on")
+            faults.append("woken up, the stopped one continues")
         saved_step(folder)
     finally:
         group.end()

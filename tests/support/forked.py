@@ -74,6 +74,14 @@ class Server:
             jobs.append({"env": env, "words": list(words), "log": log, "patches": (patches or {}).get(rank, [])})
         return Group(self, self.ask(start=jobs), [Path(job["log"]) for job in jobs])
 
+    def run(self, folder: Path, words: Sequence[str], processes: int = 1) -> "Group":
+        """The same, once all of them have ended well."""
+        group = self.start(folder, words, processes)
+        codes = group.wait(240)
+        group.end()
+        assert codes == [0] * processes, group.text
+        return group
+
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()

@@ -28,7 +28,7 @@ _ANSWERS = {
     _aten.unique_consecutive,
     _aten.unique_dim_consecutive,
 }
-"""Operators whose result, or its size, the host has to know before it goes on."""
+"""Operators whose result, or its size, the host has to know before it continues."""
 _INDEXED = {_aten.index, _aten.index_put, _aten.index_put_}
 """Operators that take tensors of indices: from the CPU they are copied, masks are counted."""
 _COPIES = {_aten._to_copy, _aten.copy_}

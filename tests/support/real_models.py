@@ -1,4 +1,4 @@
-"""Published tokenizers and chat templates of a few families, where they are at hand."""
+"""Published tokenizers and chat templates of a few families, where they are on this machine."""
 
 import json
 import shutil

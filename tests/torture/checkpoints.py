@@ -58,7 +58,7 @@ def corrupt(flips: int = 1000, truncations: int = 200) -> tuple[str, bool]:
     codes, said = _none_left(config, output, draw)
     line = (
         f"{flips} flipped bits, {truncations} truncations, {len(contents)} files zeroed and removed: {silent} used "
-        f"silently, {named} of {len(cases)} named, {fell_back} fell back to the older; the run then goes on to "
+        f"silently, {named} of {len(cases)} named, {fell_back} fell back to the older; the run then continues to "
         f"{'the same bits' if resumed else 'OTHER BITS'}; none left: exit code {codes[0]}, "
         f"{time.monotonic() - begun:.0f} s"
     )
@@ -156,7 +156,7 @@ class History:
         with suppress(NoCheckpointError):
             found, _ = CheckpointFolder(self._folder, self._keep).newest()
             self._step = 0 if found is None else int(found.name.removeprefix("step-"))
-        self.log.append(f"go on from step {self._step}, keep {self._keep}")
+        self.log.append(f"resume from step {self._step}, keep {self._keep}")
 
     def _save(self, how: str) -> None:
         step = self._step + self._every

@@ -1,4 +1,4 @@
-"""The same run on other numbers of processes, with other cuts, stopped and taken up: the same curve, the same bits."""
+"""The same run on other numbers of processes, with other cuts, stopped and resumed: the same curve, the same bits."""
 
 from __future__ import annotations
 

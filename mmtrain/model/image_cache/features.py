@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmtrain.dataset.image_inputs import Features, ImageInputs
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
-from mmtrain.model.components import base_model
+from mmtrain.model.components import base_model, decoder_of
 from mmtrain.model.image_cache.store import FeatureStore
 from mmtrain.model.transfer import PinnedMemory, all_on_device
 from mmtrain.safe_text import error_line
@@ -230,7 +230,7 @@ def given_to_decoder(model: Any, ids: list[int], inputs: dict[str, Any]) -> list
     takes = inspect.signature(model.forward).parameters
     inputs = inputs | {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in takes}
     positions = torch.arange(len(ids), device=model.device)[None]
-    hook = model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
+    hook = decoder_of(model).register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(input_ids=input_ids, position_ids=positions, use_cache=False, **inputs)
     except _Reached as reached:

@@ -23,6 +23,7 @@ class BlockAttention(torch.autograd.Function):
     """softmax(scale q k') v for each token over the tokens of its sample up to itself."""
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]  # it would round logits and sums to bfloat16
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: Sequence[int]) -> Tensor:
         """(1, tokens, heads, width) from query (1, heads, tokens, width), and key and value with a number of heads that
         divides the query's; `lengths` are those of the samples. Exponentials are to the base of 2, in float32."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmtrain.model.components import decoder_of
 from mmtrain.model.kernels.compiled import description
 from mmtrain.model.kernels.fused import ComputedByMLP, Fused, fuse_mlps
 from mmtrain.model.kernels.gated import gated_kernels
@@ -62,8 +63,8 @@ def install(model: Any, device: torch.device | None = None, tick: Callable[[], N
         for kernel in _candidates(module):
             if trials.install(module, {"": kernel}, (kernel.example(module),)):
                 break
-    fuse_mlps(model.get_decoder(), trials)
-    compile_rotary(model.get_decoder(), trials)
+    fuse_mlps(decoder_of(model), trials)
+    compile_rotary(decoder_of(model), trials)
     return _report(model, next(model.parameters()).device if device is None else device)
 
 
@@ -76,7 +77,7 @@ def _candidates(module: nn.Module) -> Iterator[Kernel]:
 
 
 def _report(model: Any, device: torch.device) -> KernelReport:
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     kernels = [kernel for module in model.modules() if (kernel := kernel_of(module)) is not None]
     fused = [name for name, module in decoder.named_modules() if isinstance(kernel_of(module), Fused)]
     num_norms = sum(isinstance(kernel, RMSNorm | ComputedByMLP) for kernel in kernels)

@@ -22,7 +22,7 @@ _MAX_IMAGE = 256 * 2**20
 
 
 class TarFile:
-    """The samples of a shard. Where every member lies is found once, when it is opened."""
+    """The samples of a shard. The places of its members are found once, when it is opened."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError, and UserError if it is not a plain, whole tar file."""
@@ -85,11 +85,8 @@ def _with_images(record: dict[str, Any], content: dict[str, bytes]) -> dict[str,
         raise SampleError(f"the member {shown(others[0])} is neither the record nor an image")
     named = next((key for key in ("images", "image") if record.get(key) not in (None, "", [])), None)
     if named is None:
-        return (
-            record | {"images": [{"bytes": found, "path": name} for name, found in content.items()]}
-            if content
-            else record
-        )
+        images = [{"bytes": found, "path": name} for name, found in content.items()]
+        return record | {"images": images} if images else record
     by_name = {PurePosixPath(name).name: (name, found) for name, found in content.items()}
     given = record[named] if isinstance(record[named], list) else [record[named]]
     made = []

@@ -8,6 +8,7 @@ from typing import Any
 from mmtrain.config import Config
 from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.pair_samples import read_pairs
+from mmtrain.contrastive.relation import relate
 from mmtrain.dataset.plan import Indices, Plan
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
@@ -16,6 +17,8 @@ from mmtrain.train.dataset import num_steps
 from mmtrain.train.eval_sets import eval_sources
 from mmtrain.train.folder import dropped_row
 from mmtrain.train.watched import check_watched, retrieval_names
+
+_STEPS_TRIED = 20
 
 
 class PairDataset:
@@ -40,6 +43,16 @@ class PairDataset:
         check_watched(config, retrieval_names({name: one.way_names for name, one in self.eval.items()}))
         self.plan = Plan.of(config, self.train.records, self.train.used)
         self.num_steps = num_steps(config.train, self.plan)
+        self._check_negatives(config.objective.loss)
+
+    def _check_negatives(self, loss: str) -> None:
+        """Raise UserError where no step that is tried has a negative: with `infonce` nothing would be trained."""
+        steps = ([self.train.pairs[index] for index in self.plan.step(n)] for n in self.plan.some_steps(_STEPS_TRIED))
+        if loss == "infonce" and not any(relate(pairs).num_negatives for pairs in steps):
+            raise UserError(
+                "no step has a negative, so the loss is 0 and nothing is trained: expected a larger train.batch_size, "
+                "or pairs with negatives"
+            )
 
     def summary(self) -> str:
         """What was read, in one line, and what was dropped."""

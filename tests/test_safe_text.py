@@ -1,4 +1,4 @@
-"""Text from outside on one line."""
+"""Text from outside is printed on one line, with nothing invisible in it."""
 
 import pytest
 
