@@ -258,15 +258,9 @@ def test_a_frozen_tower_is_computed_once(processes: int, make: Callable[..., Con
 
 
 @pytest.mark.slow("steps of a large model in float64")
-@pytest.mark.parametrize("processes", [1, pytest.param(3, marks=slow)])
 @pytest.mark.parametrize(
-    ("pooling", "packing"),
-    [
-        ("last", "auto"),
-        pytest.param("mean", "auto", marks=slow),
-        pytest.param("last", False, marks=slow),
-        ("mean", False),
-    ],
+    ("pooling", "packing", "processes"),
+    [("last", "auto", 1), ("mean", "auto", 3), ("last", False, 3), ("mean", False, 1)],
 )
 def test_a_vision_language_model_as_an_embedder(
     pooling: str, packing: bool | str, processes: int, pairs: Path, tmp_path: Path

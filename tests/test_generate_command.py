@@ -17,6 +17,7 @@ from mmtrain.cli import app
 from mmtrain.config import dump_config
 from mmtrain.config.data_section import Source
 from mmtrain.config.schema import Config
+from mmtrain.config.tune_section import ComponentModules
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
@@ -26,7 +27,8 @@ from mmtrain.generate.command import GenerateOptions, generate
 from mmtrain.generate.prompts import prompt_for
 from mmtrain.generate.questions import Questions
 from mmtrain.generate.sampling import Sampling
-from mmtrain.generate.target import Target, find_target, load_target
+from mmtrain.generate.target import find_target, load_target
+from mmtrain.model.named_model import NamedModel
 from mmtrain.model.packing_trial import RowsFound
 from mmtrain.records.chat import Conversation, Image, Message, Text
 from mmtrain.runtime.processes import Runtime
@@ -184,10 +186,10 @@ def test_a_run_is_found_with_its_adapter_labels_and_dtype(make_config: MakeConfi
     train(config)
     run = Path(config.run.output_dir)
     target = find_target(str(run))
-    assert (target.model, target.adapter) == (config.model.path, run / "adapter")
+    assert (target.path, target.adapter) == (config.model.path, run / "adapter")
     assert (target.labels.train_on, target.dtype) == ("last", "float32")
     other = find_target(str(run / "adapter"), base="other")
-    assert (other.model, other.labels.train_on) == ("other", "last")
+    assert (other.path, other.labels.train_on) == ("other", "last")
     assert find_target(str(run), dtype="bfloat16").dtype == "bfloat16"
     with pytest.raises(UserError, match=r"--base: .* has no adapter_config.json"):
         find_target(config.model.path, base="other")
@@ -197,23 +199,24 @@ def test_the_base_of_a_run_is_quantized_as_it_was_in_training(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = make_config("text").model_dump()
-    config = Config.model_validate(given | {"model": given["model"] | {"quantization": "nf4"}})
+    tune = {"language": {"mode": "lora"}, "components": {"projector": ["model.norm"]}}
+    config = Config.model_validate(given | {"model": given["model"] | {"quantization": "nf4"}, "tune": tune})
     for name in ("checkpoints", "adapter"):
         (tmp_path / name).mkdir()
     (tmp_path / "config.yaml").write_text(dump_config(config))
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
     target = find_target(str(tmp_path))
-    assert (target.model, target.quantization) == ("base", "nf4")
+    assert (target.path, target.quantization) == ("base", "nf4")
     asked: list[Any] = []
 
     def loaded(*args: Any) -> Any:
-        asked.append(args[-1])
+        asked.extend(args[-2:])
         raise UserError("asked for")
 
-    monkeypatch.setattr("mmtrain.generate.target.load_model", loaded)
+    monkeypatch.setattr("mmtrain.scoring.load.load_model", loaded)
     with pytest.raises(UserError, match="asked for"):
-        load_target(replace(target, model=config.model.path, adapter=None), Runtime("float32"))
-    assert asked == ["nf4"]
+        load_target(replace(target, path=config.model.path, adapter=None), Runtime("float32"))
+    assert asked == ["nf4", ComponentModules(projector=("model.norm",))]
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -228,7 +231,7 @@ def test_whether_questions_go_together_is_tried_at_the_first_batch(
 
     monkeypatch.setattr("mmtrain.generate.target.try_rows", trial)
     config = make_config("qwen2_5_vl")
-    loaded = load_target(Target(config.model.path, dtype="float32"), Runtime("float32"))
+    loaded = load_target(NamedModel(config.model.path, dtype="float32"), Runtime("float32"))
     rows: list[int] = []
     loaded.model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -264,7 +267,7 @@ def test_the_model_of_a_full_run_is_found(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     target = find_target(str(tmp_path))
-    assert (target.model, target.adapter) == (str(tmp_path / "model"), None)
+    assert (target.path, target.adapter) == (str(tmp_path / "model"), None)
 
 
 def test_a_chat_remembers_its_turns(

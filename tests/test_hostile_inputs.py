@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from support.builders import SHARED, TINY, write_jsonl
-from support.label_models import make_directory
+from support.label_models import TEMPLATES, make_directory
 from test_model_directories import BOMBS
 
 pytestmark = pytest.mark.slow("hundreds of hostile configs, records and images through every command")
@@ -141,7 +141,8 @@ def test_every_bad_json_file_is_read_or_refused(config: Path, tmp_path: Path) ->
     with lines.open("wb") as out:
         for file in files:
             out.write(file.read_bytes().replace(b"\n", b" ").replace(b"\r", b" ") + b"\n")
-    cases = [audit(config, file.name, file) for file in files]
+    model = f"model.path={make_directory(tmp_path / 'model', 'byte_level', TEMPLATES['chatml'].text)}"
+    cases = [audit(config, file.name, file, model) for file in files]
     found = sweep([*cases, audit(config, "as lines", lines)])
     assert {case["code"] for name, case in found.items() if name != "as lines"} <= {1, 2}  # none is a chat
     assert found["as lines"]["code"] == 1

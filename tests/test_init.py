@@ -1,5 +1,6 @@
 """mmtrain init: a config that works at once, chosen from the data, the model and the device."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from mmtrain.init.survey import Survey, survey
 from mmtrain.records.record_set import RecordSet
 from mmtrain.train.run import train
 from support.builders import TINY, mixed_rows, write_jsonl
+from support.pair_data import write_pairs
+from support.tower_models import LENGTH, TOWERS
 
 SMALL = Survey(num_samples=100, longest=300, is_complete=True, faults=(), max_positions=4096, num_parameters=8 * 10**9)
 GPU = replace(SMALL, gpu_memory=80 * 10**9, has_bfloat16=True)
@@ -72,10 +75,35 @@ def test_a_model_without_a_chat_template_is_given_one(
     assert load_config(Path("my.yaml")).model.chat_template == "own.jinja"
 
 
+@pytest.mark.parametrize(("name", "loss"), [("clip", "infonce"), ("siglip", "sigmoid")])
+def test_a_dual_encoder_gets_a_config_of_pairs(name: str, loss: str, tmp_path: Path) -> None:
+    model, pairs, output = TOWERS[name](tmp_path / name), write_pairs(tmp_path / "data"), tmp_path / "my.yaml"
+    rows = pairs.read_text().splitlines()
+    pairs.write_text(
+        "\n".join([rows[0], json.dumps({"image": "1.png", "text": " ".join(["red"] * 60)}), *rows[2:], ""])
+    )
+    words = ["init", "--model", str(model), "--data", str(pairs), "-o", str(output)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.exception
+    assert "warning: " in result.stderr
+    assert f"pairs.jsonl:2: 62 tokens, over the {LENGTH} of the text tower" in result.stderr
+    config = load_config(output)
+    assert (config.objective.kind, config.objective.loss, config.train.batch_size) == ("contrastive", loss, 2)
+    refused = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "other.yaml"), "--chat-template", "own.jinja"])
+    assert "--chat-template: a dual encoder has no chats" in str(refused.exception)
+    pairs.write_text("\n".join([*rows, ""]))
+    train(
+        load_config(
+            output, [f"run.output_dir={tmp_path / 'run'}", "train.epochs=null", "train.steps=1", "train.warmup_steps=0"]
+        )
+    )
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_an_existing_file_and_unusable_data_are_refused(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "c.yaml"
     output.write_text("mine")
-    with pytest.raises(UserError, match="it exists: give another file"):
+    with pytest.raises(UserError, match="it exists: give a new file"):
         init(str(TINY), str(data), None, output)
     assert output.read_text() == "mine"
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"messages": []}, {"messages": []}])

@@ -163,28 +163,42 @@ def test_a_page_that_cannot_be_written_is_refused_before_any_work(make_config: M
         inspect_labels(config, LabelsOptions(html=Path("/proc/a.html")))
 
 
-@pytest.mark.slow("five commands, each in its own process")
+RUN_EACH = """
+import json, sys
+from mmtrain.cli import main
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["mmtrain", *words]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end.code
+    print(chr(0))
+"""
+
+
+@pytest.mark.slow("commands in a process of their own")
 @pytest.mark.parametrize(
-    ("words", "encoding"),
-    [(["--json"], "ascii"), (["--all", "--json"], "utf-8"), (["--html"], "ascii"), ([], "utf-8"), ([], "ascii")],
+    ("encoding", "commands"), [("ascii", [["--json"], ["--html"], []]), ("utf-8", [["--all", "--json"], []])]
 )
 def test_a_file_name_that_is_not_utf_8_is_shown_everywhere(
-    make_config: MakeConfig, tmp_path: Path, words: list[str], encoding: str
+    make_config: MakeConfig, tmp_path: Path, encoding: str, commands: list[list[str]]
 ) -> None:
     config = make_config("text")
     data = tmp_path / os.fsdecode(b"\xff\n.jsonl")
     data.write_bytes(Path(config.data.train[0].path).read_bytes())
     (tmp_path / "c.yaml").write_text(dump_config(config))
-    words = [*words, str(tmp_path / os.fsdecode(b"\xfe\n.html"))] if words == ["--html"] else words
-    command = [sys.executable, "-m", "mmtrain", "inspect-labels", str(tmp_path / "c.yaml")]
-    command += [f"data.train.0.path={tmp_path}/*.jsonl", *words]
+    page = str(tmp_path / os.fsdecode(b"\xfe\n.html"))
+    same = ["inspect-labels", str(tmp_path / "c.yaml"), f"data.train.0.path={tmp_path}/*.jsonl"]
+    words = [[*same, *own, *([page] if own == ["--html"] else [])] for own in commands]
     environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
-    done = subprocess.run(command, capture_output=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", RUN_EACH, json.dumps(words)], capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert b"Traceback" not in done.stderr
-    if "--json" in words:
-        rows = [json.loads(line) for line in done.stdout.decode(encoding).splitlines()]
-        assert {row["source"] for row in rows} == {str(data)}
+    shown = done.stdout.decode(encoding).split("\0\n")
+    assert len(shown) == len(commands) + 1
+    for own, text in zip(commands, shown, strict=False):
+        if "--json" in own:
+            assert {json.loads(line)["source"] for line in text.splitlines()} == {str(data)}
 
 
 def test_losses_equal_a_plain_forward(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
 from mmtrain.errors import FINAL_CODES, LostGradientError
 from mmtrain.model.components import Components
-from mmtrain.train.lost_gradients import LostGradients
+from mmtrain.train.lost_gradients import LostGradients, missing_gradients_are_errors
 from mmtrain.train.step import Learner, train_step
 from support.learning import LORA, MIXED, learner_for, step_of
 
@@ -122,6 +122,7 @@ def operator() -> Iterator[Any]:
 
 
 @pytest.mark.filterwarnings("default", "ignore::FutureWarning")  # the run's own filter decides, not pytest's
+@missing_gradients_are_errors()
 def test_an_operator_without_a_gradient_stops_the_step(make_config: Make, operator: Any) -> None:
     """Next to a residual connection every parameter still has a gradient, a wrong one."""
     learner, dataset = learner_for(make_config("text", {"language": LORA}, kernels="off"))

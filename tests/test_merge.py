@@ -126,7 +126,7 @@ def test_the_base_model_of_a_run_is_found_from_another_directory(
     monkeypatch.chdir(tmp_path)
     run = trained(config.model_copy(update={"model": config.model.model_copy(update={"path": "base"})}))
     monkeypatch.chdir("/")
-    assert Path(find_source(run, None).base).samefile(config.model.path)
+    assert Path(find_source(run, None).path).samefile(config.model.path)
 
 
 @pytest.mark.slow("a model is merged")

@@ -1,10 +1,7 @@
 """Model directories that are broken or hostile: one line each, in time, and nothing of them runs."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from mmtrain.encoding import template_trial
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from support.builders import TINY, write_jsonl
+from support.forked import Server
 from support.label_models import TEMPLATES, make_directory
 
 CHATML = TEMPLATES["chatml"].text
@@ -112,7 +110,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a template that is cut": (_with("chat_template.jinja", "{% for m in messages %}"), r"chat template"),
     "generation settings that are no JSON": (
         _with("generation_config.json", "{"),
-        r"generation_config\.json is not JSON",
+        r"generation_config\.json: not JSON",
     ),
     "generation settings that are a list": (_with("generation_config.json", "[]"), r"expected an object"),
     "an end that is no id": (_with("generation_config.json", '{"eos_token_id": "</s>"}'), r"eos_token_id is '</s>'"),
@@ -151,9 +149,9 @@ def test_a_pointer_of_git_lfs_is_named_with_the_command_that_fetches_the_file(na
     ]
 
 
-@pytest.mark.slow("every command on a hostile directory, each in its own process")
+@pytest.mark.slow("commands on a hostile directory, each in its own process")
 @pytest.mark.parametrize("known", [True, False], ids=["a known model", "an unknown model"])
-def test_no_code_of_a_directory_runs_even_where_the_user_says_yes(known: bool, tmp_path: Path) -> None:
+def test_no_code_of_a_directory_runs_even_where_the_user_says_yes(known: bool, tmp_path: Path, server: Server) -> None:
     model = tmp_path / "model"
     shutil.copytree(TINY, model)
     canary = tmp_path / "canary"
@@ -173,16 +171,9 @@ def test_no_code_of_a_directory_runs_even_where_the_user_says_yes(known: bool, t
         f"model: {{path: {model}, dtype: float32}}\ndata: {{train: [{{path: {data}}}]}}\n"
         f"train: {{steps: 1}}\nrun: {{output_dir: {tmp_path / 'run'}}}\n"
     )
-    for command in (["inspect-labels"], ["train"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "mmtrain", *command, str(config)],
-            input="y\n" * 50,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == (0 if known else 2), done.stderr
-        assert "Traceback" not in done.stderr
+    (tmp_path / "yes").write_text("y\n" * 50)
+    for command in ("inspect-labels", "train"):
+        run = server.start(tmp_path / "logs", [command, str(config)], stdin=tmp_path / "yes")
+        assert run.wait(120) == [0 if known else 2], run.text
+        assert "Traceback" not in run.text
         assert not canary.exists()

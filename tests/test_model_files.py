@@ -78,7 +78,7 @@ def test_a_sharded_model_is_loaded(sharded: tuple[Path, dict[str, Any]], model_d
         ("", f"{INDEX}: not JSON"),
         ("{", f"{INDEX}: not JSON"),
         ("[" * 100_000, f"{INDEX}: not JSON"),
-        ("[]", f"{INDEX}: expected weight_map"),
+        ("[]", f"{INDEX}: expected an object of keys"),
         ("{}", f"{INDEX}: expected weight_map"),
         ('{"weight_map": {}}', f"{INDEX}: expected weight_map"),
         ('{"weight_map": ["a"]}', f"{INDEX}: expected weight_map"),

@@ -77,7 +77,6 @@ def measured(config: Config) -> int:
 LORA = {"language": {"mode": "lora", "rank": 8}}
 FULL = {name: {"mode": "full"} for name in ("vision", "projector", "language")}
 CASES = [
-    pytest.param("qwen2_5_vl", "float32", LORA, {}, id="float32"),
     *(
         pytest.param(kind, dtype, tune, run, id=f"{kind} {dtype} {name}", marks=SLOW)
         for kind in ("qwen2_5_vl", "llava", "text")

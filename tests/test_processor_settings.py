@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
-from mmtrain.answers.command import answers_target
 from mmtrain.config.schema import Config, Model
 from mmtrain.encoding.directory import copy_processor
 from mmtrain.encoding.load import load_processor
@@ -22,7 +21,7 @@ from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.encoding.saved_processor import differences, saved_settings
 from mmtrain.errors import UserError
 from mmtrain.evaluate.models import find_models
-from mmtrain.generate.target import find_target, load_target
+from mmtrain.generate.target import find_target, load_evaluated
 from mmtrain.merge.command import merge
 from mmtrain.model.adapter import say_other_processor
 from mmtrain.runtime.processes import Runtime
@@ -128,8 +127,8 @@ def test_evaluation_uses_the_processor_of_the_config(
     with pytest.raises(UserError, match=r"other tokenizer or processor files .*max_pixels was 8192 and is"):
         find_models([str(complete)], plain)
     for path, settings in ((None, smaller), (complete, smaller), (complete, plain)):
-        target = answers_target(config.model_copy(update={"model": settings}), path)
-        assert load_target(target, Runtime("float32")).encoder.processor.image_settings == settings.image_processor
+        loaded = load_evaluated(config.model_copy(update={"model": settings}), path, Runtime("float32"))
+        assert loaded.encoder.processor.image_settings == settings.image_processor
 
 
 def test_an_adapter_whose_processor_transformers_saved_has_what_differs(
@@ -165,7 +164,7 @@ def test_a_run_and_what_is_made_of_it_keep_it(
     config = config.model_copy(update={"model": config.model.model_copy(update={"image_processor": SMALLER})})
     train(config)
     target = find_target(config.run.output_dir)
-    processor = load_processor(target.model, target.processor_settings)
+    processor = load_processor(target.path, target.processor_settings)
     merge(Path(config.run.output_dir), tmp_path / "merged")
     (pixels, _), merged = processor.image_inputs([[image]]), _pixels(tmp_path / "merged", image)
     assert torch.equal(pixels["pixel_values"], merged)

@@ -217,6 +217,12 @@ SHAPES: dict[str, tuple[str, Any, Conversation]] = {
     ),
     "a caption": ("caption", {"prompt": "Q", "caption": "A", "image": "a.png"}, talk(WITH_IMAGE, SAID)),
     "a text of an image": ("caption", {"prompt": "Q", "text": "A", "image": "a.png"}, talk(WITH_IMAGE, SAID)),
+    "PaliGemma and Florence": ("prefix", {"image": "a.png", "prefix": "Q", "suffix": "A"}, talk(WITH_IMAGE, SAID)),
+    "images in numbered columns": (
+        "question",
+        {"question": "<image 1>Q", "answer": "A", "image_1": "a.png", "image_2": None, "image_3": None},
+        talk(WITH_IMAGE, SAID),
+    ),
 }
 
 
@@ -273,6 +279,24 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "a preferred reply": ({"prompt": TWO_TURNS[:1], "chosen": TWO_TURNS[1:], "rejected": []}, "preference pairs"),
     "a mask": ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "mask": 1}]}, "give the turn 'train': true or false"),
     "a turn without a role": ({"messages": [{"words": "Q"}]}, "turn 1 has 'words', expected 'role' and 'content'"),
+    "columns by other names": (
+        {"img": "a.png", "problem": "Q", "solution": "A"},
+        "{image: 'img', question: 'problem', answer: 'solution'}",
+    ),
+    "a reply by another name": (
+        {"image": "a.png", "query": "Q", "label": ["A"]},
+        "{response: label.0}, and 'label' in",
+    ),
+    "the number of a class": ({"image": "a.png", "prompt": "Q", "label": 3}, '{completion: "{label}"}'),
+    "a reply alone": ({"image": "a.png", "ground_truth": "A"}, "{caption: 'ground_truth'}"),
+    "an address of an image": ({"URL": "http://x/a", "TEXT": "A"}, "'URL' is the address of an image"),
+    "an export of Label Studio": ({"data": {"image": "a.png"}, "annotations": [{"id": 1}]}, "as JSON-MIN"),
+    "records by their names": ({"17": {"question": "Q"}, "18": {"question": "Q"}}, "if its values are the records"),
+    "an image by another name": (
+        {"question": "Q", "answer": "A", "image_path": "a.png"},
+        "set `fields` of the source: {image: 'image_path'}",
+    ),
+    "numbered images with a gap": ({"question": "Q", "answer": "A", "image_1": None, "image_2": "a.png"}, "have a gap"),
     "no values": ({"messages": None}, "found no keys with a value"),
     "an answer that is empty": ({"question": "Q", "answer": ""}, "an assistant turn without text"),
     "an input that is a number": ({"instruction": "Q", "input": 5, "output": "A"}, "'input' must be text"),

@@ -1,7 +1,7 @@
 """`mmtrain eval answers`: how good a model's answers are, and whether they are better than blind guessing."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from mmtrain.answers.report import print_report
 from mmtrain.command_output import check_page
 from mmtrain.config import Config
 from mmtrain.errors import UserError
-from mmtrain.generate.target import Loaded, Target, load_target
-from mmtrain.model.adapter import find_adapter, find_model, say_other_processor
+from mmtrain.generate.target import Loaded, load_evaluated
+from mmtrain.model.adapter import say_other_processor
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
-from mmtrain.safe_text import shown, visible
+from mmtrain.safe_text import shown
 from mmtrain.scoring.eval_samples import sources_to_evaluate
 from mmtrain.scoring.results import show
 
@@ -59,12 +59,11 @@ def answer_figures(
         raise UserError(f"--metric {shown(options.metric)}: expected one of {', '.join(METRICS)}")
     sources = sources_to_evaluate(config, options.data)
     check_page(options.html)
-    target = answers_target(config, options.adapter)
     runtime = runtime or Runtime(config.model.dtype, device=config.run.device)
     progress = Progress(runtime.activity.tick, quiet=not runtime.is_main)
     if options.adapter is not None:
         say_other_processor(options.adapter, config.model, progress.say)
-    loaded = load_target(target, runtime)
+    loaded = load_evaluated(config, options.adapter, runtime)
     evaluation = AnswerEvaluation(config, sources, loaded.encoder.processor, progress, options.metric)
     how = options.batch_size, options.max_new_tokens
     replies = evaluation.ask_in_all_ways(loaded.generator, runtime, *how)
@@ -77,22 +76,8 @@ def answer_figures(
     return row, evaluation
 
 
-def answers_target(config: Config, path: Path | None) -> Target:
-    """What is evaluated: the base model, an adapter on it, or the model that a run saved."""
-    settings = config.model
-    base = Target(settings.path, None, config.labels, settings.dtype, settings.quantization, settings)
-    if path is None:
-        return base
-    adapter, model = find_adapter(path), find_model(path)
-    if adapter is None and model is None:
-        raise UserError(f"--adapter {visible(str(path))}: expected the directory of an adapter or of a finished run")
-    if adapter is not None:
-        return replace(base, adapter=adapter)
-    return replace(base, model=str(model), quantization=None)
-
-
 def _base(loaded: Loaded, config: Config) -> tuple[Loaded, AbstractContextManager[Any]]:
     """The base model, and the context in which it is that."""
     if isinstance(loaded.model, PeftModel):
         return loaded, loaded.model.disable_adapter()
-    return load_target(answers_target(config, None), loaded.runtime), nullcontext()
+    return load_evaluated(config, None, loaded.runtime), nullcontext()

@@ -22,23 +22,23 @@ def image_notes(sizes: Sequence[tuple[int, int]], processor: ChatProcessor) -> I
         used_width, used_height = tokens.used_size
         reason = f"image {number}: {width}x{height}, used as {used_width}x{used_height}"
         if width * height > _LARGER * used_width * used_height:
-            yield Finding(LARGE, False, reason)
+            yield Finding.note(LARGE, reason)
         shape = (width / height) / (used_width / used_height)
         if max(shape, 1 / shape) > 1 + _OTHER_SHAPE:
-            yield Finding(CROPPED, False, reason)
+            yield Finding.note(CROPPED, reason)
 
 
 def placed_images(conversation: Conversation) -> Iterator[Finding]:
     """Images that the record gives no place."""
     if conversation.has_unmarked_images:
-        yield Finding(UNMARKED, False, "nothing says where its images are: they come first in the user's first turn")
+        yield Finding.note(UNMARKED, "nothing says where its images are: they come first in the user's first turn")
 
 
 def literal_specials(messages: Sequence[Message], processor: ChatProcessor) -> Iterator[Finding]:
     """Special tokens in the text of the conversation."""
     for turn, message in enumerate(messages, start=1):
         if match := processor.tokenizer.traits.special_tokens.search(message.text):
-            yield Finding(LITERAL, False, f"turn {turn} has {shown(match.group())}, which is encoded as plain text")
+            yield Finding.note(LITERAL, f"turn {turn} has {shown(match.group())}, which is encoded as plain text")
 
 
 def unmatched_marks(messages: Sequence[Message], marks: Sequence[str]) -> Iterator[Finding]:
@@ -48,4 +48,4 @@ def unmatched_marks(messages: Sequence[Message], marks: Sequence[str]) -> Iterat
         for mark in marks:
             if mark in text:
                 what = f"turn {turn} has {mark!r} as text: give its image under 'images' or 'image'"
-                yield Finding(MARK, True, f"{what}, or name {mark!r} in data.ignore_fields")
+                yield Finding.fault(MARK, f"{what}, or name {mark!r} in data.ignore_fields")

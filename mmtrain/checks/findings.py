@@ -30,5 +30,13 @@ class Finding:
     """A fault of a sample, or a note: something that is right but worth knowing."""
 
     kind: str
-    is_fault: bool
     reason: str
+    is_fault: bool
+
+    @classmethod
+    def fault(cls, kind: str, reason: str) -> "Finding":
+        return cls(kind, reason, is_fault=True)
+
+    @classmethod
+    def note(cls, kind: str, reason: str) -> "Finding":
+        return cls(kind, reason, is_fault=False)

@@ -27,17 +27,17 @@ def fold_images(
         start = _find(ids, np.array(tokens.ids), at)
         if start is None:
             reason = f"image {number} of {size[0]}x{size[1]} should be {len(tokens.ids)} tokens in a row: not found"
-            faults.append(Finding(NO_PLACEHOLDERS, True, reason))
+            faults.append(Finding.fault(NO_PLACEHOLDERS, reason))
             continue
         end = start + len(tokens.ids)
         if supervised := np.count_nonzero(labels[start:end] != IGNORED):
-            faults.append(Finding(PLACEHOLDER, True, f"{supervised} tokens of image {number} are trained on"))
+            faults.append(Finding.fault(PLACEHOLDER, f"{supervised} tokens of image {number} are trained on"))
         new_ids += [ids[at:start], np.array([image_id])]
         new_labels += [labels[at:start], np.array([IGNORED])]
         at = end
     folded = np.concatenate([*new_labels, labels[at:]])
     if stray := np.count_nonzero(folded == image_id):
-        faults.append(Finding(PLACEHOLDER, True, f"{stray} placeholders outside every image are trained on"))
+        faults.append(Finding.fault(PLACEHOLDER, f"{stray} placeholders outside every image are trained on"))
     return np.concatenate([*new_ids, ids[at:]]), np.where(folded == image_id, IGNORED, folded), faults
 
 

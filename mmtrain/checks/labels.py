@@ -100,7 +100,7 @@ class Checker:
         the conversation, or the processor the size of an image.
         """
         if not (labels != IGNORED).any():
-            return [Finding(NO_LABEL, True, "no token of it is trained on")]
+            return [Finding.fault(NO_LABEL, "no token of it is trained on")]
         found = list(_wrong_labels(ids, labels))
         folded_ids, folded, faults = fold_images(ids, labels, sizes, self._processor)
         made = self.prompts([conversation], {})[0] if prompts is None else prompts
@@ -136,7 +136,7 @@ class Checker:
     def _outside(self, sample: _FoldedSample, turn: int, span: _Span) -> Finding:
         where = f"turn {turn + 1} ({sample.messages[turn].role})" if turn >= 0 else "the text outside the replies"
         text = self._processor.tokenizer.decode(sample.ids[slice(*span)])
-        return Finding(OUTSIDE, True, f"{where} is not to be trained on, but {shown(text)} is")
+        return Finding.fault(OUTSIDE, f"{where} is not to be trained on, but {shown(text)} is")
 
     def _by_overlap(self, sample: _FoldedSample, trained: list[int]) -> dict[int, list[_Span]]:
         """The spans by the assistant turn that they overlap most, or -1; in characters without white space."""
@@ -175,7 +175,7 @@ class Checker:
         actual = self._without_added_ends(sample, start, trained)
         added = len(actual) < start
         if added:
-            yield Finding(ADDED_END, False, f"turn {turn + 1} follows an end token that is not in inference's text")
+            yield Finding.note(ADDED_END, f"turn {turn + 1} follows an end token that is not in inference's text")
         if actual == expected:
             return
         literal = any(literal_specials(sample.messages[:turn], self._processor))
@@ -185,11 +185,11 @@ class Checker:
         same = _squeezed(one) == _squeezed(two) if loose else one == two
         if same and (loose or self._differ_at_borders(actual, expected, sample, start)):
             if not loose:
-                yield Finding(WHITE_SPACE, False, f"a reply before turn {turn + 1} has a border inside a token")
+                yield Finding.note(WHITE_SPACE, f"a reply before turn {turn + 1} has a border inside a token")
             return
         at = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
         here = f"{shown(one[max(0, at - 20) : at + 20])}, inference has {shown(two[max(0, at - 20) : at + 20])}"
-        yield Finding(PROMPT, True, f"before turn {turn + 1} the ids have {here}")
+        yield Finding.fault(PROMPT, f"before turn {turn + 1} the ids have {here}")
 
     def _differ_at_borders(self, actual: list[int], expected: list[int], sample: _FoldedSample, end: int) -> bool:
         """Whether every difference is at the border of an earlier reply: both sides of it are encoded separately.
@@ -216,34 +216,34 @@ class Checker:
         """Checks that the labels of a turn are its text and its end."""
         name, message = f"turn {turn + 1}", sample.messages[turn]
         if not spans:
-            yield Finding(NO_TEXT, True, f"{name}: nothing of {shown(message.text)} is trained on")
+            yield Finding.fault(NO_TEXT, f"{name}: nothing of {shown(message.text)} is trained on")
             return
         frame = self._frame(sample, turn)
         labels = [label for span in spans for label in sample.labels[slice(*span)]]
         num_end = self._num_end(labels, frame)
         has_end = num_end > 0
         if self._end_of_turn and frame.other_end and not has_end:
-            yield Finding(OTHER_END, False, f"{name}: the template writes another token there, which is not trained on")
+            yield Finding.note(OTHER_END, f"{name}: the template writes another token there, which is not trained on")
         elif self._end_of_turn and not has_end:
-            yield Finding(NO_END, True, f"{name}: the token that ends it is not trained on")
+            yield Finding.fault(NO_END, f"{name}: the token that ends it is not trained on")
         if has_end and not self._end_of_turn:
-            yield Finding(OUTSIDE, True, f"{name}: its end is trained on, although labels.end_of_turn is false")
+            yield Finding.fault(OUTSIDE, f"{name}: its end is trained on, although labels.end_of_turn is false")
         if self._end_of_turn and not frame.end and not frame.other_end:
-            yield Finding(ADDED_END, False, f"{name}: the template has no end token, so the tokenizer's is added")
+            yield Finding.note(ADDED_END, f"{name}: the template has no end token, so the tokenizer's is added")
         labels = labels[: len(labels) - num_end]
         start = spans[0][0]
         before = sample.ids[max(0, start - _WINDOW) : start]
         text = self._processor.tokenizer.decode(before + labels)[len(self._decoded(tuple(before))) :]
         if not text.strip():
-            yield Finding(NO_TEXT, True, f"{name}: nothing of {shown(message.text)} is trained on")
+            yield Finding.fault(NO_TEXT, f"{name}: nothing of {shown(message.text)} is trained on")
             return
         written = self._as_written(sample, turn, frame, _normal(text))
         if written is not None and self._is_reasoned(sample, turn, text):
             return
         if written is not None:
-            yield Finding(REPLY, True, f"{name}: the labels say {shown(text)}, the assistant wrote {shown(written)}")
+            yield Finding.fault(REPLY, f"{name}: the labels say {shown(text)}, the assistant wrote {shown(written)}")
         elif message.text[:1].isspace() and text[len(frame.around[0]) :][:1].isspace():
-            yield Finding(WHITE_SPACE, False, f"{name} begins with white space")
+            yield Finding.note(WHITE_SPACE, f"{name} begins with white space")
 
     def _num_end(self, labels: list[int], frame: ReplyFrame) -> int:
         """How many of the labels are the reply's end: the template's, or one that was added if it has none."""
@@ -304,7 +304,7 @@ class Checker:
 def _wrong_labels(ids: Ids, labels: Ids) -> Iterator[Finding]:
     if len(wrong := np.flatnonzero((labels != ids) & (labels != IGNORED))):
         reason = f"{len(wrong)} labels are not the token they belong to, the first at {wrong[0]}"
-        yield Finding(NOT_ITSELF, True, reason)
+        yield Finding.fault(NOT_ITSELF, reason)
 
 
 def _spans(labels: Ids) -> list[_Span]:

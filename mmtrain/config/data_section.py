@@ -20,6 +20,7 @@ RecordFormat = Literal[
     "query",
     "question",
     "prompt",
+    "prefix",
     "input",
     "texts",
     "caption",

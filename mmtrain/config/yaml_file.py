@@ -4,6 +4,7 @@ PyYAML reads YAML 1.1: `1e-4` is a string, `no` is false, `010` is 8, the last o
 can expand to millions of values. Here numbers are numbers, and the rest is refused.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ KeyPath = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
 
+_PLAIN = re.compile(r"[A-Za-z][\w./-]*|[./][\w./-]+")
+"""Text that YAML reads as text without quotes."""
 _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _CONSTANTS = {
@@ -138,3 +141,8 @@ _Dumper.add_representer(str, _represent_text)
 def dump_yaml(data: Any) -> str:
     """Plain data as YAML that `parse_yaml` reads back."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def yaml_text(text: str) -> str:
+    """Text as a value on one line of YAML."""
+    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)

@@ -16,13 +16,12 @@ from mmtrain.model.load import (
     check_vocabulary,
     length_limit,
     load_config,
-    load_model,
-    load_weights,
+    load_without_weights,
 )
 from mmtrain.progress import QUIET, Progress
-from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
-from mmtrain.scoring.packing import choose_rows
+from mmtrain.scoring.load import load_base
+from mmtrain.scoring.packing import RowChoice, choose_rows
 
 
 def load_embedder(config: Config, runtime: Runtime, progress: Progress = QUIET) -> Embedder:
@@ -50,8 +49,7 @@ def load_towers(config: Config, runtime: Runtime) -> Towers:
     if config.run.packing is True:
         raise UserError("run.packing: true: a dual encoder gets a row for each item: set it to auto or false")
     processor = load_tower_processor(path, config.model.image_processor)
-    with loading_faults():
-        model = load_weights(path, config.model.dtype, runtime.device, runtime.activity.tick)
+    model = load_base(config, None, runtime)
     try:
         towers = Towers(model, processor, runtime.autocast)
         check_vocabulary(path, processor.tokenizer, towers.word_embeddings)
@@ -62,22 +60,40 @@ def load_towers(config: Config, runtime: Runtime) -> Towers:
 
 def load_chat_embedder(config: Config, runtime: Runtime, progress: Progress) -> ChatEmbedder:
     """A model of chats. Raises UserError where it cannot be used."""
-    path, pooling, dtype = config.model.path, config.objective.pooling, config.model.dtype
+    path, pooling = config.model.path, config.objective.pooling
     processor = processor_of(config.model)
     if pooling == "family":
         raise UserError(f"objective.pooling: family is for dual encoders, and {path} is none: set it to last or mean")
-    with loading_faults():
-        model = load_model(path, dtype, processor, runtime.device, runtime.activity.tick)
+    model = load_base(config, processor, runtime)
     family = probe_family(model, processor, progress.say)
     rows = choose_rows(model, processor, config, runtime, progress.say)
     limit = functools.partial(length_limit, path)
     return ChatEmbedder(model, processor, family, rows, pooling, limit, runtime.autocast, progress.say)
 
 
+def with_path(config: Config, path: str) -> Config:
+    """The config with this `model.path`."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+
+
 def reloaded(embedder: Embedder, path: str, config: Config, runtime: Runtime) -> Embedder:
     """An embedder of the same kind with the model saved at `path`."""
-    saved = config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+    saved = with_path(config, path)
     return load_towers(saved, runtime) if isinstance(embedder, Towers) else load_chat_embedder(saved, runtime, QUIET)
+
+
+def without_weights(embedder: Embedder, config: Config, runtime: Runtime) -> Embedder:
+    """The embedder of `config`, which was loaded before, with a new model. For `WithoutValues`: no trial is repeated
+    whose result depends on values."""
+    model = load_without_weights(config.model)
+    if isinstance(embedder, Towers):
+        return embedder.with_model(model, runtime.autocast)
+    processor, rows = embedder.processor, RowChoice(embedder.packing, embedder.alone)
+    family, pooling = probe_family(model, processor, QUIET.say), config.objective.pooling
+    assert pooling != "family"
+    made = ChatEmbedder(model, processor, family, rows, pooling, embedder.limit, runtime.autocast, QUIET.say)
+    made.scale, made.bias = embedder.scale, embedder.bias
+    return made
 
 
 def _chosen(name: str, own: Multiplier, setting: str | float) -> Multiplier:

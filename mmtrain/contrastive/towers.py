@@ -1,9 +1,11 @@
 """Dual encoders as embedders: a tower for texts, one for images, and what maps both to one space."""
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,6 +82,18 @@ class Towers:
         cosines = F.normalize(texts, dim=1) @ F.normalize(of_images, dim=1).T
         self.scale, self.bias = find_multipliers(self.model, lambda: self._own_logits(images), cosines)
         self._check(cosines, self._own_logits(images))
+
+    def with_model(self, model: Any, autocast: Callable[[], AbstractContextManager[Any]]) -> "Towers":
+        """What the trial of this one found, for another model of the same class."""
+        made = copy.copy(self)
+        made.model = made._base = model
+        made._autocast, made._pooled = autocast, {}
+        names = {id(value): name for name, value in self._base.named_parameters(recurse=False)}
+        made.scale, made.bias = (
+            own if own.parameter is None else replace(own, parameter=model.get_parameter(names[id(own.parameter)]))
+            for own in (self.scale, self.bias)
+        )
+        return made
 
     @property
     def family(self) -> Family:

@@ -108,17 +108,17 @@ class ChunkEncoder:
         """What is wrong with a sample, or worth knowing."""
         one = row.encoded
         if row.conversation is None or not isinstance(one, Encoded):
-            yield Finding(REFUSED, True, str(one))
+            yield Finding.fault(REFUSED, str(one))
             return
         labels = np.where(one.supervised, one.ids, IGNORED)
         sizes = [span.image.size for span in one.images]
         try:
             yield from self._checker.check(one.ids, labels, row.conversation, sizes, prompts)
         except SampleError as error:
-            yield Finding(UNCHECKED, True, str(error))
+            yield Finding.fault(UNCHECKED, str(error))
         for span in one.images:
             if span.image.source in failing:
-                yield Finding(UNDECODABLE, True, failing[span.image.source])
+                yield Finding.fault(UNDECODABLE, failing[span.image.source])
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,11 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 
-from mmtrain.encoding.processor_settings import TEMPLATE_FILE, check_image_settings, json_object, write_image_settings
+from mmtrain.encoding.processor_settings import TEMPLATE_FILE, check_image_settings, write_image_settings
 from mmtrain.errors import UserError
 from mmtrain.regular_files import open_regular
 from mmtrain.safe_text import one_line, shown, visible
+from mmtrain.text_files import json_object
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 """How the file begins that git has in place of a large one."""
@@ -158,7 +159,9 @@ def load_parts(directory: Path, given_template: str | None, image_settings: Mapp
                 f"a model of the type {config.model_type}, which neither replies in chats nor embeds texts and images "
                 "apart: expected a chat model or a dual encoder"
             )
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, config=config, local_files_only=True, trust_remote_code=False
+        )
         if tokenizer.pad_token is None:  # processors pad; what they add is taken off again
             tokenizer.pad_token = tokenizer.eos_token
         processor = _family_processor(directory, config, tokenizer, image_settings) if takes_images(config) else None

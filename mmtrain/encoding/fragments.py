@@ -76,19 +76,22 @@ class Fragmenter:
         self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...], literal: Bounds
     ) -> tuple[Fragment, ...]:
         found: list[Fragment] = []
-        context = ""
+        context: str | None = None
         for fragment in self._fragments(pieces, skeleton, trained, literal):
             if fragment.spans or fragment.ends_turn:
                 is_constant = all(pieces[span.piece].kind in _CONSTANT for span in fragment.spans)
-                found.append(replace(fragment, is_constant=is_constant, context=context))
+                found.append(replace(fragment, is_constant=is_constant, context=context or ""))
                 is_template = fragment.kind == "text" and is_constant
-                context = self._context(context, fragment.text(pieces)) if is_template else ""
+                context = self._context(context, fragment.text(pieces)) if is_template else None
         return tuple(found)
 
-    def _context(self, context: str, text: str) -> str:
-        """The context of what follows `text`, which is the template's and has the context `context`."""
+    def _context(self, context: str | None, text: str) -> str | None:
+        """The context of what follows `text`, which is the template's and has the context `context`; None: there is
+        something else since the last parting token."""
         ends = [match.end() for match in self._parting_tokens.finditer(text)]
-        return text[ends[-1] :] if ends else context and context + text
+        if ends:
+            return text[ends[-1] :]
+        return None if context is None else context + text
 
     def _fragments(
         self, pieces: Sequence[Piece], skeleton: Skeleton, trained: tuple[int, ...], literal: Bounds

@@ -9,7 +9,8 @@ from typing import Any
 
 from mmtrain.config.schema import Model
 from mmtrain.errors import UserError
-from mmtrain.safe_text import one_line, shown
+from mmtrain.safe_text import shown
+from mmtrain.text_files import json_object
 
 TEMPLATE_FILE = "chat_template.jinja"
 _NOT_SETTINGS = frozenset({"data_format", "device", "disable_grouping", "input_data_format", "return_tensors"})
@@ -86,14 +87,3 @@ def _image_file(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | N
         return None
     settings = json_object(own)
     return own, settings, settings
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where there is none, OSError where it cannot be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path.name} is not JSON: {one_line(error)}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path.name}: expected an object, not {shown(found)}")
-    return found

@@ -12,11 +12,11 @@ from mmtrain.encoding.processor_settings import (
     TEMPLATE_FILE,
     ProcessorSettings,
     image_settings_in,
-    json_object,
     known_settings,
 )
 from mmtrain.errors import UserError
 from mmtrain.safe_text import shortened, visible
+from mmtrain.text_files import json_object
 
 
 def saved_settings(adapter: Path, model: str) -> ProcessorSettings:

@@ -62,7 +62,9 @@ def load_tower_processor(path: str, image_settings: Mapping[str, Any]) -> TowerP
     directory = model_directory(path)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, config=config, local_files_only=True, trust_remote_code=False
+        )
         images = load_image_processor(directory, image_settings)
         family = processor_class(directory, config)
     except UserError as error:

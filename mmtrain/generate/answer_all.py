@@ -13,8 +13,9 @@ from mmtrain.generate.over_processes import known_to_all
 from mmtrain.generate.questions import Questions
 from mmtrain.generate.replies import Reply, batched
 from mmtrain.generate.sampling import Sampling
-from mmtrain.generate.target import Loaded, Target
+from mmtrain.generate.target import Loaded
 from mmtrain.model.adapter import CONFIG, WEIGHTS
+from mmtrain.model.named_model import NamedModel
 from mmtrain.progress import Progress
 from mmtrain.records.chat import refused_at
 from mmtrain.records.data_files import find_data_files
@@ -76,12 +77,12 @@ def _row(questions: Questions, number: int, reply: Reply) -> Row:
     }
 
 
-def _made_with(target: Target, data: Sequence[str], batch_size: int, sampling: Sampling) -> str:
+def _made_with(target: NamedModel, data: Sequence[str], batch_size: int, sampling: Sampling) -> str:
     """A short hash of all that decides the answers: model, adapter, data, labels, options."""
     settings = target.processor_settings
     adapter = [] if target.adapter is None else [target.adapter / CONFIG, target.adapter / WEIGHTS]
     found = {
-        **model_fingerprints(target.model, lambda: None),
+        **model_fingerprints(target.path, lambda: None),
         "adapter": digest(adapter),
         "chat_template": digest([Path(settings.chat_template)] if settings.chat_template else []),
         "image_processor": dict(settings.image_processor),

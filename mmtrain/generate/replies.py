@@ -16,9 +16,8 @@ from mmtrain.errors import UserError
 from mmtrain.generate.prompts import trained_end
 from mmtrain.generate.sampling import Sampling
 from mmtrain.model.components import base_model
+from mmtrain.model.load import ANY_LENGTH
 from mmtrain.model.transfer import on_device
-
-ANY_LENGTH = 10**9
 
 
 @dataclass(frozen=True, slots=True)

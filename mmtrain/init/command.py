@@ -1,20 +1,20 @@
 """`mmtrain init`: writes a commented config that works at once."""
 
-import json
 import math
-import re
 import shlex
 from pathlib import Path
 
 from mmtrain.atomic_files import check_new
 from mmtrain.config import load_config
-from mmtrain.errors import grouped, storage_faults
+from mmtrain.config.yaml_file import yaml_text
+from mmtrain.encoding.directory import is_dual_encoder
+from mmtrain.errors import UserError, grouped, storage_faults
+from mmtrain.init.pairs import pair_config_text
 from mmtrain.init.survey import Survey, survey
+from mmtrain.model.load import load_config as load_model_config
 from mmtrain.progress import Progress
 from mmtrain.safe_text import visible
 
-_PLAIN = re.compile(r"[A-Za-z][\w./-]*|[./][\w./-]+")
-"""Text that YAML reads as text without quotes."""
 _TEXT = """\
 # Written by `mmtrain init`. `mmtrain config show {output}` prints all keys, docs/config.md explains them.
 
@@ -50,10 +50,15 @@ def init(model: str, train: str, evaluation: str | None, output: Path, chat_temp
     place of the model's own. Raises UserError if it cannot be used."""
     name, progress = visible(str(output)), Progress()
     check_new(output, "file")
-    found = survey(model, train, evaluation, chat_template)
-    for line in grouped(found.faults):
+    if is_dual_encoder(load_model_config(model)):
+        if chat_template is not None:
+            raise UserError("--chat-template: a dual encoder has no chats: leave it out")
+        text, faults = pair_config_text(model, train, evaluation, output)
+    else:
+        found = survey(model, train, evaluation, chat_template)
+        text, faults = config_text(found, model, train, evaluation, output, chat_template), list(found.faults)
+    for line in grouped(faults):
         progress.say(f"warning: {line}")
-    text = config_text(found, model, train, evaluation, output, chat_template)
     with storage_faults(f"{name}: it cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
@@ -74,11 +79,11 @@ def config_text(
     length_reason = "the longest sample has" if found.is_complete else "the longest of some samples has"
     return _TEXT.format(
         output=visible(str(output)),
-        model=_yaml(model),
-        template="" if chat_template is None else f"  chat_template: {_yaml(chat_template)}\n",
+        model=yaml_text(model),
+        template="" if chat_template is None else f"  chat_template: {yaml_text(chat_template)}\n",
         dtype="bfloat16" if found.has_bfloat16 else "float32",
         quantization="  quantization: nf4              # the weights fill the GPU otherwise\n" if share > 0.6 else "",
-        train=_yaml(train),
+        train=yaml_text(train),
         evaluation=_evaluation(found, evaluation),
         max_length=max_length,
         length_reason=f"{length_reason} {found.longest:,}",
@@ -87,7 +92,7 @@ def config_text(
         num_steps=num_steps,
         batch_size=batch_size,
         warmup_steps=min(20, num_steps // 10),
-        output_dir=_yaml(f"runs/{output.stem}"),
+        output_dir=yaml_text(f"runs/{output.stem}"),
         microbatch_tokens=max(8192 if found.gpu_memory is not None else 2048, max_length),
         every=max(1, num_steps // 5),
     )
@@ -101,10 +106,6 @@ def _max_length(found: Survey) -> int:
 
 def _evaluation(found: Survey, evaluation: str | None) -> str:
     if evaluation is not None:
-        return f"  eval: {_yaml(evaluation)}"
+        return f"  eval: {yaml_text(evaluation)}"
     share = 0.1 if found.num_samples < 2_000 else min(0.05, 500 / found.num_samples)
     return f"  eval: {{from: train, share: {share:.2g}}}  # held out and not trained on, or the path of a file"
-
-
-def _yaml(text: str) -> str:
-    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)

@@ -18,7 +18,6 @@ from mmtrain.runtime.device import find_device, has_bfloat16
 
 NUM_ENCODED = 200
 """Samples of each source that are encoded, evenly spaced, to find how long they are."""
-_ANY_LENGTH = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ def survey(model: str, train: str, evaluation: str | None, chat_template: str | 
         longest=max(lengths),
         is_complete=max(sizes) <= NUM_ENCODED,
         faults=tuple(faults),
-        max_positions=length_limit(model, _ANY_LENGTH).num_tokens,
+        max_positions=length_limit(model).num_tokens,
         num_parameters=sum(parameter.numel() for parameter in model_structure(model).parameters()),
         gpu_memory=torch.cuda.get_device_properties(0).total_memory if with_gpu else None,
         has_bfloat16=with_gpu and has_bfloat16(device),

@@ -38,7 +38,7 @@ class _Counting:
             self.report.first_notes[kind] = (str(samples.place(note.first)), note.reason)
         self._faults: dict[int, list[Finding]] = {}
         for fault in samples.store.faults:
-            self._faults.setdefault(fault.index, []).append(Finding(fault.kind, True, fault.reason))
+            self._faults.setdefault(fault.index, []).append(Finding.fault(fault.kind, fault.reason))
 
     def leave_out(self, found: Selected, split: str) -> None:
         """Count what the config does not select."""
@@ -114,7 +114,7 @@ def audit(
             num_tokens = int(store.num_tokens[index])
             is_too_long, is_fault = num_tokens > limit.num_tokens, config.data.too_long == "error"
             reason = limit.reason(num_tokens, store.num_placeholders(index)) if is_too_long else None
-            findings = counting.add(index, None if reason is None else Finding(TOO_LONG, is_fault, reason))
+            findings = counting.add(index, None if reason is None else Finding(TOO_LONG, reason, is_fault))
             if on_row is not None:
                 on_row(_row(samples, encoder, index, findings, with_tokens))
             task.advance()

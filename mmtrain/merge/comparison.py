@@ -1,16 +1,24 @@
 """The logits of base + adapter, with which those of the merged model are compared."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from mmtrain.dataset.batch import make_batch
 from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
+from mmtrain.merge.weights import dequantized
+from mmtrain.model.adapter import load_adapter, read_adapter
 from mmtrain.model.inputs import InputMaker
+from mmtrain.model.named_model import NamedModel
+from mmtrain.model.packing_trial import random_samples
+from mmtrain.scoring.load import load_named
 
 
 class Comparison:
@@ -37,6 +45,26 @@ class Comparison:
             model(**make_inputs(batch), logits_to_keep=batch.supervised).logits.flatten(0, -2).float()
             for batch in self._batches
         ]
+
+
+def load_compared(
+    source: NamedModel, processor: ChatProcessor, samples: Sequence[Encoded]
+) -> tuple[Comparison, PeftModel]:
+    """The model of `source`, and its logits on the samples, or on random ones where there are none.
+
+    A base model that was quantized for training is dequantized after that: its weights, not the original ones, are
+    those that the adapter was trained with.
+    """
+    assert source.adapter is not None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")  # `untie` solves it
+        adapted = load_named(source, processor)
+        comparison = Comparison(samples or random_samples(adapted, processor), processor)
+        comparison.expect(adapted)
+        if source.quantization is not None:
+            base = load_named(replace(source, adapter=None), processor)
+            adapted = load_adapter(dequantized(base), read_adapter(source.adapter))
+    return comparison, adapted
 
 
 def check_difference(found: Tensor, expected: Tensor, limit: float, what: str) -> float:

@@ -10,8 +10,8 @@ from mmtrain.encoding.directory import copy_processor, files_in, model_directory
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.tower_processor import TowerProcessor
 from mmtrain.errors import UserError
-from mmtrain.merge.source import MergeSource
 from mmtrain.model.load import auto_class, load_config
+from mmtrain.model.named_model import NamedModel
 from mmtrain.model.weight_files import GENERATION, differing_weights, save_weights
 from mmtrain.safe_text import shown, visible
 from mmtrain.train.model_card import merged_card
@@ -44,15 +44,15 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def write(folder: Path, merged: Any, source: MergeSource, processor: ChatProcessor | TowerProcessor) -> None:
+def write(folder: Path, merged: Any, source: NamedModel, processor: ChatProcessor | TowerProcessor) -> None:
     """Write all files of the merged model, also those that are the base model's."""
     save_weights(merged, folder)
-    base = model_directory(source.base)
+    base = model_directory(source.path)
     copy_processor(base, folder, processor.given_template, processor.image_settings)
     for file in files_in(base, _ALSO_COPIED):
         shutil.copyfile(file, folder / file.name)
     auto = auto_class(merged.config).__name__
-    card = merged_card(source.base, auto, name_of(merged.dtype), source.config, source.run)
+    card = merged_card(source.path, auto, name_of(merged.dtype), source.config, source.run)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

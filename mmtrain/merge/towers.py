@@ -12,31 +12,32 @@ from mmtrain.contrastive.sentence_folder import FILES
 from mmtrain.contrastive.towers import Towers
 from mmtrain.encoding.tower_processor import TowerProcessor, load_tower_processor
 from mmtrain.merge.comparison import check_difference
-from mmtrain.merge.source import MergeSource
 from mmtrain.merge.stored import MAX_MERGED, MAX_ROUNDED, check_weights, name_of, write
 from mmtrain.merge.weights import cast, merge_weights
-from mmtrain.model.adapter import load_adapter
+from mmtrain.model.adapter import load_adapter, read_adapter
 from mmtrain.model.load import load_weights
+from mmtrain.model.named_model import NamedModel
 from mmtrain.progress import Progress
 from mmtrain.safe_text import visible
 
 
-def merge_towers(source: MergeSource, output: Path, dtype: torch.dtype, progress: Progress) -> None:
+def merge_towers(source: NamedModel, output: Path, dtype: torch.dtype, progress: Progress) -> None:
     """Write the dual encoder that `source` makes to `output`, a new directory, in `dtype`.
 
     Raises UserError, and leaves nothing at `output`, if the result has other embeddings.
     """
-    processor = load_tower_processor(source.base, source.processor_settings.image_processor)
+    assert source.adapter is not None
+    processor = load_tower_processor(source.path, source.processor_settings.image_processor)
     progress.say("merging in float32")
-    towers = _towers(load_weights(source.base, "float32"), processor)
-    adapted = load_adapter(towers.model, source.adapter)  # which changes the model of `towers` in place
+    towers = _towers(load_weights(source.path, "float32"), processor)
+    adapted = load_adapter(towers.model, read_adapter(source.adapter))  # which changes the model of `towers` in place
     expected = towers.probe()
     merged = merge_weights(adapted)
     difference = check_difference(towers.probe(), expected, MAX_MERGED, "embeddings")
     cast(merged, dtype)
     with new_folder(output) as made:
         write(made, merged, source, processor)
-        _copy_sentence_files(source.adapter.folder, made)
+        _copy_sentence_files(source.adapter, made)
         saved = load_weights(str(made), name_of(dtype))
         check_weights(saved, merged)
         found = _towers(saved.float(), processor).probe()

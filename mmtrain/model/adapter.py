@@ -22,8 +22,8 @@ from mmtrain.config.schema import Model
 from mmtrain.encoding.saved_processor import differences
 from mmtrain.errors import UserError
 from mmtrain.model.tune import peft_task
-from mmtrain.model.weight_files import read_json
 from mmtrain.safe_text import one_line, shown, visible
+from mmtrain.text_files import json_object
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -110,11 +110,13 @@ def read_adapter(path: str | Path) -> Adapter:
 
 
 def load_adapter(model: Any, adapter: Adapter, name: str = "default") -> PeftModel:
-    """Load `adapter` into `model`, a base model or a PeftModel, and make it the active one. `model` is changed.
+    """Load `adapter` into `model`, a base model or a PeftModel, on its device, and make it the active one. `model` is
+    changed.
 
     Raises UserError unless every tensor of the file is in the model afterwards, and every weight of the adapter in the
     model came from the file.
     """
+    device = model.device
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(name, adapter.config)
@@ -131,7 +133,7 @@ def load_adapter(model: Any, adapter: Adapter, name: str = "default") -> PeftMod
         ) from None
     _check_loaded(model, adapter, name, loaded.missing_keys, loaded.unexpected_keys)
     model.set_adapter(name, inference_mode=True)
-    return model.eval()
+    return model.to(device).eval()
 
 
 def _check_loaded(model: Any, adapter: Adapter, name: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
@@ -197,19 +199,11 @@ def find_adapter_folder(path: Path) -> Path:
     )
 
 
-def base_of(adapter: Path, given: str | None) -> str:
-    """The base model of the adapter in a directory: `given`, or the one that it names. Raises UserError."""
-    base = given or named_base(adapter)
-    if base is None:
-        raise UserError(f"{visible(str(adapter / CONFIG))}: it names no base model: give it as --base MODEL")
-    return base
-
-
 def named_base(adapter: Path) -> str | None:
     """The base model that the config of the adapter in a directory names, if it names one. Raises UserError where the
-    config is not JSON."""
-    config = read_json(adapter / CONFIG)
-    named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    config is broken."""
+    file = adapter / CONFIG
+    named = json_object(file, visible(str(file))).get("base_model_name_or_path")
     return named if isinstance(named, str) and named else None
 
 
@@ -234,9 +228,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_config(file: Path, weights: dict[str, Tensor]) -> LoraConfig:
-    where, found = visible(str(file)), read_json(file)
-    if not isinstance(found, dict):
-        raise UserError(f"{where}: expected an object of keys, not {shown(found)}")
+    where = visible(str(file))
+    found = json_object(file, where)
     _check_others(where, found)
     try:
         settings = _Settings.model_validate(found)

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.logging import ERROR, disable_progress_bar, get_verbosity, set_tqdm_hook, set_verbosity
@@ -38,6 +39,8 @@ from mmtrain.safe_text import error_line, one_line, shown
 
 _log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
+ANY_LENGTH = 10**9
+"""Tokens: no limit."""
 _NONE = ComponentModules()
 
 
@@ -77,13 +80,15 @@ def _new_model(path: str, **settings: Any) -> Any:
 
 def load_without_weights(settings: Model) -> Any:
     """The model as `load_model` gives it, with new weights of which none is read. For `WithoutValues`."""
-    model = _new_model(settings.path, dtype=getattr(torch, settings.dtype))
+    with no_init_weights():  # some draw again until all values are within bounds: without values, forever
+        model = _new_model(settings.path, dtype=getattr(torch, settings.dtype))
+    model.tie_weights()
     if settings.quantization is not None:
         stand_in_for_quantized(model)
     return model
 
 
-def length_limit(path: str, max_length: int) -> LengthLimit:
+def length_limit(path: str, max_length: int = ANY_LENGTH) -> LengthLimit:
     """The longest sample: `max_length` tokens, or fewer if the model has fewer positions."""
     positions = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
     if positions and 0 < positions < max_length:
@@ -251,11 +256,9 @@ def load_weights(
     """
     config = load_config(path)
     _check_files(config, path)
-    is_stored_quantized = dequantize_stored(config, quantization, path)
+    dequantize_stored(config, quantization, path)
     settings = {} if quantization is None else _quantized(path, config, quantization, dtype, named)
-    if is_stored_quantized:
-        settings["config"] = config
-    model, info = _from_pretrained(auto or auto_class(config), path, dtype, device, tick, **settings)
+    model, info = _from_pretrained(auto or auto_class(config), path, dtype, device, tick, config=config, **settings)
     _check_finite(model, path, tick)
     unused = sorted(info["unexpected_keys"])
     if unused:

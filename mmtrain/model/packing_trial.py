@@ -28,7 +28,7 @@ from mmtrain.errors import UserError
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.planned_device import kind_of
-from mmtrain.model.quantized_weights import num_weights
+from mmtrain.model.quantized_weights import is_quantized, num_weights
 from mmtrain.model.rotary_trial import length_that_changes, rotary_calls
 from mmtrain.safe_text import error_line
 
@@ -89,8 +89,9 @@ def try_rows(
             first, second = trial.logits([0], packing=False), trial.logits([1], packing=False)
         other = max(_difference(first, trial.plain_logits(0)), _difference(second, trial.plain_logits(1)))
     except Exception as error:  # a family that is not supported can raise anything
-        given = ", ".join(f"model.image_processor.{key}" for key in processor.image_settings)
-        hint = f"; {given} may not fit the model" if given else ""
+        given = [f"model.image_processor.{key}" for key in processor.image_settings]
+        given += ["model.quantization"] if any(map(is_quantized, model.modules())) else []
+        hint = f"; {', '.join(given)} may not fit the model" if given else ""
         raise UserError(f"the model cannot be run on a trial batch: {error_line(error)}{hint}") from error
     if not all(torch.isfinite(logits).all() for logits in first + second):
         raise UserError("the logits of the model are not finite on a trial batch: its weights or its dtype are wrong")

@@ -42,15 +42,15 @@ def quantizer(quantization: str) -> str:
     return f"{quantization}, blocks of {BLOCK_SIZE}, double quantization, {_PACKAGE} {version}"
 
 
-def dequantize_stored(config: Any, quantization: str | None, path: str) -> bool:
-    """Whether the weights are stored quantized. If so, `config` then says that they are dequantized as they are read:
-    kernels for them compute no gradients.
+def dequantize_stored(config: Any, quantization: str | None, path: str) -> None:
+    """Where the weights are stored quantized, have `config` say that they are dequantized as they are read: kernels for
+    them compute no gradients.
 
     Raises UserError where transformers cannot dequantize them, or they are to be quantized again.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is None:
-        return False
+        return
     method = str(stored.get("quant_method") or _PACKAGE) if isinstance(stored, dict) else _PACKAGE
     settings = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
     if quantization is not None or settings is None or "dequantize" not in inspect.signature(settings).parameters:
@@ -60,7 +60,6 @@ def dequantize_stored(config: Any, quantization: str | None, path: str) -> bool:
         )
     stored["dequantize"] = True
     _log.info("%s: the weights are stored quantized (%s): dequantized while they are read", path, shown(method))
-    return True
 
 
 def quantization_config(skeleton: Any, dtype: torch.dtype, named: ComponentModules) -> Any:

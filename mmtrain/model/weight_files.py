@@ -1,6 +1,5 @@
 """The weight files of a model directory: checked before transformers reads them, and written."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import GenerationConfig
 
 from mmtrain.errors import UserError, system_error
 from mmtrain.safe_text import one_line, shown, visible
+from mmtrain.text_files import json_object
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -85,14 +85,6 @@ def is_finite(weight: Tensor) -> bool:
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(weight))
 
 
-def read_json(file: Path) -> Any:
-    """The value in a file of a model or an adapter. Raises UserError where it is not JSON."""
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{visible(str(file))}: not JSON: {one_line(error)}") from None
-
-
 def _names(directory: Path) -> list[str]:
     """The names of the files with the weights. Raises UserError where there are none."""
     if (directory / _SINGLE).is_file():
@@ -115,8 +107,8 @@ def _missing(directory: Path) -> str:
 
 def _indexed(index: Path) -> list[str]:
     """The names of the files that an index lists. Raises UserError if it is broken or one of the files is missing."""
-    where, found = visible(str(index)), read_json(index)
-    weights = found.get("weight_map") if isinstance(found, dict) else None
+    where = visible(str(index))
+    weights = json_object(index, where).get("weight_map")
     if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
         raise UserError(f"{where}: expected weight_map, an object from names of weights to names of files")
     names = sorted(set(weights.values()))

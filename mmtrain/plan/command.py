@@ -11,9 +11,9 @@ from mmtrain.config import GIB, Config
 from mmtrain.dataset.shard_order import first_file
 from mmtrain.encoding.load import processor_of
 from mmtrain.errors import UserError
-from mmtrain.plan.memory import cpu_memory, gpu_memory
+from mmtrain.plan.memory import memory_figures, of_chats
 from mmtrain.plan.pairs import NUM_STEPS, least_time, pair_figures, pair_lines
-from mmtrain.plan.report import print_lines, print_plan
+from mmtrain.plan.report import print_lines, print_memory, print_plan
 from mmtrain.plan.structure import Structure, structure_of
 from mmtrain.plan.waiting import Simulation, Step
 from mmtrain.progress import Progress
@@ -32,7 +32,7 @@ def plan(config: Config, processes: str, as_json: bool) -> None:
     if is_chat:
         figures = _chat_figures(config, device, is_elsewhere, counts, progress)
     else:
-        figures = pair_figures(config, device, counts, progress)
+        figures = pair_figures(config, device, is_elsewhere, counts, progress)
     console = plain_console()
     if as_json:
         print_json(figures)
@@ -40,6 +40,7 @@ def plan(config: Config, processes: str, as_json: bool) -> None:
         print_plan(figures, console)
     else:
         print_lines(pair_lines(figures), console)
+        print_memory(figures, console)
 
 
 def _chat_figures(
@@ -55,13 +56,12 @@ def _chat_figures(
         "disk": _disk(config, dataset, structure),
         "time": _time(config, dataset, structure, device),
     }
+    weight_bytes = structure.num_parameters * getattr(torch, config.model.dtype).itemsize
+    longest = int(dataset.checked.num_tokens.max())
+    predict = of_chats(dataset, processor, progress)
     with progress.task("counting memory"):
-        weight_bytes = structure.num_parameters * getattr(torch, config.model.dtype).itemsize
-        if device.type == "cpu" and not is_elsewhere:
-            figures["cpu_memory"] = cpu_memory(config, dataset, processor, weight_bytes, progress)
-        if config.run.device != "cpu":
-            figures["gpu_memory"] = gpu_memory(config, dataset, processor, max(counts), progress)
-    return figures
+        is_here = device.type == "cpu" and not is_elsewhere
+        return figures | memory_figures(config, predict, weight_bytes, longest, max(counts), is_here)
 
 
 def _counts(text: str) -> list[int]:

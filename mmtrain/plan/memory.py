@@ -1,7 +1,7 @@
 """Whether a run fits on a GPU, and which keys of the config make it fit."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,10 +11,12 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.progress import Progress
 from mmtrain.train.checkpointing import available, peak_or_fault, with_checkpointing
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.peak_memory import PeakMemory
+from mmtrain.train.peak_memory import PeakMemory, predict_peak
 
 CARDS = {"24 GB": 23.5, "48 GB": 44.4, "80 GB": 79.1, "141 GB": 139.7}
 """GiB that torch finds on such a GPU; of several with the same name the least."""
+Predict = Callable[[Config, str], PeakMemory | str]
+"""The memory of one process on a kind of device (`cpu` or `cuda`), or why it cannot be predicted."""
 _ROUNDED = 256
 """Tokens that a proposed `run.microbatch_tokens` is a multiple of."""
 
@@ -37,15 +39,30 @@ class MemoryRow:
     """By card the largest `run.microbatch_tokens` that fits, None where the longest sample does not."""
 
 
-def gpu_memory(
-    config: Config, dataset: Dataset, processor: ChatProcessor, num_processes: int, progress: Progress
+def of_chats(dataset: Dataset, processor: ChatProcessor, progress: Progress) -> Predict:
+    """The memory of runs on these chats."""
+    return lambda config, kind: peak_or_fault(lambda: predict_peak(config, dataset, processor, kind, 1, progress))
+
+
+def memory_figures(
+    config: Config, predict: Predict, weight_bytes: int, longest: int, num_processes: int, is_here: bool
 ) -> dict[str, Any]:
-    """The rows of the table, and the longest micro-batch; or the reason why the memory cannot be predicted."""
+    """The memory on this machine's CPU, if the run `is_here`, and on GPUs, if it can be on one."""
+    figures = {}
+    if is_here:
+        figures["cpu_memory"] = cpu_memory(config, predict, weight_bytes)
+    if config.run.device != "cpu":
+        figures["gpu_memory"] = gpu_memory(config, predict, longest, num_processes)
+    return figures
+
+
+def gpu_memory(config: Config, predict: Predict, longest: int, num_processes: int) -> dict[str, Any]:
+    """The rows of the table, and the longest micro-batch; or the reason why the memory cannot be predicted. `longest`:
+    tokens that a micro-batch has at least."""
     rows: list[MemoryRow] = []
     weights = 0
-    longest = int(dataset.checked.num_tokens.max())
     for own in _variants(config):
-        predicted = peak_or_fault(own, dataset, processor, "cuda", 1, progress)
+        predicted = predict(own, "cuda")
         if isinstance(predicted, str):
             return {"fault": predicted}
         found = predicted
@@ -71,33 +88,30 @@ def _variants(config: Config) -> Iterator[Config]:
     yield with_checkpointing(config, True)
     has_adapter = any(isinstance(mode, Lora) for mode in config.tune.trainable.values())
     is_possible = has_adapter and not isinstance(config.tune.language, Full) and config.run.weights == "replicate"
-    if config.model.quantization is None and is_possible:
+    if config.model.quantization is None and is_possible and config.objective.kind == "chat":
         quantized = config.model_copy(update={"model": config.model.model_copy(update={"quantization": "nf4"})})
         yield with_checkpointing(quantized, True)
 
 
 def _row(config: Config, found: PeakMemory, longest: int, num_processes: int) -> MemoryRow:
     peak = found.peak if num_processes == 1 else found.sharded(num_processes)
-    activations = found.peak - found.weights - 3 * found.trainable
     largest = {}
     for name, size in CARDS.items():
-        room = available(size * GIB) - (peak - activations)
-        tokens = int(room * found.num_tokens / activations) // _ROUNDED * _ROUNDED
+        room = available(size * GIB) - (peak - found.activations)
+        tokens = int(room * found.num_tokens / found.activations) // _ROUNDED * _ROUNDED
         largest[name] = tokens if tokens >= longest else None
     fits = [name for name, size in CARDS.items() if peak <= available(size * GIB)]
     checkpointing = config.run.activation_checkpointing is True
     return MemoryRow(checkpointing, config.model.quantization, num_processes, peak, fits, largest)
 
 
-def cpu_memory(
-    config: Config, dataset: Dataset, processor: ChatProcessor, weight_bytes: int, progress: Progress
-) -> dict[str, Any]:
+def cpu_memory(config: Config, predict: Predict, weight_bytes: int) -> dict[str, Any]:
     """What one process of the run takes of this machine's memory, besides libraries; or why that is not predicted."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if weight_bytes > total:
         return {"fault": f"the weights alone need {weight_bytes / GIB:.1f} of this machine's {total / GIB:.1f} GiB"}
     plain = with_checkpointing(config, config.run.activation_checkpointing is True)
-    found = peak_or_fault(plain, dataset, processor, "cpu", 1, progress)
+    found = predict(plain, "cpu")
     if isinstance(found, str):
         return {"fault": found}
     return {

@@ -1,4 +1,4 @@
-"""`mmtrain plan` for a contrastive run: its pairs, steps, disk space and time, without its memory."""
+"""`mmtrain plan` for a contrastive run: its pairs, steps, disk space, time and memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,21 +8,28 @@ import torch
 
 from mmtrain.config import Config
 from mmtrain.contrastive.load import load_embedder
+from mmtrain.plan.memory import memory_figures
+from mmtrain.plan.pair_memory import predict_pair_peak
 from mmtrain.plan.report import size_text, time_lines, waiting_line
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.ceiling import matmul_rate
 from mmtrain.train.checkpoint import checkpoint_bytes
+from mmtrain.train.checkpointing import peak_or_fault
 from mmtrain.train.contrastive.learner import make_contrastive_learner
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.contrastive.step import ContrastiveLearner
+from mmtrain.train.peak_memory import PeakMemory
 
 NUM_STEPS = 50
 """Steps that are cut, evenly spaced over the first epoch."""
 
 
-def pair_figures(config: Config, device: str, counts: Sequence[int], progress: Progress) -> dict[str, Any]:
-    """Every figure, and the waiting for each number of processes in `counts`.
+def pair_figures(
+    config: Config, device: str, is_elsewhere: bool, counts: Sequence[int], progress: Progress
+) -> dict[str, Any]:
+    """Every figure, and the waiting for each number of processes in `counts`. `is_elsewhere`: the run is for a GPU,
+    which this machine lacks.
 
     The model is loaded as in the run: it decides how items are encoded. Raises UserError as the run does.
     """
@@ -32,6 +39,15 @@ def pair_figures(config: Config, device: str, counts: Sequence[int], progress: P
     learner = make_contrastive_learner(config, embedder, dataset, runtime, progress)
     items = dataset.train.items
     steps = _steps(config, dataset, learner, counts)
+
+    def predict(own: Config, kind: str) -> PeakMemory | str:
+        return peak_or_fault(lambda: predict_pair_peak(own, dataset, embedder, kind, progress))
+
+    with progress.task("counting memory"):
+        weight_bytes = sum(parameter.nbytes for parameter in learner.model.parameters())
+        longest = max(item.row_tokens for item in items)
+        is_here = runtime.device.type == "cpu" and not is_elsewhere
+        memory = memory_figures(config, predict, weight_bytes, longest, 1, is_here)
     return {
         "data": {
             "pairs": len(dataset.used),
@@ -43,6 +59,7 @@ def pair_figures(config: Config, device: str, counts: Sequence[int], progress: P
         "steps": steps,
         "disk": {"checkpoint": checkpoint_bytes(learner.model), "num_checkpoints": config.run.keep_checkpoints + 1},
         "time": least_time(steps["operations"] * dataset.num_steps, runtime.device, learner.model.dtype),
+        **memory,
     }
 
 
@@ -95,4 +112,3 @@ def pair_lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "disk", f"{size_text(total)} checkpoints ({disk['num_checkpoints']} x {size_text(disk['checkpoint'])})"
     yield from time_lines(time)
     yield "", "what run.graph_memory_gib does not keep is computed once more"
-    yield "memory", "not predicted; run.microbatch_tokens and run.graph_memory_gib limit it"

@@ -16,6 +16,11 @@ from mmtrain.train.summary import duration
 def print_plan(figures: Mapping[str, Any], console: Console) -> None:
     """Print every figure; memory last."""
     print_lines(_lines(figures), console)
+    print_memory(figures, console)
+
+
+def print_memory(figures: Mapping[str, Any], console: Console) -> None:
+    """What is known of the memory on a CPU and on GPUs."""
     if "cpu_memory" in figures:
         console.print(f"{'memory':<10} {_cpu_line(figures['cpu_memory'])}", soft_wrap=True)
     if "gpu_memory" in figures:

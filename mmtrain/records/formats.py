@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from mmtrain.records.chat import Conversation, Image, Message, Part, Role, SampleError, Text
-from mmtrain.records.image_values import as_image, only
+from mmtrain.records.image_values import as_image, only, with_numbered_images
 from mmtrain.records.marks import Mark, find_mark, mark_called, split_at_paths
 from mmtrain.records.record_keys import Record, check_keys, check_no_image_is_lost, refuse_keys, without_keys
 from mmtrain.records.shapes import Shape, as_list, named_shape, recognise
@@ -69,6 +69,7 @@ def read_record(
         raise SampleError(f"expected an object, not {shown(record)}")
     if ignored:
         record = without_keys(record, ignored)
+    record = with_numbered_images(record)
     shape = recognise(record) if record_format == "auto" else named_shape(record, record_format)
     turns = shape.turns(record)
     understood = {*shape.needs, *shape.also, *_SYSTEM_KEYS, *_IMAGE_KEYS, *RECORD_KEYS}

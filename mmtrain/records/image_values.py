@@ -2,12 +2,13 @@
 
 import base64
 import binascii
+import itertools
 import re
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from mmtrain.records.chat import Image, SampleError
-from mmtrain.records.record_keys import IMAGE_KEYS, refuse_keys, unknown_keys
+from mmtrain.records.record_keys import IMAGE_KEYS, Record, refuse_keys, unknown_keys
 from mmtrain.safe_text import shown
 
 _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
@@ -35,6 +36,17 @@ def as_image(value: Any) -> Image:
     if len(value) >= _MIN_BASE64 and _BASE64_OF_IMAGE.fullmatch(value):
         return Image("base64", _decoded(value, "an image"))
     return Image(_local_path(value))
+
+
+def with_numbered_images(record: Record) -> Record:
+    """`record` with the images of its columns `image_1`, `image_2` and so on as `images`, if it has no other."""
+    if "image_1" not in record or record.get("image") or record.get("images"):
+        return record
+    names = list(itertools.takewhile(record.__contains__, (f"image_{number}" for number in itertools.count(1))))
+    given = [record[name] for name in names if record[name] is not None]
+    if given != [record[name] for name in names[: len(given)]]:
+        raise SampleError(f"{shown(names[0])} to {shown(names[-1])} have a gap: give the images without one")
+    return {key: value for key, value in record.items() if key not in names} | {"images": given}
 
 
 def _from_object(value: dict[str, Any]) -> Image:

@@ -19,7 +19,7 @@ source sources data_source dataset dataset_name data_name subset split origin fi
 license licence copyright author annotator version model model_name generator meta metadata
 timestamp time date datetime created created_at create_time updated_at update_time
 category categories subcategory task task_type task_name type domain topic topics tag tags keyword keywords
-language lang difficulty width height width_list height_list cache_control
+language lang difficulty width height width_list height_list cache_control parallel_tool_calls lead_time
 """
 METADATA = frozenset([*_NAMES.split(), "__index_level_0__", "Unnamed: 0", ""])
 """The last three are the numbers of rows that pandas writes."""
@@ -45,6 +45,7 @@ _PART_KEYS = {
 IMAGE_KEYS = frozenset({"path", "url", "detail", "bytes", "data", "type", "media_type"})
 """Keys of an image that is given as an object. `detail` is OpenAI's hint for its own service."""
 _SUFFIX = r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|avif|heic|mp4|avi|mov|mkv|webm|wav|mp3|flac)"
+_IMAGE = re.compile(r"(?!\w+://).*\.(jpe?g|png|webp|gif|bmp|tiff?|ppm)$", re.IGNORECASE)
 _MEDIA = re.compile(rf"data:(image|video|audio)/|.*{_SUFFIX}$", re.IGNORECASE)
 
 
@@ -79,6 +80,8 @@ def refuse_keys(lost: list[tuple[str, Any]]) -> None:
         return
     names = ", ".join(name for name, _ in lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
     hint = "only text, and images under 'image' or 'images', are read: " if any(_is_media(v) for _, v in lost) else ""
+    if image := next((name for name, value in lost if is_image(value) and " of " not in name), None):
+        hint = f"if {image} is the image, set `fields` of the source: {{image: {image}}}. Otherwise "
     if reason := why_refused(name.partition(" of ")[0].strip("'") for name, _ in lost):
         hint = f"{reason}. Otherwise "
     what, them = ("the key", "it") if len(lost) == 1 else ("the keys", "them")
@@ -117,6 +120,13 @@ def check_no_image_is_lost(record: Record, understood: Set[str]) -> None:
                 f"{shown(key, 40)} is {shown(value)}, but the record has no image: give images under 'image' or "
                 f"'images', or name the key in data.ignore_fields"
             )
+
+
+def is_image(value: Any) -> bool:
+    """Whether a value is the path of an image, or has its bytes."""
+    if isinstance(value, dict):
+        return isinstance(value.get("bytes"), bytes)
+    return isinstance(value, str) and _IMAGE.match(value[-200:]) is not None
 
 
 def _is_media(value: Any) -> bool:

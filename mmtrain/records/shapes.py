@@ -10,7 +10,8 @@ from typing import Any
 
 from mmtrain.records.chat import SampleError
 from mmtrain.records.json_text import parsed_value
-from mmtrain.records.record_keys import Record, why_refused
+from mmtrain.records.record_keys import Record
+from mmtrain.records.unknown_shapes import how_to_read, renamed_turn
 from mmtrain.safe_text import shown
 
 Turns = Callable[[Record], list[Record]]
@@ -28,7 +29,6 @@ class Shape:
     """Whether marks in the text stand for images; otherwise only the parts of a turn are images."""
 
 
-_TURN_NAMES = (("from", "role"), ("speaker", "role"), ("value", "content"), ("text", "content"))
 _SPEAKERS = {"system": "system", "user": "user", "human": "user", "input": "user"} | dict.fromkeys(
     ("assistant", "gpt", "output"), "assistant"
 )
@@ -44,7 +44,7 @@ def _list_of_turns(key: str) -> Turns:
 
 
 def _turns_of(turn: Record, number: int) -> list[Record]:
-    named = _renamed(turn)
+    named = renamed_turn(turn)
     if "role" in named:
         return [named]
     said = {key: role for key, role in _SPEAKERS.items() if turn.get(key) is not None}
@@ -54,16 +54,6 @@ def _turns_of(turn: Record, number: int) -> list[Record]:
     more = {key: value for key, value in turn.items() if key not in said}
     last = list(said)[-1]
     return [{"role": role, "content": turn[key], **(more if key == last else {})} for key, role in said.items()]
-
-
-def _renamed(turn: Record) -> Record:
-    named = dict(turn)
-    for old, new in _TURN_NAMES:
-        if old in named and new not in named:
-            named[new] = named.pop(old)
-    if isinstance(role := named.get("role"), str):
-        named["role"] = role.lower()
-    return named
 
 
 def _gemini(record: Record) -> list[Record]:
@@ -118,7 +108,7 @@ def _prompt_and_completion(record: Record) -> list[Record]:
     prompt, reply = record["prompt"], record["completion"]
     before = [_asked(prompt)] if not isinstance(prompt, list) else _objects(prompt, "prompt")
     after = [_said(reply)] if not isinstance(reply, list) else _objects(reply, "completion")
-    return [*_history(record), *({**_renamed(turn), "train": False} for turn in before), *map(_renamed, after)]
+    return [*_history(record), *({**renamed_turn(turn), "train": False} for turn in before), *map(renamed_turn, after)]
 
 
 def _history(record: Record) -> list[Record]:
@@ -189,6 +179,7 @@ SHAPES = (
     Shape("question", ("question", "answer"), _one_reply("question", "answer"), _HISTORY),
     Shape("prompt", ("prompt", "completion"), _prompt_and_completion, _HISTORY),
     Shape("prompt", ("prompt", "response"), _one_reply("prompt", "response"), _HISTORY),
+    Shape("prefix", ("prefix", "suffix"), _one_reply("prefix", "suffix")),
     Shape("input", ("input", "output"), _one_reply("input", "output"), _HISTORY),
     Shape("caption", ("prompt", "caption"), _one_reply("prompt", "caption")),
     Shape("caption", ("prompt", "text"), _one_reply("prompt", "text")),
@@ -203,39 +194,8 @@ def recognise(record: Record) -> Shape:
             return shape
     given = {key: value for key, value in record.items() if value is not None}
     keys = ", ".join(shown(key, 20) for key in list(given)[:6])
-    raise SampleError(f"no known format: found {keys or 'no keys with a value'}; {_remedy(given)}")
-
-
-def _objects_in(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
-
-
-def _remedy(keys: Record) -> str:
-    """What to do about a record with these keys, which is of no known shape."""
-    if reason := why_refused(keys):
-        return reason
-    if "caption" in keys or "text" in keys:
-        return (
-            'a text without a question: set `prompt` of the source to what the user asks, such as "Describe the image."'
-        )
-    if "question" in keys and "answers" in keys:
-        first = "answers.0.answer" if _objects_in(keys["answers"]) else "answers.0"
-        return f"name one with `fields` of the source: {{answer: {first}}}, and 'answers' in data.ignore_fields"
-    for key, value in keys.items():
-        if key in ("images", "prompt") or not _objects_in(value):
-            continue
-        if "role" in _renamed(value[0]):
-            return f"its turns are read with `fields` of the source: {{conversations: {shown(key)}}}"
-        return f"if {shown(key)} are the records, write them to a file: docs/data.md has a script for COCO and VQA"
-    plain = {key.strip().lower(): key for key in keys}
-    for shape in SHAPES:
-        if all(key in plain for key in shape.needs):
-            mapped = ", ".join(f"{key}: {shown(plain[key])}" for key in shape.needs if plain[key] != key)
-            return f"they are read with `fields` of the source: {{{mapped}}}"
-    return (
-        "expected 'messages', 'conversations', a question and its answer or the like: see docs/data.md, or map the "
-        "columns with `fields` of the source"
-    )
+    remedy = how_to_read(given, [shape.needs for shape in SHAPES])
+    raise SampleError(f"no known format: found {keys or 'no keys with a value'}; {remedy}")
 
 
 def named_shape(record: Record, name: str) -> Shape:

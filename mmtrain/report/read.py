@@ -1,6 +1,5 @@
 """What a run has left in its directory: config, figures of its data and model, metrics, and sampled answers."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,10 @@ from typing import Any
 from mmtrain.config.yaml_file import read_yaml
 from mmtrain.errors import UserError
 from mmtrain.safe_text import visible
+from mmtrain.text_files import json_object
 from mmtrain.train.folder import FACTS
 from mmtrain.train.metrics import METRICS, is_step, rows_of
-from mmtrain.train.summary import RunSummary, summarize
+from mmtrain.train.summary import RunSummary, rows_by_set, summarize
 
 Row = dict[str, Any]
 
@@ -38,11 +38,11 @@ class RunRecord:
     facts: Row
     """What the run wrote about its data and its model before the first step; empty for a run of an earlier version."""
     steps: tuple[Row, ...]
-    evals: dict[str, tuple[Row, ...]]
+    evals: dict[str, list[Row]]
     """By evaluation set."""
-    answers: dict[str, tuple[Row, ...]]
+    answers: dict[str, list[Row]]
     """Rows of answers generated during training, by evaluation set."""
-    retrieval: dict[str, tuple[Row, ...]]
+    retrieval: dict[str, list[Row]]
     """Rows of retrieval in a contrastive run, by evaluation set."""
     dropped: DroppedSamples
 
@@ -62,30 +62,21 @@ def read_run(path: Path) -> RunRecord:
         summary=summarize(path),
         config=read_yaml(path / "config.yaml")[0],
         config_text=text,
-        facts=_read_json(path / FACTS),
+        facts=_facts(path / FACTS),
         steps=tuple(row for row in rows if is_step(row)),
-        evals=_grouped(rows, "eval"),
-        answers=_grouped(rows, "answers"),
-        retrieval=_grouped(rows, "retrieval"),
+        evals=rows_by_set(rows, "eval"),
+        answers=rows_by_set(rows, "answers"),
+        retrieval=rows_by_set(rows, "retrieval"),
         dropped=_dropped(path / "dropped.jsonl"),
     )
 
 
-def _grouped(rows: list[Row], key: str) -> dict[str, tuple[Row, ...]]:
-    found: dict[str, tuple[Row, ...]] = {}
-    for row in rows:
-        if key in row:
-            found[row[key]] = (*found.get(row[key], ()), row)
-    return found
-
-
-def _read_json(path: Path) -> Row:
-    """An object from a file that a killed run may have left incomplete; empty where it cannot be read."""
+def _facts(path: Path) -> Row:
+    """From a file that a killed run may have left incomplete; empty where it cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json_object(path)
+    except UserError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _dropped(path: Path) -> DroppedSamples:

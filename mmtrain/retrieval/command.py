@@ -10,15 +10,15 @@ from peft import PeftModel
 from mmtrain.command_output import check_page
 from mmtrain.config import Config
 from mmtrain.contrastive.embedder import Embedder
-from mmtrain.contrastive.load import load_embedder
+from mmtrain.contrastive.load import load_embedder, with_path
 from mmtrain.errors import UserError
-from mmtrain.model.adapter import find_adapter, find_model, load_adapter, read_adapter, say_other_processor
+from mmtrain.model.adapter import load_adapter, read_adapter, say_other_processor
+from mmtrain.model.named_model import NamedModel
 from mmtrain.progress import Progress
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
 from mmtrain.retrieval.report import print_report
 from mmtrain.retrieval.zero_shot import read_classes
 from mmtrain.runtime.processes import Runtime
-from mmtrain.safe_text import visible
 from mmtrain.scoring.eval_samples import sources_to_evaluate
 from mmtrain.scoring.results import show
 
@@ -74,18 +74,13 @@ def _check(config: Config, options: RetrievalOptions) -> None:
 
 def loaded_embedder(config: Config, path: Path | None, runtime: Runtime, progress: Progress) -> Embedder:
     """The base model, an adapter on it, or the model that a run saved."""
-    if path is None:
-        return load_embedder(config, runtime, progress)
-    adapter, model = find_adapter(path), find_model(path)
-    if adapter is None and model is None:
-        raise UserError(f"--adapter {visible(str(path))}: expected the directory of an adapter or of a finished run")
-    say_other_processor(path, config.model, progress.say)
-    if adapter is None:
-        settings = config.model.model_copy(update={"path": str(model), "quantization": None})
-        return load_embedder(config.model_copy(update={"model": settings}), runtime, progress)
-    embedder = load_embedder(config, runtime, progress)
-    embedder.model = load_adapter(embedder.model, read_adapter(adapter))
-    embedder.model.to(runtime.device)
+    named = NamedModel.of(config, path)
+    if path is not None:
+        say_other_processor(path, config.model, progress.say)
+    adapter = None if named.adapter is None else read_adapter(named.adapter)
+    embedder = load_embedder(with_path(config, named.path), runtime, progress)
+    if adapter is not None:
+        embedder.model = load_adapter(embedder.model, adapter)
     return embedder
 
 

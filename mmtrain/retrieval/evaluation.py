@@ -16,6 +16,7 @@ from mmtrain.contrastive.pair_samples import PairSamples, read_pairs
 from mmtrain.contrastive.relation import relate
 from mmtrain.dataset.plan import Indices
 from mmtrain.errors import UserError
+from mmtrain.model.load import ANY_LENGTH
 from mmtrain.progress import Progress
 from mmtrain.records.chat import SampleError, refused_at
 from mmtrain.retrieval.figures import Direction, directions, figures
@@ -23,8 +24,6 @@ from mmtrain.retrieval.item_content import ItemContent
 from mmtrain.retrieval.zero_shot import Classes, labels, zero_shot_figures
 from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import shown
-
-_ANY_LENGTH = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +129,7 @@ class RetrievalEvaluation:
 
 def _encoded(embedder: Embedder, classes: Classes) -> list[EncodedItem]:
     """The texts of the classes. Raises UserError where one cannot be embedded."""
-    items, limit = classes.items(), embedder.limit(_ANY_LENGTH)
+    items, limit = classes.items(), embedder.limit(ANY_LENGTH)
     made: list[EncodedItem] = []
     for item, one in zip(items, embedder.encode([(item, Path()) for item in items]), strict=True):
         if isinstance(one, SampleError):

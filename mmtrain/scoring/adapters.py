@@ -15,7 +15,8 @@ from mmtrain.model.vision import prepare_vision
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring.image_cache import input_maker, make_store
-from mmtrain.scoring.loaded_model import LoadedModel, image_loader, load_base
+from mmtrain.scoring.load import load_base
+from mmtrain.scoring.loaded_model import LoadedModel, image_loader
 from mmtrain.scoring.packing import choose_rows
 
 
@@ -61,7 +62,6 @@ class AdaptedModels:
         if name is not None and name not in self._names:
             self._names[name] = f"adapter_{len(self._names)}"
             self._model = load_adapter(self._model, self._adapters[name], self._names[name])
-            self._model.to(self._runtime.device)
 
     @contextmanager
     def active(self, name: str | None) -> Iterator[None]:

@@ -4,21 +4,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mmtrain.config import Config
 from mmtrain.dataset.batch import Batch, Loader, Samples
 from mmtrain.dataset.image_loader import ImageLoader
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.head import HeadKind
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
-from mmtrain.model.load import load_model
 from mmtrain.model.loss import supervised_logits, supervised_nll
 from mmtrain.model.root import Root
 from mmtrain.model.vision import VisionInputs
-from mmtrain.runtime.device import loading_faults
 from mmtrain.runtime.processes import Runtime
 
 
@@ -59,14 +55,6 @@ class LoadedModel:
                 supervised_logits, self.head_kind, self.make_inputs(batch), batch
             )
         return found
-
-
-def load_base(config: Config, processor: ChatProcessor, runtime: Runtime, device: torch.device | None = None) -> Any:
-    """The base model of a config on `device`, by default that of `runtime`. Raises what `load_weights` raises."""
-    model, tick = config.model, runtime.activity.tick
-    device = runtime.device if device is None else device
-    with loading_faults():
-        return load_model(model.path, model.dtype, processor, device, tick, model.quantization, config.tune.components)
 
 
 def image_loader(

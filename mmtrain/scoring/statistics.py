@@ -57,7 +57,7 @@ def summary(scores: Scores) -> dict[str, Any]:
         **figures,
         "sample_nll": float((samples[:, 0] / samples[:, 1]).mean()),
         "bits_per_byte": _sum_of(scores, scores.nll) / math.log(2) / num_bytes if num_bytes else None,
-        "interval": {"perplexity": [_perplexity(low), _perplexity(high)], "nll": [low, high]},
+        "interval": {"perplexity": [perplexity(low), perplexity(high)], "nll": [low, high]},
     }
 
 
@@ -197,7 +197,7 @@ def _figures(scores: Scores) -> dict[str, float]:
     nll = _sum_of(scores, weighted_nll) / float(weighted_tokens.sum())
     return {
         "nll": nll,
-        "perplexity": _perplexity(nll),
+        "perplexity": perplexity(nll),
         "token_accuracy": int(scores.num_right.sum()) / tokens,
         "num_supervised": tokens,
         "num_samples": len(np.unique(scores.sample)),
@@ -209,7 +209,8 @@ def _groups(scores: Scores, masks: Iterable[tuple[str, npt.NDArray[np.bool_]]]) 
     return {name: _figures(scores.rows(mask)) for name, mask in masks if mask.any()}
 
 
-def _perplexity(nll: float) -> float:
+def perplexity(nll: float) -> float:
+    """exp(nll), from nats per token; finite for every nll."""
     return math.exp(min(nll, _MAX_NLL))
 
 

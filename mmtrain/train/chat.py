@@ -10,11 +10,12 @@ from mmtrain.encoding.load import processor_of
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.chat_evaluations import make_evaluations
-from mmtrain.train.checkpointing import decided_learner
+from mmtrain.train.checkpointing import decide_checkpointing
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.evaluations import RunEvaluation
 from mmtrain.train.export import export
 from mmtrain.train.facts import write_facts
+from mmtrain.train.learner import make_learner
 from mmtrain.train.report import start_report
 from mmtrain.train.step import Learner
 from mmtrain.train.step_cuts import StepCuts
@@ -30,7 +31,9 @@ class ChatObjective:
 
     @cached_property
     def learner(self) -> Learner:
-        return decided_learner(self._config, self.data, self._processor, self._runtime, self._progress)
+        processor, runtime, progress = self._processor, self._runtime, self._progress
+        config = decide_checkpointing(self._config, self.data, processor, runtime, progress)
+        return make_learner(config, processor, runtime, progress)
 
     def write_facts(self) -> None:
         write_facts(self._config, self.data, self.learner)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmtrain.config import Config
-from mmtrain.generate.replies import ANY_LENGTH, Generator, Sharded
+from mmtrain.generate.replies import Generator, Sharded
 from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
 from mmtrain.train.dataset import Dataset
@@ -28,7 +28,7 @@ def make_evaluations(config: Config, dataset: Dataset, learner: Learner, progres
         progress.tick()
         return runtime.stop_signal is not None
 
-    limit = length_limit(config.model.path, ANY_LENGTH).num_tokens
+    limit = length_limit(config.model.path).num_tokens
     sharded = _sharded(learner) if learner.sharded else None
     generator = Generator(
         learner.model, dataset.encoder, runtime.autocast, limit, on_token, sharded, lambda: learner.alone

@@ -1,5 +1,6 @@
 """Decides whether the activations of layers are stored or computed again: `run.activation_checkpointing: auto`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +12,7 @@ from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import error_line
 from mmtrain.train.dataset import Dataset
-from mmtrain.train.learner import make_learner
 from mmtrain.train.peak_memory import PeakMemory, predict_peak
-from mmtrain.train.step import Learner
 
 RESERVED_BYTES, RESERVED_SHARE = 1.0 * GIB, 0.05
 """What is kept free of a GPU's memory: CUDA's own context and the workspaces of libraries, and a share that an
@@ -25,12 +24,10 @@ def available(total_bytes: float) -> float:
     return total_bytes * (1 - RESERVED_SHARE) - RESERVED_BYTES
 
 
-def peak_or_fault(
-    config: Config, dataset: Dataset, processor: ChatProcessor, kind: str, num_processes: int, progress: Progress
-) -> PeakMemory | str:
-    """What `predict_peak` gives, or in one line why the memory cannot be predicted. Raises UserError."""
+def peak_or_fault(predict: Callable[[], PeakMemory]) -> PeakMemory | str:
+    """What `predict` gives, or in one line why the memory cannot be predicted. Raises UserError."""
     try:
-        return predict_peak(config, dataset, processor, kind, num_processes, progress)
+        return predict()
     except UserError:
         raise
     except Exception as error:  # an unusual family can raise anything without values
@@ -40,14 +37,6 @@ def peak_or_fault(
 def peak_of(found: PeakMemory, config: Config, num_processes: int) -> int:
     """The predicted peak, with the weights sharded if the config says so."""
     return found.sharded(num_processes) if config.run.is_sharded(num_processes) else found.peak
-
-
-def decided_learner(
-    config: Config, dataset: Dataset, processor: ChatProcessor, runtime: Runtime, progress: Progress
-) -> Learner:
-    """`make_learner`, after `decide_checkpointing`."""
-    decided = decide_checkpointing(config, dataset, processor, runtime, progress)
-    return make_learner(decided, processor, runtime, progress)
 
 
 def decide_checkpointing(
@@ -84,7 +73,7 @@ def _decision(
     """Whether it is on, and why."""
     seed: Any = torch.random.get_rng_state()
     try:
-        found = peak_or_fault(config, dataset, processor, "cuda", count, progress)
+        found = peak_or_fault(lambda: predict_peak(config, dataset, processor, "cuda", count, progress))
     finally:
         torch.random.set_rng_state(seed)
     if isinstance(found, str):

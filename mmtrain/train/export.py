@@ -3,8 +3,6 @@
 What was saved is loaded back and must give the same logits.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from torch import Tensor
 from mmtrain.atomic_files import replacing
 from mmtrain.config import Config
 from mmtrain.dataset.batch import Batch, Loader
-from mmtrain.encoding.directory import copy_processor, model_directory
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
@@ -26,11 +23,8 @@ from mmtrain.runtime.shard import whole
 from mmtrain.train.checkpoint import trainable_parameters
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.model_card import model_card
+from mmtrain.train.saving import as_saved, save, saved_line, target_of
 from mmtrain.train.step import Learner
-
-MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 3e-2}
-"""Largest relative difference (L2) of the logits or embeddings once loaded back. In float32 it is 0 wherever kernels
-repeat themselves; in bfloat16 peft rounds components trained in full to the base model's type as it loads them."""
 
 
 def export(learner: Learner, config: Config, dataset: Dataset, name: str | None = None, step: int | None = None) -> str:
@@ -42,15 +36,12 @@ def export(learner: Learner, config: Config, dataset: Dataset, name: str | None 
     Raises UserError where what was saved is not what was trained, and StorageError where it cannot be written.
     """
     model, runtime = learner.model, learner.runtime
-    is_adapter = isinstance(model, PeftModel)
-    target = Path(config.run.output_dir) / (name or ("adapter" if is_adapter else "model"))
+    is_adapter, target = isinstance(model, PeftModel), target_of(model, config, name)
     weights = _whole_weights(model, is_adapter, getattr(torch, config.model.dtype)) if learner.sharded else None
     if not runtime.is_main:
         return ""
     with storage_faults(f"{target}: it cannot be written"), replacing(target) as made:
-        save(model, config, made, weights)
-        own = learner.processor
-        copy_processor(model_directory(config.model.path), made, own.given_template, own.image_settings)
+        save(model, learner.processor, config, made, weights)
         loader, quantization = auto_class(model.config).__name__, config_as_code(model)
         card = model_card(config, loader, is_adapter, dataset.num_trained, quantization, step)
         (made / "README.md").write_text(card, encoding="utf-8")
@@ -59,39 +50,7 @@ def export(learner: Learner, config: Config, dataset: Dataset, name: str | None 
         return f"saved {target}; read back, every weight is the one that was trained"
     first = int(dataset.checked.used[0])
     batch = Loader(dataset.train, learner.processor, learner.packing, row_multiple=ROW_MULTIPLE).load([first])
-    difference = _difference(learner, target, config, batch)
-    if not difference <= MAX_DIFFERENCE[config.model.dtype]:
-        raise UserError(
-            f"{target}: loaded back, its logits differ by {difference:.1e} from the trained model's: do not use it"
-        )
-    return f"saved {target}; loaded back, its logits differ by {difference:.1e} (relative)"
-
-
-def save(model: Any, config: Config, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Write an adapter or a model as peft or transformers does. `weights`: those to write; None: those of `model`, cast
-    to `model.dtype` if it is written whole. Raises OSError."""
-    if isinstance(model, PeftModel):
-        if Path(config.model.path).is_dir():  # to be found from any directory
-            model.peft_config["default"].base_model_name_or_path = str(Path(config.model.path).resolve())
-        # else peft would ask the hub whether the vocabulary has grown, and save the base model's head where it has LoRA
-        model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
-        return
-    if weights is None:
-        for parameter in model.parameters():  # `model.to` would drop the imaginary part of complex buffers
-            parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
-    model.save_pretrained(folder, state_dict=weights)
-
-
-@contextmanager
-def as_saved(model: PeftModel, folder: Path) -> Iterator[None]:
-    """Inside, `model` computes with the adapter in `folder`."""
-    model.load_adapter(str(folder), adapter_name="saved", torch_device=str(model.device))
-    model.set_adapter("saved")
-    try:
-        yield
-    finally:
-        model.set_adapter("default")
-        model.delete_adapter("saved")
+    return saved_line(target, _difference(learner, target, config, batch), config, "logits")
 
 
 def _whole_weights(model: Any, is_adapter: bool, dtype: torch.dtype) -> dict[str, Tensor]:

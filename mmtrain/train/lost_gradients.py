@@ -10,7 +10,8 @@ there and wrong. torch only warns then; here it is an error.
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -31,10 +32,19 @@ _NO_GRADIENT = "an autograd kernel was not registered"
 """In what torch warns of when the backward pass meets an operator that has no gradient."""
 
 
+@contextmanager
+def missing_gradients_are_errors() -> Iterator[None]:
+    """Around all steps of a run: `backward` then refuses an operator that has no gradient. Not around each of them,
+    because a change of the filters shows every other warning once more."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", f".*{re.escape(_NO_GRADIENT)}", UserWarning)
+        yield
+
+
 def backward(loss: Tensor, step: int) -> None:
     """Add the gradients of `loss` () to the parameters'; nothing where it depends on none of them.
 
-    Raises LostGradientError, naming the operator, where one has no gradient.
+    Raises LostGradientError, naming the operator, where one has no gradient (`missing_gradients_are_errors`).
     """
     if not loss.requires_grad:
         return
@@ -61,7 +71,6 @@ class LostGradients:
     def __init__(self, model: nn.Module, components: Components) -> None:
         self._model, self._components = model, components
         self._unused: set[tuple[str, bool]] = set()
-        warnings.filterwarnings("error", f".*{re.escape(_NO_GRADIENT)}", UserWarning)
 
     @cached_property
     def _parameters(self) -> dict[str, nn.Parameter]:

@@ -5,7 +5,8 @@ longest one, when the optimizer's moments exist. See `model/without_values.py`.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +48,22 @@ class PeakMemory:
     num_tokens: int
     """Of the longest micro-batch."""
     num_images: int
-    largest_block: int
+    largest_block: int = 0
     """Of the weights of the largest repeated block, such as a layer."""
+    kept: int = 0
+    """Of activations that are kept between the two passes of a contrastive step."""
+
+    @property
+    def activations(self) -> int:
+        """What grows with the micro-batch."""
+        return self.peak - self.weights - 3 * self.trainable - self.kept
+
+    @classmethod
+    def of(cls, model: Any, memory: LiveMemory, kind: str, **sizes: int) -> "PeakMemory":
+        """After steps of `model`, without gradients, that were counted in `memory`."""
+        trainable = sum(parameter.nbytes for parameter in trainable_parameters(model).values())
+        update = memory.num_bytes + trainable + trainable * (kind == "cuda")  # foreach: one copy of all at once
+        return cls(trainable=trainable, peak=max(memory.peak, update), **sizes)
 
     def sharded(self, num_processes: int) -> int:
         """The peak where the weights, their gradients and moments are sharded over so many processes. Two blocks are
@@ -65,11 +80,10 @@ def predict_peak(
     `progress` is ticked. Raises NeedsValuesError where what the model allocates depends on values, and whatever the
     model raises where it cannot be run. Random states change.
     """
-    memory = LiveMemory(_BLOCKS.get(kind, 1))
-    counting, quiet = WithoutValues(memory), Progress(progress.tick, quiet=True)
+    quiet = Progress(progress.tick, quiet=True)
     config = _as_planned(config)
     runtime = PlannedRuntime(config.model.dtype, num_processes, progress.tick)
-    with planned_on(kind, counting), counting:
+    with counted_on(kind) as memory:
         learner = make_learner(config, processor, runtime, quiet, lambda: load_without_weights(config.model))
         first, longest = _microbatches(StepCuts(dataset, learner, config.run), dataset, learner.packing)
         weights = memory.num_bytes
@@ -77,16 +91,24 @@ def predict_peak(
         for step, microbatches in ((1, [first]), (2, [first, longest])):
             progress.tick()
             _take_step(learner, dataset, microbatches, step, config.train.max_grad_norm)
-        trainable = sum(parameter.nbytes for parameter in trainable_parameters(learner.model).values())
-        update = memory.num_bytes + trainable + trainable * (kind == "cuda")  # foreach: one copy of all at once
-        return PeakMemory(
+        return PeakMemory.of(
+            learner.model,
+            memory,
+            kind,
             weights=weights,
-            trainable=trainable,
-            peak=max(memory.peak, update),
             num_tokens=int(dataset.checked.num_tokens[list(longest)].sum()),
             num_images=int(dataset.train.store.num_images[list(longest)].sum()),
             largest_block=_largest_block(learner),
         )
+
+
+@contextmanager
+def counted_on(kind: str) -> Iterator[LiveMemory]:
+    """Inside, tensors have no values, and their memory on a device of `kind` is counted."""
+    memory = LiveMemory(_BLOCKS.get(kind, 1))
+    counting = WithoutValues(memory)
+    with planned_on(kind, counting), counting:
+        yield memory
 
 
 def _as_planned(config: Config) -> Config:

@@ -12,6 +12,7 @@ from mmtrain.train.checkpointer import Checkpointer
 from mmtrain.train.contrastive.objective import ContrastiveObjective
 from mmtrain.train.folder import write_inputs
 from mmtrain.train.loop import OnStep, TrainingLoop
+from mmtrain.train.lost_gradients import missing_gradients_are_errors
 from mmtrain.train.objective import TrainingObjective
 from mmtrain.train.outputs import write_outputs
 from mmtrain.train.preconditions import check_preconditions
@@ -61,7 +62,8 @@ def _train(config: Config, accept: Sequence[str], on_step: OnStep, runtime: Runt
     for line in objective.report():
         progress.say(line)
     loop = TrainingLoop(config, objective, checkpointer, progress)
-    best = loop.take_steps(resume, on_step)
+    with missing_gradients_are_errors():
+        best = loop.take_steps(resume, on_step)
     activity.set("exporting" if runtime.is_main else "waiting")
     if runtime.is_main or learner.sharded:
         write_outputs(objective, config, checkpointer, best, progress)

@@ -1,6 +1,6 @@
 """What a run has done so far, from the files in its directory. Imports no torch, so that a list of runs is quick."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def summarize(run: Path) -> RunSummary:
     """The figures of the run in the directory `run`; zeros and None where it has taken no step."""
     rows = list(rows_of(run / METRICS))
     steps = [row for row in rows if is_step(row)]
-    evals, answers = _by_set(rows, "eval"), _by_set(rows, "answers")
+    evals, answers = rows_by_set(rows, "eval"), rows_by_set(rows, "answers")
     return RunSummary(
         num_steps=steps[-1]["step"] if steps else 0,
         loss=steps[-1]["loss"] if steps else None,
@@ -72,11 +72,12 @@ def summarize(run: Path) -> RunSummary:
         is_finished=is_exported(run) and finished_step(run) in (None, steps[-1]["step"] if steps else 0),
         num_pairs=sum(row.get("num_pairs", 0) for row in steps),
         answers=tuple(_answers_summary(name, own) for name, own in answers.items()),
-        retrieval=tuple(one for name, own in _by_set(rows, "retrieval").items() for one in _directions(name, own)),
+        retrieval=tuple(one for name, own in rows_by_set(rows, "retrieval").items() for one in _directions(name, own)),
     )
 
 
-def _by_set(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, list[dict[str, Any]]]:
+def rows_by_set(rows: Iterable[dict[str, Any]], kind: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the evaluations of a kind, by the name of the set."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if kind in row:

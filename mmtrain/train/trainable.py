@@ -19,7 +19,7 @@ from mmtrain.model.tune import ComponentReport, apply_tune, kept_frozen
 from mmtrain.model.vision import VisionInputs, prepare_vision
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
-from mmtrain.scoring.loaded_model import load_base
+from mmtrain.scoring.load import load_base
 from mmtrain.train.lost_gradients import LostGradients
 
 

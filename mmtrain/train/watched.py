@@ -4,7 +4,6 @@ Everything follows from the rows of metrics.jsonl up to a step, so a run that wa
 """
 
 import difflib
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from mmtrain.errors import UserError
 from mmtrain.retrieval.figures import WAYS
 from mmtrain.retrieval.metrics import NAMES
 from mmtrain.safe_text import shown
+from mmtrain.scoring.statistics import perplexity
 from mmtrain.train.eval_sets import EvalSet
 
 Row = dict[str, Any]
@@ -22,8 +22,6 @@ _LOWER_IS_BETTER = ("perplexity", "nll")
 _EVAL_FIGURES = (*_LOWER_IS_BETTER, "token_accuracy")
 _WEIGHTS = {"eval": "num_supervised", "answers": "num_answers"}
 _MAX_LISTED = 20
-_MAX_NLL = 700.0
-"""Nats: exp of more than about 709 is no double."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +81,7 @@ def figure(rows: Sequence[Row], name: str) -> float | None:
         return None
     weights = [weight for weight, _ in found]
     mean = float(sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights))
-    return math.exp(min(mean, _MAX_NLL)) if key == "perplexity" else mean
+    return perplexity(mean) if key == "perplexity" else mean
 
 
 def _direction(source: str) -> tuple[str, str]:

@@ -17,7 +17,8 @@ from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
 from mmtrain.evaluate.evaluation import ModelScoring
 from mmtrain.evaluate.models import BASE as BASE_MODEL
-from mmtrain.generate.target import Target, find_target, load_target
+from mmtrain.generate.target import find_target, load_target
+from mmtrain.model.named_model import NamedModel
 from mmtrain.progress import QUIET
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.checkpoint import CheckpointFolder
@@ -112,7 +113,7 @@ def _evaluate(config: Config, sources: list[EvalSource], run: str | None, mode: 
         scores = evaluation.scores(model)
     distributions = evaluation.distributions(BASE_MODEL, name)
     settings = config.model
-    target = Target(settings.path, None, config.labels, settings.dtype) if run is None else find_target(run)
+    target = NamedModel.of(config) if run is None else find_target(run)
     loaded = load_target(target, Runtime(settings.dtype, device=config.run.device))
     asked = AnswerEvaluation(config, sources, loaded.encoder.processor, QUIET, "exact_match")
     replies = asked.ask(loaded.generator, loaded.runtime, "answers", 32, None)

@@ -78,7 +78,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         return whole_runs.run(case)
     with tempfile.TemporaryDirectory() as name:
         config = _config(case, Path(name))
-        expected = [_gradients(*_learner(config, "cpu"), samples) for samples in STEPS.values()]
+        on_cpu = _learner(config, "cpu")
+        expected = [_gradients(*on_cpu, samples) for samples in STEPS.values()]
         device = FakeDevice()  # type: ignore[no-untyped-call]
         with device, Meter(hidden=("/torch/", "/fake_cuda/device.py")) as meter:
             learner, dataset = _learner(config, "cuda")

@@ -1,5 +1,6 @@
 """Tensors on the fake device, and what torch's Python module knows of it."""
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,7 +84,7 @@ class ReadNumbers(TorchFunctionMode):
 
 
 def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+    if _is_composite(func):
         return func.decompose(*args, **kwargs)  # made of others, which arrive here one by one
     leaves = tree_leaves((args, kwargs))
     is_here = any(isinstance(leaf, FakeTensor) for leaf in leaves)
@@ -111,6 +112,11 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0] if is_copied else out
     out = tree_map_only(Tensor, FakeTensor, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if is_here else out  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 def _refuse_others(func: Any, leaves: list[Any]) -> None:

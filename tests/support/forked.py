@@ -59,7 +59,12 @@ class Server:
         return json.loads(self._process.stdout.readline())
 
     def start(
-        self, folder: Path, words: Sequence[str], processes: int = 1, patches: dict[int, list[Patch]] | None = None
+        self,
+        folder: Path,
+        words: Sequence[str],
+        processes: int = 1,
+        patches: dict[int, list[Patch]] | None = None,
+        stdin: Path = Path(os.devnull),
     ) -> "Group":
         """`mmtrain words…` in so many processes that take part in one run; `patches` by the process's number."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +76,8 @@ class Server:
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
             log = str(folder / f"log-{rank}.txt")
-            jobs.append({"env": env, "words": list(words), "log": log, "patches": (patches or {}).get(rank, [])})
+            own = {"log": log, "stdin": str(stdin), "patches": (patches or {}).get(rank, [])}
+            jobs.append({"env": env, "words": list(words), **own})
         return Group(self, self.ask(start=jobs), [Path(job["log"]) for job in jobs])
 
     def run(self, folder: Path, words: Sequence[str], processes: int = 1) -> "Group":
@@ -174,7 +180,7 @@ def _code(pid: int, seconds: float, codes: dict[int, int]) -> int | None:
 def _become(job: dict[str, Any]) -> None:
     os.environ.update(job["env"])
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(job["stdin"], os.O_RDONLY), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
     for one in job["patches"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -180,21 +179,19 @@ def launches(pairs: int = 50) -> tuple[str, bool]:
     single = named = finished = 0
     let_finish = range(0, pairs, 10)
     for number in range(pairs):
-        both = [_launch(config, "--fresh"), _launch(config, "--fresh")]
+        both = [runs.start(config, words=["--fresh"]) for _ in range(2)]
         started = time.monotonic()
-        while all(process.poll() is None for process in both):
+        while all(group.living() for group in both):
             time.sleep(0.001)
         seconds.append(time.monotonic() - started)
-        losers = [process for process in both if process.poll() is not None]
+        losers = [group for group in both if not group.living()]
         winner = both[0] if losers[0] is both[1] else both[1]
-        said = losers[0].communicate()[1]
-        single += len(losers) == 1 and losers[0].returncode == 2
-        named += re.search(rf"\(process {winner.pid} on \S+\)", said) is not None and said.count("\n") == 1
-        if number in let_finish:
-            finished += winner.wait(timeout=runs.LONG) == 0
-        else:
-            winner.send_signal(signal.SIGKILL)
-        winner.communicate()
+        said = losers[0].said
+        single += len(losers) == 1 and losers[0].wait() == [2]
+        named += re.search(rf"\(process {winner.pids[0]} on \S+\)", said) is not None and said.count("\n") == 1
+        if number not in let_finish:
+            winner.kill(winner.pids)
+        finished += winner.wait() == [0]
     line = (
         f"{pairs} pairs, {single} with one winner and one exit 2, {named} naming the winner's pid and host in a line; "
         f"the loser ends after {statistics.median(seconds):.2f} s (median), {max(seconds):.2f} s (longest); "

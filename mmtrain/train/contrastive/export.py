@@ -15,14 +15,13 @@ from mmtrain.atomic_files import replacing
 from mmtrain.config import Config
 from mmtrain.contrastive.embedder import Embedder, EncodedItem
 from mmtrain.contrastive.load import reloaded
-from mmtrain.encoding.directory import copy_processor, model_directory
-from mmtrain.errors import UserError, storage_faults
+from mmtrain.errors import storage_faults
 from mmtrain.model.load import auto_class
 from mmtrain.train.contrastive.card import embedder_card
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.contrastive.sentence_export import add_sentence_files
 from mmtrain.train.contrastive.step import ContrastiveLearner
-from mmtrain.train.export import MAX_DIFFERENCE, as_saved, save
+from mmtrain.train.saving import MAX_DIFFERENCE, as_saved, save, saved_line, target_of
 
 
 def export(
@@ -34,25 +33,16 @@ def export(
     The embeddings of the first pair's items are compared. Raises UserError where what was saved is not what was
     trained, and StorageError where it cannot be written.
     """
-    model = learner.model
-    is_adapter = isinstance(model, PeftModel)
-    target = Path(config.run.output_dir) / (name or ("adapter" if is_adapter else "model"))
-    tolerance = MAX_DIFFERENCE[config.model.dtype]
+    target, tolerance = target_of(learner.model, config, name), MAX_DIFFERENCE[config.model.dtype]
     items = _first_items(dataset)
     with storage_faults(f"{target}: it cannot be written"), replacing(target) as made:
-        save(model, config, made)
-        own = learner.embedder.processor
-        copy_processor(model_directory(config.model.path), made, own.given_template, own.image_settings)
+        save(learner.model, learner.embedder.processor, config, made)
         before = _embeddings(learner.embedder, items)
         found = add_sentence_files(made, learner, config, dataset, items, before, tolerance)
         (made / "README.md").write_text(_card(learner, config, dataset, found.is_written, step), encoding="utf-8")
     after = _loaded_back(learner, target, config, items)
     difference = max(_distance(one, other) for one, other in zip(after, before, strict=True))
-    if not difference <= tolerance:
-        raise UserError(
-            f"{target}: loaded back, its embeddings differ by {difference:.1e} from the trained model's: do not use it"
-        )
-    return f"saved {target}; loaded back, its embeddings differ by {difference:.1e} (relative); {found.line}"
+    return f"{saved_line(target, difference, config, 'embeddings')}; {found.line}"
 
 
 def _card(
