@@ -5,7 +5,7 @@ from typing import Any
 from mmtrain.config import Config
 from mmtrain.progress import Progress
 from mmtrain.runtime.shard import WithFiller
-from mmtrain.scoring.statistics import summary
+from mmtrain.scoring.statistics import perplexity_text, summary
 from mmtrain.train.eval_sets import EvalSet
 from mmtrain.train.step import Learner
 
@@ -28,4 +28,4 @@ class PerplexityEvaluation:
 
     def line(self, row: dict[str, Any]) -> str:
         """What is printed."""
-        return f"perplexity {row['perplexity']:.4f}, token accuracy {row['token_accuracy']:.1%}"
+        return f"perplexity {perplexity_text(row['perplexity'])}, token accuracy {row['token_accuracy']:.1%}"
