@@ -22,6 +22,7 @@ def set_environment() -> None:
     To be called before torch, transformers or huggingface_hub is imported: each reads its variables once.
     """
     os.environ |= _OFFLINE
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of transformers too, which shows one even where it saves weights
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # micro-batches of many lengths leave gaps in segments of fixed size
