@@ -11,6 +11,11 @@ def shown(text: object, limit: int = 80) -> str:
     return repr(shortened(str(text), limit))
 
 
+def path_end(path: str, limit: int) -> str:
+    """At most `limit` characters of `path`, without its beginning: its end tells files apart."""
+    return path if len(path) <= limit else "…" + path[len(path) - limit + 1 :]
+
+
 def shortened(text: str, limit: int) -> str:
     """At most `limit` characters of `text`, an ellipsis in the place of the rest."""
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 from torch.profiler import ProfilerActivity, profile
 
-from mmtrain.config.schema import Config
+from mmtrain.config.schema import Config, Model
 from mmtrain.contrastive.load import load_embedder
+from mmtrain.model.load import load_without_weights
+from mmtrain.model.without_values import TensorWithoutValues
 from mmtrain.plan.pair_memory import predict_pair_peak
 from mmtrain.progress import QUIET
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.contrastive.cuts import Microbatch
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.contrastive.step import ContrastiveLearner
-from mmtrain.train.peak_memory import PeakMemory
+from mmtrain.train.peak_memory import PeakMemory, counted_on
 from mmtrain.train.step import train_step
 from support.builders import TINY
 from support.pair_data import FULL, Exchange, learner_of, pair_config, write_pairs
@@ -116,3 +118,14 @@ def test_graphs_are_kept_within_their_budget(tmp_path: Path) -> None:
     assert every.kept > some.kept
     assert some.peak - none.peak == some.kept
     assert every.activations == none.activations
+
+
+def test_weights_that_are_drawn_within_bounds_are_not_drawn(tmp_path: Path) -> None:
+    """Without values every comparison is true, so drawing them again would never end. Tied weights stay tied."""
+    path = TOWERS["siglip"](tmp_path / "siglip")
+    with counted_on("cpu") as memory:
+        model = load_without_weights(Model(path=str(path), dtype="float32"))
+        assert memory.num_bytes >= sum(parameter.nbytes for parameter in model.parameters())
+        chats = load_without_weights(Model(path=str(TINY), dtype="float32"))
+        assert isinstance(model.vision_model.embeddings.patch_embedding.weight.data, TensorWithoutValues)
+    assert chats.get_output_embeddings().weight is chats.get_input_embeddings().weight

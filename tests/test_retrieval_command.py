@@ -23,6 +23,7 @@ from mmtrain.progress import QUIET
 from mmtrain.retrieval.command import RetrievalOptions, loaded_embedder, retrieval_figures
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
 from mmtrain.runtime.processes import Runtime
+from mmtrain.safe_text import path_end
 from support.builders import TINY
 from support.tower_models import LENGTH, make_clip
 
@@ -354,3 +355,8 @@ def embeddings_of(config: Config, options: RetrievalOptions) -> torch.Tensor:
     runtime = Runtime(config.model.dtype, device="cpu")
     embedder = loaded_embedder(config, options.adapter, runtime, QUIET)
     return RetrievalEvaluation(config, config.data.eval, embedder, QUIET).embed(embedder).items
+
+
+def test_the_end_of_a_long_path_is_shown() -> None:
+    assert path_end("a/b.png", 7) == "a/b.png"
+    assert path_end("images/of/cats/001.png", 11) == "…ts/001.png"

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mmtrain.inspect_labels.pair_step import CELLS, PairStep, columns_shown, summary_lines
-from mmtrain.safe_text import shortened, visible
+from mmtrain.safe_text import path_end, shortened, visible
 
 SIGNS = {"positive": "+", "negative": "·", "neither": "="}
 _STYLES = {"positive": "bold green", "negative": "dim", "neither": "yellow"}
@@ -62,5 +62,5 @@ def _query(step: PairStep, row: int) -> Iterator[Text]:
 
 
 def _shown(item: dict[str, Any]) -> str:
-    names = [f"[{visible(shortened(name, 40))}]" for name in item["images"]]
+    names = [f"[{visible(path_end(name, 40))}]" for name in item["images"]]
     return " ".join([*names, *([visible(shortened(item["text"], 60))] if item["text"] else [])])
