@@ -61,11 +61,17 @@ def init(
         str | None,
         typer.Option(metavar="FILE", help="A chat template in Jinja, for a model without one.", show_default=False),
     ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="What the user asks, for data that has only replies, such as captions.", show_default=False),
+    ] = None,
 ) -> None:
     """Write a first config for a model, your data and this machine; asks for what is not given."""
-    from mmtrain.init.command import init as run
+    from mmtrain.init import command
 
-    run(model, data, evaluation, output, chat_template)
+    if prompt is None and command.needs_prompt(model, data):
+        prompt = typer.prompt('What the user asks for each reply, such as "Describe this image."')
+    command.init(model, data, evaluation, output, chat_template, prompt)
 
 
 @app.command(cls=KeysCommand)

@@ -15,7 +15,7 @@ from mmtrain.config.schema import Config
 from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.validate import FaultPolicy, LengthLimit, check_samples
 from mmtrain.encoding.load import load_processor
-from mmtrain.errors import UserError, grouped
+from mmtrain.errors import StorageError, UserError, grouped
 from mmtrain.progress import QUIET
 from mmtrain.scoring.eval_samples import EvalSamples
 from mmtrain.train.dataset import Dataset
@@ -193,3 +193,13 @@ def test_an_evaluation_names_what_it_skips(tmp_path: Path) -> None:
     found = EvalSamples.of(config, [EvalSource(path=str(data))], load_processor(str(TINY)), QUIET)
     assert found.indices.tolist() == [0, 4, 6]
     assert [entry["place"] for entry in found.dropped] == [f"{data}:{line}" for line in (2, 3, 4, 6)]
+
+
+def test_a_full_disk_is_no_fault_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise StorageError("no room")
+
+    monkeypatch.setattr("mmtrain.train.dataset.check_samples", fail)
+    with pytest.raises(StorageError) as caught:
+        read(config_for(write_jsonl(tmp_path / "data.jsonl", rows())))
+    assert caught.value.faults == ["no room"]

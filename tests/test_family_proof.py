@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
@@ -20,6 +21,7 @@ from support.family_reference import (
     directory,
     given_template,
     is_usable,
+    own_ids,
     own_inputs,
     save_images,
 )
@@ -58,6 +60,20 @@ def test_ids_of_published_tokenizers_and_templates_are_the_familys_own(published
 
 def test_the_page_has_every_family() -> None:
     assert table().keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("name", ["recurrent_gemma", "xlstm"])
+def test_a_model_whose_cache_fails_replies_without_one(name: str, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encoder, model = Encoder(load_processor(str(directory(name)))), plain(name)
+    asked = conversation_of("two_answers").messages[:3]
+    prompt = prompt_for(encoder, Conversation(asked), root)
+    (reply,) = Generator(model, encoder, nullcontext).replies([prompt], Sampling(max_new_tokens=4))
+    ids = own_ids(name, as_messages(name, Conversation(asked), root), prompt=True)
+    for _ in range(len(reply.ids)):
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    assert list(reply.ids) == ids[-len(reply.ids) :]
+    assert reply.ids
+    assert "generation: without a cache of earlier tokens, slower: " in caplog.text
 
 
 @pytest.mark.parametrize("name", ["mllama", "perception_lm", "phi4_multimodal"])

@@ -191,6 +191,8 @@ def test_a_run_is_found_with_its_adapter_labels_and_dtype(make_config: MakeConfi
     other = find_target(str(run / "adapter"), base="other")
     assert (other.path, other.labels.train_on) == ("other", "last")
     assert find_target(str(run), dtype="bfloat16").dtype == "bfloat16"
+    shutil.rmtree(run / "checkpoints")
+    assert find_target(str(run)).labels.train_on == "last"
     with pytest.raises(UserError, match=r"--base: .* has no adapter_config.json"):
         find_target(config.model.path, base="other")
 

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -54,6 +55,19 @@ def test_what_is_not_given_is_asked(data: Path, tmp_path: Path) -> None:
     assert load_config(output).model.path == str(TINY)
     assert [source.share for source in load_config(output).data.eval] == [0.1]
     assert "held out and not trained on" in output.read_text()
+
+
+@pytest.mark.parametrize("words", [["--prompt", 'Say: "what"?'], []])
+def test_captions_are_given_a_prompt(words: list[str], data: Path, tmp_path: Path) -> None:
+    captions = write_jsonl(data.parent / "captions.jsonl", [{"image": "red.png", "caption": "red"}])
+    PIL.Image.new("RGB", (56, 56), "red").save(data.parent / "red.png")
+    output = tmp_path / "captions.yaml"
+    asked = ["init", "--model", str(TINY), "--data", str(captions), "--eval", str(captions), "-o", str(output), *words]
+    result = CliRunner().invoke(app, asked, input='Say: "what"?\n')
+    assert result.exit_code == 0, result.exception
+    assert ("What the user asks" in result.stdout) == (not words)
+    data_section = load_config(output).data
+    assert [source.prompt for source in (*data_section.train, *data_section.eval)] == ['Say: "what"?'] * 2
 
 
 def test_a_model_without_a_chat_template_is_given_one(

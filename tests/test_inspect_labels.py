@@ -217,6 +217,8 @@ def test_losses_equal_a_plain_forward(make_config: MakeConfig, tmp_path: Path) -
     code, out, _ = run(config, tmp_path, "--index", "2", "--losses")
     assert code == 0
     assert f"mean {sum(found[2].values()) / len(found[2]):.3f} over" in out
+    code, out, _ = run(config, tmp_path, "--index", "2", "--losses", "--json")
+    assert json.loads(out)["losses"] == {str(p): pytest.approx(expected_loss) for p, expected_loss in found[2].items()}
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])

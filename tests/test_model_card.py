@@ -85,7 +85,7 @@ def check_card(card: str, config: Config, output: Path) -> None:
         "- steps: 2 of 4 samples each",
         f"- loss of the last step: {last['loss']:.4f}",
         "- trained on: mixed.jsonl",
-        "- perplexity on held-out: {:.4f} (95 % interval {:.4f} to {:.4f}), token accuracy {:.1%}, 8 samples".format(
+        "- perplexity on held-out: {:,.4f} (95 % interval {:,.4f} to {:,.4f}), token accuracy {:.1%}, 8 samples".format(
             score["perplexity"], *score["interval"]["perplexity"], score["token_accuracy"]
         ),
     ):

@@ -99,6 +99,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         _changed("config.json", model_type="my_vlm", auto_map={"AutoConfig": "code.Config"}),
         r"^the model needs code that is in its directory, which mmtrain never runs",
     ),
+    "a chat model with others": (
+        _with("config.json", '{"model_type": "qwen2_5_omni"}'),
+        r"of which only qwen2_5_omni_thinker replies in chats: expected it alone: Qwen2_5OmniThinkerForConditional",
+    ),
     "a model of other tasks": (_changed("config.json", model_type="vit"), r"^a model of the type vit, which neither"),
     "a template that says the same four times": (
         _with("chat_template.jinja", "{{ raise_exception('no') }}"),

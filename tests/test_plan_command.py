@@ -85,8 +85,8 @@ def test_other_numbers_of_processes_are_refused(processes: str, model_dirs: dict
 
 
 def test_a_row_says_how_large_a_microbatch_may_be(model_dirs: dict[str, Path], tmp_path: Path) -> None:
-    """16 GiB of weights, 3 of gradients and moments, 20 for 10,000 tokens, and layers of half a GiB."""
-    peak = PeakMemory(16 * GIB, GIB, 39 * GIB, 10_000, 3, GIB // 2)
+    """16 GiB of weights, 3 of gradients and moments, 20 for 10,000 tokens, and one that is whole at a time."""
+    peak = PeakMemory(16 * GIB, GIB, 39 * GIB, 10_000, 3, GIB)
     config = config_of(model_dirs["text"], tmp_path, with_images=False, activation_checkpointing=True)
     found = gpu_memory(config, lambda *_: peak, 2000, 4)
     alone, quantized, sharded = found["rows"]

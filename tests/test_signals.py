@@ -95,7 +95,7 @@ def seen(index: int, phase: str, alive: float = 0.0, moved: float = 0.0, stop_si
 def test_who_is_silent_holds_the_run_up() -> None:
     found = judge([seen(0, "gradients", alive=99), seen(1, "forward", alive=80)], 10, 100)
     assert found is not None
-    assert (found.code, found.words) == (
+    assert (found.code, found.reason) == (
         5,
         "process 1 (pid 11 on here) has not been heard of for 10 s: step 3, forward",
     )
@@ -105,7 +105,7 @@ def test_who_waits_is_not_the_one_that_hangs() -> None:
     waiting, busy = seen(0, "gradients", 99, 70), seen(1, "forward", 99, 85)
     found = judge([waiting, busy], 10, 100)
     assert found is not None
-    assert found.words == "process 1 (pid 11 on here) has not moved for 10 s: step 3, forward"
+    assert found.reason == "process 1 (pid 11 on here) has not moved for 10 s: step 3, forward"
     assert judge([waiting, seen(1, "forward", 99, 95)], 10, 100) is None  # it waits for one that moves
 
 
@@ -113,8 +113,8 @@ def test_all_wait_for_each_other() -> None:
     found = judge([seen(0, "gradients", 99, 80), seen(1, "waiting", 99, 80)], 10, 100)
     assert found is not None
     assert found.code == 5
-    assert "process 0" in found.words
-    assert "process 1" in found.words
+    assert "process 0" in found.reason
+    assert "process 1" in found.reason
 
 
 def test_after_a_signal_the_time_is_short_but_for_saving() -> None:
@@ -131,7 +131,7 @@ def test_who_was_stopped_before_a_signal_has_not_heard_of_it() -> None:
     found = judge([seen(0, "gradients", late, late, stop_signal=15), seen(1, "forward")], 600, late, stop_signal=15)
     assert found is not None
     assert found.code == 143
-    assert "process 1" in found.words
+    assert "process 1" in found.reason
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_a_run_is_summed_up_from_its_metrics(tmp_path: Path) -> None:
     assert found.is_finished
     assert list(end_report(run)) == [
         "2 steps in 2:04, 2,100 tokens (210 trained on)",
-        "perplexity on held-out: 98,210.4515 before the first step, 1.7500 after the last, best 1.5000 after step 1",
+        "perplexity on held-out: 98,210 before the first step, 1.7500 after the last, best 1.5000 after step 1",
         f"adapter: {run}/adapter, metrics: {run}/metrics.jsonl, config: {run}/config.yaml",
         f"next: mmtrain eval answers {run}/config.yaml --adapter {run}",
     ]
@@ -75,7 +75,7 @@ def test_the_summary_of_a_contrastive_run_has_its_retrieval(tmp_path: Path) -> N
     first, last = ({"step": n, "retrieval": "held-out", "image_to_text": {"recall@1": n / 2}} for n in (0, 1))
     run = run_with(tmp_path / "run", [first, *steps, last], "model")
     assert list(end_report(run)) == [
-        "1 steps in 0:01, 50 tokens (9 pairs)",
+        "1 step in 0:01, 50 tokens (9 pairs)",
         "recall@1 of image_to_text on held-out: 0.0% before the first step, 50.0% after the last",
         f"model: {run}/model, metrics: {run}/metrics.jsonl, config: {run}/config.yaml",
         f"next: mmtrain eval retrieval {run}/config.yaml --adapter {run}",

@@ -66,8 +66,11 @@ def inputs_of(config: Config, root: Path) -> list[dict[str, Any]]:
 def reference(
     config: Config, samples: list[Encoded], inputs: list[dict[str, Any]]
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Each conversation alone through the model as transformers loads it, with all logits."""
+    """Each conversation alone through the model as transformers loads it, with all logits. Loading makes all weights
+    trainable: those that the class does not train are frozen again."""
     model = AutoModelForImageTextToText.from_pretrained(config.model.path, dtype=torch.float32).eval()
+    for name, parameter in type(model)(model.config).named_parameters():
+        model.get_parameter(name).requires_grad_(parameter.requires_grad)
     total = torch.zeros(())
     for sample, own in zip(samples, inputs, strict=True):
         assert sample.ids.tolist() == own["input_ids"][0].tolist()

@@ -35,7 +35,7 @@ class ChatEmbedder:
 
     kinds: tuple[Kind, ...] = (_KIND,)
     symmetric = False
-    """Queries choose among documents: what is searched for is seldom what is searched."""
+    """Only queries choose among documents: mostly the two are of different kinds."""
 
     def __init__(
         self,

@@ -154,11 +154,7 @@ def load_parts(directory: Path, given_template: str | None, image_settings: Mapp
                 "a model with an encoder for the prompt and a decoder for the reply: expected an image-text model that "
                 "reads the prompt and writes the reply with one language model"
             )
-        if not takes_images(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise UserError(
-                f"a model of the type {config.model_type}, which neither replies in chats nor embeds texts and images "
-                "apart: expected a chat model or a dual encoder"
-            )
+        _check_chat_class(config)
         tokenizer = AutoTokenizer.from_pretrained(
             directory, config=config, local_files_only=True, trust_remote_code=False
         )
@@ -185,6 +181,27 @@ def load_parts(directory: Path, given_template: str | None, image_settings: Mapp
 def needs_own_code(error: Exception) -> bool:
     """Whether transformers raised this because it would have to run code of the directory."""
     return "trust_remote_code" in str(error)
+
+
+def _check_chat_class(config: Any) -> None:
+    """Raises UserError for a model for which transformers has no class that replies in chats."""
+    own = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)  # some in this list are text models
+    is_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(own, "__name__", "").endswith("ForCausalLM")
+    if takes_images(config) or is_text:
+        return
+    others = (getattr(config, name) for name in config.sub_configs)
+    inner = next((one for one in others if takes_images(one) and one.model_type.startswith(config.model_type)), None)
+    if inner is not None:
+        name = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(inner)].__name__
+        raise UserError(
+            f"a model of the type {config.model_type}, of which only {inner.model_type} replies in chats: expected it "
+            f"alone: {name}.from_pretrained(this directory).save_pretrained(another one), and the tokenizer's and "
+            "processor's files copied"
+        )
+    raise UserError(
+        f"a model of the type {config.model_type}, which neither replies in chats nor embeds texts and images "
+        "apart: expected a chat model or a dual encoder"
+    )
 
 
 def takes_images(config: Any) -> bool:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from mmtrain.safe_text import counted, shortened, visible
 from mmtrain.scoring.results import figure_table, say
+from mmtrain.scoring.statistics import perplexity_text
 
 _NAME_WIDTH = 22
 _GROUPS = (("sources", "source"), ("turns", "turn"), ("modality", "samples"), ("lengths", "tokens of an answer"))
@@ -172,10 +173,7 @@ def _signless(nats: float) -> str:
 
 
 def _number(value: float) -> str:
-    """A perplexity: three decimals, none from 10,000 on, powers of ten from 10 million on."""
-    if value < 1e4:
-        return f"{value:.3f}"
-    return f"{value:,.0f}" if value < 1e7 else f"{value:.3e}"
+    return perplexity_text(value, decimals=3)
 
 
 def _range(limits: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """Replies of a model to batches of prompts, by transformers' own `generate`."""
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from mmtrain.generate.sampling import Sampling
 from mmtrain.model.components import base_model
 from mmtrain.model.load import ANY_LENGTH
 from mmtrain.model.transfer import on_device
+from mmtrain.safe_text import error_line
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,25 +79,46 @@ class Generator:
         self.stop_ids: frozenset[int] = self._processor.tokenizer.traits.eos_ids | (set() if end is None else {end})
         taken = inspect.signature(self._model.forward).parameters.keys()
         self._type_keys = self._processor.type_keys & taken
+        self._uses_cache = True
 
     @torch.no_grad()
     def replies(self, prompts: Sequence[Encoded], sampling: Sampling, seed: int | None = None) -> list[Reply]:
         """The reply to each prompt, all of them in one batch, or one at a time where the model takes no more. A `seed`
         decides what is sampled.
 
-        Raises SampleError where an image does not decode, UserError where a prompt leaves no room for its reply.
+        Raises SampleError where an image does not decode, UserError where a prompt leaves no room for its reply, or
+        where the model cannot generate.
         """
         self._check_room(prompts, sampling.max_new_tokens)
+        first = sampling.seed if seed is None else seed
         if self._must_divide(prompts):
-            first = sampling.seed if seed is None else seed
             return [self.replies([own], sampling, first + n)[0] for n, own in enumerate(prompts)]
         batch = make_batch(range(len(prompts)), prompts, self._processor, packing=False)
         inputs = self._inputs(batch)
-        confidence = _Confidence()
         stop_ids = self.stop_ids if self._sharded is None else ()
         config = sampling.config(stop_ids, self._processor.tokenizer.traits.pad_id)
+        try:
+            made, confidence = self._generated(inputs, sampling, config, first)
+        except (AttributeError, TypeError, ValueError) as error:  # the cache of a family can raise anything
+            if self._sharded is not None or not self._uses_cache:
+                raise UserError(f"the model cannot generate: {error_line(error)}") from error
+            _log.warning("generation: without a cache of earlier tokens, slower: %s", error_line(error))
+            self._uses_cache = False
+            return self.replies(prompts, sampling, seed)
+        length = inputs["input_ids"].shape[1]
+        new = [self._own(ids) for ids in made[:, length:].tolist()]
+        found = confidence.means([len(ids) for ids in new])
+        return [self.reply(ids, mean) for ids, mean in zip(new, found, strict=True)]
+
+    def _generated(
+        self, inputs: dict[str, Any], sampling: Sampling, config: GenerationConfig, seed: int
+    ) -> tuple[Tensor, "_Confidence"]:
+        """(rows, tokens) the prompts and their replies, and the confidence of greedy ones."""
+        confidence = _Confidence()
         if sampling.do_sample:
-            torch.manual_seed(sampling.seed if seed is None else seed)
+            torch.manual_seed(seed)
+        if not self._uses_cache:
+            config.use_cache = False
         is_greedy = not sampling.do_sample and sampling.num_beams == 1
         watched = LogitsProcessorList([confidence] if is_greedy else [])
         length = inputs["input_ids"].shape[1]
@@ -106,14 +131,11 @@ class Generator:
             return found
 
         with self._autocast(), _own_settings(self._model):
-            made = generate() if self._sharded is None else self._sharded.inside(generate)
-        new = [self._own(ids) for ids in made[:, length:].tolist()]
-        found = confidence.means([len(ids) for ids in new])
-        return [self.reply(ids, mean) for ids, mean in zip(new, found, strict=True)]
+            return generate() if self._sharded is None else self._sharded.inside(generate), confidence
 
     def _must_divide(self, prompts: Sequence[Encoded]) -> bool:
         """Whether these prompts go through the model one at a time. Not with sharded weights, where every process must
-        run it as often: there whoever asks makes batches of one."""
+        run it as often: there the caller makes batches of one."""
         has_images = any(prompt.images for prompt in prompts)
         return self._sharded is None and len(prompts) > 1 and has_images and self._alone()
 

@@ -2,10 +2,12 @@
 
 import math
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 from mmtrain.atomic_files import check_new
 from mmtrain.config import load_config
+from mmtrain.config.data_section import Source
 from mmtrain.config.yaml_file import yaml_text
 from mmtrain.encoding.directory import is_dual_encoder
 from mmtrain.errors import UserError, grouped, storage_faults
@@ -13,6 +15,8 @@ from mmtrain.init.pairs import pair_config_text
 from mmtrain.init.survey import Survey, survey
 from mmtrain.model.load import load_config as load_model_config
 from mmtrain.progress import Progress
+from mmtrain.records.chat import SampleError
+from mmtrain.records.record_set import RecordSet
 from mmtrain.safe_text import visible
 
 _TEXT = """\
@@ -45,18 +49,41 @@ run:
 """
 
 
-def init(model: str, train: str, evaluation: str | None, output: Path, chat_template: str | None = None) -> None:
+def needs_prompt(model: str, train: str) -> bool:
+    """Whether the model chats, and the first record of the data says what it replies and not to what. Raises
+    UserError."""
+    if is_dual_encoder(load_model_config(model)):
+        return False
+    try:
+        RecordSet([Source(path=train)]).conversation(0)
+    except SampleError:
+        with suppress(SampleError):
+            RecordSet([Source(path=train, prompt="?")]).conversation(0)
+            return True
+    return False
+
+
+def init(
+    model: str,
+    train: str,
+    evaluation: str | None,
+    output: Path,
+    chat_template: str | None = None,
+    prompt: str | None = None,
+) -> None:
     """Write a config for `model` and data to `output`, a new file. `chat_template`: the file with the chat template in
-    place of the model's own. Raises UserError if it cannot be used."""
+    place of the model's own. `prompt`: what the user asks, the same for all samples. Raises UserError if it cannot be
+    used."""
     name, progress = visible(str(output)), Progress()
     check_new(output, "file")
     if is_dual_encoder(load_model_config(model)):
-        if chat_template is not None:
-            raise UserError("--chat-template: a dual encoder has no chats: leave it out")
+        for option, value in (("--chat-template", chat_template), ("--prompt", prompt)):
+            if value is not None:
+                raise UserError(f"{option}: a dual encoder has no chats: leave it out")
         text, faults = pair_config_text(model, train, evaluation, output)
     else:
-        found = survey(model, train, evaluation, chat_template)
-        text, faults = config_text(found, model, train, evaluation, output, chat_template), list(found.faults)
+        found = survey(model, train, evaluation, chat_template, prompt)
+        text, faults = config_text(found, model, train, evaluation, output, chat_template, prompt), list(found.faults)
     for line in grouped(faults):
         progress.say(f"warning: {line}")
     with storage_faults(f"{name}: it cannot be written"):
@@ -68,7 +95,13 @@ def init(model: str, train: str, evaluation: str | None, output: Path, chat_temp
 
 
 def config_text(
-    found: Survey, model: str, train: str, evaluation: str | None, output: Path, chat_template: str | None = None
+    found: Survey,
+    model: str,
+    train: str,
+    evaluation: str | None,
+    output: Path,
+    chat_template: str | None = None,
+    prompt: str | None = None,
 ) -> str:
     """The config. Chosen from the survey: type and quantization of the weights, lengths, batch size, steps, memory."""
     batch_size = min(32, 2 ** int(math.log2(max(1, found.num_samples / 20))))
@@ -83,8 +116,8 @@ def config_text(
         template="" if chat_template is None else f"  chat_template: {yaml_text(chat_template)}\n",
         dtype="bfloat16" if found.has_bfloat16 else "float32",
         quantization="  quantization: nf4              # the weights fill the GPU otherwise\n" if share > 0.6 else "",
-        train=yaml_text(train),
-        evaluation=_evaluation(found, evaluation),
+        train=_source(train, prompt),
+        evaluation=_evaluation(found, evaluation, prompt),
         max_length=max_length,
         length_reason=f"{length_reason} {found.longest:,}",
         epochs=epochs,
@@ -104,8 +137,12 @@ def _max_length(found: Survey) -> int:
     return min(found.max_positions, 256 * math.ceil(wanted / 256))
 
 
-def _evaluation(found: Survey, evaluation: str | None) -> str:
+def _source(path: str, prompt: str | None) -> str:
+    return yaml_text(path) if prompt is None else f"{{path: {yaml_text(path)}, prompt: {yaml_text(prompt)}}}"
+
+
+def _evaluation(found: Survey, evaluation: str | None, prompt: str | None) -> str:
     if evaluation is not None:
-        return f"  eval: {yaml_text(evaluation)}"
+        return f"  eval: {_source(evaluation, prompt)}"
     share = 0.1 if found.num_samples < 2_000 else min(0.05, 500 / found.num_samples)
     return f"  eval: {{from: train, share: {share:.2g}}}  # held out and not trained on, or the path of a file"

@@ -41,8 +41,10 @@ class Survey:
     """Whether the GPU computes in bfloat16."""
 
 
-def survey(model: str, train: str, evaluation: str | None, chat_template: str | None = None) -> Survey:
-    """`chat_template`: the file with the chat template in place of the model's own.
+def survey(
+    model: str, train: str, evaluation: str | None, chat_template: str | None = None, prompt: str | None = None
+) -> Survey:
+    """`chat_template`: the file with the chat template in place of the model's own. `prompt`: what the user asks.
 
     Raises UserError if the model or the data cannot be used at all.
     """
@@ -52,7 +54,7 @@ def survey(model: str, train: str, evaluation: str | None, chat_template: str | 
     faults: list[str] = []
     sizes = []
     for path in [train, *([] if evaluation is None else [evaluation])]:
-        records = RecordSet([Source(path=path)])
+        records = RecordSet([Source(path=path, prompt=prompt)])
         sizes.append(len(records))
         own = _lengths(records, encoder, faults)
         if not own:

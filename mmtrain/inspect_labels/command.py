@@ -37,7 +37,8 @@ def inspect_labels(config: Config, options: LabelsOptions) -> int:
         print(f"wrote {visible(str(options.html))}: {len(chosen.views)} samples")
     elif options.json:
         for view in chosen.views:
-            print_json(view.row(options.tokens))
+            own = {} if losses is None else {"losses": losses.get(view.index, {})}
+            print_json(view.row(options.tokens) | own)
     else:
         console = plain_console()
         for view in chosen.views:

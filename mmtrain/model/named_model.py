@@ -59,11 +59,11 @@ class NamedModel:
         return ProcessorSettings() if self.adapter is None else saved_settings(self.adapter, self.path)
 
 
-def find_named(path: str, base: str | None = None, dtype: str | None = None) -> NamedModel:
-    """What is at `path`; `base`: the base model of an adapter, without it the one that the adapter or its run names.
+def find_named(path: str, base: str | None, dtype: str | None) -> NamedModel:
+    """What is at `path`. `base`: the base model of an adapter; None: the one that the adapter or its run names.
+    `dtype`: of the weights; None: that of the run, or else a config's default.
 
-    The type of the weights and their quantization are those of the run, or else a config's defaults. Raises UserError
-    where there is no model.
+    Raises UserError where there is no model.
     """
     folder = Path(path)
     run = _run_of(folder)

@@ -27,8 +27,8 @@ class PinnedMemory:
         self._used = 0
 
     def copy_of(self, value: Tensor) -> Tensor:
-        """`value`, on a GPU, as it will be once the GPU has got there. Later copies from here to that GPU come after
-        this one; whoever reads the result on the CPU must wait for the GPU first."""
+        """A copy of `value`, which is on a GPU. It is complete when the GPU has finished its pending work: later copies
+        from here to that GPU come after that, but to read it on the CPU the program must wait for the GPU."""
         start = -(-self._used // self._ALIGNED) * self._ALIGNED
         if start + value.nbytes > len(self._block):
             self._block, start = torch.empty(max(self._BLOCK, value.nbytes), dtype=torch.uint8).pin_memory(), 0

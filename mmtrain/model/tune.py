@@ -154,8 +154,8 @@ def _lora_config(
         lora_dropout=0.0,  # `install_dropout` adds dropout that does not depend on micro-batches
         use_rslora=first.variant == "rslora",
         use_dora=first.variant == "dora",
-        rank_pattern={names[part]: lora.rank for part, lora in loras.items() if lora.rank != first.rank},
-        alpha_pattern={names[part]: lora.alpha for part, lora in loras.items() if lora.alpha != first.alpha},
+        rank_pattern={names[component]: lora.rank for component, lora in loras.items() if lora.rank != first.rank},
+        alpha_pattern={names[component]: lora.alpha for component, lora in loras.items() if lora.alpha != first.alpha},
     )
 
 

@@ -22,13 +22,13 @@ def print_plan(figures: Mapping[str, Any], console: Console) -> None:
 def print_memory(figures: Mapping[str, Any], console: Console) -> None:
     """What is known of the memory on a CPU and on GPUs."""
     if "cpu_memory" in figures:
-        console.print(f"{'memory':<10} {_cpu_line(figures['cpu_memory'])}", soft_wrap=True)
+        print_lines([("memory", _cpu_line(figures["cpu_memory"]))], console)
     if "gpu_memory" in figures:
         _print_gpu(figures["gpu_memory"], console)
 
 
 def print_lines(lines: Iterable[tuple[str, str]], console: Console) -> None:
-    """Each with its title, which is empty where it goes on."""
+    """Each line with its title, which is empty where a line belongs to the title before."""
     for name, text in lines:
         console.print(f"{name:<10} {text}", soft_wrap=True)
 
@@ -75,7 +75,7 @@ def _cpu_line(memory: Mapping[str, Any]) -> str:
 
 def _print_gpu(memory: Mapping[str, Any], console: Console) -> None:
     if "fault" in memory:
-        console.print(f"{'memory':<10} on a GPU, not predicted: {memory['fault']}", soft_wrap=True)
+        print_lines([("memory", f"on a GPU, not predicted: {memory['fault']}")], console)
         return
     tokens, images = memory["microbatch_tokens"], memory["microbatch_images"]
     console.print(
@@ -92,10 +92,8 @@ def _print_gpu(memory: Mapping[str, Any], console: Console) -> None:
         table.add_row("on" if row["checkpointing"] else "off", weights, size_text(row["peak"]), *cells)
     console.print(table)
     console.print()
-    for title, text in zip(("fits", *[""] * len(CARDS)), _fitting(memory["rows"]), strict=False):
-        console.print(f"{title:<10} {text}", soft_wrap=True)
-    for title, text in itertools.zip_longest(("estimate",), _estimate(memory), fillvalue=""):
-        console.print(f"{title:<10} {text}", soft_wrap=True)
+    for title, lines in (("fits", _fitting(memory["rows"])), ("estimate", _estimate(memory))):
+        print_lines(itertools.zip_longest((title,), lines, fillvalue=""), console)
 
 
 def _estimate(memory: Mapping[str, Any]) -> Iterator[str]:

@@ -15,8 +15,13 @@ from mmtrain.retrieval.ranking import Pairs, Ranking, rank_positives
 from mmtrain.scoring.scores import Floats
 
 NUM_CONFUSED = 20
-WAYS = ("image_to_text", "text_to_image", "query_to_document", "document_to_query")
-"""The names of directions."""
+DIRECTIONS = {
+    "image_to_text": "Texts for an image",
+    "text_to_image": "Images for a text",
+    "query_to_document": "Documents for a query",
+    "document_to_query": "Queries for a document",
+}
+"""The titles of directions by their names."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ from typing import Any
 from mmtrain.encoding.images import decode
 from mmtrain.encoding.thumbnails import data_uri
 from mmtrain.records.chat import SampleError
+from mmtrain.retrieval.figures import DIRECTIONS
 from mmtrain.retrieval.item_content import ItemContent
-from mmtrain.retrieval.report import DIRECTIONS, counts, directions_of, rows_of
+from mmtrain.retrieval.report import counts, directions_of, rows_of
 from mmtrain.scoring.results import render
 
 _SHOWN_SIDE = 256

@@ -7,16 +7,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmtrain.retrieval.figures import DIRECTIONS
 from mmtrain.retrieval.metrics import NAMES
 from mmtrain.safe_text import path_end, shortened, visible
 from mmtrain.scoring.results import figure_table, say
 
-DIRECTIONS = {
-    "image_to_text": "Texts for an image",
-    "text_to_image": "Images for a text",
-    "query_to_document": "Documents for a query",
-    "document_to_query": "Queries for a document",
-}
 _NUM_SHOWN = 5
 
 

@@ -110,7 +110,7 @@ def launch(options: LaunchOptions, processes: int, words: Sequence[str]) -> int:
     os.environ |= {
         _OURS: str(os.getpid()),
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGQUIT,SIGUSR1" + ("" if ignores_hangup() else ",SIGHUP"),
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # shared, it would hold what an earlier start left
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # a shared one still has what an earlier start left
     }
     interface = _interface(address)
     if interface is not None:

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import psutil
@@ -38,7 +38,7 @@ class Verdict:
     """Why all processes end, and with which exit code."""
 
     code: int
-    words: str
+    reason: str
 
 
 @dataclass(slots=True)
@@ -85,10 +85,10 @@ def judge(seen: list[Seen], timeout: float, now: float, stop_signal: int | None 
 
 
 def _hang(culprits: list[Seen], stop_signal: int | None, what: str) -> Verdict:
-    words = "; ".join(f"{one.name} {what}: {one.beat['doing']}" for one in culprits[:8])
+    reason = "; ".join(f"{one.name} {what}: {one.beat['doing']}" for one in culprits[:8])
     more = f"; and {len(culprits) - 8} more" if len(culprits) > 8 else ""
     stop_signal = stop_signal if stop_signal is not None else culprits[0].beat["stop_signal"]
-    return Verdict(HANG_CODE if stop_signal is None else 128 + stop_signal, words + more)
+    return Verdict(HANG_CODE if stop_signal is None else 128 + stop_signal, reason + more)
 
 
 class Peers:
@@ -113,7 +113,7 @@ class Peers:
     @property
     def verdict(self) -> Verdict | None:
         found = self._board["verdict"]
-        return None if found is None else Verdict(int(found["code"]), str(found["words"]))
+        return None if found is None else Verdict(**found)
 
     def exchange(self, activity: Activity, stop_signal: int | None, reported: Verdict | None) -> None:
         """Publish what this process does, the signal it got and why it ends; hear what the others say.
@@ -132,7 +132,7 @@ class Peers:
             "ticks": activity.ticks,
             "waiting": activity.waiting or activity.phase in WAITING,
             "stop_signal": stop_signal,
-            "reported": None if reported is None else {"code": reported.code, "words": reported.words},
+            "reported": None if reported is None else asdict(reported),
         }
         self._hear(beat)
         if self._store is not None:
@@ -170,7 +170,7 @@ class Peers:
         present = [one for one in self._seen.values() if one.beat["phase"] != "leaving"]
         stuck = judge(present, self._timeout, time.monotonic(), self._board["stop_signal"])
         if stuck is not None and self._board["verdict"] is None:
-            self._board["verdict"] = {"code": stuck.code, "words": stuck.words}
+            self._board["verdict"] = asdict(stuck)
         self._board["number"] = self._number
         if self._store is not None:
             self._store.set("board", json.dumps(self._board))
@@ -187,8 +187,7 @@ class Peers:
         silence, stop_signal = time.monotonic() - self._board_at, self._stop_signal
         limit = self._timeout if stop_signal is None else min(self._timeout, STOP_SECONDS)
         if silence > limit and self._board["verdict"] is None:
-            found = self.silent(silence, stop_signal)
-            self._board["verdict"] = {"code": found.code, "words": found.words}
+            self._board["verdict"] = asdict(self.silent(silence, stop_signal))
 
     def silent(self, seconds: float, stop_signal: int | None) -> Verdict:
         """The first process has not answered for so long."""

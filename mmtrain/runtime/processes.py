@@ -187,7 +187,7 @@ class Runtime:
             return json.loads(found)
         doing = self.activity.phase
         self.activity.set("waiting")
-        with self._together():  # the first process may hold the store: with it, it is gone
+        with self._together():  # the first process may serve the store, which then ends with it
             while not self._store.check([key]):
                 time.sleep(0.05)
             found = self._store.get(key)

@@ -1,7 +1,7 @@
 """Weights sharded over the processes by torch's FSDP2, for what does not fit on one device.
 
 Every process must run the same modules the same number of times: one that has fewer micro-batches, or none with an
-image, computes samples without weight (`Filled`).
+image, computes samples without weight (`WithFiller`).
 """
 
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ def own_and_total_bytes(model: Any) -> tuple[int, int]:
     return own, sum(map(num_bytes, parameters))
 
 
-class Filled:
+class WithFiller:
     """A set of samples with one more, `FILLER`, that has images if any sample has, and no supervised token."""
 
     def __init__(self, samples: StoredSamples, checked: CheckedSamples) -> None:

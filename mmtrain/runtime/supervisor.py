@@ -93,7 +93,7 @@ class Supervisor:
             if not self._exchange():
                 return not self._peers.speaks
             if self._index == 0 and time.monotonic() > end - _SILENCE_SECONDS + 3 * self._interval:
-                return False  # it holds the store: the others have had the time to read
+                return False  # it serves the store: the others have had the time to read
             if self._index and self._peers.verdict is not None:
                 return not self._peers.speaks
             time.sleep(self._interval / 4)
@@ -108,7 +108,7 @@ class Supervisor:
             if verdict is not None:
                 if verdict.code == HANG_CODE:
                     self._write_stacks()
-                error = PeerError(verdict.words)
+                error = PeerError(verdict.reason)
                 error.exit_code = verdict.code
                 return error
             if self._stop_signal is not None:
@@ -134,8 +134,8 @@ class Supervisor:
                     if silence > self._limit:
                         self._leave(self._peers.silent(silence, self._stop_signal))
                 elif silence > _SILENCE_SECONDS:
-                    words = "the first process of the run is gone"
-                    self._leave(self._peers.gone() or Verdict(PeerError.exit_code, words))
+                    reason = "the first process of the run is gone"
+                    self._leave(self._peers.gone() or Verdict(PeerError.exit_code, reason))
 
     def _on_signal(self, signum: int) -> None:
         if signum not in STOP_SIGNALS:
@@ -224,11 +224,11 @@ class Supervisor:
             self._write_stacks()
         if self._peers.speaks:
             where = f"; where each process stood is in {self._stacks}" if verdict.code == HANG_CODE else ""
-            _say(verdict.words + where)
+            _say(verdict.reason + where)
         self._reported = verdict
         linger = 3 * self._interval if self._index == 0 and not self._alone else 0.0
         end = time.monotonic() + linger
-        while self._exchange() and time.monotonic() < end:  # the first holds the store: let the others read
+        while self._exchange() and time.monotonic() < end:  # the first serves the store: let the others read
             time.sleep(self._interval / 4)
         os._exit(verdict.code)
 
@@ -242,6 +242,6 @@ def _only_wake(signum: int, frame: FrameType | None) -> None:
     """Signals are read from the wakeup descriptor; python writes there only for signals that have a handler."""
 
 
-def _say(words: str) -> None:
+def _say(line: str) -> None:
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-    print(f"{show_cursor}mmtrain: {words}", file=sys.stderr, flush=True)
+    print(f"{show_cursor}mmtrain: {line}", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from mmtrain.dataset.samples import StoredSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.progress import Progress
 from mmtrain.runtime.device import microbatch_faults, wide
-from mmtrain.runtime.shard import Filled
+from mmtrain.runtime.shard import WithFiller
 from mmtrain.scoring.loaded_model import LoadedModel
 from mmtrain.scoring.scores import Floats, Ints, Scores
 
@@ -49,7 +49,7 @@ class Scorer:
         self._weights = np.array(weights, np.float64)
 
     def score(
-        self, loaded: LoadedModel, microbatch_tokens: int, progress: Progress, filled: Filled | None = None
+        self, loaded: LoadedModel, microbatch_tokens: int, progress: Progress, filled: WithFiller | None = None
     ) -> Scores | None:
         """Every answer's scores, each computed by one process and known to all; None where a signal asked to stop.
 
@@ -82,7 +82,7 @@ class Scorer:
         progress: Progress,
         num_columns: int,
         of_tokens: Callable[[Batch], Tensor],
-        filled: Filled | None = None,
+        filled: WithFiller | None = None,
     ) -> Floats | None:
         """(num_answers, num_columns) the sums over each answer's tokens of what `of_tokens` gives for a batch,
         (num_supervised, num_columns). Each is computed by one process and known to all; None where a signal asked to

@@ -61,6 +61,13 @@ def summary(scores: Scores) -> dict[str, Any]:
     }
 
 
+def perplexity_text(value: float, decimals: int = 4) -> str:
+    """A perplexity as it is printed: without decimals from 10,000 on, in powers of ten from 10 million on."""
+    if value < 1e4:
+        return f"{value:,.{decimals}f}"
+    return f"{value:,.0f}" if value < 1e7 else f"{value:.3e}"
+
+
 def by_source(scores: Scores, names: Sequence[str]) -> Groups:
     """The figures of each source by its name, in the order of `names`; sources of one name count as one."""
     scores = _supervised(scores)

@@ -18,7 +18,7 @@ from mmtrain.dataset.stream import Stream
 from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, LengthLimit, SampleSizes, check_samples
 from mmtrain.encoding.load import processor_of
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.errors import UserError
+from mmtrain.errors import StorageError, UserError
 from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
 from mmtrain.train.eval_sets import eval_sources, make_eval_sets
@@ -150,6 +150,8 @@ def _check_all(
         try:
             with progress.task(f"checking {name}"):
                 found.append(check(EncodingSpec.of(config, one.sources), progress=progress, choices=one.choices))
+        except StorageError:  # no fault of the data
+            raise
         except UserError as error:
             faults += error.faults
     if faults:

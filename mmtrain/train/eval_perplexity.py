@@ -4,8 +4,8 @@ from typing import Any
 
 from mmtrain.config import Config
 from mmtrain.progress import Progress
-from mmtrain.runtime.shard import Filled
-from mmtrain.scoring.statistics import summary
+from mmtrain.runtime.shard import WithFiller
+from mmtrain.scoring.statistics import perplexity_text, summary
 from mmtrain.train.eval_sets import EvalSet
 from mmtrain.train.step import Learner
 
@@ -19,7 +19,7 @@ class PerplexityEvaluation:
         self.name, self.every = eval_set.name, config.run.eval_every
         self._scorer, self._learner, self._progress = eval_set.scorer, learner, progress
         self._microbatch_tokens = config.run.microbatch_tokens
-        self._filled = Filled(eval_set.samples, eval_set.checked) if learner.sharded else None
+        self._filled = WithFiller(eval_set.samples, eval_set.checked) if learner.sharded else None
 
     def row(self, step: int) -> dict[str, Any] | None:
         """The figures; None where a signal asked to stop meanwhile."""
@@ -28,4 +28,4 @@ class PerplexityEvaluation:
 
     def line(self, row: dict[str, Any]) -> str:
         """What is printed."""
-        return f"perplexity {row['perplexity']:.4f}, token accuracy {row['token_accuracy']:.1%}"
+        return f"perplexity {perplexity_text(row['perplexity'])}, token accuracy {row['token_accuracy']:.1%}"

@@ -17,6 +17,7 @@ from mmtrain.file_locks import try_lock
 from mmtrain.records.sources.place import Place
 from mmtrain.runtime.launch import is_restart, may_write
 from mmtrain.safe_text import visible
+from mmtrain.train.metrics import METRICS
 
 BEST = "best"
 """The folder of what is exported of the best checkpoint."""
@@ -25,9 +26,8 @@ _LOCK = ".lock"
 _FINISHED = "finished.json"
 _DROPPED = "dropped.jsonl"
 _CONFIG = "config.yaml"
-_METRICS = "metrics.jsonl"
 _FOLDERS = ("checkpoints", "adapter", "model", BEST, "answers", "trackers", "stacks")
-_FILES = (_METRICS, _DROPPED, "report.html", FACTS, _FINISHED)
+_FILES = (METRICS, _DROPPED, "report.html", FACTS, _FINISHED)
 """What a run writes besides its config, and `start_over` deletes."""
 
 
@@ -65,7 +65,7 @@ def locked(output_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def reserved(config: Config, fresh: bool = False, node_rank: int = 0) -> Iterator[None]:
-    """Hold the lock of the run's directory in its first process, unless its launcher holds it already. `fresh`: delete
+    """Inside, the first process has the lock of the run's directory, unless its launcher has it. `fresh`: delete
     what an earlier run left, unless this process has been started again after a fault.
 
     Raises UserError where files of the user would be overwritten or deleted, and what `locked` and `start_over` raise.
@@ -83,7 +83,7 @@ def reserved(config: Config, fresh: bool = False, node_rank: int = 0) -> Iterato
 
 def _check_not_the_users(output_dir: Path) -> None:
     """Raises UserError where no run was in `output_dir`, and it has something that a run would write or delete."""
-    if any((output_dir / name).exists() for name in (_LOCK, _METRICS, FACTS)):
+    if any((output_dir / name).exists() for name in (_LOCK, METRICS, FACTS)):
         return
     there = [name for name in (_CONFIG, *_FOLDERS, *_FILES) if (output_dir / name).exists()]
     if there:

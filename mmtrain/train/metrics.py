@@ -3,9 +3,8 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from mmtrain.atomic_files import write_text
@@ -16,20 +15,14 @@ from mmtrain.train.trackers import Trackers
 METRICS = "metrics.jsonl"
 
 
-def _ignore(row: dict[str, Any]) -> None:
-    """Nobody else wants the rows."""
-
-
 class MetricsFile:
     """The file, a row for each step and each evaluation set; rows after the step a run resumes from are removed.
 
     Only the main process writes (`active`).
     """
 
-    def __init__(
-        self, path: Path, step: int, active: bool = True, also: Callable[[dict[str, Any]], None] = _ignore
-    ) -> None:
-        """`also` is given each row that is written."""
+    def __init__(self, path: Path, step: int, active: bool, also: Callable[[dict[str, Any]], None] | None) -> None:
+        """`also`: is called with each row that is written."""
         self._file: TextIO | None = None
         self._also = also
         if not active:
@@ -45,7 +38,8 @@ class MetricsFile:
             with storage_faults(f"{self._file.name}: a row cannot be written"):
                 self._file.write(json.dumps(row, allow_nan=False) + "\n")
                 self._file.flush()
-            self._also(row)
+            if self._also is not None:
+                self._also(row)
 
     def sync(self) -> None:
         """Flush the rows to the disk: a checkpoint relies on those before it."""
@@ -53,12 +47,7 @@ class MetricsFile:
             with storage_faults(f"{self._file.name}: it cannot be written"):
                 os.fsync(self._file.fileno())
 
-    def __enter__(self) -> "MetricsFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         if self._file is not None:
             self._file.close()
 
@@ -66,14 +55,11 @@ class MetricsFile:
 @contextmanager
 def open_metrics(config: Config, step: int, active: bool, say: Callable[[str], None]) -> Iterator[MetricsFile]:
     """The metrics of a run that resumes after `step`, whose rows also go to its trackers."""
-    trackers = Trackers(config, step, say) if active else None
     path = Path(config.run.output_dir) / METRICS
-    try:
-        with MetricsFile(path, step, active, _ignore if trackers is None else trackers.log) as metrics:
-            yield metrics
-    finally:
-        if trackers is not None:
-            trackers.close()
+    with ExitStack() as opened:
+        trackers = opened.enter_context(closing(Trackers(config, step, say))) if active else None
+        also = None if trackers is None else trackers.log
+        yield opened.enter_context(closing(MetricsFile(path, step, active, also)))
 
 
 def is_step(row: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from mmtrain import __version__
 from mmtrain.config import Config
 from mmtrain.config.yaml_file import dump_yaml
 from mmtrain.safe_text import visible
+from mmtrain.scoring.statistics import perplexity_text
 from mmtrain.train.metrics import METRICS, is_step, rows_of
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -193,9 +194,9 @@ def figure_lines(config: Config, run: Path, step: int | None = None) -> Iterator
 
 
 def _perplexity(row: dict[str, Any]) -> str:
-    low, high = row["interval"]["perplexity"]
+    value, low, high = map(perplexity_text, (row["perplexity"], *row["interval"]["perplexity"]))
     return (
-        f"- perplexity on {visible(row['eval'])}: {row['perplexity']:.4f} (95 % interval {low:.4f} to {high:.4f}), "
+        f"- perplexity on {visible(row['eval'])}: {value} (95 % interval {low} to {high}), "
         f"token accuracy {row['token_accuracy']:.1%}, {row['num_samples']:,} samples"
     )
 

@@ -48,8 +48,8 @@ class PeakMemory:
     num_tokens: int
     """Of the longest micro-batch."""
     num_images: int
-    largest_block: int = 0
-    """Of the weights of the largest repeated block, such as a layer."""
+    whole: int = 0
+    """Of weights that are whole at a time where the others are sharded."""
     kept: int = 0
     """Of activations that are kept between the two passes of a contrastive step."""
 
@@ -66,10 +66,9 @@ class PeakMemory:
         return cls(trainable=trainable, peak=max(memory.peak, update), **sizes)
 
     def sharded(self, num_processes: int) -> int:
-        """The peak where the weights, their gradients and moments are sharded over so many processes. Two blocks are
-        whole at a time: the one that is computed and the next one, which is being gathered."""
+        """The peak where the weights, their gradients and moments are sharded over so many processes."""
         state = self.weights + 3 * self.trainable
-        return self.peak - state + state // num_processes + 2 * self.largest_block
+        return self.peak - state + state // num_processes + self.whole
 
 
 def predict_peak(
@@ -98,7 +97,7 @@ def predict_peak(
             weights=weights,
             num_tokens=int(dataset.checked.num_tokens[list(longest)].sum()),
             num_images=int(dataset.train.store.num_images[list(longest)].sum()),
-            largest_block=_largest_block(learner),
+            whole=_whole_at_a_time(learner.model),
         )
 
 
@@ -147,6 +146,12 @@ def _take_step(
     train_step(learner, learner.batches(dataset.train, microbatches), num_supervised, step, max_grad_norm)
 
 
-def _largest_block(learner: Learner) -> int:
-    blocks: list[Any] = repeated_blocks(learner.model)
-    return max((sum(parameter.nbytes for parameter in block.parameters()) for block in blocks), default=0)
+def _whole_at_a_time(model: Any) -> int:
+    """Bytes of the weights outside of repeated blocks, which FSDP2 does not free between the two passes, and of two
+    blocks: the one that is computed and the next one, which is being gathered."""
+    sizes = [_num_bytes(block) for block in repeated_blocks(model)]
+    return _num_bytes(model) - sum(sizes) + 2 * max(sizes, default=0)
+
+
+def _num_bytes(module: Any) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())

@@ -14,7 +14,8 @@ from mmtrain.config.tune_section import Lora
 from mmtrain.model.tune import ComponentReport
 from mmtrain.progress import Progress, Task
 from mmtrain.runtime.shard import own_and_total_bytes
-from mmtrain.safe_text import visible
+from mmtrain.safe_text import counted, visible
+from mmtrain.scoring.statistics import perplexity_text
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.folder import BEST
 from mmtrain.train.gradients import is_exact
@@ -116,11 +117,11 @@ def end_report(run: Path) -> Iterator[str]:
     """What is printed when the run in `run` has finished."""
     found, name = summarize(run), visible(str(run))
     trained_on = f"{found.num_pairs:,} pairs" if found.num_pairs else f"{found.num_supervised:,} trained on"
-    yield f"{found.num_steps:,} steps in {duration(found.seconds)}, {found.num_tokens:,} tokens ({trained_on})"
+    yield f"{counted(found.num_steps, 'step')} in {duration(found.seconds)}, {found.num_tokens:,} tokens ({trained_on})"
     for one in found.evals:
         yield (
-            f"perplexity on {visible(one.name)}: {one.first:,.4f} before the first step, "
-            f"{one.last:,.4f} after the last, best {one.best:,.4f} after step {one.best_step:,}"
+            f"perplexity on {visible(one.name)}: {perplexity_text(one.first)} before the first step, "
+            f"{perplexity_text(one.last)} after the last, best {perplexity_text(one.best)} after step {one.best_step:,}"
         )
     for answers in found.answers:
         yield (

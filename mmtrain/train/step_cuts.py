@@ -10,7 +10,7 @@ from mmtrain.dataset.stream import Stream
 from mmtrain.dataset.validate import SampleSizes
 from mmtrain.errors import UserError
 from mmtrain.model.cost import Values
-from mmtrain.runtime.shard import Filled
+from mmtrain.runtime.shard import WithFiller
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.objective import Cut
 from mmtrain.train.step import Learner
@@ -23,7 +23,7 @@ class StepCuts:
         """`stream`: has the samples in place of the data set."""
         self._samples: Dataset | Stream = stream or dataset
         self._learner, self._settings = learner, settings
-        self._filled = Filled(dataset.train, dataset.checked) if learner.sharded else None
+        self._filled = WithFiller(dataset.train, dataset.checked) if learner.sharded else None
         self.of = functools.lru_cache(maxsize=256)(self._cut)
         """The cut of a step, counted from 1."""
 

@@ -21,7 +21,6 @@ from mmtrain.safe_text import error_line
 FOLDER = "trackers"
 _IDS = "ids.json"
 _PROJECT = "mmtrain"
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
 
 class Tracker(Protocol):
@@ -71,7 +70,7 @@ class Trackers:
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raises UserError where a library is not installed."""
-    missing = [name for name in names if importlib.util.find_spec(_PACKAGES[name]) is None]
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         extras = ",".join(missing)
         raise UserError(f'run.trackers: not installed: {", ".join(missing)}: pip install "mmtrain[{extras}]"')

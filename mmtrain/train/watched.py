@@ -11,7 +11,7 @@ from typing import Any
 from mmtrain.answers.judged import ALWAYS, JUDGED
 from mmtrain.config import Config
 from mmtrain.errors import UserError
-from mmtrain.retrieval.figures import WAYS
+from mmtrain.retrieval.figures import DIRECTIONS
 from mmtrain.retrieval.metrics import NAMES
 from mmtrain.safe_text import shown
 from mmtrain.scoring.statistics import perplexity
@@ -87,14 +87,14 @@ def figure(rows: Sequence[Row], name: str) -> float | None:
 def _direction(source: str) -> tuple[str, str]:
     """`SOURCE/image_to_text`, either of which may be missing, as the source and the direction."""
     before, _, last = source.rpartition("/")
-    return (before, last) if last in WAYS else (source, "")
+    return (before, last) if last in DIRECTIONS else (source, "")
 
 
 def _figures_of(row: Row, kind: str, way: str) -> Iterator[tuple[int, Row]]:
     """The figures of a row, each with the number of what they are means over. `way`: of retrieval the direction, empty
     for both."""
     if kind == "retrieval":
-        yield from ((row[one]["num_queries"], row[one]) for one in WAYS if one in row and way in ("", one))
+        yield from ((row[one]["num_queries"], row[one]) for one in DIRECTIONS if one in row and way in ("", one))
     else:
         yield row[_WEIGHTS[kind]], row["metrics"] if kind == "answers" else row
 

@@ -39,7 +39,6 @@ _WITHOUT_SETTINGS = [
     "glm4",
     "gpt_bigcode",
     "gpt_neox",
-    "helium",
     "hrm_text",
     "hunyuan_v1_dense",
     "llama4_text",
@@ -101,6 +100,9 @@ TEXT_ONLY = {
         pad="<|end_of_text|>",
         strings="all",
         **SPLIT,
+    ),
+    "modernbert-decoder": Family(  # its head is called `decoder`
+        templates.QWEN3_VL, CHATML, TEXT | {"model_type": "modernbert-decoder"}, bos="<|endoftext|>"
     ),
     "llama": Family(
         templates.QWEN3_VL,

@@ -10,7 +10,7 @@ from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.pair_samples import read_pairs
 from mmtrain.contrastive.relation import relate
 from mmtrain.dataset.plan import Indices, Plan
-from mmtrain.errors import UserError
+from mmtrain.errors import StorageError, UserError
 from mmtrain.progress import Progress
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
 from mmtrain.train.dataset import num_steps
@@ -95,5 +95,7 @@ def _collected(faults: list[str]) -> Iterator[None]:
     """Add the faults of a UserError raised inside."""
     try:
         yield
+    except StorageError:  # no fault of the data
+        raise
     except UserError as error:
         faults += error.faults

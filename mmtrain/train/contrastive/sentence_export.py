@@ -44,7 +44,7 @@ def add_sentence_files(
     Raises OSError.
     """
     embedder = learner.embedder
-    # several instructions have no default: whoever embeds says which
+    # of several instructions none is the default: the user names one
     prompts = {side: next(iter(own)) if len(own) == 1 else "" for side, own in dataset.train.instructions.items()}
     write_sentence_files(folder, embedder.sentence_modules, embedder.width, prompts)
     if isinstance(learner.model, PeftModel) and "image" in embedder.sentence_modules.methods:
