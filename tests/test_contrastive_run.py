@@ -337,10 +337,10 @@ def test_the_scale_stays_below_its_limit(make: Make) -> None:
 def test_a_text_that_is_too_long_is_named(make: Make, folder: Path, tmp_path: Path) -> None:
     path = folder / "long.jsonl"
     path.write_text(
-        json.dumps({"image": "0.png", "text": "red"})
-        + "\n"
-        + json.dumps({"image": "1.png", "text": "red " * 60})
-        + "\n"
+        "".join(
+            json.dumps({"image": f"{number}.png", "text": text}) + "\n"
+            for number, text in enumerate(["red", "red " * 60, "blue"])
+        )
     )
     with pytest.raises(UserError, match=r"long.jsonl:2: \d+ tokens, over the 48 allowed \(the text tower's longest"):
         train(make("long.jsonl"))

@@ -167,7 +167,10 @@ def _full(name: str, config: Config, samples: list[tuple[Encoded, Any]], proof: 
     learner, dataset, _ = _prepared(config)
     order = _cuts(learner, dataset)
     own_loss, found = step_of(learner, dataset, order, learner.packing)
-    loss, gradients = _reference(plain(name), samples)
+    model = plain(name)
+    for parameter in _frozen_by_class(model):  # transformers loads them as trainable
+        parameter.requires_grad_(False)
+    loss, gradients = _reference(model, samples)
     proof.differences["full loss"] = _off(own_loss, loss)
     proof.differences["full gradient norm"] = _off(_norm(found), _norm(gradients))
     proof.differences["full, all gradients"] = relative_l2(found, gradients)
@@ -220,6 +223,13 @@ def _reference(model: Any, samples: list[tuple[Encoded, Any]]) -> tuple[float, d
         if p.requires_grad
     }
     return total / count, gradients
+
+
+def _frozen_by_class(model: Any) -> list[nn.Parameter]:
+    """The parameters that the model's class does not train, such as counts that choose experts."""
+    with torch.device("meta"):
+        made = type(model)(model.config)
+    return [model.get_parameter(name) for name, own in made.named_parameters() if not own.requires_grad]
 
 
 def _norm(gradients: dict[str, Tensor]) -> float:
