@@ -49,7 +49,7 @@ def test_code_in_a_model_directory_is_not_run(
     ran = tmp_path / "ran"
     (text_model / "own.py").write_text(f"open({str(ran)!r}, 'w')\nfrom transformers import Qwen3Config as Own\n")
     write_config(text_model, {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}})
-    with pytest.raises(UserError, match="the model's config cannot be loaded"):
+    with pytest.raises(UserError, match="the model needs code that is in its directory"):
         load_config(str(text_model))
     assert not ran.exists()
 
