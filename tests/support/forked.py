@@ -179,6 +179,7 @@ def _code(pid: int, seconds: float, codes: dict[int, int]) -> int | None:
 
 def _become(job: dict[str, Any]) -> None:
     os.environ.update(job["env"])
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(job["stdin"], os.O_RDONLY), 0)
     os.dup2(log, 1)
