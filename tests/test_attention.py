@@ -244,6 +244,10 @@ def test_it_is_put_into_the_language_model_and_not_into_what_is_saved(tmp_path_f
     assert NAME not in (saved / "config.json").read_text()
 
 
+def with_decoder(decoder: Any) -> Any:
+    return SimpleNamespace(get_decoder=lambda: decoder, get_output_embeddings=lambda: None)
+
+
 @pytest.mark.parametrize(
     "layers", [{}, {"layer_types": None}, {"layer_types": ["full_attention", "sliding_attention"]}]
 )
@@ -251,7 +255,7 @@ def test_attention_with_a_sliding_window_or_without_is_replaced(layers: dict[str
     chosen: list[str] = []
     config = SimpleNamespace(_attn_implementation="sdpa", **layers)
     decoder = SimpleNamespace(config=config, set_attn_implementation=chosen.append)
-    assert install_attention(SimpleNamespace(get_decoder=lambda: decoder))
+    assert install_attention(with_decoder(decoder))
     assert chosen == [NAME]
 
 
@@ -260,7 +264,7 @@ def test_attention_of_other_kinds_is_left_alone() -> None:
         SimpleNamespace(_attn_implementation="eager", layer_types=None),
         SimpleNamespace(_attn_implementation="sdpa", layer_types=["full_attention", "chunked_attention"]),
     ):
-        assert not install_attention(SimpleNamespace(get_decoder=lambda config=config: SimpleNamespace(config=config)))
+        assert not install_attention(with_decoder(SimpleNamespace(config=config)))
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -263,8 +263,8 @@ def test_packing_is_what_the_config_and_the_trial_say(
     """The trial is of packed rows unless these are not wanted."""
     asked: list[Any] = []
 
-    def trial(model: Any, processor: Any, dtype: torch.dtype, packing: bool) -> RowsFound:
-        asked.append((model, processor, dtype, packing))
+    def trial(model: Any, processor: Any, dtype: torch.dtype, packing: bool, longest: int) -> RowsFound:
+        asked.append((model, processor, dtype, packing, longest))
         return RowsFound(fault, alone)
 
     monkeypatch.setattr("mmtrain.scoring.packing.try_rows", trial)
@@ -278,7 +278,8 @@ def test_packing_is_what_the_config_and_the_trial_say(
     model, processor, lines = Any, Any, list[str]()
     rows = choose_rows(model, processor, make_config("text", packing=wanted), first, lines.append)  # type: ignore[arg-type]
     assert rows == RowChoice(packs, alone)
-    assert asked == [(model, processor, torch.float32, wanted is not False)]
+    positions = 2048  # of the model, fewer than data.max_length
+    assert asked == [(model, processor, torch.float32, wanted is not False, positions)]
     assert keys == ["packing"]
     assert lines == ([] if fault is None else [f"packing: off, {fault}"])
 
