@@ -126,6 +126,7 @@ def hand_wired(folder: Path, tower: Path, language: Path, projector: str, ids: T
     return logits
 
 
+@pytest.mark.slow("models are composed")
 @pytest.mark.parametrize(("tower", "projector"), COMBINATIONS)
 @torch.no_grad()
 def test_the_forward_is_the_hand_wired_one(

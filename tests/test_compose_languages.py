@@ -92,6 +92,7 @@ def hand_wired(composed: Any, tower: Path, language: Path, ids: torch.Tensor, pi
     return logits
 
 
+@pytest.mark.slow("models are composed")
 @pytest.mark.parametrize(
     "name", [name if name == FAST else pytest.param(name, marks=pytest.mark.slow("a family")) for name in LANGUAGES]
 )

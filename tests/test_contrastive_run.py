@@ -160,6 +160,7 @@ def test_a_killed_run_keeps_the_same_best_checkpoint_and_ends_at_the_same_step(
     assert "has finished early after step 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow("several runs")
 def test_the_watched_figure_is_the_mean_over_the_searches_of_both_directions(make: Make) -> None:
     config = early(make, "retrieval/mrr")
     train(config)
@@ -290,6 +291,7 @@ def starting_from(earlier: Path, config: Config) -> Config:
     return Config.model_validate(data | {"model": data["model"] | {"adapter": str(earlier)}})
 
 
+@pytest.mark.slow("several runs")
 @pytest.mark.parametrize("sections", [FULL, pytest.param(ADAPTER, marks=pytest.mark.slow("runs of another kind"))])
 def test_a_run_starts_from_the_weights_of_an_earlier_one(
     sections: dict[str, Any], make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]

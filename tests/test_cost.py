@@ -98,6 +98,7 @@ def test_a_sample_costs_what_torch_counts(kind: str, name: str, make_config: Cal
         assert found == pytest.approx(float(costs.of(tokens, images, checked.image_token_pairs[sample])), rel=0.06)
 
 
+@pytest.mark.slow("steps are measured")
 def test_a_supervised_token_costs_what_torch_counts_in_the_head(kind: str, make_config: Callable[..., Config]) -> None:
     """Exactly: forward and backward for the input, which the chunks compute at once; and the last layer's MLP, with its
     adapters' own gradients, where a token is trained on and nowhere else."""
@@ -149,6 +150,7 @@ def implementations(model: Any) -> dict[str, str]:
     return {name: m.config._attn_implementation for name, m in model.named_modules() if hasattr(m, "config")}
 
 
+@pytest.mark.slow("steps are measured")
 def test_the_attention_to_images_is_measured(model_dirs: dict[str, Path]) -> None:
     """Worked out by hand. Qwen2.5-VL: one of 2 layers attends to the whole image, one within windows of 8 x 8 patches;
     both are 96 wide. Images have 14 and 28 patches a side: 8 + 6, and 8 + 8 + 8 + 4. LLaVA-1.5: 3 layers,

@@ -40,6 +40,7 @@ def config_of(name: str, folder: Path) -> Config:
     )
 
 
+@pytest.mark.slow("several runs")
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_that_is_resumed_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:

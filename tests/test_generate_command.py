@@ -64,6 +64,7 @@ def test_every_question_of_a_file_is_answered_once(kind: str, model_dirs: dict[s
     assert len({row["answer"] for row in rows}) > 4
 
 
+@pytest.mark.slow("several runs")
 def test_a_question_is_answered_as_in_the_file(model_dirs: dict[str, Path], tmp_path: Path) -> None:
     shutil.copyfile(IMAGE, tmp_path / "a.png")
     rows: list[dict[str, Any]] = [

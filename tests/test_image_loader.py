@@ -198,6 +198,7 @@ def test_what_is_made_ahead_is_bounded_in_bytes(size: int, ahead: int) -> None:
     made.close()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow("waits for processes")
 @pytest.mark.skipif(sys.platform != "linux", reason="the children of a process are found in /proc")
 def test_workers_end_with_the_process_that_they_work_for() -> None:
     words = "import time; from mmtrain.dataset.workers import map_in_processes; "

@@ -119,6 +119,7 @@ def test_the_ways_to_train_a_component_are_tried(
     assert re.search(reason or "", refused or "")
 
 
+@pytest.mark.slow("a model is loaded and tried")
 @pytest.mark.parametrize(
     ("name", "fault"),
     [("tiny", None), ("llava", None), ("gemma3", "in a packed row"), ("falcon_mamba", "in a packed row")],

@@ -65,6 +65,7 @@ def test_the_report_is_one_line() -> None:
     assert KernelReport(28, 0, 0, 0).line == "kernels: none fits this model"
 
 
+@pytest.mark.slow("a run")
 def test_a_run_prints_it_once(make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]) -> None:
     train(make_config("text", steps=1))
     assert capsys.readouterr().err.count("kernels: 2 of 2 layers, 9 norms") == 1

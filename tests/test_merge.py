@@ -88,6 +88,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+@pytest.mark.slow("a model is merged")
 @pytest.mark.parametrize(
     ("kind", "tune"),
     [

@@ -96,6 +96,7 @@ def measured(config: Config) -> int:
     return allocated(learner, steps)
 
 
+@pytest.mark.slow("steps are measured")
 @pytest.mark.parametrize(("name", "tune", "objective", "run", "tolerance"), CASES)
 def test_the_prediction_is_what_is_allocated(
     name: str, tune: dict[str, Any], objective: dict[str, Any], run: dict[str, Any], tolerance: float, tmp_path: Path

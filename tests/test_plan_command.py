@@ -117,6 +117,7 @@ def test_waiting_is_the_time_in_which_the_slowest_is_awaited(weights: str, expec
     assert waiting.share == pytest.approx(expected)
 
 
+@pytest.mark.slow("the memory of runs is predicted")
 def test_a_contrastive_run_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """24 pairs of 17 images and their texts; one micro-batch for each item where none may have two."""
     model, data = TOWERS["clip"](tmp_path / "clip"), write_pairs(tmp_path / "data")

@@ -115,6 +115,7 @@ def test_another_template_than_the_saved_one_is_named(model_dirs: dict[str, Path
     assert differences(saved, given) == ["model.chat_template was another one"]
 
 
+@pytest.mark.slow("a run")
 def test_evaluation_uses_the_processor_of_the_config(
     make_config: Callable[..., Config], tmp_path: Path, model_dirs: dict[str, Path]
 ) -> None:

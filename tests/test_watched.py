@@ -186,6 +186,7 @@ def test_a_killed_run_ends_early_at_the_same_step_with_the_same_bits(
     assert "has finished early after step 8 (train.early_stopping)" in capsys.readouterr().err
 
 
+@pytest.mark.slow("several runs")
 def test_a_damaged_best_checkpoint_is_said_and_the_last_one_exported(
     evaluated: None, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
