@@ -166,7 +166,7 @@ def test_no_cut_changes_the_gradients_with_dropout(tokens: int, processes: int, 
     run = {"microbatch_tokens": tokens, "graph_memory_gib": 0.0}
     assert_equal(step_of(make(**sections, run=run), processes), expected)
     without = dense(make(tune=ALL_LORA, objective={"scale": 20.0}))
-    assert abs(without[0] - expected[0]) > 1e-3 * expected[0]  # dropout does something
+    assert abs(without[0] - expected[0]) > 1e-5 * expected[0]  # dropout does something: 1e-3, and rounding 4e-7
 
 
 @pytest.mark.slow("steps under many settings")
