@@ -10,8 +10,8 @@ from typing import Any
 
 from mmtrain.records.chat import SampleError
 from mmtrain.records.json_text import parsed_value
-from mmtrain.records.record_keys import Record
-from mmtrain.records.unknown_shapes import how_to_read, renamed_turn
+from mmtrain.records.record_keys import Record, fields_text
+from mmtrain.records.unknown_shapes import choices_of, how_to_read, renamed_turn
 from mmtrain.safe_text import shown
 
 Turns = Callable[[Record], list[Record]]
@@ -52,7 +52,7 @@ def _turns_of(turn: Record, number: int) -> list[Record]:
         keys = ", ".join(shown(key, 20) for key in list(turn)[:4]) or "no keys"
         raise SampleError(f"turn {number} has {keys}, expected 'role' and 'content', or 'from' and 'value'")
     more = {key: value for key, value in turn.items() if key not in said}
-    asked = {key: more.pop(key) for key in ("image", "images") if key in more}
+    asked: Record = {key: more.pop(key) for key in ("image", "images") if key in more}
     last = list(said)[-1]
     return [
         {"role": role, "content": turn[key], **(asked if role == "user" else {}), **(more if key == last else {})}
@@ -104,7 +104,12 @@ def _alpaca(reply: str) -> Turns:
 
 
 def _one_reply(prompt: str, reply: str) -> Turns:
-    return lambda record: [*_history(record), _asked(record[prompt]), _said(_one_text(record[reply], reply))]
+    def turns(record: Record) -> list[Record]:
+        if choices_of(record, prompt, reply):
+            raise SampleError(f"the choices are not in the question: {how_to_read(record, _KEYS)}")
+        return [*_history(record), _asked(_one_text(record[prompt], prompt)), _said(_one_text(record[reply], reply))]
+
+    return turns
 
 
 def _prompt_and_completion(record: Record) -> list[Record]:
@@ -132,13 +137,13 @@ def _one_text(value: Any, key: str) -> Any:
     may stand for a class, and for an object."""
     if isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value):
         raise SampleError(
-            f"{shown(key)} has {len(value)} texts: name one with `fields` of the source: {{{key}: {key}.0}}"
+            f"{shown(key)} has {len(value)} texts: for the first, set {fields_text({key: f'{key}.0'})} of the source"
         )
     if isinstance(value, int | dict) and not isinstance(value, bool):
-        reply = "its JSON text" if isinstance(value, dict) else "the number"
+        meant = "its JSON text" if isinstance(value, dict) else "the number"
         raise SampleError(
-            f"{shown(key)} must be text, not {shown(value)}: if {reply} is the reply, set `fields` of the source: "
-            f'{{{key}: "{{{key}}}"}}'
+            f"{shown(key)} must be text, not {shown(value)}: if {meant} is meant, set "
+            f"{fields_text({key: f'{{{key}}}'})} of the source"
         )
     return value
 
@@ -191,17 +196,18 @@ SHAPES = (
     Shape("caption", ("prompt", "caption"), _one_reply("prompt", "caption")),
     Shape("caption", ("prompt", "text"), _one_reply("prompt", "text")),
 )
+_KEYS = [(shape.needs, shape.also) for shape in SHAPES]
 SHAPE_NAMES = tuple(dict.fromkeys(shape.name for shape in SHAPES))
 
 
 def recognise(record: Record) -> Shape:
     """The shape of a record, by its keys; a key with null is as one that is not there. Raises SampleError."""
-    for shape in SHAPES:
+    for shape in SHAPES if record.get("chosen") is None else ():  # which reply is meant has to be said
         if all(record.get(key) is not None for key in shape.needs):
             return shape
     given = {key: value for key, value in record.items() if value is not None}
     keys = ", ".join(shown(key, 20) for key in list(given)[:6])
-    remedy = how_to_read(given, [shape.needs for shape in SHAPES])
+    remedy = how_to_read(given, _KEYS)
     raise SampleError(f"no known format: found {keys or 'no keys with a value'}; {remedy}")
 
 
