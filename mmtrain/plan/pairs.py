@@ -78,7 +78,7 @@ def _feature_bytes(learner: ContrastiveLearner) -> float:
     if not learner.embedder.caches_images:
         return 0.0
     each = learner.model.get_input_embeddings().weight.shape[1] * learner.model.dtype.itemsize
-    return each * sum(span.num_placeholders for item in learner.items for span in item.encoded.images)
+    return float(each) * sum(span.num_placeholders for item in learner.items for span in item.encoded.images)
 
 
 def _operations(dataset: PairDataset, learner: ContrastiveLearner) -> float:

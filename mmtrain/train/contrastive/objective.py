@@ -44,6 +44,7 @@ class ContrastiveObjective:
         learner = self.learner
         yield from component_lines(learner.component_reports)
         yield self.data.summary()
+        yield from self.data.notes()
         yield weights_line(learner)
         yield from bits_lines(self._config, learner)
         yield from image_cache_lines(self._config, learner.embedder.caches_images)
