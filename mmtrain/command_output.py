@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 
-from mmtrain.atomic_files import check_writable
+from mmtrain.atomic_files import check_writable, write_text
 from mmtrain.errors import StorageError, UserError
 from mmtrain.safe_text import shown
 
@@ -41,7 +41,7 @@ def check_page(path: Path | None) -> None:
         raise UserError(f"--html {shown(path)}: that is a folder: name a file in it")
     if not os.path.isdir(path.absolute().parent):
         raise UserError(f"--html {shown(path)}: there is no folder {shown(path.absolute().parent)}: create it first")
-    if not os.path.exists(path):  # what is there, such as /dev/stdout, is written to, not replaced
+    if _is_replaced(path):
         check_writable(path, f"--html {shown(path)}")
 
 
@@ -55,6 +55,14 @@ def page_environment(*packages: str) -> Environment:
 def write_page(path: Path, page: str) -> None:
     """Write what `--html` asks for. Raises StorageError."""
     try:
-        path.write_text(page, encoding="utf-8", newline="\n")
+        if _is_replaced(path):
+            write_text(path.resolve(), page, durable=False)
+        else:
+            path.write_text(page, encoding="utf-8", newline="\n")
     except OSError as error:
         raise StorageError(f"--html {shown(path)}: it cannot be written: {error.strerror}") from None
+
+
+def _is_replaced(path: Path) -> bool:
+    """Whether `path` is a file or not there. Something else, such as /dev/stdout, is written to."""
+    return os.path.isfile(path) or not os.path.exists(path)
