@@ -3,20 +3,44 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.table import Table
 
 from mmtrain.atomic_files import check_writable, write_text
 from mmtrain.errors import StorageError, UserError
 from mmtrain.safe_text import shown
 
+_MIN_WIDTH = 80
+"""Of tables, in columns. A narrower terminal continues their rows in the next line; rich would leave columns out."""
+
+
+class _PlainConsole(Console):
+    """Prints tables without spaces at the ends of lines."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        segments = super().render(renderable, options)
+        if not isinstance(renderable, Table):
+            yield from segments
+            return
+        for line in Segment.split_lines(segments):
+            while line and not (text := line[-1].text.rstrip()):
+                line.pop()
+            if line:
+                line[-1] = line[-1]._replace(text=text)
+            yield from (*line, Segment.line())
+
 
 def plain_console(stderr: bool = False) -> Console:
     """Prints text as it is: nothing in it is read as markup or highlighted."""
-    return Console(stderr=stderr, highlight=False, emoji=False, markup=False)
+    console = _PlainConsole(stderr=stderr, highlight=False, emoji=False, markup=False)
+    console.width = max(console.width, _MIN_WIDTH)
+    return console
 
 
 def print_json(row: Any) -> None:

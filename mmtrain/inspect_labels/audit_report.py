@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmtrain.errors import grouped
-from mmtrain.safe_text import counted
+from mmtrain.safe_text import counted, visible
 
 NUM_SHOWN = 20
 """Faults of a kind that are printed."""
@@ -136,7 +136,7 @@ def print_audit(
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for path, *figures in rows:
-        table.add_row(Text(Path(path).name), *figures)
+        table.add_row(Text(visible(Path(path).name)), *figures)
     console.print(table)
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
