@@ -47,6 +47,11 @@ def stored_dtypes(directory: Path) -> set[str]:
     return {_DTYPES.get(dtype, dtype) for dtype in found if not dtype.startswith(("I", "U", "BOOL"))}
 
 
+def num_stored_bytes(directory: Path) -> int:
+    """The size of the files with the weights."""
+    return sum((directory / name).stat().st_size for name in _names(directory))
+
+
 def check_finite_files(directory: Path) -> None:
     """Raises UserError naming a weight in the files that has a value which is NaN or infinite.
 
