@@ -248,6 +248,12 @@ HINTS: dict[str, Variant] = {
         {},
         "<>Q\nA. x\nB. y | B",
     ),
+    "choices and a response": (
+        "a.jsonl",
+        text({"query": "Q", "options": ["x", "y"], "response": "A"}),
+        {},
+        "Q\nA. x\nB. y | A",
+    ),
     "AI2D": (
         "a.jsonl",
         text({"image": "a.png", "question": "Q", "options": ["x", "y"], "answer": "0"}),
@@ -359,6 +365,24 @@ REFUSED: dict[str, Variant] = {
         text({"messages": [dict(TURNS[0], images=["a.png"]), TURNS[1]], "images": ["a.png"]}),
         {},
         "both the record and a turn list images",
+    ),
+    "choices in the question": (
+        "a.jsonl",
+        text({"question": "Q\nA. x", "choices": ["x"], "answer": 0}),
+        {},
+        "if they are, set `data.ignore_fields: [choices]`",
+    ),
+    "a number after the letters": (
+        "a.jsonl",
+        text({"question": "Q", "answer": 26}),
+        {"fields": {"answer": "{answer:letter}"}},
+        "must be 0 to 25, not '26'",
+    ),
+    "choices that are no list": (
+        "a.jsonl",
+        text({"question": "Q", "choices": 5, "answer": "A"}),
+        {"fields": {"question": "{question}{choices:letters}"}},
+        "must be a list, not '5'",
     ),
     "KTO": (
         "a.jsonl",

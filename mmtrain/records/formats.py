@@ -267,7 +267,7 @@ def _image_values(record: Record) -> list[Any]:
     value = _one_of(record, _IMAGE_KEYS)
     if isinstance(value, str) and value.startswith("["):
         value = as_list(value, "images")
-    if isinstance(value, dict) and value and all(key.startswith("<") for key in value):
+    if isinstance(value, dict) and value and all(str(key).startswith("<") for key in value):
         value = list(value.values())  # by the marks that stand for them
     given = value if isinstance(value, list) else [value]
     return [image for image in given if image not in (None, "")]

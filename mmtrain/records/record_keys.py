@@ -154,9 +154,9 @@ def unknown_keys(found: Record, understood: Set[str], where: str = "") -> list[U
     if not unknown:
         return []
     return [
-        UnknownKey(key, value, where)
+        UnknownKey(str(key), value, where)  # the keys of a map in a table can be numbers
         for key, value in found.items()
-        if key in unknown and not key.endswith("_id") and not (value is None or value in ("", [], {}))
+        if key in unknown and not str(key).endswith("_id") and not (value is None or value in ("", [], {}))
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmtrain.records.chat import SampleError
 from mmtrain.records.json_text import parsed_value
-from mmtrain.records.record_keys import Record, fields_text
+from mmtrain.records.record_keys import Record, fields_text, ignored_text
 from mmtrain.records.unknown_shapes import choices_of, how_to_read, renamed_turn
 from mmtrain.safe_text import shown
 
@@ -105,8 +105,9 @@ def _alpaca(reply: str) -> Turns:
 
 def _one_reply(prompt: str, reply: str) -> Turns:
     def turns(record: Record) -> list[Record]:
-        if choices_of(record, prompt, reply):
-            raise SampleError(f"the choices are not in the question: {how_to_read(record, _KEYS)}")
+        if choices := choices_of(record):
+            how, left = how_to_read(record, _KEYS), ignored_text([choices])
+            raise SampleError(f"{shown(choices)}: if they are not in the question, {how}; if they are, set {left}")
         return [*_history(record), _asked(_one_text(record[prompt], prompt)), _said(_one_text(record[reply], reply))]
 
     return turns

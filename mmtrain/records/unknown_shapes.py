@@ -45,7 +45,10 @@ _REPLIES = (
     *("text_output", "output_text", "content"),
 )
 _CHOICES = ("choices", "options")
-_CHOSEN = ("answer", "label", "correct_choice_idx", "answer_index", "answer_idx", "correct_answer", "correct")
+_CHOSEN = (
+    *("answer", "label", "correct_choice_idx", "answer_index", "answer_idx", "correct_answer", "correct"),
+    *("response", "completion", "output"),
+)
 _READ_TOO = frozenset({"image", "images", "system", "system_prompt", "tools", "functions"})
 _MAX_DEPTH = 4
 Keys = tuple[tuple[str, ...], tuple[str, ...]]
@@ -96,20 +99,14 @@ def how_to_read(record: Record, shapes: Sequence[Keys]) -> str:
     return why_refused(record) or _GENERAL
 
 
-def choices_of(record: Record, asked: str, reply: str) -> dict[str, str] | None:
-    """The `fields` that join the choices of a question to it, None where there are none. `asked`, `reply`: columns."""
-    choices = next((key for key in _CHOICES if isinstance(record.get(key), str) or _is_texts(record.get(key))), None)
-    if choices is None:
-        return None
-    listed = f":{LETTERS}" if isinstance(record[choices], list) else ""
-    chosen = f"{{{reply}:{LETTER}}}" if listed and str(record[reply]).isdecimal() else reply
-    fields = {"question": f"{{{asked}}}\n{{{choices}{listed}}}", "answer": chosen}
-    return {key: column for key, column in fields.items() if key != column}
+def choices_of(record: Record) -> str | None:
+    """The column with the choices of a question."""
+    return next((key for key in _CHOICES if isinstance(record.get(key), str) or _is_texts(record.get(key))), None)
 
 
 def _columns(record: Record, before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """The columns of a record by their names in `fields`, those in objects after those next to them."""
-    yield from ((before + key, value) for key, value in record.items())
+    yield from ((f"{before}{key}", value) for key, value in record.items())
     for key, value in record.items() if depth < _MAX_DEPTH else ():
         if isinstance(value, dict) and not is_image(value):
             yield from _columns(value, f"{before}{key}.", depth + 1)
@@ -118,7 +115,7 @@ def _columns(record: Record, before: str = "", depth: int = 0) -> Iterator[tuple
 def _turns(columns: Record) -> _Proposal | None:
     """A column with a whole conversation."""
     for name, value in columns.items():
-        if _are_turns(value) and len(value) > 1 and renamed_turn(value[-1])["role"] not in ("user", "human"):
+        if _are_turns(value) and len(value) > 1 and renamed_turn(value[-1]).get("role") not in ("user", "human"):
             return _Proposal({"conversations": name})
     return None
 
@@ -134,9 +131,11 @@ def _known(record: Record, shapes: Sequence[Keys]) -> _Proposal | None:
 
 def _mapped(record: Record, columns: Record) -> _Proposal | None:
     """Columns with names for what is asked and the reply; None where it is not clear which is the reply."""
-    asked, chosen = _called(_ASKED, record, columns), _called(_CHOSEN, record, columns)
-    if asked and chosen and (joined := choices_of(columns, asked, chosen)):
-        return _Proposal(joined)
+    asked, chosen, choices = _called(_ASKED, record, columns), _called(_CHOSEN, record, columns), choices_of(record)
+    if asked and chosen and choices:
+        spec = f":{LETTERS}" if isinstance(record[choices], list) else ""
+        answer = f"{{{chosen}:{LETTER}}}" if spec and str(columns[chosen]).isdecimal() else chosen
+        return _Proposal({"question": f"{{{asked}}}\n{{{choices}{spec}}}", "answer": answer})
     reply = _called([name for name in _REPLIES if name != asked], record, columns)
     if reply is None:
         return None
@@ -224,7 +223,8 @@ def _by_id(record: Record) -> str | None:
 
 
 def _fetched(record: Record) -> str | None:
-    urls = (key for key, value in record.items() if key.lower().endswith("url") and str(value).startswith("http"))
+    texts = {key: value for key, value in record.items() if isinstance(value, str) and key.lower().endswith("url")}
+    urls = (key for key, value in texts.items() if value.startswith("http"))
     if _images(record) or "image" in record or "images" in record or (url := next(urls, None)) is None:
         return None
     return f"{shown(url)} is the address of an image: nothing is fetched, download the images first"
