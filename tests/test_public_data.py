@@ -378,6 +378,12 @@ REFUSED: dict[str, Variant] = {
         {"fields": {"answer": "{answer:letter}"}},
         "must be 0 to 25, not '26'",
     ),
+    "an object that JSON lacks": (
+        "a.parquet",
+        lambda: parquet({"question": "Q", "answer": {"image": b"x"}}),
+        {"fields": {"answer": "{answer}"}},
+        "the column 'answer' cannot be written as JSON",
+    ),
     "choices that are no list": (
         "a.jsonl",
         text({"question": "Q", "choices": 5, "answer": "A"}),

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,33 @@ FAULTS: dict[str, tuple[Any, str]] = {
 def test_what_is_not_understood_is_refused_by_name(name: str) -> None:
     record, words = FAULTS[name]
     assert words in refusal(record)
+
+
+_NAMES = """question answer choices options image images messages role content from value prompt completion chosen label
+data url image_url annotations annotation conversations user a.b image_id image_1 source bytes fields systemInstruction
+contents parts texts history instruction output <image_0> \x85x""".split()
+_VALUES = ["Q", "a.png", "", None, 3, 1.5, True, "<image_0>", "http://x/a.jpg", "['a']", "[{}]", b"x", "user", "\ud800"]
+
+
+def _nested(chance: random.Random, depth: int) -> Any:
+    kind = chance.randrange(12) if depth else 0
+    if kind < 5:
+        return chance.choice(_VALUES)
+    if kind < 8:
+        return [_nested(chance, depth - 1) for _ in range(chance.randrange(3))]
+    return {chance.choice(_NAMES): _nested(chance, depth - 1) for _ in range(chance.randrange(5))}
+
+
+def test_any_record_is_read_or_refused_on_one_printable_line() -> None:
+    num_refused = 0
+    for seed in range(1000):
+        chance = random.Random(seed)
+        try:
+            read_record({chance.choice(_NAMES): _nested(chance, 4) for _ in range(chance.randrange(7))})
+        except SampleError as error:
+            num_refused += 1
+            assert str(error).isprintable(), seed
+    assert num_refused > 900
 
 
 def test_a_named_shape_must_be_there() -> None:

@@ -63,7 +63,7 @@ def _turns_of(turn: Record, number: int) -> list[Record]:
 def _gemini(record: Record) -> list[Record]:
     """`contents` with `parts`, and the system text under `systemInstruction`."""
     system = record.get("systemInstruction") or record.get("system_instruction")
-    first = [{"role": "system", "parts": system["parts"] if isinstance(system, dict) else system}] if system else []
+    first = [{"role": "system", "parts": system.get("parts") if isinstance(system, dict) else system}] if system else []
     turns = []
     for turn in [*first, *_objects(record["contents"], "contents")]:
         parts = turn.get("parts")
@@ -172,8 +172,8 @@ def _objects(value: Any, key: str) -> list[Record]:
     if all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
         value = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
     turns = as_list(value, key)
-    if not all(isinstance(turn, dict) for turn in turns):
-        raise SampleError(f"{shown(key)} must be a list of objects")
+    if others := [turn for turn in turns if not isinstance(turn, dict)]:
+        raise SampleError(f"{shown(key)} must be a list of turns, each an object, not {shown(others[0])}")
     return turns
 
 

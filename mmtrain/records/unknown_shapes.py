@@ -205,7 +205,7 @@ def _from(column: str, value: Any) -> str:
     if _is_texts(value):
         return f"{column}.0"
     names = (column.rpartition(".")[2].removesuffix("s"), "value", "text")
-    own = next((name for name in names if isinstance(value, list) and name in value[0]), None)
+    own = next((name for name in names if _is_objects(value) and name in value[0]), None)
     return f"{{{column}}}" if own is None else f"{column}.0.{own}"
 
 
