@@ -98,7 +98,7 @@ RECORDS = {
     "spaces do not belong to a mark": (marked("P <image> Q", "a.png"), chat(Text("P "), Image("a.png"), Text(" Q"))),
     "marks side by side": (marked("<image><image>\n<image>", *"abc"), chat(Image("a"), Image("b"), Image("c"))),
     "marks and an empty list of no marks": (marked("Q"), chat(Text("Q"))),
-    "a list of objects": (marked("<image>Q", {"path": "a.png"}), chat(Image("a.png"), Text("Q"))),
+    "a list of turns, each an object": (marked("<image>Q", {"path": "a.png"}), chat(Image("a.png"), Text("Q"))),
     "one image for a list": (
         {"messages": [{"role": "user", "content": "<image>Q"}, SAID], "image": "a.png"},
         chat(Image("a.png"), Text("Q")),
@@ -248,7 +248,7 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
     ),
     "no turns": ({"messages": []}, ["no turns"]),
     "turns that are an object": ({"messages": {"role": "user"}}, ["'messages' must be a list"]),
-    "a turn that is a string": ({"messages": ["Q"]}, ["list of objects"]),
+    "a turn that is a string": ({"messages": ["Q"]}, ["list of turns, each an object"]),
     "conversations of null": ({"conversations": None}, ["no known format", "'conversations'"]),
     "conversations that are a text": ({"conversations": "Q"}, ["'conversations' must be a list"]),
     "no keys": ({}, ["no known format", "no keys"]),

@@ -13,6 +13,7 @@ from mmtrain.records.chat import Conversation, Image, Message, Part, Role, Sampl
 from mmtrain.records.fields import map_fields
 from mmtrain.records.formats import read_record
 from mmtrain.records.shapes import SHAPE_NAMES
+from mmtrain.records.shapes import SHAPES as SHAPE_ROWS
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 PNG = base64.b64decode(
@@ -325,9 +326,34 @@ def test_what_is_not_understood_is_refused_by_name(name: str) -> None:
     assert words in refusal(record)
 
 
-_NAMES = """question answer choices options image images messages role content from value prompt completion chosen label
-data url image_url annotations annotation conversations user a.b image_id image_1 source bytes fields systemInstruction
-contents parts texts history instruction output <image_0> \x85x""".split()
+_NAMES = [
+    *(key for shape in SHAPE_ROWS for key in shape.needs),
+    "choices",
+    "options",
+    "images",
+    "role",
+    "content",
+    "from",
+    "value",
+    "chosen",
+    "label",
+    "data",
+    "url",
+]
+_NAMES += [
+    "annotations",
+    "annotation",
+    "user",
+    "a.b",
+    "image_id",
+    "image_1",
+    "source",
+    "bytes",
+    "fields",
+    "<image_0>",
+    "\x85",
+]
+_NAMES += ["systemInstruction", "parts", "history", "image_url"]
 _VALUES = ["Q", "a.png", "", None, 3, 1.5, True, "<image_0>", "http://x/a.jpg", "['a']", "[{}]", b"x", "user", "\ud800"]
 
 
@@ -348,7 +374,8 @@ def test_any_record_is_read_or_refused_on_one_printable_line() -> None:
             read_record({chance.choice(_NAMES): _nested(chance, 4) for _ in range(chance.randrange(7))})
         except SampleError as error:
             num_refused += 1
-            assert str(error).isprintable(), seed
+            message = str(error)
+            assert message.isprintable(), seed
     assert num_refused > 900
 
 
