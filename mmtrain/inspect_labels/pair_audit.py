@@ -11,8 +11,9 @@ from rich.console import Console
 from mmtrain.config import Config
 from mmtrain.config.data_section import Source
 from mmtrain.contrastive.embedder import Embedder
-from mmtrain.contrastive.pair_samples import PairSamples, read_selected
+from mmtrain.contrastive.pair_samples import PairSamples
 from mmtrain.contrastive.relation import relate
+from mmtrain.contrastive.selected_pairs import read_selected
 from mmtrain.dataset.plan import Plan
 from mmtrain.dataset.selection import SelectedSources
 from mmtrain.dataset.validate import FaultPolicy

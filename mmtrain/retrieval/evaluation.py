@@ -12,10 +12,9 @@ from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
 from mmtrain.contrastive.embed_all import embed_all
 from mmtrain.contrastive.embedder import Embedder, EncodedItem
-from mmtrain.contrastive.pair_samples import PairSamples, read_selected
 from mmtrain.contrastive.relation import relate
+from mmtrain.contrastive.selected_pairs import read_evaluation_pairs
 from mmtrain.dataset.plan import Indices
-from mmtrain.dataset.selection import SelectedSources
 from mmtrain.errors import UserError
 from mmtrain.model.load import ANY_LENGTH
 from mmtrain.progress import Progress
@@ -49,11 +48,9 @@ class RetrievalEvaluation:
         classes: Classes | None = None,
     ) -> None:
         """`embedder` encodes the items. Raises UserError where a sample cannot be used."""
-        selected = SelectedSources.for_evaluation(config.data, sources)
-        self.samples: PairSamples = read_selected(selected, embedder, config.data, progress)
+        self.samples, self._names = read_evaluation_pairs(sources, embedder, config.data, progress)
         self._max_tokens = config.run.microbatch_tokens
         self._progress = progress
-        self._names = selected.names
         used = self.samples.used
         self.content = ItemContent.of(self.samples, used.tolist())
         self._ways = self._directions(used)

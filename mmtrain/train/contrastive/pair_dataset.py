@@ -7,8 +7,8 @@ from typing import Any
 
 from mmtrain.config import Config
 from mmtrain.contrastive.embedder import Embedder
-from mmtrain.contrastive.pair_samples import read_selected
 from mmtrain.contrastive.relation import relate
+from mmtrain.contrastive.selected_pairs import read_selected
 from mmtrain.dataset.plan import Indices, Plan
 from mmtrain.dataset.selection import SelectedSources
 from mmtrain.errors import StorageError, UserError
