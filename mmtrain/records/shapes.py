@@ -52,7 +52,7 @@ def _turns_of(turn: Record, number: int) -> list[Record]:
         keys = ", ".join(shown(key, 20) for key in list(turn)[:4]) or "no keys"
         raise SampleError(f"turn {number} has {keys}, expected 'role' and 'content', or 'from' and 'value'")
     more = {key: value for key, value in turn.items() if key not in said}
-    asked = {key: more.pop(key) for key in ("image", "images") if key in more}
+    asked: Record = {key: more.pop(key) for key in ("image", "images") if key in more}
     last = list(said)[-1]
     return [
         {"role": role, "content": turn[key], **(asked if role == "user" else {}), **(more if key == last else {})}
