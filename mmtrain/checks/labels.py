@@ -5,12 +5,12 @@ it are compared with those of inference, and the decoded labels with the text of
 """
 
 import functools
+import itertools
+import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-
-import numpy as np
 
 from mmtrain.checks.content import MARKS, image_notes, literal_specials, placed_images, unmatched_marks
 from mmtrain.checks.findings import (
@@ -39,6 +39,9 @@ from mmtrain.safe_text import shown
 _MAX_FRAMES = 4096
 _WINDOW = 8
 """Tokens before a span that are decoded with it: some tokenizers drop a space at the start of a text."""
+
+_RUNS = re.compile(rb"\x01+")
+"""Of true flags, one byte each."""
 
 _Span = tuple[int, int]
 """A run of supervised tokens: ids[start:end]."""
@@ -101,12 +104,11 @@ class Checker:
         """
         if not (labels != IGNORED).any():
             return [Finding.fault(NO_LABEL, "no token of it is trained on")]
-        found = list(_wrong_labels(ids, labels))
         folded_ids, folded, faults = fold_images(ids, labels, sizes, self._processor)
         made = self.prompts([conversation], {})[0] if prompts is None else prompts
-        spans, form = _spans(folded), form_key(conversation)
-        sample = _FoldedSample(conversation, folded_ids.tolist(), folded.tolist(), spans, made, form)
-        found += faults + self._turns(sample)
+        form = form_key(conversation)
+        sample = _FoldedSample(conversation, folded_ids.tolist(), folded.tolist(), _spans(folded), made, form)
+        found = [*_wrong_labels(ids, labels), *faults, *self._turns(sample)]
         found += unmatched_marks(conversation.messages, self._marks)
         found += literal_specials(conversation.messages, self._processor)
         found += placed_images(conversation)
@@ -219,7 +221,7 @@ class Checker:
             yield Finding.fault(NO_TEXT, f"{name}: nothing of {shown(message.text)} is trained on")
             return
         frame = self._frame(sample, turn)
-        labels = [label for span in spans for label in sample.labels[slice(*span)]]
+        labels = list(itertools.chain.from_iterable(sample.labels[start:end] for start, end in spans))
         num_end = self._num_end(labels, frame)
         has_end = num_end > 0
         if self._end_of_turn and frame.other_end and not has_end:
@@ -302,16 +304,13 @@ class Checker:
 
 
 def _wrong_labels(ids: Ids, labels: Ids) -> Iterator[Finding]:
-    if len(wrong := np.flatnonzero((labels != ids) & (labels != IGNORED))):
+    if len(wrong := ((labels != ids) & (labels != IGNORED)).nonzero()[0]):
         reason = f"{len(wrong)} labels are not the token they belong to, the first at {wrong[0]}"
         yield Finding.fault(NOT_ITSELF, reason)
 
 
 def _spans(labels: Ids) -> list[_Span]:
-    flags = np.zeros(len(labels) + 2, np.bool_)
-    flags[1:-1] = labels != IGNORED
-    borders: list[int] = np.flatnonzero(flags[1:] != flags[:-1]).tolist()
-    return list(zip(borders[::2], borders[1::2], strict=True))
+    return [match.span() for match in _RUNS.finditer((labels != IGNORED).tobytes())]
 
 
 def _normal(text: str) -> str:
