@@ -102,13 +102,17 @@ class Checker:
         are what `prompts` gives for the conversation, made if it is None. Raises SampleError if the template refuses
         the conversation, or the processor the size of an image.
         """
-        if not (labels != IGNORED).any():
+        if not (spans := _spans(labels)):
             return [Finding.fault(NO_LABEL, "no token of it is trained on")]
-        folded_ids, folded, faults = fold_images(ids, labels, sizes, self._processor)
+        own_ids, own_labels, found = ids.tolist(), labels.tolist(), list[Finding]()
+        if any(own_ids[start:end] != own_labels[start:end] for start, end in spans):
+            found.append(_wrong_labels(ids, labels))
+        if sizes or self._processor.image_token_id in own_labels:
+            ids, labels, faults = fold_images(ids, labels, sizes, self._processor)
+            own_ids, own_labels, spans = ids.tolist(), labels.tolist(), _spans(labels)
+            found += faults
         made = self.prompts([conversation], {})[0] if prompts is None else prompts
-        form = form_key(conversation)
-        sample = _FoldedSample(conversation, folded_ids.tolist(), folded.tolist(), _spans(folded), made, form)
-        found = [*_wrong_labels(ids, labels), *faults, *self._turns(sample)]
+        found += self._turns(_FoldedSample(conversation, own_ids, own_labels, spans, made, form_key(conversation)))
         found += unmatched_marks(conversation.messages, self._marks)
         found += literal_specials(conversation.messages, self._processor)
         found += placed_images(conversation)
@@ -261,9 +265,10 @@ class Checker:
         pieces = [piece for pair in zip(frame.around, [*parts, ""], strict=True) for piece in pair][:-2]
         expected, closing = _normal("".join(pieces)), frame.around[-1]
         gap = closing[: len(closing) - len(closing.lstrip())] if frame.end else ""  # some end a reply on its own line
-        has_outer_space = any(part != part.strip() for part in parts)
-        if not has_outer_space or text in (expected, expected + gap):
-            return None if text in (expected, expected + gap) else expected
+        if text in (expected, expected + gap):
+            return None
+        if all(part == part.strip() for part in parts):
+            return expected
         rest = self._after_prompt(sample, turn, len(sample.messages))
         after, closing = rest[len(text) :], frame.around[-1]
         closed = len(after) - len(after.lstrip()) == len(closing) - len(closing.lstrip())
@@ -303,10 +308,9 @@ class Checker:
         return self._frames[key]
 
 
-def _wrong_labels(ids: Ids, labels: Ids) -> Iterator[Finding]:
-    if len(wrong := ((labels != ids) & (labels != IGNORED)).nonzero()[0]):
-        reason = f"{len(wrong)} labels are not the token they belong to, the first at {wrong[0]}"
-        yield Finding.fault(NOT_ITSELF, reason)
+def _wrong_labels(ids: Ids, labels: Ids) -> Finding:
+    wrong = ((labels != ids) & (labels != IGNORED)).nonzero()[0]
+    return Finding.fault(NOT_ITSELF, f"{len(wrong)} labels are not the token they belong to, the first at {wrong[0]}")
 
 
 def _spans(labels: Ids) -> list[_Span]:

@@ -193,6 +193,7 @@ SHAPES = (
     Shape("caption", ("prompt", "caption"), _one_reply("prompt", "caption")),
     Shape("caption", ("prompt", "text"), _one_reply("prompt", "text")),
 )
+_NEEDED = frozenset(key for shape in SHAPES for key in shape.needs)
 SHAPE_NAMES = tuple(dict.fromkeys(shape.name for shape in SHAPES))
 
 
@@ -203,7 +204,7 @@ def _shape_with(keys: tuple[str, ...]) -> Shape | None:
 
 def recognise(record: Record) -> Shape:
     """The shape of a record, by its keys; a key with null is as one that is not there. Raises SampleError."""
-    shape = _shape_with(tuple([key for key, value in record.items() if value is not None]))
+    shape = _shape_with(tuple([key for key in record if key in _NEEDED and record[key] is not None]))
     if shape is not None:
         return shape
     given = {key: value for key, value in record.items() if value is not None}
