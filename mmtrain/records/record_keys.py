@@ -103,9 +103,9 @@ def unknown_keys(found: Record, understood: Set[str]) -> list[tuple[str, Any]]:
 
 
 def _unknown(found: Record, understood: Set[str]) -> list[tuple[str, Any]]:
-    unknown = found.keys() - understood - METADATA
-    if not unknown:
+    if found.keys() <= understood:
         return []
+    unknown = found.keys() - understood - METADATA
     return [
         (key, value)
         for key, value in found.items()
