@@ -204,9 +204,9 @@ def _from(column: str, value: Any) -> str:
         return column
     if _is_texts(value):
         return f"{column}.0"
-    names = (column.rpartition(".")[2].removesuffix("s"), "value", "text")
-    own = next((name for name in names if _is_objects(value) and name in value[0]), None)
-    return f"{{{column}}}" if own is None else f"{column}.0.{own}"
+    first = value[0] if isinstance(value, list) and _is_objects(value) else {}
+    own = (name for name in (column.rpartition(".")[2].removesuffix("s"), "value", "text") if name in first)
+    return next((f"{column}.0.{name}" for name in own), f"{{{column}}}")
 
 
 def _by_id(record: Record) -> str | None:
