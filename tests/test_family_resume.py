@@ -12,12 +12,9 @@ from support.builders import write_jsonl
 from support.family_reference import FAMILIES, as_rows, conversations, directory, given_template, is_usable, save_images
 from support.learning import LORA
 
-FAST = ("qwen3_vl_moe",)
-"""A family with images and experts."""
 SPLIT = ("phi4_multimodal",)
 """Families whose projector has weights next to the vision tower's modules: it takes no full training next to LoRA."""
-SLOW = pytest.mark.slow("two runs of every family of models")
-NAMES = [pytest.param(name, marks=() if name in FAST else SLOW) for name in FAMILIES if is_usable(name)]
+NAMES = [name for name in FAMILIES if is_usable(name)]
 
 
 def config_of(name: str, folder: Path) -> Config:
@@ -40,7 +37,7 @@ def config_of(name: str, folder: Path) -> Config:
     )
 
 
-@pytest.mark.slow("several runs")
+@pytest.mark.slow("two runs of every family of models")
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_that_is_resumed_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
