@@ -27,7 +27,8 @@ _SPLIT_NAMES = {
 }
 """The words in the names of files and folders that say to which split they belong, as in the library `datasets`."""
 _OTHER = """
-.jpg .jpeg .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .avif .heic .svg .ico .pdf
+.jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .mpo .avif .heic .heif .dng .svg .ico .pdf
+.mp4 .mov .aae .xmp
 .md .rst .txt .html .css .js .bib .tex .log .py .ipynb .sh .toml .cfg .ini .yaml .yml .jinja .lock
 """
 _OTHER_THINGS = frozenset(_OTHER.split())
@@ -40,6 +41,7 @@ _REMEDIES = {
     **dict.fromkeys((".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"), "unpack it"),
     ".txt": "name it .csv or .tsv if it is a table",
     ".pq": "name it .parquet",
+    **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), "docs/data.md says how to write one for images"),
 }
 """By the ending of a file that is not read, what to do."""
 _JUNK = ("thumbs.db", "desktop.ini", "__macosx")
