@@ -67,7 +67,7 @@ def find_data_files(path: str, split: str | None = None) -> list[Path]:
         images = here.is_dir() and any(file.suffix.lower() in (".jpg", ".png") for file in here.rglob("*"))
         hint = "; docs/data.md says how to write one for images" if images else ""
         raise UserError(f"{visible(path)}: there is no file of records{tried}: {_EXPECTED}{hint}")
-    wrong = [file for file in found if not _is_read(file)]
+    wrong = [file for file in found if not _is_read(file) or file.name in _INFOS]
     if wrong:
         raise UserError([f"{visible(str(file))}: not a file of records: {_remedy(file)}" for file in wrong])
     if split is not None:
@@ -81,6 +81,8 @@ def find_data_files(path: str, split: str | None = None) -> list[Path]:
 
 
 def _remedy(file: Path) -> str:
+    if file.name in _INFOS:
+        return "it describes data sets: give a file of records that it names"
     return _REMEDIES.get(file.suffix.lower(), _EXPECTED)
 
 
