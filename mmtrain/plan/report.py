@@ -53,10 +53,15 @@ def _lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     total = disk["checkpoint"] * disk["num_checkpoints"]
     each = f"{disk['num_checkpoints']} x {size_text(disk['checkpoint'])}"
     yield "disk", f"{size_text(total)} checkpoints ({each}), {size_text(disk['encoded_samples'])} encoded samples"
+    yield from image_feature_lines(disk)
+    yield from time_lines(time)
+
+
+def image_feature_lines(disk: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """How many of the features are on disk, where they are cached."""
     if disk["image_features"]:
         on_disk = size_text(disk["image_features_on_disk"])
         yield "", f"{on_disk} of {size_text(disk['image_features'])} image features (run.image_cache.disk_gib)"
-    yield from time_lines(time)
 
 
 def waiting_line(steps: Mapping[str, Any]) -> tuple[str, str]:

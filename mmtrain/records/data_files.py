@@ -42,6 +42,7 @@ _REMEDIES = {
     ".txt": "name it .csv or .tsv if it is a table",
     ".pq": "name it .parquet",
     **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), "docs/data.md says how to write one for images"),
+    **dict.fromkeys((".feather", ".ipc"), "name it .arrow"),
 }
 """By the ending of a file that is not read, what to do."""
 _JUNK = ("thumbs.db", "desktop.ini", "__macosx")

@@ -39,7 +39,7 @@ def start_report(config: Config, dataset: Dataset, learner: Learner) -> Iterator
     yield from _trial_lines(learner)
     yield weights_line(learner)
     yield from bits_lines(config, learner)
-    yield from _image_cache_lines(config, learner)
+    yield from image_cache_lines(config, learner.make_inputs.features is not None)
     yield from serving_lines(config)
 
 
@@ -134,9 +134,10 @@ def bits_lines(config: Config, learner: Trained) -> Iterator[str]:
         yield f"bits: not those of another number of processes ({why})"
 
 
-def _image_cache_lines(config: Config, learner: Learner) -> Iterator[str]:
+def image_cache_lines(config: Config, is_on: bool) -> Iterator[str]:
+    """How much of the outputs of frozen vision and projector is cached."""
     limits = config.run.image_cache
-    if learner.make_inputs.features is not None:
+    if is_on:
         yield f"image cache: on, {limits.memory_gib:g} GiB in memory and {limits.disk_gib:g} GiB on disk"
 
 
