@@ -48,6 +48,11 @@ def stored_dtypes(directory: Path) -> set[str]:
     return {_DTYPES.get(dtype, dtype) for dtype in found if not dtype.startswith(("I", "U", "BOOL"))}
 
 
+def num_stored_bytes(directory: Path) -> int:
+    """The size of the files with the weights."""
+    return sum((directory / name).stat().st_size for name in _names(directory))
+
+
 def num_stored_values(directory: Path) -> int:
     """The values of all tensors in the files. Only headers are read."""
     found = 0
