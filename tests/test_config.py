@@ -679,6 +679,13 @@ def test_an_empty_config_names_the_command_that_writes_one(tmp_path: Path, conte
     assert faults(tmp_path, content) == ["c.yaml: it is empty: expected a config, such as `mmtrain init` writes"]
 
 
+def test_a_config_of_another_tool_names_the_page_about_them_first(tmp_path: Path) -> None:
+    first, *others = faults(tmp_path, b"model_name_or_path: a\ncutoff_len: 2048\n")
+    assert first == "c.yaml: not a config of mmtrain: docs/other-tools.md shows one next to that of another tool"
+    assert any("cutoff_len: unknown key; use data.max_length" in fault for fault in others)
+    assert not any("not a config" in fault for fault in faults(tmp_path, b"model: {path: a}\ncutoff_len: 2048\n"))
+
+
 def test_an_empty_object_lacks_the_three_required_sections(tmp_path: Path) -> None:
     assert [fault.split(": ", 1)[1] for fault in faults(tmp_path, b"{}\n")] == [
         f"{section}: required, but missing" for section in ("model", "data", "run")

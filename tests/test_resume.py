@@ -153,6 +153,34 @@ def test_what_is_accepted_is_written_after_what_was_accepted_before(run: Run) ->
     assert run.said[:2] == [f"accepted: {line}" for line in lines]
 
 
+def test_what_was_moved_and_has_the_same_content_needs_no_word(run: Run) -> None:
+    hashes = {"model.weights": "a", "model.processor": "b", "data.train.0.records": "c", "data.train.images": "d"}
+    saved = run.save(hashes=hashes)
+    moved = changed(changed(run.config, "model", path="/new/model"), "data", train=[{"path": "/new/data.jsonl"}])
+    found = run.find(moved, hashes=hashes)
+    assert (found.checkpoint, found.accepted) == (saved, ())
+    assert " ".join(run.said[:-1]).count("moved: ") == 2
+    assert run.said[0].startswith("moved: data.train.0.path: was '")
+    assert run.said[0].endswith("and is '/new/data.jsonl', with the same content")
+    with pytest.raises(UserError) as refused:
+        run.find(moved, hashes=hashes | {"model.weights": "other"})
+    assert keys_of(refused.value.faults[:-1]) == ["model.path", "model.weights"]
+    with pytest.raises(UserError) as refused:
+        run.find(moved, hashes={"model.weights": "a", "model.processor": "b"})
+    assert "data.train.0.path" in keys_of(refused.value.faults)
+
+
+def test_of_several_sources_none_may_be_moved_without_a_word(run: Run) -> None:
+    """The images of two that change places have one fingerprint as before."""
+    hashes = {"data.train.0.records": "c", "data.train.1.records": "c", "data.train.images": "d"}
+    run.config = changed(run.config, "data", train=[{"path": "/a/data.jsonl"}, {"path": "/b/data.jsonl"}])
+    run.save(hashes=hashes)
+    swapped = changed(run.config, "data", train=[{"path": "/b/data.jsonl"}, {"path": "/a/data.jsonl"}])
+    with pytest.raises(UserError) as refused:
+        run.find(swapped, hashes=hashes)
+    assert keys_of(refused.value.faults[:-1]) == ["data.train.0.path", "data.train.1.path"]
+
+
 @pytest.mark.parametrize("accept", [["train.sed"], ["train.see"], ["trai"]])
 def test_accepting_a_key_that_is_none_is_refused_before_anything_else(accept: list[str], run: Run) -> None:
     """A beginning of a name is not its section."""

@@ -58,6 +58,7 @@ _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _PLAIN_KEYS = frozenset({"role", "content"})
 _SYSTEM_KEYS = ("system", "system_prompt")
 _IMAGE_KEYS = ("images", "image")
+_RECORD_KEYS = frozenset({*_SYSTEM_KEYS, *_IMAGE_KEYS, *RECORD_KEYS})
 _TURN_KEYS = frozenset({*_PLAIN_KEYS, *_TRAIN_KEYS, *_REASONING_KEYS, *TURN_KEYS, *_IMAGE_KEYS})
 _WRONG_TURN = "an image in a turn of the {}: only the user's turns can have images"
 _TEXT_TYPES = ("text", "input_text", "output_text")
@@ -82,7 +83,7 @@ def read_record(
     record = with_numbered_images(record)
     shape = recognise(record) if record_format == "auto" else named_shape(record, record_format)
     turns = shape.turns(record)
-    understood = {*shape.needs, *shape.also, *_SYSTEM_KEYS, *_IMAGE_KEYS, *RECORD_KEYS}
+    understood = _RECORD_KEYS.union(shape.needs, shape.also)
     check_keys(record, understood, turns, _TURN_KEYS)
     turns = with_calls(turns)
     images = _ImageList(record, shape.has_marks, turns, image_mark, "</img>" not in ignored)
@@ -151,8 +152,8 @@ class _ImageList:
 
     def in_text(self, text: str, role: Role) -> Iterator[Part]:
         """`text` with images in place of marks, and in a turn of the user in place of paths where none are listed."""
-        pieces = list(split_at_paths(text)) if role == "user" and self._reads_paths else [text]
-        for number, piece in enumerate(pieces):
+        has_paths = role == "user" and self._reads_paths and "<img>" in text
+        for number, piece in enumerate(split_at_paths(text) if has_paths else (text,)):
             if number % 2:
                 yield self.of_part(piece, None)
             elif self.mark is None:
@@ -202,13 +203,14 @@ def _message(turn: Record, number: int, images: _ImageList) -> Message:
             found.append(_part(piece, images))
         else:
             found += images.in_text(_text(piece, "content"), role)
-    parts = tuple(part for part in found if not isinstance(part, Text) or part.text)
+    parts = tuple([part for part in found if not isinstance(part, Text) or part.text])
     if role != "user" and any(isinstance(part, Image) for part in parts):
         raise SampleError(_WRONG_TURN.format(role))
-    if role == "assistant" and not calls and not any(isinstance(part, Text) and part.text.strip() for part in parts):
+    message = Message(role, parts)
+    if role == "assistant" and not calls and not message.text.strip():
         raise SampleError("an assistant turn without text")
     if turn.keys() <= _PLAIN_KEYS:
-        return Message(role, parts)
+        return message
     reasoning = _text(_one_of(turn, _REASONING_KEYS) or "", "the reasoning")
     _check_role(turn, number, role, {"calls": bool(calls), "reasoning": bool(reasoning)})
     name, call_id = (_text(turn.get(key) or "", key) or None for key in ("name", "tool_call_id"))
@@ -227,8 +229,8 @@ def _check_role(turn: Record, number: int, role: Role, of_assistant: dict[str, b
 def _length(conversation: Conversation) -> int:
     """The characters of its texts, calls and tools."""
     texts = [text for message in conversation.messages for text in (message.text, message.reasoning)]
-    calls = [call for message in conversation.messages for call in message.calls]
-    return sum(map(len, [*texts, *conversation.tools, *(text for one in calls for text in (one.name, one.arguments))]))
+    calls = [text for one in conversation.messages for call in one.calls for text in (call.name, call.arguments)]
+    return sum(map(len, [*texts, *calls, *conversation.tools]))
 
 
 def _weight(turn: Record, role: Role) -> float:

@@ -150,9 +150,9 @@ def why_refused(keys: Iterable[str]) -> str | None:
 
 def unknown_keys(found: Record, understood: Set[str], where: str = "") -> list[UnknownKey]:
     """The keys of `found` that are neither understood nor metadata nor empty."""
-    unknown = found.keys() - understood - METADATA
-    if not unknown:
+    if found.keys() <= understood:
         return []
+    unknown = found.keys() - understood - METADATA
     return [
         UnknownKey(str(key), value, where)  # the keys of a map in a table can be numbers
         for key, value in found.items()

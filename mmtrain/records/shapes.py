@@ -4,6 +4,7 @@ A shape is a row of `SHAPES` and one function from a record to its turns: object
 the record says of the turn. The first row whose keys a record has is its shape.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -168,9 +169,10 @@ def as_list(value: Any, key: str) -> list[Any]:
 
 def _objects(value: Any, key: str) -> list[Record]:
     """A list of objects, also as an object of lists of the same length: so `datasets` stores some."""
-    columns = list(value.values()) if isinstance(value, dict) else []
-    if all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
-        value = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    if isinstance(value, dict):
+        columns = list(value.values())
+        if all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
+            value = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
     turns = as_list(value, key)
     if others := [turn for turn in turns if not isinstance(turn, dict)]:
         raise SampleError(f"{shown(key)} must be a list of turns, each an object, not {shown(others[0])}")
@@ -197,15 +199,21 @@ SHAPES = (
     Shape("caption", ("prompt", "caption"), _one_reply("prompt", "caption")),
     Shape("caption", ("prompt", "text"), _one_reply("prompt", "text")),
 )
+_NEEDED = frozenset(key for shape in SHAPES for key in shape.needs)
 _KEYS = [(shape.needs, shape.also) for shape in SHAPES]
 SHAPE_NAMES = tuple(dict.fromkeys(shape.name for shape in SHAPES))
 
 
+@functools.lru_cache(maxsize=1024)
+def _shape_with(keys: tuple[str, ...]) -> Shape | None:
+    return next((shape for shape in SHAPES if set(keys).issuperset(shape.needs)), None)
+
+
 def recognise(record: Record) -> Shape:
     """The shape of a record, by its keys; a key with null is as one that is not there. Raises SampleError."""
-    for shape in SHAPES if record.get("chosen") is None else ():  # which reply is meant has to be said
-        if all(record.get(key) is not None for key in shape.needs):
-            return shape
+    shape = _shape_with(tuple([key for key in record if key in _NEEDED and record[key] is not None]))
+    if shape is not None and record.get("chosen") is None:  # which reply is meant has to be said
+        return shape
     given = {key: value for key, value in record.items() if value is not None}
     keys = ", ".join(shown(key, 20) for key in list(given)[:6])
     remedy = how_to_read(given, _KEYS)

@@ -120,7 +120,7 @@ def _check_all(
         except UserError as error:
             faults += error.faults
     if faults:
-        raise UserError(faults)
+        raise UserError(dict.fromkeys(faults))  # the two sides of a file that is split have the same
     return found
 
 

@@ -16,6 +16,14 @@ from mmtrain.train.checkpoint import CheckpointFolder, read_state
 from mmtrain.train.optimizer import rate_factor
 
 _LENGTH = ("train.steps", "train.epochs")
+_CONTENT_OF = {
+    "model.path": ("model.weights", "model.processor"),
+    "model.adapter": ("model.adapter.weights",),
+    "model.chat_template": ("model.template",),
+    "data.train.0.path": ("data.train.0.records", "data.train.images"),
+    "data.train.0.root": ("data.train.0.records", "data.train.images"),
+}
+"""The fingerprints of what a path names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +68,14 @@ def find_resume(
     renamed = {key.replace(".pictures", ".images"): value for key, value in state["fingerprints"].items()}
     before = _flat(state["config"]) | renamed
     changed = [key for key in _changed(before, now) if not _may_change(key, config)]
+    moved = [key for key in changed if _is_moved(key, before, now)]
+    changed = [key for key in changed if key not in moved]
     longer = _longer(state, config, num_steps)
     unaccepted = [key for key in changed if not (longer and key in _LENGTH)]
     if refused := [key for key in unaccepted if not _among(key, accept)]:
         raise UserError(_refusal(checkpoint, refused, before, now))
+    for key in moved:
+        progress.say(f"moved: {key}: {_change(key, before, now)}, with the same content")
     for key in unaccepted:
         progress.say(f"accepted: {_accepted(state, key, before, now)}")
     if longer:
@@ -118,6 +130,16 @@ def _may_change(key: str, config: Config) -> bool:
     if config.train.early_stopping is not None and _among(key, EVALUATED):
         return False
     return _among(key, (*CHANGEABLE, *MOVED))
+
+
+def _is_moved(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a path changed and its content did not. Of several sources, the fingerprint of the images does not say
+    which image is of which source."""
+    content = _CONTENT_OF.get(key, ())
+    if not content or (key.startswith("data.") and any(name.startswith("data.train.1.") for name in now)):
+        return False
+    is_same = all(before.get(name) == now.get(name) is not None for name in content)
+    return is_same and before.get(key) is not None and now.get(key) is not None
 
 
 def _accepting(keys: Sequence[str]) -> str:

@@ -42,7 +42,7 @@ class PairDataset:
             with _collected(faults), progress.task(f"checking evaluation set {name}"):
                 self.eval[name] = RetrievalEvaluation(config, [source], embedder, progress)
         if faults:
-            raise UserError(faults)
+            raise UserError(dict.fromkeys(faults))
         check_watched(config, retrieval_names({name: one.way_names for name, one in self.eval.items()}))
         self.plan = Plan.of(config, self.train.records, self.train.used)
         self.num_steps = num_steps(config.train, self.plan)
