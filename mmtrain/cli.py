@@ -163,9 +163,7 @@ def generate(
     """Ask a trained model: one question, a chat (-i), or all questions of a file (--data)."""
     from mmtrain.runtime.launch import launch_again
 
-    code = launch_again(processes)
-    if code is not None:
-        raise typer.Exit(code)
+    launch_again(processes)
     from mmtrain.generate.command import GenerateOptions
     from mmtrain.generate.command import generate as run
     from mmtrain.generate.sampling import Sampling

@@ -96,6 +96,17 @@ def storage_faults(what: str | Callable[[], str]) -> Iterator[None]:
         raise StorageError(f"{reported}: {error.strerror}; {remedy}") from None
 
 
+@contextmanager
+def collected(faults: list[str]) -> Iterator[None]:
+    """Add the faults of a UserError raised inside to `faults`. A StorageError is no fault of the data and is raised."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except UserError as error:
+        faults += error.faults
+
+
 def system_error(error: Exception) -> OSError | None:
     """The OSError in the text of an error of safetensors, `… (os error 28)`; None for any other error."""
     number = re.search(r"\(os error (\d+)\)", str(error))

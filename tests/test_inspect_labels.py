@@ -24,7 +24,8 @@ from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import StorageError, UserError
-from mmtrain.inspect_labels.command import LabelsOptions, inspect_labels
+from mmtrain.inspect_labels.command import inspect_labels
+from mmtrain.inspect_labels.options import LabelsOptions
 from mmtrain.inspect_labels.pixels import seen_pixels
 from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.inspect_labels.view import view_sample

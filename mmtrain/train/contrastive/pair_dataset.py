@@ -1,7 +1,5 @@
 """The pairs that a run is trained and evaluated on, checked before the first step."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.pair_samples import read_pairs
 from mmtrain.contrastive.relation import relate
 from mmtrain.dataset.plan import Indices, Plan
-from mmtrain.errors import StorageError, UserError
+from mmtrain.errors import UserError, collected
 from mmtrain.progress import Progress
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
 from mmtrain.train.dataset import num_steps
@@ -32,11 +30,11 @@ class PairDataset:
     def __init__(self, config: Config, embedder: Embedder, progress: Progress) -> None:
         self.template = embedder.template
         faults: list[str] = []
-        with _collected(faults), progress.task("checking train"):
+        with collected(faults), progress.task("checking train"):
             self.train = read_pairs(config.data.train, embedder, config.data, progress)
         self.eval: dict[str, RetrievalEvaluation] = {}
         for name, source in eval_sources(config).items():
-            with _collected(faults), progress.task(f"checking evaluation set {name}"):
+            with collected(faults), progress.task(f"checking evaluation set {name}"):
                 self.eval[name] = RetrievalEvaluation(config, [source], embedder, progress)
         if faults:
             raise UserError(faults)
@@ -88,14 +86,3 @@ class PairDataset:
         """For each evaluation set its files of records, and its image files."""
         sets = [one.samples for one in self.eval.values()]
         return [(list(one.records.files_of(0)), sorted(one.image_files)) for one in sets]
-
-
-@contextmanager
-def _collected(faults: list[str]) -> Iterator[None]:
-    """Add the faults of a UserError raised inside."""
-    try:
-        yield
-    except StorageError:  # no fault of the data
-        raise
-    except UserError as error:
-        faults += error.faults
