@@ -35,10 +35,25 @@ def check_writable(target: Path, name: str = "") -> None:
     try:
         with suppress(FileNotFoundError):
             target.with_name(f".{target.name}.new").lstat()  # a name that is too long, a folder that is a file
-        tempfile.TemporaryFile(dir=next(one for one in target.absolute().parents if one.exists())).close()
+        tempfile.TemporaryFile(dir=_nearest(target)).close()
     except OSError as error:
         why = f"{error.strerror}; name another path"
         raise StorageError(f"{name or visible(str(target))}: it cannot be written: {why}") from None
+
+
+def check_room(target: Path, size: int) -> None:
+    """Raises StorageError, before anything is computed, where `size` bytes at `target` do not fit on its disk."""
+    free = shutil.disk_usage(_nearest(target)).free
+    if free < size:
+        raise StorageError(
+            f"{visible(str(target))}: it needs {size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free: free space or "
+            "name another path"
+        )
+
+
+def _nearest(target: Path) -> Path:
+    """The nearest folder around `target` that is there."""
+    return next(one for one in target.absolute().parents if one.exists())
 
 
 def check_new(target: Path, kind: str) -> None:

@@ -17,7 +17,7 @@ import typer
 from mmtrain import __version__, api
 from mmtrain.config_commands import ConfigPath, KeysCommand, Overrides, config_app
 from mmtrain.data_commands import inspect_data, inspect_labels
-from mmtrain.errors import NO_ROOM, StorageError, UserError, grouped
+from mmtrain.errors import UserError, grouped, refused_by_system
 from mmtrain.eval_commands import eval_app
 from mmtrain.model_commands import compose, inspect_model, merge
 from mmtrain.run_commands import plan, report, runs
@@ -200,9 +200,7 @@ def main() -> None:
         if interrupts or isinstance(error, KeyboardInterrupt):
             print("mmtrain: interrupted", file=sys.stderr)
             sys.exit(130)
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            where = repr(error.filename) if error.filename else "standard output"
-            error = StorageError(f"{where}: {error.strerror}; free space and run the same command again")
+        error = refused_by_system(error) or error
         if not isinstance(error, UserError):
             raise
         lines = [] if error.already_reported else grouped(error.faults)

@@ -75,6 +75,9 @@ FINAL_CODES = frozenset({2, 3, 4, 6, 8, 9, *(128 + signum for signum in STOP_SIG
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """What a file system answers where a file does not fit."""
+_NO_PATH = {errno.ENAMETOOLONG, errno.ELOOP}
+_MAX_SHOWN = 80
+"""Characters of a path."""
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -105,6 +108,21 @@ def collected(faults: list[str]) -> Iterator[None]:
         raise
     except UserError as error:
         faults += error.faults
+
+
+def refused_by_system(error: Exception) -> UserError | None:
+    """What to say where the system refused room on a disk, a path or memory; None for any other error."""
+    code, file = (error.errno or 0, error.filename) if isinstance(error, OSError) else (0, None)
+    where = repr(str(file)[:_MAX_SHOWN]) if file else "standard output"
+    if code in NO_ROOM:
+        return StorageError(f"{where}: {os.strerror(code)}; free space and run the same command again")
+    if code in _NO_PATH:
+        return UserError(f"{where}: {os.strerror(code)}; name another path")
+    if isinstance(error, MemoryError) or code == errno.ENOMEM or "failed to map segment" in str(error):
+        return DeviceMemoryError(
+            "the memory of this machine is full, or limited: see `free -m`, `ulimit -v` and cgroups"
+        )
+    return None
 
 
 def system_error(error: Exception) -> OSError | None:

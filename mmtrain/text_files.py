@@ -9,7 +9,7 @@ from mmtrain.regular_files import open_regular
 from mmtrain.safe_text import one_line, shown
 
 _MAX_BYTES = 4_000_000
-NOT_UTF8 = "not UTF-8 text: save the file as UTF-8, such as with iconv -f UTF-16 -t UTF-8 or -f CP1252"
+NOT_UTF8 = "not UTF-8 text: save the file as UTF-8, such as with iconv -f UTF-16 -t UTF-8 or -f CP1252 or -f GB18030"
 
 
 def read_text(path: Path, where: str, max_bytes: int = _MAX_BYTES) -> str:

@@ -1,13 +1,15 @@
 """Files and folders are replaced as a whole, and nothing temporary stays."""
 
+import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from mmtrain.atomic_files import check_new, check_writable, replacing
-from mmtrain.command_output import check_page
-from mmtrain.errors import UserError
+from mmtrain.atomic_files import check_new, check_room, check_writable, replacing
+from mmtrain.command_output import check_page, write_page
+from mmtrain.errors import StorageError, UserError
 from mmtrain.report.command import report
 
 
@@ -78,6 +80,30 @@ def test_what_cannot_be_written_is_refused_before_the_work(
             check(Path(name))
         assert len(caught.value.faults) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_a_page_that_fails_leaves_the_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, link = tmp_path / "page.html", tmp_path / "link.html"
+    link.symlink_to(page)
+    write_page(link, "first")
+
+    def cut_off(path: Path, text: str, **options: object) -> int:
+        with path.open("w") as file:
+            file.write(text[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(StorageError, match="it cannot be written: No space left on device"):
+        write_page(link, "second")
+    assert page.read_text() == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.html", "page.html"]
+
+
+def test_a_folder_that_does_not_fit_is_refused_before_the_work(tmp_path: Path) -> None:
+    target, free = tmp_path / "new" / "folder", shutil.disk_usage(tmp_path).free
+    check_room(target, free // 2)
+    with pytest.raises(StorageError, match=r"folder: it needs [\d,.]+ MB, [\d,.]+ MB are free: free space or name"):
+        check_room(target, 2 * free)
 
 
 def test_what_can_be_written_is_not_refused_and_nothing_is_made(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import sys
 from typing import Any
 
 import pytest
+from rich.table import Table
 
-from mmtrain.command_output import print_json
+from mmtrain.command_output import plain_console, print_json
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,21 @@ def test_a_row_is_one_line_of_json(
     sys.stdout.flush()
     (line,) = written.getvalue().decode(encoding).splitlines()
     assert json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) == expected
+
+
+@pytest.mark.parametrize("columns", ["20", "200"])
+def test_a_table_keeps_its_columns_in_a_narrow_terminal_and_no_spaces_at_its_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    table = Table("source", "samples", "trained on", "faults", box=None, pad_edge=False, title="Audit")
+    table.add_row("train.jsonl", "1,200", "10,000", "3")
+    table.add_row("a", "1", "", "")
+    plain_console().print(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["source", "samples", "trained", "on", "faults"],
+        ["train.jsonl", "1,200", "10,000", "3"],
+        ["a", "1"],
+    ]
+    assert lines == [line.rstrip() for line in lines]

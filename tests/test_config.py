@@ -194,6 +194,8 @@ ONE_FAULT = [
     ("  learning_rate: 1e-3", "  learning_rate: 0", "c.yaml:23: train.learning_rate: ", ["greater than 0"]),
     ("  learning_rate: 1e-3", "  seed: 4294967296", "c.yaml:23: train.seed: ", ["4294967296"]),
     ("  hang_timeout: 60", "  keep_checkpoints: 1", "c.yaml:26: run.keep_checkpoints: ", ["2"]),
+    ("  hang_timeout: 60", "  graph_memory_gib: 1.0", "c.yaml:26: run.graph_memory_gib does not work", ["chat"]),
+    ("  max_length: 1024", "objective: {scale: 3.0}", "c.yaml:17: objective.scale is for `kind: ", ["objective.kind"]),
     ("  learning_rate: 1e-3", "  steps: 7", "c.yaml:23: ", ["'steps'", "twice"]),
     ("  learning_rate: 1e-3", "  learning_rate: *rate", "c.yaml:23: ", ["alias"]),
     ("  learning_rate: 1e-3", "  learning_rate: !rate 1", "c.yaml:23: ", ["tag", "'!rate'"]),

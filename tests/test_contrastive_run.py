@@ -394,6 +394,18 @@ def test_steps_without_negatives_are_refused(make: Make) -> None:
     train(config.model_copy(update={"objective": sigmoid}))
 
 
+def test_a_last_step_without_a_negative_is_named_at_the_start(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "step 2 of the first epoch has 1 pair and no negative, so its loss is 0"
+    train(make(train={"batch_size": 23, "steps": 1}))
+    assert words in capsys.readouterr().err
+    embedder = load_embedder(make(), Runtime("float32", device="cpu"))
+    for size, loss in ((22, "infonce"), (23, "sigmoid")):
+        config = make(
+            train={"batch_size": size}, objective={"loss": loss, "bias": -10.0 if loss == "sigmoid" else None}
+        )
+        assert not list(PairDataset(config, embedder, QUIET).notes())
+
+
 def with_template(config: Config, folder: Path) -> Config:
     """The config with a chat template of its own."""
     given = folder / "given.jinja"

@@ -19,6 +19,7 @@ from mmtrain.errors import StorageError, UserError, grouped
 from mmtrain.progress import QUIET
 from mmtrain.scoring.eval_samples import EvalSamples
 from mmtrain.train.dataset import Dataset
+from mmtrain.train.report import data_line
 from support.builders import TINY, write_jsonl
 from test_containers import parquet, png, shard
 
@@ -54,8 +55,8 @@ def test_what_is_read_is_trained_on_dropped_or_skipped(tmp_path: Path) -> None:
     assert checked.used.tolist() == [0, 4, 6]
     assert [index for index, _ in checked.dropped] == [2]
     assert [index for index, _ in checked.skipped] == [1, 3, 5]
-    assert dataset.summary().endswith(
-        "; of 7 read, 1 samples dropped as too long, 3 samples skipped because of faults, listed in dropped.jsonl"
+    assert data_line(dataset).endswith(
+        "; of 7 read, 1 sample dropped as too long, 3 samples skipped because of faults, listed in dropped.jsonl"
     )
     listed = dataset.dropped_rows()
     assert [row["place"] for row in listed] == [f"{data}:{line}" for line in (2, 3, 4, 6)]

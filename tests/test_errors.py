@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmtrain.config.schema import Config
-from mmtrain.errors import MAX_SIMILAR, StorageError, UserError, grouped, storage_faults
+from mmtrain.errors import MAX_SIMILAR, StorageError, UserError, grouped, refused_by_system, storage_faults
 from mmtrain.train.folder import locked, reserved, start_over
 from mmtrain.train.resume import _accepting
 
@@ -77,12 +77,36 @@ def test_what_the_file_system_refuses_has_its_own_remedy(code: int, remedy: str)
         raise FileNotFoundError(errno.ENOENT, "a bug of ours")
 
 
-@pytest.mark.parametrize("name", ["file", "file/run", "x" * 300, "link", "loop/run", "/proc/run", "/dev/null"])
-def test_an_output_dir_that_can_be_none_is_a_fault_of_the_config(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (OSError(errno.ENOSPC, "full", "a/b"), 4, "'a/b': No space left on device; free space and run the same"),
+        (OSError(errno.ENAMETOOLONG, "long", "x" * 300), 2, f"'{'x' * 80}': File name too long; name another path"),
+        (OSError(errno.ELOOP, "loop", "loop"), 2, "'loop': Too many levels of symbolic links; name another path"),
+        (MemoryError(), 8, "the memory of this machine is full, or limited: see `free -m`, `ulimit -v` and cgroups"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), 8, "the memory of this machine is"),
+    ],
+)
+def test_what_the_system_refuses_anywhere_is_one_line(error: Exception, code: int, line: str) -> None:
+    found = refused_by_system(error)
+    assert found is not None
+    assert found.exit_code == code
+    assert found.faults[0].startswith(line)
+    assert refused_by_system(FileNotFoundError(errno.ENOENT, "a bug of ours", "a/b")) is None
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize(
+    "name", ["file", "file/run", "x" * 300, "x/" * 3000, "link", "loop/run", "/proc/run", "/dev/null"]
+)
+def test_an_output_dir_that_can_be_none_is_a_fault_of_the_config(
+    tmp_path: Path, name: str, fresh: bool, make_config: Callable[..., Config]
+) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("file")
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(UserError, match=r"^run\.output_dir: ") as caught, locked(tmp_path / name):
+    config = make_config("text", output_dir=str(tmp_path / name))
+    with pytest.raises(UserError, match=r"^run\.output_dir: ") as caught, reserved(config, fresh):
         pytest.fail("it was made")
     assert caught.value.exit_code == 2
     assert len(caught.value.faults) == 1

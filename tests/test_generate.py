@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -21,6 +22,7 @@ from mmtrain.generate.sampling import Sampling
 from mmtrain.model.load import load_model
 from mmtrain.records.chat import Conversation
 from mmtrain.records.record_set import RecordSet
+from support.attention_models import PRETRAINED, make_text_family
 from support.builders import mixed_rows, write_jsonl
 from support.families_grid import GRID
 from support.families_text import TEXT_ONLY
@@ -129,10 +131,35 @@ def test_prompts_with_images_go_one_by_one_through_a_model_that_takes_no_more(ca
     found = generator.replies(case.prompts, sampling, seed=5)
     hook.remove()
     has_images = any(prompt.images for prompt in case.prompts)
-    assert set(rows) == {1 if has_images else len(case.prompts)}
+    assert set(rows[1:]) == {1 if has_images else len(case.prompts)}  # after the trial of the frequencies
     if has_images:
         expected = [generator.replies([prompt], sampling, seed=5 + n)[0] for n, prompt in enumerate(case.prompts)]
         assert found == expected
+
+
+def test_prompts_that_would_change_each_others_frequencies_go_one_by_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two get the replies that each gets alone, in one batch or one by one, whichever of them is tried first."""
+    path = make_text_family("phi3", tmp_path / "phi3")
+    encoder = Encoder(load_processor(str(path)))
+    model = load_model(str(path), "float32", encoder.processor)
+    noise = torch.Generator().manual_seed(2)
+    texts = [torch.randint(3, 90, (size,), generator=noise).tolist() for size in (20, PRETRAINED + 4)]
+    prompts = [Encoded(np.array(ids, np.int32), np.zeros(len(ids), np.bool_), ()) for ids in texts]
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, given: rows.append(len(given["input_ids"])), with_kwargs=True)
+    for asked in (prompts, prompts[::-1]):
+        found = Generator(model, encoder, nullcontext).replies(asked, GREEDY)
+        expected = [by_full_forwards(model, encoder, prompt, 6, frozenset()) for prompt in asked]
+        assert [list(reply.ids) for reply in found] == [
+            ids[: len(r.ids)] for ids, r in zip(expected, found, strict=True)
+        ]
+    assert set(rows) == {1}
+    generator = Generator(model, encoder, nullcontext)
+    generator.replies([prompts[0]] * 2, GREEDY)
+    assert rows[-1] == 2
+    assert f"more than {PRETRAINED} tokens with their reply go alone" in caplog.text
 
 
 def plain(reply: Reply) -> tuple[str, tuple[int, ...], bool]:

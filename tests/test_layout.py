@@ -188,12 +188,12 @@ REFUSED: dict[str, tuple[Render, list[Turn], str]] = {
     "an image left out": (
         lambda messages: plain(messages).replace("<image>", ""),
         [("user", [IMAGE, "what?"]), ONE[1]],
-        r"writes 0 placeholders for 1 images",
+        r"writes 0 placeholders for 1 image",
     ),
     "an image repeated": (
         lambda messages: plain(messages).replace("<image>", "<image><image>"),
         [("user", [IMAGE, "what?"]), ONE[1]],
-        r"writes 2 placeholders for 1 images",
+        r"writes 2 placeholders for 1 image",
     ),
     "a placeholder without an image": (lambda messages: f"<image>{plain(messages)}", ONE, r"1 placeholders for 0"),
 }

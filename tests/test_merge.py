@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from mmtrain.config.schema import Config
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.images import decode
 from mmtrain.encoding.load import load_processor
-from mmtrain.errors import UserError
+from mmtrain.errors import StorageError, UserError
 from mmtrain.merge import command, stored
 from mmtrain.merge.command import merge
 from mmtrain.merge.source import find_source
@@ -246,7 +248,9 @@ def test_data_that_has_moved_is_reported(
     assert "mixed.jsonl" in shown
 
 
-def test_what_cannot_be_merged_is_refused(make_config: MakeConfig, tmp_path: Path, model_dirs: dict[str, Path]) -> None:
+def test_what_cannot_be_merged_is_refused(
+    make_config: MakeConfig, tmp_path: Path, model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = trained(make_config("text", steps=1))
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="there: it exists: give a new directory with -o"):
@@ -262,6 +266,9 @@ def test_what_cannot_be_merged_is_refused(make_config: MakeConfig, tmp_path: Pat
     (quantized / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="its weights are quantized"):
         merge(run, tmp_path / "merged", str(quantized))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(StorageError, match=r"merged: it needs [\d.]+ MB, 0\.0 MB are free: free space"):
+        merge(run, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 

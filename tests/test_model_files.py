@@ -177,6 +177,16 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(
     check_refused(directory, reason, capfd)
 
 
+@pytest.mark.parametrize("component", ["text_config", "vision_config"])
+def test_a_component_that_a_config_leaves_out_is_not_made(
+    component: str, model_dirs: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By transformers' defaults it has billions of weights, of which all would be reported as missing."""
+    directory = Path(shutil.copytree(model_dirs["llava"], tmp_path / "model"))
+    change_config(directory, **{component: None})
+    check_refused(directory, f"config.json has no {component}: by transformers' defaults the model has", capfd)
+
+
 @pytest.mark.slow("broken files of models, many of each kind")
 @pytest.mark.parametrize(
     "content",

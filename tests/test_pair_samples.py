@@ -44,7 +44,7 @@ class Words:
         except SampleError as error:
             return error
         ids = np.zeros(len(words), np.int32)
-        return EncodedItem("image" if images else "text", Encoded(ids, ids > 0, images), len(words), 1.0)
+        return EncodedItem("image" if images else "text", Encoded(ids, ids > 0, images), len(words), 1.0, 0.0)
 
 
 def read(folder: Path, records: list[Any], policy: FaultPolicy | None = None, **source: Any) -> PairSamples:

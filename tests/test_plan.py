@@ -40,6 +40,13 @@ def test_an_epoch_has_every_sample_once_and_keeps_the_last_short_step(batch_size
         assert 1 <= len(steps[-1]) <= batch_size
 
 
+def test_short_steps_are_found_wherever_they_are() -> None:
+    made = Plan([np.arange(10), np.arange(10, 17)], [1.0, 1.0], 4, 3, own={1})
+    assert made.short_steps() == [n for n in range(1, 1 + made.steps_per_epoch) if len(made.step(n)) < 4]
+    assert len(made.short_steps()) == 2
+    assert Plan([np.arange(8)], [1.0], 4, 0).short_steps() == []
+
+
 def test_the_last_step_has_what_is_left() -> None:
     made = plan([10], [1.0], 4)
     assert made.steps_per_epoch == 3

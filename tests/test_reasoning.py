@@ -31,6 +31,7 @@ from mmtrain.progress import QUIET
 from mmtrain.records.chat import Conversation, Message, SampleError, Text
 from mmtrain.records.reasoning import split_reasoning, without_reasoning
 from mmtrain.train.dataset import Dataset
+from mmtrain.train.report import data_line
 from support.builders import write_jsonl
 from support.label_models import OTHER_TEMPLATES, TEMPLATES, make_directory
 from support.learning import learner_for, relative_l2, step_of
@@ -275,7 +276,7 @@ def dataset_of(config: Config) -> Dataset:
 
 def test_sequences_are_the_samples_of_a_run(config: Config) -> None:
     dataset = dataset_of(config)
-    assert dataset.summary().startswith("3 conversations gave 4 sequences, 0 images, ")
+    assert data_line(dataset).startswith("3 conversations gave 4 sequences, 0 images, ")
     assert [dataset.train.records.record(index) for index in range(4)] == [0, 0, 1, 2]
     assert [dataset.train.records.turn(index) for index in range(4)] == [1, 3, None, None]
     assert [dataset.train.place(index).line for index in range(4)] == [1, 1, 2, 3]
@@ -292,7 +293,7 @@ def test_sequences_are_the_samples_of_a_run(config: Config) -> None:
 def test_reasoning_is_dropped_where_the_config_says_so(config: Config) -> None:
     labels = config.labels.model_copy(update={"reasoning": "drop"})
     dataset = dataset_of(config.model_copy(update={"labels": labels}))
-    assert dataset.summary().startswith("3 samples, ")
+    assert data_line(dataset).startswith("3 samples, ")
     first = dataset.train.encoded(0)
     decode = dataset.encoder.processor.tokenizer.decode
     assert decode(first.ids[first.supervised].tolist()) == "one<|im_end|><think>\n\n</think>\n\ntwo<|im_end|>"

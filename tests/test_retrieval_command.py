@@ -1,6 +1,7 @@
 """`mmtrain eval retrieval`, from a config to its figures, its page and its refusals."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,19 @@ def test_a_model_that_was_saved_whole_is_compared_with_the_base_model(clip: Path
     assert found["base"]["mrr"] == base["mrr"]
     assert found["mrr"] != base["mrr"]
     assert found["minus_base"]["mrr"] == pytest.approx(found["mrr"] - base["mrr"])
+
+
+def test_a_model_that_was_saved_whole_gets_the_processor_of_the_config(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(clip, tmp_path, write_pairs(tmp_path, captioned()))
+    base = retrieval_figures(config, RetrievalOptions())[0]
+    saved = Path(shutil.copytree(clip, tmp_path / "run" / "model")) / "preprocessor_config.json"
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"image_mean": [9.0, 9.0, 9.0]}))
+    found = retrieval_figures(config, RetrievalOptions(adapter=tmp_path / "run"))[0]
+    assert found == base
+    words = "was trained with another processor, and the config's is used: model.image_processor.image_mean"
+    assert words in capsys.readouterr().err
 
 
 def command(config: Config, folder: Path, *words: str) -> Any:

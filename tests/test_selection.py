@@ -22,6 +22,7 @@ from mmtrain.progress import QUIET
 from mmtrain.scoring.eval_samples import EvalSamples
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.fingerprint import fingerprints
+from mmtrain.train.report import data_line
 from support.builders import TINY, write_jsonl
 
 Row = dict[str, Any]
@@ -73,7 +74,7 @@ def test_a_duplicate_has_the_same_tokens_and_the_same_image_bytes(tmp_path: Path
         (2, f"the same as {data}:1 (data.dedup)"),
         (6, f"the same as {data}:4 (data.dedup)"),
     ]
-    assert "of 8 read, 2 samples duplicates, listed in dropped.jsonl" in dataset.summary()
+    assert "of 8 read, 2 samples left out as duplicates, listed in dropped.jsonl" in data_line(dataset)
     assert dataset.checked.num_images == 6
 
 
@@ -99,7 +100,7 @@ def test_max_samples_is_a_random_choice_that_stays_the_same(tmp_path: Path) -> N
     with_more = read(more, train={"max_samples": 20}).checked.used.tolist()
     assert len(set(chosen) & set(with_more)) >= 15  # a sixth more data replaces about as many
     assert read(few, train={"max_samples": 50}).checked.used.tolist() == list(range(50))
-    assert "30 samples over max_samples" in read(few, train={"max_samples": 20}).summary()
+    assert "30 samples over max_samples" in data_line(read(few, train={"max_samples": 20}))
 
 
 def test_each_source_has_its_own_maximum(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_held_out_samples_are_not_trained_on_and_none_is_lost(tmp_path: Path) ->
     assert len(training | held_out) == 200
     assert 40 <= len(held_out) <= 80
     dataset = read(data, eval=HELD_OUT)
-    assert f"{len(held_out)} samples held out for evaluation" in dataset.summary()
+    assert f"{len(held_out)} samples held out for evaluation" in data_line(dataset)
     assert dataset.eval[0].name == "held-out"
     trained = {index for step in range(1, dataset.plan.steps_per_epoch + 1) for index in dataset.plan.step(step)}
     assert trained == set(dataset.checked.used.tolist())
@@ -200,7 +201,7 @@ def test_the_commands_choose_as_training_does_where_samples_are_left_out(tmp_pat
 
 def test_a_share_that_leaves_a_side_empty_is_refused(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "data.jsonl", [qa("word")])
-    with pytest.raises(UserError, match=r"of 1 samples that can be used none is left for (training|evaluation)"):
+    with pytest.raises(UserError, match=r"of 1 sample that can be used none is left for (training|evaluation)"):
         read(data, eval=HELD_OUT)
 
 

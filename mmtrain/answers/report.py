@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmtrain.safe_text import shortened, visible
+from mmtrain.safe_text import counted, shortened, visible
 from mmtrain.scoring.results import figure_table, say
 
 KINDS = {
@@ -25,7 +25,10 @@ _NUM_SHOWN, _NUM_ROWS = 5, 40
 def print_report(row: Mapping[str, Any], console: Console) -> None:
     """Prints what `row`, made by `figures`, has."""
     for name, source in row["sources"].items():
-        say(f"{visible(name)}: {source['metric']} ({source['reason']}), {source['num_answers']:,} answers", console)
+        say(
+            f"{visible(name)}: {source['metric']} ({source['reason']}), {counted(source['num_answers'], 'answer')}",
+            console,
+        )
         console.print(_source_table(source))
         if source["num_of_other_form"]:
             say(f"Answers not of the metric's form, which count as wrong: {source['num_of_other_form']:,}", console)

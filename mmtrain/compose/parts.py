@@ -72,6 +72,7 @@ def put_together(tower: Tower, language: Language, projector: ProjectorName, dty
     made.lm_head = language.model.get_output_embeddings()
     _check_text(made, language.model, path)
     _check_image(made, tower)
+    _check_both(made, tower, num_image_tokens(tower, projector), f"--language {path}: {type(language.model).__name__}")
     if not config.tie_word_embeddings and language.model.config.tie_word_embeddings:
         made.lm_head.weight = nn.Parameter(made.lm_head.weight.detach().clone())
     return made.eval()
@@ -131,10 +132,9 @@ def _check_text(made: Any, language: Any, path: str) -> None:
     name, alone = type(made).__name__, type(language).__name__
     if getattr(made.lm_head, "bias", None) is not None:  # the class has none, so it would be lost
         raise UserError(f"--language {path}: the head of {alone} has a bias, and that of {name} none: {_OTHER}")
-    ids = torch.arange(8)[None]
-    expected = language(input_ids=ids).logits
+    inputs = {"input_ids": torch.arange(8)[None], "use_cache": False}  # the caches of some cannot be made
     try:
-        found = made(input_ids=ids).logits
+        expected, found = language(**inputs).logits, made(**inputs).logits
     except Exception as error:  # a decoder that is called differently can raise anything
         raise UserError(f"--language {path}: {name} cannot run {alone}: {one_line(error)}: {_OTHER}") from None
     if not torch.equal(found, expected):
@@ -155,6 +155,17 @@ def _check_image(made: Any, tower: Tower) -> None:
         raise UserError(f"{layer}: {name} has no features of an image: {one_line(error)}: use another layer") from None
     if not torch.allclose(found.reshape(-1), expected.reshape(-1)):
         raise UserError(f"{layer}: {name} has other features of an image than the encoder: use another layer")
+
+
+@torch.no_grad()
+def _check_both(made: Any, tower: Tower, num_tokens: int, name: str) -> None:
+    """Raises UserError, with the `name` of the language model, unless the composed model runs an image of `num_tokens`
+    after a text: some language models need the ids of all tokens."""
+    ids = torch.tensor([[*range(8), *[made.config.image_token_id] * num_tokens]])
+    try:
+        made(input_ids=ids, pixel_values=tower.probe_pixels, use_cache=False)
+    except Exception as error:  # a decoder that takes something else can raise anything
+        raise UserError(f"{name} cannot run an image's features: {one_line(error)}: {_OTHER}") from None
 
 
 def make_processor(tower: Tower, language: Language, projector: ProjectorName) -> Any:

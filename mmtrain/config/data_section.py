@@ -27,7 +27,9 @@ RecordFormat = Literal[
 ]
 
 
-_ZEROS = re.compile("(0[1-9][0-9]?)?")
+LETTERS, LETTER = "letters", "letter"
+_SPEC = re.compile(f"(0[1-9][0-9]?|{LETTERS}|{LETTER})?")
+"""After the name of a column in a template: zeros before a number; a list as `A. …`, `B. …`; a number from 0 as `A`."""
 
 
 class Source(Section):
@@ -45,7 +47,8 @@ class Source(Section):
     fields: dict[str, str] = Field(default={})
     """Which column of the data is which key of a record: `{image: img, question: q, answer: a}`. A value with braces
     is a template of several columns: `{prompt: "{context}\\n{question}"}`, with zeros before a number:
-    `{image: "{image_id:012}.jpg"}`. `answers.0` is the first of a list, `body.messages` a key in an object; name the
+    `{image: "{image_id:012}.jpg"}`, and choices as letters: `{question: "{q}\\n{choices:letters}", answer:
+    "{label:letter}"}`. `answers.0` is the first of a list, `body.messages` a key in an object; name the
     rest of such a column in `ignore_fields`."""
     prompt: Annotated[str, Field(min_length=1)] | None = None
     """What the user asks in every record, for records of an image and a `caption` or `text` alone: `Describe the
@@ -69,7 +72,7 @@ class Source(Section):
         for source in fields.values():
             pieces = list(string.Formatter().parse(source))  # raises ValueError on a brace without its other
             if not source or any(
-                name == "" or conversion or not _ZEROS.fullmatch(spec or "") for _, name, spec, conversion in pieces
+                name == "" or conversion or not _SPEC.fullmatch(spec or "") for _, name, spec, conversion in pieces
             ):
                 raise ValueError('expected the name of a column, or a template such as "{context} {question}"')
         return fields

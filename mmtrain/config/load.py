@@ -43,7 +43,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        faults += [f"{_place(at, where, name)}: {_key(at)}: {why}" for at, why in schema_faults(error.errors(), data)]
+        faults += [_fault(at, why, where, name) for at, why in schema_faults(error.errors(), data)]
     faults += _missing_files(data, where, name)
     if faults:
         raise UserError(faults)
@@ -104,10 +104,20 @@ def _step(word: str, target: Any, name: str) -> str | int:
     raise UserError(f"{name}: there is no {shown(word)} in a list of {len(target)}")
 
 
+def _fault(at: KeyPath, why: str, where: dict[KeyPath, str], name: str) -> str:
+    """A fault with its place and key. What is wrong with several keys of a section, or of the config, begins with one
+    of them."""
+    section = ".".join(map(str, at))
+    begins_with_key = re.match(rf"{re.escape(section)}\.\w+" if at else r"\w+(\.\w+)*", why)
+    if begins_with_key:
+        return f"{_place(tuple(begins_with_key[0].split('.')), where, name)}: {why}"
+    return f"{_place(at, where, name)}: {_key(at)}: {why}"
+
+
 def _key(at: KeyPath) -> str:
     """A key path as printable text on one line."""
     words = (str(step) if re.fullmatch(r"[\w-]{1,40}", str(step)) else shown(step, 40) for step in at)
-    return ".".join(words) or "config"
+    return ".".join(words)
 
 
 def _place(at: KeyPath, where: dict[KeyPath, str], name: str) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from mmtrain.config import Config
 from mmtrain.contrastive.scale import Multiplier
 from mmtrain.dataset.batch import Batch
 from mmtrain.dataset.validate import LengthLimit
@@ -16,8 +17,10 @@ from mmtrain.encoding.images import Roots
 from mmtrain.errors import UserError
 from mmtrain.model.components import Components
 from mmtrain.model.family import Family
+from mmtrain.progress import Progress
 from mmtrain.records.chat import SampleError
 from mmtrain.records.pairs import Item
+from mmtrain.runtime.processes import Runtime
 
 Kind = str
 """Which of a model's computations embeds an item; only items of one kind share a micro-batch."""
@@ -32,8 +35,10 @@ class EncodedItem:
     """Its ids and images; none of its tokens is supervised."""
     row_tokens: int
     """Tokens of its row in a micro-batch, with the padding that its model needs."""
-    cost: float
-    """Multiplications that its embedding takes."""
+    text_cost: float
+    """Multiplications by the weights of the text tower or the language model."""
+    image_cost: float
+    """The same in the vision tower and the projector."""
     key: str = ""
     """The hash of its content."""
 
@@ -41,6 +46,18 @@ class EncodedItem:
     def seed(self) -> int:
         """What dropout depends on in the place of a sample's index: equal content drops the same."""
         return int(self.key[:15], 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """How often an item goes through the weights: 1 forward, 2 more backward, 0 where what they give is cached."""
+
+    text: float
+    image: float
+
+    def cost(self, item: EncodedItem) -> float:
+        """Multiplications."""
+        return self.text * item.text_cost + self.image * item.image_cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +119,15 @@ class Embedder(Protocol):
     @property
     def limit(self) -> Callable[[int], LengthLimit]:
         """The longest item: so many tokens, or fewer if the model takes fewer."""
+
+    def cache_images(self, config: Config, runtime: Runtime, progress: Progress) -> None:
+        """Have each image go through vision and projector, which are frozen, once, as chats do. `progress` says why the
+        model cannot."""
+        ...
+
+    @property
+    def caches_images(self) -> bool:
+        """Whether that is so."""
 
     def batch(self, items: Sequence[EncodedItem]) -> Batch:
         """Items of one kind as tensors on the CPU. Raises SampleError where an image does not decode."""

@@ -24,13 +24,17 @@ from mmtrain.scoring.load import load_base
 from mmtrain.scoring.packing import RowChoice, choose_rows
 
 
-def load_embedder(config: Config, runtime: Runtime, progress: Progress = QUIET) -> Embedder:
-    """The model of the config on its device, not yet frozen, with the scale and bias of `objective`.
+def load_embedder(config: Config, runtime: Runtime, progress: Progress = QUIET, weights: str | None = None) -> Embedder:
+    """The model of the config on its device, not yet frozen, with the scale and bias of `objective`. `weights`: a model
+    directory whose weights are loaded in the place of the config's; the processor stays that of the config.
 
     Raises UserError where it lacks what the config names.
     """
     is_dual = is_dual_encoder(load_config(config.model.path))
-    embedder = load_towers(config, runtime) if is_dual else load_chat_embedder(config, runtime, progress)
+    if is_dual:
+        embedder: Embedder = load_towers(config, runtime, weights)
+    else:
+        embedder = load_chat_embedder(config, runtime, progress, weights)
     settings = config.objective
     check_dims(settings.dims, embedder.width)
     embedder.scale = _chosen("scale", embedder.scale, settings.scale)
@@ -39,8 +43,8 @@ def load_embedder(config: Config, runtime: Runtime, progress: Progress = QUIET) 
     return embedder
 
 
-def load_towers(config: Config, runtime: Runtime) -> Towers:
-    """A dual encoder. Raises UserError where it does not pass its trial."""
+def load_towers(config: Config, runtime: Runtime, weights: str | None = None) -> Towers:
+    """A dual encoder; `weights` as in `load_embedder`. Raises UserError where it does not pass its trial."""
     path, pooling = config.model.path, config.objective.pooling
     if pooling != "family":
         raise UserError(f"objective.pooling: {pooling}: a dual encoder pools in its own way: set it to family")
@@ -49,7 +53,8 @@ def load_towers(config: Config, runtime: Runtime) -> Towers:
     if config.run.packing is True:
         raise UserError("run.packing: true: a dual encoder gets a row for each item: set it to auto or false")
     processor = load_tower_processor(path, config.model.image_processor)
-    model = load_base(config, None, runtime)
+    path = weights or path
+    model = load_base(with_path(config, path), None, runtime)
     try:
         towers = Towers(model, processor, runtime.autocast)
         check_vocabulary(path, processor.tokenizer, towers.word_embeddings)
@@ -58,13 +63,15 @@ def load_towers(config: Config, runtime: Runtime) -> Towers:
     return towers
 
 
-def load_chat_embedder(config: Config, runtime: Runtime, progress: Progress) -> ChatEmbedder:
-    """A model of chats. Raises UserError where it cannot be used."""
+def load_chat_embedder(
+    config: Config, runtime: Runtime, progress: Progress, weights: str | None = None
+) -> ChatEmbedder:
+    """A model of chats; `weights` as in `load_embedder`. Raises UserError where it cannot be used."""
     path, pooling = config.model.path, config.objective.pooling
     processor = processor_of(config.model)
     if pooling == "family":
         raise UserError(f"objective.pooling: family is for dual encoders, and {path} is none: set it to last or mean")
-    model = load_base(config, processor, runtime)
+    model = load_base(with_path(config, weights or path), processor, runtime)
     family = probe_family(model, processor, progress.say)
     rows = choose_rows(model, processor, config, runtime, progress.say)
     limit = functools.partial(length_limit, path)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmtrain.config import Config
 from mmtrain.contrastive.embedder import EncodedItem, Kind, SentenceModules, no_labels
 from mmtrain.contrastive.pooled_rows import PooledRows, check_pooled, find_pooled_rows
 from mmtrain.contrastive.scale import find_multipliers
@@ -23,11 +24,14 @@ from mmtrain.encoding.encode import Encoded, ImageSpan
 from mmtrain.encoding.images import Roots, decode, find_image
 from mmtrain.encoding.tower_processor import TowerProcessor
 from mmtrain.errors import UserError
+from mmtrain.model.cost import forward_products
 from mmtrain.model.family import Family
 from mmtrain.model.tower_components import TowerComponents
 from mmtrain.model.transfer import all_on_device
+from mmtrain.progress import Progress
 from mmtrain.records.chat import SampleError
 from mmtrain.records.pairs import Item
+from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import one_line
 
 _TEXTS = ("a photo of a cat", "two red circles next to a blue one")
@@ -44,6 +48,7 @@ class Towers:
     symmetric = True
     packing = False
     alone = False
+    caches_images = False
     template = None
 
     def __init__(
@@ -128,18 +133,21 @@ class Towers:
         if ids is not None:
             encoded = Encoded(np.array(ids, np.int32), no_labels(len(ids)), ())
             row = self.processor.max_length if self._pads_to_limit else len(ids)
-            return EncodedItem("text", encoded, row, self._costs["language"] * len(ids))
+            return EncodedItem("text", encoded, row, self._costs["language"] * len(ids), 0.0)
         try:
             image = find_image(item.images[0], roots)
         except SampleError as error:
             return error
         encoded = Encoded(np.zeros(0, np.int32), no_labels(0), (ImageSpan(image, 0, 0, 0),))
-        return EncodedItem("image", encoded, self._image_tokens, self._costs["vision"])
+        return EncodedItem("image", encoded, self._image_tokens, 0.0, self._costs["vision"])
 
     def limit(self, max_length: int) -> LengthLimit:
         if self.processor.max_length < max_length:
             return LengthLimit(self.processor.max_length, "the text tower's longest text")
         return LengthLimit(max_length, "data.max_length")
+
+    def cache_images(self, config: Config, runtime: Runtime, progress: Progress) -> None:
+        """Nothing is cached within a model whose embeddings of images are cached as a whole."""
 
     def batch(self, items: Sequence[EncodedItem]) -> Batch:
         seeds = [item.seed for item in items]
@@ -226,12 +234,8 @@ class Towers:
 
     def _tower_costs(self) -> dict[str, float]:
         """Multiplications by the weights of each tower: for one token of a text, and for one image."""
-        sizes = dict.fromkeys(("vision", "language"), 0.0)
-        for name, parameter in self.model.named_parameters():
-            component = self.components.component_of(name)
-            if component in sizes and parameter.ndim >= 2 and "embed" not in name:
-                sizes[component] += parameter.numel()
-        return {"language": sizes["language"], "vision": sizes["vision"] * self._image_tokens}
+        products = forward_products(self.model, self.family)
+        return {"language": products["language"], "vision": products["vision"] * self._image_tokens}
 
     def _depends_on_padding(self) -> bool:
         """Whether a text's embedding changes with the padding in its row. Such families see every text padded to the

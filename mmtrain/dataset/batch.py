@@ -53,6 +53,10 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(segment.length for segment in self.segments)
 
+    @property
+    def has_images(self) -> bool:
+        return bool(self.image_inputs or self.images)
+
     def padding_mask(self) -> Tensor:
         """(rows, length) int64: 1 at the tokens of samples, 0 at padding."""
         mask = torch.zeros_like(self.input_ids)

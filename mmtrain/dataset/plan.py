@@ -40,6 +40,7 @@ class Plan:
         self._sources = sources
         self._weights = weights
         self._seed = seed
+        self._batch_size = batch_size
         mixed = [number for number in range(len(sources)) if number not in own]
         self._groups = [group for group in (mixed, *([number] for number in sorted(own))) if group]
         sizes = [round(len(indices) * weight) for indices, weight in zip(sources, weights, strict=True)]
@@ -72,6 +73,12 @@ class Plan:
         """The numbers of at most so many steps, evenly spaced over the first epoch."""
         evenly: list[int] = np.unique(np.linspace(1, self.steps_per_epoch, number).astype(int)).tolist()
         return evenly
+
+    def short_steps(self) -> list[int]:
+        """The numbers of the steps of the first epoch that have fewer samples than `batch_size`."""
+        _, steps = self._epoch(0)
+        found: list[int] = (1 + np.flatnonzero(np.diff(self._bounds)[steps] < self._batch_size)).tolist()
+        return found
 
     def _make_epoch(self, epoch: int) -> tuple[Indices, Indices]:
         """The samples of an epoch, step by step, and the order of the steps."""

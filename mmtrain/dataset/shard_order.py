@@ -19,7 +19,7 @@ from mmtrain.records.data_files import find_data_files
 from mmtrain.records.record_set import OpenFile
 from mmtrain.records.sources.arrow import ParquetFile
 from mmtrain.records.sources.open import open_file
-from mmtrain.safe_text import visible
+from mmtrain.safe_text import counted, visible
 
 _MAX_FILES = 64
 """Files of one window: each is open while samples of the window are in use."""
@@ -124,6 +124,6 @@ def first_file(config: Config, say: Callable[[str], None]) -> Config:
         return config
     order = ShardOrder(config.data.train, config.train.seed, config.data.streaming.window)
     path, source = order.first
-    say(f"data.streaming: of {len(order):,} files only the first one is looked at, {visible(str(path))}")
+    say(f"data.streaming: of {counted(len(order), 'file')} only the first one is looked at, {visible(str(path))}")
     alone = config.data.train[source].model_copy(update={"path": str(path), "split": None})
     return config.model_copy(update={"data": config.data.model_copy(update={"train": (alone,), "streaming": None})})

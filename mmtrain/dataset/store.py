@@ -30,7 +30,7 @@ from mmtrain.errors import storage_faults
 from mmtrain.file_locks import wait_for_lock
 from mmtrain.progress import QUIET, Progress
 from mmtrain.records.record_set import RecordSet
-from mmtrain.safe_text import visible
+from mmtrain.safe_text import counted, visible
 from mmtrain.user_cache import cache_folder, remove_unused, used
 
 _VERSION = 7
@@ -48,7 +48,7 @@ def open_store(spec: EncodingSpec, records: RecordSet, processor: ChatProcessor,
         pieces = finished_pieces(folder, progress.tick)
         done = pieces[-1].num_records if pieces else 0
         if done:
-            progress.say(f"encoding resumes after {done:,} of {len(records):,} records")
+            progress.say(f"encoding resumes after {done:,} of {counted(len(records), 'record')}")
         with progress.task("encoding", len(records), done) as task:
             add_pieces(folder, pieces, encode_all(spec, records, processor, done), task.advance)
         return pieces

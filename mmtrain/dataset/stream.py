@@ -28,6 +28,7 @@ from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.records.sources.place import Place
+from mmtrain.safe_text import counted
 
 _CHUNK = 64
 """Records that are encoded at once: their images may be in memory."""
@@ -195,7 +196,7 @@ class Stream:
             "dropped as too long": found.num_dropped,
             "read ahead": found.num_used - used,
         }
-        return f"streaming: {found.num_read:,} samples read: " + ", ".join(
+        return f"streaming: {counted(found.num_read, 'sample')} read: " + ", ".join(
             f"{number:,} {what}" for what, number in numbers.items() if number
         )
 

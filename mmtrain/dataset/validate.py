@@ -20,6 +20,7 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
 from mmtrain.progress import QUIET, Progress
 from mmtrain.records.record_set import RecordSet
+from mmtrain.safe_text import counted
 
 LeftOut = tuple[int, str]
 """The index of a sample, and why it is not used."""
@@ -201,8 +202,8 @@ def _selected(samples: StoredSamples, checked: CheckedSamples, choices: Sequence
     if not len(left.used):
         side = "training" if any(choice.side is Side.TRAINING for choice in choices) else "evaluation"
         raise UserError(
-            f"data.eval: of {len(checked.used):,} samples that can be used none is left for {side}: change `share`, or "
-            "add data"
+            f"data.eval: of {counted(len(checked.used), 'sample')} that can be used none is left for {side}: "
+            "change `share`, or add data"
         )
     return left
 

@@ -1,13 +1,15 @@
 """Tokenizer and chat template beneath transformers' wrappers, which take as long again as what they wrap."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import chat_template_utils
 
 from mmtrain.encoding.messages import Render, Tools
+from mmtrain.encoding.traceable import is_traceable
+from mmtrain.encoding.traced_template import TracedTemplate
 from mmtrain.records.chat import Messages
 
 _FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}"
@@ -93,12 +95,19 @@ def renderer(tokenizer: Any, template: str | None) -> Render:
     except Exception:  # a template that does not compile: the wrapper says why
         return wrapped
 
-    def direct(messages: Messages, begun: bool, tools: Tools | None = None) -> str:
-        return str(
-            compiled.render(messages=messages, tools=tools, documents=None, add_generation_prompt=begun, **known)
-        )
+    def variables(messages: Messages, begun: bool, tools: Tools | None = None) -> dict[str, Any]:
+        return {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": begun, **known}
 
-    return direct if _outcome(direct) == _outcome(wrapped) else wrapped
+    def direct(messages: Messages, begun: bool, tools: Tools | None = None) -> str:
+        return str(compiled.render(variables(messages, begun, tools)))
+
+    def run(messages: Messages, begun: bool) -> Iterator[str]:
+        pieces: Iterator[str] = compiled.root_render_func(compiled.new_context(variables(messages, begun)))
+        return pieces
+
+    if _outcome(direct) != _outcome(wrapped):
+        return wrapped
+    return TracedTemplate(direct, run) if is_traceable(compiled.environment.parse(template)) else direct
 
 
 def _outcome(render: Render) -> list[str]:

@@ -36,6 +36,7 @@ from mmtrain.encoding.skeleton import (
 from mmtrain.encoding.stand_ins import STAND_IN, Form, numbered, stand_ins, texts_of, turn_form
 from mmtrain.records.chat import Conversation, SampleError
 from mmtrain.records.reasoning import CLOSE, OPEN
+from mmtrain.safe_text import counted
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,7 +218,7 @@ class Layout:
         check_shown(pieces, form, first)
         if num_images != len(image_turns):
             raise SampleError(
-                f"the model's chat template writes {num_images} placeholders for {len(image_turns)} images"
+                f"the model's chat template writes {num_images} placeholders for {counted(len(image_turns), 'image')}"
             )
         return pieces
 

@@ -57,7 +57,10 @@ class ComparedModels:
         self._named: dict[str, tuple[AdaptedModels, str | None]] = {BASE: (base, None)}
         self._named |= {path: (base, path) for path in found.adapters}
         for path, folder in found.complete.items():
-            own = config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
+            if config.model.quantization is not None:
+                progress.say(f"{visible(path)} was saved whole: it is not quantized, as the base model is")
+            settings = config.model.model_copy(update={"path": str(folder), "quantization": None})
+            own = config.model_copy(update={"model": settings})
             self._named[path] = (AdaptedModels(own, processor, runtime, progress, {}), None)
 
     def model(self, name: str) -> AbstractContextManager[LoadedModel]:

@@ -19,7 +19,7 @@ from mmtrain.model.named_model import NamedModel
 from mmtrain.progress import Progress
 from mmtrain.records.chat import refused_at
 from mmtrain.records.data_files import find_data_files
-from mmtrain.safe_text import visible
+from mmtrain.safe_text import counted, visible
 
 
 def answer_all(loaded: Loaded, data: Sequence[str], output: Path, batch_size: int, sampling: Sampling) -> None:
@@ -37,14 +37,14 @@ def answer_all(loaded: Loaded, data: Sequence[str], output: Path, batch_size: in
     answers = AnswersFile(output, made_with) if runtime.is_main else None
     done = frozenset(runtime.from_first("answers", lambda: sorted(answers.done if answers else ())))
     if done:
-        progress.say(f"{visible(str(output))}: {len(done):,} of {len(questions):,} answers are there")
+        progress.say(f"{visible(str(output))}: {len(done):,} of {counted(len(questions), 'answer')} are there")
     batches = [list(batch) for batch in batched(len(questions), batch_size) if not done.issuperset(batch)]
     with progress.task("answering", len(questions), len(done)) as task:
         for start in range(0, len(batches), runtime.num_processes):
             rows = _rows_of_all(loaded, sampling, questions, batches[start : start + runtime.num_processes])
             if answers is not None:
                 task.advance(answers.add(rows))
-    progress.say(f"{visible(str(output))}: {len(questions):,} answers")
+    progress.say(f"{visible(str(output))}: {counted(len(questions), 'answer')}")
 
 
 def _rows_of_all(loaded: Loaded, sampling: Sampling, questions: Questions, batches: Sequence[list[int]]) -> list[Row]:

@@ -4,7 +4,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from mmtrain.generate.prompts import trained_end
 from mmtrain.generate.sampling import Sampling
 from mmtrain.model.components import base_model
 from mmtrain.model.load import ANY_LENGTH
+from mmtrain.model.rotary_trial import length_that_changes, rotary_calls
 from mmtrain.model.transfer import on_device
 from mmtrain.safe_text import error_line
 
@@ -70,7 +71,8 @@ class Generator:
         `on_token` is called after each token of a batch; where it gives True, the replies of the batch end there.
         With `sharded` all processes must ask for as many batches, with one `max_new_tokens`, and greedily.
         `alone`: whether the model takes one prompt with images at a time; called before the first batch of several. By
-        default only where their images cannot be laid out together."""
+        default only where their images cannot be laid out together. Prompts whose length changes the rotary
+        frequencies of others (`rotary_trial`) go alone in any case."""
         self._model = base_model(model)
         self._autocast, self.max_positions, self._on_token, self._sharded = autocast, max_positions, on_token, sharded
         self._processor = encoder.processor
@@ -80,6 +82,7 @@ class Generator:
         taken = inspect.signature(self._model.forward).parameters.keys()
         self._type_keys = self._processor.type_keys & taken
         self._uses_cache = True
+        self._num_together: int | None = None
 
     @torch.no_grad()
     def replies(self, prompts: Sequence[Encoded], sampling: Sampling, seed: int | None = None) -> list[Reply]:
@@ -91,7 +94,7 @@ class Generator:
         """
         self._check_room(prompts, sampling.max_new_tokens)
         first = sampling.seed if seed is None else seed
-        if self._must_divide(prompts):
+        if self._must_divide(prompts, sampling):
             return [self.replies([own], sampling, first + n)[0] for n, own in enumerate(prompts)]
         batch = make_batch(range(len(prompts)), prompts, self._processor, packing=False)
         inputs = self._inputs(batch)
@@ -133,11 +136,25 @@ class Generator:
         with self._autocast(), _own_settings(self._model):
             return generate() if self._sharded is None else self._sharded.inside(generate), confidence
 
-    def _must_divide(self, prompts: Sequence[Encoded]) -> bool:
+    def _must_divide(self, prompts: Sequence[Encoded], sampling: Sampling) -> bool:
         """Whether these prompts go through the model one at a time. Not with sharded weights, where every process must
         run it as often: there the caller makes batches of one."""
-        has_images = any(prompt.images for prompt in prompts)
-        return self._sharded is None and len(prompts) > 1 and has_images and self._alone()
+        if self._sharded is not None or len(prompts) == 1:
+            return False
+        if self._num_together is None:
+            self._num_together = self._find_num_together(prompts[0], sampling)
+        longest = max(prompt.num_tokens for prompt in prompts) + sampling.max_new_tokens
+        return longest > self._num_together or (any(prompt.images for prompt in prompts) and self._alone())
+
+    def _find_num_together(self, prompt: Encoded, sampling: Sampling) -> int:
+        """The most tokens of a prompt with its reply that leave the rotary frequencies of the others as they are."""
+        with rotary_calls(self._model) as calls:
+            self.replies([prompt], replace(sampling, max_new_tokens=1))
+        length = length_that_changes(calls, self.max_positions)
+        if length is None:
+            return self.max_positions
+        _log.warning("generation: prompts that can get more than %d tokens with their reply go alone", length - 1)
+        return length - 1
 
     def _check_room(self, prompts: Sequence[Encoded], max_new_tokens: int) -> None:
         room = self.room_after(prompts)

@@ -17,7 +17,7 @@ from mmtrain.model.load import load_config as load_model_config
 from mmtrain.progress import Progress
 from mmtrain.records.chat import SampleError
 from mmtrain.records.record_set import RecordSet
-from mmtrain.safe_text import visible
+from mmtrain.safe_text import counted, visible
 
 _TEXT = """\
 # Written by `mmtrain init`. `mmtrain config show {output}` prints all keys, docs/config.md explains them.
@@ -35,7 +35,7 @@ data:
   max_length: {max_length}                # tokens; {length_reason}
 
 train:
-  epochs: {epochs}                       # {num_samples:,} samples: {num_steps:,} steps
+  epochs: {epochs}                       # {samples}: {steps}
   batch_size: {batch_size}                  # samples in one optimizer step
   learning_rate: 1.0e-4
   warmup_steps: {warmup_steps}
@@ -121,8 +121,8 @@ def config_text(
         max_length=max_length,
         length_reason=f"{length_reason} {found.longest:,}",
         epochs=epochs,
-        num_samples=found.num_samples,
-        num_steps=num_steps,
+        samples=counted(found.num_samples, "sample"),
+        steps=counted(num_steps, "step"),
         batch_size=batch_size,
         warmup_steps=min(20, num_steps // 10),
         output_dir=yaml_text(f"runs/{output.stem}"),

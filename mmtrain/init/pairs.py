@@ -13,7 +13,7 @@ from mmtrain.model.load import model_structure
 from mmtrain.records.chat import SampleError
 from mmtrain.records.record_set import RecordSet
 from mmtrain.runtime.device import find_device, has_bfloat16
-from mmtrain.safe_text import visible
+from mmtrain.safe_text import counted, visible
 
 NUM_READ = 200
 """Pairs of each source that are read, evenly spaced."""
@@ -34,7 +34,7 @@ data:
   train: {train}
 {evaluation}
 train:
-  epochs: {epochs}                       # {num_pairs:,} pairs: {num_steps:,} steps
+  epochs: {epochs}                       # {pairs}: {steps}
   batch_size: {batch_size}                  # pairs of a step, all compared with each other: decides the result
   learning_rate: 1.0e-4
   warmup_steps: {warmup_steps}
@@ -66,8 +66,8 @@ def pair_config_text(model: str, train: str, evaluation: str | None, output: Pat
         train=yaml_text(train),
         evaluation="" if evaluation is None else f"  eval: {yaml_text(evaluation)}\n",
         epochs=epochs,
-        num_pairs=num_pairs,
-        num_steps=num_steps,
+        pairs=counted(num_pairs, "pair"),
+        steps=counted(num_steps, "step"),
         batch_size=batch_size,
         warmup_steps=min(20, num_steps // 10),
         output_dir=yaml_text(f"runs/{output.stem}"),

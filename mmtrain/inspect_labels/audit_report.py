@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmtrain.errors import grouped
-from mmtrain.safe_text import counted
+from mmtrain.safe_text import counted, visible
 
 NUM_SHOWN = 20
 """Faults of a kind that are printed."""
@@ -104,7 +104,7 @@ class AuditReport:
 
     def _lines(self) -> Iterator[str]:
         if self.num_records < self.total("num_samples"):
-            yield f"\n{self.num_records:,} conversations gave {self.total('num_samples'):,} sequences"
+            yield f"\n{counted(self.num_records, 'conversation')} gave {counted(self.total('num_samples'), 'sequence')}"
         if self.shapes:
             yield f"\nRead as {', '.join(f'{shape} ({count:,})' for shape, count in self.shapes.most_common())}"
         if self.roles:
@@ -115,7 +115,7 @@ class AuditReport:
             yield "\nLongest samples"
         yield from (f"  {length:>9,} tokens  {place}" for length, place in self.longest)
         if self.num_duplicates:
-            yield f"\n{self.num_duplicates:,} samples are the same as an earlier one, such as"
+            yield f"\n{counted(self.num_duplicates, 'sample')} the same as an earlier one, such as"
             yield from (f"  {' = '.join(places[:3])}{' …' if len(places) > 3 else ''}" for places in self.duplicates)
         for why, count in self.left_out.items():
             yield f"\nLeft out: {count:,} {why}"
@@ -136,7 +136,7 @@ def print_audit(
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for path, *figures in rows:
-        table.add_row(Text(Path(path).name), *figures)
+        table.add_row(Text(visible(Path(path).name)), *figures)
     console.print(table)
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from mmtrain.inspect_labels.chosen import ChosenSamples, look_at
 from mmtrain.inspect_labels.options import LabelsOptions
 from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.progress import Progress
-from mmtrain.safe_text import visible
+from mmtrain.safe_text import counted, visible
 
 _NUM_SAMPLES = 3
 
@@ -33,7 +33,7 @@ def inspect_labels(config: Config, options: LabelsOptions) -> int:
         from mmtrain.inspect_labels.pixels import seen_pixels
 
         write_page(options.html, page_of_samples(chosen.views, losses, pixels=seen_pixels(chosen.processor)))
-        print(f"wrote {visible(str(options.html))}: {len(chosen.views)} samples")
+        print(f"wrote {visible(str(options.html))}: {counted(len(chosen.views), 'sample')}")
     elif options.json:
         for view in chosen.views:
             own = {} if losses is None else {"losses": losses.get(view.index, {})}

@@ -8,7 +8,7 @@ from mmtrain.command_output import print_json
 from mmtrain.inspect_model.find import ImagesFound, ModelFound, TemplateFound, find
 from mmtrain.inspect_model.trainable_components import ComponentFound
 from mmtrain.progress import Progress
-from mmtrain.safe_text import shown, visible
+from mmtrain.safe_text import counted, shown, visible
 
 _WIDTH, _LABEL = 80, 14
 
@@ -78,7 +78,7 @@ def _images(found: ImagesFound | None) -> Iterator[str]:
     for size, number in found.num_tokens.items():
         placeholders = found.num_placeholders.get(size, number)
         more = "" if placeholders == number else f", {placeholders:,} of them placeholders"
-        counts.append(f"{size}: {number}" if isinstance(number, str) else f"{size}: {number:,} tokens{more}")
+        counts.append(f"{size}: {number}" if isinstance(number, str) else f"{size}: {counted(number, 'token')}{more}")
     yield from _row("images", f"placeholder {shown(found.placeholder)}", *counts)
 
 

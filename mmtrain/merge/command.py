@@ -9,12 +9,12 @@ from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.merge.comparison import Comparison, load_compared
 from mmtrain.merge.source import find_source, samples_of_run
-from mmtrain.merge.stored import MAX_MERGED, MAX_ROUNDED, check_weights, name_of, stored_dtype, write
+from mmtrain.merge.stored import MAX_MERGED, MAX_ROUNDED, check_room_for, check_weights, name_of, stored_dtype, write
 from mmtrain.merge.towers import merge_towers
 from mmtrain.merge.weights import cast, merge_weights, untie
 from mmtrain.model.load import load_config, load_model
 from mmtrain.progress import Progress
-from mmtrain.safe_text import visible
+from mmtrain.safe_text import counted, visible
 
 
 def merge(path: Path, output: Path, base: str | None = None) -> None:
@@ -26,6 +26,7 @@ def merge(path: Path, output: Path, base: str | None = None) -> None:
     check_new(output, "directory")
     source = find_source(path, base)
     dtype = stored_dtype(source.path)
+    check_room_for(output, source.path)
     if is_dual_encoder(load_config(source.path)):
         merge_towers(source, output, dtype, progress)
         return
@@ -41,7 +42,7 @@ def merge(path: Path, output: Path, base: str | None = None) -> None:
     with new_folder(output) as made:
         write(made, merged, source, processor)
         rounded = _check_written(made, merged, processor, comparison)
-    what = f"{len(samples)} samples of the run" if samples else "random samples"
+    what = f"{counted(len(samples), 'sample')} of the run" if samples else "random samples"
     progress.say(
         f"saved {name} in {name_of(dtype)}; on {what} its logits differ from base + adapter by {difference:.1e} before "
         f"and {rounded:.1e} after the cast (relative, computed in float32)"

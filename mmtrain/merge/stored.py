@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
+from mmtrain.atomic_files import check_room
 from mmtrain.encoding.directory import copy_processor, files_in, model_directory
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.tower_processor import TowerProcessor
 from mmtrain.errors import UserError
 from mmtrain.model.load import auto_class, load_config
 from mmtrain.model.named_model import NamedModel
-from mmtrain.model.weight_files import GENERATION, differing_weights, save_weights
+from mmtrain.model.weight_files import GENERATION, differing_weights, num_stored_bytes, save_weights
 from mmtrain.safe_text import shown, visible
 from mmtrain.train.model_card import merged_card
 
@@ -38,6 +39,11 @@ def stored_dtype(base: str) -> torch.dtype:
             f"{visible(base)}: config.json: dtype is {name_of(dtype)}: expected float32, bfloat16 or float16"
         )
     return dtype
+
+
+def check_room_for(output: Path, base: str) -> None:
+    """Raises StorageError where a model of the size of `base` does not fit at `output`."""
+    check_room(output, num_stored_bytes(model_directory(base)))
 
 
 def name_of(dtype: torch.dtype) -> str:

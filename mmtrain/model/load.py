@@ -34,8 +34,9 @@ from mmtrain.model.quantization import (
     quantization_config,
     stand_in_for_quantized,
 )
-from mmtrain.model.weight_files import check_finite_files, check_weight_files, is_finite
+from mmtrain.model.weight_files import check_finite_files, check_weight_files, is_finite, num_stored_values
 from mmtrain.safe_text import error_line, one_line, shown
+from mmtrain.text_files import json_object
 
 _log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
@@ -255,10 +256,12 @@ def load_weights(
     missing, not finite or have wrong shapes.
     """
     config = load_config(path)
+    auto = auto or auto_class(config)
     _check_files(config, path)
+    _check_defaults(config, path, auto)
     dequantize_stored(config, quantization, path)
     settings = {} if quantization is None else _quantized(path, config, quantization, dtype, named)
-    model, info = _from_pretrained(auto or auto_class(config), path, dtype, device, tick, config=config, **settings)
+    model, info = _from_pretrained(auto, path, dtype, device, tick, config=config, **settings)
     _check_finite(model, path, tick)
     unused = sorted(info["unexpected_keys"])
     if unused:
@@ -272,6 +275,24 @@ def _check_files(config: Any, path: str) -> None:
     check_weight_files(model_directory(path))
     if getattr(config, "transformers_weights", None) is not None:  # it may name a pickle
         raise UserError(f"{path}: config.json: transformers_weights is not supported: remove the key")
+
+
+def _check_defaults(config: Any, path: str, auto: Any) -> None:
+    """Raises UserError where config.json leaves a component out and the files have not even half of the weights of the
+    one that transformers would make: all of it would be allocated before the first weight is found to be missing."""
+    directory = model_directory(path)
+    written = json_object(directory / "config.json")
+    absent = [name for name in config.sub_configs if written.get(name) is None and getattr(config, name, None)]
+    if not absent:
+        return
+    with torch.device("meta"), no_init_weights():
+        skeleton = auto.from_config(deepcopy(config))
+    num_weights, num_stored = sum(weight.numel() for weight in skeleton.parameters()), num_stored_values(directory)
+    if num_weights > 2 * num_stored:
+        raise UserError(
+            f"{path}: config.json has no {' and no '.join(absent)}: by transformers' defaults the model has "
+            f"{num_weights:,} weights, and its files have {num_stored:,}: copy config.json again"
+        )
 
 
 def _check_finite(model: Any, path: str, tick: Callable[[], None]) -> None:

@@ -17,6 +17,9 @@ from mmtrain.model.components import decoder_of
 
 _FREQUENCIES = "inv_freq"
 """What the classes of transformers call the frequencies, sometimes after the kind of attention."""
+_NUM_TOKENS = 3
+"""Given to a module: few, so that the length of the samples in a trial does not matter. At position 0 all frequencies
+give the same."""
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
@@ -47,14 +50,13 @@ def _of_one_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     def given(length: int) -> list[Tensor]:
         """What the module gives for all tokens but the last, which is at position `length` - 1."""
         own = copy.deepcopy(module)  # some modules keep frequencies from call to call
-        made = own(*(_moved(value, length) for value in args), **{k: _moved(v, length) for k, v in kwargs.items()})
+        made = own(*(_few(value, length) for value in args), **{k: _few(v, length) for k, v in kwargs.items()})
         return [value[..., :-1, :] for value in (made if isinstance(made, tuple) else (made,))]
 
     def changes(length: int) -> bool:
         return not all(map(torch.equal, given(length), expected))
 
-    shortest = max((value.shape[-1] for value in (*args, *kwargs.values()) if _is_positions(value)), default=longest)
-    expected = given(shortest)
+    shortest, expected = _NUM_TOKENS, given(_NUM_TOKENS)
     if shortest >= longest or not changes(longest):
         return None
     while longest - shortest > 1:
@@ -63,14 +65,10 @@ def _of_one_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return longest
 
 
-def _is_positions(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_floating_point() and value.ndim > 0
-
-
-def _moved(value: Any, length: int) -> Any:
-    """`value`, if it has positions, with the last at that of the last token of a sample with `length` tokens."""
-    if not _is_positions(value):
+def _few(value: Any, length: int) -> Any:
+    """`value`, if it has positions, with those of a few tokens: the first, and the last of a sample of this length."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.ndim == 0:
         return value
-    moved = value.clone()
-    moved[..., -1] = length - 1
-    return moved
+    positions = value[..., :_NUM_TOKENS].clone()
+    positions[..., -1] = length - 1
+    return positions

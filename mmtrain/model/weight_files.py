@@ -1,5 +1,6 @@
 """The weight files of a model directory: checked before transformers reads them, and written."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,20 @@ def stored_dtypes(directory: Path) -> set[str]:
         with safe_open(directory / name, framework="pt") as file:
             found |= {file.get_slice(key).get_dtype() for key in file.offset_keys()}
     return {_DTYPES.get(dtype, dtype) for dtype in found if not dtype.startswith(("I", "U", "BOOL"))}
+
+
+def num_stored_bytes(directory: Path) -> int:
+    """The size of the files with the weights."""
+    return sum((directory / name).stat().st_size for name in _names(directory))
+
+
+def num_stored_values(directory: Path) -> int:
+    """The values of all tensors in the files. Only headers are read."""
+    found = 0
+    for name in _names(directory):
+        with safe_open(directory / name, framework="pt") as file:
+            found += sum(math.prod(file.get_slice(key).get_shape()) for key in file.offset_keys())
+    return found
 
 
 def check_finite_files(directory: Path) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmtrain.config import GIB, Config
+from mmtrain.config import Config
 from mmtrain.encoding.load import processor_of
-from mmtrain.plan.memory import memory_figures, of_chats
+from mmtrain.plan.memory import image_features, memory_figures, of_chats
 from mmtrain.plan.pairs import NUM_STEPS, least_time
 from mmtrain.plan.structure import Structure, structure_of
 from mmtrain.plan.waiting import Simulation, Step
@@ -81,14 +81,11 @@ def _disk(config: Config, dataset: Dataset, structure: Structure) -> dict[str, A
     """Bytes. A checkpoint is the trainable weights and two moments, in float32; one more exists while it is written."""
     checked, store = dataset.checked, dataset.train.store
     features = float(checked.num_image_tokens.sum(dtype=np.int64)) * structure.feature_bytes
-    cache = config.run.image_cache
-    is_cached = caches_features(config, 1)
     return {
         "checkpoint": 12 * structure.num_trainable,
         "num_checkpoints": config.run.keep_checkpoints + 1,
         "encoded_samples": store.num_bytes,
-        "image_features": features if is_cached else 0.0,
-        "image_features_on_disk": min(features, cache.disk_gib * GIB) if is_cached else 0.0,
+        **image_features(config, features if caches_features(config, 1) else 0.0),
     }
 
 

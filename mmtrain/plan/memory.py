@@ -56,6 +56,12 @@ def memory_figures(
     return figures
 
 
+def image_features(config: Config, num_bytes: float) -> dict[str, float]:
+    """Bytes of the features that are cached, and how many of them on disk."""
+    on_disk = min(num_bytes, config.run.image_cache.disk_gib * GIB)
+    return {"image_features": num_bytes, "image_features_on_disk": on_disk}
+
+
 def gpu_memory(config: Config, predict: Predict, longest: int, num_processes: int) -> dict[str, Any]:
     """The rows of the table, and the longest micro-batch; or the reason why the memory cannot be predicted. `longest`:
     tokens that a micro-batch has at least."""

@@ -13,7 +13,7 @@ from mmtrain.train.contrastive.cuts import ItemBatch, Microbatch
 from mmtrain.train.contrastive.learner import make_contrastive_learner
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.contrastive.step import ContrastiveLearner
-from mmtrain.train.peak_memory import PeakMemory, counted_on
+from mmtrain.train.peak_memory import PeakMemory, counted_on, keeping_no_features
 from mmtrain.train.step import train_step
 
 _NUM_STEPS = 50
@@ -28,7 +28,7 @@ def predict_pair_peak(
     Two steps are taken with the largest batches, the second time twice, when moments and gradients exist. Their loss is
     that of all items of the step. Raises as `predict_peak` does.
     """
-    runtime = PlannedRuntime(config.model.dtype, 1, progress.tick)
+    config, runtime = keeping_no_features(config), PlannedRuntime(config.model.dtype, 1, progress.tick)
     with counted_on(kind) as memory:
         planned = without_weights(embedder, config, runtime)
         learner = make_contrastive_learner(_as_planned(config), planned, dataset, runtime, Progress(quiet=True))

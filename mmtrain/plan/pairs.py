@@ -8,9 +8,9 @@ import torch
 
 from mmtrain.config import Config
 from mmtrain.contrastive.load import load_embedder
-from mmtrain.plan.memory import memory_figures
+from mmtrain.plan.memory import image_features, memory_figures
 from mmtrain.plan.pair_memory import predict_pair_peak
-from mmtrain.plan.report import size_text, time_lines, waiting_line
+from mmtrain.plan.report import image_feature_lines, size_text, time_lines, waiting_line
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.ceiling import matmul_rate
@@ -19,7 +19,7 @@ from mmtrain.train.checkpointing import peak_or_fault
 from mmtrain.train.contrastive.learner import make_contrastive_learner
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.contrastive.step import ContrastiveLearner
-from mmtrain.train.peak_memory import PeakMemory
+from mmtrain.train.peak_memory import PeakMemory, keeping_no_features
 
 NUM_STEPS = 50
 """Steps that are cut, evenly spaced over the first epoch."""
@@ -36,7 +36,7 @@ def pair_figures(
     runtime = Runtime(config.model.dtype, device=device)
     embedder = load_embedder(config, runtime, progress)
     dataset = PairDataset(config, embedder, progress)
-    learner = make_contrastive_learner(config, embedder, dataset, runtime, progress)
+    learner = make_contrastive_learner(keeping_no_features(config), embedder, dataset, runtime, progress)
     items = dataset.train.items
     steps = _steps(config, dataset, learner, counts)
 
@@ -57,8 +57,12 @@ def pair_figures(
             "left_out": len(dataset.dropped_rows()),
         },
         "steps": steps,
-        "disk": {"checkpoint": checkpoint_bytes(learner.model), "num_checkpoints": config.run.keep_checkpoints + 1},
-        "time": least_time(steps["operations"] * dataset.num_steps, runtime.device, learner.model.dtype),
+        "disk": {
+            "checkpoint": checkpoint_bytes(learner.model),
+            "num_checkpoints": config.run.keep_checkpoints + 1,
+            **image_features(config, _feature_bytes(learner)),
+        },
+        "time": least_time(_operations(dataset, learner), runtime.device, learner.model.dtype),
         **memory,
     }
 
@@ -67,6 +71,25 @@ def least_time(operations: float, device: torch.device, dtype: torch.dtype) -> d
     """The time of operations that no run can avoid, at the measured rate of a large matrix product on `device`."""
     rate = matmul_rate(device, dtype)
     return {"operations": operations, "rate": rate, "device": device.type, "seconds": operations / rate}
+
+
+def _feature_bytes(learner: ContrastiveLearner) -> float:
+    """Of the features of all images, where those are cached."""
+    if not learner.embedder.caches_images:
+        return 0.0
+    each = learner.model.get_input_embeddings().weight.shape[1] * learner.model.dtype.itemsize
+    return float(each) * sum(span.num_placeholders for item in learner.items for span in item.encoded.images)
+
+
+def _operations(dataset: PairDataset, learner: ContrastiveLearner) -> float:
+    """Of all steps; after the first epoch nothing that is cached is computed."""
+    numbers, per_epoch = dataset.plan.some_steps(NUM_STEPS), dataset.plan.steps_per_epoch
+    first, later = (
+        float(np.mean([learner.cuts.of(number + epoch * per_epoch).operations for number in numbers]))
+        for epoch in (0, 1)
+    )
+    num_first = min(dataset.num_steps, per_epoch)
+    return num_first * first + (dataset.num_steps - num_first) * later
 
 
 def _steps(config: Config, dataset: PairDataset, learner: ContrastiveLearner, counts: Sequence[int]) -> dict[str, Any]:
@@ -89,8 +112,9 @@ def _steps(config: Config, dataset: PairDataset, learner: ContrastiveLearner, co
 
 def _waiting(learner: ContrastiveLearner, step: int, num_processes: int) -> float:
     """The share of their time that processes wait for the one with the most to compute."""
+    cost = learner.cuts.passes(step).cost
     costs = [
-        sum(learner.items[number].cost for microbatch in own for batch in microbatch for number in batch.numbers)
+        sum(cost(learner.items[number]) for microbatch in own for batch in microbatch for number in batch.numbers)
         for own in learner.cuts.of_all(step, num_processes)
     ]
     return 1 - sum(costs) / (num_processes * max(costs))
@@ -110,5 +134,6 @@ def pair_lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield waiting_line(steps)
     total = disk["checkpoint"] * disk["num_checkpoints"]
     yield "disk", f"{size_text(total)} checkpoints ({disk['num_checkpoints']} x {size_text(disk['checkpoint'])})"
+    yield from image_feature_lines(disk)
     yield from time_lines(time)
     yield "", "what run.graph_memory_gib does not keep is computed once more"

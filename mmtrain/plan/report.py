@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mmtrain.config import GIB
 from mmtrain.plan.memory import CARDS
+from mmtrain.safe_text import counted
 from mmtrain.train.checkpointing import RESERVED_BYTES, RESERVED_SHARE
 from mmtrain.train.summary import duration
 
@@ -35,10 +36,16 @@ def print_lines(lines: Iterable[tuple[str, str]], console: Console) -> None:
 
 def _lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     data, steps, disk, time = (figures[name] for name in ("data", "steps", "disk", "time"))
-    yield "data", f"{data['samples']:,} samples, {data['images']:,} images, {data['left_out']:,} left out"
+    yield (
+        "data",
+        f"{counted(data['samples'], 'sample')}, {counted(data['images'], 'image')}, {data['left_out']:,} left out",
+    )
     share = data["supervised"] / data["tokens"]
     yield "tokens", f"{data['tokens']:,}, {share:.1%} trained on; the longest sample has {data['longest']:,}"
-    yield "steps", f"{steps['steps']:,} of {steps['batch_size']:,} samples, {steps['steps_per_epoch']:,} an epoch"
+    yield (
+        "steps",
+        f"{steps['steps']:,} of {counted(steps['batch_size'], 'sample')}, {steps['steps_per_epoch']:,} an epoch",
+    )
     yield "", f"{steps['microbatches']:.3g} micro-batches a step on one process"
     padding = f"rows of one sample each would be {steps['padding_of_rows']:.1%} padding"
     yield "packing", f"on: {padding}" if steps["packing"] else f"off: {padding}"
@@ -46,10 +53,15 @@ def _lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     total = disk["checkpoint"] * disk["num_checkpoints"]
     each = f"{disk['num_checkpoints']} x {size_text(disk['checkpoint'])}"
     yield "disk", f"{size_text(total)} checkpoints ({each}), {size_text(disk['encoded_samples'])} encoded samples"
+    yield from image_feature_lines(disk)
+    yield from time_lines(time)
+
+
+def image_feature_lines(disk: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """How many of the features are on disk, where they are cached."""
     if disk["image_features"]:
         on_disk = size_text(disk["image_features_on_disk"])
         yield "", f"{on_disk} of {size_text(disk['image_features'])} image features (run.image_cache.disk_gib)"
-    yield from time_lines(time)
 
 
 def waiting_line(steps: Mapping[str, Any]) -> tuple[str, str]:
@@ -80,7 +92,7 @@ def _print_gpu(memory: Mapping[str, Any], console: Console) -> None:
     tokens, images = memory["microbatch_tokens"], memory["microbatch_images"]
     console.print(
         f"{'memory':<10} on a GPU, {size_text(memory['weights'])} of it weights; the longest micro-batch has\n"
-        f"{'':<10} {tokens:,} tokens and {images:,} images\n"
+        f"{'':<10} {counted(tokens, 'token')} and {counted(images, 'image')}\n"
         f"{'':<10} below: the largest run.microbatch_tokens that a card can take\n"
     )
     table = Table("checkpointing", "weights", "peak", *CARDS, box=None, pad_edge=False)

@@ -40,6 +40,7 @@ _REMEDIES = {
     **dict.fromkeys((".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"), "unpack it"),
     ".txt": "name it .csv or .tsv if it is a table",
     ".pq": "name it .parquet",
+    **dict.fromkeys((".feather", ".ipc"), "name it .arrow"),
 }
 """By the ending of a file that is not read, what to do."""
 _JUNK = ("thumbs.db", "desktop.ini", "__macosx")

@@ -4,9 +4,10 @@ import json
 import string
 from collections.abc import Mapping
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
-from mmtrain.config.data_section import Source
+from mmtrain.config.data_section import LETTER, LETTERS, Source
 from mmtrain.records.chat import SampleError
 from mmtrain.records.record_keys import Record
 from mmtrain.safe_text import shown
@@ -42,7 +43,9 @@ def map_fields(record: Any, fields: Mapping[str, str]) -> Any:
     made = {key: _value(record, source, used) for key, source in fields.items()}
     left = {key for key in made if not fields[key].startswith(f"{key}.")}  # `body: body.text` takes its own place
     if both := sorted(left & record.keys() - used):
-        raise SampleError(f"`fields` gives {shown(both[0])}, which the record has too: rename or ignore one")
+        raise SampleError(
+            f"`fields` gives {shown(both[0])}, which the record has too: to leave that one out, add origin: {both[0]}"
+        )
     return {key: value for key, value in record.items() if key not in used} | made
 
 
@@ -60,19 +63,32 @@ def _column(record: Record, name: str, used: set[str]) -> Any:
         used.add(name)
         return record[name]
     found: Any = record
-    for step in name.split("."):
-        if isinstance(found, list) and step.isdecimal() and int(step) < len(found):
-            found = found[int(step)]
-        elif isinstance(found, dict) and step in found:
-            found = found[step]
+    steps = name.split(".")
+    while steps:
+        num = 1  # of the steps that are one key, which may have dots itself
+        if isinstance(found, list) and steps[0].isdecimal() and int(steps[0]) < len(found):
+            found = found[int(steps[0])]
         else:
-            raise SampleError(f"`fields` names the column {shown(name)}, which is not in the record")
+            keys = [".".join(steps[:end]) for end in range(len(steps), 0, -1)] if isinstance(found, dict) else []
+            key = next((key for key in keys if key in found), None)
+            if key is None:
+                raise SampleError(f"`fields` names the column {shown(name)}, which is not in the record")
+            found, num = found[key], key.count(".") + 1
+        steps = steps[num:]
     return found
 
 
 def _text(value: Any, column: str, spec: str) -> str:
     if value is None:
         return ""
+    if spec == LETTERS:
+        if not isinstance(value, list) or len(value) > len(ascii_uppercase):
+            raise SampleError(f"the column {shown(column)} with `:{LETTERS}` must be a list, not {shown(value)}")
+        return "\n".join(f"{ascii_uppercase[n]}. {_text(one, column, '')}" for n, one in enumerate(value))
+    if spec == LETTER:
+        if not str(value).isdecimal() or int(value) >= len(ascii_uppercase):
+            raise SampleError(f"the column {shown(column)} with `:{LETTER}` must be 0 to 25, not {shown(value)}")
+        return ascii_uppercase[int(value)]
     if isinstance(value, int) and not isinstance(value, bool):
         return format(value, spec)
     if isinstance(value, str):

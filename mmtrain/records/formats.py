@@ -13,7 +13,7 @@ from mmtrain.records.chat import Conversation, Image, Message, Part, Role, Sampl
 from mmtrain.records.image_values import as_image, only, with_numbered_images
 from mmtrain.records.marks import Mark, find_mark, mark_called, split_at_paths
 from mmtrain.records.record_keys import Record, check_keys, check_no_image_is_lost, refuse_keys, without_keys
-from mmtrain.records.shapes import Shape, as_list, named_shape, recognise
+from mmtrain.records.shapes import as_list, named_shape, recognise
 from mmtrain.records.tools import (
     RECORD_KEYS,
     RESULT_KEYS,
@@ -38,6 +38,7 @@ _ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
     "ai": "assistant",
     "model": "assistant",
     **dict.fromkeys(RESULT_ROLES, "tool"),
@@ -50,6 +51,7 @@ _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _PLAIN_KEYS = frozenset({"role", "content"})
 _SYSTEM_KEYS = ("system", "system_prompt")
 _IMAGE_KEYS = ("images", "image")
+_TURN_KEYS = frozenset({*_PLAIN_KEYS, *_TRAIN_KEYS, *_REASONING_KEYS, *TURN_KEYS, *_IMAGE_KEYS})
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _IMAGE_TYPES = ("image", "image_url", "input_image")
 
@@ -73,10 +75,10 @@ def read_record(
     shape = recognise(record) if record_format == "auto" else named_shape(record, record_format)
     turns = shape.turns(record)
     understood = {*shape.needs, *shape.also, *_SYSTEM_KEYS, *_IMAGE_KEYS, *RECORD_KEYS}
-    check_keys(record, understood, turns, {"role", "content", *_TRAIN_KEYS, *_REASONING_KEYS, *TURN_KEYS})
+    check_keys(record, understood, turns, _TURN_KEYS)
     turns = with_calls(turns)
-    images = _ImageList(record, shape, turns, image_mark, "</img>" not in ignored)
-    messages = images.placed([_message(turn, number, images) for number, turn in enumerate(turns, start=1)])
+    images = _ImageList(record, shape.has_marks, turns, image_mark, "</img>" not in ignored)
+    messages = images.placed([_turn_message(turn, number, images) for number, turn in enumerate(turns, start=1)])
     if (system := _one_of(record, _SYSTEM_KEYS)) is not None:
         content = system if isinstance(system, list) else _text(system, "system")
         messages.insert(0, _message({"role": "system", "content": content}, 0, images))
@@ -94,17 +96,19 @@ class _ImageList:
     """The images of a record. The n-th belongs to the n-th mark or image part without a path."""
 
     def __init__(
-        self, record: Record, shape: Shape, turns: Sequence[Record], image_mark: str | None, reads_paths: bool
+        self, record: Record, has_marks: bool, turns: Sequence[Record], image_mark: str | None, reads_paths: bool
     ) -> None:
-        """`reads_paths`: `<img>path</img>` in a text is an image. Raises SampleError where the images have no place in
+        """`record`: what lists the images, a record or one turn. `has_marks`: whether marks in its text stand for them.
+        `reads_paths`: `<img>path</img>` in a text is an image. Raises SampleError where the images have no place in
         such a record."""
         self._images = [as_image(value) for value in _image_values(record)]
+        self._image_mark, self._may_have_paths = image_mark, reads_paths
         self._reads_paths = reads_paths and not self._images
-        if self._images and not shape.has_marks:
+        if self._images and not has_marks:
             raise SampleError("there are images next to messages without marks: set `format: messages` to read them")
         self.mark: Mark | None = None
         """None where a mark is text."""
-        if shape.has_marks:
+        if has_marks:
             texts = list(_texts(turns)) if self._images else []
             self.mark = mark_called(image_mark) if image_mark else find_mark(texts, len(self._images))
         self._num_marks = 0
@@ -114,6 +118,14 @@ class _ImageList:
     def are_unmarked(self) -> bool:
         """Whether there are images and nothing says where they are."""
         return bool(self._images) and not self._num_marks and not self._num_inline
+
+    def of_turn(self, turn: Record) -> "_ImageList | None":
+        """The images that the turn lists itself, None where it lists none."""
+        if turn.keys().isdisjoint(_IMAGE_KEYS) or not _image_values(turn):
+            return None
+        if self._images:
+            raise SampleError("both the record and a turn list images: keep one")
+        return _ImageList(turn, True, [turn], self._image_mark, self._may_have_paths)
 
     def next(self, index: Any = None) -> Image:
         """`index`: the index in the list that the part or the mark gives, if it does."""
@@ -153,6 +165,11 @@ class _ImageList:
             raise SampleError(f"{counted(len(self._images), 'image')} but no turn of the user")
         filled = replace(messages[first], parts=(*self._images, *messages[first].parts))
         return [*messages[:first], filled, *messages[first + 1 :]]
+
+
+def _turn_message(turn: Record, number: int, images: _ImageList) -> Message:
+    own = images.of_turn(turn)
+    return _message(turn, number, images) if own is None else own.placed([_message(turn, number, own)])[0]
 
 
 def _texts(turns: Sequence[Record]) -> list[str]:
@@ -239,6 +256,8 @@ def _image_values(record: Record) -> list[Any]:
     value = _one_of(record, _IMAGE_KEYS)
     if isinstance(value, str) and value.startswith("["):
         value = as_list(value, "images")
+    if isinstance(value, dict) and value and all(key.startswith("<") for key in value):
+        value = list(value.values())  # by the marks that stand for them
     given = value if isinstance(value, list) else [value]
     return [image for image in given if image not in (None, "")]
 

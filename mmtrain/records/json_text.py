@@ -41,7 +41,8 @@ def parse_json(line: bytes) -> Any:
     except UnicodeDecodeError:
         raise SampleError(NOT_UTF8) from None
     except json.JSONDecodeError as error:
-        raise SampleError(f"not JSON: {error.msg} at column {error.colno}") from None
+        fault = NOT_UTF8 if b"\0" in line else f"not JSON: {error.msg} at column {error.colno}"
+        raise SampleError(fault) from None
     except ValueError as error:
         raise SampleError(f"not JSON: {error}") from None
     except RecursionError:
@@ -55,4 +56,6 @@ def parsed_value(value: Any, name: str) -> Any:
     try:
         return parse_json(value.encode("utf-8", "surrogatepass"))
     except SampleError as error:
-        raise SampleError(f"{shown(name, 60)}: {error}") from None
+        is_python = value.lstrip().startswith(("['", "[{'", "{'"))
+        remedy = ": it is the text of a Python value, write it with json.dumps" if is_python else ""
+        raise SampleError(f"{shown(name, 60)}: {error}{remedy}") from None

@@ -5,7 +5,7 @@ One newline between a mark and the text next to it belongs to the mark, not to t
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mmtrain.records.chat import SampleError
 
@@ -24,13 +24,15 @@ class Mark:
 
     text: str
     pattern: re.Pattern[str]
+    first: int = 1
+    """The number of the first image, where marks have numbers."""
 
     def split(self, text: str) -> Iterator[str | int]:
         """The texts between the marks, and for each mark its number (from 1), 0 where it has none."""
         at, after_mark = 0, False
         for match in self.pattern.finditer(text):
             yield from _trimmed(text[at : match.start()], after_mark, before_mark=True)
-            yield int(match[1]) if self.pattern.groups else 0
+            yield int(match[1]) + 1 - self.first if self.pattern.groups else 0
             at, after_mark = match.end(), True
         yield from _trimmed(text[at:], after_mark, before_mark=False)
 
@@ -54,8 +56,10 @@ def _trimmed(text: str, after_mark: bool, before_mark: bool) -> Iterator[str]:
 
 
 def mark_called(text: str) -> Mark:
-    """The mark that is written as `text`. A 1 in `<image_1>` stands for any number."""
-    return Mark(text, _NUMBERED if text == "<image_1>" else re.compile(re.escape(text)))
+    """The mark that is written as `text`. The number in `<image_1>` or `<image_0>` is that of the first image."""
+    if (numbered := _NUMBERED.fullmatch(text)) and int(numbered[1]) < 2:
+        return Mark(text, _NUMBERED, int(numbered[1]))
+    return Mark(text, re.compile(re.escape(text)))
 
 
 _KNOWN = [mark_called(text) for text in MARKS]
@@ -73,5 +77,6 @@ def find_mark(texts: Sequence[str], num_images: int) -> Mark:
                 f"{found[0].text} and {found[1].text} could both mark an image: set `image_mark` of the source"
             )
         if found:
-            return found[0]
+            has_zero = any(int(number) == 0 for text in texts for number in _NUMBERED.findall(text))
+            return replace(found[0], first=0) if has_zero else found[0]
     return _KNOWN[0]

@@ -44,6 +44,7 @@ _PART_KEYS = {
 }
 IMAGE_KEYS = frozenset({"path", "url", "detail", "bytes", "data", "type", "media_type"})
 """Keys of an image that is given as an object. `detail` is OpenAI's hint for its own service."""
+_IDS_OF_MEDIA = ("image_id", "img_id", "video_id")
 _SUFFIX = r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|avif|heic|mp4|avi|mov|mkv|webm|wav|mp3|flac)"
 _IMAGE = re.compile(r"(?!\w+://).*\.(jpe?g|png|webp|gif|bmp|tiff?|ppm)$", re.IGNORECASE)
 _MEDIA = re.compile(rf"data:(image|video|audio)/|.*{_SUFFIX}$", re.IGNORECASE)
@@ -115,7 +116,7 @@ def _unknown(found: Record, understood: Set[str]) -> list[tuple[str, Any]]:
 def check_no_image_is_lost(record: Record, understood: Set[str]) -> None:
     """For a record without images. Raises SampleError if its metadata name an image, video or sound."""
     for key, value in record.items():
-        if key not in understood and _is_media(value):
+        if key not in understood and (_is_media(value) or (key in _IDS_OF_MEDIA and value not in (None, ""))):
             raise SampleError(
                 f"{shown(key, 40)} is {shown(value)}, but the record has no image: give images under 'image' or "
                 f"'images', or name the key in data.ignore_fields"

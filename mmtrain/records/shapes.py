@@ -52,8 +52,12 @@ def _turns_of(turn: Record, number: int) -> list[Record]:
         keys = ", ".join(shown(key, 20) for key in list(turn)[:4]) or "no keys"
         raise SampleError(f"turn {number} has {keys}, expected 'role' and 'content', or 'from' and 'value'")
     more = {key: value for key, value in turn.items() if key not in said}
+    asked = {key: more.pop(key) for key in ("image", "images") if key in more}
     last = list(said)[-1]
-    return [{"role": role, "content": turn[key], **(more if key == last else {})} for key, role in said.items()]
+    return [
+        {"role": role, "content": turn[key], **(asked if role == "user" else {}), **(more if key == last else {})}
+        for key, role in said.items()
+    ]
 
 
 def _gemini(record: Record) -> list[Record]:
@@ -104,8 +108,11 @@ def _one_reply(prompt: str, reply: str) -> Turns:
 
 
 def _prompt_and_completion(record: Record) -> list[Record]:
-    """Texts, or lists of turns as in TRL: those of the prompt are not trained on."""
-    prompt, reply = record["prompt"], record["completion"]
+    """Texts, turns or lists of turns as in TRL: those of the prompt are not trained on."""
+    prompt, reply = (
+        [one] if isinstance(one, dict) and "role" in renamed_turn(one) else one
+        for one in (record["prompt"], record["completion"])
+    )
     before = [_asked(prompt)] if not isinstance(prompt, list) else _objects(prompt, "prompt")
     after = [_said(reply)] if not isinstance(reply, list) else _objects(reply, "completion")
     return [*_history(record), *({**renamed_turn(turn), "train": False} for turn in before), *map(renamed_turn, after)]

@@ -6,7 +6,10 @@ from typing import Any
 from mmtrain.records.record_keys import Record, is_image, why_refused
 from mmtrain.safe_text import shown
 
-_TURN_NAMES = (("from", "role"), ("speaker", "role"), ("value", "content"), ("text", "content"))
+_TURN_NAMES = (
+    *(("from", "role"), ("speaker", "role"), ("author", "role"), ("Role", "role")),
+    *(("value", "content"), ("text", "content"), ("Content", "content")),
+)
 _REPLY_OF = {
     "question": "answer",
     "query": "response",
@@ -29,7 +32,7 @@ def renamed_turn(turn: Record) -> Record:
         if old in named and new not in named:
             named[new] = named.pop(old)
     if isinstance(role := named.get("role"), str):
-        named["role"] = role.lower()
+        named["role"] = role.lower().strip("<|>")
     return named
 
 

@@ -9,7 +9,7 @@ from mmtrain.command_output import print_json
 from mmtrain.errors import UserError, storage_faults
 from mmtrain.report.compare import differing_keys
 from mmtrain.report.page import REPORT, write_report
-from mmtrain.report.read import RunRecord, read_run
+from mmtrain.report.read import RunRecord, check_run, read_run
 from mmtrain.safe_text import visible
 
 
@@ -23,6 +23,8 @@ def report(runs: Sequence[Path], output: Path | None, as_json: bool) -> None:
         return
     path = output or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT))
     name = visible(str(path))
+    for run in runs:
+        check_run(run)
     check_writable(path)
     if path.exists() and not path.is_file():  # a device would be replaced by a file
         raise UserError(f"--output: {name} is not a file: give the name of one")

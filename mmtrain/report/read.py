@@ -1,5 +1,6 @@
 """What a run has left in its directory: config, figures of its data and model, metrics, and sampled answers."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,19 @@ class RunRecord:
     dropped: DroppedSamples
 
 
+def check_run(path: Path) -> None:
+    """Raises UserError where no run is in the directory `path`."""
+    if not os.path.isfile(path / "config.yaml"):
+        name = visible(str(path))
+        raise UserError(f"{name}: no run there (it has no config.yaml): give the directory of a run (run.output_dir)")
+
+
 def read_run(path: Path) -> RunRecord:
     """The run in the directory `path`. Raises UserError where there is none, or it has taken no step yet."""
-    name = visible(str(path))
-    if not (path / "config.yaml").is_file():
-        raise UserError(f"{name}: no run there (it has no config.yaml): give the directory of a run (run.output_dir)")
+    check_run(path)
     rows = list(rows_of(path / METRICS))
     if not rows:
-        raise UserError(f"{name}: {METRICS} has no row: the run has taken no step yet")
+        raise UserError(f"{visible(str(path))}: {METRICS} has no row: the run has taken no step yet")
     text = (path / "config.yaml").read_text(encoding="utf-8")
     return RunRecord(
         path=path,

@@ -8,6 +8,7 @@ import numpy as np
 from mmtrain.report.chart import Chart, bar_chart, line_chart
 from mmtrain.report.read import Row, RunRecord
 from mmtrain.report.series import Series, Values, column, num_averaged, smoothed
+from mmtrain.safe_text import counted
 
 
 def charts(runs: Sequence[RunRecord]) -> list[Chart]:
@@ -41,7 +42,7 @@ def _of_steps(runs: Sequence[RunRecord], key: str) -> list[Series]:
         steps, values = _speed(run) if key == "speed" else column(run.steps, key)
         if len(runs) == 1:
             found.append(Series("each step", steps, values, "faint", run=number))
-        title = _named(run, runs, f"average of {num_averaged(len(values))} steps")
+        title = _named(run, runs, f"average of {counted(num_averaged(len(values)), 'step')}")
         found.append(Series(title, steps, smoothed(values), run=number))
     return found
 

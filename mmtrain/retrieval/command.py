@@ -13,6 +13,7 @@ from mmtrain.contrastive.embedder import Embedder
 from mmtrain.contrastive.load import load_embedder, with_path
 from mmtrain.errors import UserError
 from mmtrain.model.adapter import load_adapter, read_adapter, say_other_processor
+from mmtrain.model.components import is_as_loaded
 from mmtrain.model.named_model import NamedModel
 from mmtrain.progress import Progress
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
@@ -73,14 +74,17 @@ def _check(config: Config, options: RetrievalOptions) -> None:
 
 
 def loaded_embedder(config: Config, path: Path | None, runtime: Runtime, progress: Progress) -> Embedder:
-    """The base model, an adapter on it, or the model that a run saved."""
+    """The base model, an adapter on it, or the model that a run saved, each with the processor of the config."""
     named = NamedModel.of(config, path)
     if path is not None:
         say_other_processor(path, config.model, progress.say)
     adapter = None if named.adapter is None else read_adapter(named.adapter)
-    embedder = load_embedder(with_path(config, named.path), runtime, progress)
+    embedder = load_embedder(config, runtime, progress, named.path)
     if adapter is not None:
         embedder.model = load_adapter(embedder.model, adapter)
+    embedder.model.requires_grad_(False)
+    if is_as_loaded(embedder.model, embedder.components, ("vision", "projector")):  # also where an adapter is disabled
+        embedder.cache_images(with_path(config, named.path), runtime, progress)
     return embedder
 
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from mmtrain.retrieval.figures import DIRECTIONS
 from mmtrain.retrieval.metrics import NAMES
-from mmtrain.safe_text import path_end, shortened, visible
+from mmtrain.safe_text import counted, path_end, shortened, visible
 from mmtrain.scoring.results import figure_table, say
 
 _NUM_SHOWN = 5
@@ -32,7 +32,7 @@ def print_report(row: Mapping[str, Any], console: Console) -> None:
         console.print()
         console.print(_zero_shot_table(row["zero_shot"]))
     if row["dropped"]:
-        say(f"\n{len(row['dropped']):,} samples are left out", console)
+        say(f"\n{counted(len(row['dropped']), 'sample')} left out", console)
 
 
 def directions_of(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +68,9 @@ def _print_directions(row: Mapping[str, Any], console: Console) -> None:
 
 
 def _zero_shot_table(found: Mapping[str, Any]) -> Table:
-    table = figure_table(f"Zero-shot, {found['num_classes']:,} classes, {found['num_images']:,} images", "mean", "95 %")
+    table = figure_table(
+        f"Zero-shot, {found['num_classes']:,} classes, {counted(found['num_images'], 'image')}", "mean", "95 %"
+    )
     for name, (low, high) in found["interval"].items():
         table.add_row(name, f"{found[name]:.1%}", f"{low:.1%} to {high:.1%}")
     table.add_row("mean over classes of accuracy@1", f"{found['mean_class_accuracy']:.1%}", "")

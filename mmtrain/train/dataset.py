@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mmtrain.config import Config
 from mmtrain.config.schema import Train
 from mmtrain.dataset.encoding_spec import EncodingSpec
@@ -71,40 +69,6 @@ class Dataset:
         """Of these samples."""
         return self.checked.sizes(samples)
 
-    def summary(self) -> str:
-        """What was read, in one line, and what was dropped."""
-        used = self.checked.used
-        tokens, supervised = self.checked.num_tokens.sum(), self.checked.num_supervised.sum()
-        num_records = len(np.unique(self.train.store.records[used]))
-        samples = f"{len(used):,} samples"
-        if num_records < len(used):
-            samples = f"{num_records:,} conversations gave {len(used):,} sequences"
-        line = (
-            f"{samples}, {self.checked.num_images:,} images, {tokens:,} tokens "
-            f"({supervised / tokens:.1%} trained on); {self.num_steps:,} steps"
-        )
-        if self.stream is not None:
-            how = f"{len(self.stream.order):,} files, {self.stream.window:,} records at a time"
-            return f"streaming: {how}; in the first window {line}"
-        line += f", {self.plan.steps_per_epoch:,} an epoch"
-        return line + "".join(f"; {more}" for more in (self._left_out(), self._not_chosen()) if more)
-
-    def _left_out(self) -> str:
-        """What is missing from all sets for what it is."""
-        reasons = {"dropped": "dropped as too long", "skipped": "skipped because of faults", "duplicates": "duplicates"}
-        numbers = {why: sum(len(getattr(one, name)) for one in self._all_checked) for name, why in reasons.items()}
-        found = [f"{number:,} samples {why}" for why, number in numbers.items() if number]
-        num_read = sum(len(one.num_tokens) for one in self._all_checked)
-        return f"of {num_read:,} read, {', '.join(found)}, listed in dropped.jsonl" if found else ""
-
-    def _not_chosen(self) -> str:
-        """What the config leaves out of the training data otherwise."""
-        numbers = {
-            "held out for evaluation": self.checked.num_other_side,
-            "over max_samples": self.checked.num_over_max,
-        }
-        return ", ".join(f"{number:,} samples {why}" for why, number in numbers.items() if number)
-
     def dropped_rows(self) -> list[dict[str, Any]]:
         """A row for each sample that is left out by `data.too_long: drop` or `data.on_fault: skip`."""
         sets = [] if self.stream else [(self.train, self.checked)]
@@ -134,7 +98,8 @@ class Dataset:
         return self.encoder.processor.template.source
 
     @property
-    def _all_checked(self) -> list[CheckedSamples]:
+    def all_checked(self) -> list[CheckedSamples]:
+        """Of all sets."""
         return [self.checked, *(one.checked for one in self.eval)]
 
 

@@ -16,6 +16,7 @@ from mmtrain.generate.replies import Generator, Reply, batched
 from mmtrain.model.load import without_training_settings
 from mmtrain.progress import Progress
 from mmtrain.runtime.device import device_faults
+from mmtrain.safe_text import counted
 from mmtrain.train.step import Learner
 
 FOLDER = "answers"
@@ -65,7 +66,7 @@ class AnswersEvaluation:
         """What is printed."""
         metric = row["metric"]
         score, blind = row["metrics"][metric], row["blind"][metric]
-        return f"{metric} {score:.1%}, best blind answer {blind:.1%} ({row['num_answers']:,} answers)"
+        return f"{metric} {score:.1%}, best blind answer {blind:.1%} ({counted(row['num_answers'], 'answer')})"
 
     def _replies(self, step: int) -> Replies | None:
         """Each process generates those of some batches; the batches are the same on any number of processes."""

@@ -83,9 +83,9 @@ def reserved(config: Config, fresh: bool = False, node_rank: int = 0) -> Iterato
 
 def _check_not_the_users(output_dir: Path) -> None:
     """Raises UserError where no run was in `output_dir`, and it has something that a run would write or delete."""
-    if any((output_dir / name).exists() for name in (_LOCK, METRICS, FACTS)):
+    if any(os.path.exists(output_dir / name) for name in (_LOCK, METRICS, FACTS)):
         return
-    there = [name for name in (_CONFIG, *_FOLDERS, *_FILES) if (output_dir / name).exists()]
+    there = [name for name in (_CONFIG, *_FOLDERS, *_FILES) if os.path.exists(output_dir / name)]
     if there:
         name = visible(str(output_dir))
         raise UserError(f"run.output_dir: {name} has {there[0]}, which is not of a run: name a new directory")
@@ -94,7 +94,7 @@ def _check_not_the_users(output_dir: Path) -> None:
 def _check_not_needed(config: Config, output_dir: Path) -> None:
     """Raises UserError where the run starts from what `start_over` deletes."""
     for key, path in (("model.path", config.model.path), ("model.adapter", config.model.adapter)):
-        if path is not None and Path(path).resolve().is_relative_to(output_dir.resolve()):
+        if path is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(output_dir)):
             raise UserError(
                 f"{key}: {visible(path)} is in run.output_dir, which --fresh deletes: name another run.output_dir"
             )

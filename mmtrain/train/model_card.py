@@ -9,7 +9,7 @@ from typing import Any
 from mmtrain import __version__
 from mmtrain.config import Config
 from mmtrain.config.yaml_file import dump_yaml
-from mmtrain.safe_text import visible
+from mmtrain.safe_text import counted, visible
 from mmtrain.scoring.statistics import perplexity_text
 from mmtrain.train.metrics import METRICS, is_step, rows_of
 
@@ -186,7 +186,7 @@ def figure_lines(config: Config, run: Path, step: int | None = None) -> Iterator
     if not steps:  # the file was deleted before the run was resumed
         return
     last = steps[-1]
-    yield f"- steps: {last['step']:,} of {config.train.batch_size:,} samples each"
+    yield f"- steps: {last['step']:,} of {counted(config.train.batch_size, 'sample')} each"
     yield f"- loss of the last step: {last['loss']:.4f}"
     evaluated = [row for row in rows if row["step"] == last["step"] and not is_step(row)]
     for row in evaluated:
@@ -197,15 +197,15 @@ def _perplexity(row: dict[str, Any]) -> str:
     value, low, high = map(perplexity_text, (row["perplexity"], *row["interval"]["perplexity"]))
     return (
         f"- perplexity on {visible(row['eval'])}: {value} (95 % interval {low} to {high}), "
-        f"token accuracy {row['token_accuracy']:.1%}, {row['num_samples']:,} samples"
+        f"token accuracy {row['token_accuracy']:.1%}, {counted(row['num_samples'], 'sample')}"
     )
 
 
 def _answers(row: dict[str, Any]) -> str:
     metric = row["metric"]
     return (
-        f"- {metric} of {row['num_answers']:,} answers on {visible(row['answers'])}: {row['metrics'][metric]:.1%}, "
-        f"best blind answer {row['blind'][metric]:.1%}"
+        f"- {metric} of {counted(row['num_answers'], 'answer')} on {visible(row['answers'])}: "
+        f"{row['metrics'][metric]:.1%}, best blind answer {row['blind'][metric]:.1%}"
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmtrain.config import Config
+from mmtrain.config.run_section import ImageCache
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.live_memory import LiveMemory
 from mmtrain.model.load import load_without_weights
@@ -29,8 +30,6 @@ _BLOCKS = {"cuda": 512}
 """Bytes that an allocator rounds up to, by kind of device."""
 _NUM_STEPS = 200
 """Steps of the first epoch whose micro-batches are compared, evenly spaced."""
-_NO_CACHE = {"memory_gib": 1e-9, "disk_gib": 0.0}
-"""Image features are computed as with a cache, and none is kept: on a GPU they are in host memory."""
 
 Microbatch = tuple[int, ...]
 
@@ -80,7 +79,7 @@ def predict_peak(
     model raises where it cannot be run. Random states change.
     """
     quiet = Progress(progress.tick, quiet=True)
-    config = _as_planned(config)
+    config = _as_planned(keeping_no_features(config))
     runtime = PlannedRuntime(config.model.dtype, num_processes, progress.tick)
     with counted_on(kind) as memory:
         learner = make_learner(config, processor, runtime, quiet, lambda: load_without_weights(config.model))
@@ -112,15 +111,22 @@ def counted_on(kind: str) -> Iterator[LiveMemory]:
 
 def _as_planned(config: Config) -> Config:
     """Without what changes no memory on a GPU, or cannot be run without values."""
-    checkpointing, cache = config.run.activation_checkpointing is True, config.run.image_cache
     changes = {
         "weights": "replicate",
         "compile": False,
-        "activation_checkpointing": checkpointing,
-        "image_cache": cache.model_copy(update=_NO_CACHE) if max(cache.model_dump().values()) else cache,
+        "activation_checkpointing": config.run.activation_checkpointing is True,
     }
     run, model = config.run.model_copy(update=changes), config.model.model_copy(update={"adapter": None})
     return config.model_copy(update={"run": run, "model": model})
+
+
+def keeping_no_features(config: Config) -> Config:
+    """Image features are computed as with the config's cache, and none is kept: on a GPU they are in host memory."""
+    cache = config.run.image_cache
+    if not max(cache.memory_gib, cache.disk_gib):
+        return config
+    run = config.run.model_copy(update={"image_cache": ImageCache(memory_gib=1e-9, disk_gib=0.0)})
+    return config.model_copy(update={"run": run})
 
 
 def _microbatches(cuts: StepCuts, dataset: Dataset, packing: bool) -> tuple[Microbatch, Microbatch]:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from mmtrain.config import Config
 from mmtrain.config.tune_section import Lora
+from mmtrain.dataset.validate import CheckedSamples
 from mmtrain.model.tune import ComponentReport
 from mmtrain.progress import Progress, Task
 from mmtrain.runtime.shard import own_and_total_bytes
@@ -33,12 +35,50 @@ NUM_AVERAGED = 50
 def start_report(config: Config, dataset: Dataset, learner: Learner) -> Iterator[str | Table]:
     """What is printed before the first step."""
     yield from component_lines(learner.component_reports)
-    yield dataset.summary()
+    yield data_line(dataset)
     yield from _trial_lines(learner)
     yield weights_line(learner)
     yield from bits_lines(config, learner)
-    yield from _image_cache_lines(config, learner)
+    yield from image_cache_lines(config, learner.make_inputs.features is not None)
     yield from serving_lines(config)
+
+
+def data_line(dataset: Dataset) -> str:
+    """What was read, and what was left out."""
+    checked = dataset.checked
+    tokens, supervised = checked.num_tokens.sum(), checked.num_supervised.sum()
+    num_records = len(np.unique(dataset.train.store.records[checked.used]))
+    samples = counted(len(checked.used), "sample")
+    if num_records < len(checked.used):
+        samples = f"{counted(num_records, 'conversation')} gave {counted(len(checked.used), 'sequence')}"
+    line = (
+        f"{samples}, {counted(checked.num_images, 'image')}, {tokens:,} tokens "
+        f"({supervised / tokens:.1%} trained on); {counted(dataset.num_steps, 'step')}"
+    )
+    if dataset.stream is not None:
+        how = f"{counted(len(dataset.stream.order), 'file')}, {counted(dataset.stream.window, 'record')} at a time"
+        return f"streaming: {how}; in the first window {line}"
+    line += f", {dataset.plan.steps_per_epoch:,} an epoch"
+    return line + "".join(f"; {more}" for more in (_left_out(dataset), _not_chosen(checked)) if more)
+
+
+def _left_out(dataset: Dataset) -> str:
+    """What is missing from all sets for what it is."""
+    reasons = {
+        "dropped": "dropped as too long",
+        "skipped": "skipped because of faults",
+        "duplicates": "left out as duplicates",
+    }
+    numbers = {why: sum(len(getattr(one, name)) for one in dataset.all_checked) for name, why in reasons.items()}
+    found = [f"{counted(number, 'sample')} {why}" for why, number in numbers.items() if number]
+    num_read = sum(len(one.num_tokens) for one in dataset.all_checked)
+    return f"of {num_read:,} read, {', '.join(found)}, listed in dropped.jsonl" if found else ""
+
+
+def _not_chosen(checked: CheckedSamples) -> str:
+    """What the config leaves out of the training data otherwise."""
+    numbers = {"held out for evaluation": checked.num_other_side, "over max_samples": checked.num_over_max}
+    return ", ".join(f"{counted(number, 'sample')} {why}" for why, number in numbers.items() if number)
 
 
 def component_lines(reports: Sequence[ComponentReport]) -> Iterator[str | Table]:
@@ -94,9 +134,10 @@ def bits_lines(config: Config, learner: Trained) -> Iterator[str]:
         yield f"bits: not those of another number of processes ({why})"
 
 
-def _image_cache_lines(config: Config, learner: Learner) -> Iterator[str]:
+def image_cache_lines(config: Config, is_on: bool) -> Iterator[str]:
+    """How much of the outputs of frozen vision and projector is cached."""
     limits = config.run.image_cache
-    if learner.make_inputs.features is not None:
+    if is_on:
         yield f"image cache: on, {limits.memory_gib:g} GiB in memory and {limits.disk_gib:g} GiB on disk"
 
 
@@ -116,7 +157,7 @@ def serving_lines(config: Config) -> Iterator[str]:
 def end_report(run: Path) -> Iterator[str]:
     """What is printed when the run in `run` has finished."""
     found, name = summarize(run), visible(str(run))
-    trained_on = f"{found.num_pairs:,} pairs" if found.num_pairs else f"{found.num_supervised:,} trained on"
+    trained_on = f"{counted(found.num_pairs, 'pair')}" if found.num_pairs else f"{found.num_supervised:,} trained on"
     yield f"{counted(found.num_steps, 'step')} in {duration(found.seconds)}, {found.num_tokens:,} tokens ({trained_on})"
     for one in found.evals:
         yield (

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fake_cuda.kernels import KERNELS
+from support.nested import changed, leaves
 
 DEVICE = torch.device("cuda", 0)
 _aten: Any = torch.ops.aten
@@ -79,20 +79,22 @@ class ReadNumbers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.tensor:
-            args = tree_map_only(FakeTensor, lambda value: value if value.ndim else value.item(), args)
+            args = changed(
+                lambda value: value.item() if isinstance(value, FakeTensor) and not value.ndim else value, args
+            )
         return func(*args, **kwargs or {})
 
 
 def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if _is_composite(func):
         return func.decompose(*args, **kwargs)  # made of others, which arrive here one by one
-    leaves = tree_leaves((args, kwargs))
-    is_here = any(isinstance(leaf, FakeTensor) for leaf in leaves)
+    given = leaves((args, kwargs))
+    is_here = any(isinstance(leaf, FakeTensor) for leaf in given)
     if is_here and func.overloadpacket not in _MOVES:
-        _refuse_others(func, leaves)
+        _refuse_others(func, given)
     device = kwargs.get("device")
     goes_here = is_here if device is None else torch.device(device).type == DEVICE.type
-    generators = {leaf: _cpu_generator(leaf) for leaf in leaves if isinstance(leaf, torch.Generator)}
+    generators = {leaf: _cpu_generator(leaf) for leaf in given if isinstance(leaf, torch.Generator)}
 
     def real(leaf: Any) -> Any:
         if isinstance(leaf, FakeTensor):
@@ -101,16 +103,16 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return generators[leaf]
         return torch.device("cpu") if isinstance(leaf, torch.device) and leaf.type == DEVICE.type else leaf
 
-    own_args, own_kwargs = tree_map(real, args), tree_map(real, kwargs)
+    own_args, own_kwargs = changed(real, args), changed(real, kwargs)
     own_kwargs |= {"pin_memory": False} if goes_here and "pin_memory" in own_kwargs else {}
     kernel = KERNELS.get(func, func) if is_here else func
     out = kernel(*own_args, **own_kwargs)
     for generator, used in generators.items():
         generator.set_state(used.get_state())
     if not goes_here:
-        is_copied = isinstance(out, Tensor) and any(out is leaf for leaf in tree_leaves((own_args, own_kwargs)))
+        is_copied = isinstance(out, Tensor) and any(out is leaf for leaf in leaves((own_args, own_kwargs)))
         return args[0] if is_copied else out
-    out = tree_map_only(Tensor, FakeTensor, out)
+    out = changed(lambda value: FakeTensor(value) if isinstance(value, Tensor) else value, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if is_here else out  # type: ignore[no-untyped-call]
 
 
@@ -119,9 +121,9 @@ def _is_composite(func: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
-def _refuse_others(func: Any, leaves: list[Any]) -> None:
+def _refuse_others(func: Any, given: list[Any]) -> None:
     """As CUDA does: a tensor of the CPU among the device's own, unless it is a single number or an index."""
-    for leaf in leaves:
+    for leaf in given:
         if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor):
             continue
         is_index = (

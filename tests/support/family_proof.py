@@ -6,6 +6,7 @@ the sum of the negative log-likelihoods of the supervised tokens over their coun
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from mmtrain.config.schema import Config
 from mmtrain.encoding.encode import Encoded, Encoder
-from mmtrain.encoding.load import load_processor, processor_of
+from mmtrain.encoding.load import load_processor
+from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.model.components import COMPONENTS, Components
 from mmtrain.model.load import model_structure
@@ -117,27 +119,30 @@ def prove(name: str, root: Path, folder: Path) -> Proof:
             }
         )
 
-    _lora(name, config(LORA), samples, proof)
-    _full(name, config({"mode": "full"}), samples, proof)
-    learner, dataset, _ = _prepared(config(LORA, "bfloat16"))
-    loss, _ = _reference(plain(name), samples)
-    proof.differences["bfloat16"] = _off(_loss_of(learner, dataset), loss)
+    _lora(name, config(LORA), processor, samples, proof)
+    loss = _full(name, config({"mode": "full"}), processor, samples, proof)
+    learner, dataset, _ = _prepared(config(LORA, "bfloat16"), processor)
+    proof.differences["bfloat16"] = _off(_loss_of(learner, dataset), loss)  # adapters do not change the loss at first
     return proof
 
 
 def _tune(name: str, mode: dict[str, Any]) -> dict[str, Any]:
     """Every component in this mode; a projector without a linear layer takes no LoRA and is trained in full."""
+    return {part: mode if has_linear else {"mode": "full"} for part, has_linear in _components(name).items()}
+
+
+@cache
+def _components(name: str) -> dict[str, bool]:
+    """The components of a family, and whether each has a linear layer."""
     if not FAMILIES[name].images:
-        return {"language": mode}
+        return {"language": True}
     model = model_structure(str(directory(name)))
     components = Components(model)
     has_linear = {
         components.component_of(key) for key, module in model.named_modules() if isinstance(module, nn.Linear)
     }
-    present = [
-        part for part in COMPONENTS if any(components.component_of(key) == part for key, _ in model.named_parameters())
-    ]
-    return {part: mode if part in has_linear else {"mode": "full"} for part in present}
+    present = {components.component_of(key) for key, _ in model.named_parameters()}
+    return {part: part in has_linear for part in COMPONENTS if part in present}
 
 
 def plain(name: str) -> Any:
@@ -146,8 +151,10 @@ def plain(name: str) -> Any:
     return auto.from_pretrained(directory(name), dtype=torch.float32).eval()
 
 
-def _lora(name: str, config: Config, samples: list[tuple[Encoded, Any]], proof: Proof) -> None:
-    learner, dataset, proof.lines = _prepared(config)
+def _lora(
+    name: str, config: Config, processor: ChatProcessor, samples: list[tuple[Encoded, Any]], proof: Proof
+) -> None:
+    learner, dataset, proof.lines = _prepared(config, processor)
     proof.packed = learner.packing
     fill_adapters(learner.model)
     order = _cuts(learner, dataset)
@@ -163,8 +170,11 @@ def _lora(name: str, config: Config, samples: list[tuple[Encoded, Any]], proof: 
         proof.differences[f"LoRA all gradients, {kind}"] = relative_l2(own_gradients, gradients)
 
 
-def _full(name: str, config: Config, samples: list[tuple[Encoded, Any]], proof: Proof) -> None:
-    learner, dataset, _ = _prepared(config)
+def _full(
+    name: str, config: Config, processor: ChatProcessor, samples: list[tuple[Encoded, Any]], proof: Proof
+) -> float:
+    """The loss of plain transformers."""
+    learner, dataset, _ = _prepared(config, processor)
     order = _cuts(learner, dataset)
     own_loss, found = step_of(learner, dataset, order, learner.packing)
     model = plain(name)
@@ -175,6 +185,7 @@ def _full(name: str, config: Config, samples: list[tuple[Encoded, Any]], proof: 
     proof.differences["full gradient norm"] = _off(_norm(found), _norm(gradients))
     proof.differences["full, all gradients"] = relative_l2(found, gradients)
     export(learner, config, dataset)
+    return loss
 
 
 def _cuts(learner: Learner, dataset: Dataset) -> list[list[int]]:
@@ -183,9 +194,8 @@ def _cuts(learner: Learner, dataset: Dataset) -> list[list[int]]:
     return [[index] for index in used] if learner.alone else [used]
 
 
-def _prepared(config: Config) -> tuple[Learner, Dataset, list[str]]:
+def _prepared(config: Config, processor: ChatProcessor) -> tuple[Learner, Dataset, list[str]]:
     lines: list[str] = []
-    processor = processor_of(config.model, tried=True)
     dataset = Dataset(config, processor, QUIET)
     progress = Progress(quiet=True)
     progress.say = lines.append  # type: ignore[method-assign, assignment]

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mmtrain.model.live_memory import LiveMemory
+from support.nested import leaves
 
 _aten: Any = torch.ops.aten
 _ANSWERS = {
@@ -103,8 +103,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in leaves(out) if isinstance(leaf, Tensor)]
         for tensor in filter(self._is_here, made):
             self._memory.keep(tensor)
         if any(map(self._is_here, given)) or any(map(self._is_here, made)):

@@ -175,7 +175,7 @@ class ArrowFile:
 
 
 def _row(table: Any, index: int) -> dict[str, Any]:
-    (row,) = table.slice(index, 1).to_pylist()
+    (row,) = table.slice(index, 1).to_pylist(maps_as_pydicts="strict")
     if len(row) != table.num_columns:
         raise ValueError("two columns have the same name")
     return dict(row)

@@ -12,6 +12,7 @@ from typing import Any
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError, refused_at
 from mmtrain.records.json_text import MAX_RECORD
+from mmtrain.records.record_keys import is_image
 from mmtrain.records.sources.line_index import LineIndex
 from mmtrain.records.sources.place import Place
 from mmtrain.safe_text import one_line, shown, visible
@@ -36,6 +37,11 @@ class DelimitedFile:
                 self._style["skipinitialspace"] = True
                 self._columns = self._row(0)
         columns = self._columns
+        if values := [name for name in columns if is_image(name) or "://" in name]:
+            raise UserError(
+                f"{visible(str(path))}:1: the first row must name the columns, found {shown(values[0])}: add a row of "
+                "names above it, such as image and caption"
+            )
         repeated = {name for n, name in enumerate(columns) if columns.count(name) > 1 or (n and not name.strip())}
         if repeated or (len(self._index) and not self._columns):
             found = ", ".join(map(shown, sorted(repeated)))
@@ -64,5 +70,8 @@ class DelimitedFile:
             raise SampleError(f"not a row of a table: {one_line(error)}") from None
         rows = [row for row in rows if row]
         if len(rows) != 1:
-            raise SampleError(f"not a row of a table: a quote in it makes it {len(rows)} rows")
+            raise SampleError(
+                f"not a row of a table: a quote in it makes it {len(rows)} rows: put a field with a quote in quotes, and "
+                'write its own twice, as in "a 5"" disk"'
+            )
         return rows[0]

@@ -1,5 +1,5 @@
-"""A file that is one JSON list of records, read by their offsets. It is parsed once when it is opened, some of it at a
-time, so that a fault is found wherever it is."""
+"""A file that is one JSON list of records, or one object after the other, read by their offsets. It is parsed once when
+it is opened, some of it at a time, so that a fault is found wherever it is."""
 
 import codecs
 import json
@@ -44,10 +44,11 @@ class JsonFile:
 class _ListIndex(OffsetIndex):
     def _scan(self, file: BinaryIO) -> int:
         text = _Text(file, visible(str(self.path)))
-        if (first := text.skip_space()) != "[":
+        if (first := text.skip_space()) == "{":
+            return self._scan_objects(text)
+        if first != "[":
             text.check_utf8(text.characters, is_whole=False)
-            found = ", found an object: write the list in it to a file (docs/data.md has a script for COCO and VQA)"
-            raise text.fault(f"expected a JSON list of records, or one on each line{found if first == '{' else ''}", 1)
+            raise text.fault("expected a JSON list of records, or one on each line", 1)
         following = text.skip_space(1)
         while following != "]":
             self._add(text.offset, text.line())
@@ -62,6 +63,15 @@ class _ListIndex(OffsetIndex):
         if text.skip_space(1):
             raise text.fault("not JSON: there is more after the list")
         return end
+
+    def _scan_objects(self, text: "_Text") -> int:
+        """Records one after the other, each over several lines; often only one."""
+        while following := text.skip_space():
+            if following != "{":
+                raise text.fault("not JSON: expected an object after the one before it")
+            self._add(text.offset, text.line())
+            text.skip_space(text.value())
+        return text.offset
 
 
 class _Text:
@@ -111,6 +121,8 @@ class _Text:
                 ahead = error.pos - self._at
                 if len(self.characters) - self._at <= MAX_RECORD and self._read():
                     continue
+                if error.pos + _MARGIN > len(self.characters) > MAX_RECORD or "Unterminated" in error.msg:
+                    raise self.fault(str(too_long(len(self.characters) - self._at))) from None
                 line, column = self.line(ahead), 1 + self._num_characters(self._at + ahead)
                 raise self.fault(f"not JSON: {error.msg} at column {column}", line) from None
             except ValueError as error:

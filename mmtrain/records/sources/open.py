@@ -12,6 +12,7 @@ from mmtrain.records.sources.json_lines import JsonlFile, has_json_lines, is_jso
 from mmtrain.records.sources.json_list import JsonFile
 from mmtrain.records.sources.place import RecordFile
 from mmtrain.records.sources.tar import TarFile
+from mmtrain.regular_files import open_regular
 from mmtrain.safe_text import visible
 
 
@@ -23,6 +24,8 @@ def _json_lines(path: Path) -> RecordFile:
     return JsonFile(path) if is_json_list(path) else JsonlFile(path)
 
 
+_LFS = b"version https://git-lfs"
+"""The beginning of what Git has in the place of a file that is stored elsewhere."""
 _KINDS: dict[str, Callable[[Path], RecordFile]] = {
     ".json": _json,
     ".jsonl": _json_lines,
@@ -51,6 +54,11 @@ def open_records(path: str, split: str | None = None) -> list[RecordFile]:
 def open_file(path: Path) -> RecordFile:
     """The records of one file. Raises UserError if it cannot be read."""
     try:
+        with open_regular(path) as file:
+            if file.read(len(_LFS)) == _LFS:
+                raise UserError(
+                    f"{visible(str(path))}: Git LFS has not fetched it yet: run `git lfs pull` in its folder"
+                )
         return _KINDS[plain_suffix(path)](path)
     except OSError as error:
         raise UserError(f"{visible(str(path))}: cannot be read: {error.strerror}") from None

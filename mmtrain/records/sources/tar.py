@@ -7,15 +7,18 @@ record's `text`, as shards of images and captions have it, and next to it says n
 
 import itertools
 from array import array
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
+from mmtrain.records.data_files import READ
 from mmtrain.records.json_text import MAX_RECORD, parse_json
 from mmtrain.records.sources.place import Place
 from mmtrain.records.tar_index import tar_index
 from mmtrain.regular_files import open_regular
-from mmtrain.safe_text import shown
+from mmtrain.safe_text import shown, visible
 
 _IMAGES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"])
 _MAX_IMAGE = 256 * 2**20
@@ -28,8 +31,14 @@ class TarFile:
         """Raises OSError, and UserError if it is not a plain, whole tar file."""
         self.path = path
         self._index = tar_index(path)
-        groups = (len(list(members)) for _, members in itertools.groupby(map(_key, self._index.names())))
-        self._bounds = array("Q", itertools.accumulate(groups, initial=0))
+        groups = [(key, len(list(members))) for key, members in itertools.groupby(map(_key, self._index.names()))]
+        again = [key for key, number in Counter(key for key, _ in groups).items() if number > 1]
+        if again:
+            raise UserError(
+                f"{visible(str(path))}: the members of the key {shown(again[0])} are not next to each other: make the "
+                "shard again with its names in order, such as with tar --sort=name"
+            )
+        self._bounds = array("Q", itertools.accumulate((number for _, number in groups), initial=0))
         """Where the samples begin among the members, and where the last one ends."""
 
     def __len__(self) -> int:
@@ -42,10 +51,15 @@ class TarFile:
         """The record of a sample, with the bytes of its images. Raises SampleError with the reason if there is none."""
         try:
             with open_regular(self.path) as file:
-                content = dict(self._member(number, file) for number in range(*self._bounds[index : index + 2]))
+                members = [self._member(number, file) for number in range(*self._bounds[index : index + 2])]
         except OSError as error:
             raise SampleError(f"cannot be read: {error.strerror}") from None
+        content = dict(members)
+        if len(content) < len(members):
+            raise SampleError(f"two members have the same name: {shown(members[-1][0])}")
         record = _parsed(content)
+        if isinstance(record, list):  # of messages
+            record = {"messages": record}
         return _with_images(record, content) if isinstance(record, dict) else record
 
     def _member(self, number: int, file: BinaryIO) -> tuple[str, bytes]:
@@ -59,7 +73,9 @@ def _parsed(content: dict[str, bytes]) -> Any:
     texts = [name for name in content if _suffix(name) == ".txt"]
     if len(records) > 1 or (not records and len(texts) != 1):
         names = ", ".join(shown(name, 40) for name in list(content)[:4])
-        raise SampleError(f"{len(records)} .json members of the key, expected one: {names}")
+        is_table = any(name.lower().endswith(READ) and _suffix(name) not in (".json", ".tar") for name in content)
+        hint = "; take the table out of the shard, and set `root` of the source to the shard" if is_table else ""
+        raise SampleError(f"expected one .json member of the key, or one .txt, found {names}{hint}")
     record = parse_json(content.pop(records[0])) if records else {}
     if not texts or not isinstance(record, dict):
         return record

@@ -2,13 +2,13 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mmtrain.config.run_section import Run
-from mmtrain.contrastive.embedder import EncodedItem, Kind
+from mmtrain.contrastive.embedder import EncodedItem, Kind, Passes
 from mmtrain.contrastive.relation import Numbers, Relation, relate
 from mmtrain.dataset.microbatches import cut_step
 from mmtrain.dataset.plan import Plan
@@ -51,13 +51,17 @@ class PairCuts:
         settings: Run,
         num_processes: int,
         index: int,
-        packing: bool = False,
-        alone: frozenset[Kind] = frozenset(),
+        packing: bool,
+        alone: frozenset[Kind],
+        passes: Passes,
+        later_passes: Passes,
     ) -> None:
+        """`passes`: of the first epoch; `later_passes`: of those after it, when what is cached is known."""
         self._plan: Plan = dataset.plan
         self._samples, self._settings = dataset.train, settings
         self._num_processes, self._index = num_processes, index
         self._packing, self._alone = packing, alone
+        self._passes, self._later_passes = passes, later_passes
         self.of = functools.lru_cache(maxsize=256)(self._cut)
         """The cut of a step, counted from 1."""
 
@@ -73,7 +77,8 @@ class PairCuts:
             of_kind.setdefault(self._samples.items[number].kind, []).append(number)
         wanted = self._settings.microbatches
         multiple = num_processes if wanted == "auto" else wanted
-        every = _joined([self._batches(kind, own, multiple) for kind, own in sorted(of_kind.items())], multiple)
+        cost = self.passes(step).cost
+        every = _joined([self._batches(kind, own, multiple, cost) for kind, own in sorted(of_kind.items())], multiple)
         share = len(every) // num_processes
         return [tuple(every[index * share : (index + 1) * share]) for index in range(num_processes)]
 
@@ -90,17 +95,23 @@ class PairCuts:
             own=self.of_all(step, self._num_processes)[self._index],
             count=len(samples),
             figures={"num_tokens": num_tokens, "num_pairs": len(samples), "num_items": len(items)},
-            operations=6.0 * sum(item.cost for item in items),
+            operations=2.0 * sum(map(self.passes(step).cost, items)),
             items=numbers,
             relation=relation,
         )
 
-    def _batches(self, kind: Kind, numbers: Sequence[int], multiple: int) -> list[ItemBatch]:
+    def passes(self, step: int) -> Passes:
+        """How often each item of a step is computed. It follows from the step alone, as its cut must."""
+        return self._passes if step <= self._plan.steps_per_epoch else self._later_passes
+
+    def _batches(
+        self, kind: Kind, numbers: Sequence[int], multiple: int, cost: Callable[[EncodedItem], float]
+    ) -> list[ItemBatch]:
         """Runs of as many batches as each other, `multiple` of them; some batches may be empty."""
         items: list[EncodedItem] = [self._samples.items[number] for number in numbers]
         limit = 1 if kind in self._alone else self._settings.microbatch_tokens
-        lengths, costs = [item.row_tokens for item in items], [item.cost for item in items]
-        cuts = cut_step(lengths, limit, self._packing, multiple, costs)
+        lengths, costs = [item.row_tokens for item in items], list(map(cost, items))
+        cuts = cut_step(lengths, limit, self._packing, multiple, costs if any(costs) else None)
         return [ItemBatch(kind, tuple(numbers[i] for i in cut)) for cut in cuts]
 
 

@@ -16,7 +16,7 @@ from mmtrain.train.contrastive.learner import make_contrastive_learner
 from mmtrain.train.contrastive.pair_dataset import PairDataset
 from mmtrain.train.contrastive.step import ContrastiveLearner, LoadedItems
 from mmtrain.train.evaluations import RunEvaluation
-from mmtrain.train.report import bits_lines, component_lines, weights_line
+from mmtrain.train.report import bits_lines, component_lines, image_cache_lines, weights_line
 
 
 class ContrastiveObjective:
@@ -44,8 +44,10 @@ class ContrastiveObjective:
         learner = self.learner
         yield from component_lines(learner.component_reports)
         yield self.data.summary()
+        yield from self.data.notes()
         yield weights_line(learner)
         yield from bits_lines(self._config, learner)
+        yield from image_cache_lines(self._config, learner.embedder.caches_images)
         yield self._embedder.description
 
     def export(self, name: str | None = None, step: int | None = None) -> str:

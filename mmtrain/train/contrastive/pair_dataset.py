@@ -11,6 +11,7 @@ from mmtrain.dataset.plan import Indices, Plan
 from mmtrain.errors import UserError, collected
 from mmtrain.progress import Progress
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
+from mmtrain.safe_text import counted
 from mmtrain.train.dataset import num_steps
 from mmtrain.train.eval_sets import eval_sources
 from mmtrain.train.folder import dropped_row
@@ -41,16 +42,27 @@ class PairDataset:
         check_watched(config, retrieval_names({name: one.way_names for name, one in self.eval.items()}))
         self.plan = Plan.of(config, self.train.records, self.train.used)
         self.num_steps = num_steps(config.train, self.plan)
-        self._check_negatives(config.objective.loss)
+        self._loss = config.objective.loss
+        self._check_negatives()
 
-    def _check_negatives(self, loss: str) -> None:
+    def _check_negatives(self) -> None:
         """Raise UserError where no step that is tried has a negative: with `infonce` nothing would be trained."""
         steps = ([self.train.pairs[index] for index in self.plan.step(n)] for n in self.plan.some_steps(_STEPS_TRIED))
-        if loss == "infonce" and not any(relate(pairs).num_negatives for pairs in steps):
+        if self._loss == "infonce" and not any(relate(pairs).num_negatives for pairs in steps):
             raise UserError(
                 "no step has a negative, so the loss is 0 and nothing is trained: expected a larger train.batch_size, "
                 "or pairs with negatives"
             )
+
+    def notes(self) -> Iterator[str]:
+        """A line for each step of the first epoch that is short and has no negative."""
+        for number in self.plan.short_steps() if self._loss == "infonce" else ():
+            pairs = [self.train.pairs[index] for index in self.plan.step(number)]
+            if not relate(pairs).num_negatives:
+                yield (
+                    f"step {number:,} of the first epoch has {counted(len(pairs), 'pair')} and no negative, so its "
+                    "loss is 0: another train.batch_size leaves more for it"
+                )
 
     def summary(self) -> str:
         """What was read, in one line, and what was dropped."""

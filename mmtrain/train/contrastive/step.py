@@ -146,7 +146,7 @@ def _first_pass(learner: ContrastiveLearner, loaded: LoadedItems, step: int) -> 
         is_frozen = learner.embedder.is_frozen(batch.kind)
         with learner.dropout.at(step, inputs), microbatch_faults(f"step {step}", inputs):
             values, graph = learner.embed(inputs, batch.kind)
-        again = not is_frozen and not inputs.image_inputs
+        again = not is_frozen and not inputs.has_images
         found.append(_Embedded(batch, inputs if again or graph is not None else None, values, graph))
     return found
 
@@ -162,8 +162,7 @@ def _second_pass(learner: ContrastiveLearner, one: _Embedded, gradient: Tensor, 
         values = learner.embedder.embed(inputs, kind) if one.graph is None else one.graph
         backward((values * gradient).sum(), step)
         one.graph = None
-        has_images = bool(inputs.image_inputs)
-        learner.lost_gradients.check(step, has_images, lambda: learner.embedder.embed(inputs, kind))
+        learner.lost_gradients.check(step, inputs.has_images, lambda: learner.embedder.embed(inputs, kind))
 
 
 def _loss(learner: ContrastiveLearner, cut: PairCut, embedded: Sequence[_Embedded]) -> tuple[LossGradients, Tensor]:
