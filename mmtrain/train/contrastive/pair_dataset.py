@@ -1,5 +1,6 @@
 """The pairs that a run is trained and evaluated on, checked before the first step."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
