@@ -68,10 +68,11 @@ def init(
 ) -> None:
     """Write a first config for a model, your data and this machine; asks for what is not given."""
     from mmtrain.init import command
+    from mmtrain.init.options import InitOptions
 
     if prompt is None and command.needs_prompt(model, data):
         prompt = typer.prompt('What the user asks for each reply, such as "Describe this image."')
-    command.init(model, data, evaluation, output, chat_template, prompt)
+    command.init(InitOptions(model, data, evaluation, output, chat_template, prompt))
 
 
 @app.command(cls=KeysCommand)
