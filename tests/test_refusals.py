@@ -9,13 +9,13 @@ import pytest
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
-from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.records.record_set import RecordSet
 from mmtrain.train.run import train
 from support.builders import SHAPES, TINY, make_text, write_jsonl
+from support.fresh_samples import FreshSamples
 
 IMAGE = sorted((SHAPES / "images").iterdir())[0]
 
