@@ -10,7 +10,6 @@ import pytest
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
-from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
@@ -18,6 +17,7 @@ from mmtrain.records.record_set import RecordSet
 from mmtrain.train.run import train
 from support.builders import SHAPES, TINY, make_text, write_jsonl
 from support.family_reference import directory
+from support.fresh_samples import FreshSamples
 
 PAD = "<|image_pad|>"
 IMAGE = sorted((SHAPES / "images").iterdir())[0]
