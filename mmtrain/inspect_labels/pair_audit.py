@@ -18,7 +18,7 @@ from mmtrain.dataset.plan import Plan
 from mmtrain.dataset.selection import SelectedSources
 from mmtrain.dataset.validate import FaultPolicy
 from mmtrain.errors import UserError
-from mmtrain.inspect_labels.audit_report import NUM_SHOWN, bars, fault_lines, histogram, print_audit
+from mmtrain.inspect_labels.audit_report import NUM_SHOWN, bars, fault_lines, histogram, print_audit, verdict
 from mmtrain.progress import Progress
 from mmtrain.safe_text import counted
 
@@ -66,7 +66,7 @@ class PairAudit:
         yield from bars("Tokens of an item", histogram(self.lengths))
         for kind, places in self.notes.items():
             yield f"\nNote: {kind}: {counted(len(places), 'pair')}, first at\n  {places[0]}"
-        yield f"\n{counted(len(self.faults), 'fault')}" if self.faults else "\nNo faults"
+        yield verdict(len(self.faults))
         yield from fault_lines(self.faults)
 
 

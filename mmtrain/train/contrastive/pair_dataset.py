@@ -1,7 +1,6 @@
 """The pairs that a run is trained and evaluated on, checked before the first step."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from mmtrain.contrastive.relation import relate
 from mmtrain.contrastive.selected_pairs import read_selected
 from mmtrain.dataset.plan import Indices, Plan
 from mmtrain.dataset.selection import SelectedSources
-from mmtrain.errors import StorageError, UserError
+from mmtrain.errors import UserError, collected
 from mmtrain.progress import Progress
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
 from mmtrain.safe_text import counted
@@ -34,15 +33,15 @@ class PairDataset:
     def __init__(self, config: Config, embedder: Embedder, progress: Progress) -> None:
         self.template = embedder.template
         faults: list[str] = []
-        with _collected(faults), progress.task("checking train"):
+        with collected(faults), progress.task("checking train"):
             selected = SelectedSources.for_training(config.data)
             self.train = read_selected(selected, embedder, config.data, progress)
         self.eval: dict[str, RetrievalEvaluation] = {}
         for name, source in eval_sources(config).items():
-            with _collected(faults), progress.task(f"checking evaluation set {name}"):
+            with collected(faults), progress.task(f"checking evaluation set {name}"):
                 self.eval[name] = RetrievalEvaluation(config, [source], embedder, progress)
         if faults:
-            raise UserError(faults)
+            raise UserError(dict.fromkeys(faults))
         check_watched(config, retrieval_names({name: one.way_names for name, one in self.eval.items()}))
         self.plan = Plan.of(config, self.train.records, self.train.used)
         self.num_steps = num_steps(config.train, self.plan)
@@ -105,14 +104,3 @@ class PairDataset:
         sets = [one.samples for one in self.eval.values()]
         files = [[file for n in range(one.records.num_sources) for file in one.records.files_of(n)] for one in sets]
         return [(own, sorted(one.image_files)) for own, one in zip(files, sets, strict=True)]
-
-
-@contextmanager
-def _collected(faults: list[str]) -> Iterator[None]:
-    """Add the faults of a UserError raised inside."""
-    try:
-        yield
-    except StorageError:  # no fault of the data
-        raise
-    except UserError as error:
-        faults += error.faults
