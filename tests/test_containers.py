@@ -248,6 +248,40 @@ def test_rows_of_a_parquet_file_are_read_in_batches(
     assert len(recent._found) == 1
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_rows_that_are_made_ahead_are_nobody_elses(tmp_path: Path, suffix: str) -> None:
+    """In order, again, and backwards, whatever the reader does with the objects; a column of maps too."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    maps = [[("a", i)] for i in range(100)]
+    for columns, expected in (({}, {}), ({"map": pyarrow.array(maps, pyarrow.map_("string", "int64"))}, {"map": dict})):
+        path, table = tmp_path / f"a.{suffix}", pyarrow.table({"turns": [[{"a": i}] for i in range(100)], **columns})
+        if suffix == "parquet":
+            parquet.write_table(table, path)
+        else:
+            with pyarrow.ipc.new_file(path, table.schema) as writer:
+                writer.write_table(table)
+        (file,) = open_records(str(path), None)
+        for i in [*range(100), *range(100), *reversed(range(100)), 5, 5, 6, 6, 7]:
+            row = file.record(i)
+            assert row == {"turns": [{"a": i}], **{key: make(maps[i]) for key, make in expected.items()}}
+            row["turns"].clear()
+
+
+def test_a_row_that_cannot_be_read_is_the_only_one_refused(tmp_path: Path) -> None:
+    """Also where rows are made ahead: a map with a key given twice is no object."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    maps = [[("a", 1), ("b" if i != 7 else "a", 2)] for i in range(20)]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"map": pyarrow.array(maps, pyarrow.map_("string", "int64"))}), path)
+    (file,) = open_records(str(path), None)
+    for i in range(20):
+        if i == 7:
+            with pytest.raises(SampleError, match="cannot be read"):
+                file.record(i)
+        else:
+            assert file.record(i) == {"map": {"a": 1, "b": 2}}
+
+
 class CountingFile:
     """A parquet file that lists the batches that are read of it."""
 

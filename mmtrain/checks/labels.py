@@ -9,8 +9,8 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import NamedTuple
 
 from mmtrain.checks.content import MARKS, image_notes, literal_specials, placed_images, unmatched_marks
 from mmtrain.checks.findings import (
@@ -47,8 +47,7 @@ _Span = tuple[int, int]
 """A run of supervised tokens: ids[start:end]."""
 
 
-@dataclass(frozen=True, slots=True)
-class _FoldedSample:
+class _FoldedSample(NamedTuple):
     """One sample with each image folded to one placeholder."""
 
     conversation: Conversation

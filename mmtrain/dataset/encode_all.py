@@ -1,9 +1,8 @@
 """All samples of a record set encoded and checked, chunk by chunk, by several processes where there are many."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -121,8 +120,7 @@ class ChunkEncoder:
                 yield Finding.fault(UNDECODABLE, failing[span.image.source])
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(NamedTuple):
     """A sample of a chunk, or a record that is none."""
 
     record: int

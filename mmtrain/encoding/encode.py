@@ -9,6 +9,7 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -78,8 +79,7 @@ class Traced:
     an end of turn that the template lacks."""
 
 
-@dataclass(frozen=True, slots=True)
-class LaidOut:
+class LaidOut(NamedTuple):
     """A conversation as pieces of text."""
 
     pieces: list[Piece]
