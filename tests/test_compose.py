@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from mmtrain.merge.command import merge
 from mmtrain.model import weight_files
 from mmtrain.train.run import train
 from support.builders import DECODER_SIZES, ROOT, copy_text_tokenizer, make_text, mixed_rows, randomized, write_jsonl
+from support.families_more import MORE
+from support.families_tile import TILE
+from support.family_models import make_family
 from support.towers import (
     SIDE,
     SIZE,
@@ -265,6 +269,11 @@ def test_a_large_model_is_stored_in_several_files(
         (make_registers, r"gives features of shape \(21, 32\) for 16 patches: expected one vector for each"),
         (make_any_resolution, "does not encode an image from its pixels alone"),
         (make_convnet, "expected one vector for each"),
+        (partial(make_family, TILE["aya_vision"]), r"\(5, 3, 28, 28\): expected square patches in one square image"),
+        (
+            partial(make_family, MORE["janus"]),
+            "transformers has no LlavaForConditionalGeneration with JanusVisionModel",
+        ),
     ],
 )
 def test_a_tower_without_a_vector_for_each_patch_is_refused(

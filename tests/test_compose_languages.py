@@ -1,6 +1,7 @@
 """mmtrain compose with language models of several families, and with chat templates of several kinds."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from mmtrain.errors import UserError
 from mmtrain.merge.command import merge
 from mmtrain.train.run import train
 from support.builders import DECODER_SIZES, copy_text_tokenizer, make_text, mixed_rows, randomized, write_jsonl
+from support.families_text import TEXT_ONLY
+from support.family_models import make_family
 from support.towers import PATCH, SIDE, make_clip, make_dinov2
 
 SIZES = DECODER_SIZES | {"vocab_size": 1280}
@@ -151,6 +154,11 @@ def make_narrow(path: Path) -> Path:
         (make_phi, r"the head of PhiForCausalLM has a bias, and that of LlavaForConditionalGeneration none: use"),
         (make_narrow, r"its embeddings are 16 wide and its layers 32: a projector needs them to be equal"),
         (make_mamba, r"LlavaForConditionalGeneration cannot run MambaForCausalLM: .*: use another language model"),
+        (
+            partial(make_family, TEXT_ONLY["xlstm"]),
+            r"LlavaForConditionalGeneration cannot run xLSTMForCausalLM: .*: use",
+        ),
+        (partial(make_family, TEXT_ONLY["gemma4_text"]), "Gemma4ForCausalLM cannot run an image's features: .*: use"),
     ],
 )
 def test_a_language_model_that_does_not_fit_is_refused(

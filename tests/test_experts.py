@@ -154,6 +154,9 @@ def test_what_peft_cannot_do_with_experts_is_one_line() -> None:
     (dropout,) = lines(dropout=0.1)
     assert dropout.startswith("tune.language.dropout: not on 4 weights of experts")
     assert not targets_of(model, components, "language", Lora(mode="lora", variant="dora")).parameters
+    named = Lora(mode="lora", variant="dora", targets=("q_proj", "down_proj"))
+    with pytest.raises(UserError, match=r"targets: 2 weights cannot .* such as .*experts\.down_proj: peft has no DoRA"):
+        targets_of(model, components, "language", named)
 
 
 class _Outside(nn.Module):
@@ -176,7 +179,7 @@ def test_experts_that_do_not_run_by_themselves_get_none() -> None:
     assert not targets_of(model, components, "language", Lora(mode="lora")).parameters
     (line,) = without_adapter(model, components, TUNE)
     assert line.endswith("no adapter on 4 weights of experts (36,864 parameters): their module does not run by itself")
-    with pytest.raises(UserError, match="no layer gets LoRA by default"):
+    with pytest.raises(UserError, match=r"2 weights cannot have an adapter, .* their module does not run by itself"):
         targets_of(model, components, "language", Lora(mode="lora", targets=("down_proj",)))
 
 

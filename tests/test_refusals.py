@@ -1,6 +1,7 @@
 """Samples that cannot be used: each named by file and line with the reason, before the first step."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ import pytest
 
 from mmtrain.config.schema import Config
 from mmtrain.dataset.batch import Loader
-from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.records.record_set import RecordSet
 from mmtrain.train.run import train
 from support.builders import SHAPES, TINY, make_text, write_jsonl
+from support.family_reference import directory
+from support.fresh_samples import FreshSamples
 
+PAD = "<|image_pad|>"
 IMAGE = sorted((SHAPES / "images").iterdir())[0]
 
 
@@ -160,13 +163,34 @@ def test_a_template_that_prints_the_date_prints_a_fixed_one(tmp_path: Path) -> N
     assert said.startswith("01 Jan 2025<|im_start|>")
 
 
-def test_a_template_without_a_placeholder_is_refused(make_config: Callable[..., Config], tmp_path: Path) -> None:
-    import shutil
+@pytest.mark.parametrize(
+    ("file", "before", "after", "reason"),
+    [
+        ("chat_template.jinja", PAD, "[picture]", f"writes no placeholder '{PAD}' for an image: expected one"),
+        ("chat_template.jinja", PAD, f"{PAD} {PAD}", f"writes 2 placeholders '{PAD}' for an image: expected one"),
+        (
+            "config.json",
+            '"image_token_id": ',
+            '"image_token_id": 1',
+            f"no placeholder '{PAD}': it is token [0-9]+ of the",
+        ),
+    ],
+)
+def test_a_placeholder_that_does_not_stand_for_one_image_is_refused(
+    file: str, before: str, after: str, reason: str, make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(make_config("qwen2_5_vl").model.path, tmp_path / "model"))
+    text = (path / file).read_text()
+    assert before in text
+    (path / file).write_text(text.replace(before, after))
+    with pytest.raises(UserError, match=reason.replace("|", "[|]")):
+        load_processor(str(path))
 
-    config = make_config("qwen2_5_vl")
-    path = tmp_path / "model"
-    shutil.copytree(config.model.path, path)
-    template = (path / "chat_template.jinja").read_text()
-    (path / "chat_template.jinja").write_text(template.replace("<|image_pad|>", "[picture]"))
-    with pytest.raises(UserError, match="writes no placeholder"):
+
+def test_a_tokenizer_that_splits_the_placeholder_is_refused(tmp_path: Path) -> None:
+    path = Path(shutil.copytree(directory("qwen3_vl"), tmp_path / "model"))
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [one for one in tokenizer["added_tokens"] if one["content"] != PAD]
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=r"the tokenizer splits the placeholder '<[|]image_pad[|]>' into 13 tokens"):
         load_processor(str(path))

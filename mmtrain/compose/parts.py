@@ -56,15 +56,9 @@ def put_together(tower: Tower, language: Language, projector: ProjectorName, dty
     Raises UserError where transformers has no such model, or where it computes something else than the language model
     alone.
     """
-    config = _config(tower, language, projector)
-    with torch.device("meta"):
-        made: Any = _CLASSES[projector](config)
-    inner, base = made.model, language.model.base_model
-    if type(inner.language_model) is not type(base) or type(inner.vision_tower) is not type(tower.model):
-        raise UserError(
-            f"transformers has no {type(made).__name__} with {type(tower.model).__name__} and {type(base).__name__}: "
-            "use other parts"
-        )
+    config, base = _config(tower, language, projector), language.model.base_model
+    made = _of_parts(_CLASSES[projector], config, tower.model, base)
+    inner = made.model
     inner.multi_modal_projector = _new_projector(type(inner.multi_modal_projector), config, projector).to(
         getattr(torch, dtype)
     )
@@ -76,6 +70,21 @@ def put_together(tower: Tower, language: Language, projector: ProjectorName, dty
     if not config.tie_word_embeddings and language.model.config.tie_word_embeddings:
         made.lm_head.weight = nn.Parameter(made.lm_head.weight.detach().clone())
     return made.eval()
+
+
+def _of_parts(of: Any, config: Any, vision: Any, base: Any) -> Any:
+    """A model of the class `of`, without weights. Raises UserError where transformers makes it of other parts."""
+    try:
+        with torch.device("meta"):
+            made = of(config)
+        found = type(made.model.vision_tower), type(made.model.language_model)
+    except ValueError:  # an encoder that transformers makes only within its own family
+        found = None
+    if found != (type(vision), type(base)):
+        raise UserError(
+            f"transformers has no {of.__name__} with {type(vision).__name__} and {type(base).__name__}: use other parts"
+        )
+    return made
 
 
 _CLASSES: dict[str, Any] = {

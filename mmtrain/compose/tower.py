@@ -100,7 +100,7 @@ def _load_image_processor(path: str) -> tuple[Any, torch.Tensor]:
 def _patch_size(model: Any, pixels: torch.Tensor, path: str) -> int:
     """The side of a patch. Raises UserError unless an image becomes one square with square patches."""
     found = getattr(model.config, "patch_size", None)
-    if type(found) is not int or pixels.ndim != 4 or pixels.shape[-1] != pixels.shape[-2]:
+    if type(found) is not int or pixels.ndim != 4 or len(pixels) != 1 or pixels.shape[-1] != pixels.shape[-2]:
         raise UserError(
             f"{path}: {type(model).__name__} has patches of {found} pixels in pixels of shape {tuple(pixels.shape)}: "
             "expected square patches in one square image; use CLIP, SigLIP or DINOv2"

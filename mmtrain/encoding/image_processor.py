@@ -63,7 +63,10 @@ def _probe_images(runner: ImageRunner) -> ImageTraits:
     """Raises UserError where there is no placeholder for an image, SampleError where the processor refuses one."""
     inputs, (ids,) = runner.blank([PROBE_SIZE])
     if runner.token_id not in ids:
-        raise UserError(f"the image processor lays out no placeholder {shown(runner.processor.image_token)}")
+        token, named = runner.processor.image_token, runner.token_id
+        id_ = runner.tokenizer.id_of(token)
+        ids_differ = f": it is token {id_} of the tokenizer, and {named} in config.json" if named != id_ else ""
+        raise UserError(f"the image processor lays out no placeholder {shown(token)}{ids_differ}")
     grid_key = next((key for key in inputs if key.endswith("_thw")), None)
     shape = _pixel_shape(inputs)
     num_pixels = 0 if shape is None else math.prod(shape) // shape[-3]
@@ -82,6 +85,16 @@ def _probe_images(runner: ImageRunner) -> ImageTraits:
         marks_replies="token_type_ids" in types and not types["token_type_ids"].any(),
         together=_are_together(runner),
     )
+
+
+def _check_one_token(tokenizer: Tokenizer, placeholder: str) -> None:
+    """Raises UserError where the tokenizer splits a placeholder."""
+    num_tokens = len(tokenizer.encode(placeholder, None))
+    if num_tokens != 1:
+        raise UserError(
+            f"the tokenizer splits the placeholder {shown(placeholder)} into {num_tokens} tokens: expected one: add it "
+            "to added_tokens in tokenizer.json"
+        )
 
 
 def _refuses(runner: ImageRunner) -> bool:
@@ -137,6 +150,8 @@ class ImageProcessor:
         self._runner = ImageRunner(processor, tokenizer, token_id, find_separator(tokenizer, self.token, token_id))
         if _refuses(self._runner) and any(frame):
             self._runner = replace(self._runner, frame=frame)
+        if _refuses(self._runner):
+            _check_one_token(tokenizer, self.token)
         self.traits = _probe_images(self._runner)
         self._tokens = functools.lru_cache(maxsize=65536)(self._lay_out)
 

@@ -53,8 +53,10 @@ def probe_template(source: str | None, render: Render, image_token: str | None) 
     text_roles = tried[0] if tried else roles
     if image_token is not None:
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "probe"}]}
-        if _rendered(render, MessageForm(text_roles).apply([turn])).count(image_token) != 1:
-            raise UserError(f"the chat template writes no placeholder {shown(image_token)} for an image")
+        count = _rendered(render, MessageForm(text_roles).apply([turn])).count(image_token)
+        if count != 1:
+            number = f"{count} placeholders" if count else "no placeholder"
+            raise UserError(f"the chat template writes {number} {shown(image_token)} for an image: expected one")
     prompt, reasoning_key = _find_generation_prompt(render, text_roles), _find_reasoning_key(render, text_roles)
     form = _find_call_form(render, text_roles)
     return TemplateTraits(form.text_roles, bool(tried), prompt, form.arguments, reasoning_key)

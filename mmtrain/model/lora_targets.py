@@ -68,7 +68,13 @@ def targets_of(model: Any, components: Components, component: str, lora: Lora) -
         lost = [name for name in found.lost if name in chosen]
         if lost:
             raise _not_loadable(component, lost, "name other layers in `targets`")
-    targets = Targets(modules, _run_alone(model, map(found.weight_of, weights)) if lora.variant != "dora" else [])
+    parameters, left_out = _adapted(model, lora, map(found.weight_of, weights))
+    if left_out and lora.targets is not None:
+        raise UserError(
+            f"tune.{component}.targets: {len(left_out)} weights cannot have an adapter, such as {left_out[0]}: "
+            f"{_why_left_out(lora)}; name other layers in `targets`"
+        )
+    targets = Targets(modules, parameters)
     if not targets and found.lost:
         raise _not_loadable(component, found.lost, "set mode: full")
     if unknown or not targets:
@@ -102,11 +108,9 @@ def without_adapter(model: Any, components: Components, tune: Tune) -> Iterator[
                 kinds = ", ".join(sorted({_last(name) for name in names}))
                 yield f"tune.{component}: no adapter on {len(names)} {what}: {kinds}"
         weights = [found.weight_of(name) for name in (*found.experts, *found.named_as_experts)]
-        adapted = [] if mode.variant == "dora" else _run_alone(model, weights)
-        left_out = [name for name in weights if name not in adapted]
+        adapted, left_out = _adapted(model, mode, weights)
         if left_out:
-            size = sum(num_weights(model.get_parameter(name)) for name in left_out)
-            reason = "peft has no DoRA for them" if mode.variant == "dora" else "their module does not run by itself"
+            size, reason = sum(num_weights(model.get_parameter(name)) for name in left_out), _why_left_out(mode)
             yield f"tune.{component}: no adapter on {len(left_out)} weights of experts ({size:,} parameters): {reason}"
         if adapted and mode.dropout:
             yield (
@@ -196,6 +200,17 @@ def patterns_are_rewritten(config: Any) -> bool:
     lora = LoraConfig(target_modules="^(?:layer)$", r=1)
     _num_made(config, ["layer"], lora)
     return not isinstance(lora.target_modules, str)
+
+
+def _adapted(model: Any, lora: Lora, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Those of the parameters `names` that get an adapter, and those that cannot have one."""
+    names = list(names)
+    adapted = [] if lora.variant == "dora" else _run_alone(model, names)
+    return adapted, [name for name in names if name not in adapted]
+
+
+def _why_left_out(lora: Lora) -> str:
+    return "peft has no DoRA for them" if lora.variant == "dora" else "their module does not run by itself"
 
 
 def _run_alone(model: Any, names: Iterable[str]) -> list[str]:

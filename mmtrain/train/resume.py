@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config import Config
-from mmtrain.config.keys import CHANGEABLE, EVALUATED, MOVED
+from mmtrain.config.keys import CHANGEABLE, EVALUATED
 from mmtrain.config.schema import Train
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
@@ -65,8 +65,7 @@ def find_resume(
     if checkpoint is None:
         return Resume()
     state = read_state(checkpoint)
-    renamed = {key.replace(".pictures", ".images"): value for key, value in state["fingerprints"].items()}
-    before = _flat(state["config"]) | renamed
+    before = _flat(state["config"]) | state["fingerprints"]
     changed = [key for key in _changed(before, now) if not _may_change(key, config)]
     moved = [key for key in changed if _is_moved(key, before, now)]
     changed = [key for key in changed if key not in moved]
@@ -86,7 +85,7 @@ def find_resume(
     if others:
         progress.say(f"the result is the same within rounding, its bits may differ: {', '.join(others)}")
     accepted = (*state["accepted"], *(_accepted(state, key, before, now) for key in changed))
-    return Resume(checkpoint, int(state["step"]), accepted, stream=state.get("stream"))
+    return Resume(checkpoint, int(state["step"]), accepted, stream=state["stream"])
 
 
 def _refusal(checkpoint: Path, refused: Sequence[str], before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -125,11 +124,10 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _may_change(key: str, config: Config) -> bool:
-    """Whether a change of the key leaves the result as it is. A checkpoint of an older version has the old key
-    paths."""
+    """Whether a change of the key leaves the result as it is."""
     if config.train.early_stopping is not None and _among(key, EVALUATED):
         return False
-    return _among(key, (*CHANGEABLE, *MOVED))
+    return _among(key, CHANGEABLE)
 
 
 def _is_moved(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
