@@ -14,5 +14,7 @@ def open_regular(path: Path) -> BinaryIO:
     if not stat.S_ISREG(mode):
         os.close(number)
         code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-        raise OSError(code, os.strerror(code) if code == errno.EISDIR else "not a regular file", str(path))
+        raise OSError(
+            code, os.strerror(code) if code == errno.EISDIR else "not a regular file: save it as one", str(path)
+        )
     return os.fdopen(number, "rb")

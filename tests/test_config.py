@@ -659,6 +659,11 @@ def test_a_config_of_another_tool_names_the_page_about_them_first(tmp_path: Path
     assert not any("not a config" in fault for fault in faults(tmp_path, b"model: {path: a}\ncutoff_len: 2048\n"))
 
 
+def test_a_tab_is_named_with_what_to_use(tmp_path: Path) -> None:
+    (fault,) = faults(tmp_path, b"model:\n\tpath: x\n")
+    assert fault == "c.yaml:2: not YAML: found a tab, which cannot start any token: indent with spaces"
+
+
 def test_an_empty_object_lacks_the_three_required_sections(tmp_path: Path) -> None:
     assert [fault.split(": ", 1)[1] for fault in faults(tmp_path, b"{}\n")] == [
         f"{section}: required, but missing" for section in ("model", "data", "run")

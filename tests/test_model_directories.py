@@ -142,6 +142,16 @@ def test_a_broken_directory_is_named_in_one_line(name: str, tmp_path: Path) -> N
         assert name == "a class that nobody knows"  # transformers takes the tokenizer's file for what it is
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_link_of_the_cache_that_was_copied_without_its_file_is_named(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(TINY, path)
+    (path / name).unlink()
+    (path / name).symlink_to("../../blobs/gone")
+    with pytest.raises(UserError, match=rf"{name}: a link that leads nowhere: copy .* \(cp -rL\)$"):
+        load_processor(str(path))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_a_pointer_of_git_lfs_is_named_with_the_command_that_fetches_the_file(name: str, tmp_path: Path) -> None:
     path = shutil.copytree(TINY, tmp_path / "model")

@@ -77,7 +77,9 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
         raise UserError(f"{name}:{error.line}: {error.reason}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        raise UserError(f"{name}:{mark.line + 1 if mark else 1}: not YAML: {error.problem}") from None
+        reason = str(error.problem).replace("character '\\t' that", "a tab, which")
+        remedy = ": indent with spaces" if "a tab, " in reason else ""
+        raise UserError(f"{name}:{mark.line + 1 if mark else 1}: not YAML: {reason}{remedy}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{name}:1: not YAML: {shown(error)}") from None
     lines: dict[KeyPath, int] = {}

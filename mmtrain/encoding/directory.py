@@ -84,8 +84,18 @@ def _in_hub_cache(path: str) -> Path:
         ) from None
 
 
+_NEEDED = ("config.json", "model*.safetensors", "tokenizer*.json")
+
+
 def _check_fetched(directory: Path) -> None:
-    """Raises UserError, naming the file, where git cloned a model without git-lfs."""
+    """Raises UserError, naming the file, where git cloned a model without git-lfs, or a link of the hub's cache was
+    copied without its file."""
+    for file in sorted(directory.iterdir()):
+        if file.is_symlink() and not file.exists() and any(map(file.match, _NEEDED)):
+            raise UserError(
+                f"{visible(str(file))}: a link that leads nowhere: copy the model again with the files that its links "
+                "lead to (cp -rL)"
+            )
     for file in files_in(directory, ("*.safetensors", "*.json", "*.model")):
         try:
             with open_regular(file) as opened:

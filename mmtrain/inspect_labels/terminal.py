@@ -23,7 +23,7 @@ def print_sample(view: SampleView, console: Console, losses: Mapping[int, float]
     images = f", {counted(len(view.images), 'image')}" if view.images else ""
     shape = f", read as {view.conversation.shape}" if view.conversation.shape else ""
     console.print(
-        f"{counted(len(view.tokens), 'token')}, {view.num_supervised} trained on ({share:.1%}){images}{shape}",
+        f"{counted(len(view.tokens), 'token')}, {view.num_supervised:,} trained on ({share:.1%}){images}{shape}",
         style="dim",
     )
     console.print(_spans(view))
