@@ -68,10 +68,11 @@ def init(
 ) -> None:
     """Write a first config for a model, your data and this machine; asks for what is not given."""
     from mmtrain.init import command
+    from mmtrain.init.options import InitOptions
 
     if prompt is None and command.needs_prompt(model, data):
         prompt = typer.prompt('What the user asks for each reply, such as "Describe this image."')
-    command.init(model, data, evaluation, output, chat_template, prompt)
+    command.init(InitOptions(model, data, evaluation, output, chat_template, prompt))
 
 
 @app.command(cls=KeysCommand)
@@ -163,9 +164,7 @@ def generate(
     """Ask a trained model: one question, a chat (-i), or all questions of a file (--data)."""
     from mmtrain.runtime.launch import launch_again
 
-    code = launch_again(processes)
-    if code is not None:
-        raise typer.Exit(code)
+    launch_again(processes)
     from mmtrain.generate.command import GenerateOptions
     from mmtrain.generate.command import generate as run
     from mmtrain.generate.sampling import Sampling

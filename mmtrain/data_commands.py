@@ -40,8 +40,18 @@ def inspect_labels(
 ) -> None:
     """Show which tokens are trained on or which pairs are compared, or check every sample."""
     loaded = load_config(config, overrides or [])
-    from mmtrain.inspect_labels.command import LabelsOptions
     from mmtrain.inspect_labels.command import inspect_labels as run
+    from mmtrain.inspect_labels.options import LabelsOptions
 
-    options = LabelsOptions(split, tuple(index or ()), num, html, audit, json, tokens, losses, adapter)
+    options = LabelsOptions(
+        split=split,
+        indices=tuple(index or ()),
+        num=num,
+        html=html,
+        all=audit,
+        json=json,
+        tokens=tokens,
+        losses=losses,
+        adapter=adapter,
+    )
     raise typer.Exit(run(loaded, options))

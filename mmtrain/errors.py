@@ -99,6 +99,17 @@ def storage_faults(what: str | Callable[[], str]) -> Iterator[None]:
         raise StorageError(f"{reported}: {error.strerror}; {remedy}") from None
 
 
+@contextmanager
+def collected(faults: list[str]) -> Iterator[None]:
+    """Add the faults of a UserError raised inside to `faults`. A StorageError is no fault of the data and is raised."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except UserError as error:
+        faults += error.faults
+
+
 def refused_by_system(error: Exception) -> UserError | None:
     """What to say where the system refused room on a disk, a path or memory; None for any other error."""
     code, file = (error.errno or 0, error.filename) if isinstance(error, OSError) else (0, None)

@@ -56,9 +56,7 @@ def answers(
     """Measure how good the answers are, and whether they are better than blind guessing."""
     from mmtrain.runtime.launch import launch_again
 
-    code = launch_again(processes)
-    if code is not None:
-        raise typer.Exit(code)
+    launch_again(processes)
     loaded = load_config(config, overrides or [])
     from mmtrain.answers.command import AnswersOptions, eval_answers
 

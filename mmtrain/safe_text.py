@@ -37,9 +37,9 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return shortened(plain, limit)
 
 
-def error_line(error: BaseException, limit: int = 300) -> str:
+def error_line(error: BaseException) -> str:
     """`one_line` after the name of the exception's class, for errors of libraries, which can be as short as a key."""
-    message, name = one_line(error, limit), type(error).__name__
+    message, name = one_line(error), type(error).__name__
     return message if message == name else f"{name}: {message}"
 
 

@@ -23,9 +23,15 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+LONGEST = ("torture", "family_proof", "fake_cuda", "family_resume", "config_keys", "peak_memory", "labels", "train")
+"""The files that take longest, the longest waits first."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first: a long file that starts last keeps one process busy while the others are done."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Long files first, then all with slow tests: one that starts last keeps one process busy while the others are
+    done."""
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (places.get(item.path.name, len(places)), item.get_closest_marker("slow") is None))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,6 @@ from mmtrain.checks.content import image_notes
 from mmtrain.checks.findings import IGNORED, Finding
 from mmtrain.checks.labels import Checker
 from mmtrain.config.data_section import TrainSource
-from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
@@ -26,6 +25,7 @@ from mmtrain.encoding.segments import Known
 from mmtrain.records.chat import Conversation, Image, Message, Part, Role, Text
 from mmtrain.records.record_set import RecordSet
 from support.builders import ROOT, SHAPES, TINY, mixed_rows, write_jsonl
+from support.fresh_samples import FreshSamples
 from support.label_models import OTHER_TEMPLATES, TEMPLATES, TOKENIZERS, make_directory
 
 KINDS = ("qwen2_5_vl", "llava", "text")

@@ -325,18 +325,26 @@ def test_the_members_of_a_key_are_one_sample(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "words"),
     [
-        ([("0.png", b"x")], "0 .json members of the key, expected one: '0.png'"),
-        ([("0.json", b"{}"), ("0.a.json", b"{}")], "2 .json members"),
+        ([("0.png", b"x")], "expected one .json member of the key, or one .txt, found '0.png'"),
+        ([("0.json", b"{}"), ("0.a.json", b"{}")], "or one .txt, found '0.json', '0.a.json'"),
         ([("0.json", b"{}"), ("0.mp4", b"x")], "the member '0.mp4' is neither the record nor an image"),
         ([("0.json", b"{}"), ("0.cls", b"x")], "the member '0.cls' is neither the record nor an image"),
         ([("0.json", b'{"image": "b.png"}'), ("0.png", b"x")], "does not name the member '0.png'"),
         ([("0.json", b"{")], "not JSON"),
+        ([("0.json", b"{}"), ("0.json", b"{}")], "two members have the same name: '0.json'"),
+        ([("data.jsonl", b"{}")], "take the table out of the shard, and set `root` of the source to the shard"),
     ],
 )
 def test_a_sample_of_a_shard_that_would_lose_something_is_refused(
     tmp_path: Path, members: list[tuple[str, bytes]], words: str
 ) -> None:
     assert words in refusal(write(tmp_path / "a.tar", shard(members)))
+
+
+def test_a_shard_whose_keys_are_in_pieces_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", shard([("0.json", b"{}"), ("1.json", b"{}"), ("0.png", b"x"), ("1.png", b"x")]))
+    with pytest.raises(UserError, match="the members of the key '0' are not next to each other"):
+        open_records(str(path))
 
 
 def test_a_broken_shard_is_refused_and_names_the_last_whole_member(tmp_path: Path) -> None:

@@ -406,6 +406,55 @@ def test_a_last_step_without_a_negative_is_named_at_the_start(make: Make, capsys
         assert not list(PairDataset(config, embedder, QUIET).notes())
 
 
+def held_out(make: Make, path: Path) -> tuple[PairDataset, Config]:
+    data = {"train": [{"path": str(path)}], "eval": [{"from": "train", "share": 0.3}]}
+    config = make(data=data, train={"batch_size": 4, "steps": 2})
+    return PairDataset(config, load_embedder(config, Runtime("float32", device="cpu")), QUIET), config
+
+
+def test_held_out_pairs_have_no_text_and_no_image_of_the_training_pairs(
+    make: Make, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each image has two texts; 3 and 4 have one in common, and 5 and 6 are the same image under two names."""
+    texts = [[f"text {n}", f"more {n}"] for n in range(12)]
+    texts[4][1] = texts[3][0]
+    images = [folder / f"{n}.png" for n in range(12)]
+    images[6] = folder / "copy.png"
+    shutil.copyfile(images[5], images[6])
+    lines = [json.dumps({"image": image.name, "text": own}) for image, own in zip(images, texts, strict=True)]
+    path = folder / "to_split.jsonl"
+    path.write_text("\n".join(lines))
+    data, config = held_out(make, path)
+    (evaluation,) = data.eval.values()
+    sides = [set(one.pairs) for one in (data.train, evaluation.samples)]
+    assert sides[0] | sides[1] == set(range(12))
+    assert not sides[0] & sides[1]
+    assert 0 < len(sides[1]) < 8
+    assert any({3, 4} <= side for side in sides)
+    assert any({5, 6} <= side for side in sides)
+    for samples in (data.train, evaluation.samples):
+        keys = {texts[index][0] for index in samples.pairs} | {texts[index][1] for index in samples.pairs}
+        num_images = len({images[index].read_bytes() for index in samples.pairs})
+        assert len(samples.items) == len(keys) + num_images
+        for index, pair in samples.pairs.items():
+            assert [samples.items[n].kind for n in pair.numbers] == ["image", "text", "text"]
+            span = samples.items[pair.query].encoded.images[0]
+            assert Path(str(span.image.source)).read_bytes() == images[index].read_bytes()
+    train(config)
+    assert f"; {len(sides[1])} pairs held out for evaluation" in capsys.readouterr().err
+    assert len(rows(config)) > 2
+    path.write_text("\n".join(reversed(lines)))
+    again, _ = held_out(make, path)
+    assert set(again.train.pairs) == {11 - index for index in sides[0]}
+
+
+def test_pairs_that_are_all_connected_cannot_be_held_out(make: Make, folder: Path) -> None:
+    path = folder / "connected.jsonl"
+    path.write_text("".join(json.dumps({"image": f"{n}.png", "text": "a photo"}) + "\n" for n in range(6)))
+    with pytest.raises(UserError, match=r"data\.eval: from: train: no pair can be held out"):
+        held_out(make, path)
+
+
 def with_template(config: Config, folder: Path) -> Config:
     """The config with a chat template of its own."""
     given = folder / "given.jinja"

@@ -79,6 +79,19 @@ def test_a_folder_is_read_with_its_subfolders(tmp_path: Path, name: str) -> None
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dataset_info.json", "it describes data sets: give a file of records that it names"),
+        ("cat.jpg", "docs/data.md says how to write one for images"),
+    ],
+)
+def test_a_file_that_is_plainly_no_data_says_what_to_give(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / name).write_text('{"my_data": {"file_name": "my.json"}}')
+    with pytest.raises(UserError, match=f"{name}: not a file of records: {words}"):
+        find_data_files(str(tmp_path / name))
+
+
 def test_a_link_to_a_folder_is_not_followed_and_not_left_out(tmp_path: Path) -> None:
     make(tmp_path, "data/a.jsonl", "other/b.jsonl", "images/c.png")
     (tmp_path / "data" / "images").symlink_to(tmp_path / "images")
@@ -138,7 +151,7 @@ def test_a_folder_is_reported_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [b"a\nb", b"a\x1b[31mb", b"\xff\xfe", "\u2028".encode()])
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1", b"\xff", b"[1]]"])
+@pytest.mark.parametrize("content", [b"", b"7", b"[1", b"\xff", b"[1]]"])
 def test_a_strange_file_name_is_reported_on_one_printable_line(tmp_path: Path, name: bytes, content: bytes) -> None:
     path = tmp_path / os.fsdecode(name + b".json")
     path.write_bytes(content)

@@ -79,6 +79,15 @@ def test_more_faults_than_the_policy_allows_are_all_named(tmp_path: Path, max_sk
     )
 
 
+def test_faults_of_a_file_that_is_split_are_named_once_with_what_to_do(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", rows())
+    with pytest.raises(UserError) as caught:
+        read(config_for(data, eval={"from": "train", "share": 0.5}))
+    *faults, last = caught.value.faults
+    assert [fault.split(": ")[0] for fault in faults] == [f"{data}:{line}" for line in (2, 4, 6)]
+    assert last == ("data.on_fault: 3 of 7 samples have faults: correct them, or set it to skip to leave them out")
+
+
 def test_a_share_is_of_the_samples_of_the_set() -> None:
     policy = FaultPolicy("error", "skip", 0.01)
     assert policy.too_many(10, 1000) is None

@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 from mmtrain.cli import app
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config
-from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
@@ -28,6 +27,7 @@ from mmtrain.records.record_set import RecordSet
 from mmtrain.scoring import distributions
 from mmtrain.scoring.distributions import calibration, calibration_figures, divergence, entropy, token_columns
 from mmtrain.train.run import train
+from support.fresh_samples import FreshSamples
 from support.learning import LORA
 
 MakeConfig = Callable[..., Config]

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from mmtrain.cli import app
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config
-from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.images import decode
 from mmtrain.encoding.load import load_processor
@@ -26,6 +25,7 @@ from mmtrain.records.record_set import RecordSet
 from mmtrain.scoring.changed_images import ChangedImages
 from mmtrain.train.run import train
 from support.builders import SHAPES, TINY, write_jsonl
+from support.fresh_samples import FreshSamples
 from support.learning import LORA, scores_of
 
 MakeConfig = Callable[..., Config]

@@ -34,6 +34,26 @@ pytestmark = [
 ]
 
 
+ALONE_IN_A_BATCH = {
+    *("mllama", "perception_lm", "ernie4_5_vl_moe"),  # their images are laid out for one sample
+    "phi4_multimodal",  # SDPA attends causally to the patches of an image without padding, unless another has some
+}
+"""Families that take one sample at a time."""
+
+CANNOT_PACK = {
+    *("gemma3", "paligemma2"),  # images, or prompts, attended to in both directions
+    *("mamba2", "bamba", "minimax", "recurrent_gemma", "rwkv", "xlstm", "qwen3_5_moe", "lfm3_vl"),
+    *("bloom", "mpt"),  # distances between tokens in a mask of their own
+    *("nemotron", "stablelm"),  # attention of their own
+    "doge",  # attention that chooses tokens by a mask of its own
+    *("qwen3_5", "qwen3_next", "granitemoehybrid", "jamba", "mamba", "falcon_mamba", "falcon_h1", "nemotron_h"),
+    *("lfm2", "lfm2_vl"),  # convolutions; those before are recurrent
+    "gpt_oss",  # attention that gets no positions
+    "hunyuan_vl",  # positions of its own form
+    *ALONE_IN_A_BATCH,
+}
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_images(tmp_path_factory.mktemp("images"))
@@ -46,6 +66,8 @@ def test_the_first_step_is_that_of_plain_transformers(name: str, root: Path, tmp
         pytest.skip(f"needs {FAMILIES[name].needs}")
     proof = prove(name, root, tmp_path)
     assert proof.failures == []
+    assert proof.packed is (name not in CANNOT_PACK)
+    assert any("one sample at a time" in line for line in proof.lines) is (name in ALONE_IN_A_BATCH)
     assert table()[name] == row(name, proof)
 
 

@@ -98,7 +98,7 @@ RECORDS = {
     "spaces do not belong to a mark": (marked("P <image> Q", "a.png"), chat(Text("P "), Image("a.png"), Text(" Q"))),
     "marks side by side": (marked("<image><image>\n<image>", *"abc"), chat(Image("a"), Image("b"), Image("c"))),
     "marks and an empty list of no marks": (marked("Q"), chat(Text("Q"))),
-    "a list of objects": (marked("<image>Q", {"path": "a.png"}), chat(Image("a.png"), Text("Q"))),
+    "a list of turns, each an object": (marked("<image>Q", {"path": "a.png"}), chat(Image("a.png"), Text("Q"))),
     "one image for a list": (
         {"messages": [{"role": "user", "content": "<image>Q"}, SAID], "image": "a.png"},
         chat(Image("a.png"), Text("Q")),
@@ -210,9 +210,15 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
     "a data URI that is not base64": (marked("<image>Q", "data:image/png;base64,???"), ["not base64"]),
     "a data URI cut short": (marked("<image>Q", "data:image/png;base64,AAA"), ["not base64"]),
     "a data URI outside ASCII": (marked("<image>Q", "data:image/png;base64,AAé="), ["not base64"]),
-    "a video": (llava("<video>Q", video="a.mp4"), ["'video' is not understood: only text, and images"]),
-    "videos": ({**marked("Q"), "videos": ["a.mp4"]}, ["'videos' is not understood: only text, and images"]),
-    "audio": ({**marked("Q"), "audios": ["a.wav"]}, ["'audios' is not understood: only text, and images"]),
+    "a video": (llava("<video>Q", video="a.mp4"), ["'video' is not understood: only text and images"]),
+    "videos": (
+        {**marked("Q"), "videos": ["a.mp4"]},
+        ["'videos' is not understood: only text and images"],
+    ),
+    "audio": (
+        {**marked("Q"), "audios": ["a.wav"]},
+        ["'audios' is not understood: only text and images"],
+    ),
     "a video part": (openai({"type": "video_url", "video_url": {"url": "a.mp4"}}), ["'video_url'", "expected"]),
     "a part without a type": (openai({"texts": "Q"}), ["type 'None'"]),
     "a part whose type is a list": (openai({"type": ["text"], "text": "Q"}), ["expected 'text'"]),
@@ -242,7 +248,7 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
     ),
     "no turns": ({"messages": []}, ["no turns"]),
     "turns that are an object": ({"messages": {"role": "user"}}, ["'messages' must be a list"]),
-    "a turn that is a string": ({"messages": ["Q"]}, ["list of objects"]),
+    "a turn that is a string": ({"messages": ["Q"]}, ["list of turns, each an object"]),
     "conversations of null": ({"conversations": None}, ["no known format", "'conversations'"]),
     "conversations that are a text": ({"conversations": "Q"}, ["'conversations' must be a list"]),
     "no keys": ({}, ["no known format", "no keys"]),
@@ -356,7 +362,7 @@ MEANT = {
 }
 MEANT_OF_TURN = {
     "mask": True,
-    "images": ["a.png"],
+    "videos": ["a.mp4"],
     "prefix": False,
     "name": "Bob",
 }
@@ -502,8 +508,8 @@ SUPPORTED = {
 }
 
 NOT_SUPPORTED = {
-    "chat_demos/llama_factory/data/mllm_video_demo.json": "'videos' is not understood: only text, and images",
-    "chat_demos/qwen_vl_finetune/demo/video.json": "'video' is not understood: only text, and images",
+    "chat_demos/llama_factory/data/mllm_video_demo.json": "'videos' is not understood: only text and images",
+    "chat_demos/qwen_vl_finetune/demo/video.json": "'video' is not understood: only text and images",
     "chat_demos/llava/llava/eval/table/caps_boxes_coco2014_val_80.jsonl": "no known format",
     "chat_demos/llava/playground/data/coco2014_val_qa_eval/qa90_questions.jsonl": "no known format",
     "chat_demos/ms_swift_tests/multi_modal_2.jsonl": "nothing is fetched",

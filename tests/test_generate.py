@@ -11,7 +11,6 @@ import torch
 from transformers import GenerationConfig
 
 from mmtrain.config.data_section import Source
-from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.images import decode
 from mmtrain.encoding.load import load_processor
@@ -28,6 +27,7 @@ from support.families_grid import GRID
 from support.families_text import TEXT_ONLY
 from support.families_tile import TILE
 from support.family_models import make_family
+from support.fresh_samples import FreshSamples
 
 ALL_FAMILIES = {**GRID, **TILE, **TEXT_ONLY}
 FAMILIES = (

@@ -21,7 +21,6 @@ from mmtrain.dataset.ahead import SteadyPace, in_order
 from mmtrain.dataset.batch import Loader
 from mmtrain.dataset.image_loader import ImageLoader, Taken, is_waiting, num_processes
 from mmtrain.dataset.image_process import ImageProcess, load_images
-from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.images import FoundImage
 from mmtrain.encoding.load import load_processor
@@ -30,6 +29,7 @@ from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
 from mmtrain.records.record_set import RecordSet
+from support.fresh_samples import FreshSamples
 
 STARTS = pytest.mark.slow("starts a process that imports transformers")
 

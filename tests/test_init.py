@@ -16,6 +16,7 @@ from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
 from mmtrain.init.command import config_text, init
+from mmtrain.init.options import InitOptions
 from mmtrain.init.survey import Survey, survey
 from mmtrain.records.record_set import RecordSet
 from mmtrain.train.run import train
@@ -118,22 +119,23 @@ def test_an_existing_file_and_unusable_data_are_refused(data: Path, tmp_path: Pa
     output = tmp_path / "c.yaml"
     output.write_text("mine")
     with pytest.raises(UserError, match="it exists: give a new file"):
-        init(str(TINY), str(data), None, output)
+        init(InitOptions(str(TINY), str(data), None, output))
     assert output.read_text() == "mine"
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"messages": []}, {"messages": []}])
     with pytest.raises(UserError, match=r"none of the samples that were tried can be used\n.*bad\.jsonl:1: "):
-        init(str(TINY), str(bad), None, tmp_path / "other.yaml")
+        init(InitOptions(str(TINY), str(bad), None, tmp_path / "other.yaml"))
     assert not (tmp_path / "other.yaml").exists()
 
 
 def test_samples_with_faults_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*mixed_rows(tmp_path, with_images=True), {"messages": []}]
-    init(str(TINY), str(write_jsonl(tmp_path / "some.jsonl", rows)), None, tmp_path / "c.yaml")
+    data = write_jsonl(tmp_path / "some.jsonl", rows)
+    init(InitOptions(str(TINY), str(data), None, tmp_path / "c.yaml"))
     assert "some.jsonl:9: " in capsys.readouterr().err
 
 
 def test_the_survey_counts_what_the_tiny_model_and_the_data_have(data: Path) -> None:
-    found = survey(str(TINY), str(data), None)
+    found = survey(InitOptions(str(TINY), str(data), None, Path("c.yaml")))
     assert (found.num_samples, found.is_complete, found.max_positions) == (8, True, 2048)
     assert found.num_parameters == 483_968 + 197_216 + 903_296  # as docs/models.md has them
 
@@ -161,7 +163,7 @@ def test_the_survey_counts_what_the_tiny_model_and_the_data_have(data: Path) -> 
     ],
 )
 def test_what_is_chosen(found: Survey, key: str, expected: object) -> None:
-    text = config_text(found, "owner/model", "my data/a.jsonl", None, Path("x/my.yaml"))
+    text = config_text(found, InitOptions("owner/model", "my data/a.jsonl", None, Path("x/my.yaml")))
     section, name = key.split(".")
     data = yaml.safe_load(text)
     assert data[section].get(name) == expected

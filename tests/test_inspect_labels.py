@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -20,22 +21,23 @@ from typer.testing import CliRunner
 from mmtrain.cli import app
 from mmtrain.config import dump_config
 from mmtrain.config.schema import Config
-from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import StorageError, UserError
-from mmtrain.inspect_labels.command import LabelsOptions, inspect_labels
+from mmtrain.inspect_labels.command import inspect_labels
+from mmtrain.inspect_labels.options import LabelsOptions
 from mmtrain.inspect_labels.pixels import seen_pixels
 from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.inspect_labels.view import view_sample
 from mmtrain.records.record_set import RecordSet
 from mmtrain.safe_text import visible
 from support.builders import write_jsonl
+from support.fresh_samples import FreshSamples
 
 MakeConfig = Callable[..., Config]
 
 
-def samples_of(config: Config) -> FreshSamples:
+def samples_of(config: Config) -> Any:
     return FreshSamples(RecordSet(config.data.train), Encoder(load_processor(config.model.path)))
 
 

@@ -10,7 +10,6 @@ import torch
 import yaml
 
 from mmtrain.config.schema import Config
-from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor import ChatProcessor
@@ -31,6 +30,7 @@ from mmtrain.train.run import train
 from mmtrain.train.step_cuts import StepCuts
 from support.attention_models import PRETRAINED, TEXT_MODELS, WINDOW, make_gemma3, make_text_family
 from support.builders import MAKERS
+from support.fresh_samples import FreshSamples
 from support.learning import LORA, learner_for, relative_l2, scores_of, step_of
 
 PACKS = {*MAKERS, "llama", "mixture", "windows"}

@@ -18,7 +18,6 @@ import pytest
 
 from mmtrain.command_output import write_page
 from mmtrain.config.data_section import Source
-from mmtrain.dataset.samples import FreshSamples
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.inspect_labels.page import page_of_samples
@@ -26,6 +25,7 @@ from mmtrain.inspect_labels.page_tokens import clusters, divide_text
 from mmtrain.inspect_labels.view import SampleView, TokenView, view_sample
 from mmtrain.records.record_set import RecordSet
 from support.builders import TINY, write_jsonl
+from support.fresh_samples import FreshSamples
 
 MARKUP = "</script><img src=x onerror=alert(1)>"
 EVIL_NAME = f'images/{MARKUP}"\u202e\x1b[31m.png'
@@ -99,7 +99,8 @@ def views(tmp_path_factory: pytest.TempPathFactory) -> list[SampleView]:
         },
     ]
     data = write_jsonl(folder / f"{MARKUP}.jsonl", rows)
-    samples = FreshSamples(RecordSet([Source(path=str(data), root=str(folder))]), Encoder(load_processor(str(TINY))))
+    encoder = Encoder(load_processor(str(TINY)))
+    samples: Any = FreshSamples(RecordSet([Source(path=str(data), root=str(folder))]), encoder)
     return [view_sample(samples, samples.encoder, index) for index in range(len(samples))]
 
 
@@ -192,7 +193,8 @@ def test_an_image_that_changes_shape_has_no_grid(model_dirs: dict[str, Path], tm
     PIL.Image.linear_gradient("L").resize((200, 80)).save(tmp_path / "wide.png")
     messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "a"}]
     data = write_jsonl(tmp_path / "data.jsonl", [{"messages": messages, "images": ["wide.png"]}])
-    samples = FreshSamples(RecordSet([Source(path=str(data))]), Encoder(load_processor(str(model_dirs["llava"]))))
+    encoder = Encoder(load_processor(str(model_dirs["llava"])))
+    samples: Any = FreshSamples(RecordSet([Source(path=str(data))]), encoder)
     view = view_sample(samples, samples.encoder, 0)
     write_page(tmp_path / "whole.html", page_of_samples([view]))
     text = (tmp_path / "whole.html").read_text(encoding="utf-8")

@@ -20,7 +20,6 @@ from mmtrain.checks.labels import Checker
 from mmtrain.cli import app
 from mmtrain.config.schema import Config
 from mmtrain.dataset.encoding_spec import EncodingSpec
-from mmtrain.dataset.samples import FreshSamples
 from mmtrain.dataset.store import open_store
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.load import load_processor, processor_of
@@ -33,6 +32,7 @@ from mmtrain.records.reasoning import split_reasoning, without_reasoning
 from mmtrain.train.dataset import Dataset
 from mmtrain.train.report import data_line
 from support.builders import write_jsonl
+from support.fresh_samples import FreshSamples
 from support.label_models import OTHER_TEMPLATES, TEMPLATES, make_directory
 from support.learning import learner_for, relative_l2, step_of
 

@@ -21,8 +21,10 @@ from mmtrain.contrastive.embed_all import embed_all
 from mmtrain.encoding.tower_processor import load_tower_processor
 from mmtrain.errors import UserError
 from mmtrain.progress import QUIET
-from mmtrain.retrieval.command import RetrievalOptions, loaded_embedder, retrieval_figures
+from mmtrain.retrieval.command import RetrievalOptions, retrieval_figures
+from mmtrain.retrieval.evaluated import loaded_embedder
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
+from mmtrain.retrieval.page import page_of_retrieval
 from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import path_end
 from support.builders import TINY
@@ -242,6 +244,18 @@ def test_the_report_fits_80_columns_and_the_page_escapes_text(clip: Path, tmp_pa
     assert "&lt;script&gt;" in page
     assert "data:image/png;base64," in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_page_names_an_image_that_can_no_longer_be_read(clip: Path, tmp_path: Path) -> None:
+    config = config_of(clip, tmp_path, write_pairs(tmp_path, captioned()))
+    row, evaluation = retrieval_figures(config, RetrievalOptions())
+    confused = {one["query"]["images"][0] for one in row["image_to_text"]["most_confused"]}
+    gone = confused.pop()
+    (tmp_path / gone).unlink()
+    page = page_of_retrieval(row, evaluation.content)
+    assert f"<bdi>{gone}</bdi> can no longer be read" in page
+    assert page.count("can no longer be read") == page.count(f"<bdi>{gone}</bdi> can no longer")
+    assert all(f'alt="{other}"' in page for other in confused)
 
 
 def test_json_has_both_directions_and_is_what_the_python_function_gives(clip: Path, tmp_path: Path) -> None:

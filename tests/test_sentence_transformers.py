@@ -26,7 +26,7 @@ from mmtrain.contrastive.towers import Towers
 from mmtrain.progress import QUIET
 from mmtrain.records.chat import Image
 from mmtrain.records.pairs import Item
-from mmtrain.retrieval.command import loaded_embedder
+from mmtrain.retrieval.evaluated import loaded_embedder
 from mmtrain.runtime.processes import Runtime
 from mmtrain.train.run import train
 from support.builders import TINY, make_text

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mmtrain.records.chat import Conversation, Image, Message, Part, Role, Sampl
 from mmtrain.records.fields import map_fields
 from mmtrain.records.formats import read_record
 from mmtrain.records.shapes import SHAPE_NAMES
+from mmtrain.records.shapes import SHAPES as SHAPE_ROWS
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 PNG = base64.b64decode(
@@ -258,43 +260,44 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "a history that is broken JSON": ({"query": "Q", "response": "A", "history": "[["}, "'history': not JSON"),
     "an answer that is a number": (
         {"question": "Q", "answer": 5},
-        """set `fields` of the source: {answer: "{answer}"}""",
+        """if the number is meant, set `fields: {answer: "{answer}"}` of the source""",
     ),
     "an answer that is an object": (
         {"question": "Q", "answer": {"total": 5}},
-        """if its JSON text is the reply, set `fields` of the source: {answer: "{answer}"}""",
+        """if its JSON text is meant, set `fields: {answer: "{answer}"}` of the source""",
     ),
     "a turn that is an object": ({"messages": [TWO_TURNS[0], {"role": "assistant", "content": {"a": 1}}]}, "JSON text"),
     "several answers": (
         {"question": "Q", "answer": ["A", "B"]},
-        "name one with `fields` of the source: {answer: answer.0}",
+        "for the first, set `fields: {answer: answer.0}` of the source",
     ),
+    "several questions": ({"question": ["Q", "R"], "answer": "A"}, "'question' has 2 texts"),
     "a text and images of a shard": ({"text": "A", "images": [{"bytes": b"x"}]}, "set `prompt` of the source"),
     "answers of VQA": ({"question": "Q", "answers": [{"answer": "A"}]}, "{answer: answers.0.answer}"),
     "a list of answers": ({"question": "Q", "answers": ["A", "B"]}, "{answer: answers.0}"),
     "a caption alone": ({"image": "a.png", "caption": "A"}, "set `prompt` of the source"),
-    "other names of keys": ({"Question": "Q", " answer": "A"}, "{question: 'Question', answer: ' answer'}"),
-    "turns by another name": ({"dialog": TWO_TURNS}, "{conversations: 'dialog'}"),
+    "other names of keys": ({"Question": "Q", " answer": "A"}, '{question: Question, answer: " answer"}'),
+    "turns by another name": ({"dialog": TWO_TURNS}, "{conversations: dialog}"),
     "two tables of COCO": ({"images": [{"id": 1}], "annotations": [{"image_id": 1}]}, "docs/data.md has a script"),
     "a preferred reply": ({"prompt": TWO_TURNS[:1], "chosen": TWO_TURNS[1:], "rejected": []}, "preference pairs"),
     "a mask": ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "mask": 1}]}, "give the turn 'train': true or false"),
     "a turn without a role": ({"messages": [{"words": "Q"}]}, "turn 1 has 'words', expected 'role' and 'content'"),
     "columns by other names": (
         {"img": "a.png", "problem": "Q", "solution": "A"},
-        "{image: 'img', question: 'problem', answer: 'solution'}",
+        "{image: img, question: problem, answer: solution}",
     ),
     "a reply by another name": (
         {"image": "a.png", "query": "Q", "label": ["A"]},
-        "{response: label.0}, and 'label' in",
+        "`fields: {response: label.0}` of the source, and `data.ignore_fields: [label]`",
     ),
     "the number of a class": ({"image": "a.png", "prompt": "Q", "label": 3}, '{completion: "{label}"}'),
-    "a reply alone": ({"image": "a.png", "ground_truth": "A"}, "{caption: 'ground_truth'}"),
+    "a reply alone": ({"image": "a.png", "ground_truth": "A"}, "{caption: ground_truth}"),
     "an address of an image": ({"URL": "http://x/a", "TEXT": "A"}, "'URL' is the address of an image"),
     "an export of Label Studio": ({"data": {"image": "a.png"}, "annotations": [{"id": 1}]}, "as JSON-MIN"),
     "records by their names": ({"17": {"question": "Q"}, "18": {"question": "Q"}}, "if its values are the records"),
     "an image by another name": (
         {"question": "Q", "answer": "A", "image_path": "a.png"},
-        "set `fields` of the source: {image: 'image_path'}",
+        "set `fields: {image: image_path}` of the source",
     ),
     "numbered images with a gap": ({"question": "Q", "answer": "A", "image_1": None, "image_2": "a.png"}, "have a gap"),
     "no values": ({"messages": None}, "found no keys with a value"),
@@ -321,6 +324,59 @@ FAULTS: dict[str, tuple[Any, str]] = {
 def test_what_is_not_understood_is_refused_by_name(name: str) -> None:
     record, words = FAULTS[name]
     assert words in refusal(record)
+
+
+_NAMES = [
+    *(key for shape in SHAPE_ROWS for key in shape.needs),
+    "choices",
+    "options",
+    "images",
+    "role",
+    "content",
+    "from",
+    "value",
+    "chosen",
+    "label",
+    "data",
+    "url",
+]
+_NAMES += [
+    "annotations",
+    "annotation",
+    "user",
+    "a.b",
+    "image_id",
+    "image_1",
+    "source",
+    "bytes",
+    "fields",
+    "<image_0>",
+    "\x85",
+]
+_NAMES += ["systemInstruction", "parts", "history", "image_url"]
+_VALUES = ["Q", "a.png", "", None, 3, 1.5, True, "<image_0>", "http://x/a.jpg", "['a']", "[{}]", b"x", "user", "\ud800"]
+
+
+def _nested(chance: random.Random, depth: int) -> Any:
+    kind = chance.randrange(12) if depth else 0
+    if kind < 5:
+        return chance.choice(_VALUES)
+    if kind < 8:
+        return [_nested(chance, depth - 1) for _ in range(chance.randrange(3))]
+    return {chance.choice(_NAMES): _nested(chance, depth - 1) for _ in range(chance.randrange(5))}
+
+
+def test_any_record_is_read_or_refused_on_one_printable_line() -> None:
+    num_refused = 0
+    for seed in range(1000):
+        chance = random.Random(seed)
+        try:
+            read_record({chance.choice(_NAMES): _nested(chance, 4) for _ in range(chance.randrange(7))})
+        except SampleError as error:
+            num_refused += 1
+            message = str(error)
+            assert message.isprintable(), seed
+    assert num_refused > 900
 
 
 def test_a_named_shape_must_be_there() -> None:

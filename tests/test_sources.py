@@ -108,7 +108,7 @@ def test_the_lines_of_the_items_of_a_json_file_are_exact(
         (b"[1,\n" + b"9" * 5000 + b"]", 2, "not JSON"),
         (b"[1,\n" + b"[" * 100_000 + b"]", 2, "nested too deeply"),
         (b'[1,\n"\xff"]', 2, "UTF-8"),
-        (b'{"a":\n[1]}', 1, "expected a JSON list of records, or one on each line, found an object"),
+        (b'{"a":\n[1]},\n{}', 2, "expected an object after the one before it"),
         (b"", 1, "expected a JSON list"),
         (b"words", 1, "expected a JSON list"),
         ('["a"]'.encode("utf-16"), 1, "UTF-8"),
@@ -307,11 +307,11 @@ def test_the_json_test_suite_is_taken_and_refused_as_it_says(tmp_path: Path, pat
             (fault,) = error.faults
             assert fault.startswith(str(copy))
             assert fault.isprintable()
-            assert must != "y" or twice or wrapped is content
+            assert must != "y" or twice or not content.lstrip().startswith((b"[", b"{"))
         else:
             assert must != "n" or wrapped is not content
             found = json.loads(wrapped.decode("utf-8-sig"))
-            assert isinstance(file, JsonFile if isinstance(found, list) else JsonlFile)
+            assert isinstance(file, JsonFile) or not isinstance(found, list)
             assert [file.record(i) for i in range(len(file))] == (found if isinstance(found, list) else [found])
 
 

@@ -21,7 +21,7 @@ from mmtrain.config.schema import Config
 from mmtrain.dataset import encode_all, store, store_pieces
 from mmtrain.dataset.encoded_chunk import EncodedChunk, Fault, Note, join_chunks
 from mmtrain.dataset.encoding_spec import EncodingSpec
-from mmtrain.dataset.samples import FreshSamples, StoredSamples
+from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.store_file import EncodedStore, write_chunk, write_joined
 from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, LengthLimit, check_samples
 from mmtrain.encoding.encode import Encoded, Encoder
@@ -32,6 +32,7 @@ from mmtrain.records.chat import Conversation, SampleError, Text
 from mmtrain.records.record_set import RecordSet
 from support import killed_encoding
 from support.builders import mixed_rows, write_jsonl
+from support.fresh_samples import FreshSamples
 
 MakeConfig = Callable[..., Config]
 

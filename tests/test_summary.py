@@ -9,7 +9,7 @@ import pytest
 
 from mmtrain.config.schema import Config
 from mmtrain.errors import UserError
-from mmtrain.train.folder import locked
+from mmtrain.train.folder import locked, write_finished
 from mmtrain.train.report import end_report, serving_lines
 from mmtrain.train.run import train
 from mmtrain.train.run_list import print_runs
@@ -28,7 +28,10 @@ EVALS = [
 
 
 def run_with(folder: Path, rows: list[dict[str, Any]], saved: str | None) -> Path:
+    """A run that has finished if it has `saved` something."""
     (folder / (saved or "checkpoints")).mkdir(parents=True)
+    if saved is not None:
+        write_finished(folder, max(row["step"] for row in rows))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -51,11 +54,12 @@ def test_a_run_is_summed_up_from_its_metrics(tmp_path: Path) -> None:
 
 def test_the_summary_has_the_answers_next_to_the_blind_ones(tmp_path: Path) -> None:
     rows = [
-        {"step": step, "answers": "held-out", "metric": "anls", "metrics": {"anls": score}, "blind": {"anls": 0.25}}
+        {"step": step, "metrics": {"anls": score}, "answers": "held-out", "metric": "anls"}
+        | {"blind": {"anls": 0.25}, "verdict": "beats blind guessing"}
         for step, score in ((0, 0.0), (1, 0.75), (2, 0.5))
     ]
     run = run_with(tmp_path / "run", [rows[0], STEPS[0], rows[1], STEPS[1], rows[2]], "adapter")
-    assert summarize(run).answers == (SetSummary("held-out", "anls", 0.0, 0.5, 0.75, 1, 0.25),)
+    assert summarize(run).answers == (SetSummary("held-out", "anls", 0.0, 0.5, 0.75, 1, 0.25, "beats blind guessing"),)
     assert list(end_report(run))[1] == (
         "anls on held-out: 0.0% before the first step, 50.0% after the last, best 75.0% after step 1; best blind "
         "answer 25.0%"

@@ -19,8 +19,6 @@ def fold_images(
     """Ids and labels with one placeholder for each image, and the faults of the images' spans; `sizes` are
     their (width, height) in order. Raises SampleError where the processor takes no image of such a size."""
     image_id = processor.image_token_id or -1
-    if not sizes and image_id not in labels:
-        return ids, labels, []
     at, new_ids, new_labels, faults = 0, list[Ids](), list[Ids](), list[Finding]()
     of_images = processor.image_tokens(sizes)
     for number, (size, tokens) in enumerate(zip(sizes, of_images, strict=True), start=1):

@@ -5,12 +5,12 @@ it are compared with those of inference, and the decoded labels with the text of
 """
 
 import functools
+import itertools
+import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-
-import numpy as np
 
 from mmtrain.checks.content import MARKS, image_notes, literal_specials, placed_images, unmatched_marks
 from mmtrain.checks.findings import (
@@ -39,6 +39,9 @@ from mmtrain.safe_text import shown
 _MAX_FRAMES = 4096
 _WINDOW = 8
 """Tokens before a span that are decoded with it: some tokenizers drop a space at the start of a text."""
+
+_RUNS = re.compile(rb"\x01+")
+"""Of true flags, one byte each."""
 
 _Span = tuple[int, int]
 """A run of supervised tokens: ids[start:end]."""
@@ -99,14 +102,17 @@ class Checker:
         are what `prompts` gives for the conversation, made if it is None. Raises SampleError if the template refuses
         the conversation, or the processor the size of an image.
         """
-        if not (labels != IGNORED).any():
+        if not (spans := _spans(labels)):
             return [Finding.fault(NO_LABEL, "no token of it is trained on")]
-        found = list(_wrong_labels(ids, labels))
-        folded_ids, folded, faults = fold_images(ids, labels, sizes, self._processor)
+        own_ids, own_labels, found = ids.tolist(), labels.tolist(), list[Finding]()
+        if any(own_ids[start:end] != own_labels[start:end] for start, end in spans):
+            found.append(_wrong_labels(ids, labels))
+        if sizes or self._processor.image_token_id in own_labels:
+            ids, labels, faults = fold_images(ids, labels, sizes, self._processor)
+            own_ids, own_labels, spans = ids.tolist(), labels.tolist(), _spans(labels)
+            found += faults
         made = self.prompts([conversation], {})[0] if prompts is None else prompts
-        spans, form = _spans(folded), form_key(conversation)
-        sample = _FoldedSample(conversation, folded_ids.tolist(), folded.tolist(), spans, made, form)
-        found += faults + self._turns(sample)
+        found += self._turns(_FoldedSample(conversation, own_ids, own_labels, spans, made, form_key(conversation)))
         found += unmatched_marks(conversation.messages, self._marks)
         found += literal_specials(conversation.messages, self._processor)
         found += placed_images(conversation)
@@ -219,7 +225,7 @@ class Checker:
             yield Finding.fault(NO_TEXT, f"{name}: nothing of {shown(message.text)} is trained on")
             return
         frame = self._frame(sample, turn)
-        labels = [label for span in spans for label in sample.labels[slice(*span)]]
+        labels = list(itertools.chain.from_iterable(sample.labels[start:end] for start, end in spans))
         num_end = self._num_end(labels, frame)
         has_end = num_end > 0
         if self._end_of_turn and frame.other_end and not has_end:
@@ -259,9 +265,10 @@ class Checker:
         pieces = [piece for pair in zip(frame.around, [*parts, ""], strict=True) for piece in pair][:-2]
         expected, closing = _normal("".join(pieces)), frame.around[-1]
         gap = closing[: len(closing) - len(closing.lstrip())] if frame.end else ""  # some end a reply on its own line
-        has_outer_space = any(part != part.strip() for part in parts)
-        if not has_outer_space or text in (expected, expected + gap):
-            return None if text in (expected, expected + gap) else expected
+        if text in (expected, expected + gap):
+            return None
+        if all(part == part.strip() for part in parts):
+            return expected
         rest = self._after_prompt(sample, turn, len(sample.messages))
         after, closing = rest[len(text) :], frame.around[-1]
         closed = len(after) - len(after.lstrip()) == len(closing) - len(closing.lstrip())
@@ -301,17 +308,13 @@ class Checker:
         return self._frames[key]
 
 
-def _wrong_labels(ids: Ids, labels: Ids) -> Iterator[Finding]:
-    if len(wrong := np.flatnonzero((labels != ids) & (labels != IGNORED))):
-        reason = f"{len(wrong)} labels are not the token they belong to, the first at {wrong[0]}"
-        yield Finding.fault(NOT_ITSELF, reason)
+def _wrong_labels(ids: Ids, labels: Ids) -> Finding:
+    wrong = ((labels != ids) & (labels != IGNORED)).nonzero()[0]
+    return Finding.fault(NOT_ITSELF, f"{len(wrong)} labels are not the token they belong to, the first at {wrong[0]}")
 
 
 def _spans(labels: Ids) -> list[_Span]:
-    flags = np.zeros(len(labels) + 2, np.bool_)
-    flags[1:-1] = labels != IGNORED
-    borders: list[int] = np.flatnonzero(flags[1:] != flags[:-1]).tolist()
-    return list(zip(borders[::2], borders[1::2], strict=True))
+    return [match.span() for match in _RUNS.finditer((labels != IGNORED).tobytes())]
 
 
 def _normal(text: str) -> str:

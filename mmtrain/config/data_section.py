@@ -108,7 +108,8 @@ class EvalSource(Source):
     `path`."""
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The share of the samples that is held out with `from: train`. Which ones follows from their content, so they
-    stay the same when data is added. Samples with the same image are on the same side."""
+    stay the same when data is added. Samples with the same image are on the same side, and pairs also with the same
+    text."""
     name: str | None = None
     """The name of the source in reports; without it the file's name, or `held-out`."""
     metric: MetricName | None = None

@@ -7,7 +7,6 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from mmtrain.config.keys import MOVED
 from mmtrain.config.other_tools import INSTEAD
 from mmtrain.config.schema import Config
 from mmtrain.config.tune_section import Frozen, Full, Lora
@@ -40,7 +39,7 @@ def schema_faults(errors: Sequence[ErrorDetails], data: dict[str, Any]) -> Itera
     """The key path and the reason of each fault. If a value can have several types, their errors are one fault."""
     found: dict[KeyPath, list[ErrorDetails]] = {}
     for error in errors:
-        if not _follows_from_another(error, data):
+        if not _follows_from_another(error):
             found.setdefault(_written(error, data), []).append(error)
     for at, of_key in found.items():
         expected = [_expected(error) for error in of_key]
@@ -51,12 +50,8 @@ def schema_faults(errors: Sequence[ErrorDetails], data: dict[str, Any]) -> Itera
             yield at, _reason(of_key[0], at, data)
 
 
-def _follows_from_another(error: ErrorDetails, data: dict[str, Any]) -> bool:
-    """Whether another error already reports this fault. For pydantic, a list whose only item is wrong is too short, and
-    a required key of `run` in its old place is missing."""
-    if error["type"] == "missing" and error["loc"][0] == "run":
-        train = data.get("train")
-        return isinstance(train, dict) and "output_dir" in train
+def _follows_from_another(error: ErrorDetails) -> bool:
+    """Whether another error already reports this fault: for pydantic, a list whose only item is wrong is too short."""
     return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
 
 
@@ -106,8 +101,6 @@ def _found(value: Any) -> str:
 
 def _unknown_key(at: KeyPath, data: dict[str, Any]) -> str:
     key = str(at[-1])
-    if (path := ".".join(map(str, at))) in MOVED:
-        return f"moved to {MOVED[path]}"
     if len(at) == 3 and at[0] == "tune" and at[1] != "components":
         component = f"{at[0]}.{at[1]}"
         mode = data["tune"][at[1]]["mode"]

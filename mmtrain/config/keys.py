@@ -1,4 +1,4 @@
-"""Key paths from the schema: those that may change on resume, affect bits, or have moved."""
+"""Key paths from the schema: those that may change on resume, and those that affect bits."""
 
 from collections.abc import Iterator
 
@@ -24,6 +24,3 @@ EVALUATED = ("data.eval", "run.eval_every", "run.eval_answers")
 
 AFFECTS_BITS = tuple(_marked(Marker.AFFECTS_BITS, Run))
 """Keys of `run` whose change may change the bits of the result, within rounding."""
-
-MOVED = {f"train.{key}": f"run.{key}" for key in Run.model_fields} | {"train.features": "run.image_cache"}
-"""Old key paths of configs and checkpoints from before the section `run` existed, and the new ones."""

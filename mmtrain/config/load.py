@@ -32,6 +32,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{file}:1: expected sections (model, tune, data, labels, train, run), not {shown(data)}")
     where = {at: f"{file}:{line}" for at, line in lines.items()}
     faults = []
+    if data and not data.keys() & Config.model_fields.keys():
+        faults.append(f"{file}: not a config of mmtrain: docs/other-tools.md shows one next to that of another tool")
     _write_sources_in_full(data)
     for override in overrides:
         try:

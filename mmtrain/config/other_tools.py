@@ -49,6 +49,7 @@ _NAMES = {
     "run.activation_checkpointing": "gradient_checkpointing vit_gradient_checkpointing grad_checkpointing",
     "run.weights: shard, for FSDP2": "deepspeed fsdp fsdp_config",
     "run.compile": "torch_compile",
+    "run.hang_timeout, in seconds": "ddp_timeout",
     "run.trackers": "report_to use_wandb wandb_project",
     "objective.scale, which is 1 / temperature: trained, fixed or a number": "temperature temp logit_scale "
     "init_logit_scale",

@@ -144,7 +144,6 @@ class Config(Section):
             "metric of a source of data.eval": any(source.metric for source in self.data.eval),
             "data.dedup": self.data.dedup,
             "data.streaming": self.data.streaming is not None,
-            "from: train of a source of data.eval": any(source.from_ for source in self.data.eval),
             "max_samples of a source": any(source.max_samples for source in sources),
             "format of a source": any(source.format != "auto" for source in sources),
         }

@@ -145,4 +145,4 @@ def dump_yaml(data: Any) -> str:
 
 def yaml_text(text: str) -> str:
     """Text as a value on one line of YAML."""
-    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=not text.isprintable())

@@ -10,25 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmtrain.config import Config
-from mmtrain.contrastive.embedder import EncodedItem, Kind, SentenceModules
+from mmtrain.contrastive.embedder import EncodedItem, Kind, Limit, SentenceModules
 from mmtrain.contrastive.scale import Multiplier, constant
 from mmtrain.dataset.batch import Batch, make_batch
-from mmtrain.dataset.validate import LengthLimit
 from mmtrain.encoding.encode import Encoded, Encoder
 from mmtrain.encoding.images import Roots
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.attention import KEYWORD
-from mmtrain.model.cost import forward_products
 from mmtrain.model.family import Family
 from mmtrain.model.head import hidden_states
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.vision import prepare_vision
-from mmtrain.progress import Progress
 from mmtrain.records.chat import Conversation, Message, SampleError, Text
 from mmtrain.records.pairs import Item
-from mmtrain.runtime.processes import Runtime
-from mmtrain.scoring.image_cache import input_maker, make_store
 from mmtrain.scoring.packing import RowChoice
 
 _STAND_IN = Message("assistant", (Text("x"),))
@@ -49,7 +43,7 @@ class ChatEmbedder:
         family: Family,
         rows: RowChoice,
         pooling: Literal["last", "mean"],
-        limit: Callable[[int], LengthLimit],
+        limit: Limit,
         autocast: Callable[[], AbstractContextManager[Any]],
         say: Callable[[str], None],
     ) -> None:
@@ -59,15 +53,15 @@ class ChatEmbedder:
         self.components = family.components
         self.packing, self.alone = rows.packing, rows.alone
         with autocast():
-            self._vision = prepare_vision(model, processor, model.device, say)
+            self.vision = prepare_vision(model, processor, model.device, say)
         self._leaves_out_rows = False
-        self._encoder, self._make_inputs = Encoder(processor), InputMaker(model, processor, None, self._vision)
+        self._encoder, self.make_inputs = Encoder(processor), InputMaker(model, processor, None, self.vision)
         self.template = processor.template.source
         self._pooling, self._autocast = pooling, autocast
         self.limit = limit
         self.scale: Multiplier = constant(1.0)
         self.bias: Multiplier = constant(0.0)
-        products = forward_products(model, family)
+        products = family.products(model)
         self._token_cost = products["language"]
         self._image_token_cost = family.patches_per_token * products["vision"] + products["projector"]
         (tried,) = self.encode([(Item("a"), Path())])
@@ -94,24 +88,19 @@ class ChatEmbedder:
         costs = self._token_cost * prompt.num_tokens, self._image_token_cost * num_placeholders
         return EncodedItem(_KIND, prompt, prompt.num_tokens, *costs)
 
-    def cache_images(self, config: Config, runtime: Runtime, progress: Progress) -> None:
-        store = make_store(config, runtime, progress)
-        vision = self._vision
-        self._make_inputs = input_maker(self.model, self.processor, config, runtime, store, vision, progress.say)
-
     @property
     def caches_images(self) -> bool:
-        return self._make_inputs.features is not None
+        return self.make_inputs.features is not None
 
     def batch(self, items: Sequence[EncodedItem]) -> Batch:
         seeds, encoded = [item.seed for item in items], [item.encoded for item in items]
-        return make_batch(seeds, encoded, self.processor, self.packing, self._make_inputs.store)
+        return make_batch(seeds, encoded, self.processor, self.packing, self.make_inputs.store)
 
     def leave_out_rows(self) -> None:
         self._leaves_out_rows = True
 
     def embed(self, batch: Batch, kind: Kind) -> Tensor:
-        inputs = self._make_inputs(batch)
+        inputs = self.make_inputs(batch)
         is_kept = torch.zeros_like(batch.input_ids, dtype=torch.bool)
         for segment in batch.segments:
             end = segment.start + segment.length

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from mmtrain.config import Config
 from mmtrain.contrastive.scale import Multiplier
 from mmtrain.dataset.batch import Batch
 from mmtrain.dataset.validate import LengthLimit
@@ -17,13 +16,15 @@ from mmtrain.encoding.images import Roots
 from mmtrain.errors import UserError
 from mmtrain.model.components import Components
 from mmtrain.model.family import Family
-from mmtrain.progress import Progress
 from mmtrain.records.chat import SampleError
 from mmtrain.records.pairs import Item
-from mmtrain.runtime.processes import Runtime
 
 Kind = str
 """Which of a model's computations embeds an item; only items of one kind share a micro-batch."""
+
+
+Limit = Callable[[int], LengthLimit]
+"""The longest item: so many tokens, or fewer if the model takes fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +118,11 @@ class Embedder(Protocol):
         ...
 
     @property
-    def limit(self) -> Callable[[int], LengthLimit]:
-        """The longest item: so many tokens, or fewer if the model takes fewer."""
-
-    def cache_images(self, config: Config, runtime: Runtime, progress: Progress) -> None:
-        """Have each image go through vision and projector, which are frozen, once, as chats do. `progress` says why the
-        model cannot."""
-        ...
+    def limit(self) -> Limit: ...
 
     @property
     def caches_images(self) -> bool:
-        """Whether that is so."""
+        """Whether the outputs of its frozen vision tower and projector come from the image cache."""
 
     def batch(self, items: Sequence[EncodedItem]) -> Batch:
         """Items of one kind as tensors on the CPU. Raises SampleError where an image does not decode."""

@@ -42,6 +42,8 @@ class PairSamples:
     """Because of faults."""
     instructions: dict[str, frozenset[str]]
     """Those of a `query` and of a `document`; "" where there is none."""
+    num_other_side: int = 0
+    """Pairs on the other side of the split into training and held-out ones."""
 
     @property
     def used(self) -> Indices:
@@ -73,6 +75,20 @@ class PairSamples:
         images, roots = self.records.pair(sample).items[position].images, self.records.roots(sample)
         found = iter([locate(one, roots, own.image.size) for one, own in zip(images, item.encoded.images, strict=True)])
         return _with_images(item, lambda _: next(found))
+
+    def without(self, indices: Iterable[int]) -> "PairSamples":
+        """The same with these pairs on the other side of a split: without the items that only they have."""
+        other = set(indices)
+        kept = {index: pair for index, pair in self.pairs.items() if index not in other}
+        old = sorted({number for pair in kept.values() for number in pair.numbers})
+        new = {number: position for position, number in enumerate(old)}
+        return replace(
+            self,
+            pairs={index: pair.renumbered(new) for index, pair in kept.items()},
+            items=[self.items[number] for number in old],
+            first=[self.first[number] for number in old],
+            num_other_side=len(other),
+        )
 
 
 def read_pairs(

@@ -1,7 +1,7 @@
 """Which items of a step are queries and documents, and which documents are positives of which queries."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,16 @@ class PairItems:
     negatives: tuple[int, ...] = ()
     group: str | None = None
     """The positives of a group are not negatives of any query of that group."""
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of all its items, the query first."""
+        return (self.query, *self.positives, *self.negatives)
+
+    def renumbered(self, new: Mapping[int, int]) -> "PairItems":
+        """The same with the `new` number of each item."""
+        positives, negatives = (tuple(new[number] for number in own) for own in (self.positives, self.negatives))
+        return PairItems(new[self.query], positives, negatives, self.group)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtrain.config import Config
 from mmtrain.contrastive.embedder import EncodedItem, Kind, SentenceModules, no_labels
 from mmtrain.contrastive.pooled_rows import PooledRows, check_pooled, find_pooled_rows
 from mmtrain.contrastive.scale import find_multipliers
@@ -24,14 +23,11 @@ from mmtrain.encoding.encode import Encoded, ImageSpan
 from mmtrain.encoding.images import Roots, decode, find_image
 from mmtrain.encoding.tower_processor import TowerProcessor
 from mmtrain.errors import UserError
-from mmtrain.model.cost import forward_products
 from mmtrain.model.family import Family
 from mmtrain.model.tower_components import TowerComponents
 from mmtrain.model.transfer import all_on_device
-from mmtrain.progress import Progress
 from mmtrain.records.chat import SampleError
 from mmtrain.records.pairs import Item
-from mmtrain.runtime.processes import Runtime
 from mmtrain.safe_text import one_line
 
 _TEXTS = ("a photo of a cat", "two red circles next to a blue one")
@@ -146,9 +142,6 @@ class Towers:
             return LengthLimit(self.processor.max_length, "the text tower's longest text")
         return LengthLimit(max_length, "data.max_length")
 
-    def cache_images(self, config: Config, runtime: Runtime, progress: Progress) -> None:
-        """Nothing is cached within a model whose embeddings of images are cached as a whole."""
-
     def batch(self, items: Sequence[EncodedItem]) -> Batch:
         seeds = [item.seed for item in items]
         if items[0].kind == "text":
@@ -234,7 +227,7 @@ class Towers:
 
     def _tower_costs(self) -> dict[str, float]:
         """Multiplications by the weights of each tower: for one token of a text, and for one image."""
-        products = forward_products(self.model, self.family)
+        products = self.family.products(self.model)
         return {"language": products["language"], "vision": products["vision"] * self._image_tokens}
 
     def _depends_on_padding(self) -> bool:

@@ -1,9 +1,9 @@
-"""Samples by index: read from the store, which training does, or encoded on access."""
+"""Samples by index, as the store has them."""
 
 from dataclasses import dataclass
 
 from mmtrain.dataset.store_file import EncodedStore
-from mmtrain.encoding.encode import Encoded, Encoder, ImageSpan
+from mmtrain.encoding.encode import Encoded, ImageSpan
 from mmtrain.encoding.images import locate
 from mmtrain.records.record_set import RecordSet
 from mmtrain.records.sources.place import Place
@@ -38,23 +38,3 @@ class StoredSamples:
             for image, (start, length, num_placeholders, width, height) in zip(images, rows, strict=True)
         ]
         return Encoded(ids, supervised, tuple(spans), self.store.weights_of(index))
-
-
-@dataclass(frozen=True, slots=True)
-class FreshSamples:
-    """Records, each encoded on access: to look at a few samples of a set that is not stored. Of a record that gives
-    several sequences it is the last one."""
-
-    records: RecordSet
-    encoder: Encoder
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def place(self, index: int) -> Place:
-        return self.records.place(index)
-
-    def encoded(self, index: int) -> Encoded:
-        """Raises SampleError with the reason the sample cannot be used."""
-        _, conversation = self.encoder.sequences(self.records.conversation(index))[-1]
-        return self.encoder.encode(conversation, self.records.roots(index))

@@ -1,7 +1,7 @@
 """Which of the samples that can be used are used: without duplicates, one side of a split, at most so many."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -12,6 +12,7 @@ from mmtrain.config.data_section import Data, EvalSource, Source
 from mmtrain.dataset.hashes import image_hashes
 from mmtrain.dataset.plan import Indices, permutation
 from mmtrain.dataset.samples import StoredSamples
+from mmtrain.records.record_set import RecordSet
 
 Keys = dict[int, tuple[bytes, ...]]
 """By sample: a SHA-256 of each of its images, or where it has none one of its tokens."""
@@ -93,16 +94,10 @@ def select(samples: StoredSamples, used: Indices, choices: Sequence[Choice]) -> 
     choice_of = [choices[number] for number in source_of.tolist()]
     duplicates = find_duplicates(samples, used[[choice.dedup for choice in choice_of]].tolist())
     left = ~np.isin(used, [index for index, _ in duplicates])
-    is_split = np.array([choice.side is not Side.ALL for choice in choice_of], np.bool_) & left
-    held_out = _held_out(samples, used[is_split], max((choice.share for choice in choices), default=0.0))
-    other = [
-        (choice.side is Side.TRAINING and index in held_out) or (choice.side is Side.HELD_OUT and index not in held_out)
-        for index, choice in zip(used.tolist(), choice_of, strict=True)
-    ]
-    other_side = used[np.array(other, np.bool_) & is_split]
-    left &= ~np.isin(used, other_side)
+    other = other_side(samples.records, used[left], choices, lambda indices: image_keys(samples, indices))
+    left &= ~np.isin(used, other)
     over = [_over_max(used[left & (source_of == number)], choice) for number, choice in enumerate(choices)]
-    return Selected(tuple(duplicates), other_side, np.concatenate([np.zeros(0, np.int64), *over]))
+    return Selected(tuple(duplicates), other, np.concatenate([np.zeros(0, np.int64), *over]))
 
 
 def _over_max(indices: Indices, choice: Choice) -> Indices:
@@ -168,17 +163,28 @@ def sample_keys(samples: StoredSamples, indices: Sequence[int]) -> Keys:
 # --- the split
 
 
-def _held_out(samples: StoredSamples, indices: Indices, share: float) -> set[int]:
+def other_side(
+    records: RecordSet, used: Indices, choices: Sequence[Choice], keys_of: Callable[[Sequence[int]], Keys]
+) -> Indices:
+    """Of the samples `used`, those on the other side of the split than their source's choice. `keys_of` gives what
+    samples on one side have in common."""
+    sides = [choices[number].side for number in records.sources_of(used).tolist()]
+    split = [(index, side) for index, side in zip(used.tolist(), sides, strict=True) if side is not Side.ALL]
+    share = max((choice.share for choice in choices), default=0.0)
+    held_out = _held_out(records, keys_of([index for index, _ in split]), share) if split else set()
+    return np.array([index for index, side in split if (index in held_out) != (side is Side.HELD_OUT)], np.int64)
+
+
+def _held_out(records: RecordSet, keys: Keys, share: float) -> set[int]:
     """The samples that are held out of training: about a `share` of them.
 
-    Samples that have an image or their record in common, directly or through others, stay on one side. The side follows
-    from the smallest hash among them, so it stays the same when data is added or put in another order, except where new
-    samples connect two groups. Each side has at least one group where there are two.
+    Samples that have a key, which is mostly an image, or their record in common, directly or through others, stay on
+    one side. The side follows from the smallest hash among them, so it stays the same when data is added or put in
+    another order, except where new samples connect two groups. Each side has at least one group where there are two.
     """
-    keys = image_keys(samples, indices.tolist()) if len(indices) else {}
     of_record: dict[int, tuple[bytes, ...]] = {}
     for index, own in keys.items():
-        record = samples.records.record(index)
+        record = records.record(index)
         of_record[record] = (*of_record.get(record, ()), *own)
     smallest = _smallest_of_groups(of_record.values())
     fractions = sorted({_fraction(group) for group in smallest.values()})

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from mmtrain.dataset.encoded_chunk import (
     merge_faults,
     merge_notes,
 )
+from mmtrain.errors import storage_faults
 from mmtrain.user_cache import Version, file_version
 
 _TYPES = {
@@ -177,6 +179,17 @@ def write_chunk(path: Path, chunk: EncodedChunk) -> None:
     images: Images = sought | {file: (_version(file), True) for file in chunk.image_files}
     arrays = {name: [_block(getattr(chunk, name))] for name in CHUNK_ARRAYS}
     _write(path, arrays | _image_arrays(images) | _fault_arrays(chunk.faults), chunk.notes)
+
+
+def temporary_store(chunk: EncodedChunk) -> EncodedStore:
+    """The store of a chunk that lives as long as it is used. Raises StorageError."""
+    with (
+        storage_faults("the encoded samples cannot be written as temporary files"),
+        tempfile.TemporaryDirectory(prefix="mmtrain-", ignore_cleanup_errors=True) as folder,
+    ):
+        path = Path(folder) / "chunk.safetensors"
+        write_chunk(path, chunk)
+        return EncodedStore(path)  # a file that is mapped into memory can be read after it is deleted
 
 
 def write_joined(path: Path, stores: Sequence[EncodedStore]) -> None:

@@ -7,12 +7,10 @@ The samples that are used are numbered in the order of the stream, from 0: those
 the ones after it. Within a window they are in random order.
 """
 
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from mmtrain.config import Config
@@ -22,11 +20,11 @@ from mmtrain.dataset.encoding_spec import EncodingSpec
 from mmtrain.dataset.plan import Indices, permutation
 from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.shard_order import Position, ShardOrder, Window
-from mmtrain.dataset.store_file import EncodedStore, write_chunk
+from mmtrain.dataset.store_file import EncodedStore, temporary_store
 from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, LengthLimit, SampleSizes, check_stored
 from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.errors import UserError, storage_faults
+from mmtrain.errors import UserError
 from mmtrain.records.sources.place import Place
 from mmtrain.safe_text import counted
 
@@ -246,10 +244,4 @@ class Stream:
                 self._tick()
                 yield encoder.encode(records[start : start + _CHUNK].tolist())
 
-        with (
-            storage_faults("the encoded samples cannot be written as temporary files"),
-            tempfile.TemporaryDirectory(prefix="mmtrain-", ignore_cleanup_errors=True) as folder,
-        ):
-            path = Path(folder) / "window.safetensors"
-            write_chunk(path, join_chunks(list(chunks())))
-            return EncodedStore(path)  # a file that is mapped into memory can be read after it is deleted
+        return temporary_store(join_chunks(list(chunks())))

@@ -70,6 +70,17 @@ class FaultPolicy:
             "may be skipped: correct them, or raise it"
         )
 
+    def advice(self, num_faulty: int, num_samples: int) -> str | None:
+        """What to do about samples with faults that were not skipped."""
+        if self.on_fault == "skip":
+            return self.too_many(num_faulty, num_samples)
+        if num_faulty == num_samples:
+            return None
+        return (
+            f"data.on_fault: {num_faulty:,} of {num_samples:,} samples have faults: correct them, or set it to skip to "
+            "leave them out"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class SampleSizes:
@@ -173,9 +184,9 @@ def leave_out(
         refused = refused + [(index, f"{reason}; or set data.too_long to drop") for index, reason in long]
     if refused:
         faulty = {index for index, _ in faults}
-        too_many = policy.too_many(len(faulty), len(records)) if faults and policy.on_fault == "skip" else None
+        advice = policy.advice(len(faulty), len(records)) if faults else None
         lines = [f"{records.place(index)}: {reason}" for index, reason in sorted(refused)]
-        raise UserError([*lines, *([too_many] if too_many else [])])
+        raise UserError([*lines, *([advice] if advice else [])])
     return long, skipped
 
 

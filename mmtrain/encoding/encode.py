@@ -9,7 +9,6 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -79,14 +78,6 @@ class Traced:
     an end of turn that the template lacks."""
 
 
-class PlacedFragment(NamedTuple):
-    """A fragment and the positions of its ids: ids[start:end]."""
-
-    fragment: Fragment
-    start: int
-    end: int
-
-
 @dataclass(frozen=True, slots=True)
 class LaidOut:
     """A conversation as pieces of text."""
@@ -99,7 +90,7 @@ class LaidOut:
     @property
     def own_texts(self) -> Iterator[tuple[Fragment, str]]:
         """The fragments that are encoded and are not the template's alone, with their texts."""
-        return ((one, one.text(self.pieces)) for one in self.fragments if one.kind == "text" and not one.is_constant)
+        return ((one, one.text(self.pieces)) for one in self.fragments if one.kind == "text" and one.constant is None)
 
 
 class Encoder:
@@ -161,7 +152,7 @@ class Encoder:
         except SampleError as error:
             return error
 
-    def _assemble_one(self, laid_out: LaidOut, images: Sequence[FoundImage]) -> tuple[Encoded, list[PlacedFragment]]:
+    def _assemble_one(self, laid_out: LaidOut, images: Sequence[FoundImage]) -> tuple[Encoded, list[int]]:
         return self._assemble(laid_out, images, self._encode_texts([laid_out]))
 
     def _encode_texts(self, laid_out: Iterable[LaidOut]) -> Known:
@@ -174,12 +165,13 @@ class Encoder:
     def trace(self, conversation: Conversation, encoded: Encoded) -> Traced:
         """Where each id of `encoded` comes from. Raises SampleError where the conversation is not encoded so now."""
         laid_out = self._lay_out(conversation)
-        made, placed = self._assemble_one(laid_out, [span.image for span in encoded.images])
+        made, starts = self._assemble_one(laid_out, [span.image for span in encoded.images])
         same_flags = np.array_equal(made.supervised, encoded.supervised) and made.weights == encoded.weights
         if not (np.array_equal(made.ids, encoded.ids) and same_flags):
             raise SampleError("what is stored for training is not what the encoder makes of the sample now")
         owners: list[int] = []
-        for fragment, start, end in placed:
+        ends = [*starts[1:], made.num_tokens]
+        for fragment, start, end in zip(laid_out.fragments, starts, ends, strict=True):
             owners += [-1] * (start - len(owners))
             last = next((i for i in reversed(range(start)) if owners[i] >= 0), None)
             after = None if last is None else int(encoded.ids[last])
@@ -214,20 +206,21 @@ class Encoder:
         else:
             several = "the model's chat template rewrites replies that others follow: it has several sequences"
             raise SampleError(self._layout.fault(form) or several)
-        weights = tuple(float(np.float32(conversation.messages[turn].weight)) for turn in trained)
-        weights = () if all(weight == 1 for weight in weights) else weights
-        return LaidOut(pieces, self._fragmenter.cut(pieces, skeleton, tuple(trained)), weights)
+        weights = [conversation.messages[turn].weight for turn in trained]
+        if weights.count(1.0) < len(weights):
+            weights = np.array(weights, np.float32).tolist()
+        stored = () if weights.count(1.0) == len(weights) else tuple(weights)
+        return LaidOut(pieces, self._fragmenter.cut(pieces, skeleton, tuple(trained)), stored)
 
-    def _assemble(
-        self, laid_out: LaidOut, images: Sequence[FoundImage], known: Known
-    ) -> tuple[Encoded, list[PlacedFragment]]:
-        """The fragments' ids one after the other. `known`: ids of texts that were encoded before."""
+    def _assemble(self, laid_out: LaidOut, images: Sequence[FoundImage], known: Known) -> tuple[Encoded, list[int]]:
+        """The fragments' ids one after the other, and where each begins. `known`: ids of texts that were encoded
+        before."""
         pieces, weights = laid_out.pieces, laid_out.weights
         ids: list[int] = list(self._prefix(pieces))
-        supervised = [False] * len(ids)
+        supervised = bytearray(len(ids))
         after: int | None = None
         spans: list[ImageSpan] = []
-        placed: list[PlacedFragment] = []
+        starts: list[int] = []
         if not images and self.processor.needs_image:
             raise SampleError("the model's processor takes no conversation without an image")
         of_images = self.processor.image_tokens([image.size for image in images])
@@ -238,18 +231,18 @@ class Encoder:
                 new: Sequence[int] = tokens.ids
             else:
                 new = self._fragment_ids(fragment, pieces, after, known)
-            placed.append(PlacedFragment(fragment, len(ids), len(ids) + len(new)))
+            starts.append(len(ids))
             ids += new
             text = new[:-1] if fragment.ends_turn else new
             after = text[-1] if text else after  # an end that the template lacks does not change what follows
-            supervised += [fragment.supervised] * len(new)
+            supervised += (b"\1" if fragment.supervised else b"\0") * len(new)
         supervised[0] = False
         if not any(supervised):
             raise SampleError("no token of it is trained on")
-        encoded = Encoded(np.array(ids, np.int32), np.array(supervised, np.bool_), tuple(spans), weights)
+        encoded = Encoded(np.array(ids, np.int32), np.frombuffer(supervised, np.bool_), tuple(spans), weights)
         if weights and len(encoded.run_lengths) != len(weights):
             raise SampleError("two turns with weights of their own have nothing between them")
-        return encoded, placed
+        return encoded, starts
 
     def _prefix(self, pieces: list[Piece]) -> tuple[int, ...]:
         traits = self.processor.tokenizer.traits
@@ -259,8 +252,8 @@ class Encoder:
         self, fragment: Fragment, pieces: Sequence[Piece], after: int | None, known: Known
     ) -> Sequence[int]:
         tokenizer = self.processor.tokenizer
-        if fragment.is_constant:
-            ids: Sequence[int] = self._constant(fragment.text(pieces), after)
+        if fragment.constant is not None:
+            ids: Sequence[int] = self._constant(fragment.constant, after)
         else:
             literal = fragment.kind == "literal"
             known = {} if literal else known

@@ -42,8 +42,8 @@ class Fragment:
     supervised: bool = False
     ends_turn: bool = False
     """An end token that the template lacks is put after it."""
-    is_constant: bool = False
-    """Whether its text is the template's alone, the same in every conversation of the form."""
+    constant: str | None = None
+    """Its text, where that is the template's alone, the same in every conversation of the form."""
     context: str = ""
     """What the template writes between the last parting token and it, where nothing else is there."""
 
@@ -65,7 +65,7 @@ class Fragmenter:
         Ordinary text does not change where the cuts are: conversations of one form share theirs.
         """
         literal = self._literal_specials(pieces)
-        if literal or any(not piece.text for piece in pieces):
+        if literal or "" in [piece.text for piece in pieces]:
             return self._non_empty(pieces, skeleton, trained, literal)
         return self._of_form(skeleton, trained)
 
@@ -80,9 +80,10 @@ class Fragmenter:
         for fragment in self._fragments(pieces, skeleton, trained, literal):
             if fragment.spans or fragment.ends_turn:
                 is_constant = all(pieces[span.piece].kind in _CONSTANT for span in fragment.spans)
-                found.append(replace(fragment, is_constant=is_constant, context=context or ""))
-                is_template = fragment.kind == "text" and is_constant
-                context = self._context(context, fragment.text(pieces)) if is_template else None
+                constant = fragment.text(pieces) if is_constant else None
+                found.append(replace(fragment, constant=constant, context=context or ""))
+                is_template = fragment.kind == "text" and constant is not None
+                context = self._context(context, constant or "") if is_template else None
         return tuple(found)
 
     def _context(self, context: str | None, text: str) -> str | None:

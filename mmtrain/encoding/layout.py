@@ -15,7 +15,7 @@ import functools
 import json
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mmtrain.encoding.calls import check_plain, length_without_end, shared_reply, shows_all
 from mmtrain.encoding.messages import as_messages, as_tools
@@ -104,7 +104,7 @@ class Layout:
         prompt = filled(pieces[: alone.num_prompt], texts, asked)
         tail = filled(alone.closing, texts, self._render(messages, tools=tools))[alone.num_before :]
         between = pieces[alone.num_prompt : len(pieces) - len(tail)]
-        own = [replace(piece, text=texts[int(piece.text)]) if piece.kind == "text" else piece for piece in between]
+        own = [piece._replace(text=texts[int(piece.text)]) if piece.kind == "text" else piece for piece in between]
         return [*prompt, *own, *tail], alone.skeleton
 
     def _try_skeleton(self, form: Form) -> Skeleton | str:

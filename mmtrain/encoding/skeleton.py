@@ -13,8 +13,7 @@ from mmtrain.safe_text import shown
 PieceKind = Literal["template", "text", "calls", "image"]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A stretch of the rendered text: the template's own, a text or calls of a turn, or the placeholder of an image."""
 
     kind: PieceKind
@@ -90,14 +89,13 @@ def filled(skeleton: Sequence[Piece], texts: Sequence[str], whole: str) -> list[
     """The pieces with texts in the place of numbers. Raises SampleError unless they are the rendered text `whole`."""
     pieces, at = [], 0
     for i, piece in enumerate(skeleton):
-        text = piece.text
         if piece.kind == "text":
             following = skeleton[i + 1].text if i + 1 < len(skeleton) and skeleton[i + 1].kind != "text" else ""
-            text = _as_rendered(texts[int(piece.text)], following, whole, at)
-        if not whole.startswith(text, at):
+            piece = Piece("text", _as_rendered(texts[int(piece.text)], following, whole, at), piece.turn)
+        elif not whole.startswith(piece.text, at):
             raise SampleError(f"the model's chat template rewrites the conversation near {shown(whole[at : at + 40])}")
-        pieces.append(Piece(piece.kind, text, piece.turn))
-        at += len(text)
+        pieces.append(piece)
+        at += len(piece.text)
     if at != len(whole):
         raise SampleError(f"the model's chat template adds {shown(whole[at : at + 40])} to the conversation")
     return pieces
@@ -105,6 +103,8 @@ def filled(skeleton: Sequence[Piece], texts: Sequence[str], whole: str) -> list[
 
 def _as_rendered(text: str, following: str, whole: str, at: int) -> str:
     """The text as it is in `whole` at `at`: as written, trimmed, or escaped as in JSON."""
+    if whole.startswith(text + following, at):
+        return text
     for variant in _variants(text):
         if whole.startswith(variant + following, at):
             return variant
@@ -112,6 +112,5 @@ def _as_rendered(text: str, following: str, whole: str, at: int) -> str:
 
 
 def _variants(text: str) -> Iterator[str]:
-    yield text  # mostly this one
     yield from (strip(text, of) for of in (None, "\n") for strip in (str.lstrip, str.rstrip, str.strip))
     yield json.dumps(text, ensure_ascii=False)[1:-1]

@@ -82,10 +82,10 @@ def texts_of(conversation: Conversation, form: Form) -> list[str]:
     for message, turn in zip(conversation.messages, form.turns, strict=True):
         if message.reasoning:
             found.append(message.reasoning)
-        texts = (part.text for part in message.parts if isinstance(part, Text))
-        for text, kind in zip(texts, (kind for kind in turn.kinds if kind not in ("image", "reasoning")), strict=True):
-            reasoned = split_reasoning(text) if isinstance(kind, Marks) else None
-            found += (text,) if reasoned is None else (reasoned.reasoning, reasoned.reply)
+        for part, kind in zip(message.parts, turn.kinds[1:] if message.reasoning else turn.kinds, strict=True):
+            if isinstance(part, Text):
+                reasoned = split_reasoning(part.text) if isinstance(kind, Marks) else None
+                found += (part.text,) if reasoned is None else (reasoned.reasoning, reasoned.reply)
     return found
 
 

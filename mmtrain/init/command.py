@@ -3,7 +3,6 @@
 import math
 import shlex
 from contextlib import suppress
-from pathlib import Path
 
 from mmtrain.atomic_files import check_new
 from mmtrain.config import load_config
@@ -11,6 +10,7 @@ from mmtrain.config.data_section import Source
 from mmtrain.config.yaml_file import yaml_text
 from mmtrain.encoding.directory import is_dual_encoder
 from mmtrain.errors import UserError, grouped, storage_faults
+from mmtrain.init.options import InitOptions
 from mmtrain.init.pairs import pair_config_text
 from mmtrain.init.survey import Survey, survey
 from mmtrain.model.load import load_config as load_model_config
@@ -63,27 +63,19 @@ def needs_prompt(model: str, train: str) -> bool:
     return False
 
 
-def init(
-    model: str,
-    train: str,
-    evaluation: str | None,
-    output: Path,
-    chat_template: str | None = None,
-    prompt: str | None = None,
-) -> None:
-    """Write a config for `model` and data to `output`, a new file. `chat_template`: the file with the chat template in
-    place of the model's own. `prompt`: what the user asks, the same for all samples. Raises UserError if it cannot be
-    used."""
-    name, progress = visible(str(output)), Progress()
+def init(options: InitOptions) -> None:
+    """Write a config to a new file. Raises UserError if the model, the data or an option cannot be used."""
+    output, progress = options.output, Progress()
+    name = visible(str(output))
     check_new(output, "file")
-    if is_dual_encoder(load_model_config(model)):
-        for option, value in (("--chat-template", chat_template), ("--prompt", prompt)):
+    if is_dual_encoder(load_model_config(options.model)):
+        for option, value in (("--chat-template", options.chat_template), ("--prompt", options.prompt)):
             if value is not None:
                 raise UserError(f"{option}: a dual encoder has no chats: leave it out")
-        text, faults = pair_config_text(model, train, evaluation, output)
+        text, faults = pair_config_text(options)
     else:
-        found = survey(model, train, evaluation, chat_template, prompt)
-        text, faults = config_text(found, model, train, evaluation, output, chat_template, prompt), list(found.faults)
+        found = survey(options)
+        text, faults = config_text(found, options), list(found.faults)
     for line in grouped(faults):
         progress.say(f"warning: {line}")
     with storage_faults(f"{name}: it cannot be written"):
@@ -94,40 +86,24 @@ def init(
     progress.say(f"wrote {name}; next: mmtrain inspect-labels {word} --all, then mmtrain train {word}")
 
 
-def config_text(
-    found: Survey,
-    model: str,
-    train: str,
-    evaluation: str | None,
-    output: Path,
-    chat_template: str | None = None,
-    prompt: str | None = None,
-) -> str:
+def config_text(found: Survey, options: InitOptions) -> str:
     """The config. Chosen from the survey: type and quantization of the weights, lengths, batch size, steps, memory."""
     batch_size = min(32, 2 ** int(math.log2(max(1, found.num_samples / 20))))
     epochs = 3 if found.num_samples < 10_000 else 1
-    num_steps = epochs * math.ceil(found.num_samples / batch_size)
     share = 0.0 if found.gpu_memory is None else 2 * found.num_parameters / found.gpu_memory
-    max_length = _max_length(found)
+    max_length, template = _max_length(found), options.chat_template
     length_reason = "the longest sample has" if found.is_complete else "the longest of some samples has"
     return _TEXT.format(
-        output=visible(str(output)),
-        model=yaml_text(model),
-        template="" if chat_template is None else f"  chat_template: {yaml_text(chat_template)}\n",
+        **options.values(found.num_samples, batch_size, epochs),
+        template="" if template is None else f"  chat_template: {yaml_text(template)}\n",
         dtype="bfloat16" if found.has_bfloat16 else "float32",
         quantization="  quantization: nf4              # the weights fill the GPU otherwise\n" if share > 0.6 else "",
-        train=_source(train, prompt),
-        evaluation=_evaluation(found, evaluation, prompt),
+        train=_source(options.train, options.prompt),
+        evaluation=_evaluation(found, options.evaluation, options.prompt),
         max_length=max_length,
         length_reason=f"{length_reason} {found.longest:,}",
-        epochs=epochs,
         samples=counted(found.num_samples, "sample"),
-        steps=counted(num_steps, "step"),
-        batch_size=batch_size,
-        warmup_steps=min(20, num_steps // 10),
-        output_dir=yaml_text(f"runs/{output.stem}"),
         microbatch_tokens=max(8192 if found.gpu_memory is not None else 2048, max_length),
-        every=max(1, num_steps // 5),
     )
 
 

@@ -1,7 +1,6 @@
 """The first config for a dual encoder: LoRA on both towers, trained on pairs."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 
@@ -9,11 +8,12 @@ from mmtrain.config.data_section import Source
 from mmtrain.config.yaml_file import yaml_text
 from mmtrain.encoding.tower_processor import load_tower_processor
 from mmtrain.errors import UserError
+from mmtrain.init.options import InitOptions
 from mmtrain.model.load import model_structure
 from mmtrain.records.chat import SampleError
 from mmtrain.records.record_set import RecordSet
 from mmtrain.runtime.device import find_device, has_bfloat16
-from mmtrain.safe_text import counted, visible
+from mmtrain.safe_text import counted
 
 NUM_READ = 200
 """Pairs of each source that are read, evenly spaced."""
@@ -47,32 +47,24 @@ run:
 """
 
 
-def pair_config_text(model: str, train: str, evaluation: str | None, output: Path) -> tuple[str, list[str]]:
+def pair_config_text(options: InitOptions) -> tuple[str, list[str]]:
     """The config for a dual encoder, and a line for each pair that was read and cannot be used. Raises UserError."""
-    sizes, faults = zip(*(_read(model, path) for path in (train, evaluation) if path is not None), strict=True)
+    sizes, faults = zip(*(_read(options.model, path) for path in options.data), strict=True)
     num_pairs = sizes[0]
     batch_size = max(2, min(256, 2 ** int(math.log2(max(2, num_pairs / 10)))))
     epochs = 5 if num_pairs < 10_000 else 1
-    num_steps = epochs * math.ceil(num_pairs / batch_size)
     device = find_device("auto", "float32")
     with_gpu = device.type == "cuda"
-    has_bias = sum(value.numel() == 1 for value in model_structure(model).parameters(recurse=False)) > 1
+    has_bias = sum(value.numel() == 1 for value in model_structure(options.model).parameters(recurse=False)) > 1
     text = _TEXT.format(
-        output=visible(str(output)),
-        model=yaml_text(model),
+        **options.values(num_pairs, batch_size, epochs),
         dtype="bfloat16" if with_gpu and has_bfloat16(device) else "float32",
         loss="sigmoid" if has_bias else "infonce",
         bias=", bias: fixed" if has_bias else "",
-        train=yaml_text(train),
-        evaluation="" if evaluation is None else f"  eval: {yaml_text(evaluation)}\n",
-        epochs=epochs,
+        train=yaml_text(options.train),
+        evaluation="" if options.evaluation is None else f"  eval: {yaml_text(options.evaluation)}\n",
         pairs=counted(num_pairs, "pair"),
-        steps=counted(num_steps, "step"),
-        batch_size=batch_size,
-        warmup_steps=min(20, num_steps // 10),
-        output_dir=yaml_text(f"runs/{output.stem}"),
         microbatch_tokens=16384 if with_gpu else 2048,
-        every=max(1, num_steps // 5),
     )
     return text, [line for own in faults for line in own]
 

@@ -11,6 +11,7 @@ from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.encoding.processor_settings import ProcessorSettings
 from mmtrain.errors import UserError
+from mmtrain.init.options import InitOptions
 from mmtrain.model.load import length_limit, model_structure
 from mmtrain.records.chat import SampleError
 from mmtrain.records.record_set import RecordSet
@@ -41,20 +42,16 @@ class Survey:
     """Whether the GPU computes in bfloat16."""
 
 
-def survey(
-    model: str, train: str, evaluation: str | None, chat_template: str | None = None, prompt: str | None = None
-) -> Survey:
-    """`chat_template`: the file with the chat template in place of the model's own. `prompt`: what the user asks.
-
-    Raises UserError if the model or the data cannot be used at all.
-    """
-    processor = load_processor(model, ProcessorSettings(chat_template))
+def survey(options: InitOptions) -> Survey:
+    """Raises UserError if the model or the data cannot be used at all."""
+    model = options.model
+    processor = load_processor(model, ProcessorSettings(options.chat_template))
     encoder = Encoder(processor)
     lengths: list[int] = []
     faults: list[str] = []
     sizes = []
-    for path in [train, *([] if evaluation is None else [evaluation])]:
-        records = RecordSet([Source(path=path, prompt=prompt)])
+    for path in options.data:
+        records = RecordSet([Source(path=path, prompt=options.prompt)])
         sizes.append(len(records))
         own = _lengths(records, encoder, faults)
         if not own:

@@ -124,7 +124,7 @@ class AuditReport:
         for kind, found in self.faults.items():
             yield f"\nFault: {kind}: {counted(len(found), 'time')}"
             yield from fault_lines(found)
-        yield f"\n{counted(self.num_faults, 'fault')}" if self.faults else "\nNo faults"
+        yield verdict(self.num_faults)
 
 
 def print_audit(
@@ -140,6 +140,13 @@ def print_audit(
     console.print(table)
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def verdict(num_faults: int) -> str:
+    """The last line of an audit, and what to do where there are faults."""
+    if not num_faults:
+        return "\nNo faults"
+    return f"\n{counted(num_faults, 'fault')}: correct the data, or leave such samples out with data.on_fault: skip"
 
 
 def fault_lines(faults: Sequence[tuple[str, str]]) -> Iterator[str]:

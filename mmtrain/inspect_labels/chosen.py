@@ -8,8 +8,9 @@ import numpy as np
 from mmtrain.config import Config
 from mmtrain.dataset.encode_all import ChunkEncoder
 from mmtrain.dataset.encoding_spec import EncodingSpec
-from mmtrain.dataset.samples import FreshSamples, StoredSamples
+from mmtrain.dataset.samples import StoredSamples
 from mmtrain.dataset.store import find_store
+from mmtrain.dataset.store_file import temporary_store
 from mmtrain.encoding.load import processor_of
 from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.errors import UserError
@@ -24,7 +25,7 @@ class ChosenSamples:
     """`samples`: the whole set where it is stored, otherwise the chosen ones; `views`: the chosen ones that can be
     encoded."""
 
-    samples: StoredSamples | FreshSamples
+    samples: StoredSamples
     processor: ChatProcessor
     views: tuple[SampleView, ...]
     faults: tuple[str, ...]
@@ -42,15 +43,10 @@ def look_at(config: Config, split: str, choose: Callable[[int, Sequence[int]], l
     records, encoder = spec.records(), spec.encoder(processor)
     chosen = choose(len(records), _used(config, split, processor, len(records)))
     chunk = ChunkEncoder(spec, records, processor).encode(chosen)
-    store = find_store(spec, records, processor)  # if there is one, the very encoding that training reads
-    samples: StoredSamples | FreshSamples
-    if store is not None:
-        samples = StoredSamples.of(records, store)
-        encoded = np.flatnonzero(store.num_tokens)
-        indices = [index for record in chosen for index in encoded[store.records[encoded] == record].tolist()]
-    else:
-        samples = FreshSamples(records.sequences(chunk.records, chunk.turns), encoder)
-        indices = np.flatnonzero(chunk.num_tokens).tolist()
+    # if there is a store, the very encoding that training reads
+    store = find_store(spec, records, processor) or temporary_store(chunk)
+    samples, encoded = StoredSamples.of(records, store), np.flatnonzero(store.num_tokens)
+    indices = [index for record in chosen for index in encoded[store.records[encoded] == record].tolist()]
     try:
         views = tuple(view_sample(samples, encoder, index) for index in indices)
     except SampleError as error:

@@ -12,7 +12,6 @@ from mmtrain.inspect_labels.terminal import print_sample
 from mmtrain.progress import Progress
 from mmtrain.safe_text import counted, visible
 
-__all__ = ["LabelsOptions", "inspect_labels"]
 _NUM_SAMPLES = 3
 
 

@@ -11,12 +11,14 @@ from rich.console import Console
 from mmtrain.config import Config
 from mmtrain.config.data_section import Source
 from mmtrain.contrastive.embedder import Embedder
-from mmtrain.contrastive.pair_samples import PairSamples, read_pairs
+from mmtrain.contrastive.pair_samples import PairSamples
 from mmtrain.contrastive.relation import relate
+from mmtrain.contrastive.selected_pairs import read_selected
 from mmtrain.dataset.plan import Plan
+from mmtrain.dataset.selection import SelectedSources
 from mmtrain.dataset.validate import FaultPolicy
 from mmtrain.errors import UserError
-from mmtrain.inspect_labels.audit_report import NUM_SHOWN, bars, fault_lines, histogram, print_audit
+from mmtrain.inspect_labels.audit_report import NUM_SHOWN, bars, fault_lines, histogram, print_audit, verdict
 from mmtrain.progress import Progress
 from mmtrain.safe_text import counted
 
@@ -64,17 +66,20 @@ class PairAudit:
         yield from bars("Tokens of an item", histogram(self.lengths))
         for kind, places in self.notes.items():
             yield f"\nNote: {kind}: {counted(len(places), 'pair')}, first at\n  {places[0]}"
-        yield f"\n{counted(len(self.faults), 'fault')}" if self.faults else "\nNo faults"
+        yield verdict(len(self.faults))
         yield from fault_lines(self.faults)
 
 
 def audit_pairs(config: Config, split: str, embedder: Embedder, progress: Progress) -> PairAudit:
     """Audit every pair of `split` ("train" or "eval"). Raises UserError where no pair can be used."""
-    sources: Sequence[Source] = config.data.train if split == "train" else config.data.eval
-    others: Sequence[Source] = config.data.eval if split == "train" else config.data.train
-    if not sources:
+    sides = {
+        "train": SelectedSources.for_training(config.data),
+        "eval": SelectedSources.for_evaluation(config.data, config.data.eval),
+    }
+    selected, others = sides[split], sides["eval" if split == "train" else "train"]
+    if not selected.sources:
         raise UserError(f"data.{split}: there are no sources in the config")
-    samples = _read(config, sources, embedder, progress)
+    sources, samples = selected.sources, _read(config, selected, embedder, progress)
     faults = [*samples.skipped, *(samples.dropped if config.data.too_long == "error" else ())]
     report = PairAudit(
         split,
@@ -88,14 +93,14 @@ def audit_pairs(config: Config, split: str, embedder: Embedder, progress: Progre
         notes["too long, dropped"] = [index for index, _ in samples.dropped]
     if split == "train" and all(source["num_used"] for source in report.sources):
         notes["no negative in its step"] = _without_negative(Plan.of(config, samples.records, samples.used), samples)
-    if others:
+    if others.sources:
         notes |= _leaks(samples, _read(config, others, embedder, progress), "eval" if split == "train" else "train")
     report.notes = {kind: [str(samples.place(index)) for index in found] for kind, found in notes.items() if found}
     return report
 
 
-def _read(config: Config, sources: Sequence[Source], embedder: Embedder, progress: Progress) -> PairSamples:
-    return read_pairs(sources, embedder, config.data, progress, _EVERYTHING)
+def _read(config: Config, selected: SelectedSources, embedder: Embedder, progress: Progress) -> PairSamples:
+    return read_selected(selected, embedder, config.data, progress, _EVERYTHING)
 
 
 def _counts(sources: Sequence[Source], samples: PairSamples, faulty: Sequence[int]) -> list[dict[str, Any]]:

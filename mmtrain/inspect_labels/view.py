@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mmtrain.checks.findings import IGNORED
-from mmtrain.dataset.samples import FreshSamples, StoredSamples
+from mmtrain.dataset.samples import StoredSamples
 from mmtrain.encoding.encode import Encoder, Traced
 from mmtrain.encoding.image_processor import ImageTokens
 from mmtrain.encoding.images import FoundImage
@@ -110,7 +110,7 @@ class SampleView:
         return row
 
 
-def view_sample(samples: StoredSamples | FreshSamples, encoder: Encoder, index: int) -> SampleView:
+def view_sample(samples: StoredSamples, encoder: Encoder, index: int) -> SampleView:
     """The sample with this index, as it is stored. Raises SampleError if it cannot be used, or if `encoder` now gives
     other ids."""
     conversation, processor = samples.records.conversation(index), encoder.processor

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from mmtrain.dataset.encoding_spec import EncodingSpec
-from mmtrain.dataset.samples import FreshSamples
 from mmtrain.dataset.shard_order import first_file
 from mmtrain.encoding.encode import Encoded
 from mmtrain.encoding.processor import ChatProcessor
@@ -47,9 +46,10 @@ def samples_of_run(source: NamedModel, processor: ChatProcessor, say: Callable[[
     try:
         config = first_file(config, say)
         spec = EncodingSpec.of(config, config.data.train)
-        samples = FreshSamples(spec.records(), spec.encoder(processor))
-        for index in np.unique(np.linspace(0, len(samples) - 1, NUM_SAMPLES).astype(int)).tolist():
-            encoded = samples.encoded(index)
+        records, encoder = spec.records(), spec.encoder(processor)
+        for index in np.unique(np.linspace(0, len(records) - 1, NUM_SAMPLES).astype(int)).tolist():
+            _, conversation = encoder.sequences(records.conversation(index))[-1]
+            encoded = encoder.encode(conversation, records.roots(index))
             if encoded.num_tokens <= limit:
                 found.append(encoded)
     except (UserError, SampleError) as error:

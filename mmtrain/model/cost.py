@@ -7,7 +7,6 @@ is causal, and twice as much backward; d is the width of all heads. The head, wi
 is computed only where there is a label.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,6 @@ import numpy.typing as npt
 from torch import nn
 
 from mmtrain.config.tune_section import Frozen, Tune
-from mmtrain.model.components import COMPONENTS, base_name
 from mmtrain.model.family import Family
 from mmtrain.model.kernels.last_layer import last_mlp
 from mmtrain.model.quantized_weights import num_weights
@@ -54,7 +52,7 @@ class CostModel:
 def cost_model(model: Any, family: Family, tune: Tune) -> CostModel:
     """The costs in a model whose components are trained as `tune` says."""
     passes = _passes(tune)
-    products = _products(model, family, passes, _own)
+    products = family.products(model, passes, _own)
     text, patches = model.config.get_text_config(), family.patches_per_token
     full, windows = family.image_attention
     attention = 1.0 if passes["vision"] == 1 else 3.0
@@ -68,31 +66,6 @@ def cost_model(model: Any, family: Family, tune: Tune) -> CostModel:
         image_token_pair=full * patches**2 * attention,
         supervised=2.0 * head.numel() + _own(head) + at_labels,
     )
-
-
-def forward_products(model: Any, family: Family) -> dict[str, float]:
-    """Multiply-additions of each component for one row, forward, the head and attention excluded."""
-    return _products(model, family, dict.fromkeys(COMPONENTS, 1.0), lambda weight: 0.0)
-
-
-def _products(
-    model: Any, family: Family, passes: Mapping[str, float], more: Callable[[nn.Parameter], float]
-) -> dict[str, float]:
-    """Multiply-additions of each component's linear layers and convolutions for one row: each weight as often as its
-    component `passes`, and what `more` gives for it. Embedding tables cost none; of experts those count that a row goes
-    to."""
-    components = family.components
-    tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    products = dict.fromkeys(COMPONENTS, 0.0)
-    for name, parameter in model.named_parameters():
-        own, module = base_name(name), name.rpartition(".")[0]
-        is_replaced = ".original_module." in name  # its trainable copy is counted
-        is_computed = parameter.ndim >= 2 and module not in tables and own.rpartition(".")[0] != components.head_name
-        if is_computed and not is_replaced:
-            component = components.component_of(own)
-            share = next((share for owner, share in family.expert_shares.items() if own.startswith(f"{owner}.")), 1.0)
-            products[component] += share * (passes[component] * num_weights(parameter) + more(parameter))
-    return products
 
 
 def _own(weight: nn.Parameter) -> float:

@@ -9,14 +9,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from mmtrain.config.tune_section import ComponentModules
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.model.components import Components
+from mmtrain.model.components import COMPONENTS, Components, base_name
 from mmtrain.model.experts import expert_shares
 from mmtrain.model.head import HeadKind, find_head_kind
+from mmtrain.model.quantized_weights import num_weights
 from mmtrain.model.vision_cost import image_attention
 
 _NONE = ComponentModules()
+_ONCE = dict.fromkeys(COMPONENTS, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,24 @@ class Family:
     """By the name of a module with experts, the share of its weights that one token is multiplied with."""
     image_attention: tuple[float, float] = (0.0, 0.0)
     """Multiply-additions of one forward pass of the tower's attention: per pair of an image's patches, per patch."""
+
+    def products(
+        self, model: Any, passes: Mapping[str, float] = _ONCE, more: Callable[[nn.Parameter], float] = lambda _: 0.0
+    ) -> dict[str, float]:
+        """Multiply-additions of each component's linear layers and convolutions for one row: each weight as often as
+        its component `passes`, and what `more` gives for it. Embedding tables cost none, and the head is left out; of
+        experts those count that a row goes to."""
+        tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+        found, left_out = dict.fromkeys(COMPONENTS, 0.0), {self.components.head_name}
+        for name, parameter in model.named_parameters():
+            own, module = base_name(name), name.rpartition(".")[0]
+            is_replaced = ".original_module." in name  # its trainable copy is counted
+            is_computed = parameter.ndim >= 2 and module not in tables and own.rpartition(".")[0] not in left_out
+            if is_computed and not is_replaced:
+                component = self.components.component_of(own)
+                share = next((s for owner, s in self.expert_shares.items() if own.startswith(f"{owner}.")), 1.0)
+                found[component] += share * (passes[component] * num_weights(parameter) + more(parameter))
+        return found
 
 
 def probe_family(

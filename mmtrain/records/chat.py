@@ -70,8 +70,9 @@ class Message:
 
     @property
     def text(self) -> str:
-        texts = [part.text for part in self.parts if isinstance(part, Text)]
-        return texts[0] if len(texts) == 1 else "".join(texts)
+        if len(self.parts) == 1 and isinstance(part := self.parts[0], Text):
+            return part.text
+        return "".join([part.text for part in self.parts if isinstance(part, Text)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class Conversation:
 
     @property
     def images(self) -> tuple[Image, ...]:
-        return tuple(part for message in self.messages for part in message.parts if isinstance(part, Image))
+        return tuple([part for message in self.messages for part in message.parts if isinstance(part, Image)])
 
     def up_to(self, turn: int) -> "Conversation":
         """The conversation up to `turn`, which alone is trained on."""

@@ -27,7 +27,8 @@ _SPLIT_NAMES = {
 }
 """The words in the names of files and folders that say to which split they belong, as in the library `datasets`."""
 _OTHER = """
-.jpg .jpeg .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .avif .heic .svg .ico .pdf
+.jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .mpo .avif .heic .heif .dng .svg .ico .pdf
+.mp4 .mov .aae .xmp
 .md .rst .txt .html .css .js .bib .tex .log .py .ipynb .sh .toml .cfg .ini .yaml .yml .jinja .lock
 """
 _OTHER_THINGS = frozenset(_OTHER.split())
@@ -40,6 +41,7 @@ _REMEDIES = {
     **dict.fromkeys((".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"), "unpack it"),
     ".txt": "name it .csv or .tsv if it is a table",
     ".pq": "name it .parquet",
+    **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), "docs/data.md says how to write one for images"),
     **dict.fromkeys((".feather", ".ipc"), "name it .arrow"),
 }
 """By the ending of a file that is not read, what to do."""
@@ -66,7 +68,7 @@ def find_data_files(path: str, split: str | None = None) -> list[Path]:
         images = here.is_dir() and any(file.suffix.lower() in (".jpg", ".png") for file in here.rglob("*"))
         hint = "; docs/data.md says how to write one for images" if images else ""
         raise UserError(f"{visible(path)}: there is no file of records{tried}: {_EXPECTED}{hint}")
-    wrong = [file for file in found if not _is_read(file)]
+    wrong = [file for file in found if not _is_read(file) or file.name in _INFOS]
     if wrong:
         raise UserError([f"{visible(str(file))}: not a file of records: {_remedy(file)}" for file in wrong])
     if split is not None:
@@ -80,6 +82,8 @@ def find_data_files(path: str, split: str | None = None) -> list[Path]:
 
 
 def _remedy(file: Path) -> str:
+    if file.name in _INFOS:
+        return "it describes data sets: give a file of records that it names"
     return _REMEDIES.get(file.suffix.lower(), _EXPECTED)
 
 

@@ -94,5 +94,8 @@ def _text(value: Any, column: str, spec: str) -> str:
     if isinstance(value, str):
         return value.rjust(int(spec), "0") if spec else value
     if isinstance(value, dict | list):
-        return json.dumps(value, ensure_ascii=False)
+        try:
+            return json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError):  # of bytes or dates, as tables have them
+            raise SampleError(f"the column {shown(column)} cannot be written as JSON: {shown(value)}") from None
     raise SampleError(f"the column {shown(column)} of a template must be text or a whole number, not {shown(value)}")

@@ -12,7 +12,14 @@ from typing import Any
 from mmtrain.records.chat import Conversation, Image, Message, Part, Role, SampleError, Text
 from mmtrain.records.image_values import as_image, only, with_numbered_images
 from mmtrain.records.marks import Mark, find_mark, mark_called, split_at_paths
-from mmtrain.records.record_keys import Record, check_keys, check_no_image_is_lost, refuse_keys, without_keys
+from mmtrain.records.record_keys import (
+    Record,
+    UnknownKey,
+    check_keys,
+    check_no_image_is_lost,
+    refuse_keys,
+    without_keys,
+)
 from mmtrain.records.shapes import as_list, named_shape, recognise
 from mmtrain.records.tools import (
     RECORD_KEYS,
@@ -51,7 +58,9 @@ _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _PLAIN_KEYS = frozenset({"role", "content"})
 _SYSTEM_KEYS = ("system", "system_prompt")
 _IMAGE_KEYS = ("images", "image")
+_RECORD_KEYS = frozenset({*_SYSTEM_KEYS, *_IMAGE_KEYS, *RECORD_KEYS})
 _TURN_KEYS = frozenset({*_PLAIN_KEYS, *_TRAIN_KEYS, *_REASONING_KEYS, *TURN_KEYS, *_IMAGE_KEYS})
+_WRONG_TURN = "an image in a turn of the {}: only the user's turns can have images"
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _IMAGE_TYPES = ("image", "image_url", "input_image")
 
@@ -74,7 +83,7 @@ def read_record(
     record = with_numbered_images(record)
     shape = recognise(record) if record_format == "auto" else named_shape(record, record_format)
     turns = shape.turns(record)
-    understood = {*shape.needs, *shape.also, *_SYSTEM_KEYS, *_IMAGE_KEYS, *RECORD_KEYS}
+    understood = _RECORD_KEYS.union(shape.needs, shape.also)
     check_keys(record, understood, turns, _TURN_KEYS)
     turns = with_calls(turns)
     images = _ImageList(record, shape.has_marks, turns, image_mark, "</img>" not in ignored)
@@ -143,8 +152,8 @@ class _ImageList:
 
     def in_text(self, text: str, role: Role) -> Iterator[Part]:
         """`text` with images in place of marks, and in a turn of the user in place of paths where none are listed."""
-        pieces = list(split_at_paths(text)) if role == "user" and self._reads_paths else [text]
-        for number, piece in enumerate(pieces):
+        has_paths = role == "user" and self._reads_paths and "<img>" in text
+        for number, piece in enumerate(split_at_paths(text) if has_paths else (text,)):
             if number % 2:
                 yield self.of_part(piece, None)
             elif self.mark is None:
@@ -169,7 +178,10 @@ class _ImageList:
 
 def _turn_message(turn: Record, number: int, images: _ImageList) -> Message:
     own = images.of_turn(turn)
-    return _message(turn, number, images) if own is None else own.placed([_message(turn, number, own)])[0]
+    message = _message(turn, number, own or images)
+    if own is not None and message.role != "user":
+        raise SampleError(_WRONG_TURN.format(message.role))
+    return message if own is None else own.placed([message])[0]
 
 
 def _texts(turns: Sequence[Record]) -> list[str]:
@@ -191,13 +203,14 @@ def _message(turn: Record, number: int, images: _ImageList) -> Message:
             found.append(_part(piece, images))
         else:
             found += images.in_text(_text(piece, "content"), role)
-    parts = tuple(part for part in found if not isinstance(part, Text) or part.text)
+    parts = tuple([part for part in found if not isinstance(part, Text) or part.text])
     if role != "user" and any(isinstance(part, Image) for part in parts):
-        raise SampleError(f"an image in a turn of the {role}: only the user's turns can have images")
-    if role == "assistant" and not calls and not any(isinstance(part, Text) and part.text.strip() for part in parts):
+        raise SampleError(_WRONG_TURN.format(role))
+    message = Message(role, parts)
+    if role == "assistant" and not calls and not message.text.strip():
         raise SampleError("an assistant turn without text")
     if turn.keys() <= _PLAIN_KEYS:
-        return Message(role, parts)
+        return message
     reasoning = _text(_one_of(turn, _REASONING_KEYS) or "", "the reasoning")
     _check_role(turn, number, role, {"calls": bool(calls), "reasoning": bool(reasoning)})
     name, call_id = (_text(turn.get(key) or "", key) or None for key in ("name", "tool_call_id"))
@@ -210,14 +223,14 @@ def _check_role(turn: Record, number: int, role: Role, of_assistant: dict[str, b
     if role != "assistant" and (wrong := [what for what, is_given in of_assistant.items() if is_given]):
         raise SampleError(f"{wrong[0]} in a turn of the {role}: only the assistant's turns can have that")
     if role != "tool" and (wrong := [key for key in RESULT_KEYS if turn.get(key) not in (None, "", [])]):
-        refuse_keys([(f"{shown(key, 40)} of turn {number}", turn[key]) for key in wrong])
+        refuse_keys([UnknownKey(key, turn[key], f" of turn {number}") for key in wrong])
 
 
 def _length(conversation: Conversation) -> int:
     """The characters of its texts, calls and tools."""
     texts = [text for message in conversation.messages for text in (message.text, message.reasoning)]
-    calls = [call for message in conversation.messages for call in message.calls]
-    return sum(map(len, [*texts, *conversation.tools, *(text for one in calls for text in (one.name, one.arguments))]))
+    calls = [text for one in conversation.messages for call in one.calls for text in (call.name, call.arguments)]
+    return sum(map(len, [*texts, *calls, *conversation.tools]))
 
 
 def _weight(turn: Record, role: Role) -> float:
@@ -256,7 +269,7 @@ def _image_values(record: Record) -> list[Any]:
     value = _one_of(record, _IMAGE_KEYS)
     if isinstance(value, str) and value.startswith("["):
         value = as_list(value, "images")
-    if isinstance(value, dict) and value and all(key.startswith("<") for key in value):
+    if isinstance(value, dict) and value and all(str(key).startswith("<") for key in value):
         value = list(value.values())  # by the marks that stand for them
     given = value if isinstance(value, list) else [value]
     return [image for image in given if image not in (None, "")]

@@ -52,9 +52,12 @@ def with_numbered_images(record: Record) -> Record:
 def _from_object(value: dict[str, Any]) -> Image:
     """`bytes` and `path` as in Hugging Face data sets, `url` as in OpenAI's, `data` as in Anthropic's and Gemini's."""
     refuse_keys(unknown_keys(value, IMAGE_KEYS))
+    for key in ("source", "s3Location"):  # of Bedrock
+        if isinstance(inside := value.get(key), dict):
+            return as_image(inside)
     data = {key: value[key] for key in ("bytes", "data") if value.get(key) is not None}
     if not data:
-        return as_image(only(value, ("url", "path")))
+        return as_image(only(value, ("url", "uri", "path")))
     if len(data) > 1 or value.get("url") is not None:
         raise SampleError("an image has bytes and something else too: keep one")
     ((key, content),) = data.items()

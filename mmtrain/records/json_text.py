@@ -41,10 +41,11 @@ def parse_json(line: bytes) -> Any:
     except UnicodeDecodeError:
         raise SampleError(NOT_UTF8) from None
     except json.JSONDecodeError as error:
-        fault = NOT_UTF8 if b"\0" in line else f"not JSON: {error.msg} at column {error.colno}"
-        raise SampleError(fault) from None
+        is_utf16 = b"\0" in line[:4] and line.strip(b"\0\r\n")
+        raise SampleError(NOT_UTF8 if is_utf16 else f"not JSON: {error.msg} at column {error.colno}") from None
     except ValueError as error:
-        raise SampleError(f"not JSON: {error}") from None
+        is_long = "int_max_str_digits" in str(error)
+        raise SampleError(f"not JSON: {'a number of thousands of digits' if is_long else error}") from None
     except RecursionError:
         raise SampleError("not JSON that can be read: nested too deeply") from None
 

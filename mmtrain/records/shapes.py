@@ -4,14 +4,15 @@ A shape is a row of `SHAPES` and one function from a record to its turns: object
 the record says of the turn. The first row whose keys a record has is its shape.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from mmtrain.records.chat import SampleError
 from mmtrain.records.json_text import parsed_value
-from mmtrain.records.record_keys import Record
-from mmtrain.records.unknown_shapes import how_to_read, renamed_turn
+from mmtrain.records.record_keys import Record, fields_text, ignored_text
+from mmtrain.records.unknown_shapes import choices_of, how_to_read, renamed_turn
 from mmtrain.safe_text import shown
 
 Turns = Callable[[Record], list[Record]]
@@ -52,7 +53,7 @@ def _turns_of(turn: Record, number: int) -> list[Record]:
         keys = ", ".join(shown(key, 20) for key in list(turn)[:4]) or "no keys"
         raise SampleError(f"turn {number} has {keys}, expected 'role' and 'content', or 'from' and 'value'")
     more = {key: value for key, value in turn.items() if key not in said}
-    asked = {key: more.pop(key) for key in ("image", "images") if key in more}
+    asked: Record = {key: more.pop(key) for key in ("image", "images") if key in more}
     last = list(said)[-1]
     return [
         {"role": role, "content": turn[key], **(asked if role == "user" else {}), **(more if key == last else {})}
@@ -63,7 +64,7 @@ def _turns_of(turn: Record, number: int) -> list[Record]:
 def _gemini(record: Record) -> list[Record]:
     """`contents` with `parts`, and the system text under `systemInstruction`."""
     system = record.get("systemInstruction") or record.get("system_instruction")
-    first = [{"role": "system", "parts": system["parts"] if isinstance(system, dict) else system}] if system else []
+    first = [{"role": "system", "parts": system.get("parts") if isinstance(system, dict) else system}] if system else []
     turns = []
     for turn in [*first, *_objects(record["contents"], "contents")]:
         parts = turn.get("parts")
@@ -104,7 +105,13 @@ def _alpaca(reply: str) -> Turns:
 
 
 def _one_reply(prompt: str, reply: str) -> Turns:
-    return lambda record: [*_history(record), _asked(record[prompt]), _said(_one_text(record[reply], reply))]
+    def turns(record: Record) -> list[Record]:
+        if choices := choices_of(record):
+            how, left = how_to_read(record, _KEYS), ignored_text([choices])
+            raise SampleError(f"{shown(choices)}: if they are not in the question, {how}; if they are, set {left}")
+        return [*_history(record), _asked(_one_text(record[prompt], prompt)), _said(_one_text(record[reply], reply))]
+
+    return turns
 
 
 def _prompt_and_completion(record: Record) -> list[Record]:
@@ -132,13 +139,13 @@ def _one_text(value: Any, key: str) -> Any:
     may stand for a class, and for an object."""
     if isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value):
         raise SampleError(
-            f"{shown(key)} has {len(value)} texts: name one with `fields` of the source: {{{key}: {key}.0}}"
+            f"{shown(key)} has {len(value)} texts: for the first, set {fields_text({key: f'{key}.0'})} of the source"
         )
     if isinstance(value, int | dict) and not isinstance(value, bool):
-        reply = "its JSON text" if isinstance(value, dict) else "the number"
+        meant = "its JSON text" if isinstance(value, dict) else "the number"
         raise SampleError(
-            f"{shown(key)} must be text, not {shown(value)}: if {reply} is the reply, set `fields` of the source: "
-            f'{{{key}: "{{{key}}}"}}'
+            f"{shown(key)} must be text, not {shown(value)}: if {meant} is meant, set "
+            f"{fields_text({key: f'{{{key}}}'})} of the source"
         )
     return value
 
@@ -162,12 +169,13 @@ def as_list(value: Any, key: str) -> list[Any]:
 
 def _objects(value: Any, key: str) -> list[Record]:
     """A list of objects, also as an object of lists of the same length: so `datasets` stores some."""
-    columns = list(value.values()) if isinstance(value, dict) else []
-    if all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
-        value = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    if isinstance(value, dict):
+        columns = list(value.values())
+        if all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
+            value = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
     turns = as_list(value, key)
-    if not all(isinstance(turn, dict) for turn in turns):
-        raise SampleError(f"{shown(key)} must be a list of objects")
+    if others := [turn for turn in turns if not isinstance(turn, dict)]:
+        raise SampleError(f"{shown(key)} must be a list of turns, each an object, not {shown(others[0])}")
     return turns
 
 
@@ -191,17 +199,24 @@ SHAPES = (
     Shape("caption", ("prompt", "caption"), _one_reply("prompt", "caption")),
     Shape("caption", ("prompt", "text"), _one_reply("prompt", "text")),
 )
+_NEEDED = frozenset(key for shape in SHAPES for key in shape.needs)
+_KEYS = [(shape.needs, shape.also) for shape in SHAPES]
 SHAPE_NAMES = tuple(dict.fromkeys(shape.name for shape in SHAPES))
+
+
+@functools.lru_cache(maxsize=1024)
+def _shape_with(keys: tuple[str, ...]) -> Shape | None:
+    return next((shape for shape in SHAPES if set(keys).issuperset(shape.needs)), None)
 
 
 def recognise(record: Record) -> Shape:
     """The shape of a record, by its keys; a key with null is as one that is not there. Raises SampleError."""
-    for shape in SHAPES:
-        if all(record.get(key) is not None for key in shape.needs):
-            return shape
+    shape = _shape_with(tuple([key for key in record if key in _NEEDED and record[key] is not None]))
+    if shape is not None and record.get("chosen") is None:  # which reply is meant has to be said
+        return shape
     given = {key: value for key, value in record.items() if value is not None}
     keys = ", ".join(shown(key, 20) for key in list(given)[:6])
-    remedy = how_to_read(given, [shape.needs for shape in SHAPES])
+    remedy = how_to_read(given, _KEYS)
     raise SampleError(f"no known format: found {keys or 'no keys with a value'}; {remedy}")
 
 

@@ -25,6 +25,7 @@ CALLER_ROLES = ("function_call", "tool_call")
 """Roles of turns whose content is a call."""
 RESULT_ROLES = ("tool", "observation", "tool_response", "function", "ipython")
 
+_PLAIN_KEYS = frozenset({"role", "content"})
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _OF_CALL = frozenset({"type", "function", "name", "arguments", "id", "index"})
 _CALL_PARTS = ("tool_call", "tool_use")
@@ -72,6 +73,8 @@ def with_calls(turns: Sequence[Record]) -> list[Record]:
 
     Calls right after a turn of the assistant, or after other calls, are made in that turn: so does a model.
     """
+    if all(map(_is_plain, turns)):
+        return list(turns)
     made: list[Record] = []
     for turn in itertools.chain.from_iterable(map(_with_results, turns)):
         turn = _with_listed_calls(turn)
@@ -83,6 +86,11 @@ def with_calls(turns: Sequence[Record]) -> list[Record]:
         responses = turn.get("tool_responses")
         made += [turn] if responses in _EMPTY else _with_responses(turn, responses)
     return made
+
+
+def _is_plain(turn: Record) -> bool:
+    """Whether a turn has neither calls nor results: a role and a text."""
+    return turn.keys() <= _PLAIN_KEYS and isinstance(turn.get("content"), str) and turn.get("role") not in CALLER_ROLES
 
 
 def calls_of(turn: Record) -> tuple[ToolCall, ...]:

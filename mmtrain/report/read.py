@@ -37,7 +37,7 @@ class RunRecord:
     """The merged config, as written to config.yaml."""
     config_text: str
     facts: Row
-    """What the run wrote about its data and its model before the first step; empty for a run of an earlier version."""
+    """What the run wrote about its data and its model before the first step; empty for pairs."""
     steps: tuple[Row, ...]
     evals: dict[str, list[Row]]
     """By evaluation set."""

@@ -1,21 +1,14 @@
 """`mmtrain eval retrieval`: how well items find the items that match them."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftModel
-
 from mmtrain.command_output import check_page
 from mmtrain.config import Config
-from mmtrain.contrastive.embedder import Embedder
-from mmtrain.contrastive.load import load_embedder, with_path
 from mmtrain.errors import UserError
-from mmtrain.model.adapter import load_adapter, read_adapter, say_other_processor
-from mmtrain.model.components import is_as_loaded
-from mmtrain.model.named_model import NamedModel
 from mmtrain.progress import Progress
+from mmtrain.retrieval.evaluated import base_of, loaded_embedder
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
 from mmtrain.retrieval.report import print_report
 from mmtrain.retrieval.zero_shot import read_classes
@@ -59,7 +52,7 @@ def retrieval_figures(config: Config, options: RetrievalOptions) -> tuple[dict[s
     own = evaluation.embed(embedder)
     if options.compare is None:
         return evaluation.figures(own), evaluation
-    base, without = _base(config, embedder, runtime, progress)
+    base, without = base_of(config, embedder, runtime, progress)
     with without:
         return evaluation.figures(own, evaluation.embed(base)), evaluation
 
@@ -71,27 +64,3 @@ def _check(config: Config, options: RetrievalOptions) -> None:
     if options.templates and options.classes is None:
         raise UserError("--template: it is for zero-shot classification: give --classes too")
     check_page(options.html)
-
-
-def loaded_embedder(config: Config, path: Path | None, runtime: Runtime, progress: Progress) -> Embedder:
-    """The base model, an adapter on it, or the model that a run saved, each with the processor of the config."""
-    named = NamedModel.of(config, path)
-    if path is not None:
-        say_other_processor(path, config.model, progress.say)
-    adapter = None if named.adapter is None else read_adapter(named.adapter)
-    embedder = load_embedder(config, runtime, progress, named.path)
-    if adapter is not None:
-        embedder.model = load_adapter(embedder.model, adapter)
-    embedder.model.requires_grad_(False)
-    if is_as_loaded(embedder.model, embedder.components, ("vision", "projector")):  # also where an adapter is disabled
-        embedder.cache_images(with_path(config, named.path), runtime, progress)
-    return embedder
-
-
-def _base(
-    config: Config, embedder: Embedder, runtime: Runtime, progress: Progress
-) -> tuple[Embedder, AbstractContextManager[Any]]:
-    """The base model, and the context in which it is that."""
-    if isinstance(embedder.model, PeftModel):
-        return embedder, embedder.model.disable_adapter()
-    return load_embedder(config, runtime, progress), nullcontext()

@@ -12,8 +12,8 @@ from mmtrain.config import Config
 from mmtrain.config.data_section import EvalSource
 from mmtrain.contrastive.embed_all import embed_all
 from mmtrain.contrastive.embedder import Embedder, EncodedItem
-from mmtrain.contrastive.pair_samples import PairSamples, read_pairs
 from mmtrain.contrastive.relation import relate
+from mmtrain.contrastive.selected_pairs import read_evaluation_pairs
 from mmtrain.dataset.plan import Indices
 from mmtrain.errors import UserError
 from mmtrain.model.load import ANY_LENGTH
@@ -48,10 +48,9 @@ class RetrievalEvaluation:
         classes: Classes | None = None,
     ) -> None:
         """`embedder` encodes the items. Raises UserError where a sample cannot be used."""
-        self.samples: PairSamples = read_pairs(sources, embedder, config.data, progress)
+        self.samples, self._names = read_evaluation_pairs(sources, embedder, config.data, progress)
         self._max_tokens = config.run.microbatch_tokens
         self._progress = progress
-        self._names = [source.name or Path(source.path).name for source in sources]
         used = self.samples.used
         self.content = ItemContent.of(self.samples, used.tolist())
         self._ways = self._directions(used)

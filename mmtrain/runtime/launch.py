@@ -168,13 +168,12 @@ def _agent(spec: "WorkerSpec") -> Any:
     return Agent(spec, DefaultLogsSpecs(), exit_barrier_timeout=30, shutdown_timeout=SHUTDOWN_SECONDS)
 
 
-def launch_again(processes: int) -> int | None:
-    """Run this very command in so many processes; gives the exit code. None where the work is this process's own: it is
-    to be the only one, or is one of several already."""
-    if takes_part() or processes == 1:
-        return None
-    quiet()
-    return launch(LaunchOptions(processes, max_restarts=0), processes, sys.argv[1:])
+def launch_again(processes: int) -> None:
+    """Run this very command in so many processes, and exit with their code. Returns where the work is this process's
+    own: it is to be the only one, or is one of several already."""
+    if not takes_part() and processes > 1:
+        quiet()
+        sys.exit(launch(LaunchOptions(processes, max_restarts=0), processes, sys.argv[1:]))
 
 
 def _cause(result: "RunResult") -> int:

@@ -146,10 +146,14 @@ class Runtime:
         )
         return total[: -len(STOP_SIGNALS)], signum
 
+    def agreed_stop_signal(self) -> int | None:
+        """The signal by which all processes stop, if any. All of them must call this."""
+        return self.agree(torch.zeros(0, dtype=torch.float64))[1]
+
     def should_break(self, together: bool) -> bool:
         """Whether to leave a long loop because of a signal; `together`: all processes leave at the same turn."""
         if together and self._supervisor is not None:
-            return self.agree(torch.zeros(0, dtype=torch.float64))[1] is not None
+            return self.agreed_stop_signal() is not None
         return self.stop_signal is not None
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -10,7 +10,7 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.adapter import Adapter, load_adapter
 from mmtrain.model.components import is_as_loaded
 from mmtrain.model.family import probe_family
-from mmtrain.model.root import Root
+from mmtrain.model.root_module import RootModule
 from mmtrain.model.vision import prepare_vision
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
@@ -86,7 +86,7 @@ class AdaptedModels:
         return LoadedModel(
             model=model,
             processor=self._processor,
-            root=Root(model),
+            root=RootModule(model),
             make_inputs=make_inputs,
             head_kind=self._family.head_kind,
             packing=self._rows.packing,

@@ -25,12 +25,10 @@ class ChangedImages:
     Placeholders are laid out anew for the new images; text and labels stay.
     """
 
-    def __init__(
-        self, samples: StoredSamples, encoder: Encoder, change: Change, indices: Indices, seed: int = 0
-    ) -> None:
+    def __init__(self, samples: StoredSamples, encoder: Encoder, change: Change, indices: Indices) -> None:
         self._samples, self._encoder = samples, encoder
         self._change = change
-        self._donors = _donors(samples, indices, seed) if change == "swapped" else {}
+        self._donors = _donors(samples, indices) if change == "swapped" else {}
 
     @property
     def indices(self) -> Indices | None:
@@ -57,7 +55,7 @@ class ChangedImages:
         return [find_image(image, records.roots(index)) for image in records.conversation(index).images]
 
 
-def _donors(samples: StoredSamples, indices: Indices, seed: int) -> dict[int, list[int]]:
+def _donors(samples: StoredSamples, indices: Indices) -> dict[int, list[int]]:
     """For each sample the samples whose images it gets: the next ones, on a random circle of its source, that have
     none of its own images. A sample without such a donor is left out."""
     names = {int(index): _names(samples.records.conversation(int(index))) for index in indices}
@@ -67,7 +65,7 @@ def _donors(samples: StoredSamples, indices: Indices, seed: int) -> dict[int, li
             by_source.setdefault(samples.records.source(index), []).append(index)
     donors: dict[int, list[int]] = {}
     for source, circle in by_source.items():
-        order = np.random.default_rng([seed, source]).permutation(circle).tolist()
+        order = np.random.default_rng([0, source]).permutation(circle).tolist()
         for position, index in enumerate(order):
             following = (order[(position + step) % len(order)] for step in range(1, len(order)))
             others = (other for other in following if not set(names[other]) & set(names[index]))

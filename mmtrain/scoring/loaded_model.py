@@ -13,7 +13,7 @@ from mmtrain.model.head import HeadKind
 from mmtrain.model.inputs import InputMaker
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.model.loss import supervised_logits, supervised_nll
-from mmtrain.model.root import Root
+from mmtrain.model.root_module import RootModule
 from mmtrain.model.vision import VisionInputs
 from mmtrain.runtime.processes import Runtime
 
@@ -24,7 +24,7 @@ class LoadedModel:
 
     model: Any
     processor: ChatProcessor
-    root: Root
+    root: RootModule
     """The model, as everything is computed through it."""
     make_inputs: InputMaker
     head_kind: HeadKind

@@ -1,7 +1,5 @@
 """Restores a run from a checkpoint, and saves it: when that is due, at a signal, and before a fault of the data."""
 
-import torch
-
 from mmtrain.errors import StorageError, UserError
 from mmtrain.progress import Progress
 from mmtrain.runtime.shard import share, whole
@@ -40,7 +38,7 @@ class Checkpointer:
         runtime = self._learner.runtime
         runtime.activity.set("saving" if runtime.is_main else "awaiting the save")
         self._write(step)
-        return runtime.agree(torch.zeros(0, dtype=torch.float64))[1]
+        return runtime.agreed_stop_signal()
 
     def save_complete(self, error: UserError) -> None:
         """Save the last complete step before `error`, a fault of the data in any process, ends the run, and say so.

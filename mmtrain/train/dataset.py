@@ -16,7 +16,7 @@ from mmtrain.dataset.stream import Stream
 from mmtrain.dataset.validate import CheckedSamples, FaultPolicy, LengthLimit, SampleSizes, check_samples
 from mmtrain.encoding.load import processor_of
 from mmtrain.encoding.processor import ChatProcessor
-from mmtrain.errors import StorageError, UserError
+from mmtrain.errors import UserError, collected
 from mmtrain.model.load import length_limit
 from mmtrain.progress import Progress
 from mmtrain.train.eval_sets import eval_sources, make_eval_sets
@@ -110,17 +110,12 @@ def _check_all(
     progress: Progress,
 ) -> list[tuple[StoredSamples, CheckedSamples]]:
     """Check each, by name, and raise the faults of all of them together."""
-    found, faults = [], []
+    found, faults = [], list[str]()
     for name, one in selected.items():
-        try:
-            with progress.task(f"checking {name}"):
-                found.append(check(EncodingSpec.of(config, one.sources), progress=progress, choices=one.choices))
-        except StorageError:  # no fault of the data
-            raise
-        except UserError as error:
-            faults += error.faults
+        with collected(faults), progress.task(f"checking {name}"):
+            found.append(check(EncodingSpec.of(config, one.sources), progress=progress, choices=one.choices))
     if faults:
-        raise UserError(faults)
+        raise UserError(dict.fromkeys(faults))  # the two sides of a file that is split have the same
     return found
 
 

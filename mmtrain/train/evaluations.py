@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import torch
-
 from mmtrain.config import Config
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
@@ -73,9 +71,9 @@ class Evaluations:
             runtime.activity.set("evaluating", step)
             figures = one.row(step)
             if figures is None:
-                return runtime.agree(torch.zeros(0, dtype=torch.float64))[1]
+                return runtime.agreed_stop_signal()
             row = {"step": step, one.kind: one.name, **figures}
             self._metrics.write(row)
             self._history.add(row)
             self._progress.say(f"step {step}  {one.kind} {visible(one.name)}: {one.line(figures)}")
-        return runtime.agree(torch.zeros(0, dtype=torch.float64))[1] if due else None
+        return runtime.agreed_stop_signal() if due else None

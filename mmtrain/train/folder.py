@@ -134,7 +134,7 @@ def is_exported(output_dir: Path) -> bool:
 
 
 def finished_step(output_dir: Path) -> int | None:
-    """The last step of what was exported; None where the run has not finished, or did so before this was written."""
+    """The last step of what was exported; None where the run has not finished."""
     try:
         return int(json.loads((output_dir / _FINISHED).read_bytes())["step"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -8,7 +8,7 @@ from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.model.cost import cost_model
 from mmtrain.model.kernels.install import install
 from mmtrain.model.load import compile_layers
-from mmtrain.model.root import Root
+from mmtrain.model.root_module import RootModule
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
 from mmtrain.runtime.shard import shard
@@ -36,7 +36,7 @@ def make_learner(
         runtime.make_deterministic()
     made = make_trainable(config, processor, runtime, progress, load)
     model, settings = made.model, config.run
-    root = Root(model)
+    root = RootModule(model)
     sharded = settings.is_sharded(runtime.num_processes)
     if settings.kernels == "auto":
         progress.say(install(model, runtime.device, progress.tick).line)

@@ -109,8 +109,6 @@ class RunData(Protocol):
     def template(self) -> str | None:
         """The source of the chat template, if there is one."""
 
-    def summary(self) -> str: ...
-
     def dropped_rows(self) -> list[dict[str, Any]]: ...
 
 

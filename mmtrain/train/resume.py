@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config import Config
-from mmtrain.config.keys import CHANGEABLE, EVALUATED, MOVED
+from mmtrain.config.keys import CHANGEABLE, EVALUATED
 from mmtrain.config.schema import Train
 from mmtrain.errors import UserError
 from mmtrain.progress import Progress
@@ -16,6 +16,14 @@ from mmtrain.train.checkpoint import CheckpointFolder, read_state
 from mmtrain.train.optimizer import rate_factor
 
 _LENGTH = ("train.steps", "train.epochs")
+_CONTENT_OF = {
+    "model.path": ("model.weights", "model.processor"),
+    "model.adapter": ("model.adapter.weights",),
+    "model.chat_template": ("model.template",),
+    "data.train.0.path": ("data.train.0.records", "data.train.images"),
+    "data.train.0.root": ("data.train.0.records", "data.train.images"),
+}
+"""The fingerprints of what a path names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +65,16 @@ def find_resume(
     if checkpoint is None:
         return Resume()
     state = read_state(checkpoint)
-    renamed = {key.replace(".pictures", ".images"): value for key, value in state["fingerprints"].items()}
-    before = _flat(state["config"]) | renamed
+    before = _flat(state["config"]) | state["fingerprints"]
     changed = [key for key in _changed(before, now) if not _may_change(key, config)]
+    moved = [key for key in changed if _is_moved(key, before, now)]
+    changed = [key for key in changed if key not in moved]
     longer = _longer(state, config, num_steps)
     unaccepted = [key for key in changed if not (longer and key in _LENGTH)]
     if refused := [key for key in unaccepted if not _among(key, accept)]:
         raise UserError(_refusal(checkpoint, refused, before, now))
+    for key in moved:
+        progress.say(f"moved: {key}: {_change(key, before, now)}, with the same content")
     for key in unaccepted:
         progress.say(f"accepted: {_accepted(state, key, before, now)}")
     if longer:
@@ -74,7 +85,7 @@ def find_resume(
     if others:
         progress.say(f"the result is the same within rounding, its bits may differ: {', '.join(others)}")
     accepted = (*state["accepted"], *(_accepted(state, key, before, now) for key in changed))
-    return Resume(checkpoint, int(state["step"]), accepted, stream=state.get("stream"))
+    return Resume(checkpoint, int(state["step"]), accepted, stream=state["stream"])
 
 
 def _refusal(checkpoint: Path, refused: Sequence[str], before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -113,11 +124,20 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _may_change(key: str, config: Config) -> bool:
-    """Whether a change of the key leaves the result as it is. A checkpoint of an older version has the old key
-    paths."""
+    """Whether a change of the key leaves the result as it is."""
     if config.train.early_stopping is not None and _among(key, EVALUATED):
         return False
-    return _among(key, (*CHANGEABLE, *MOVED))
+    return _among(key, CHANGEABLE)
+
+
+def _is_moved(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a path changed and its content did not. Of several sources, the fingerprint of the images does not say
+    which image is of which source."""
+    content = _CONTENT_OF.get(key, ())
+    if not content or (key.startswith("data.") and any(name.startswith("data.train.1.") for name in now)):
+        return False
+    is_same = all(before.get(name) == now.get(name) is not None for name in content)
+    return is_same and before.get(key) is not None and now.get(key) is not None
 
 
 def _accepting(keys: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ class SetSummary:
     blind: float = 0.0
     """Of the best blind answers."""
     verdict: str | None = None
-    """Whether the last answers beat blind guessing, in words; None for a run of an earlier version."""
+    """Whether the last answers beat blind guessing, in words; None for a perplexity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def summarize(run: Path) -> RunSummary:
         num_supervised=sum(row.get("num_supervised", 0) for row in steps),
         seconds=sum(row["seconds"] for row in steps),
         evals=tuple(_eval_summary(name, own) for name, own in evals.items()),
-        is_finished=is_exported(run) and finished_step(run) in (None, steps[-1]["step"] if steps else 0),
+        is_finished=is_exported(run) and finished_step(run) == (steps[-1]["step"] if steps else 0),
         num_pairs=sum(row.get("num_pairs", 0) for row in steps),
         answers=tuple(_answers_summary(name, own) for name, own in answers.items()),
         retrieval=tuple(one for name, own in rows_by_set(rows, "retrieval").items() for one in _directions(name, own)),
@@ -98,7 +98,7 @@ def _eval_summary(name: str, rows: list[dict[str, Any]]) -> SetSummary:
 def _answers_summary(name: str, rows: list[dict[str, Any]]) -> SetSummary:
     metric, last = rows[-1]["metric"], rows[-1]
     found = _summary(name, metric, rows, [row["metrics"].get(metric, 0.0) for row in rows], -1)
-    return replace(found, blind=last["blind"][metric], verdict=last.get("verdict"))
+    return replace(found, blind=last["blind"][metric], verdict=last["verdict"])
 
 
 def _directions(name: str, rows: list[dict[str, Any]]) -> Iterator[RetrievalSummary]:

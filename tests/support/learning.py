@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmtrain.config.schema import Config
+from mmtrain.config.schema import Config, Model
 from mmtrain.dataset.batch import Loader
-from mmtrain.encoding.load import processor_of
+from mmtrain.encoding.load import load_processor, processor_of
+from mmtrain.encoding.processor import ChatProcessor
 from mmtrain.evaluate.evaluation import ModelScoring
 from mmtrain.model.kernels.products import ROW_MULTIPLE
 from mmtrain.progress import QUIET
@@ -24,8 +27,21 @@ MIXED = {"vision": LORA, "projector": {"mode": "full"}, "language": LORA}
 ALL_FULL = {"vision": {"mode": "full"}, "projector": {"mode": "full"}, "language": {"mode": "full"}}
 
 
+def processor_for(model: Model) -> ChatProcessor:
+    """`processor_of(model)`, loaded once as long as no file of the model's directory changes."""
+    if model.chat_template is not None or model.image_processor:
+        return processor_of(model)
+    files = ((file.resolve(), file.stat()) for file in sorted(Path(model.path).iterdir()))
+    return _processor(model.path, tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in files))
+
+
+@cache
+def _processor(path: str, files: tuple[tuple[Path, int, int], ...]) -> ChatProcessor:
+    return load_processor(path)
+
+
 def learner_for(config: Config) -> tuple[Learner, Dataset]:
-    processor = processor_of(config.model)
+    processor = processor_for(config.model)
     dataset = Dataset(config, processor, QUIET)
     learner = make_learner(config, processor, Runtime(config.model.dtype, device=config.run.device), QUIET)
     generator = torch.Generator().manual_seed(7)

@@ -91,8 +91,8 @@ class ThreadRuntime:
     def from_first(self, key: str, make: Callable[[], Any]) -> Any:
         return make()
 
-    def agree(self, values: Tensor) -> tuple[Tensor, int | None]:
-        return values, None
+    def agreed_stop_signal(self) -> None:
+        """None asks to stop."""
 
     def autocast(self) -> Any:
         return nullcontext()

@@ -19,7 +19,6 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from mmtrain.answers.evaluation import AnswerEvaluation
 from mmtrain.config.schema import Config
-from mmtrain.encoding.load import load_processor, processor_of
 from mmtrain.errors import UserError
 from mmtrain.generate.replies import Generator
 from mmtrain.model.components import Components
@@ -37,7 +36,7 @@ from mmtrain.train.eval_perplexity import PerplexityEvaluation
 from mmtrain.train.optimizer import make_optimizer, set_rate
 from mmtrain.train.step import train_step
 from mmtrain.train.trainable import make_trainable
-from support.learning import learner_for, step_of
+from support.learning import learner_for, processor_for, step_of
 
 REFUSED = "refused"
 
@@ -46,7 +45,7 @@ REFUSED = "refused"
 
 
 def dataset_of(config: Config) -> Dataset:
-    return Dataset(config, processor_of(config.model), QUIET)
+    return Dataset(config, processor_for(config.model), QUIET)
 
 
 def or_refused(seen: Callable[[Dataset], Any]) -> Callable[[Config], Any]:
@@ -76,7 +75,7 @@ def sources_of_the_first_step(config: Config) -> set[int]:
 
 
 def metric_of_answers(config: Config) -> str:
-    processor = processor_of(config.model)
+    processor = processor_for(config.model)
     evaluation = AnswerEvaluation(config, config.data.eval, processor, QUIET)
     (metric,) = {question.metric for question in evaluation.questions}
     return metric
@@ -127,7 +126,7 @@ def quantized_layers(config: Config) -> int:
 
 
 def tuned(config: Config) -> tuple[Any, Any]:
-    processor, quantization = processor_of(config.model), config.model.quantization
+    processor, quantization = processor_for(config.model), config.model.quantization
     base = load_model(config.model.path, config.model.dtype, processor, quantization=quantization)
     components = Components(base, config.tune.components)
     model, _ = apply_tune(base, components, config.tune)
@@ -140,7 +139,7 @@ def starts_with_new_adapters(config: Config) -> bool:
         data = config.model_dump()
         data["model"]["adapter"], data["run"]["output_dir"] = None, config.model.adapter
         run.train(Config.model_validate(data))
-    processor = load_processor(config.model.path)
+    processor = processor_for(config.model)
     made = make_trainable(config, processor, Runtime(config.model.dtype), QUIET).model
     return not any(p.any() for name, p in made.named_parameters() if "lora_B" in name)
 
@@ -370,7 +369,7 @@ def num_shardings(config: Config) -> int:
     runtime.num_processes, runtime._store = 2, HashStore()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learner, "shard", lambda *arguments: calls.append(arguments))
-        learner.make_learner(config, processor_of(config.model), runtime, QUIET)
+        learner.make_learner(config, processor_for(config.model), runtime, QUIET)
     return len(calls)
 
 

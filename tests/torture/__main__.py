@@ -41,7 +41,7 @@ PARTS = {
 """Each part is a function of its name in a module, which gives the line to print and whether it is good."""
 SHORT: dict[str, dict[str, Any]] = {
     "layouts": {"worlds": (1, 2), "packings": (True,), "steps": 3, "launcher": False},
-    "kills": {"signals": 4},
+    "kills": {"signals": 4, "worlds": (1, 2)},
     "agent": {"times": 1, "steps": (3,), "launcher": False},
     "resume": {"steps": 2},
     "worlds": {"worlds": (1, 2), "others": False},

@@ -21,7 +21,7 @@ from mmtrain.model.kernels.linear import is_frozen
 from mmtrain.model.kernels.mlp import NormedMLP, Projection
 from mmtrain.model.kernels.norms import RMSNorm
 from mmtrain.model.kernels.products import ROW_MULTIPLE
-from mmtrain.model.kernels.trial import Kernel, Trials, example_ids, first_calls, kernel_of, layer_of, undisturbed
+from mmtrain.model.kernels.trial import Call, Kernel, Trials, example_ids, first_calls, kernel_of, layer_of, undisturbed
 
 
 @dataclass(frozen=True)
@@ -148,13 +148,12 @@ class _TrialRun:
         self.norm_before: dict[str, str] = {}
         """For each MLP the norm that gave its input and was called only once."""
         around = {name.rsplit(".", i)[0] for name in mlps for i in range(1, name.count(".") + 1)}
-        self.calls = first_calls(decoder, around)
-        """Those of the modules around the MLPs."""
         self._given: dict[int, tuple[str, Tensor]] = {}
         """The results of the norms, by identity."""
         self._count: Counter[str] = Counter()
         self._ids = example_ids(decoder)
-        self._watch(mlps)
+        self.calls = self._watch(mlps, around)
+        """Those of the modules around the MLPs."""
 
     def is_needed_by_row(self, mlp: nn.Module) -> bool:
         """Whether each row of the decoder's output depends only on the same row of the output of `mlp`."""
@@ -172,16 +171,18 @@ class _TrialRun:
         with undisturbed(self.decoder), torch.no_grad():
             return self.decoder(input_ids=self._ids, use_cache=False)[0]  # type: ignore[no-any-return]
 
-    def _watch(self, mlps: list[str]) -> None:
+    def _watch(self, mlps: list[str], around: set[str]) -> dict[str, Call]:
+        """The calls of the modules `around`, in the forward pass that shows the order and the norms."""
         norms = [name for name, module in self.decoder.named_modules() if isinstance(kernel_of(module), RMSNorm)]
         with ExitStack() as hooks:
             for names, hook in ((norms, self._saw_norm), (mlps, self._saw_mlp)):
                 for name in names:
                     module = self.decoder.get_submodule(name)
                     hooks.enter_context(module.register_forward_hook(partial(hook, name), with_kwargs=True))
-            self._hidden()
+            calls = first_calls(self.decoder, around)
         self.order = [name for name in self.order if self._count[name] == 1]
         self.norm_before = {mlp: norm for mlp, norm in self.norm_before.items() if self._count[norm] == 1}
+        return calls
 
     def _saw_norm(self, name: str, module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> None:
         self._count[name] += 1

@@ -5,7 +5,8 @@ import itertools
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from contextlib import suppress
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from mmtrain.safe_text import one_line, visible
 _BATCH_BYTES, _BUFFER_BYTES = 2**22, 2**20
 _MAX_ROWS = 4096
 """Of a batch: the rows that are read at once."""
+
+
+_AHEAD_ROWS, _AHEAD_BYTES = 32, 2**15
 
 
 class _Recent:
@@ -53,6 +57,42 @@ class _Recent:
                 self._room += oldest
 
 
+class _RowsAhead:
+    """The rows of a table as objects. Where they are read in their order, some are made at once: each takes a tenth of
+    the time then."""
+
+    def __init__(self, row_bytes: int, schema: Any) -> None:
+        has_maps = any(kind in str(schema) for kind in ("map<", "extension<"))
+        self._maps = "strict" if has_maps else None  # which takes ten times as long also where there are none
+        self._count = min(_AHEAD_ROWS, max(1, _AHEAD_BYTES // max(1, row_bytes)))
+        self._last, self._made = -2, dict[int, Any]()
+        self._lock = threading.Lock()
+
+    def row(self, index: int, rows: Callable[[int, int], Any]) -> Any:
+        """The row `index` of a table of which `rows(index, count)` is a slice. Raises SampleError if it cannot be
+        read."""
+        try:
+            with self._lock:  # the reader of a file is not made for threads
+                if index not in self._made:
+                    self._made = self._make(index, rows)
+                self._last = index
+                return self._made.pop(index)
+        except Exception as error:
+            raise SampleError(f"cannot be read: {one_line(error)}") from None
+
+    def _make(self, index: int, rows: Callable[[int, int], Any]) -> dict[int, Any]:
+        if index == self._last + 1:
+            with suppress(Exception):  # of a row that follows
+                return dict(enumerate(self._objects(rows(index, self._count)), index))
+        return {index: self._objects(rows(index, 1))[0]}
+
+    def _objects(self, table: Any) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = table.to_pylist(maps_as_pydicts=self._maps)
+        if len(rows[0]) != table.num_columns:
+            raise ValueError("two columns have the same name")
+        return rows
+
+
 _BATCHES = _Recent(2**27)
 """128 MiB of rows, in each process."""
 _READERS = _Recent(16)
@@ -82,10 +122,10 @@ class ParquetFile:
         except Exception as error:  # a broken file raises anything, also from the parser of its schema
             raise _broken(path, "parquet", error) from None
         self._num_rows = min(max(1, _BATCH_BYTES // max(1, row_bytes)), _MAX_ROWS)
+        self._ahead = _RowsAhead(row_bytes, self._file.schema_arrow)
         self._number = next(_NUMBERS)
         self._unreadable: dict[int, tuple[int, Exception]] = {}
         """By row group, the first batch that cannot be read, and why."""
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -100,15 +140,14 @@ class ParquetFile:
 
     def record(self, index: int) -> Any:
         """The row as an object. Raises SampleError if it cannot be read."""
+        return self._ahead.row(index, self._rows)
+
+    def _rows(self, index: int, count: int) -> Any:
+        """At most `count` rows of a batch from `index` on."""
         group = bisect_right(self._ends, index)
         start = self._ends[group - 1] if group else 0
         number, row = divmod(index - start, self._num_rows)
-        try:
-            with self._lock:  # the reader of a file is not made for threads
-                batch = self._batch(group, number, min(self._num_rows, self._ends[group] - index + row))
-            return _row(batch, row)
-        except Exception as error:
-            raise SampleError(f"cannot be read: {one_line(error)}") from None
+        return self._batch(group, number, min(self._num_rows, self._ends[group] - index + row)).slice(row, count)
 
     def _batch(self, group: int, number: int, num_rows: int) -> Any:
         """The batch `number` of a row group, which has `num_rows`."""
@@ -157,6 +196,7 @@ class ArrowFile:
             content.seek(0)
             self._table = (ipc.open_file if is_file else ipc.open_stream)(content).read_all()
             self._table.validate(full=True)  # without it a broken offset ends the process when its row is read
+            self._ahead = _RowsAhead(self._table.nbytes // max(1, len(self)), self._table.schema)
         except Exception as error:  # as for parquet
             raise _broken(path, "Arrow", error) from None
 
@@ -168,17 +208,7 @@ class ArrowFile:
 
     def record(self, index: int) -> Any:
         """The row as an object. Raises SampleError if it cannot be read."""
-        try:
-            return _row(self._table, index)
-        except Exception as error:
-            raise SampleError(f"cannot be read: {one_line(error)}") from None
-
-
-def _row(table: Any, index: int) -> dict[str, Any]:
-    (row,) = table.slice(index, 1).to_pylist(maps_as_pydicts="strict")
-    if len(row) != table.num_columns:
-        raise ValueError("two columns have the same name")
-    return dict(row)
+        return self._ahead.row(index, self._table.slice)
 
 
 def _pyarrow(path: Path, name: str) -> Any:

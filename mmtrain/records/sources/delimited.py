@@ -71,7 +71,7 @@ class DelimitedFile:
         rows = [row for row in rows if row]
         if len(rows) != 1:
             raise SampleError(
-                f"not a row of a table: a quote in it makes it {len(rows)} rows: put a field with a quote in quotes, and "
-                'write its own twice, as in "a 5"" disk"'
+                f"not a row of a table: a quote in it makes it {len(rows)} rows: put a field with one in quotes, and "
+                'the quote twice, as in "a 5"" disk"'
             )
         return rows[0]

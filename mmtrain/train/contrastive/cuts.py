@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmtrain.config import Config
 from mmtrain.config.run_section import Run
-from mmtrain.contrastive.embedder import EncodedItem, Kind, Passes
+from mmtrain.config.tune_section import Frozen
+from mmtrain.contrastive.embedder import Embedder, EncodedItem, Kind, Passes
 from mmtrain.contrastive.relation import Numbers, Relation, relate
 from mmtrain.dataset.microbatches import cut_step
 from mmtrain.dataset.plan import Plan
@@ -113,6 +115,14 @@ class PairCuts:
         lengths, costs = [item.row_tokens for item in items], list(map(cost, items))
         cuts = cut_step(lengths, limit, self._packing, multiple, costs if any(costs) else None)
         return [ItemBatch(kind, tuple(numbers[i] for i in cut)) for cut in cuts]
+
+
+def passes_of(config: Config, embedder: Embedder, cached: frozenset[Kind]) -> tuple[Passes, Passes]:
+    """Of the first epoch, and of those after it, when the embeddings of the kinds `cached` are known."""
+    is_frozen = {name: isinstance(mode, Frozen) for name, mode in config.tune.modes.items()}
+    text, image = (1.0 if is_frozen[name] and is_frozen["projector"] else 3.0 for name in ("language", "vision"))
+    knows_images = embedder.caches_images or "image" in cached
+    return Passes(text, image), Passes(0.0 if "text" in cached else text, 0.0 if knows_images else image)
 
 
 def _joined(kinds: Sequence[Sequence[ItemBatch]], multiple: int) -> list[Microbatch]:

@@ -9,12 +9,11 @@ from mmtrain.config import Config
 from mmtrain.contrastive.load import load_embedder
 from mmtrain.progress import Progress
 from mmtrain.runtime.processes import Runtime
-from mmtrain.train.contrastive.cuts import PairCut
 from mmtrain.train.contrastive.evaluations import RetrievalDuringRun
 from mmtrain.train.contrastive.export import export
 from mmtrain.train.contrastive.learner import make_contrastive_learner
 from mmtrain.train.contrastive.pair_dataset import PairDataset
-from mmtrain.train.contrastive.step import ContrastiveLearner, LoadedItems
+from mmtrain.train.contrastive.step import ContrastiveLearner
 from mmtrain.train.evaluations import RunEvaluation
 from mmtrain.train.report import bits_lines, component_lines, image_cache_lines, weights_line
 
@@ -34,8 +33,8 @@ class ContrastiveObjective:
     def write_facts(self) -> None:
         """There are none: lengths of pairs are no lengths of samples."""
 
-    def steps(self) -> "ContrastiveSteps":
-        return ContrastiveSteps(self.learner)
+    def steps(self) -> ContrastiveLearner:
+        return self.learner
 
     def evaluations(self) -> list[RunEvaluation]:
         return [RetrievalDuringRun(self._config, name, one, self.learner) for name, one in self.data.eval.items()]
@@ -52,16 +51,3 @@ class ContrastiveObjective:
 
     def export(self, name: str | None = None, step: int | None = None) -> str:
         return export(self.learner, self._config, self.data, name, step)
-
-
-class ContrastiveSteps:
-    """The steps of a run."""
-
-    def __init__(self, learner: ContrastiveLearner) -> None:
-        self._learner = learner
-
-    def of(self, step: int) -> PairCut:
-        return self._learner.cuts.of(step)
-
-    def batches(self, first: int, last: int) -> Iterator[LoadedItems]:
-        return self._learner.batches(first, last)

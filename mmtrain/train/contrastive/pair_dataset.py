@@ -1,16 +1,16 @@
 """The pairs that a run is trained and evaluated on, checked before the first step."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmtrain.config import Config
 from mmtrain.contrastive.embedder import Embedder
-from mmtrain.contrastive.pair_samples import read_pairs
 from mmtrain.contrastive.relation import relate
+from mmtrain.contrastive.selected_pairs import read_selected
 from mmtrain.dataset.plan import Indices, Plan
-from mmtrain.errors import StorageError, UserError
+from mmtrain.dataset.selection import SelectedSources
+from mmtrain.errors import UserError, collected
 from mmtrain.progress import Progress
 from mmtrain.retrieval.evaluation import RetrievalEvaluation
 from mmtrain.safe_text import counted
@@ -33,14 +33,15 @@ class PairDataset:
     def __init__(self, config: Config, embedder: Embedder, progress: Progress) -> None:
         self.template = embedder.template
         faults: list[str] = []
-        with _collected(faults), progress.task("checking train"):
-            self.train = read_pairs(config.data.train, embedder, config.data, progress)
+        with collected(faults), progress.task("checking train"):
+            selected = SelectedSources.for_training(config.data)
+            self.train = read_selected(selected, embedder, config.data, progress)
         self.eval: dict[str, RetrievalEvaluation] = {}
         for name, source in eval_sources(config).items():
-            with _collected(faults), progress.task(f"checking evaluation set {name}"):
+            with collected(faults), progress.task(f"checking evaluation set {name}"):
                 self.eval[name] = RetrievalEvaluation(config, [source], embedder, progress)
         if faults:
-            raise UserError(faults)
+            raise UserError(dict.fromkeys(faults))
         check_watched(config, retrieval_names({name: one.way_names for name, one in self.eval.items()}))
         self.plan = Plan.of(config, self.train.records, self.train.used)
         self.num_steps = num_steps(config.train, self.plan)
@@ -74,6 +75,8 @@ class PairDataset:
             f"{len(self.train.pairs):,} pairs of {len(items):,} distinct items, {num_images:,} of them with images; "
             f"{self.num_steps:,} steps, {self.plan.steps_per_epoch:,} an epoch"
         )
+        if self.train.num_other_side:
+            line += f"; {counted(self.train.num_other_side, 'pair')} held out for evaluation"
         num_left_out = len(self.dropped_rows())
         return f"{line}; {num_left_out:,} pairs left out, listed in dropped.jsonl" if num_left_out else line
 
@@ -99,15 +102,5 @@ class PairDataset:
     def eval_files(self) -> list[tuple[list[Path], list[Path]]]:
         """For each evaluation set its files of records, and its image files."""
         sets = [one.samples for one in self.eval.values()]
-        return [(list(one.records.files_of(0)), sorted(one.image_files)) for one in sets]
-
-
-@contextmanager
-def _collected(faults: list[str]) -> Iterator[None]:
-    """Add the faults of a UserError raised inside."""
-    try:
-        yield
-    except StorageError:  # no fault of the data
-        raise
-    except UserError as error:
-        faults += error.faults
+        files = [[file for n in range(one.records.num_sources) for file in one.records.files_of(n)] for one in sets]
+        return [(own, sorted(one.image_files)) for own, one in zip(files, sets, strict=True)]

@@ -60,6 +60,10 @@ class ContrastiveLearner:
     def items(self) -> Sequence[EncodedItem]:
         return self.samples.items
 
+    def of(self, step: int) -> PairCut:
+        """The cut of a step, counted from 1."""
+        return self.cuts.of(step)
+
     def batches(self, first: int, last: int) -> Iterator[LoadedItems]:
         """The tensors of this process's micro-batches of the steps `first` to `last`, made ahead."""
         return in_order(self.load, self.cuts.microbatches(first, last), _num_bytes)
@@ -136,7 +140,7 @@ def accumulate_gradients(
         sum_running(parameters, runtime)
     learner.embedder.scale.put_gradient(found.scale)
     learner.embedder.bias.put_gradient(found.bias)
-    return found.loss, runtime.agree(torch.zeros(0, dtype=torch.float64))[1]
+    return found.loss, runtime.agreed_stop_signal()
 
 
 def _first_pass(learner: ContrastiveLearner, loaded: LoadedItems, step: int) -> list[_Embedded]:

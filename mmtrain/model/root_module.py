@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 
-class Root(nn.Module):
+class RootModule(nn.Module):
     """Runs a computation inside the forward of one module. Weights sharded over processes are complete only there."""
 
     def __init__(self, model: Any) -> None:
