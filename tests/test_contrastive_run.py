@@ -406,6 +406,17 @@ def test_a_last_step_without_a_negative_is_named_at_the_start(make: Make, capsys
         assert not list(PairDataset(config, embedder, QUIET).notes())
 
 
+def test_the_start_says_which_embeddings_are_cached(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "embeddings of image items: cached, 2 GiB in memory"
+    tune = {"language": {"mode": "full"}}
+    config = make(tune=tune, train={"steps": 1})
+    train(config)
+    assert line in capsys.readouterr().err
+    shutil.rmtree(config.run.output_dir)
+    train(make(tune=tune, train={"steps": 1}, run={"image_cache": {"memory_gib": 0.0}}))
+    assert line not in capsys.readouterr().err
+
+
 def held_out(make: Make, path: Path) -> tuple[PairDataset, Config]:
     data = {"train": [{"path": str(path)}], "eval": [{"from": "train", "share": 0.3}]}
     config = make(data=data, train={"batch_size": 4, "steps": 2})

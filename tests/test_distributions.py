@@ -22,8 +22,11 @@ from mmtrain.config.schema import Config
 from mmtrain.encoding.encode import Encoder
 from mmtrain.encoding.load import load_processor
 from mmtrain.errors import UserError
+from mmtrain.evaluate import models
 from mmtrain.evaluate.evaluation import ModelScoring
+from mmtrain.progress import Progress
 from mmtrain.records.record_set import RecordSet
+from mmtrain.runtime.processes import Runtime
 from mmtrain.scoring import distributions
 from mmtrain.scoring.distributions import calibration, calibration_figures, divergence, entropy, token_columns
 from mmtrain.train.run import train
@@ -223,3 +226,22 @@ def test_a_complete_model_with_other_tokens_is_refused(make_config: MakeConfig, 
     template.write_text(template.read_text() + " ")
     with pytest.raises(UserError, match="it has other tokenizer or processor files than"):
         ModelScoring(config, adapters=[config.run.output_dir])
+
+
+def test_a_complete_model_is_not_quantized_as_the_base_model_is(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config("text", {"language": LORA})
+    model = config.model.model_copy(update={"quantization": "nf4"})
+    config = config.model_copy(update={"model": model})
+    made: list[Config] = []
+    monkeypatch.setattr(models, "AdaptedModels", lambda own, *others: made.append(own))
+    found = models.FoundModels({}, {"run": tmp_path / "run" / "model"})
+    processor: Any = None
+    models.ComparedModels(config, found, processor, Runtime("float32", device="cpu"), Progress())
+    assert [own.model.quantization for own in made] == ["nf4", None]
+    assert made[1].model.path == str(tmp_path / "run" / "model")
+    assert (
+        "run was saved whole: it is loaded without model.quantization, the base model with it"
+        in capsys.readouterr().err
+    )

@@ -115,15 +115,14 @@ def _chosen(name: str, own: Multiplier, setting: str | float) -> Multiplier:
     return own
 
 
-def set_trained(config: Config, towers: Embedder) -> None:
+def set_trained(config: Config, embedder: Embedder) -> None:
     """Have the scale and the bias trained, in float32, where the config says so. After `apply_tune`, which freezes."""
     settings = config.objective
-    chosen = [(towers.scale, settings.scale)]
-    chosen += (
-        [(towers.bias, "trained" if settings.bias is None else settings.bias)] if settings.loss == "sigmoid" else []
-    )
+    chosen = [(embedder.scale, settings.scale)]
+    if settings.loss == "sigmoid":
+        chosen.append((embedder.bias, "trained" if settings.bias is None else settings.bias))
     for number, setting in chosen:
         if number.parameter is not None and setting == "trained":
             number.parameter.data = number.parameter.data.float()
             number.parameter.requires_grad_(True)
-    towers.scale.limit(settings.temperature_max)
+    embedder.scale.limit(settings.temperature_max)

@@ -58,7 +58,9 @@ class ComparedModels:
         self._named |= {path: (base, path) for path in found.adapters}
         for path, folder in found.complete.items():
             if config.model.quantization is not None:
-                progress.say(f"{visible(path)} was saved whole: it is not quantized, as the base model is")
+                progress.say(
+                    f"{visible(path)} was saved whole: it is loaded without model.quantization, the base model with it"
+                )
             settings = config.model.model_copy(update={"path": str(folder), "quantization": None})
             own = config.model_copy(update={"model": settings})
             self._named[path] = (AdaptedModels(own, processor, runtime, progress, {}), None)

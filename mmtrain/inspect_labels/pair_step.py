@@ -65,7 +65,7 @@ class PairStep:
         found: dict[int, list[int]] = {}
         for index in self.indices:
             pair = self.samples.pairs[index]
-            for number in dict.fromkeys((pair.query, *pair.positives, *pair.negatives)):
+            for number in dict.fromkeys(pair.numbers):
                 found.setdefault(number, []).append(index)
         return found
 

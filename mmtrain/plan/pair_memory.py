@@ -26,7 +26,9 @@ def predict_pair_peak(
     """The memory of one process on a device of `kind` (`cpu` or `cuda`). `embedder`: that of the config, with weights.
 
     Two steps are taken with the largest batches, the second time twice, when moments and gradients exist. Their loss is
-    that of all items of the step. Raises as `predict_peak` does.
+    that of all items of the step. Images go through a frozen vision tower in both passes, as where the cache is full.
+
+    Raises as `predict_peak` does.
     """
     config, runtime = keeping_no_features(config), PlannedRuntime(config.model.dtype, 1, progress.tick)
     with counted_on(kind) as memory:

@@ -22,8 +22,7 @@ class ItemContent:
         """The items of these samples."""
         first: dict[int, tuple[int, int]] = {}
         for index in indices:
-            pair = samples.pairs[index]
-            for position, number in enumerate((pair.query, *pair.positives, *pair.negatives)):
+            for position, number in enumerate(samples.pairs[index].numbers):
                 first.setdefault(number, (index, position))
         return cls(samples, first)
 

@@ -15,7 +15,7 @@ class EmbeddingCache:
     """
 
     def __init__(self, kinds: frozenset[str], max_bytes: float) -> None:
-        self._kinds, self._room = kinds, max_bytes
+        self.kinds, self._room = kinds, max_bytes
         self._kept: dict[int, Tensor] = {}
 
     def __contains__(self, number: int) -> bool:
@@ -23,12 +23,12 @@ class EmbeddingCache:
 
     def complete(self, numbers: Numbers, values: Tensor, items: Sequence[EncodedItem]) -> Tensor:
         """`values` (num_items, width) with the rows of the cached items; the others of its kinds are added."""
-        if not self._kinds:
+        if not self.kinds:
             return values
         for row, number in enumerate(numbers.tolist()):
             if number in self._kept:
                 values[row] = self._kept[number]
-            elif items[number].kind in self._kinds and values[row].nbytes <= self._room:
+            elif items[number].kind in self.kinds and values[row].nbytes <= self._room:
                 self._kept[number] = values[row].clone()
                 self._room -= values[row].nbytes
         return values

@@ -60,8 +60,7 @@ def _card(
 
 
 def _first_items(dataset: PairDataset) -> list[EncodedItem]:
-    first = dataset.train.pairs[int(dataset.used[0])]
-    return dataset.train.loaded((first.query, *first.positives, *first.negatives))
+    return dataset.train.loaded(dataset.train.pairs[int(dataset.used[0])].numbers)
 
 
 @torch.no_grad()

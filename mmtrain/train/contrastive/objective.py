@@ -46,6 +46,9 @@ class ContrastiveObjective:
         yield from self.data.notes()
         yield weights_line(learner)
         yield from bits_lines(self._config, learner)
+        if kinds := sorted(learner.cache.kinds):
+            size = self._config.run.image_cache.memory_gib
+            yield f"embeddings of {' and '.join(kinds)} items: cached, {size:g} GiB in memory"
         yield from image_cache_lines(self._config, learner.embedder.caches_images)
         yield self._embedder.description
 
