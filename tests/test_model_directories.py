@@ -103,6 +103,13 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         _with("config.json", '{"model_type": "qwen2_5_omni"}'),
         r"of which only qwen2_5_omni_thinker replies in chats: expected it alone: Qwen2_5OmniThinkerForConditional",
     ),
+    "a family without a processor": (
+        lambda path: [
+            _with("config.json", '{"model_type": "kosmos-2.5"}')(path),
+            *(_changed(f"{name}_config.json", processor_class=None)(path) for name in ("tokenizer", "preprocessor")),
+        ],
+        r"^no processor for a model of the type kosmos-2\.5: expected processor_class",
+    ),
     "a model of other tasks": (_changed("config.json", model_type="vit"), r"^a model of the type vit, which neither"),
     "a template that says the same four times": (
         _with("chat_template.jinja", "{{ raise_exception('no') }}"),

@@ -283,14 +283,21 @@ class _Absent(dict[str, Any]):
 
 
 def processor_class(directory: Path, config: Any) -> Any:
-    """The class that the directory names, as AutoProcessor looks for it, or else the one of the model's family."""
+    """The class that the directory names, as AutoProcessor looks for it, or else the one of the model's family. Raises
+    UserError where there is none."""
     for name in _NAMES_PROCESSOR:
         if (directory / name).is_file():
             named = json_object(directory / name).get("processor_class")
             found = processor_class_from_name(named) if isinstance(named, str) else None
             if found is not None:
                 return found
-    return PROCESSOR_MAPPING[type(config)]
+    family = PROCESSOR_MAPPING.get(type(config), None)
+    if family is None:
+        raise UserError(
+            f"no processor for a model of the type {config.model_type}: expected processor_class, a class of "
+            "transformers, in processor_config.json"
+        )
+    return family
 
 
 def _eos_ids(directory: Path, config: Any) -> frozenset[int]:

@@ -65,7 +65,9 @@ def _probe_images(runner: ImageRunner) -> ImageTraits:
     if runner.token_id not in ids:
         token, named = runner.processor.image_token, runner.token_id
         id_ = runner.tokenizer.id_of(token)
-        ids_differ = f": it is token {id_} of the tokenizer, and {named} in config.json" if named != id_ else ""
+        ids_differ = (
+            f": it is token {id_} of the tokenizer, and {named} in config.json" if named not in (id_, None) else ""
+        )
         raise UserError(f"the image processor lays out no placeholder {shown(token)}{ids_differ}")
     grid_key = next((key for key in inputs if key.endswith("_thw")), None)
     shape = _pixel_shape(inputs)
