@@ -122,6 +122,7 @@ def test_a_link_that_leads_nowhere_is_something(tmp_path: Path) -> None:
 def test_a_page_does_not_replace_a_device(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
+    (tmp_path / "config.yaml").touch()
     with pytest.raises(UserError, match="is not a file"):
         report([tmp_path], pipe, as_json=False)
     assert pipe.is_fifo()

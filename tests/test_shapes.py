@@ -350,6 +350,8 @@ _NAMES += [
     "source",
     "bytes",
     "fields",
+    "a {",
+    "} b",
     "<image_0>",
     "\x85",
 ]

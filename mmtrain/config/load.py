@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from mmtrain.config.data_section import in_full
 from mmtrain.config.faults import schema_faults
+from mmtrain.config.other_tools import INSTEAD
 from mmtrain.config.schema import Config
 from mmtrain.config.yaml_file import KeyPath, dump_yaml, parse_yaml, read_yaml
 from mmtrain.errors import UserError
@@ -32,7 +33,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{file}:1: expected sections (model, tune, data, labels, train, run), not {shown(data)}")
     where = {at: f"{file}:{line}" for at, line in lines.items()}
     faults = []
-    if data and not data.keys() & Config.model_fields.keys():
+    if data.keys() & INSTEAD.keys() and not data.keys() & Config.model_fields.keys():
         faults.append(f"{file}: not a config of mmtrain: docs/other-tools.md shows one next to that of another tool")
     _write_sources_in_full(data)
     for override in overrides:

@@ -181,7 +181,7 @@ def _written(record: Record, proposal: _Proposal, shapes: Sequence[Keys]) -> str
         fields = image_fields(images) | fields
     try:
         made = map_fields(record, fields) | ({"prompt": "?"} if proposal.needs_prompt else {})
-    except SampleError:
+    except (SampleError, ValueError):  # names of columns with braces are no templates
         return None
     shape = next((keys for keys in shapes if all(made.get(key) is not None for key in keys[0])), None)
     if shape is None:
