@@ -5,7 +5,6 @@ it are compared with those of inference, and the decoded labels with the text of
 """
 
 import functools
-import itertools
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
@@ -37,7 +36,7 @@ from mmtrain.records.reasoning import CLOSE, OPEN
 from mmtrain.safe_text import shown
 
 _MAX_FRAMES = 4096
-_WINDOW = 8
+_WINDOW = 4
 """Tokens before a span that are decoded with it: some tokenizers drop a space at the start of a text."""
 
 _RUNS = re.compile(rb"\x01+")
@@ -106,7 +105,8 @@ class Checker:
         own_ids, own_labels, found = ids.tolist(), labels.tolist(), list[Finding]()
         if any(own_ids[start:end] != own_labels[start:end] for start, end in spans):
             found.append(_wrong_labels(ids, labels))
-        if sizes or self._processor.image_token_id in own_labels:
+        image_id = self._processor.image_token_id
+        if sizes or (image_id is not None and image_id in own_labels):
             ids, labels, faults = fold_images(ids, labels, sizes, self._processor)
             own_ids, own_labels, spans = ids.tolist(), labels.tolist(), _spans(labels)
             found += faults
@@ -115,7 +115,8 @@ class Checker:
         found += unmatched_marks(conversation.messages, self._marks)
         found += literal_specials(conversation.messages, self._processor)
         found += placed_images(conversation)
-        found += image_notes(sizes, self._processor)
+        if sizes:
+            found += image_notes(sizes, self._processor)
         return list(dict.fromkeys(found))
 
     def _trained(self, messages: tuple[Message, ...]) -> list[int]:
@@ -224,7 +225,9 @@ class Checker:
             yield Finding.fault(NO_TEXT, f"{name}: nothing of {shown(message.text)} is trained on")
             return
         frame = self._frame(sample, turn)
-        labels = list(itertools.chain.from_iterable(sample.labels[start:end] for start, end in spans))
+        labels: list[int] = []
+        for start, end in spans:
+            labels += sample.labels[start:end]
         num_end = self._num_end(labels, frame)
         has_end = num_end > 0
         if self._end_of_turn and frame.other_end and not has_end:
@@ -261,15 +264,15 @@ class Checker:
         if sample.messages[turn].calls:
             return self._calls_as_written(sample, turn, text)
         parts = texts_of(sample.messages[turn])
-        pieces = [piece for pair in zip(frame.around, [*parts, ""], strict=True) for piece in pair][:-2]
-        expected, closing = _normal("".join(pieces)), frame.around[-1]
+        *before, closing = frame.around
+        expected = _normal("".join([around + part for around, part in zip(before, parts, strict=True)]))
         gap = closing[: len(closing) - len(closing.lstrip())] if frame.end else ""  # some end a reply on its own line
         if text in (expected, expected + gap):
             return None
         if all(part == part.strip() for part in parts):
             return expected
         rest = self._after_prompt(sample, turn, len(sample.messages))
-        after, closing = rest[len(text) :], frame.around[-1]
+        after = rest[len(text) :]
         closed = len(after) - len(after.lstrip()) == len(closing) - len(closing.lstrip())
         return None if rest.startswith(text) and closed and _squeezed(text) == _squeezed(expected) else expected
 
