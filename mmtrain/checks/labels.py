@@ -102,7 +102,8 @@ class Checker:
         """
         if not (spans := _spans(labels)):
             return [Finding.fault(NO_LABEL, "no token of it is trained on")]
-        own_ids, own_labels, found = ids.tolist(), labels.tolist(), list[Finding]()
+        own_ids, own_labels = ids.tolist(), labels.tolist()
+        found: list[Finding] = []
         if any(own_ids[start:end] != own_labels[start:end] for start, end in spans):
             found.append(_wrong_labels(ids, labels))
         image_id = self._processor.image_token_id

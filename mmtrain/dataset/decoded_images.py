@@ -22,6 +22,8 @@ _Row = tuple[str, str, int, int]
 def images_that_fail(images: Iterable[FoundImage], num_threads: int) -> dict[Path | bytes, str]:
     """By source, why an image does not decode to the size that its header says."""
     by_source = {image.source: image for image in images}
+    if not by_source:
+        return {}
     rows: dict[Path | bytes, _Row] = {}
     with suppress(OSError):  # one has just been deleted: decoding says which
         rows = {

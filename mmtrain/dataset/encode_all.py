@@ -139,7 +139,10 @@ def _arrays(rows: Sequence[_Row]) -> dict[str, Any]:
         for one in (row.encoded for row in rows)
     ]
     num_tokens, num_supervised, num_images, num_weights = np.array(sizes, np.int32).reshape(-1, 4).T
-    sums = [_sum_weights(row.encoded) if isinstance(row.encoded, Encoded) else 0.0 for row in rows]
+    sums = [
+        one.token_weights.sum(dtype=np.float64) if isinstance(one, Encoded) and one.weights else num
+        for one, num in zip((row.encoded for row in rows), num_supervised.tolist(), strict=True)
+    ]
     spans = [(s.start, s.length, s.num_placeholders, *s.image.size) for one in encoded for s in one.images]
     return {
         "records": np.array([row.record for row in rows], np.int32),
@@ -154,12 +157,6 @@ def _arrays(rows: Sequence[_Row]) -> dict[str, Any]:
         "spans": np.array(spans, np.int32).reshape(-1, 5),
         "weights": np.array([weight for one in encoded for weight in one.weights], np.float32),
     }
-
-
-def _sum_weights(encoded: Encoded) -> float:
-    if not encoded.weights:
-        return float(encoded.num_supervised)
-    return float(encoded.token_weights.sum(dtype=np.float64))
 
 
 def encode_all(

@@ -7,7 +7,7 @@ ends the turn. An image's span is one indivisible run of ids.
 import functools
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -84,13 +84,16 @@ class LaidOut(NamedTuple):
 
     pieces: list[Piece]
     fragments: Sequence[Fragment]
+    texts: list[str]
+    """Of each fragment."""
     weights: tuple[float, ...]
     """Of its trained turns; none where all are 1."""
 
     @property
-    def own_texts(self) -> Iterator[tuple[Fragment, str]]:
+    def own_texts(self) -> list[tuple[Fragment, str]]:
         """The fragments that are encoded and are not the template's alone, with their texts."""
-        return ((one, one.text(self.pieces)) for one in self.fragments if one.kind == "text" and one.constant is None)
+        texts = zip(self.fragments, self.texts, strict=True)
+        return [(one, text) for one, text in texts if one.constant is None and one.kind == "text"]
 
 
 class Encoder:
@@ -210,13 +213,14 @@ class Encoder:
         if weights.count(1.0) < len(weights):
             weights = np.array(weights, np.float32).tolist()
         stored = () if weights.count(1.0) == len(weights) else tuple(weights)
-        return LaidOut(pieces, self._fragmenter.cut(pieces, skeleton, tuple(trained)), stored)
+        fragments = self._fragmenter.cut(pieces, skeleton, tuple(trained))
+        texts = [one.text(pieces) if one.constant is None else one.constant for one in fragments]
+        return LaidOut(pieces, fragments, texts, stored)
 
     def _assemble(self, laid_out: LaidOut, images: Sequence[FoundImage], known: Known) -> tuple[Encoded, list[int]]:
         """The fragments' ids one after the other, and where each begins. `known`: ids of texts that were encoded
         before."""
-        pieces, weights = laid_out.pieces, laid_out.weights
-        ids: list[int] = list(self._prefix(pieces))
+        ids: list[int] = list(self._prefix(laid_out.pieces))
         supervised = bytearray(len(ids))
         after: int | None = None
         spans: list[ImageSpan] = []
@@ -224,23 +228,24 @@ class Encoder:
         if not images and self.processor.needs_image:
             raise SampleError("the model's processor takes no conversation without an image")
         of_images = self.processor.image_tokens([image.size for image in images])
-        for fragment in laid_out.fragments:
+        for fragment, text in zip(laid_out.fragments, laid_out.texts, strict=True):
             if fragment.kind == "image":
                 image, tokens = images[len(spans)], of_images[len(spans)]
                 spans.append(ImageSpan(image, len(ids), len(tokens.ids), tokens.num_placeholders))
                 new: Sequence[int] = tokens.ids
             else:
-                new = self._fragment_ids(fragment, pieces, after, known)
+                new = self._fragment_ids(fragment, text, after, known)
             starts.append(len(ids))
             ids += new
-            text = new[:-1] if fragment.ends_turn else new
-            after = text[-1] if text else after  # an end that the template lacks does not change what follows
             supervised += (b"\1" if fragment.supervised else b"\0") * len(new)
+            if fragment.ends_turn:
+                new = new[:-1]  # an end that the template lacks does not change what follows
+            after = new[-1] if new else after
         supervised[0] = False
-        if not any(supervised):
+        if True not in supervised:
             raise SampleError("no token of it is trained on")
-        encoded = Encoded(np.array(ids, np.int32), np.frombuffer(supervised, np.bool_), tuple(spans), weights)
-        if weights and len(encoded.run_lengths) != len(weights):
+        encoded = Encoded(np.array(ids, np.int32), np.frombuffer(supervised, np.bool_), tuple(spans), laid_out.weights)
+        if laid_out.weights and len(encoded.run_lengths) != len(laid_out.weights):
             raise SampleError("two turns with weights of their own have nothing between them")
         return encoded, starts
 
@@ -248,16 +253,14 @@ class Encoder:
         traits = self.processor.tokenizer.traits
         return () if traits.bos and pieces[0].text.startswith(traits.bos) else traits.prefix_ids
 
-    def _fragment_ids(
-        self, fragment: Fragment, pieces: Sequence[Piece], after: int | None, known: Known
-    ) -> Sequence[int]:
+    def _fragment_ids(self, fragment: Fragment, text: str, after: int | None, known: Known) -> Sequence[int]:
         tokenizer = self.processor.tokenizer
         if fragment.constant is not None:
-            ids: Sequence[int] = self._constant(fragment.constant, after)
+            ids: Sequence[int] = self._constant(text, after)
         else:
             literal = fragment.kind == "literal"
             known = {} if literal else known
-            ids = tokenizer.encode(fragment.text(pieces), after, literal, known, fragment.context)
+            ids = tokenizer.encode(text, after, literal, known, fragment.context)
         if fragment.ends_turn:
             eos = tokenizer.traits.eos_id
             if eos is None:

@@ -73,7 +73,7 @@ class MessageForm:
             return message
         found = dict(message)
         if takes_text:
-            found["content"] = "".join(part.get("text", "") for part in message["content"])
+            found["content"] = "".join([part.get("text", "") for part in message["content"]])
         if "tool_calls" in message:
             found["tool_calls"] = [self._of_call(call) for call in message["tool_calls"]]
         if REASONING in message:

@@ -33,7 +33,8 @@ class SegmentEncoder:
         were encoded before, and gets those of the segments."""
         prefix = self._prefix(adds)
         pieces = [self._split(text) for text in texts] if self._is_exact and prefix is not None else []
-        if not pieces or not all(self._token_ids(token) for one in pieces for token in one[1::2]):
+        tokens = {token for one in pieces for token in one[1::2]}
+        if not pieces or not all(map(self._token_ids, tokens)):
             return self._encode(texts, adds)
         new = [text for text in {text for one in pieces for text in one[::2]} if text not in known]
         known |= zip(new, self._encode(new, False), strict=True)
@@ -46,7 +47,8 @@ class SegmentEncoder:
     def _joined(self, pieces: Sequence[str], prefix: list[int], known: Known) -> list[int]:
         ids = [*prefix, *known[pieces[0]]]
         for token, text in zip(pieces[1::2], pieces[2::2], strict=True):
-            ids += [*self._token_ids(token), *known[text]]
+            ids += self._token_ids(token)
+            ids += known[text]
         return ids
 
     def _tried(self, token: str) -> list[int]:

@@ -21,6 +21,7 @@ _MAX_FORMS = 4096
 _MAX_TRACES = 4
 """Of a form; conversations that give yet other answers are left to Jinja."""
 _CHECKED_EVERY = 256
+_KEYS = {"role", "content"}
 _IMAGE = {"type": "image"}
 
 
@@ -189,14 +190,16 @@ def _form_and_texts(messages: Messages) -> tuple[Hashable, list[str]] | None:
     form: list[Hashable] = []
     texts: list[str] = []
     for message in messages:
-        content = message.get("content")
-        if len(message) != 2 or "role" not in message or not isinstance(content, str | list):
+        if message.keys() != _KEYS:
             return None
+        content = message["content"]
         form.append(message["role"])
         if isinstance(content, str):
             form.append(str)
             texts.append(content)
             continue
+        if not isinstance(content, list):
+            return None
         for part in content:
             is_text = len(part) == 2 and part.get("type") == "text" and isinstance(part.get("text"), str)
             if not is_text and part != _IMAGE:
