@@ -16,6 +16,18 @@ _FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}"
 """Put before a template that prints today's date: a run must not depend on the day it was started."""
 
 
+_CACHED_WORDS = 2**16
+
+
+def with_large_cache(tokenizer: Any) -> Any:
+    """`tokenizer`, whose native part keeps the ids of more words than the 10,000 that it keeps by default: a data set
+    has more."""
+    resize = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "_resize_cache", None)
+    if resize is not None:
+        resize(_CACHED_WORDS)
+    return tokenizer
+
+
 def without_padding(tokenizer: Any) -> Any:
     """`tokenizer`, whose native part pads and cuts nothing, whatever its file or an earlier caller has set."""
     native = getattr(tokenizer, "backend_tokenizer", None)

@@ -7,7 +7,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmtrain.encoding.fast_template import inference_encoder, text_decoder, text_encoder, without_padding
+from mmtrain.encoding.fast_template import (
+    inference_encoder,
+    text_decoder,
+    text_encoder,
+    with_large_cache,
+    without_padding,
+)
 from mmtrain.encoding.segments import Known, SegmentEncoder
 from mmtrain.errors import UserError
 from mmtrain.records.chat import SampleError
@@ -115,7 +121,7 @@ class Tokenizer:
 
     def __init__(self, wrapped: Any, eos_ids: frozenset[int], family: Any | None) -> None:
         """See `probe_tokenizer`; `wrapped` is shared with nobody that uses it at the same time."""
-        self.wrapped = without_padding(wrapped)
+        self.wrapped = with_large_cache(without_padding(wrapped))
         """The tokenizer of transformers."""
         # whose own warning of a long text says nothing of `data.max_length`, which decides
         self.wrapped.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
