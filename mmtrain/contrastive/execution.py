@@ -14,9 +14,8 @@ def choose_execution(embedder: Embedder, config: Config, runtime: Runtime, progr
     where a trial passes; `progress` says what was decided."""
     if config.run.kernels == "auto":
         progress.say(install(embedder.model, runtime.device, progress.tick).line)
-        if (
-            config.run.activation_checkpointing is not True
-        ):  # the rows are not known where activations are computed again
+        # the rows are not known where activations are computed again
+        if config.run.activation_checkpointing is not True:
             embedder.leave_out_rows()
     if caches_features(config, runtime.num_processes):
         cache_images(embedder, config, runtime, progress)
