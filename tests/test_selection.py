@@ -212,7 +212,7 @@ def test_another_share_is_another_training_set(tmp_path: Path) -> None:
     for keys in ({}, {"eval": HELD_OUT}, {"eval": HELD_OUT | {"share": 0.5}}, {"dedup": True}):
         config = Config.model_validate(sections(data, **keys))
         found.append(fingerprints(config, read(data, **keys), lambda: None).get("data.train.used"))
-    assert found[0] is None  # a run of an earlier version resumes
+    assert found[0] is None  # all of it is used
     assert len({*found}) == 4
 
 
